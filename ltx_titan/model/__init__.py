@@ -1,0 +1,3 @@
+from ltx_titan.model.modality import Modality
+
+__all__ = ["Modality"]
