@@ -1,5 +1,4 @@
 """Reads the golden vectors: inputs, weights and outputs of the reference implementation (tests/golden/README.md)."""
-tests/golden/README.md)."""
 
 import json
 from dataclasses import dataclass
