@@ -1,7 +1,7 @@
 """The whole job: its sections, and the rules between them.
 
-A section checks its own fields; what only two fields together can get wrong is a rule here. Rules return problems instead
-of raising, so that a user sees all of them at once. `check_world` holds the rules that need the number of ranks.
+A section checks its own fields; what only two fields together can get wrong is a rule here. Rules return problems
+instead of raising, so that a user sees all of them at once. `check_world` holds the rules that need the world size.
 """
 
 import warnings

@@ -92,7 +92,7 @@ class SigmaSection(Section):
     """`[sigma]`: how noise levels are drawn in training."""
 
     name: Literal["shifted_logit_normal", "uniform"] = "shifted_logit_normal"
-    """`shifted_logit_normal` leans to high noise for long clips, as the base models were trained; `uniform` does not."""
+    """`shifted_logit_normal` leans to high noise for long clips, as in base training; `uniform` never does."""
     std: float = Field(1.0, gt=0.0)
     """shifted_logit_normal: spread; larger draws more extreme levels."""
     eps: float = Field(1e-3, ge=0.0, lt=1.0)
@@ -143,7 +143,7 @@ class ActivationCheckpointSection(Section):
     """`[activation_checkpoint]`: activations computed again in backward instead of kept."""
 
     mode: Literal["none", "full", "selective", "every_k"] = "none"
-    """`full` keeps least and costs a third more compute; `selective` keeps what is dear; `every_k` drops each k-th block."""
+    """`full` keeps least, for a third more compute; `selective` keeps what is dear; `every_k` drops each k-th block."""
     k: Positive | None = None
     """every_k: one block in k is computed again."""
 

@@ -1,8 +1,8 @@
 """The learning rate of a step in closed form.
 
-torch's schedulers are recursions over the optimizer's current rate: resumed with a fresh optimizer they restart from its
-base rate, resumed with their own state they keep the old horizon, and advanced by several processes they run too fast. A
-function of the step alone has none of these troubles, and a run may be prolonged by changing `training.steps`.
+torch's schedulers are recursions over the optimizer's current rate: resumed with a fresh optimizer they restart from
+its base rate, resumed with their own state they keep the old horizon, and advanced by several processes they run too
+fast. A function of the step alone has none of these troubles, and a run is prolonged by changing `training.steps`.
 """
 
 import math
