@@ -1,0 +1,47 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltx_titan.checkpoint import (
+    TrainingState,
+    export_transformer,
+    load_parameters,
+    load_state,
+    module_tensors,
+    save_state,
+)
+from tests.checkpoint.processes import run_ranks
+from tests.checkpoint.toy import fsdp, full, toy
+
+
+def float8_toy(seed):
+    """Float8 linears whose FSDP all-gather is in float8: their weights are tensor subclasses."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig(emulate=True, enable_fsdp_float8_all_gather=True)
+    module = toy(seed)
+    convert_to_float8_training(module, config=config)
+    weight = module.patchify_proj.weight
+    assert type(weight.data) is not torch.Tensor, "the conversion no longer makes subclasses; this test checks nothing"
+    return fsdp(module)
+
+
+def through_every_door(folder):
+    expected = toy().state_dict()
+    export_transformer(float8_toy(0), folder / "float8.safetensors", config={}, dtype=None)
+    written = load_file(folder / "float8.safetensors")
+    assert all(torch.equal(written["model.diffusion_model." + name], expected[name]) for name in expected)
+
+    loaded = float8_toy(1)
+    load_parameters(loaded, folder / "float8.safetensors")
+    path = save_state(folder / "state", 1, TrainingState(loaded))
+    # Without float8, as a job that was resumed with the recipe switched off.
+    resumed = fsdp(toy(2))
+    load_state(path, TrainingState(resumed))
+    for name, tensor in module_tensors(resumed).items():
+        assert torch.equal(full(tensor), expected[name]), name
+
+
+@pytest.mark.distributed
+def test_float8_weights_are_exported_loaded_and_saved_as_plain_tensors(tmp_path):
+    run_ranks(through_every_door, 2, tmp_path)
