@@ -1,4 +1,4 @@
-"""Reads the golden vectors: inputs, weights and outputs of the reference implementation (see tests/golden/README.md)."""
+"""Reads the golden vectors: inputs, weights and outputs of the reference implementation (tests/golden/README.md)."""
 
 import json
 from dataclasses import dataclass

@@ -3,10 +3,10 @@
 `sigma` and `timesteps` are two inputs on purpose: a conditioning token has timestep 0 while its sample's `sigma` still
 drives the prompt modulation and the gates between the streams.
 
-The optional fields at the end carry the same facts as `timesteps` and `positions` in a smaller form. Whoever builds the
-batch knows them without looking (a token's timestep is 0 or its sample's sigma; a clip has few distinct coordinates), and
-handing them over saves the transformer a search that would make the host wait for the device. The transformer finds them
-itself where they are None.
+The optional fields at the end carry the same facts as `timesteps` and `positions` in a smaller form. Whoever builds
+the batch knows them without looking (a token's timestep is 0 or its sample's sigma; a clip has few distinct
+coordinates), and handing them over saves the transformer a search that would make the host wait for the device. The
+transformer finds them itself where they are None.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,116 @@
+"""Attention of the blocks and of the text connectors, and the feed-forward network.
+
+    q = RMSNorm(to_q(x)),  k = RMSNorm(to_k(c)),  v = to_v(c)         norms over the full inner width, before the heads
+    o = softmax(rotate(q) rotate(k)^T / sqrt(head_dim) + mask) v
+    out = to_out(o * 2 sigmoid(to_gate_logits(x)))                    gate per head, only where the checkpoint has it
+
+Letters: `B` samples, `S` query tokens, `T` key tokens, `H` heads, `K` head width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ltx_titan.model.rope import Rotation, rotate
+
+
+class SoftmaxAttention(nn.Module):
+    """The parameterless core. A module of its own so that context parallelism can wrap it from outside."""
+
+    def forward(self, q_BHSK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, H, S, K]; `mask` is added to the scores and broadcasts to [B, H, S, T]."""
+        return F.scaled_dot_product_attention(q_BHSK, k_BHTK, v_BHTK, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from one stream to itself, to text, or to the other stream."""
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        gated: bool,
+        eps: float,
+        rope_interleaved: bool,
+    ) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.head_dim = head_dim
+        self.rope_interleaved = rope_interleaved
+        self.to_q = nn.Linear(query_dim, inner)
+        self.to_k = nn.Linear(context_dim, inner)
+        self.to_v = nn.Linear(context_dim, inner)
+        self.q_norm = nn.RMSNorm(inner, eps=eps)
+        self.k_norm = nn.RMSNorm(inner, eps=eps)
+        self.to_gate_logits = nn.Linear(query_dim, heads) if gated else None
+        self.to_out = nn.ModuleList([nn.Linear(inner, query_dim)])
+        self.softmax = SoftmaxAttention()
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        q_rotation: Rotation | None = None,
+        k_rotation: Rotation | None = None,
+        mask: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Attends from `x` to `context`.
+
+        Args:
+            x: [B, S, query_dim].
+            context: [B, T, context_dim]; None attends to `x`.
+            q_rotation, k_rotation: rotary angles; without, no rotation.
+            mask: added to the scores, broadcastable to [B, H, S, T].
+            keep: [B, 1, 1]; where 0 the values pass unmixed (self-attention only), between 0 and 1 a blend.
+
+        Returns:
+            [B, S, query_dim].
+        """
+        context = x if context is None else context
+        q = self._heads(self.q_norm(self.to_q(x)))
+        k = self._heads(self.k_norm(self.to_k(context)))
+        v = self._heads(self.to_v(context))
+        if q_rotation is not None and k_rotation is not None:
+            q = rotate(q, q_rotation, self.rope_interleaved)
+            k = rotate(k, k_rotation, self.rope_interleaved)
+        out_BHSK = self.softmax(q, k, v, mask)
+        if keep is not None:
+            keep = keep[..., None]
+            out_BHSK = out_BHSK * keep + v * (1 - keep)
+        out_BSHK = out_BHSK.transpose(1, 2)
+        if self.to_gate_logits is not None:
+            out_BSHK = out_BSHK * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
+        return self.to_out[0](out_BSHK.flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        # The number of heads follows the tensor: under tensor parallelism it is this rank's share.
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class _Gelu(nn.Module):
+    """Input projection and activation, named as in the checkpoint (`net.0.proj`)."""
+
+    def __init__(self, width: int, inner: int, bias: bool) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, inner, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """GELU (tanh form) network, four times as wide inside. `net.1` is empty in the checkpoint."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        inner = 4 * width
+        self.net = nn.ModuleList([_Gelu(width, inner, bias), nn.Identity(), nn.Linear(inner, width, bias=bias)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, width] -> [B, S, width]."""
+        return self.net[2](self.net[0](x))

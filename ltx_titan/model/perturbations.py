@@ -1,0 +1,60 @@
+"""Attention switched off for some samples in some blocks, which guidance at sampling time compares against.
+
+A skipped self-attention hands its values on unmixed; a skipped attention between the streams adds nothing. Text
+attention and feed-forward are never touched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_KINDS = ("skip_video_self_attn", "skip_audio_self_attn", "skip_a2v_cross_attn", "skip_v2a_cross_attn")
+
+
+class KeepMasks(NamedTuple):
+    """For one block: 1 where a sample keeps an attention and 0 where it is skipped, [B, 1, 1]; None keeps all."""
+
+    video_self: Tensor | None = None
+    audio_self: Tensor | None = None
+    audio_to_video: Tensor | None = None
+    video_to_audio: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Perturbations:
+    """What is skipped, per sample: pairs of a kind and its blocks (None: every block)."""
+
+    samples: tuple[tuple[tuple[str, frozenset[int] | None], ...], ...]
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Sequence[dict]]) -> "Perturbations":
+        """Builds from one list per sample of `{"type": ..., "blocks": [...] | None}`.
+
+        Types are `skip_video_self_attn`, `skip_audio_self_attn`, `skip_a2v_cross_attn` and `skip_v2a_cross_attn`.
+
+        Raises:
+            ValueError: unknown type.
+        """
+        samples = []
+        for sample in lists:
+            for entry in sample:
+                if entry["type"] not in _KINDS:
+                    raise ValueError(f"perturbation type {entry['type']!r} is unknown; expected one of {_KINDS}.")
+            samples.append(tuple((e["type"], None if e["blocks"] is None else frozenset(e["blocks"])) for e in sample))
+        return cls(tuple(samples))
+
+    def keep_masks(self, block: int, device: torch.device, dtype: torch.dtype) -> KeepMasks:
+        """Masks of the block with this index."""
+        return KeepMasks(*(self._keep(kind, block, device, dtype) for kind in _KINDS))
+
+    def _keep(self, kind: str, block: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        skipped = [
+            any(name == kind and (blocks is None or block in blocks) for name, blocks in sample)
+            for sample in self.samples
+        ]
+        if not any(skipped):
+            return None
+        return torch.tensor([0.0 if skip else 1.0 for skip in skipped], device=device, dtype=dtype)[:, None, None]

@@ -1,0 +1,140 @@
+"""Rotary position embedding over continuous coordinates (seconds, pixels).
+
+    frequencies  w_j = theta ** (j / (n - 1)) * pi / 2,   j = 0 .. n-1,   n = width // (2 * axes)
+    angle        w_j * (coordinate / max_position * 2 - 1)
+
+A frequency belongs to one axis, so cos and sin of each axis' distinct coordinates are small tables [N, n], and a
+token needs only the index of its coordinate on each axis. Over the width the frequency index is outermost and the
+axis index innermost; the few angles missing to width / 2 are padded at the front with zero rotation, before the split
+into heads, so that every head turns by angles of its own.
+
+Angles reach 1.6e4 rad, where float32 has a step of 1e-3: the order of operations above, in float32, *is* the
+specification. Only the frequencies are computed in float64, and only where the checkpoint says so. Everything here runs
+eagerly: a compiler's rewrite of the division moves cos by 2e-3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import pi
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of every token and head, [B, H, S, head_dim / 2] each, float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Rotation of a set of tokens, as one small table per axis.
+
+    Attributes:
+        cos, sin: per axis, [N_axis, n] float32 for its N_axis distinct coordinates.
+        index: row of those tables for each token, [B, axes, S].
+        width: inner width of the attention, over all heads.
+        heads: number of heads.
+    """
+
+    cos: tuple[Tensor, ...]
+    sin: tuple[Tensor, ...]
+    index: Tensor
+    width: int
+    heads: int
+
+    def expand(self) -> Rotation:
+        """The rotation written out for every token."""
+        return Rotation(self._per_token(self.cos, padding=1.0), self._per_token(self.sin, padding=0.0))
+
+    def _per_token(self, tables: tuple[Tensor, ...], padding: float) -> Tensor:
+        batch, _, tokens = self.index.shape
+        by_axis = torch.stack([table[self.index[:, axis]] for axis, table in enumerate(tables)], dim=-1)
+        angles = by_axis.flatten(-2)
+        front = angles.new_full((batch, tokens, self.width // 2 - angles.shape[-1]), padding)
+        return torch.cat([front, angles], dim=-1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+@cache
+def frequency_grid(theta: float, count: int, double_precision: bool) -> Tensor:
+    """Angular frequencies [count], float32, on the CPU, rising from pi / 2 to theta * pi / 2.
+
+    Args:
+        theta: ratio of the highest to the lowest frequency.
+        count: number of frequencies.
+        double_precision: compute in float64 and round once; otherwise compute in float32 (differs by up to 4e-7).
+    """
+    exponents = torch.linspace(0.0, 1.0, count, dtype=torch.float64 if double_precision else torch.float32)
+    return (theta**exponents * (pi / 2)).float()
+
+
+def midpoints(positions: Tensor) -> Tensor:
+    """Middle of each interval: [B, axes, S, 2] -> [B, axes, S]."""
+    start, end = positions.unbind(-1)
+    return (start + end) / 2
+
+
+def distinct_coordinates(coordinates: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Distinct values of each axis over the batch, and which of them each token has.
+
+    Args:
+        coordinates: [B, axes, S].
+
+    Returns:
+        Per axis the sorted values [N_axis], and the index [B, axes, S].
+    """
+    found = [axis.unique(return_inverse=True) for axis in coordinates.unbind(1)]
+    return tuple(values for values, _ in found), torch.stack([index for _, index in found], dim=1)
+
+
+def rotary_tables(
+    values: Sequence[Tensor],
+    index: Tensor,
+    *,
+    width: int,
+    heads: int,
+    max_positions: Sequence[float],
+    theta: float,
+    double_precision: bool,
+) -> RotaryTables:
+    """Cosine and sine tables of the given coordinates.
+
+    Args:
+        values: per axis, its distinct coordinates [N_axis], float32.
+        index: which of them each token has, [B, axes, S].
+        width: inner width of the attention, over all heads.
+        heads: number of heads.
+        max_positions: per axis, the coordinate that maps to the end of the range.
+        theta: ratio of the highest to the lowest frequency.
+        double_precision: see `frequency_grid`.
+    """
+    axes = len(values)
+    assert index.shape[1] == axes == len(max_positions), (index.shape, axes, max_positions)
+    grid = frequency_grid(float(theta), width // (2 * axes), double_precision).to(index.device)
+    cos, sin = [], []
+    for coordinates, max_position in zip(values, max_positions, strict=True):
+        # A tensor as divisor: dividing by a Python number may become a product with its rounded reciprocal.
+        fraction = coordinates / torch.tensor(max_position, dtype=torch.float32, device=coordinates.device)
+        angles = (fraction * 2 - 1)[:, None] * grid
+        cos.append(angles.cos())
+        sin.append(angles.sin())
+    return RotaryTables(tuple(cos), tuple(sin), index, width, heads)
+
+
+def rotate(x_BHSK: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
+    """Turns pairs of channels of each head; in float32, result in the dtype of `x`.
+
+    Args:
+        x_BHSK: queries or keys [B, H, S, head_dim].
+        rotation: angles of each pair.
+        interleaved: pairs are neighbours (2i, 2i + 1); otherwise pair i is (i, i + head_dim / 2).
+    """
+    x = x_BHSK.float()
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+    turned = (first * rotation.cos - second * rotation.sin, second * rotation.cos + first * rotation.sin)
+    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return joined.to(x_BHSK.dtype)
