@@ -1,7 +1,7 @@
 """Audio VAE: waveform to latents and latents to mel spectrogram, with diffusers' `AutoencoderKLLTX2Audio`.
 
-Latents are normalised here. Their statistics are 128 numbers on the packed layout, in which channel c and frequency f of
-a latent [8, T, 16] stand at c * 16 + f: not one number per channel. Everything runs in float32.
+Latents are normalised here. Their statistics are 128 numbers on the packed layout, in which channel c and frequency f
+of a latent [8, T, 16] stand at c * 16 + f: not one number per channel. Everything runs in float32.
 """
 
 from dataclasses import dataclass

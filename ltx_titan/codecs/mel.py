@@ -1,8 +1,8 @@
 """Waveform to log-mel spectrogram, the input of the audio VAE, and resampling, in plain torch.
 
-The spectrogram is not part of any checkpoint, yet the audio latents depend on every detail of it: magnitude (not power),
-Slaney mel scale with area normalisation, natural logarithm with a floor of 1e-5, centred frames with reflected edges.
-Writing these few lines saves a dependency on torchaudio, whose builds have to match torch's.
+The spectrogram is not part of any checkpoint, yet the audio latents depend on every detail of it: magnitude (not
+power), Slaney mel scale with area normalisation, natural logarithm with a floor of 1e-5, centred frames with
+reflected edges. Writing these few lines saves a dependency on torchaudio, whose builds have to match torch's.
 """
 
 import math

@@ -1,12 +1,14 @@
 """The official single-file layout: one safetensors file whose metadata says what is in it.
 
-Every codec is loaded the same way. Its constructor arguments are derived from the metadata object `config`; the names of
-its parameters are translated into the names in the file (module to file, never the other way, so that one map serves
-loading, writing and checking); and the weights are loaded strictly. A misspelled prefix passes a non-strict load in
-silence and leaves layers at their random values, so missing and left-over tensors are one error that names them.
+Every codec is loaded the same way. Its constructor arguments are derived from the metadata object `config`; the names
+of its parameters are translated into the names in the file (module to file, never the other way, so that one map
+serves loading, writing and checking); and the weights are loaded strictly. A misspelled prefix passes a non-strict
+load in silence and leaves layers at their random values, so missing and left-over tensors are one error that names
+them.
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,3 +138,36 @@ def _some(names: list[str], limit: int = 6) -> str:
         return "none"
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{len(names)} ({', '.join(names[:limit])}{more})"
+
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def write_single_file(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, byte for byte the same for the same input, under a temporary name until complete.
+
+    safetensors' own writer orders the metadata by a hash that differs from process to process.
+    """
+    path = Path(path)
+    # Widest first, so that every tensor starts at a multiple of its element size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    with temporary.open("wb") as handle:
+        handle.write(len(encoded).to_bytes(8, "little"))
+        handle.write(encoded)
+        for name in order:
+            handle.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    temporary.rename(path)

@@ -1,12 +1,13 @@
 """Captions to text features: Gemma 3 through transformers, then the projection of the checkpoint.
 
-Gemma runs as a bare language model. The states of all its layers are kept, L + 1 of them: the scaled token embeddings, the
-outputs of all layers but the last, and the output of the last after the final norm. The checkpoint's feature extractor
-projects them; what comes out is what datasets store, and the connectors turn it into a context during training.
+Gemma runs as a bare language model. The states of all its layers are kept, L + 1 of them: the scaled token
+embeddings, the outputs of all layers but the last, and the output of the last after the final norm. The checkpoint's
+feature extractor projects them; what comes out is what datasets store, and the connectors turn it into a context
+during training.
 
-Captions are tokenised as they are: stripped, with a leading BOS, no template and no EOS, cut to 1024 tokens, padded on the
-left. Padding takes no compute here: a real token's states do not depend on it, so Gemma runs on the longest caption of the
-batch and the padded rows are zeros, which the feature extractor ignores.
+Captions are tokenised as they are: stripped, with a leading BOS, no template and no EOS, cut to 1024 tokens, padded
+on the left. Padding takes no compute here: a real token's states do not depend on it, so Gemma runs on the longest
+caption of the batch and the padded rows are zeros, which the feature extractor ignores.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, Gemma3Model, Gemma3TextModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Gemma3Model,
+    Gemma3TextModel,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ltx_titan.codecs.single_file import load_strictly, open_single_file
 from ltx_titan.model import FeatureExtractor
@@ -55,8 +63,8 @@ class TextEncoder:
         """Run Gemma on captions.
 
         Returns:
-            Hidden states [B, S, D, L] of S = `max_tokens` positions, width D and L layers, in the model's dtype and zero
-            where padded; and the mask [B, S], int64, 1 for real tokens, which stand at the end.
+            Hidden states [B, S, D, L] of S = `max_tokens` positions, width D and L layers, in the model's dtype and
+            zero where padded; and the mask [B, S], int64, 1 for real tokens, which stand at the end.
         """
         ids = [self.tokenize(caption) for caption in captions]
         longest = max(len(row) for row in ids)
@@ -72,6 +80,27 @@ class TextEncoder:
         return hidden_states, torch.nn.functional.pad(mask, (before, 0))
 
 
+def text_encoder_config(folder: str | Path) -> PretrainedConfig:
+    """Read and check the configuration of a Gemma 3 folder, no weights.
+
+    Raises:
+        ValueError: the folder holds no Gemma 3 model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: no config.json in it; expected a local folder of Gemma 3 as transformers saves it "
+            "(the published one is google/gemma-3-12b-it-qat-q4_0-unquantized)"
+        )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.model_type not in ("gemma3", "gemma3_text"):
+        raise ValueError(
+            f"{folder}: model_type is {config.model_type!r}, expected 'gemma3' or 'gemma3_text': LTX-2 and LTX-2.3 "
+            "were trained with Gemma 3, and features of another model mean nothing to them"
+        )
+    return config
+
+
 def load_text_encoder(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> TextEncoder:
@@ -85,22 +114,11 @@ def load_text_encoder(
     Raises:
         ValueError: the folder holds no Gemma 3 model.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder}: no config.json in it; expected a local folder of Gemma 3 as transformers saves it "
-            "(the published one is google/gemma-3-12b-it-qat-q4_0-unquantized)"
-        )
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = text_encoder_config(folder)
     if config.model_type == "gemma3":
         model = Gemma3Model.from_pretrained(folder, dtype=dtype, local_files_only=True).language_model
-    elif config.model_type == "gemma3_text":
-        model = Gemma3TextModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
     else:
-        raise ValueError(
-            f"{folder}: model_type is {config.model_type!r}, expected 'gemma3' or 'gemma3_text': LTX-2 and LTX-2.3 were "
-            "trained with Gemma 3, and features of another model mean nothing to them"
-        )
+        model = Gemma3TextModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return TextEncoder(model.requires_grad_(False).eval().to(device), tokenizer)
 

@@ -1,9 +1,9 @@
 """Video VAE: pixels to latents and back, with diffusers' `AutoencoderKLLTX2Video`.
 
 The metadata of a checkpoint lists the blocks of the encoder and the decoder; from these lists come the constructor
-arguments and the names of the parameters, for the 19B, the 2.3 and any other size. diffusers groups blocks into stages (residual
-blocks, then the change of resolution after them), the file counts them one by one, and the decoder runs its list from
-the end; `VideoVaeLayout` holds that correspondence.
+arguments and the names of the parameters, for the 19B, the 2.3 and any other size. diffusers groups blocks into
+stages (residual blocks, then the change of resolution after them), the file counts them one by one, and the decoder
+runs its list from the end; `VideoVaeLayout` holds that correspondence.
 
 Latents are normalised per channel here, z = (raw - mean) / std, since diffusers leaves that to the caller and the
 transformer sees nothing else.
@@ -34,7 +34,7 @@ _DECODE_TIMESTEP = 0.05
 
 @dataclass(frozen=True)
 class _Stage:
-    """Residual blocks and the change of resolution after them (None for the innermost stage), with their list places."""
+    """Residual blocks and the change of resolution after them (None in the last stage), with their places in the list."""
 
     layers: int
     layers_at: int | None

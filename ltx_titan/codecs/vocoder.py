@@ -81,13 +81,12 @@ def stored_vocoder_name(name: str, bandwidth_extension: bool) -> str:
     return stored.replace("downsample.filter", "downsample.lowpass.filter")
 
 
-def build_vocoder(vocoder: dict[str, Any]) -> LTX2Vocoder | LTX2VocoderWithBWE:
-    """The vocoder of a section `vocoder`, on the meta device except for what no file holds."""
+def build_vocoder(vocoder: dict[str, Any], device: str = "meta") -> LTX2Vocoder | LTX2VocoderWithBWE:
+    """The vocoder of a section `vocoder`, without its weights on `device="meta"`."""
     arguments = vocoder_arguments(vocoder)
-    if not has_bandwidth_extension(vocoder):
-        with torch.device("meta"):
+    with torch.device(device):
+        if not has_bandwidth_extension(vocoder):
             return LTX2Vocoder(**arguments)
-    with torch.device("meta"):
         model = LTX2VocoderWithBWE(**arguments)
     # The filter of the resampler is not stored and would stay without values on the meta device.
     ratio = arguments["output_sampling_rate"] // arguments["input_sampling_rate"]
