@@ -1,0 +1,41 @@
+"""Turns the text features that a data set holds into the contexts that the transformer attends to.
+
+Features are stored as they leave the feature extractor; the connectors run in every step, frozen and without gradients.
+A data set may also hold finished contexts; then the connectors need not be in memory at all.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ltx_titan.model import TextConnectors
+
+
+@torch.no_grad()
+def to_contexts(
+    conditions: Mapping[str, Tensor], connectors: TextConnectors | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Contexts of a batch.
+
+    Args:
+        conditions: `video_prompt_embeds` [B, T, D_video], optionally `audio_prompt_embeds` [B, T, D_audio] (the video's
+            serve both where it is missing) and `prompt_attention_mask` [B, T], 1 marks a prompt token.
+        connectors: None where the batch holds finished contexts.
+        dtype: dtype to run the connectors in.
+
+    Returns:
+        The same fields with contexts for features. The mask is dropped where it masks nothing, as after connectors with
+        registers: attention without a mask is a third faster.
+    """
+    video = conditions["video_prompt_embeds"]
+    audio = conditions.get("audio_prompt_embeds", video)
+    mask = conditions.get("prompt_attention_mask")
+    if connectors is not None:
+        if mask is None:
+            mask = torch.ones(video.shape[:2], dtype=torch.int64, device=video.device)
+        video, audio, mask = connectors(video.to(dtype), audio.to(dtype), mask)
+        if connectors.fills_padding:
+            mask = None
+    contexts = {"video_prompt_embeds": video, "audio_prompt_embeds": audio}
+    return contexts if mask is None else {**contexts, "prompt_attention_mask": mask}

@@ -1,0 +1,35 @@
+"""Fully sharded data parallelism (FSDP2), always applied, also on one rank.
+
+Every parameter is then a DTensor of one mesh and one rule decides precision: parameters are kept in the dtype they were
+built in (float32 for full fine-tuning), gathered in the compute dtype, and their gradients are reduced in float32.
+
+Gradients are summed, not averaged: the loss of a rank is already its share of the global mean.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def apply_fsdp(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """Shards each block as one unit and everything outside the blocks as another.
+
+    Args:
+        model: the module whose parameters are sharded, in place.
+        blocks: its repeated blocks.
+        mesh: 1-D, or 2-D to replicate over the first axis.
+        compute_dtype: dtype of gathered parameters, hence of matrix products.
+    """
+    # Inputs are cast by the model itself: FSDP2 would also round float32 positions and sigmas.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    last = len(blocks) - 1
+    for number, block in enumerate(blocks):
+        # The last block is needed again at once by the backward pass.
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=number < last)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no fused multiply-and-sum, which a divide factor asks for by default.
+            module.set_force_sum_reduction_for_comms(True)
