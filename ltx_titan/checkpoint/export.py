@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -148,11 +149,15 @@ def export_transformer(
     with ExitStack() as stack:
         if carry_over is not None:
             file = stack.enter_context(safe_open(carry_over.path, framework="pt", device="cpu"))
-            tensors += [
-                ExportTensor(key, info.shape, _DTYPES[info.dtype], lambda key=key: file.get_tensor(key))
-                for key, info in carry_over.tensors.items()
-                if TRANSFORMER.module_name(key) is None
-            ]
+            for key, info in carry_over.tensors.items():
+                if TRANSFORMER.module_name(key) is not None:
+                    continue
+                if info.dtype not in _DTYPES:
+                    raise ValueError(
+                        f"{carry_over.path}: tensor '{key}' is {info.dtype}, which cannot be carried over."
+                    )
+                read = partial(file.get_tensor, key)
+                tensors.append(ExportTensor(key, info.shape, _DTYPES[info.dtype], read))
         export_safetensors(path, tensors, header)
 
 

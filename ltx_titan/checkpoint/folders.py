@@ -55,9 +55,12 @@ def latest_complete(folder: str | Path) -> Path | None:
 def find_damage(path: Path) -> str | None:
     """What is wrong with a step folder, None if nothing: every file that its metadata names is there at full length."""
     try:
-        json.loads((path / TRAINER_FILE).read_text())
-        metadata = read_state_metadata(path)
+        read_trainer_state(path)
     except (OSError, ValueError) as error:
+        return f"{TRAINER_FILE} is missing or unreadable ({error})"
+    try:
+        metadata = read_state_metadata(path)
+    except ValueError as error:
         return str(error)
     ends: dict[str, int] = defaultdict(int)
     for info in metadata.storage_data.values():
@@ -110,7 +113,10 @@ def remove_old(folder: Path, newest: int, keep_last: int) -> None:
         if step != newest and kept >= keep_last:
             # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a final name.
             doomed = path.with_name(path.name + _INCOMPLETE)
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            try:
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                logger.warning("Could not remove the old checkpoint %s: %s. Training goes on.", path, error)
         elif step == newest or find_damage(path) is None:
             kept += 1

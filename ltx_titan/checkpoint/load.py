@@ -107,9 +107,11 @@ def _plan(
     allow_unused: Callable[[str], bool],
 ) -> list[_Read]:
     in_file = {name: key for key in metadata.tensors if (name := component.module_name(key)) is not None}
-    targets = {
-        official: tensor for name, tensor in module_tensors(module).items() if (official := rename(name)) is not None
-    }
+    targets: dict[str, Tensor] = {}
+    for name, tensor in module_tensors(module).items():
+        if (official := rename(name)) is not None:
+            assert official not in targets, f"two tensors of the model are called '{official}'"
+            targets[official] = tensor
     infos = {name: metadata.tensors[key] for name, key in in_file.items()}
 
     shared = [name for name in targets if name in in_file]
