@@ -3,9 +3,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ltx_titan.cli import COMMANDS, main
 from tests.media.clips import write_clip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other crawl where tests run side by side."""
+    torch.set_num_threads(1)
 
 
 def test_help_lists_every_command_without_loading_torch():

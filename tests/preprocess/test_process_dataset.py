@@ -9,9 +9,9 @@ from PIL import Image
 from rich.console import Console
 
 from ltx_titan.codecs import load_text_encoder, load_video_codec
+from ltx_titan.data import PrecomputedDataset
 from ltx_titan.media import Sound, read_clip, write_wav
 from ltx_titan.preprocess import ProcessOptions, process_dataset
-from ltx_titan.preprocess.store import no_audio_marker
 from tests.media.clips import tone, write_clip
 
 
@@ -103,16 +103,24 @@ def test_still_image(mixed):
     image = load(folder, "latents", "still.pt")
     assert image["latents"].shape == (128, 1, 2, 1)
     assert image["fps"] == 1.0
-    assert not (folder / ".precomputed" / "audio_latents" / "still.pt").exists()
+    assert load(folder, "audio_latents", "still.pt")["present"] is False
 
 
-def test_clip_without_sound_has_a_note_instead(mixed):
+def test_clip_without_sound_says_so_and_stays_usable_beside_others(mixed):
     folder, _, report, printed = mixed
-    path = folder / ".precomputed" / "audio_latents" / "silent.pt"
-    assert not path.exists()
-    assert no_audio_marker(path).is_file()
-    assert report.notes["videos without sound"] == 1
-    assert "videos without sound: 1" in printed
+    stand_in = load(folder, "audio_latents", "silent.pt")
+    assert stand_in["present"] is False
+    assert stand_in["latents"].shape == (8, round(25 * 17 / 25), 16)
+    assert "present" not in load(folder, "audio_latents", "stereo.pt")
+    assert report.notes["videos and images without sound"] == 2
+    assert "videos and images without sound: 2" in printed
+
+
+def test_training_reads_what_was_written(mixed):
+    sources = {"latents": "video_latents", "audio_latents": "audio_latents", "conditions": "conditions"}
+    dataset = PrecomputedDataset(mixed[0] / ".precomputed", sources)
+    assert len(dataset) == 5
+    assert {dataset.name(i) for i in range(5)} >= {"sub/mönö ☃.pt", "silent.pt", "still.pt"}
 
 
 def test_bad_files_are_named_and_left_out(mixed):
