@@ -82,6 +82,7 @@ class Trainer:
         self.is_main = dist.get_rank() == 0
         self.mesh = build_mesh(self.device.type, plan.degrees)
         self.dtype = compute_dtype(job)
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None)
         self.sampler = _sigma_sampler(job)
         self.model = self._load_transformer()
         self.connectors = self._load_connectors()
@@ -272,7 +273,6 @@ class Trainer:
             peak_memory = peak.item()
             reset_peak_memory(self.device)
         tflops = tflop / dist.get_world_size() / elapsed_s
-        peak = peak_flops(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None)
         norm = grad_norm.item()
         log.log(
             StepMetrics(
@@ -285,7 +285,7 @@ class Trainer:
                 step_time_s=elapsed_s / steps,
                 tokens_per_s=tokens / elapsed_s,
                 tflops_per_gpu=tflops,
-                mfu=None if peak is None else tflops * 1e12 / peak,
+                mfu=None if self.peak_flops is None else tflops * 1e12 / self.peak_flops,
                 peak_mem_gib=peak_memory,
             )
         )
