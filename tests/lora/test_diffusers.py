@@ -79,9 +79,9 @@ def test_diffusers_computes_the_same_with_our_adapter(tmp_path, monkeypatch, lay
 
     sigma = torch.full((2,), SIGMA)
     video, audio = (
-        dataclasses.replace(stream, sigma=sigma, timesteps=sigma[:, None].expand(stream.latent.shape[:2]), context_mask=None)
-        for stream in golden_inputs()
-    )  # fmt: skip
+        dataclasses.replace(s, sigma=sigma, timesteps=sigma[:, None].expand(s.latent.shape[:2]), context_mask=None)
+        for s in golden_inputs()
+    )
     expected = ours(video, audio)
     actual = theirs(
         hidden_states=video.latent,

@@ -49,7 +49,7 @@ def trained():
             weights[name].copy_(value)
     strategy = FlexibleStrategy.from_config(ENTRY["strategy_config"])
     chosen = {key: ENTRY["optimizer"][key] for key in ("lr", "betas", "eps", "weight_decay")}
-    optimizers = build_optimizers(model, OptimizerSettings(name="adamw", **chosen))
+    optimizers = build_optimizers(model.named_parameters(), OptimizerSettings(name="adamw", **chosen))
     found = {}
     for number in (1, 2):
         inputs = strategy.prepare(*read_step(number))
