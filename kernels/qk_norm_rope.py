@@ -171,7 +171,16 @@ def launch_forward(
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     rstds = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (q, k)]
     grid, programs, tokens, shape = _divide(q, k, tables, rows, head_dim, launch)
-    inputs = zip((q, k), weights, sums or rstds, _both(tables, q), _both(rows, q), outs, rstds, strict=True)
+    inputs = zip(
+        (q, k),
+        [weight.contiguous() for weight in weights],
+        [total.contiguous() for total in sums] or rstds,
+        _both(tables, q),
+        _both(rows, q),
+        outs,
+        rstds,
+        strict=True,
+    )
     _forward_kernel[grid](
         *(tensor for tensors in inputs for tensor in tensors),
         q.shape[1],
@@ -365,7 +374,16 @@ def launch_backward(
     counts = (programs, programs if len(tables) == 1 else grid[0] - programs)
     partials = [q.new_empty((q.shape[0], count, q.shape[-1]), dtype=torch.float32) for count in counts]
     inputs = zip(
-        grads, (q, k), rstds, weights, _both(tables, q), _both(rows, q), dxs, dsums or rstds, partials, strict=True
+        grads,
+        (q, k),
+        rstds,
+        [weight.contiguous() for weight in weights],
+        _both(tables, q),
+        _both(rows, q),
+        dxs,
+        dsums or rstds,
+        partials,
+        strict=True,
     )
     _backward_kernel[grid](
         *(tensor for tensors in inputs for tensor in tensors),
