@@ -1,0 +1,38 @@
+from ltx_titan.conditioning.blocks import AudioBlock, StrategyConfig, VideoBlock
+from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights
+from ltx_titan.conditioning.references import reference_factors
+from ltx_titan.conditioning.strategy import FlexibleStrategy, ModelInputs
+from ltx_titan.conditioning.tokens import (
+    Coordinates,
+    Grid,
+    audio_coordinates,
+    audio_steps,
+    patchify_audio,
+    patchify_video,
+    unpatchify_audio,
+    unpatchify_video,
+    video_coordinates,
+    video_grid,
+)
+
+__all__ = [
+    "AudioBlock",
+    "Coordinates",
+    "FlexibleStrategy",
+    "Grid",
+    "Loss",
+    "ModelInputs",
+    "StrategyConfig",
+    "VideoBlock",
+    "audio_coordinates",
+    "audio_steps",
+    "patchify_audio",
+    "patchify_video",
+    "reference_factors",
+    "stream_loss",
+    "token_weights",
+    "unpatchify_audio",
+    "unpatchify_video",
+    "video_coordinates",
+    "video_grid",
+]

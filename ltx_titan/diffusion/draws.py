@@ -1,0 +1,130 @@
+"""Every random number of a training step, drawn in one place.
+
+A sample's numbers depend on (seed, step, its index in the global batch) and nothing else, and a reference condition's
+decision on (seed, step, its place) alone. So every mesh, micro-batch size and accumulation setting draws the same
+numbers, tensor- and context-parallel ranks agree without talking, and a resumed run continues exactly. What follows
+(`FlexibleStrategy.prepare`) is a pure function of the batch and these draws.
+
+Each quantity has a key of its own: 128 bits of BLAKE2b over its full name. Neighbouring steps and indices thus share
+nothing, and adding a condition moves no other draw. The key drives NumPy's counter-based Philox. PyTorch's CPU
+generator uses only the low 32 bits of a seed, so among a million noises about a hundred pairs would coincide; it serves
+for sigma alone, a single number, because samplers take it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltx_titan.diffusion.sigma import SigmaSampler
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """The random numbers of one micro-batch of `B` samples; None for an absent or frozen stream.
+
+    Attributes:
+        video_sigma: noise level of each sample [B], float32.
+        audio_sigma: noise level of each sample [B], float32, drawn independently of the video's.
+        video_noise: standard normal noise [B, S, C], float32, patchified, target tokens only.
+        audio_noise: the same for the audio tokens.
+        video_uses: which conditions fire, parallel to the block's conditions: a boolean tensor, [B] for an intrinsic
+            condition and scalar for a reference; None where none is drawn (an intrinsic condition of a frozen stream).
+        audio_uses: the same for the audio block's conditions.
+    """
+
+    video_sigma: Tensor | None
+    audio_sigma: Tensor | None
+    video_noise: Tensor | None
+    audio_noise: Tensor | None
+    video_uses: list[Tensor | None] | None
+    audio_uses: list[Tensor | None] | None
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What must be drawn for one stream.
+
+    Attributes:
+        num_tokens: target tokens; references are not counted.
+        channels: width of a token.
+        is_generated: False for a frozen stream, which has no sigma and no noise.
+        conditions: (probability, whether it is a reference) of each of the block's conditions, in their order.
+    """
+
+    num_tokens: int
+    channels: int
+    is_generated: bool
+    conditions: tuple[tuple[float, bool], ...] = ()
+
+
+def draw_step(
+    video: StreamPlan | None,
+    audio: StreamPlan | None,
+    *,
+    sampler: SigmaSampler,
+    seed: int,
+    step: int,
+    indices: Sequence[int],
+) -> StepDraws:
+    """Draws everything random of one micro-batch, on the CPU.
+
+    Neither stream's draws depend on the other stream's presence or length.
+
+    Args:
+        video: plan of the video stream, None where it is absent.
+        audio: plan of the audio stream, None where it is absent.
+        sampler: where the noise levels come from.
+        seed: seed of the job.
+        step: optimizer step; all micro-batches of a step share it.
+        indices: place of each sample of this micro-batch in the global batch.
+    """
+    drawn = {
+        name: _draw_stream(name, plan, sampler, f"{seed}/{step}", indices)
+        for name, plan in (("video", video), ("audio", audio))
+    }
+    (video_sigma, video_noise, video_uses), (audio_sigma, audio_noise, audio_uses) = drawn["video"], drawn["audio"]
+    return StepDraws(video_sigma, audio_sigma, video_noise, audio_noise, video_uses, audio_uses)
+
+
+def _draw_stream(
+    name: str, plan: StreamPlan | None, sampler: SigmaSampler, step_key: str, indices: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None] | None]:
+    if plan is None:
+        return None, None, None
+    keys = [f"{step_key}/{index}/{name}" for index in indices]
+    uses: list[Tensor | None] = []
+    for place, (probability, is_reference) in enumerate(plan.conditions):
+        if is_reference:
+            uses.append(torch.tensor(_uniform(f"{step_key}/{name}/reference {place}") < probability))
+        elif plan.is_generated:
+            uses.append(torch.tensor([_uniform(f"{key}/condition {place}") < probability for key in keys]))
+        else:
+            uses.append(None)
+    if not plan.is_generated:
+        return None, None, uses
+    sigma = torch.cat([sampler.sample((1,), plan.num_tokens, _torch_generator(f"{key}/sigma")) for key in keys])
+    noise = np.empty((len(keys), plan.num_tokens, plan.channels), dtype=np.float32)
+    for row, key in zip(noise, keys, strict=True):
+        _numpy_generator(f"{key}/noise").standard_normal(out=row, dtype=np.float32)
+    return sigma, torch.from_numpy(noise), uses
+
+
+def _key(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
+
+
+def _numpy_generator(name: str) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=_key(name)))
+
+
+def _torch_generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(_key(name) & 0xFFFF_FFFF)
+
+
+def _uniform(name: str) -> float:
+    """A uniform number in [0, 1): never below probability 0, always below probability 1."""
+    return float(_numpy_generator(name).random())

@@ -1,0 +1,95 @@
+"""The maths of flow matching: a straight line from data to noise, and steps back along it.
+
+A point on the line is x = (1 - sigma) x0 + sigma eps; the network predicts its velocity eps - x0. Training uses the
+first two functions, sampling the others. All arithmetic is float32; steps return the sample's dtype.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Noisy tokens (1 - sigma) clean + sigma noise, for tokens [B, S, C] and one sigma per sample [B], in float32."""
+    sigma = sigma.float()[:, None, None]
+    return (1 - sigma) * clean.float() + sigma * noise.float()
+
+
+def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
+    """What the network learns to predict: noise - clean, in float32."""
+    return noise.float() - clean.float()
+
+
+def denoised_from_velocity(sample: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
+    """Clean tokens: sample - velocity * timesteps. With timesteps [B, S, 1], given tokens (0) stay as they are."""
+    return (sample.float() - velocity.float() * timesteps.float()).to(sample.dtype)
+
+
+def velocity_from_denoised(sample: Tensor, denoised: Tensor, sigma: float) -> Tensor:
+    """Velocity (sample - denoised) / sigma, in the sample's dtype.
+
+    Raises:
+        ValueError: if `sigma` is 0, where the velocity is not defined.
+    """
+    if sigma == 0:
+        raise ValueError("a velocity was asked for at noise level 0; only a positive noise level defines one.")
+    return ((sample.float() - denoised.float()) / sigma).to(sample.dtype)
+
+
+def euler_step(sample: Tensor, denoised: Tensor, sigma: float, next_sigma: float) -> Tensor:
+    """One Euler step from noise level `sigma` to `next_sigma`, given the denoised prediction at `sigma`."""
+    velocity = velocity_from_denoised(sample.float(), denoised, sigma)
+    return (sample.float() + velocity * (next_sigma - sigma)).to(sample.dtype)
+
+
+def euler_ancestral_step(
+    sample: Tensor,
+    denoised: Tensor,
+    sigma: float,
+    next_sigma: float,
+    noise: Tensor,
+    eta: float = 1.0,
+    noise_scale: float = 1.0,
+) -> Tensor:
+    """One Euler step that goes lower than `next_sigma` and comes back up with fresh noise.
+
+    The step goes down to d = s' (1 + (s' / s - 1) eta), from s = `sigma` towards s' = `next_sigma`; then the signal is
+    rescaled by (1 - s') / (1 - d) and noise with the missing variance s'^2 - d^2 ((1 - s') / (1 - d))^2 is added.
+
+    Args:
+        sample: tokens at noise level `sigma`.
+        denoised: prediction of the clean tokens.
+        sigma: present noise level, above 0.
+        next_sigma: noise level to reach; 0 returns the prediction.
+        noise: fresh standard normal noise of the sample's shape.
+        eta: 0 is a plain Euler step, 1 replaces as much noise as the step allows.
+        noise_scale: factor on the fresh noise.
+    """
+    if next_sigma == 0:
+        return denoised.to(sample.dtype)
+    down = next_sigma * (1 + (next_sigma / sigma - 1) * eta)
+    lower = down / sigma * sample.float() + (1 - down / sigma) * denoised.float()
+    rescale = (1 - next_sigma) / (1 - down)
+    renoise = math.sqrt(max(next_sigma**2 - (down * rescale) ** 2, 0.0))
+    return (rescale * lower + noise_scale * renoise * noise.float()).to(sample.dtype)
+
+
+def noise_given(latent: Tensor, clean: Tensor, noise: Tensor, denoise_mask: Tensor, noise_scale: float) -> Tensor:
+    """Start of a sampling run: noise where the mask is 1, the given content where it is 0.
+
+    Args:
+        latent: starting tokens [B, S, C], zeros or an earlier result to refine.
+        clean: given content [B, S, C].
+        noise: standard normal noise [B, S, C].
+        denoise_mask: 1 generates a token, 0 gives it, [B, S, 1].
+        noise_scale: share of noise in generated tokens: the first noise level of the schedule.
+    """
+    noisy = torch.lerp(latent.float(), noise.float(), noise_scale)
+    return torch.lerp(clean.float(), noisy, denoise_mask.float()).to(latent.dtype)
+
+
+def keep_given(denoised: Tensor, clean: Tensor, denoise_mask: Tensor) -> Tensor:
+    """Puts the given content back into a prediction: denoised * mask + clean * (1 - mask)."""
+    mask = denoise_mask.float()
+    return (denoised.float() * mask + clean.float() * (1 - mask)).to(denoised.dtype)
