@@ -33,7 +33,7 @@ from ltx_titan.checkpoint import (
     unused_by,
 )
 from ltx_titan.conditioning.text import to_contexts
-from ltx_titan.config import JobConfig, build_job, dump_job, job_changes, load_job
+from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_step
 from ltx_titan.metrics import (
@@ -131,7 +131,7 @@ class Trainer:
         if path is None:
             return 0, 0
         saved = load_state(path, TrainingState(self.model, [self.optimizer]))
-        for change in job_changes(build_job(saved["job"], str(path)), self.job):
+        for change in job_changes(saved["job"], self.job):
             logger.warning("resumed with another job: %s", change)
         batches = self.plan.batches
         position = DataPosition.from_dict(saved["data"])
@@ -301,7 +301,7 @@ class Trainer:
         position = DataPosition(
             self.next_batch * batches.global_batch_size, batches.global_batch_size, batches.fingerprint
         )
-        trainer = {"data": position.to_dict(), "job": self.job.model_dump(mode="json", exclude_none=True)}
+        trainer = {"data": position.to_dict(), "job": plain_job(self.job)}
         state = TrainingState(self.model, [self.optimizer], trainer=trainer)
         started = time.perf_counter()
         keep_last = max(self.job.checkpoint.keep_last, 0)
