@@ -53,7 +53,7 @@ def _warps(width: int) -> int:
 
 
 @triton.jit
-def _forward_kernel(
+def _residual_norm_forward_kernel(
     x_ptr,
     y_ptr,
     gate_ptr,
@@ -163,7 +163,7 @@ def launch_forward(
     outs = [torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device) for _ in range(1 + norms)]
     rstd = torch.empty((batch, tokens), dtype=torch.float32, device=x.device) if norms else None
     walk = divide_tokens(x, launch.programs)
-    _forward_kernel[(walk.programs, batch)](
+    _residual_norm_forward_kernel[(walk.programs, batch)](
         x,
         y,
         gate,
@@ -207,7 +207,7 @@ def _row_stride(gate: Tensor) -> int:
 
 
 @triton.jit
-def _backward_kernel(
+def _residual_norm_backward_kernel(
     dr_ptr,
     dh0_ptr,
     dh1_ptr,
@@ -353,7 +353,7 @@ def launch_backward(
     written = torch.empty((batch, walk.programs), dtype=torch.int32, device=y.device)
     padded = _filled(grads, 3, grads[0])
     scale_args = [tensor for pair in zip(scales, tables[1:], strict=True) for tensor in (pair[0], pair[1].contiguous())]
-    _backward_kernel[(walk.programs, batch)](
+    _residual_norm_backward_kernel[(walk.programs, batch)](
         *padded,
         saved[0] if norms else y,
         y,
@@ -477,10 +477,9 @@ def gated_residual_norm(
     if all(embedding.shape[1] == 1 for embedding in embeddings):
         index = None
     count = 1 if index is None else max(embedding.shape[1] for embedding in embeddings)
-    constant = x.new_zeros(1, 1, x.shape[-1])
-    flat = [Row(constant + 1) if gate is None else gate]
+    flat = [Row(x.new_ones(1, 1, x.shape[-1])) if gate is None else gate]
     for pair in modulations:
-        flat.extend((Row(constant), Row(constant)) if pair is None else pair)
+        flat.extend((Row(x.new_zeros(1, 1, x.shape[-1])),) * 2 if pair is None else pair)
     split = [split_row(row, x, index) for row in flat]
     rows = [split[0][0], *(row.expand(-1, count, -1) for row, _ in split[1:])]
     outputs = _forward_op(x, y, rows, [table for _, table in split], index, eps)

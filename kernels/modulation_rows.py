@@ -114,7 +114,7 @@ def store_partial(slot_ptr, value, cols, inside, is_written):
 
 
 @triton.jit
-def _sum_kernel(
+def _sum_partials_kernel(
     partial_ptr,
     written_ptr,
     out_ptr,
@@ -155,5 +155,5 @@ def sum_partials(partial: Tensor, written: Tensor) -> Tensor:
     out = partial.new_empty(batch, k, n, width)
     block_width = 128
     grid = (triton.cdiv(n * width, block_width), batch * k)
-    _sum_kernel[grid](partial, written, out, programs, k, n * width, 32, block_width, num_warps=4)
+    _sum_partials_kernel[grid](partial, written, out, programs, k, n * width, 32, block_width, num_warps=4)
     return out

@@ -80,7 +80,7 @@ def _norm_rotate_token(
 
 
 @triton.jit
-def _forward_kernel(
+def _qk_norm_rope_forward_kernel(
     q_ptr, q_weight_ptr, q_sum_ptr, q_table_ptr, q_rows_ptr, q_out_ptr, q_rstd_ptr,
     k_ptr, k_weight_ptr, k_sum_ptr, k_table_ptr, k_rows_ptr, k_out_ptr, k_rstd_ptr,
     q_tokens, k_tokens, q_programs, tokens_per_program,
@@ -181,7 +181,7 @@ def launch_forward(
         rstds,
         strict=True,
     )
-    _forward_kernel[grid](
+    _qk_norm_rope_forward_kernel[grid](
         *(tensor for tensors in inputs for tensor in tensors),
         q.shape[1],
         k.shape[1],
@@ -269,7 +269,7 @@ def _backward_token(
 
 
 @triton.jit
-def _backward_kernel(
+def _qk_norm_rope_backward_kernel(
     q_grad_ptr, q_ptr, q_rstd_ptr, q_weight_ptr, q_table_ptr, q_rows_ptr, dq_ptr, q_dsum_ptr, q_partial_ptr,
     k_grad_ptr, k_ptr, k_rstd_ptr, k_weight_ptr, k_table_ptr, k_rows_ptr, dk_ptr, k_dsum_ptr, k_partial_ptr,
     q_tokens, k_tokens, q_programs, tokens_per_program,
@@ -385,7 +385,7 @@ def launch_backward(
         partials,
         strict=True,
     )
-    _backward_kernel[grid](
+    _qk_norm_rope_backward_kernel[grid](
         *(tensor for tensors in inputs for tensor in tensors),
         q.shape[1],
         k.shape[1],

@@ -47,7 +47,7 @@ def _warps(width: int) -> int:
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_modulate_forward_kernel(
     x_ptr,
     scale_ptr,
     shift_ptr,
@@ -113,7 +113,7 @@ def launch_forward(
     out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
     rstd = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
     walk = divide_tokens(x, launch.programs)
-    _forward_kernel[(walk.programs, batch)](
+    _norm_modulate_forward_kernel[(walk.programs, batch)](
         x,
         scale,
         shift,
@@ -140,7 +140,7 @@ def launch_forward(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_modulate_backward_kernel(
     grad_ptr,
     x_ptr,
     rstd_ptr,
@@ -225,7 +225,7 @@ def launch_backward(
     dx = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
     partial = torch.empty((batch, walk.programs, k, 2, width), dtype=torch.float32, device=x.device)
     written = torch.empty((batch, walk.programs), dtype=torch.int32, device=x.device)
-    _backward_kernel[(walk.programs, batch)](
+    _norm_modulate_backward_kernel[(walk.programs, batch)](
         grad,
         x,
         rstd,

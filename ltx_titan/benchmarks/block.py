@@ -1,6 +1,6 @@
-"""Times one transformer block in training: (4 layers - 1 layer) / 3 of forward and backward, bfloat16, no recomputation.
+"""Times a transformer block in training: (4 layers - 1 layer) / 3 of forward and backward, bfloat16, no recomputation.
 
-    ltx-titan bench block [--providers triton torch diffusers] [--tokens 4032 16128] [--timesteps 1 2] [--out rows.jsonl]
+    ltx-titan bench block [--providers triton torch diffusers] [--tokens 4032 16128] [--timesteps 1 2] [--out FILE]
 
 Reports ms, TFLOP/s and MFU a layer (formula: ltx_titan/metrics/flops.py), peak memory and its growth per layer
 (activations and gradients; weights of all layers are there throughout), the kernels' time by kind, and the share of the
@@ -40,7 +40,7 @@ _PEAK_TFLOPS = 989.0
 _KINDS = {
     "attention": ("fmha", "flash", "sdpa", "attention"),
     "gemm": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
-    "fused": ("_forward_kernel", "_backward_kernel", "_sum_kernel"),
+    "fused": ("_forward_kernel", "_backward_kernel", "_sum_partials_kernel"),
 }
 
 
@@ -174,12 +174,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_row(row: dict) -> None:
     kernels = row.get("kernel_ms", {})
     split = " ".join(f"{kind} {ms:.2f}" for kind, ms in kernels.items())
-    print(
-        f"{row['provider']:10} {row['tokens']:>6} {row['timesteps']:>5} | {row['layer_ms']:>9.2f} {row['tflops']:>8.0f} "
-        f"{row['mfu']:>6.1%} | {row['growth_gib']:>6.2f} {row['peak_gib']:>9.1f} | {split} | "
+    cells = (
+        f"{row['provider']:10} {row['tokens']:>6} {row['timesteps']:>5}",
+        f"{row['layer_ms']:>9.2f} {row['tflops']:>8.0f} {row['mfu']:>6.1%}",
+        f"{row['growth_gib']:>6.2f} {row['peak_gib']:>9.1f}",
+        split,
         f"{row.get('host_gap', 0):.1%} {row['spread']:.1%}",
-        flush=True,
     )
+    print(" | ".join(cells), flush=True)
 
 
 def main() -> int:

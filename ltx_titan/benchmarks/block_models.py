@@ -60,7 +60,7 @@ def our_model(
 
 
 def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.device) -> BlockModel:
-    """diffusers' LTX2VideoTransformer3DModel, its blocks compiled the same way.
+    """Diffusers' LTX2VideoTransformer3DModel, its blocks compiled the same way.
 
     Raises:
         ImportError: diffusers is not installed.
@@ -136,9 +136,7 @@ def _grid(tokens: int) -> tuple[int, int, int]:
     return _GRIDS.get(tokens, (tokens, 1, 1))
 
 
-def _modalities(
-    transformer: dict, tokens: int, timesteps: int, device: torch.device
-) -> tuple[Modality, Modality]:
+def _modalities(transformer: dict, tokens: int, timesteps: int, device: torch.device) -> tuple[Modality, Modality]:
     """One sample of both streams; with two timesteps the first latent frame is given."""
     generator = torch.Generator(device).manual_seed(0)
 

@@ -92,6 +92,8 @@ class Attention(nn.Module):
         Returns:
             [B, S, query_dim].
         """
+        # Their weights are read, not their forward: a norm put in their place would silently not be computed.
+        assert isinstance(self.q_norm, nn.RMSNorm), "set `share` instead of replacing the norms"
         context = x if context is None else context
         q, k = self.operators.qk_norm_rope(
             self.to_q(x),

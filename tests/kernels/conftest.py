@@ -17,5 +17,6 @@ collect_ignore = (
         "test_gated_residual_norm.py",
         "test_qk_norm_rope.py",
         "test_golden.py",
+        "test_benchmark.py",
     ]
 )

@@ -92,7 +92,7 @@ def test_traced_as_one_node_with_the_same_results():
     compare(traced, _of(reference, index, 2), leaves, generator)
 
 
-@pytest.mark.parametrize("norms", [0, 1, 2])
+@pytest.mark.parametrize("norms", [0, 2])
 def test_registration(norms):
     leaves, index, _ = _case(2, 4, 2, 16, FLOAT32)
     x, y = leaves["x"], leaves["y"]
