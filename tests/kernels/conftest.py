@@ -20,3 +20,5 @@ collect_ignore = (
         "test_benchmark.py",
     ]
 )
+if not torch.cuda.is_available():
+    collect_ignore.append("test_long_sequences.py")

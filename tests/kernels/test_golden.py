@@ -3,13 +3,16 @@ import torch
 
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.kernel_ops import triton_operators
+from ltx_titan.parallel.compile import apply_compile
 from tests.golden_cases import assert_close_to_max, case_names, load_case
 from tests.kernels.comparison import DEVICE
 from tests.model.golden_transformer import build_inputs, build_transformer, weighted_sum
 
 # The interpreter takes seconds a case: 2.3 with everything, and LTX-2 with bare norms and ungated text attention. A GPU
-# runs all of them.
-CASES = case_names("transformer_forward") if DEVICE.type == "cuda" else ["av_22b", "av_19b"]
+# runs all of them, and the first compiled.
+CASES = [(name, False) for name in ("av_22b", "av_19b")]
+if DEVICE.type == "cuda":
+    CASES = [("av_22b", True), *((name, False) for name in case_names("transformer_forward"))]
 
 
 def _to_device(modality):
@@ -17,8 +20,8 @@ def _to_device(modality):
     return type(modality)(**fields)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_equal_the_reference(name):
+@pytest.mark.parametrize(("name", "is_compiled"), CASES)
+def test_outputs_and_gradients_equal_the_reference(name, is_compiled):
     case = load_case(name)
     reference = build_transformer(case)
     model = LTXTransformer.from_config(
@@ -26,6 +29,8 @@ def test_outputs_and_gradients_equal_the_reference(name):
     )
     model.load_state_dict(reference.state_dict())
     model.to(DEVICE)
+    if is_compiled:
+        apply_compile(model.transformer_blocks)
     video, audio, perturbations = build_inputs(case, "base")
     outputs = model(video and _to_device(video), audio and _to_device(audio), perturbations)
     outputs = [None if output is None else output.cpu() for output in outputs]
