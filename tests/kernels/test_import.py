@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_plain_checkout_has_the_kernels_under_their_own_name(tmp_path):
     probe = (
+        "import ltx_titan\n"
         "from importlib.util import find_spec\n"
         "print(find_spec('ltx_titan_kernels.rms_norm_modulate').origin)\n"
         "print(find_spec('kernels') is None or find_spec('kernels').origin)"
