@@ -148,7 +148,7 @@ def _random_codec(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def _made_up_clips(generator: torch.Generator, clips: int = 8, frames: int = 17, size: int = 128) -> Tensor:
-    """Slowly changing clouds of all sizes, about the spectrum of photographs: [clips, 3, frames, size, size] in [-1, 1]."""
+    """Clouds of all sizes, with about the spectrum of photographs: [clips, 3, frames, size, size] in [-1, 1]."""
     total = torch.zeros(clips, 3, frames, size, size)
     cells = 1
     while cells <= size:

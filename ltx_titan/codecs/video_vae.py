@@ -34,7 +34,7 @@ _DECODE_TIMESTEP = 0.05
 
 @dataclass(frozen=True)
 class _Stage:
-    """Residual blocks and the change of resolution after them (None in the last stage), with their places in the list."""
+    """Residual blocks and the change of resolution after them (None in the last stage), with their list places."""
 
     layers: int
     layers_at: int | None

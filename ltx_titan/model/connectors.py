@@ -126,6 +126,11 @@ class TextConnectors(nn.Module):
         self.video_embeddings_connector = video
         self.audio_embeddings_connector = audio
 
+    @property
+    def fills_padding(self) -> bool:
+        """Whether registers take the place of padding, so that the returned mask masks nothing."""
+        return self.video_embeddings_connector.learnable_registers is not None
+
     @classmethod
     def from_config(cls, config: dict) -> "TextConnectors":
         """Builds both connectors from the `config` object of checkpoint metadata (with the key `transformer`)."""
