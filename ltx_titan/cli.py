@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ltx_titan.quiet import quieten
+
 # command: (module, what it does in one line)
 COMMANDS = {
     "make-nano": ("ltx_titan.codecs.nano", "write a miniature LTX-2.3 pack with random weights, to try things on"),
@@ -20,6 +22,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. What a user can fix is printed as one line, without a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    quieten()
     parser = argparse.ArgumentParser(
         prog="ltx-titan",
         description="Fine-tuning of the LTX-2 audio-video diffusion transformers: tools around training. "

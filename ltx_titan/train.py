@@ -7,6 +7,7 @@ meta device, shards it, loads this rank's slices and resumes. `Trainer.train` lo
     clip -> optimizer -> log -> save
 """
 
+import gc
 import logging
 import os
 import signal
@@ -53,7 +54,7 @@ from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.parallel.parallelize import compute_dtype, parallelize
 from ltx_titan.plan import Plan, build_connectors, build_transformer, plan_job
-from ltx_titan.titan import GarbageCollection
+from ltx_titan.quiet import quieten
 
 logger = logging.getLogger("ltx_titan")
 
@@ -164,7 +165,8 @@ class Trainer:
             is_writer=self.is_main,
             tensorboard=job.metrics.tensorboard,
         )
-        collector = GarbageCollection(gc_freq=job.training.gc_interval)
+        # Collections at steps of one's choosing: left to itself every rank pauses all others at another moment.
+        gc.disable()
         loader = StepLoader(
             plan.dataset,
             plan.batches,
@@ -194,7 +196,8 @@ class Trainer:
                     before_step(batches.step)
                     grad_norm = self._train_step(batches, sums)
                     self.step, self.next_batch = batches.step, batches.batch_number + 1
-                    collector.run(self.step)
+                    if self.step % job.training.gc_interval == 0:
+                        gc.collect()
                     is_last = self.step == plan.last_step
                     is_due = job.checkpoint.interval > 0 and self.step % job.checkpoint.interval == 0
                     if is_last or is_due or self.step % job.metrics.interval == 0:
@@ -349,6 +352,7 @@ def report(plan: Plan, export: Path | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a job from the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    quieten()
     _set_up_logging()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)

@@ -167,7 +167,10 @@ def _problem(detail: Mapping[str, Any], data: Mapping[str, Any]) -> Problem:
         return Problem(key, found, f"one of {', '.join(names)}", nearest(str(found), names))
     if kind == "union_tag_not_found":
         return Problem(f"{key}.type", MISSING, "the type of the condition", "add it")
-    expected = _EXPECTED_TYPES.get(kind) or message.removeprefix("Value error, ").removeprefix("Input should be ")
+    if kind == "value_error":
+        expected = f"something else ({message.removeprefix('Value error, ').rstrip('.')})"
+    else:
+        expected = _EXPECTED_TYPES.get(kind) or message.removeprefix("Input should be ")
     return Problem(key, found, expected, _remedy(kind, found, key, models, leaf))
 
 
