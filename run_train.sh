@@ -24,6 +24,7 @@ if [[ $# -gt 0 && $1 != --* ]]; then JOB=$1; shift; fi
 if [[ -z $JOB ]]; then
     cd "$ROOT"
     JOB=train_configs/debug.toml
+    NGPU=${NGPU:-1}
     DATA=outputs/debug-data
     "$PYTHON" -m ltx_titan.cli make-nano "$DATA/nano"
     "$PYTHON" -m ltx_titan.cli make-debug-dataset "$DATA/clips"

@@ -6,7 +6,6 @@ instead of raising, so that a user sees all of them at once. `check_world` holds
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ltx_titan.conditioning import AudioBlock, VideoBlock
@@ -31,6 +30,7 @@ from ltx_titan.config.sections import (
     TrainingSection,
     ValidationSection,
 )
+from ltx_titan.parallel.mesh import Degrees
 
 RELEASED_SHAPES = ("ltx-2-19b", "ltx-2.3-22b", "ltx-2.5-22b")
 
@@ -300,23 +300,6 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Degrees:
-    """The mesh and batch of a job on a known number of ranks; every number is at least 1."""
-
-    dp_replicate: int
-    dp_shard: int
-    cp: int
-    tp: int
-    samples_per_rank: int
-    """Samples of one optimizer step on one data-parallel rank."""
-
-    @property
-    def dp(self) -> int:
-        """Data-parallel ranks, each with its own samples."""
-        return self.dp_replicate * self.dp_shard
-
-
 def check_world(job: JobConfig, world_size: int) -> Degrees:
     """Resolves `parallelism.dp_shard = -1` and checks that mesh and batch fit `world_size` ranks.
 
@@ -351,7 +334,7 @@ def check_world(job: JobConfig, world_size: int) -> Degrees:
                 )
             ]
         )
-    dp = asked.dp_replicate * dp_shard
-    if problems := list(_batch_fit(job, dp)):
+    degrees = Degrees(asked.dp_replicate, dp_shard, asked.cp, asked.tp)
+    if problems := list(_batch_fit(job, degrees.dp)):
         raise ConfigError(problems)
-    return Degrees(asked.dp_replicate, dp_shard, asked.cp, asked.tp, job.training.global_batch_size // dp)
+    return degrees

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 
 from ltx_titan.codecs import TextEncoder
+from ltx_titan.data import write_sample
+from ltx_titan.data.layout import Value
 from ltx_titan.model import FeatureExtractor
 from ltx_titan.preprocess.report import Report
 from ltx_titan.preprocess.rows import Sample
-from ltx_titan.preprocess.store import is_whole, write_sample
+from ltx_titan.preprocess.store import is_whole
 
 
 def caption_is_done(sample: Sample, output: Path) -> bool:
@@ -53,7 +55,7 @@ def with_trigger(caption: str, trigger: str | None) -> str:
 
 
 @torch.no_grad()
-def _fields(caption: str, text_encoder: TextEncoder, extractor: FeatureExtractor) -> dict[str, object]:
+def _fields(caption: str, text_encoder: TextEncoder, extractor: FeatureExtractor) -> dict[str, Value]:
     hidden_states, mask = text_encoder.encode([caption])
     video, audio = extractor(hidden_states, mask)
     return {

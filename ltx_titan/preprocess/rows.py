@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ltx_titan.data import relative_sample_path
+
 _SUFFIXES = (".csv", ".json", ".jsonl")
 _VIDEO_COLUMNS = ("video", "media_path")
 
@@ -93,7 +95,7 @@ def read_dataset(path: str | Path, video_column: str | None = None, caption_colu
             rejected.append((f"row {number}", f"column {video_column or audio_column!r} is empty"))
             continue
         caption = row.get(caption_column)
-        key = _key(path, main)
+        key = relative_sample_path(main, path.parent)
         sample = Sample(number, key, video, audio, None if caption is None else str(caption))
         if key in seen:
             rejected.append((str(main), f"row {number} has the same output {key} as row {seen[key].row}; rename one"))
@@ -136,10 +138,3 @@ def _choose(path: Path, columns: Sequence[str], wanted: str | None, known: Seque
 
 def _path(metadata: Path, value: Any) -> Path | None:
     return metadata.parent / str(value) if value else None
-
-
-def _key(metadata: Path, media: Path) -> Path:
-    """Output path: relative to the metadata's folder; media outside it keep their absolute path without the root."""
-    root, absolute = metadata.parent.resolve(), media.resolve()
-    relative = absolute.relative_to(root) if absolute.is_relative_to(root) else absolute.relative_to(absolute.anchor)
-    return relative.with_suffix(".pt")

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from ltx_titan.codecs import AudioCodec
+from ltx_titan.data import write_sample
 from ltx_titan.media import MediaError, Sound, read_sound
 from ltx_titan.preprocess.report import Report
 from ltx_titan.preprocess.rows import Sample
-from ltx_titan.preprocess.store import is_whole, write_sample
+from ltx_titan.preprocess.store import is_whole
 from ltx_titan.preprocess.videos import audio_fields
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from ltx_titan.codecs import AudioCodec, VideoCodec
+from ltx_titan.data import write_sample
+from ltx_titan.data.layout import Value
 from ltx_titan.media import (
     MediaError,
     Sound,
@@ -27,7 +29,7 @@ from ltx_titan.media import (
 from ltx_titan.preprocess.buckets import Bucket, choose_bucket
 from ltx_titan.preprocess.report import Report
 from ltx_titan.preprocess.rows import Sample
-from ltx_titan.preprocess.store import is_whole, no_audio_marker, write_sample
+from ltx_titan.preprocess.store import is_whole
 
 # A still image lasts one second on the time axis of the positions, as in published data sets.
 _IMAGE_FPS = 1.0
@@ -40,11 +42,9 @@ class _Clip:
 
 
 def video_is_done(sample: Sample, output: Path, with_sound: bool) -> bool:
-    """Whether the latents of a sample are there and, if wanted, those of its sound or the note that it has none."""
-    assert sample.video is not None
-    audio_path = output / "audio_latents" / sample.key
-    has_sound = is_whole(audio_path) or no_audio_marker(audio_path).is_file()
-    return is_whole(output / "latents" / sample.key) and (has_sound or not with_sound or is_image(sample.video))
+    """Whether the latents of a sample are there and, if wanted, those of its sound."""
+    folders = ("latents", "audio_latents") if with_sound else ("latents",)
+    return all(is_whole(output / folder / sample.key) for folder in folders)
 
 
 def process_videos(
@@ -93,28 +93,24 @@ def _process(
     assert sample.video is not None
     clip = _read(sample.video, buckets)
     # Sound first: latents without their sound would look finished to a run with --skip-audio.
-    if audio_codec is not None and not is_image(sample.video):
-        audio_path = output / "audio_latents" / sample.key
-        marker = no_audio_marker(audio_path)
-        sound = read_sound(sample.video)
+    if audio_codec is not None:
+        duration_s = clip.pixels.shape[1] / clip.fps
+        sound = None if is_image(sample.video) else read_sound(sample.video)
         if sound is None:
-            report.notes["videos without sound"] += 1
-            audio_path.unlink(missing_ok=True)
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
+            report.notes["videos and images without sound"] += 1
+            audio = absent_audio_fields(duration_s, audio_codec)
         else:
-            duration_s = clip.pixels.shape[1] / clip.fps
             if sound.duration_s < duration_s - 1 / clip.fps:
                 report.notes["sounds shorter than their video, filled up with silence"] += 1
-            marker.unlink(missing_ok=True)
-            write_sample(audio_path, audio_fields(sound, duration_s, audio_codec))
+            audio = audio_fields(sound, duration_s, audio_codec)
+        write_sample(output / "audio_latents" / sample.key, audio)
     latents = video_codec.encode(clip.pixels[None])[0].to(torch.bfloat16).cpu()
     frames, height, width = latents.shape[1:]
     fields = {"latents": latents, "num_frames": frames, "height": height, "width": width, "fps": clip.fps}
     write_sample(output / "latents" / sample.key, fields)
 
 
-def audio_fields(sound: Sound, duration_s: float, codec: AudioCodec) -> dict[str, object]:
+def audio_fields(sound: Sound, duration_s: float, codec: AudioCodec) -> dict[str, Value]:
     """Fields of an audio sample.
 
     Args:
@@ -137,6 +133,22 @@ def audio_fields(sound: Sound, duration_s: float, codec: AudioCodec) -> dict[str
         "num_time_steps": steps,
         "frequency_bins": latents.shape[2],
         "duration": duration_s,
+    }
+
+
+def absent_audio_fields(duration_s: float, codec: AudioCodec) -> dict[str, Value]:
+    """Fields that say that a sample has no sound, as opposed to silence.
+
+    The zeros are a stand-in of the right size, marked `present = False`: in training on video and sound together they
+    have no loss and nothing attends to them, and the sample's video is not lost to it.
+    """
+    steps, channels, bins = codec.steps_for(duration_s), codec.mean.shape[0], codec.mean.shape[2]
+    return {
+        "latents": torch.zeros(channels, steps, bins),
+        "num_time_steps": steps,
+        "frequency_bins": bins,
+        "duration": duration_s,
+        "present": False,
     }
 
 

@@ -14,8 +14,8 @@ from ltx_titan.checkpoint import (
     module_tensors,
     read_metadata,
 )
-from tests.checkpoint.processes import run_ranks
 from tests.checkpoint.toy import LAYOUTS, full, toy
+from tests.processes import run_ranks
 
 PREFIX = "model.diffusion_model."
 CONFIG = {"transformer": {"num_layers": 2}, "vae": {"patch_size": 4}}

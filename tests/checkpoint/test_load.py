@@ -3,8 +3,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_titan.checkpoint import CONNECTORS, check_fits, load_parameters, module_tensors, unused_by
-from tests.checkpoint.processes import run_ranks
 from tests.checkpoint.toy import LAYOUTS, Toy, full, toy
+from tests.processes import run_ranks
 
 PREFIX = "model.diffusion_model."
 

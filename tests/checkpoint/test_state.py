@@ -18,8 +18,8 @@ from ltx_titan.checkpoint import (
 from ltx_titan.checkpoint import state as state_module
 from ltx_titan.checkpoint.folders import saved_steps
 from ltx_titan.checkpoint.state import state_tensors
-from tests.checkpoint.processes import run_ranks
 from tests.checkpoint.toy import LAYOUTS, full, toy
+from tests.processes import run_ranks
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from ltx_titan.checkpoint import (
     module_tensors,
     save_state,
 )
-from tests.checkpoint.processes import run_ranks
 from tests.checkpoint.toy import fsdp, full, toy
+from tests.processes import run_ranks
 
 
 def float8_toy(seed):

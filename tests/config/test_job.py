@@ -84,7 +84,7 @@ def test_world_takes_the_rest_as_shards():
     )
     degrees = check_world(job, 8)
     assert (degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp) == (2, 4, 1, 1)
-    assert (degrees.dp, degrees.samples_per_rank) == (8, 2)
+    assert degrees.dp == 8
 
 
 @pytest.mark.parametrize(

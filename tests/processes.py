@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # One server imports torch once and forks the ranks: a second instead of several for every test.
-multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "ltx_titan.checkpoint", "tests.checkpoint.toy"])
+multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "ltx_titan.train", "tests.checkpoint.toy"])
 
 
 def run_ranks(work: Callable[..., None], world_size: int, *args: object) -> None:
