@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ltx_titan.conditioning import Grid, video_grid
-from ltx_titan.diffusion import DISTILLED_SIGMAS
+from ltx_titan.diffusion import distilled_schedule
 from ltx_titan.validation.section import (
     AudioToVideo,
     GivenFirstFrame,
@@ -76,7 +76,7 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
                 f"validation.stg_blocks has {beyond}, but the model's blocks are 0 to {num_blocks - 1}; name some of "
                 "these, or set video_stg_scale and audio_stg_scale to 0."
             )
-    own_steps = len(DISTILLED_SIGMAS) - 1
+    own_steps = len(distilled_schedule()) - 1
     if (
         section.schedule == "distilled"
         and "inference_steps" in section.model_fields_set

@@ -36,7 +36,7 @@ def read_video_mask(
         mask = torch.cat(decoded)
     time, down, right = scale_factors
     cells = F.avg_pool2d(mask[:, None], (down, right))[:, 0]
-    groups = [cells[:1], *cells[1:].split(time)]
+    groups = [cells[:1], *(cells[1:].split(time) if frames > 1 else ())]
     return torch.stack([group.amax(0) for group in groups]) > 0.5
 
 

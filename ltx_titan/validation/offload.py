@@ -2,10 +2,41 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a sharded tensor lies on its mesh. The tensor itself is not kept: it would hold on to the memory."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def rebuild(self, local: Tensor) -> DTensor:
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
+
+
+@dataclass(frozen=True)
+class _Parked:
+    """One entry of an optimizer's state that is on the host for now."""
+
+    state: dict[str, object]
+    name: str
+    device: torch.device
+    layout: _Layout | None
+
+    def bring_back(self) -> None:
+        local = self.state[self.name].to(self.device)
+        self.state[self.name] = local if self.layout is None else self.layout.rebuild(local)
 
 
 @contextmanager
@@ -14,32 +45,25 @@ def offloaded(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
     Takes as much host memory as the state has on the device, and as much time as copying it twice.
     """
-    kept: list[tuple[dict, str, Tensor, torch.device, DTensor | None]] = []
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            local = value.to_local() if isinstance(value, DTensor) else value
-            if not isinstance(local, Tensor) or local.device.type == "cpu":
-                continue
-            sharded = value if isinstance(value, DTensor) else None
-            kept.append((state, name, local.cpu(), local.device, sharded))
-    # Only layouts of sharded tensors are kept below, never the tensors: they would hold on to the memory.
-    restore = []
-    for state, name, host, device, sharded in kept:
-        layout = None
-        if sharded is not None:
-            layout = (sharded.device_mesh, sharded.placements, sharded.shape, sharded.stride())
-        state[name] = host
-        restore.append((state, name, host, device, layout))
-    del kept
-    state = sharded = value = local = None
+    parked = [
+        entry for state in optimizer.state.values() for name in list(state) if (entry := _park(state, name)) is not None
+    ]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     try:
         yield
     finally:
-        for state, name, host, device, layout in restore:
-            back = host.to(device)
-            if layout is not None:
-                mesh, placements, shape, stride = layout
-                back = DTensor.from_local(back, mesh, placements, run_check=False, shape=shape, stride=stride)
-            state[name] = back
+        for entry in parked:
+            entry.bring_back()
+
+
+def _park(state: dict[str, object], name: str) -> _Parked | None:
+    value = state[name]
+    if not isinstance(value, Tensor) or value.device.type == "cpu":
+        return None
+    layout, local = None, value
+    if isinstance(value, DTensor):
+        layout = _Layout(value.device_mesh, value.placements, value.shape, value.stride())
+        local = value.to_local()
+    state[name] = local.cpu()
+    return _Parked(state, name, local.device, layout)

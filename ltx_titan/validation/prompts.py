@@ -78,7 +78,7 @@ def _load_or_encode(
     if missing:
         if text_encoder_path is None:
             raise ValueError(
-                f"validation.text_encoder_path is unset, but the prompt {missing[0]!r} has not been encoded yet; set it "
+                f"validation.text_encoder_path is unset, but prompt {missing[0]!r} has not been encoded yet; set it "
                 "to the folder of the text encoder that goes with the checkpoint."
             )
         logger.info("encoding %d prompts", len(missing))
