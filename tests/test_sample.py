@@ -19,7 +19,7 @@ NEUTRAL = {
     "video_modality_guidance_scale": 1.0,
     "audio_modality_guidance_scale": 1.0,
 }
-LAYER = "diffusion_model.transformer_blocks.0.attn1.to_q"
+LAYER = "diffusion_model.proj_out"
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,15 @@ def test_an_adapter_changes_the_clip_and_an_empty_one_does_not(nano, cache, tmp_
         (tmp_path / name).mkdir()
         (file,) = run(nano, cache, tmp_path / name, "--prompt", "a rabbit", *options)
         found[name] = pixels(file)
-    assert torch.equal(found["base"], found["empty"])
-    assert torch.equal(found["base"], found["off"])
-    assert not torch.equal(found["base"], found["full"])
+    # H.264 differs a little from call to call; one of 255 levels is 0.008.
+    assert (found["base"] - found["empty"]).abs().mean() < 0.04
+    assert (found["base"] - found["off"]).abs().mean() < 0.04
+    assert (found["base"] - found["full"]).abs().mean() > 0.1
 
 
 def test_a_fine_tuned_transformer_takes_the_place_of_the_checkpoints_own(nano, cache, tmp_path):  # noqa: F811
     tensors = {
-        name: tensor * (0.5 if "to_out.0.weight" in name else 1)
+        name: tensor * (-1 if name.endswith("diffusion_model.proj_out.weight") else 1)
         for name, tensor in load_file(nano).items()
         if name.startswith("model.diffusion_model.")
     }
@@ -99,7 +100,7 @@ def test_a_fine_tuned_transformer_takes_the_place_of_the_checkpoints_own(nano, c
     (tuned,) = run(
         nano, cache, tmp_path / "b", "--prompt", "a rabbit", "--transformer-path", tmp_path / "tuned.safetensors"
     )
-    assert not torch.equal(pixels(base), pixels(tuned))
+    assert (pixels(base) - pixels(tuned)).abs().mean() > 0.08
 
 
 def test_a_jobs_samples_are_sampled_and_options_win_over_them(nano, cache, tmp_path):  # noqa: F811
