@@ -8,7 +8,7 @@ Every rank calls both. A group's first rank decodes and writes what its group sa
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ class Validation:
         *,
         writer: SummaryWriter | None = None,
         averaged_weights: Callable[[], AbstractContextManager] | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> list[SampledFile]:
         """Samples, decodes and writes every clip; a collective call.
 
@@ -99,13 +99,14 @@ class Validation:
             step: the optimizer step, for TensorBoard.
             writer: TensorBoard, on rank 0.
             averaged_weights: makes a context in which the model has its averaged weights; needed with `use_ema`.
-            optimizer: the job's, whose state leaves the device for the time with `offload_optimizer`.
+            optimizers: whose state leaves the device for the time with `offload_optimizer`; not that which holds the
+                averaged weights.
 
         Returns:
             All samples on rank 0, elsewhere those that this rank wrote.
         """
         with ExitStack() as stack:
-            if self.section.offload_optimizer and optimizer is not None:
+            for optimizer in optimizers if self.section.offload_optimizer else ():
                 stack.enter_context(offloaded(optimizer))
             if self.section.use_ema:
                 if averaged_weights is None:
@@ -114,7 +115,7 @@ class Validation:
                 stack.enter_context(averaged_weights())
             latents = self.sample(model)
             written = self.write(latents, folder) if self.groups.is_first else []
-        found = _gather(written, self.groups)
+        found = gather_samples(written, self.groups)
         if writer is not None:
             for sample in found:
                 write_preview(writer, f"sample-{sample.index + 1:02d}", sample.prompt, sample.preview, step)
@@ -258,7 +259,7 @@ def _contexts_of(section: ValidationSection, sample: ValidationSample, known: Ma
     return Contexts(video, audio, negative_video, negative_audio)
 
 
-def _gather(written: list[SampledFile], groups: SampleGroups) -> list[SampledFile]:
+def gather_samples(written: list[SampledFile], groups: SampleGroups) -> list[SampledFile]:
     """All samples, in their order, on the first group's first rank."""
     if groups.size == 1 or not groups.is_first:
         return sorted(written, key=lambda sample: sample.index)

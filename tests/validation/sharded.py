@@ -1,8 +1,11 @@
 """Work for ranks: the golden sampling run and held-out losses with a model that no rank holds whole."""
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ltx_titan.conditioning import FlexibleStrategy, Grid
 from ltx_titan.diffusion import sample
@@ -24,6 +27,8 @@ from ltx_titan.validation import (
     sample_all,
     video_start,
 )
+from ltx_titan.validation.engine import SampledFile, gather_samples
+from ltx_titan.validation.preview import Preview
 from tests.diffusion.sampling_case import sampled_stream
 from tests.golden_cases import load_case
 from tests.model.golden_transformer import build_transformer
@@ -113,13 +118,33 @@ def held_out_sample(index: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
+def with_other_weights(model: nn.Module, groups: SampleGroups | None = None) -> dict:
+    """Samples with all weights 1.1 times as large, as averaged weights are put in and taken out again."""
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    kept = [part.detach().clone() for part in parts]
+    with torch.no_grad():
+        for part in parts:
+            part.mul_(1.1)
+        found = sample_tokens(model, groups)
+        for part, weight in zip(parts, kept, strict=True):
+            part.copy_(weight)
+    return found
+
+
 def work() -> dict:
     """Everything that one start of two ranks can show."""
     meshes = {"fsdp2": Degrees(dp_shard=2), "tp2": Degrees(tp=2), "cp2": Degrees(cp=2)}
     runs = {name: golden_run(degrees) for name, degrees in meshes.items()}
     model = sharded_model(meshes["fsdp2"]).train()
     groups = SampleGroups(dist.get_rank(), 2, dist.group.WORLD)
-    found = {"golden": runs, "samples": sample_tokens(model, groups), "held_out": held_out(model, groups)}
+    found = {
+        "golden": runs,
+        "other": with_other_weights(model, groups),
+        "samples": sample_tokens(model, groups),
+        "held_out": held_out(model, groups),
+    }
+    own = [SampledFile(index, "unused", Path(f"{index}"), Preview()) for index in (range(0, 3, 2), [1])[groups.rank]]
+    found["files"] = [sample.index for sample in gather_samples(own, groups)]
     # Parameters are back in shards, and the model in training mode.
     return found | {
         "is_training": model.training and model.transformer_blocks[0].training,

@@ -1,5 +1,6 @@
 """Every condition on the miniature pack: what is given survives, and the files are what was asked for."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -225,8 +226,22 @@ def test_a_run_is_in_tensorboard_under_its_step_and_prompt(pack, run, tmp_path):
 
 def test_averaged_weights_are_used_where_asked_for(pack, run, tmp_path):
     only = run.validation.section.model_copy(update={"samples": run.validation.section.samples[:1], "use_ema": True})
+    validation = prepare(pack, only, run.folder)
     with pytest.raises(ValueError, match="keeps no averaged weights"):
-        prepare(pack, only, run.folder).run(pack.model, tmp_path, 1)
+        validation.run(pack.model, tmp_path, 1)
+
+    @contextmanager
+    def averaged():
+        weight = pack.model.proj_out.weight
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(20)
+            yield
+            weight.copy_(kept)
+
+    (file,) = validation.run(pack.model, tmp_path, 1, averaged_weights=averaged)
+    own, other = (read_clip(path, FRAMES, WIDTH, HEIGHT) for path in (run.files["none"], file.path))
+    assert (own - other).abs().mean() > 0.08
 
 
 def test_media_that_is_too_short_is_named_before_training(pack, run, tmp_path):

@@ -28,15 +28,23 @@ def test_the_golden_run_holds_on_a_mesh(two_ranks, mesh):
 
 
 @pytest.mark.distributed
-def test_samples_divided_over_ranks_equal_those_of_one_process(two_ranks, model):
-    expected = sharded.sample_tokens(model)
-    assert [sorted(rank["samples"]) for rank in two_ranks] == [[0, 2], [1]]
+@pytest.mark.parametrize("weights", ["own", "other"])
+def test_samples_divided_over_ranks_equal_those_of_one_process(two_ranks, model, weights):
+    """Weights that were swapped in are used in full, and so are the model's own after they are back."""
+    expected = sharded.sample_tokens(model) if weights == "own" else sharded.with_other_weights(model)
+    key = "samples" if weights == "own" else "other"
+    assert [sorted(rank[key]) for rank in two_ranks] == [[0, 2], [1]]
     for rank in two_ranks:
-        for index, latents in rank["samples"].items():
+        for index, latents in rank[key].items():
             for found, wanted in zip(latents, expected[index], strict=True):
                 assert (found is None) == (wanted is None)
                 if wanted is not None:
                     assert_close_to_max(found, wanted, 1e-5, f"sample {index}")
+
+
+@pytest.mark.distributed
+def test_rank_zero_hears_of_all_samples_in_their_order(two_ranks):
+    assert [rank["files"] for rank in two_ranks] == [[0, 1, 2], [1]]
 
 
 @pytest.mark.distributed
