@@ -7,12 +7,12 @@ import warnings
 
 def quieten() -> None:
     """Sets the libraries' own switches, where the user has not."""
-    # torchao looks for extensions of other GPUs and of newer torch, and reports each that it does not find.
-    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # torch 2.13 warns of torchao's way of registering enums.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # torchao reports each extension for other GPUs that it does not find, and torch 2.13 its way of registering enums.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module="torchao")
     # The transformer's outputs are views of a matrix product; nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -69,7 +69,7 @@ def write_job(folder: Path, nano_path: Path, data_root: Path, **overrides: objec
         "audio": {"is_generated": True, "latents_dir": "audio_latents"},
         "training": {"steps": 5, "global_batch_size": 4, "dtype": "float32", "seed": 3},
         "optimizer": {"lr": 1e-3},
-        "scheduler": {"name": "linear", "warmup_steps": 2},
+        "scheduler": {"name": "linear"},
         "checkpoint": {"interval": 0, "export_dtype": "float32"},
         "metrics": {"tensorboard": False},
     }

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ltx_titan.checkpoint.state import TrainingState, state_tensors, trainer_text, write_state
 
@@ -30,15 +31,7 @@ class BackgroundSaver:
         self._folder = Path(folder)
         self._keep_last = keep_last
         self._group = dist.new_group(backend="gloo")
-        pinned = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=pinned,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=pinned,
-            )
-        )
+        self._host = _HostCopy()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 
@@ -48,8 +41,7 @@ class BackgroundSaver:
         What `save_state` promises about interruptions, retention and errors holds here as well.
         """
         self.wait()
-        tensors = self._stager.stage(state_tensors(state))
-        assert isinstance(tensors, dict)
+        tensors = self._host.take(state_tensors(state))
         self._pending = self._thread.submit(
             write_state, self._folder, step, tensors, trainer_text(state, step), self._keep_last, self._group
         )
@@ -65,5 +57,39 @@ class BackgroundSaver:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._stager.close()
+            self._host.release()
             dist.destroy_process_group(self._group)
+
+
+class _HostCopy:
+    """Copies of this rank's shards in host memory, page-locked where there is a GPU and reused from save to save.
+
+    torch's own stager walks through the tensors' Python objects, and on torch 2.11 cannot copy a sharded one.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors, sharded alike, in host memory."""
+        copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def release(self) -> None:
+        """Frees the buffers."""
+        self._buffers.clear()
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        if type(local) is Tensor:
+            buffer = self._buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                self._buffers[name] = buffer
+            buffer.copy_(local, non_blocking=True)
+        else:  # a quantised optimizer state holds several tensors and copies itself
+            buffer = local.detach().to("cpu", copy=True)
+        # The constructor, because from_local would move the copy back to the mesh's device.
+        return DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer

@@ -1,6 +1,6 @@
 from ltx_titan.config.errors import ConfigError, Problem
 from ltx_titan.config.job import RELEASED_SHAPES, Degrees, JobConfig, check_world
-from ltx_titan.config.load import build_job, dump_job, job_changes, load_job
+from ltx_titan.config.load import build_job, dump_job, job_changes, load_job, plain_job
 from ltx_titan.config.sections import (
     ActivationCheckpointSection,
     CheckpointSection,
@@ -9,10 +9,9 @@ from ltx_titan.config.sections import (
     Float8Section,
     JobSection,
     KernelsSection,
-    LoraSection,
+    LossSection,
     MetricsSection,
     ModelSection,
-    OptimizerSection,
     ParallelismSection,
     ProfilingSection,
     SchedulerSection,
@@ -34,10 +33,9 @@ __all__ = [
     "JobConfig",
     "JobSection",
     "KernelsSection",
-    "LoraSection",
+    "LossSection",
     "MetricsSection",
     "ModelSection",
-    "OptimizerSection",
     "ParallelismSection",
     "Problem",
     "ProfilingSection",
@@ -51,4 +49,5 @@ __all__ = [
     "dump_job",
     "job_changes",
     "load_job",
+    "plain_job",
 ]

@@ -89,9 +89,19 @@ def dump_job(job: JobConfig) -> str:
     return tomli_w.dumps(data)
 
 
-def job_changes(before: JobConfig, after: JobConfig) -> list[str]:
-    """Lines `section.key: old -> new` for everything that differs, in the order of the sections."""
-    old, new = (_flat(job.model_dump()) for job in (before, after))
+def plain_job(job: JobConfig) -> dict[str, Any]:
+    """`job` as nested tables of JSON values, to be kept with a checkpoint."""
+    return job.model_dump(mode="json")
+
+
+def job_changes(before: Mapping[str, Any], after: JobConfig) -> list[str]:
+    """Lines `section.key: old -> new` for everything that differs, in the order of the sections.
+
+    Args:
+        before: what `plain_job` gave. It is not checked again: the files it names may be gone by now.
+        after: the job as read.
+    """
+    old, new = _flat(before), _flat(plain_job(after))
     return [
         f"{key}: {as_toml(old.get(key))} -> {as_toml(new.get(key))}"
         for key in {**old, **new}

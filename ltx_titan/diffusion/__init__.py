@@ -1,4 +1,4 @@
-from ltx_titan.diffusion.draws import StepDraws, StreamPlan, draw_step
+from ltx_titan.diffusion.draws import StepDraws, StreamPlan, draw_caption_drops, draw_step
 from ltx_titan.diffusion.flow import (
     add_noise,
     denoised_from_velocity,
@@ -33,6 +33,7 @@ __all__ = [
     "count_forwards",
     "denoised_from_velocity",
     "distilled_schedule",
+    "draw_caption_drops",
     "draw_step",
     "euler_ancestral_step",
     "euler_step",

@@ -1,3 +1,6 @@
+from ltx_titan.optim.build import Optimizers, build_optimizers
+from ltx_titan.optim.ema import EMA
 from ltx_titan.optim.schedule import lr_factor
+from ltx_titan.optim.settings import OptimizerSettings
 
-__all__ = ["lr_factor"]
+__all__ = ["EMA", "OptimizerSettings", "Optimizers", "build_optimizers", "lr_factor"]

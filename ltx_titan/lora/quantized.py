@@ -1,0 +1,181 @@
+"""Frozen linear layers whose weight is kept in 8 or 4 bits.
+
+    int8     q in [-127, 127]      one scale per row                     1    byte per weight
+    float8   e4m3                  one scale per row                     1    byte per weight
+    int4     q in [-8, 7]          one scale per 128 weights of a row    0.52 bytes per weight
+
+torchao's primitives choose the scales and round. Its weight-only tensor subclasses are not used: in 0.18 FSDP2 cannot
+shard them (`aten.split` or `aten.new_zeros` is missing, int4 wants another library). Data and scales are plain frozen
+parameters here, which shard, gather and move like any other. Float8 is held as its bits in uint8 and scales in
+bfloat16, so that FSDP2, which casts floating-point parameters to the compute dtype, passes on every byte as it is.
+
+The matrix product is done in the input's dtype after dequantisation, which torch.compile turns into one pass over the
+weight. Nothing but the quantised data is kept for the backward pass.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ltx_titan.lora.settings import BaseDtype
+
+QUANTIZED: tuple[BaseDtype, ...] = ("int8", "int4", "float8")
+_SCALE_DTYPE = torch.bfloat16
+_INT4_GROUP = 128
+_INT4_SMALLEST_GROUP = 16
+
+
+class QuantizedLinear(nn.Module):
+    """`y = W x + b` with a quantised W.
+
+    Parameters, all frozen: `qdata` (int8 [out, in]; uint8 [out, in] holding float8; uint8 [out, in / 2] holding two
+    4-bit numbers, even columns in the low half), `scale` bfloat16 [out, groups], `bias` [out] if the layer has one.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        form: BaseDtype,
+        *,
+        bias: bool,
+        bias_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.form = in_features, out_features, form
+        width, groups = packed_width(in_features, form), _groups(in_features, form)
+        data_dtype = torch.int8 if form == "int8" else torch.uint8
+        self.qdata = _frozen(torch.empty(out_features, width, dtype=data_dtype, device=device))
+        self.scale = _frozen(torch.empty(out_features, groups, dtype=_SCALE_DTYPE, device=device))
+        self.bias = _frozen(torch.empty(out_features, dtype=bias_dtype, device=device)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, form: BaseDtype) -> "QuantizedLinear":
+        """Quantises a layer; one on the meta device only in form, to be filled by `load_base`.
+
+        Raises:
+            ValueError: int4 cannot hold rows of this length.
+        """
+        weight = linear.weight
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            form,
+            bias=linear.bias is not None,
+            bias_dtype=weight.dtype,
+            device=weight.device,
+        )
+        if not weight.is_meta:
+            with torch.no_grad():
+                qdata, scale = quantize_rows(weight, form)
+                layer.qdata.copy_(qdata)
+                layer.scale.copy_(scale)
+                if linear.bias is not None:
+                    layer.bias.copy_(linear.bias)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weight [out, in], made anew on every access, in the dtype of the scales."""
+        return dequantize(self.qdata, self.scale, self.form, self.scale.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the dtype of `x`."""
+        return _FrozenMatmul.apply(x, self.qdata, self.scale, self.bias, self.form)
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """Product with a quantised weight; the gradient is that of the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, form: BaseDtype) -> Tensor:
+        ctx.save_for_backward(qdata, scale)
+        ctx.form = form
+        weight = dequantize(qdata, scale, form, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        qdata, scale = ctx.saved_tensors
+        # By another intermediate dtype than in the forward pass, with the same result (a product of two bfloat16
+        # numbers is exact in float32). torch.compile would otherwise see one weight used twice, compute it once and
+        # keep it: 38 GB of bfloat16 weights between forward and backward.
+        weight = dequantize(qdata, scale, ctx.form, grad.dtype, through=grad.dtype)
+        return grad @ weight, None, None, None, None
+
+
+def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
+    """Quantises whole rows; a row's result depends on that row alone, so ranks may each do their own.
+
+    Args:
+        weight: [rows, in].
+        form: "int8", "int4" or "float8".
+
+    Returns:
+        `qdata` [rows, packed width] and `scale` [rows, groups], as `QuantizedLinear` holds them.
+    """
+    # Here, not above: importing torchao takes seconds, and most jobs do not quantise.
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        _choose_scale_float8,
+        _quantize_affine_float8,
+        choose_qparams_affine,
+        quantize_affine,
+    )
+
+    groups = _groups(weight.shape[1], form)
+    block = (1, weight.shape[1] // groups)
+    weight = weight.float()
+    if form == "float8":
+        scale = _choose_scale_float8(weight, block).clamp(min=torch.finfo(torch.float32).tiny).to(_SCALE_DTYPE)
+        # The largest value may lie a rounding of its scale beyond the format's end: saturate, do not overflow.
+        return _quantize_affine_float8(weight, scale.float()).view(torch.uint8), scale
+    low, high = (-127, 127) if form == "int8" else (-8, 7)
+    scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, torch.int8, low, high)
+    scale = scale.view(-1, groups).to(_SCALE_DTYPE)
+    values = quantize_affine(weight, block, scale.float(), zero.view(-1, groups), torch.int8, low, high)
+    if form == "int8":
+        return values, scale
+    nibbles = (values + 8).to(torch.uint8)
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4, scale
+
+
+def dequantize(
+    qdata: Tensor, scale: Tensor, form: BaseDtype, dtype: torch.dtype, *, through: torch.dtype = torch.float32
+) -> Tensor:
+    """The weight [rows, in] that `qdata` and `scale` stand for, in `dtype`; products are computed in `through`."""
+    match form:
+        case "int8":
+            values = qdata.to(through)
+        case "float8":
+            values = qdata.view(torch.float8_e4m3fn).to(through)
+        case _:
+            values = torch.stack(((qdata & 15).to(through), (qdata >> 4).to(through)), dim=-1).flatten(1) - 8
+    grouped = values.unflatten(1, (scale.shape[1], -1)) * scale.to(through)[:, :, None]
+    return grouped.flatten(1).to(dtype)
+
+
+def packed_width(columns: int, form: BaseDtype) -> int:
+    """Width of `qdata` for `columns` columns of the weight."""
+    return columns // 2 if form == "int4" else columns
+
+
+def _groups(in_features: int, form: BaseDtype) -> int:
+    """Scales per row. Groups are as wide as divides the row, so that every shard of columns has whole groups."""
+    if form != "int4":
+        return 1
+    width = math.gcd(in_features, _INT4_GROUP)
+    if width < _INT4_SMALLEST_GROUP:
+        raise ValueError(
+            f'lora.base_dtype = "int4": expected input widths that are multiples of {_INT4_SMALLEST_GROUP}, found '
+            f'{in_features}; use "int8" or "bfloat16".'
+        )
+    return in_features // width
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,83 @@
+"""Adafactor: AdamW's second moment as the product of a row and a column average, and no first moment.
+
+    R <- R + (1 - b_t) (mean_row(G^2) - R)      C likewise over columns          b_t = 1 - t^-0.8
+    U = G / sqrt(R C / mean(R))                 for vectors: the plain average of G^2
+    W <- (1 - lr wd) W - min(lr, 1 / sqrt(t)) max(1e-3, rms(W)) U / max(1, rms(U))
+
+The formulas, and on one rank the numbers, are those of torch.optim.Adafactor, which fails on sharded parameters and
+waits for the device twice per parameter. State is next to nothing; the price is noisier steps than AdamW's.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate
+from torch.optim import Optimizer
+
+from ltx_titan.optim.sharding import like, local, sum_shards
+
+_DECAY = -0.8
+_SMALLEST_RMS = 1e-3
+
+
+class Adafactor(Optimizer):
+    """Adafactor on plain or sharded parameters, with float32 averages."""
+
+    def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Updates every parameter that has a gradient."""
+        assert closure is None, "the loss is not computed here"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    if not self.state[parameter]:
+                        self._init_state(parameter)
+                    self._update(parameter, group)
+
+    def _init_state(self, parameter: Tensor) -> None:
+        state, part, dims = self.state[parameter], local(parameter), parameter.ndim
+        state["step"] = torch.tensor(0.0)
+        if dims < 2:
+            state["variance"] = like(parameter, torch.zeros_like(part, dtype=torch.float32), parameter.shape)
+            return
+        for name, dim in (("row_var", dims - 1), ("col_var", dims - 2)):
+
+            def without(placement: Placement, dim: int = dim) -> Placement:
+                return Replicate() if placement.is_shard(dim) else placement
+
+            shape = list(parameter.shape)
+            shape[dim] = 1
+            part_shape = list(part.shape)
+            part_shape[dim] = 1
+            state[name] = like(parameter, part.new_zeros(part_shape, dtype=torch.float32), shape, without)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, weight, gradient = self.state[parameter], local(parameter), local(parameter.grad).float()
+        state["step"] += 1
+        step, dims, eps = float(state["step"]), parameter.ndim, torch.finfo(parameter.dtype).eps
+        weight_rms = _rms(weight, parameter)
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        squares, share = gradient.square(), step**_DECAY
+        if dims < 2:
+            variance = local(state["variance"]).lerp_(squares, share)
+        else:
+            rows, columns = local(state["row_var"]), local(state["col_var"])
+            rows.lerp_(sum_shards(squares.sum(-1, keepdim=True), parameter, [dims - 1]) / parameter.shape[-1], share)
+            columns.lerp_(sum_shards(squares.sum(-2, keepdim=True), parameter, [dims - 2]) / parameter.shape[-2], share)
+            mean = sum_shards(rows.sum(-2, keepdim=True), parameter, [dims - 2]) / parameter.shape[-2]
+            variance = rows * columns / mean.clamp(min=eps)
+        update = variance.clamp(min=eps * eps).rsqrt().mul_(gradient)
+        size = min(group["lr"], step**-0.5) * weight_rms.clamp(min=_SMALLEST_RMS) / _rms(update, parameter).clamp(min=1)
+        weight.sub_(update.mul_(size))
+
+
+def _rms(part: Tensor, parameter: Tensor) -> Tensor:
+    """Root mean square of the whole tensor that `part` is a shard of."""
+    squares = sum_shards(part.float().square().sum(), parameter, range(parameter.ndim))
+    return (squares / parameter.numel()).sqrt()

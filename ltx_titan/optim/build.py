@@ -1,0 +1,143 @@
+"""Builds what `[optimizer]` asks for and hides from the loop how many optimizers that takes."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from ltx_titan.optim.adafactor import Adafactor
+from ltx_titan.optim.muon import Muon
+from ltx_titan.optim.offload import keep_state_on_host
+from ltx_titan.optim.settings import OptimizerSettings
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+class Optimizers:
+    """All optimizers of a job; each trained parameter belongs to one.
+
+    Attributes:
+        parts: the optimizers, for `checkpoint.TrainingState`.
+    """
+
+    def __init__(self, parts: list[Optimizer], settings: OptimizerSettings) -> None:
+        self.parts = parts
+        self._in_backward = settings.in_backward
+        self._offloaded = settings.offload_state
+        if settings.in_backward:
+            for part in parts:
+                _step_in_backward(part)
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of the next update; with `in_backward` before the backward pass."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+
+    def step(self) -> None:
+        """Updates the weights, unless the backward pass has done so."""
+        if self._in_backward:
+            return
+        for part in self.parts:
+            part.step()
+        if self._offloaded and torch.cuda.is_available():
+            # The state on its way to the host may be saved next.
+            torch.cuda.current_stream().synchronize()
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+
+def build_optimizers(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, *, seed: int = 0
+) -> Optimizers:
+    """Optimizers for the parameters that require a gradient.
+
+    Call it last, when the parameters have their final sharding and storage.
+
+    Args:
+        named_parameters: `model.named_parameters()`; names decide what Muon takes.
+        settings: the job's `[optimizer]`.
+        seed: of stochastic rounding.
+
+    Raises:
+        ValueError: nothing is trained.
+    """
+    named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    if not named:
+        raise ValueError("optimizer: no weight requires a gradient; check model.mode and lora.targets.")
+    parts = []
+    for group in _groups(named, settings):
+        if settings.name == "muon":
+            matrices = [parameter for name, parameter in group if is_matrix(name, parameter)]
+            others = [parameter for name, parameter in group if not is_matrix(name, parameter)]
+            if matrices:
+                momentum = settings.momentum
+                parts.append(Muon(matrices, lr=settings.lr, momentum=momentum, weight_decay=settings.weight_decay))
+            if others:
+                parts.append(_adamw(others, settings, seed))
+        elif settings.name == "adafactor":
+            parameters = [parameter for _, parameter in group]
+            parts.append(Adafactor(parameters, lr=settings.lr, weight_decay=settings.weight_decay))
+        else:
+            parts.append(_adamw([parameter for _, parameter in group], settings, seed))
+    if settings.offload_state:
+        for part in parts:
+            keep_state_on_host(part)
+    return Optimizers(parts, settings)
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes a parameter: weights of the blocks' layers, and adapters to them.
+
+    Tables are two-dimensional but not maps; embeddings, output heads and gates are maps between unlike spaces, for
+    which an orthogonal update makes no sense.
+    """
+    in_block = "transformer_blocks." in name and "to_gate_logits" not in name
+    return in_block and parameter.ndim == 2 and name.endswith(".weight")
+
+
+def _groups(named: Named, settings: OptimizerSettings) -> list[Named]:
+    """Parameters that share an optimizer: all, or one each, or those of a block."""
+    if settings.in_backward:
+        return [[item] for item in named]
+    if not settings.offload_state:
+        return [named]
+    groups: dict[str, Named] = {}
+    for name, parameter in named:
+        parts = name.split(".")
+        key = ".".join(parts[:2]) if parts[0] == "transformer_blocks" else ""
+        groups.setdefault(key, []).append((name, parameter))
+    return list(groups.values())
+
+
+def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings, seed: int) -> Optimizer:
+    bits = {"adamw8bit": 8, "adamw4bit": 4}.get(settings.name, 32)
+    options = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if bits < 32 or settings.stochastic_rounding:
+        # Here, not above: importing torchao takes seconds.
+        from ltx_titan.optim.lowbit import LowBitAdamW
+
+        rounding = settings.stochastic_rounding
+        return LowBitAdamW(parameters, bits=bits, stochastic_rounding=rounding, seed=seed, **options)
+    return AdamW(parameters, fused=True, **options)
+
+
+def _step_in_backward(optimizer: Optimizer) -> None:
+    """Steps as soon as the parameter's gradient is complete; FSDP2 calls the hook after its reduction."""
+
+    def hook(parameter: nn.Parameter) -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(hook)

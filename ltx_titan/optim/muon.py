@@ -1,0 +1,112 @@
+"""Muon: momentum whose update of each matrix is replaced by its nearest orthogonal matrix.
+
+    M <- m M + (1 - m) G                     U = (1 - m) G + m M                (Nesterov)
+    W <- (1 - lr wd) W - lr 0.2 sqrt(max(out, in)) NS(U)
+
+NS is five Newton-Schulz steps X <- a X + b (X X^T) X + c (X X^T)^2 X in bfloat16, which need the whole matrix. The
+factor 0.2 sqrt(max) gives updates the size of AdamW's, whose learning rates then fit.
+
+torch.optim.Muon runs on sharded matrices too, but multiplies shards and reduces in bfloat16, so its result depends on
+the number of ranks. Here a matrix is gathered and the work dealt out: of as many matrices as there are ranks, each rank
+orthogonalises one and sends the result to the others. The result is that of a single process, bit for bit.
+"""
+
+from collections.abc import Iterable
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from ltx_titan.optim.sharding import local
+
+# Keller Jordan's coefficients: steepest at zero, singular values end between 0.7 and 1.2.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
+
+
+class Muon(Optimizer):
+    """Muon for matrices only; sharded ones must be given in the same order on all ranks."""
+
+    def __init__(self, params: Iterable[Any], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            assert all(parameter.ndim == 2 for parameter in group["params"]), "Muon is for matrices"
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Updates every matrix that has a gradient."""
+        assert closure is None, "the loss is not computed here"
+        for group in self.param_groups:
+            todo = [parameter for parameter in group["params"] if parameter.grad is not None]
+            while todo:
+                size = _workers(todo[0])[1]
+                batch, todo = todo[:size], todo[size:]
+                updates = orthogonalize([self._direction(p, group["momentum"]) for p in batch])
+                for parameter, update in zip(batch, updates, strict=True):
+                    weight = local(parameter)
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update, alpha=-group["lr"] * 0.2 * sqrt(max(parameter.shape)))
+
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        average, gradient = local(state["momentum"]), local(parameter.grad)
+        average.lerp_(gradient, 1 - momentum)
+        direction = gradient.lerp(average, momentum).bfloat16()
+        if not isinstance(parameter, DTensor):
+            return direction
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shape, stride = parameter.shape, parameter.stride()
+        return DTensor.from_local(direction, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
+    """Newton-Schulz of each matrix, this rank's part of it.
+
+    Args:
+        matrices: bfloat16, plain or sharded alike; at most as many as ranks share the work.
+    """
+    group, size, rank = _workers(matrices[0])
+    whole = [matrix.full_tensor() if isinstance(matrix, DTensor) else matrix for matrix in matrices]
+    if size == 1:
+        whole = [newton_schulz(matrix) for matrix in whole]
+    else:
+        if rank < len(whole):
+            whole[rank] = newton_schulz(whole[rank])
+        for source, matrix in enumerate(whole):
+            dist.broadcast(matrix, src=dist.get_global_rank(group, source), group=group)
+    return [_own_part(full, matrix) for full, matrix in zip(whole, matrices, strict=True)]
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """Approximates U V^T of the matrix's singular value decomposition U S V^T, in bfloat16."""
+    a, b, c = _COEFFICIENTS
+    x = matrix.bfloat16()
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if is_tall else x).contiguous()
+
+
+def _workers(matrix: Tensor) -> tuple[dist.ProcessGroup | None, int, int]:
+    """The ranks that share the work on matrices sharded like this one: group, size and place in it."""
+    if not isinstance(matrix, DTensor):
+        return None, 1, 0
+    mesh = matrix.device_mesh
+    # One axis of the mesh, the longest; lines of ranks along the others do the same work at the same time.
+    axis = max(range(mesh.ndim), key=mesh.size)
+    return mesh.get_group(axis), mesh.size(axis), mesh.get_local_rank(axis)
+
+
+def _own_part(full: Tensor, matrix: Tensor) -> Tensor:
+    if not isinstance(matrix, DTensor):
+        return full
+    return distribute_tensor(full, matrix.device_mesh, matrix.placements, src_data_rank=None).to_local()

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ltx_titan.optim import OptimizerSettings, build_optimizers
+from ltx_titan.optim.build import is_matrix
+from ltx_titan.optim.muon import Muon
+from tests.optim.toy import loss_of, toy
+
+# Adafactor's step is relative to the size of a weight, here about 0.05.
+RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "adamw4bit": 3e-3, "muon": 1e-2, "adafactor": 0.1}
+
+
+def train(model, steps=12, lr=3e-3, **fields):
+    optimizers = build_optimizers(model.named_parameters(), OptimizerSettings(lr=lr, **fields))
+    losses = []
+    for step in range(steps):
+        optimizers.set_lr(lr * (1 - step / steps))
+        loss = loss_of(model)
+        loss.backward()
+        optimizers.step()
+        optimizers.zero_grad()
+        losses.append(loss.item())
+    return losses, optimizers
+
+
+@pytest.mark.parametrize(("name", "lr"), RATES.items())
+def test_each_optimizer_trains(name, lr):
+    losses, _ = train(toy(), name=name, lr=lr)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_weight"),
+    [("adamw", 8), ("adamw8bit", 2.3), ("adamw4bit", 1.4), ("muon", 4.2), ("adafactor", 0.3)],
+)
+def test_state_takes_the_memory_that_the_settings_say(name, bytes_per_weight):
+    model = toy()
+    _, optimizers = train(model, steps=1, name=name)
+    state = sum(t.nbytes for part in optimizers.parts for values in part.state.values() for t in values.values())
+    assert state <= bytes_per_weight * sum(p.numel() for p in model.parameters()) + 1000
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    model = toy()
+    muon, adamw = build_optimizers(model.named_parameters(), OptimizerSettings(name="muon")).parts
+    assert isinstance(muon, Muon)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    taken = {names[p] for p in muon.param_groups[0]["params"]}
+    assert taken == {f"transformer_blocks.{i}.{layer}.weight" for i in range(2) for layer in ("up", "down")}
+    assert taken | {names[p] for p in adamw.param_groups[0]["params"]} == set(names.values())
+    assert is_matrix("transformer_blocks.0.attn1.to_q.lora_A.weight", torch.nn.Parameter(torch.zeros(2, 4)))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_an_update_in_the_backward_pass_is_the_same_update(name):
+    after, before = toy(), toy()
+    expected, _ = train(after, steps=3, name=name)
+    found, optimizers = train(before, steps=3, name=name, in_backward=True)
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(after.parameters(), before.parameters(), strict=True))
+    loss_of(before).backward()
+    assert all(parameter.grad is None for parameter in before.parameters())
+    assert len(optimizers.parts) == len(list(before.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw4bit", "muon"])
+def test_offloaded_state_gives_the_same_update(name):
+    here, there = toy(), toy()
+    expected, _ = train(here, steps=3, name=name)
+    found, optimizers = train(there, steps=3, name=name, offload_state=True)
+    assert found == expected
+    assert len(optimizers.parts) == (5 if name == "muon" else 3)
+
+
+def test_stochastic_rounding_keeps_updates_that_rounding_would_lose():
+    def moved(**fields):
+        model = toy().bfloat16()
+        start = [p.detach().clone() for p in model.parameters()]
+        train(model, steps=4, lr=2e-6, weight_decay=0.0, **fields)
+        return sum((p != s).sum().item() for p, s in zip(model.parameters(), start, strict=True))
+
+    assert moved(name="adamw8bit", stochastic_rounding=True) > 3 * moved(name="adamw8bit")
+    assert moved(stochastic_rounding=True) == moved(stochastic_rounding=True)
+
+
+def test_frozen_weights_are_left_out_and_nothing_to_train_is_refused():
+    model = toy().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no weight requires a gradient.*lora\.targets"):
+        build_optimizers(model.named_parameters(), OptimizerSettings())
+    model.patchify_proj.requires_grad_(True)
+    (part,) = build_optimizers(model.named_parameters(), OptimizerSettings()).parts
+    assert len(part.param_groups[0]["params"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"name": "muon", "in_backward": True}, "in_backward = true: expected name"),
+        ({"in_backward": True, "offload_state": True}, "at most one"),
+        ({"name": "adafactor", "stochastic_rounding": True}, "stochastic_rounding = true"),
+        ({"betas": [0.9, 1.0]}, "betas"),
+        ({"name": "sgd"}, "name"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(fields, names):
+    with pytest.raises(ValidationError, match=names):
+        OptimizerSettings(**fields)
+
+
+def test_in_backward_refuses_clipping_and_accumulation_by_name():
+    settings = OptimizerSettings(in_backward=True)
+    settings.check_step(max_grad_norm=0.0, micro_batches=1)
+    with pytest.raises(ValueError, match=r"training\.max_grad_norm = 0, found 1"):
+        settings.check_step(max_grad_norm=1.0, micro_batches=1)
+    with pytest.raises(ValueError, match=r"one micro-batch per step, found 4"):
+        settings.check_step(max_grad_norm=0.0, micro_batches=4)

@@ -1,0 +1,115 @@
+"""Over two ranks of FSDP2, every optimizer and the average equal one rank, and resume on another number of ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, module_tensors, save_state
+from ltx_titan.optim import EMA, OptimizerSettings, build_optimizers
+from ltx_titan.parallel.fsdp import apply_fsdp
+from tests.optim.toy import loss_of, toy
+from tests.processes import run_ranks
+
+KINDS = {
+    "adamw": {},
+    "adamw8bit": {"name": "adamw8bit"},
+    "adamw4bit": {"name": "adamw4bit"},
+    "muon": {"name": "muon"},
+    "adafactor": {"name": "adafactor"},
+    "in_backward": {"name": "adamw8bit", "in_backward": True},
+    "offload_state": {"name": "adamw", "offload_state": True},
+}
+SAVED_AT, STEPS = 2, 3
+
+
+def build(kind):
+    model = toy()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    apply_fsdp(model, model.transformer_blocks, mesh, torch.float32)
+    optimizers = build_optimizers(model.named_parameters(), OptimizerSettings(lr=1e-2, **KINDS[kind]))
+    ema = EMA(model.parameters(), 0.5)
+    return model, optimizers, ema, TrainingState(model, [*optimizers.parts, ema])
+
+
+def train(model, optimizers, ema, steps):
+    for step in steps:
+        optimizers.set_lr(1e-2 / step)
+        (loss_of(model) / dist.get_world_size()).backward()
+        optimizers.step()
+        optimizers.zero_grad()
+        ema.update(step)
+
+
+def whole(model, ema):
+    """Weights; the loss with the averages swapped in, before and after."""
+    losses = []
+    with torch.no_grad():
+        losses.append(loss_of(model).item())
+        with ema.swapped_in(model):
+            losses.append(loss_of(model).item())
+        losses.append(loss_of(model).item())
+    weights = {name: tensor.full_tensor() for name, tensor in module_tensors(model).items()}
+    return {"weights": weights, "losses": torch.tensor(losses)}
+
+
+def run_all(folder: Path):
+    for kind in KINDS:
+        out = folder / kind / str(dist.get_world_size())
+        model, optimizers, ema, state = build(kind)
+        train(model, optimizers, ema, range(1, SAVED_AT + 1))
+        save_state(out, SAVED_AT, state)
+        train(model, optimizers, ema, range(SAVED_AT + 1, STEPS + 1))
+        found = whole(model, ema)
+        if dist.get_rank() == 0:
+            torch.save(found, out / "found.pt")
+
+
+def resume_all(folder: Path, saved_by: int):
+    for kind in KINDS:
+        model, optimizers, ema, state = build(kind)
+        load_state(latest_complete(folder / kind / str(saved_by)), state)
+        train(model, optimizers, ema, range(SAVED_AT + 1, STEPS + 1))
+        found = whole(model, ema)
+        if dist.get_rank() == 0:
+            torch.save(found, folder / kind / f"resumed{dist.get_world_size()}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("optim")
+    run_ranks(run_all, 1, path)
+    run_ranks(run_all, 2, path)
+    run_ranks(resume_all, 1, path, 2)
+    run_ranks(resume_all, 2, path, 2)
+    return path
+
+
+def close(one, two, exact):
+    for name, value in one["weights"].items():
+        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(two["weights"][name], value, **tolerance, msg=name)
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_equal_one(folder, kind):
+    one, two = (torch.load(folder / kind / str(size) / "found.pt") for size in (1, 2))
+    # Halves of a gradient add up to it exactly, and only Adafactor's averages are summed over ranks in another order.
+    close(one, two, exact=kind != "adafactor")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_runs_equal_the_unbroken_one(folder, kind):
+    unbroken = torch.load(folder / kind / "2" / "found.pt")
+    close(unbroken, torch.load(folder / kind / "resumed1.pt"), exact=kind != "adafactor")
+    close(unbroken, torch.load(folder / kind / "resumed2.pt"), exact=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_average_is_used_within_the_context_only(folder, kind):
+    before, inside, after = torch.load(folder / kind / "2" / "found.pt")["losses"]
+    assert before == after
+    assert abs(inside - before) > 1e-4
