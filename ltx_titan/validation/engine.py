@@ -25,7 +25,7 @@ from ltx_titan.validation.check import check_validation, generated_streams
 from ltx_titan.validation.decode import DecodedSample, Decoders, decode_sample, load_decoders, put_beside, write_sample
 from ltx_titan.validation.encode import ClipShape, EncodedSample, Encoders, encode_sample, needed_encoders
 from ltx_titan.validation.offload import offloaded
-from ltx_titan.validation.preview import Preview, make_preview, write_preview
+from ltx_titan.validation.preview import Preview, make_preview, write_contact_sheet, write_preview
 from ltx_titan.validation.prompts import PromptContext, default_negative_prompt, prompt_contexts
 from ltx_titan.validation.sampling import (
     Contexts,
@@ -95,7 +95,7 @@ class Validation:
 
         Args:
             model: the transformer as it is trained.
-            folder: where the files go: `sample-01.mp4`, `.png` or `.wav` and so on.
+            folder: where the files go: `sample-01.mp4`, `.png` or `.wav` and so on, and `contact-sheet.png`.
             step: the optimizer step, for TensorBoard.
             writer: TensorBoard, on rank 0.
             averaged_weights: makes a context in which the model has its averaged weights; needed with `use_ema`.
@@ -116,6 +116,8 @@ class Validation:
             latents = self.sample(model)
             written = self.write(latents, folder) if self.groups.is_first else []
         found = gather_samples(written, self.groups)
+        if self.groups.is_first and self.groups.rank == 0 and found:
+            write_contact_sheet(Path(folder) / "contact-sheet.png", [(s.prompt, s.preview) for s in found])
         if writer is not None:
             for sample in found:
                 write_preview(writer, f"sample-{sample.index + 1:02d}", sample.prompt, sample.preview, step)

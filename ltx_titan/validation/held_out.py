@@ -51,35 +51,41 @@ def held_out_losses(
         groups: who does what; None: this process does all.
 
     Returns:
-        For each generated stream, and for their sum as `total`: `held_out/<stream>` is the mean over samples and noise
-        levels, `held_out/<stream>_sigma_<level>` that at one level.
+        For each generated stream, and for their sum as `total`: `held_out/<stream>` is the mean over noise levels and
+        the samples that have the stream, `held_out/<stream>_sigma_<level>` that at one level.
     """
     groups = groups or SampleGroups()
     # Per noise level: sums of the total, video and audio loss.
     sums = torch.zeros(len(sigmas), 3, device=device, dtype=torch.float64)
-    present = torch.zeros(3, device=device)
+    counts = torch.zeros(3, device=device, dtype=torch.float64)
     with evaluating(model):
         for first in range(0, num_samples, groups.size):
             index = first + groups.rank
             # A group without a sample of its own left repeats one without counting it: forwards are collective.
-            counts = index < num_samples
-            batch = load(index if counts else index % num_samples)
+            is_own = index < num_samples
+            batch = load(index if is_own else index % num_samples)
             for place, sigma in enumerate(sigmas):
                 draws = draw_step(
                     *strategy.draw_plan(batch), sampler=FixedSigma(sigma), seed=seed, step=0, indices=[index]
                 )
                 inputs = strategy.prepare(batch, draws)
                 loss = strategy.loss(*model(inputs.video, inputs.audio, None), inputs)
-                if counts:
-                    parts = (loss.total, *(None if part is None else part.sum() for part in (loss.video, loss.audio)))
-                    for column, part in enumerate(parts):
-                        if part is not None:
-                            sums[place, column] += part
-                            present[column] = 1
+                if not is_own:
+                    continue
+                parts = (
+                    (loss.per_sample, None),
+                    (loss.video, inputs.video_present),
+                    (loss.audio, inputs.audio_present),
+                )
+                for column, (part, present) in enumerate(parts):
+                    if part is not None:
+                        sums[place, column] += part.sum()
+                        # A sample without sound has an audio loss of 0, which is no reason to praise the model.
+                        counts[column] += (1 if present is None else present.sum()) / len(sigmas)
     if groups.size > 1:
         dist.all_reduce(sums, group=groups.process_group)
-        dist.all_reduce(present, dist.ReduceOp.MAX, group=groups.process_group)
-    return _named((sums / num_samples).tolist(), present.tolist(), sigmas)
+        dist.all_reduce(counts, group=groups.process_group)
+    return _named((sums / counts).tolist(), counts.tolist(), sigmas)
 
 
 def as_batch(sample: Mapping[str, Mapping[str, Tensor | float | int]], device: torch.device | str) -> Batch:
@@ -90,10 +96,10 @@ def as_batch(sample: Mapping[str, Mapping[str, Tensor | float | int]], device: t
     }
 
 
-def _named(means: list[list[float]], present: list[float], sigmas: Sequence[float]) -> dict[str, float]:
+def _named(means: list[list[float]], counts: list[float], sigmas: Sequence[float]) -> dict[str, float]:
     losses = {}
     for column, name in enumerate(("total", "video", "audio")):
-        if present[column]:
+        if counts[column]:
             losses[f"held_out/{name}"] = sum(row[column] for row in means) / len(means)
             losses |= {
                 f"held_out/{name}_sigma_{sigma:g}": row[column] for sigma, row in zip(sigmas, means, strict=True)

@@ -5,11 +5,15 @@ video player; an animated GIF in an image summary plays in every browser.
 """
 
 import io
+import os
+import textwrap
 import wave
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
@@ -18,6 +22,7 @@ from ltx_titan.validation.decode import DecodedSample
 _SIDE = 320
 _MOVING_FRAMES = 32
 _STRIP_FRAMES = 8
+_LINE_HEIGHT, _LINE_LENGTH = 14, 120
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,37 @@ def write_preview(writer: SummaryWriter, tag: str, prompt: str, preview: Preview
     # The writer's own methods re-encode: no moving pictures without a further package, and sound in mono.
     writer._get_file_writer().add_summary(Summary(value=values), step)
     writer.add_text(f"{tag}/prompt", prompt, step)
+
+
+def write_contact_sheet(path: str | Path, rows: Sequence[tuple[str, Preview]]) -> Path | None:
+    """Writes the strips of several clips below each other, each under its prompt, as one PNG.
+
+    Args:
+        path: the file; its folder exists.
+        rows: prompt and preview of each clip.
+
+    Returns:
+        The file, or None where no clip has pictures.
+    """
+    shown = [(prompt, Image.open(io.BytesIO(preview.strip))) for prompt, preview in rows if preview.strip is not None]
+    if not shown:
+        return None
+    texts = [textwrap.wrap(prompt, _LINE_LENGTH) or [""] for prompt, _ in shown]
+    width = max(_LINE_LENGTH * 6, *(strip.width for _, strip in shown))
+    height = sum(strip.height + _LINE_HEIGHT * (len(lines) + 1) for (_, strip), lines in zip(shown, texts, strict=True))
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for (_, strip), lines in zip(shown, texts, strict=True):
+        draw.multiline_text((2, top + 1), "\n".join(lines), fill="black")
+        top += _LINE_HEIGHT * len(lines) + 2
+        sheet.paste(strip, (0, top))
+        top += strip.height + _LINE_HEIGHT - 2
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    sheet.save(temporary, format="PNG")
+    temporary.rename(path)
+    return path
 
 
 def _small(image: Image.Image) -> Image.Image:

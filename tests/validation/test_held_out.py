@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.validation import as_batch, held_out_losses
 from tests.validation.sharded import held_out, held_out_sample
 
@@ -39,8 +40,6 @@ def test_the_mean_is_over_samples_and_the_total_is_the_sum_of_the_streams():
 
 
 def test_a_stream_that_is_not_generated_has_no_loss():
-    from ltx_titan.conditioning import FlexibleStrategy
-
     block = {"latents_dir": "latents"}
     strategy = FlexibleStrategy.from_config(
         {
@@ -50,6 +49,27 @@ def test_a_stream_that_is_not_generated_has_no_loss():
     )
     losses = held_out_losses(Halved(), strategy, held_out_sample, 2, (0.5,), 0, "cpu")
     assert set(losses) == {"held_out/total", "held_out/video", "held_out/total_sigma_0.5", "held_out/video_sigma_0.5"}
+
+
+def test_a_sample_without_sound_does_not_count_for_sound():
+    blocks = {"is_generated": True}
+    strategy = FlexibleStrategy.from_config(
+        {
+            "video": blocks | {"latents_dir": "latents"},
+            "audio": blocks | {"latents_dir": "audio_latents"},
+        }
+    )
+
+    def load(index, marked=True):
+        batch = held_out_sample(index)
+        if marked:
+            batch["audio_latents"]["present"] = torch.tensor([index != 1])
+        return batch
+
+    losses = held_out_losses(Halved(), strategy, load, 2, (0.5,), 0, "cpu")
+    alone = held_out_losses(Halved(), strategy, lambda index: load(index, marked=False), 1, (0.5,), 0, "cpu")
+    assert losses["held_out/audio"] == pytest.approx(alone["held_out/audio"])
+    assert losses["held_out/video"] != pytest.approx(alone["held_out/video"])
 
 
 def test_a_sample_becomes_a_batch_of_one():

@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.media import Sound
 from ltx_titan.validation.decode import DecodedSample
-from ltx_titan.validation.preview import make_preview, write_preview
+from ltx_titan.validation.preview import make_preview, write_contact_sheet, write_preview
 
 
 def decoded(count=49, sound=True):
@@ -43,6 +43,19 @@ def test_moving_pictures_last_as_long_as_the_clip():
         picture.seek(place)
         durations.append(picture.info["duration"])
     assert abs(sum(durations) - 2000) <= 10 * picture.n_frames
+
+
+def test_a_contact_sheet_has_one_row_per_clip_with_pictures(tmp_path):
+    clip, still = make_preview(decoded(9), 24.0), make_preview(decoded(1), 24.0)
+    sound = make_preview(DecodedSample(None, Sound(torch.zeros(1, 100), 16000)), 24.0)
+    path = write_contact_sheet(tmp_path / "sheet.png", [("a river", clip), ("wind", sound), ("a hill " * 40, still)])
+    sheet = Image.open(path)
+    assert sheet.width == clip.size[0]
+    assert sheet.height > clip.size[1] + still.size[1]
+    # The first row is the clip's strip as it is in TensorBoard.
+    strip = Image.open(io.BytesIO(clip.strip))
+    assert sheet.crop((0, 16, strip.width, 16 + strip.height)).tobytes() == strip.convert("RGB").tobytes()
+    assert write_contact_sheet(tmp_path / "none.png", [("wind", sound)]) is None
 
 
 def test_a_picture_does_not_move_and_sound_alone_has_no_picture():
