@@ -77,11 +77,7 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
                 "these, or set video_stg_scale and audio_stg_scale to 0."
             )
     own_steps = len(distilled_schedule()) - 1
-    if (
-        section.schedule == "distilled"
-        and "inference_steps" in section.model_fields_set
-        and section.inference_steps != own_steps
-    ):
+    if section.schedule == "distilled" and section.inference_steps not in (None, own_steps):
         yield (
             f"validation.inference_steps is {section.inference_steps}, but the distilled schedule has {own_steps} "
             "steps; remove it."

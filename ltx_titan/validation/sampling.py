@@ -27,6 +27,9 @@ from ltx_titan.model import LTXTransformer, Modality
 from ltx_titan.validation.section import ValidationSection
 from ltx_titan.validation.start import StreamStart, begin, target_latents
 
+# What the released pipelines take for LTX-2.3 and later.
+_DEFAULT_STEPS = 30
+
 
 @dataclass(frozen=True)
 class SampleGroups:
@@ -102,7 +105,9 @@ def guidance_of(section: ValidationSection) -> tuple[Guidance, Guidance]:
 
 def schedule_of(section: ValidationSection) -> Tensor:
     """Noise levels; the standard schedule's do not depend on the clip's size, as in the released pipelines."""
-    return distilled_schedule() if section.schedule == "distilled" else sigma_schedule(None, section.inference_steps)
+    if section.schedule == "distilled":
+        return distilled_schedule()
+    return sigma_schedule(None, section.inference_steps or _DEFAULT_STEPS)
 
 
 def passes_at_once(video: SampledStream | None, audio: SampledStream | None, tokens_at_once: int) -> int:

@@ -1,4 +1,7 @@
+import tomllib
+
 import pytest
+import tomli_w
 from pydantic import ValidationError
 
 from ltx_titan.validation import ValidationSection, check_validation
@@ -69,6 +72,20 @@ def test_a_section_without_anything_to_do_is_refused():
         ValidationSection(interval=10)
     with pytest.raises(ValidationError, match="are both false"):
         section(generate_video=False, generate_audio=False)
+
+
+def test_a_section_as_resolved_reads_back_as_itself():
+    """Jobs are written out with all defaults, and read again when they are resumed."""
+    conditions = [
+        {"type": "spatial_crop", "video": "a", "spatial_region": [0, 0, 32, 32]},
+        {"type": "reference", "audio": "a"},
+        {"type": "suffix", "video": "a", "num_frames": 8},
+    ]
+    made = section(*conditions, schedule="distilled", stg_blocks=[1], interval=3)
+    read = ValidationSection.model_validate(tomllib.loads(tomli_w.dumps(made.model_dump(exclude_none=True))))
+    assert read == made
+    for one in (made, read):
+        assert "steps" not in problems(one)
 
 
 def test_a_seed_of_zero_is_a_seed():
