@@ -20,12 +20,6 @@ def support_problems(job: JobConfig) -> list[Problem]:
         ("parallelism.tp", job.parallelism.tp, job.parallelism.tp > 1, "tensor parallelism; set it to 1"),
         ("float8.recipe", job.float8.recipe, job.float8.recipe != "none", 'float8; set it to "none"'),
         (
-            "kernels.backend",
-            job.kernels.backend,
-            job.kernels.backend == "triton",
-            'Triton kernels; set it to "auto" or "torch"',
-        ),
-        (
             "validation.interval",
             job.validation.interval,
             job.validation.interval is not None,

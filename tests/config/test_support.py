@@ -16,7 +16,6 @@ BASE = {
         ("parallelism", "cp", 2),
         ("parallelism", "tp", 2),
         ("float8", "recipe", "rowwise"),
-        ("kernels", "backend", "triton"),
         ("validation", "interval", 100),
     ],
 )
