@@ -1,0 +1,207 @@
+"""Trains a tiny audio-video transformer under some mesh and on one process, and hands both records to the tests.
+
+`records(world)` starts `world` gloo processes once and runs all selected cases of that size in them.
+LTX_TITAN_PARALLEL=all selects the whole matrix instead of the cases marked for continuous integration.
+"""
+
+import os
+import socket
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ltx_titan.conditioning import FlexibleStrategy
+from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
+from ltx_titan.model import LTXTransformer
+from ltx_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from ltx_titan.parallel.cp import apply_context_parallel
+from ltx_titan.parallel.fsdp import apply_fsdp
+from ltx_titan.parallel.grad_norm import clip_grad_norm_
+from ltx_titan.parallel.mesh import Degrees, build_mesh
+from ltx_titan.parallel.tokens import shard_tokens
+from ltx_titan.parallel.tp import apply_tensor_parallel
+from tests.golden_cases import load_case
+
+STEPS, GLOBAL_BATCH, LR = 3, 4, 1e-3
+
+_FIRST_FRAME = {"type": "first_frame", "probability": 0.5}
+_REFERENCE = {"type": "reference", "latents_dir": "references"}
+_VIDEO = {"is_generated": True, "latents_dir": "latents"}
+_AUDIO = {"is_generated": True, "latents_dir": "audio_latents"}
+
+# Token counts (45 video, 7 audio) divide by no degree.
+SCENARIOS = {
+    "joint": {"video": _VIDEO, "audio": _AUDIO},
+    "first_frame": {"video": _VIDEO | {"conditions": [_FIRST_FRAME]}, "audio": _AUDIO},
+    "reference": {"video": _VIDEO | {"conditions": [_FIRST_FRAME, _REFERENCE]}, "audio": _AUDIO},
+    "frozen_audio": {"video": _VIDEO, "audio": _AUDIO | {"is_generated": False}},
+    "frozen_video": {"video": _VIDEO | {"is_generated": False}, "audio": _AUDIO},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One parallel run. `compile` is a backend of torch.compile or None."""
+
+    degrees: Degrees
+    scenario: str
+    recompute: str = "none"
+    compile: str | None = None
+    ci: bool = False
+
+    def __str__(self) -> str:
+        axes = [f"{k}{v}" for k, v in vars(self.degrees).items() if v > 1]
+        return "-".join([*axes, self.scenario, self.recompute, self.compile or "eager"])
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.degrees.dp * self.degrees.cp * self.degrees.tp
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run of `STEPS` steps left: losses and gradient norms per step, first gradients, last weights."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def selected(cases: list[Case]) -> list[Case]:
+    """The cases to run now."""
+    return cases if os.environ.get("LTX_TITAN_PARALLEL") == "all" else [case for case in cases if case.ci]
+
+
+def model_config() -> dict:
+    """A 22B-style transformer, tiny: gates, nine-row tables, 4 heads, 2 blocks."""
+    return load_case("av_22b").entry["config"]["transformer"]
+
+
+def batch_of(scenario: str, rows: slice) -> dict[str, dict[str, Tensor]]:
+    """Rows of a seeded global batch."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(GLOBAL_BATCH, *shape, generator=generator)[rows]
+
+    batch = {
+        "video_latents": {"latents": draw(16, 3, 3, 5), "fps": torch.full((GLOBAL_BATCH,), 24.0)[rows]},
+        "audio_latents": {"latents": draw(3, 7, 4)},
+        "conditions": {"video_prompt_embeds": draw(6, 64), "audio_prompt_embeds": draw(6, 32)},
+        "references": {"latents": draw(16, 2, 3, 5), "fps": torch.full((GLOBAL_BATCH,), 24.0)[rows]},
+    }
+    if scenario != "reference":
+        del batch["references"]
+    return batch
+
+
+def train(model: torch.nn.Module, scenario: str, dp_rank: int, dp: int, max_norm: float = 1e9) -> Record:
+    """Runs the steps of a trainer on the rows of one data-parallel rank."""
+    strategy = FlexibleStrategy.from_config(SCENARIOS[scenario])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
+    size = GLOBAL_BATCH // dp
+    rows = range(dp_rank * size, (dp_rank + 1) * size)
+    batch = batch_of(scenario, slice(rows.start, rows.stop))
+    losses, norms, gradients = [], [], {}
+    for step in range(STEPS):
+        plans = strategy.draw_plan(batch)
+        draws = draw_step(*plans, sampler=ShiftedLogitNormal(), seed=3, step=step, indices=list(rows))
+        inputs = strategy.prepare(batch, draws)
+        loss = strategy.loss(*model(inputs.video, inputs.audio), inputs).total / dp
+        loss.backward()
+        losses.append(loss.detach())
+        if step == 0:
+            gradients = {name: whole(p.grad) for name, p in _named(model) if p.grad is not None}
+        norms.append(clip_grad_norm_(model.parameters(), max_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: whole(p) for name, p in _named(model)}
+    return Record([float(x) for x in losses], [float(x) for x in norms], gradients, weights)
+
+
+@cache
+def single(scenario: str) -> Record:
+    """The run on one process."""
+    model = LTXTransformer.from_config(model_config())
+    model.load_state_dict(load_case("av_22b").weights)
+    return train(model, scenario, 0, 1)
+
+
+@cache
+def records(world: int, cases: tuple[Case, ...]) -> dict[str, Record]:
+    """The parallel runs of `world` processes."""
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        out = Path(folder) / "records.pt"
+        torch.multiprocessing.spawn(_worker, (world, port, cases, out), nprocs=world)
+        return torch.load(out, weights_only=False)
+
+
+def _worker(rank: int, world: int, port: int, cases: tuple[Case, ...], out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
+    found = {}
+    for case in cases:
+        torch.compiler.reset()
+        found[str(case)] = run(case)
+    if rank == 0:
+        torch.save(found, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(case: Case) -> Record:
+    """One parallel run, on each of its processes."""
+    mesh = build_mesh("cpu", case.degrees)
+    model = build(case, mesh)
+    record = train(model, case.scenario, mesh.dp_rank, case.degrees.dp)
+    # Velocities, hence losses, are whole on every cp and tp rank: only data-parallel ranks hold different samples.
+    losses = torch.tensor(record.losses)
+    dist.all_reduce(losses, group=mesh.data.get_group("dp"))
+    return replace(record, losses=losses.tolist())
+
+
+def build(case: Case, mesh) -> LTXTransformer:
+    """The model on the meta device, parallelised, then filled, as a trainer does."""
+    with torch.device("meta"):
+        model = LTXTransformer.from_config(model_config())
+    names = [name for name, _ in model.named_parameters()]
+    if case.degrees.tp > 1 or case.degrees.cp > 1:
+        layout = shard_tokens(model, mesh)
+        if case.degrees.tp > 1:
+            apply_tensor_parallel(model, mesh, layout)
+        apply_context_parallel(model, layout)
+    if case.compile:
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True, dynamic=False, backend=case.compile)
+    if case.recompute != "none":
+        apply_activation_checkpointing(model.transformer_blocks)
+    apply_fsdp(model, model.transformer_blocks, mesh.fsdp, torch.float32)
+    model.to_empty(device="cpu")
+    weights = load_case("av_22b").weights
+    assert [name for name, _ in _named(model)] == names
+    for name, parameter in _named(model):
+        full = distribute_tensor(weights[name], parameter.device_mesh, parameter.placements, src_data_rank=None)
+        with torch.no_grad():
+            parameter.copy_(full)
+    return model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, a copy."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone()
+
+
+def _named(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters()]
