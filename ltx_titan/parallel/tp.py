@@ -16,6 +16,7 @@ a sum, so their gradients are partial; DTensor carries that, and FSDP2 sums them
 """
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from ltx_titan.parallel.tokens import TokenLayout
 # Below an attention or feed-forward. An adapter is a wrapper with children base, lora_A and lora_B in the layer's place.
 _LAYER = re.compile(
     r"\.(?:(?P<column>to_q|to_k|to_v|to_gate_logits|net\.0\.proj)|(?P<row>to_out\.0|net\.2)|(?P<norm>q_norm|k_norm))"
-    r"(?:\.(?P<child>base|lora_A|lora_B))?(?:\.(?P<kind>weight|bias))?$"
+    r"(?:\.(?P<child>base|lora_A|lora_B))?(?:\.(?P<kind>weight|bias|qdata|scale))?$"
 )
 
 # Attention whose keys come from the other stream's tokens, which are split as well; text is not.
@@ -55,7 +56,7 @@ def apply_tensor_parallel(model: LTXTransformer, mesh: Mesh, layout: TokenLayout
         readings = []
         for name, parameter in list(module.named_parameters(recurse=False)):
             full_name = f"{path}.{name}" if path else name
-            placement = placement_of(full_name)
+            placement = placement_of(full_name, parameter.shape)
             split = distribute_tensor(parameter.data, tp_mesh, [placement], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
             divisor = tp.size if _is_row_bias(full_name) else 1
@@ -64,8 +65,13 @@ def apply_tensor_parallel(model: LTXTransformer, mesh: Mesh, layout: TokenLayout
             module.__class__ = _reading_local_parameters(type(module), tuple(readings))
 
 
-def placement_of(name: str) -> Placement:
-    """Where the tp axis cuts a parameter of the transformer: Shard(dim), or Replicate() outside the split layers."""
+def placement_of(name: str, shape: Sequence[int]) -> Placement:
+    """Where the tp axis cuts a parameter of the transformer: Shard(dim), or Replicate() outside the split layers.
+
+    Args:
+        name: official name, with an adapter's levels where there is one.
+        shape: of the whole parameter.
+    """
     layer = _LAYER.search(name)
     if layer is None or _is_row_bias(name):
         return Replicate()
@@ -74,6 +80,9 @@ def placement_of(name: str) -> Placement:
     if layer["column"]:
         # An adapter's A makes the same few numbers on all ranks, its B own heads' part from them.
         return Replicate() if layer["child"] == "lora_A" else Shard(0)
+    if layer["kind"] == "scale" and shape[1] == 1:
+        # A quantised weight with one scale for a whole row, of which each rank has a piece.
+        return Replicate()
     # An adapter's A sums over own inputs only, its B carries that share of the sum on.
     return Replicate() if layer["child"] == "lora_B" else Shard(1)
 

@@ -21,10 +21,11 @@ from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
 from ltx_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
+from ltx_titan.parallel.float8 import apply_float8, precompute_float8_scales
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import Degrees, build_mesh
-from ltx_titan.parallel.tokens import shard_tokens
+from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 from tests.golden_cases import load_case
 
@@ -53,11 +54,14 @@ class Case:
     scenario: str
     recompute: str = "none"
     compile: str | None = None
+    float8: str | None = None
+    float8_all_gather: bool = False
     ci: bool = False
 
     def __str__(self) -> str:
         axes = [f"{k}{v}" for k, v in vars(self.degrees).items() if v > 1]
-        return "-".join([*axes, self.scenario, self.recompute, self.compile or "eager"])
+        float8 = [f"float8_{self.float8}{'_gathered' * self.float8_all_gather}"] if self.float8 else []
+        return "-".join([*axes, self.scenario, self.recompute, self.compile or "eager", *float8])
 
     @property
     def world(self) -> int:
@@ -77,7 +81,8 @@ class Record:
 
 def selected(cases: list[Case]) -> list[Case]:
     """The cases to run now."""
-    return cases if os.environ.get("LTX_TITAN_PARALLEL") == "all" else [case for case in cases if case.ci]
+    wanted = cases if os.environ.get("LTX_TITAN_PARALLEL") == "all" else [case for case in cases if case.ci]
+    return list({str(case): case for case in wanted}.values())
 
 
 def model_config() -> dict:
@@ -123,6 +128,7 @@ def train(model: torch.nn.Module, scenario: str, dp_rank: int, dp: int, max_norm
         norms.append(clip_grad_norm_(model.parameters(), max_norm))
         optimizer.step()
         optimizer.zero_grad()
+        precompute_float8_scales(model)
     weights = {name: whole(p) for name, p in _named(model)}
     return Record([float(x) for x in losses], [float(x) for x in norms], gradients, weights)
 
@@ -176,16 +182,18 @@ def build(case: Case, mesh) -> LTXTransformer:
     with torch.device("meta"):
         model = LTXTransformer.from_config(model_config())
     names = [name for name, _ in model.named_parameters()]
-    if case.degrees.tp > 1 or case.degrees.cp > 1:
-        layout = shard_tokens(model, mesh)
-        if case.degrees.tp > 1:
+    tp = case.degrees.tp
+    if case.float8:
+        apply_float8(model, case.float8, emulate=True, tp=tp, fsdp_all_gather=case.float8_all_gather)
+    if tp * case.degrees.cp > 1 or case.float8:
+        layout = shard_tokens(model, mesh, multiple=FLOAT8_MULTIPLE if case.float8 else 1)
+        if tp > 1:
             apply_tensor_parallel(model, mesh, layout)
         apply_context_parallel(model, layout)
     if case.compile:
         for block in model.transformer_blocks:
             block.compile(fullgraph=True, dynamic=False, backend=case.compile)
-    if case.recompute != "none":
-        apply_activation_checkpointing(model.transformer_blocks)
+    apply_activation_checkpointing(model.transformer_blocks, case.recompute, k=2, tp=tp)
     apply_fsdp(model, model.transformer_blocks, mesh.fsdp, torch.float32)
     model.to_empty(device="cpu")
     weights = load_case("av_22b").weights
