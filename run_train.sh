@@ -24,7 +24,13 @@ if [[ $# -gt 0 && $1 != --* ]]; then JOB=$1; shift; fi
 if [[ -z $JOB ]]; then
     cd "$ROOT"
     JOB=train_configs/debug.toml
-    "$PYTHON" -m ltx_titan.cli prepare-debug outputs/debug-data
+    NGPU=${NGPU:-1}
+    DATA=outputs/debug-data
+    "$PYTHON" -m ltx_titan.cli make-nano "$DATA/nano"
+    "$PYTHON" -m ltx_titan.cli make-debug-dataset "$DATA/clips"
+    "$PYTHON" -m ltx_titan.cli process-dataset "$DATA/clips/dataset.jsonl" --resolution-buckets "256x160x25" \
+        --model-path "$DATA/nano/ltx-2.3-nano.safetensors" --text-encoder-path "$DATA/nano/text_encoder" \
+        --output-dir "$DATA/precomputed"
 fi
 
 GPUS=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
@@ -39,5 +45,5 @@ elif [[ -n ${MASTER_PORT:-} ]]; then
 else
     RENDEZVOUS=(--rdzv-backend c10d --rdzv-endpoint localhost:0)
 fi
-exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NGPU" "${RENDEZVOUS[@]}" \
+exec "$PYTHON" -m ltx_titan.launch --nnodes "$NNODES" --nproc-per-node "$NGPU" "${RENDEZVOUS[@]}" \
     --local-ranks-filter 0 --role rank --tee 3 -m ltx_titan.train "$JOB" "$@"

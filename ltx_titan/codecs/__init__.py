@@ -1,0 +1,21 @@
+from ltx_titan.codecs.audio_vae import AudioCodec, load_audio_codec
+from ltx_titan.codecs.single_file import SingleFile, open_single_file
+from ltx_titan.codecs.text_encoder import TextEncoder, load_feature_extractor, load_text_encoder, text_encoder_config
+from ltx_titan.codecs.video_vae import VideoCodec, load_video_codec, video_scale_factors
+from ltx_titan.codecs.vocoder import Vocoder, load_vocoder
+
+__all__ = [
+    "AudioCodec",
+    "SingleFile",
+    "TextEncoder",
+    "VideoCodec",
+    "Vocoder",
+    "load_audio_codec",
+    "load_feature_extractor",
+    "load_text_encoder",
+    "load_video_codec",
+    "load_vocoder",
+    "open_single_file",
+    "text_encoder_config",
+    "video_scale_factors",
+]

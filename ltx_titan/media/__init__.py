@@ -1,0 +1,27 @@
+from ltx_titan.media.audio import Sound, read_sound, to_duration, to_stereo, write_wav
+from ltx_titan.media.errors import MediaError
+from ltx_titan.media.frames import fit_frames, to_uint8
+from ltx_titan.media.image import IMAGE_SUFFIXES, is_image, read_image
+from ltx_titan.media.video import VideoInfo, iter_frames, probe_video, read_clip, write_video
+from ltx_titan.media.windows import cut_windows, window_starts
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MediaError",
+    "Sound",
+    "VideoInfo",
+    "cut_windows",
+    "fit_frames",
+    "is_image",
+    "iter_frames",
+    "probe_video",
+    "read_clip",
+    "read_image",
+    "read_sound",
+    "to_duration",
+    "to_stereo",
+    "to_uint8",
+    "window_starts",
+    "write_video",
+    "write_wav",
+]

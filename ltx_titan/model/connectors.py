@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ltx_titan.model.attention import Attention, FeedForward
 from ltx_titan.model.ops import rms_norm
-from ltx_titan.model.rope import rotary_tables
+from ltx_titan.model.rope import Rotation, rotary_tables
 
 _EPS = 1e-6
 
@@ -21,6 +21,11 @@ class _ConnectorBlock(nn.Module):
             width, width, heads, width // heads, gated=gated, eps=_EPS, rope_interleaved=rope_interleaved
         )
         self.ff = FeedForward(width, ff_bias)
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+        """[B, S, width] -> [B, S, width]."""
+        x = x + self.attn1(rms_norm(x, _EPS), q_rotation=rotation, k_rotation=rotation, mask=mask)
+        return x + self.ff(rms_norm(x, _EPS))
 
 
 class TextConnector(nn.Module):
@@ -83,9 +88,7 @@ class TextConnector(nn.Module):
             additive = ((mask.to(x.dtype) - 1) * torch.finfo(x.dtype).max)[:, None, None, :]
         rotation = self._rotation(x)
         for block in self.transformer_1d_blocks:
-            normed = rms_norm(x, _EPS)
-            x = x + block.attn1(normed, q_rotation=rotation, k_rotation=rotation, mask=additive)
-            x = x + block.ff(rms_norm(x, _EPS))
+            x = block(x, rotation, additive)
         return rms_norm(x, _EPS), mask
 
     def _fill_with_registers(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ class TextConnector(nn.Module):
         return torch.where(is_prompt, packed, registers.repeat(tokens // registers.shape[0], 1))
 
     @torch.compiler.disable
-    def _rotation(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, x: Tensor) -> Rotation:
         batch, tokens, _ = x.shape
         numbers = torch.arange(tokens, device=x.device)
         tables = rotary_tables(

@@ -1,0 +1,122 @@
+"""Step folders of a job's training state: which are complete, which is newest, which can go.
+
+`<folder>/step-N` exists only when every rank has finished writing it: a save goes to `step-N.incomplete` and is
+renamed at the end. A folder that was complete and lost a file since (a full quota, a copy that stopped) is found from
+the metadata that torch.distributed.checkpoint leaves beside the shards.
+"""
+
+import json
+import logging
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+
+logger = logging.getLogger(__name__)
+
+TRAINER_FILE = "trainer.json"
+_PREFIX = "step-"
+_INCOMPLETE = ".incomplete"
+
+
+def step_folder(folder: str | Path, step: int) -> Path:
+    """Where the state of `step` lies."""
+    return Path(folder) / f"{_PREFIX}{step}"
+
+
+def incomplete_folder(folder: str | Path, step: int) -> Path:
+    """Where the state of `step` is written before it is complete."""
+    return Path(folder) / f"{_PREFIX}{step}{_INCOMPLETE}"
+
+
+def saved_steps(folder: str | Path) -> list[int]:
+    """Steps that have a folder under their final name, ascending; damaged ones included."""
+    names = (entry.name.removeprefix(_PREFIX) for entry in Path(folder).glob(f"{_PREFIX}*") if entry.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def latest_complete(folder: str | Path) -> Path | None:
+    """The newest step folder that can be resumed from, or None.
+
+    Damaged folders are passed over with a warning that names them and what is wrong.
+    """
+    for step in reversed(saved_steps(folder)):
+        path = step_folder(folder, step)
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        logger.warning("Checkpoint %s cannot be used: %s. Looking for an older one.", path, damage)
+    return None
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a step folder, None if nothing: every file that its metadata names is there at full length."""
+    try:
+        read_trainer_state(path)
+    except (OSError, ValueError) as error:
+        return f"{TRAINER_FILE} is missing or unreadable ({error})"
+    try:
+        metadata = read_state_metadata(path)
+    except ValueError as error:
+        return str(error)
+    ends: dict[str, int] = defaultdict(int)
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
+    for name, end in sorted(ends.items()):
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size < end:
+            return f"{name} is cut short (expected {end:,} bytes, found {file.stat().st_size:,})"
+    return None
+
+
+def read_state_metadata(path: Path) -> Metadata:
+    """The metadata of the tensors saved in a step folder.
+
+    Raises:
+        ValueError: `.metadata` is missing or unreadable.
+    """
+    try:
+        return FileSystemReader(path).read_metadata()
+    except FileNotFoundError as error:
+        raise ValueError(".metadata is missing") from error
+    except Exception as error:  # a cut pickle can raise nearly anything
+        raise ValueError(f".metadata is unreadable ({type(error).__name__}: {error})") from error
+
+
+def read_trainer_state(path: str | Path) -> dict[str, Any]:
+    """The plain part of a saved state (step, data position, job text), without touching tensors."""
+    return json.loads((Path(path) / TRAINER_FILE).read_text())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what interrupted saves left behind."""
+    for path in folder.glob(f"{_PREFIX}*{_INCOMPLETE}"):
+        logger.info("Removing %s, left by an interrupted save.", path)
+        shutil.rmtree(path)
+
+
+def remove_old(folder: Path, newest: int, keep_last: int) -> None:
+    """Deletes all but the newest `keep_last` steps up to `newest`, which must be complete; 0 keeps everything.
+
+    Damaged folders do not count as kept, or `keep_last = 1` after a fallback would leave nothing to fall back to.
+    """
+    if keep_last == 0:
+        return
+    kept = 0
+    for step in reversed([step for step in saved_steps(folder) if step <= newest]):
+        path = step_folder(folder, step)
+        if step != newest and kept >= keep_last:
+            # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a final name.
+            doomed = path.with_name(path.name + _INCOMPLETE)
+            try:
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                logger.warning("Could not remove the old checkpoint %s: %s. Training goes on.", path, error)
+        elif step == newest or find_damage(path) is None:
+            kept += 1

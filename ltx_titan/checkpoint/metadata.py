@@ -1,0 +1,194 @@
+"""What a safetensors file says about itself: model config, version, and the name, dtype and shape of every tensor.
+
+Only the header is read (a few hundred kilobytes of a 46 GB file), without torch, so that a job's paths and its model
+can be checked before any process group or GPU is touched. The model's architecture is decided by the config in the
+header and by nothing else: there is no version switch.
+"""
+
+import json
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+DTYPE_BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+}
+DEFAULT_SCALE_FACTORS = (8, 32, 32)
+# The format's own limit; a larger number means that the first eight bytes are not a header length.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Header entry of one tensor. `start` and `end` are byte offsets into the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class CheckpointMetadata:
+    """Everything a checkpoint's header tells.
+
+    Attributes:
+        path: the file.
+        config: the parsed `config` entry; sections that are null (in split files) are empty objects.
+        model_version: such as "2.3.0", or None.
+        raw: the header's `__metadata__` as it stands, strings to strings.
+        tensors: entry of every tensor by file key.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    model_version: str | None
+    raw: dict[str, str] = field(repr=False)
+    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    def transformer_config(self) -> dict[str, Any]:
+        """The `transformer` section of the config.
+
+        Raises:
+            ValueError: the file has none; the message says what the file holds instead.
+        """
+        config = self.config.get("transformer")
+        if not config:
+            raise ValueError(
+                f"{self.path}: the metadata has no 'config.transformer', so the model cannot be built from it. "
+                f"This {_describe(self)}. Set model.checkpoint_path to an official LTX-2 checkpoint "
+                "(for LTX-2.5 the file under diffusion_models/)."
+            )
+        return config
+
+
+def read_metadata(path: str | Path) -> CheckpointMetadata:
+    """Reads and checks the header of a safetensors file.
+
+    Args:
+        path: a `.safetensors` file.
+
+    Raises:
+        ValueError: the file is missing, is not a safetensors file, or is cut short.
+    """
+    path = Path(path)
+    header, data_start = _read_header(path)
+    raw = header.pop("__metadata__", {})
+    tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
+    expected = max((info.end for info in tensors.values()), default=data_start)
+    found = path.stat().st_size
+    if found != expected:
+        what = "cut short (an interrupted download or copy?)" if found < expected else "longer than its header says"
+        raise ValueError(
+            f"{path}: file is {what}: expected {expected:,} bytes, found {found:,}. Download or copy it again."
+        )
+    return CheckpointMetadata(path, _parse_config(path, raw), raw.get("model_version"), raw, tensors)
+
+
+def scale_factors(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Compression of the video autoencoder as (time, height, width).
+
+    Each block of `vae.encoder_blocks` (or `vae.decoder_blocks`) whose name starts with `compress_space` or
+    `compress_all` halves space, with `compress_time` or `compress_all` halves time; patches give a first factor for
+    space.
+
+    Args:
+        config: the whole config object of a checkpoint's metadata.
+
+    Returns:
+        The factors; 8, 32, 32 where the config lists no blocks (audio-only files, the nested config of LTX-2.5).
+    """
+    vae = config.get("vae") or {}
+    blocks = vae.get("encoder_blocks") or vae.get("decoder_blocks")
+    if not isinstance(blocks, list):
+        return DEFAULT_SCALE_FACTORS
+    time, space = 1, int(vae.get("patch_size", 4))
+    for name, _ in blocks:
+        if name.startswith(("compress_space", "compress_all")):
+            space *= 2
+        if name.startswith(("compress_time", "compress_all")):
+            time *= 2
+    return time, space, space
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header's JSON object and the offset at which tensor data starts."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint file. Check model.checkpoint_path.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > _MAX_HEADER_BYTES:
+            raise ValueError(f"{path}: not a safetensors file (found {size:,} bytes, a header length of {length:,}).")
+        if size < 8 + length:
+            raise ValueError(
+                f"{path}: file is cut short: the header alone needs {8 + length:,} bytes, found {size:,}. "
+                "Download or copy it again."
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a safetensors file (its header is not JSON: {error}).") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: not a safetensors file (its header is {type(header).__name__}, expected an object).")
+    return header, 8 + length
+
+
+def _tensor_info(path: Path, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: header entry of tensor '{name}' is malformed: {entry}.") from error
+    # Unknown dtypes (packed 4-bit formats) are left to whoever wants to load them.
+    if dtype in DTYPE_BITS and prod(shape) * DTYPE_BITS[dtype] != 8 * (end - start):
+        raise ValueError(
+            f"{path}: tensor '{name}' of shape {list(shape)} and dtype {dtype} needs "
+            f"{prod(shape) * DTYPE_BITS[dtype] // 8:,} bytes, the header gives {end - start:,}. The file is damaged."
+        )
+    return TensorInfo(dtype, shape, data_start + start, data_start + end)
+
+
+def _parse_config(path: Path, raw: dict[str, str]) -> dict[str, Any]:
+    if "config" not in raw:
+        return {}
+    try:
+        config = json.loads(raw["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: metadata entry 'config' is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: metadata entry 'config' is {type(config).__name__}, expected an object.")
+    return {section: {} if value is None else value for section, value in config.items()}
+
+
+def _describe(metadata: CheckpointMetadata) -> str:
+    """What a file without a transformer config seems to be."""
+    names = list(metadata.tensors)
+    if any(".lora_" in name or ".lora." in name for name in names):
+        return "is a LoRA file"
+    if any("transformer_blocks.0." in name for name in names):
+        return (
+            "holds transformer weights without the official metadata (another trainer's or a converted file); "
+            "use the official file, or export one that carries its config"
+        )
+    if any(name.startswith(("encoder.", "decoder.", "vae.", "audio_vae.")) for name in names):
+        return "holds an autoencoder and no transformer"
+    if "gemma_config" in metadata.raw or any("embed_tokens" in name for name in names):
+        return "holds a text encoder"
+    sections = ", ".join(metadata.config) or "none"
+    return f"has {len(names)} tensors (first: {', '.join(names[:3]) or 'none'}) and config sections: {sections}"

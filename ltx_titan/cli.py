@@ -1,0 +1,48 @@
+"""`ltx-titan <command>`: every tool of this package under one name; also `python -m ltx_titan.cli <command>`.
+
+A command is a module with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> exit status`. Only the module
+of the command that is called is imported, so that the list of commands appears at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from ltx_titan.quiet import quieten
+
+# command: (module, what it does in one line)
+COMMANDS = {
+    "make-nano": ("ltx_titan.codecs.nano", "write a miniature LTX-2.3 pack with random weights, to try things on"),
+    "make-debug-dataset": ("ltx_titan.preprocess.debug_dataset", "write a small captioned data set, to try things on"),
+    "process-dataset": ("ltx_titan.preprocess.process_dataset", "encode clips and captions for training"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. What a user can fix is printed as one line, without a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    quieten()
+    parser = argparse.ArgumentParser(
+        prog="ltx-titan",
+        description="Fine-tuning of the LTX-2 audio-video diffusion transformers: tools around training. "
+        "'ltx-titan <command> --help' explains a command.",
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="<command>", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if argv[:1] == [name]:
+            module = import_module(module_name)
+            subparser.description = module.DESCRIPTION
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"ltx-titan {arguments.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

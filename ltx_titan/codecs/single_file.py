@@ -1,0 +1,173 @@
+"""The official single-file layout: one safetensors file whose metadata says what is in it.
+
+Every codec is loaded the same way. Its constructor arguments are derived from the metadata object `config`; the names
+of its parameters are translated into the names in the file (module to file, never the other way, so that one map
+serves loading, writing and checking); and the weights are loaded strictly. A misspelled prefix passes a non-strict
+load in silence and leaves layers at their random values, so missing and left-over tensors are one error that names
+them.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What the header of a checkpoint file says.
+
+    Attributes:
+        path: the file.
+        config: the metadata object `config`; a section that the file does not hold is absent or None.
+        names: names of all tensors.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    names: frozenset[str]
+
+    def section(self, name: str, component: str) -> dict[str, Any]:
+        """Section `name` of the config, for instance `vae`.
+
+        Raises:
+            ValueError: the file does not describe that component.
+        """
+        section = self.config.get(name)
+        if not section:
+            present = sorted(key for key, value in self.config.items() if value)
+            raise ValueError(
+                f"{self.path}: metadata config has no section {name!r} (it has {present}), so the file holds no "
+                f"{component}; give the file that does"
+            )
+        return section
+
+    def prefix(self, prefix: str) -> str:
+        """`prefix` where tensors carry it, else the empty string: files of a split pack use bare names."""
+        return prefix if any(name.startswith(prefix) for name in self.names) else ""
+
+
+def open_single_file(path: str | Path) -> SingleFile:
+    """Read the header of a checkpoint, no tensor.
+
+    Raises:
+        ValueError: the path is no safetensors file, or its metadata has no readable `config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a .safetensors checkpoint in the official layout")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata, names = handle.metadata() or {}, frozenset(handle.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); download or write it again") from error
+    try:
+        config = json.loads(metadata["config"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path}: its metadata has no JSON object 'config' (found keys {sorted(metadata)}); the sizes of a model "
+            "are read from there, so use the official file rather than a converted one"
+        ) from error
+    return SingleFile(path, config, names)
+
+
+def read_tensors(file: SingleFile, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read some tensors to the CPU, in the dtype they are stored in.
+
+    Raises:
+        ValueError: one of them is not in the file.
+    """
+    names = list(names)
+    missing = sorted(set(names) - file.names)
+    if missing:
+        raise ValueError(f"{file.path}: lacks {_some(missing)}; the file is incomplete or of another layout")
+    with safe_open(file.path, framework="pt") as handle:
+        return {name: handle.get_tensor(name) for name in names}
+
+
+def load_strictly(
+    module: nn.Module,
+    file: SingleFile,
+    names: Mapping[str, str],
+    covers: tuple[str, ...],
+    dtype: torch.dtype,
+) -> None:
+    """Fill `module`, which may sit on the meta device, with weights cast to `dtype`, on the CPU.
+
+    Args:
+        module: receives the weights; they replace its own tensors.
+        file: the checkpoint.
+        names: name in `module.state_dict()` -> name in the file, for every entry of the state dict.
+        covers: prefixes of the file whose tensors must all be used.
+        dtype: what floating-point weights are cast to.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape than the metadata promises.
+    """
+    own = module.state_dict()
+    assert own.keys() == names.keys()
+    expected = set(names.values())
+    missing = sorted(expected - file.names)
+    left_over = sorted(name for name in file.names - expected if name.startswith(covers))
+    if missing or left_over:
+        raise ValueError(
+            f"{file.path}: weights do not match the metadata: missing {_some(missing)}; not expected "
+            f"{_some(left_over)}; the file is damaged, or of a layout this version does not know"
+        )
+    weights = {}
+    with safe_open(file.path, framework="pt") as handle:
+        for name, stored in names.items():
+            tensor = handle.get_tensor(stored)
+            if tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"{file.path}: tensor {stored} has shape {list(tensor.shape)}, the metadata config asks for "
+                    f"{list(own[name].shape)}"
+                )
+            weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    module.load_state_dict(weights, strict=True, assign=True)
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} ({', '.join(names[:limit])}{more})"
+
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def write_single_file(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, byte for byte the same for the same input, under a temporary name until complete.
+
+    safetensors' own writer orders the metadata by a hash that differs from process to process.
+    """
+    path = Path(path)
+    # Widest first, so that every tensor starts at a multiple of its element size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    with temporary.open("wb") as handle:
+        handle.write(len(encoded).to_bytes(8, "little"))
+        handle.write(encoded)
+        for name in order:
+            handle.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    temporary.rename(path)

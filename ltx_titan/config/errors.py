@@ -1,0 +1,77 @@
+"""How a wrong job is reported: every problem at once, one line each, with key, value, expectation and remedy.
+
+A job that is wrong in three places is corrected in one go, before a process group exists and a cluster waits.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = object()
+"""`Problem.found` where the job has no such key."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a job.
+
+    Attributes:
+        key: dotted name, for example `training.steps`; empty where `origin` itself (a file, an override) is wrong.
+        found: the value in the job, `MISSING` where there is none.
+        expected: what would have been right, to be read after the word "expected".
+        remedy: what to do about it.
+        origin: file or override that the value came from; empty where the job as a whole is meant.
+    """
+
+    key: str
+    found: Any
+    expected: str
+    remedy: str
+    origin: str = ""
+
+    def line(self) -> str:
+        """The problem as one line of text."""
+        subject = ""
+        if self.key:
+            subject = f"{self.key} is missing" if self.found is MISSING else f"{self.key} = {as_toml(self.found)}"
+        place = ": ".join(part for part in (self.origin, subject) if part)
+        return f"{place}: expected {self.expected}; {self.remedy}"
+
+
+class ConfigError(ValueError):
+    """A job that cannot run as written.
+
+    Attributes:
+        problems: all that was found.
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problem.line() for problem in self.problems))
+
+
+def as_toml(value: Any) -> str:
+    """`value` the way a job file spells it, on one line and shortened."""
+    match value:
+        case bool():
+            text = str(value).lower()
+        case str():
+            text = '"' + value.replace("\n", "\\n") + '"'
+        case None:
+            text = "unset"
+        case list() | tuple():
+            text = "[" + ", ".join(as_toml(item) for item in value) + "]"
+        case dict():
+            text = "{" + ", ".join(f"{key} = {as_toml(item)}" for key, item in value.items()) + "}"
+        case _:
+            text = str(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A remedy for an unknown `name`: the closest valid names, then all of them."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{hint}valid: {', '.join(valid)}"

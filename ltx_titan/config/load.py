@@ -1,0 +1,221 @@
+"""Job files in and out: TOML text and `--section.key=value` overrides to a `JobConfig`, and back.
+
+Every complaint of the parser, of pydantic and of the rules becomes a line that names file or override, key, value,
+expectation and remedy (`errors.py`).
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from ltx_titan.config.errors import MISSING, ConfigError, Problem, as_toml, nearest
+from ltx_titan.config.job import OWNERS, JobConfig, rule_problems, warn_without_effect
+from ltx_titan.config.support import support_problems
+
+_EXPECTED_TYPES = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string in quotes",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "missing": "a value",
+    "finite_number": "a finite number",
+    "int_from_float": "an integer",
+}
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Reads the job file at `path`, applies `overrides`, and checks the whole.
+
+    Args:
+        path: TOML file.
+        overrides: strings `--section.key=value`; the value is TOML, or a bare string where it is not valid TOML;
+            `--section.key` alone means true. Later ones win.
+
+    Raises:
+        ConfigError: the file cannot be read, or the job cannot run as written; with every problem found.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problem = Problem("", MISSING, f"a file that can be read ({error.strerror})", "correct the path", str(path))
+        raise ConfigError([problem]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problem = Problem("", MISSING, f"valid TOML ({error})", "correct the file at that place", str(path))
+        raise ConfigError([problem]) from error
+    origins: dict[str, str] = {}
+    for override in overrides:
+        origins[_apply_override(data, override)] = f"override {override}"
+    return build_job(data, str(path), origins)
+
+
+def build_job(data: Mapping[str, Any], source: str, origins: Mapping[str, str] | None = None) -> JobConfig:
+    """Checks a job given as nested tables.
+
+    Args:
+        data: section -> key -> value.
+        source: what errors name as the place of a value.
+        origins: other places, by dotted key, for values that came from elsewhere.
+
+    Raises:
+        ConfigError: with every problem found; those of single fields first, rules only once the fields are right.
+    """
+    try:
+        job = JobConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [_problem(detail, data) for detail in error.errors(include_url=False)]
+        raise ConfigError([_at(problem, source, origins) for problem in problems]) from None
+    if problems := rule_problems(job) + support_problems(job):
+        raise ConfigError([_at(problem, source, origins) for problem in problems])
+    warn_without_effect(job)
+    return job
+
+
+def dump_job(job: JobConfig) -> str:
+    """`job` as TOML that `load_job` reads back to an equal job: unset keys and parameters of other names left out."""
+    data = job.model_dump(exclude_none=True)
+    for section, owners in OWNERS.items():
+        name = data[section]["name"]
+        data[section] = {key: value for key, value in data[section].items() if name in owners.get(key, {name})}
+    return tomli_w.dumps(data)
+
+
+def job_changes(before: JobConfig, after: JobConfig) -> list[str]:
+    """Lines `section.key: old -> new` for everything that differs, in the order of the sections."""
+    old, new = (_flat(job.model_dump()) for job in (before, after))
+    return [
+        f"{key}: {as_toml(old.get(key))} -> {as_toml(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _apply_override(data: dict[str, Any], override: str) -> str:
+    """Writes one override into `data`; returns its dotted key."""
+    name, has_value, text = override.partition("=")
+    key = name.removeprefix("--")
+    parts = key.split(".")
+    if not name.startswith("--") or len(parts) < 2 or not all(parts):
+        problem = Problem("", MISSING, "the form --section.key=value", "name section and key", f"override {override}")
+        raise ConfigError([problem])
+    table = data
+    for depth, part in enumerate(parts[:-1], start=1):
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            problem = Problem(
+                ".".join(parts[:depth]),
+                table,
+                f"a table that {parts[depth]} could be a key of",
+                f"override {'.'.join(parts[:depth])} as a whole",
+                f"override {override}",
+            )
+            raise ConfigError([problem])
+    table[parts[-1]] = _override_value(text) if has_value else True
+    return key
+
+
+def _override_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    # A line break in the text could smuggle in further keys; such a text is meant as a string.
+    return parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def _at(problem: Problem, source: str, origins: Mapping[str, str] | None) -> Problem:
+    """`problem` with the place that its value came from."""
+    origin = source
+    for key, place in (origins or {}).items():
+        if problem.key == key or problem.key.startswith((f"{key}.", f"{key}[")) or key.startswith(f"{problem.key}."):
+            origin = place if problem.key else source
+    return Problem(problem.key, problem.found, problem.expected, problem.remedy, origin)
+
+
+def _problem(detail: Mapping[str, Any], data: Mapping[str, Any]) -> Problem:
+    """One pydantic error in our words."""
+    key, models = _locate(detail["loc"], data)
+    kind, message, context = detail["type"], detail["msg"], detail.get("ctx", {})
+    leaf = str(detail["loc"][-1])
+    found = MISSING if kind == "missing" else detail["input"]
+    if kind == "extra_forbidden":
+        section = key.rpartition(".")[0]
+        what = f"a key of {section}" if section else "a section of a job"
+        fields = [name for model in models for name in model.model_fields]
+        return Problem(key, found, what, nearest(leaf, fields))
+    if kind in ("literal_error", "union_tag_invalid"):
+        options = str(context.get("expected", context.get("expected_tags", "")))
+        if kind == "union_tag_invalid":
+            key, found = f"{key}.type", context.get("tag", found)
+        names = [option.strip("'") for option in options.replace(" or ", ", ").split(", ")]
+        return Problem(key, found, f"one of {', '.join(names)}", nearest(str(found), names))
+    if kind == "union_tag_not_found":
+        return Problem(f"{key}.type", MISSING, "the type of the condition", "add it")
+    if kind == "value_error":
+        expected = f"something else ({message.removeprefix('Value error, ').rstrip('.')})"
+    else:
+        expected = _EXPECTED_TYPES.get(kind) or message.removeprefix("Input should be ")
+    return Problem(key, found, expected, _remedy(kind, found, key, models, leaf))
+
+
+def _remedy(kind: str, found: Any, key: str, models: list[type[BaseModel]], leaf: str) -> str:
+    if kind == "string_type":
+        return f"""put it in quotes (in an override: '--{key}="..."')"""
+    if kind in ("int_type", "float_type", "bool_type") and isinstance(found, str):
+        return "write it without quotes"
+    field = next((model.model_fields[leaf] for model in models if leaf in model.model_fields), None)
+    if field is not None and not field.is_required() and field.default is not None:
+        if isinstance(field.default, BaseModel):
+            return f"write [{key}] with its keys below it"
+        return f"change it (default {as_toml(field.default)})"
+    return f"add {key} = ..." if found is MISSING else "change it"
+
+
+def _locate(loc: Sequence[int | str], data: Any) -> tuple[str, list[type[BaseModel]]]:
+    """Dotted key of a pydantic location, and the models that its last name would be a field of.
+
+    The tag of a discriminated union is part of the location but not of the file; it selects among the models instead.
+    """
+    key, models = "", [JobConfig]
+    owners = models
+    for part in loc:
+        if isinstance(part, int):
+            key += f"[{part}]"
+            data = data[part] if isinstance(data, list) and part < len(data) else None
+            continue
+        if isinstance(data, dict) and part not in data and data.get("type") == part:
+            models = [model for model in models if part in get_args(model.model_fields["type"].annotation)]
+            continue
+        key += f".{part}" if key else part
+        owners = models
+        models = [
+            found
+            for model in owners
+            if part in model.model_fields
+            for found in _models_in(model.model_fields[part].annotation)
+        ]
+        data = data.get(part) if isinstance(data, dict) else None
+    return key, owners
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """All models that an annotation mentions, however nested."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _models_in(argument)]

@@ -1,0 +1,281 @@
+"""One prepared sample on disk: a `.pt` file per source, the same relative path in every source folder.
+
+The forms are those of the public LTX-2 trainer, so data prepared for it can be used as it is, its older forms
+included; they leave this module in one form:
+
+- latents of a video or image: `latents` [128, F', H', W'], `num_frames`, `height`, `width` (latent sizes), `fps`
+- latents of sound: `latents` [8, T, 16], `num_time_steps`, `frequency_bins`, `duration` (seconds)
+- text features, which still pass the text connectors: `video_prompt_embeds` [N, D_v], optionally `audio_prompt_embeds`
+  [N, D_a], `prompt_attention_mask` [N] int64
+- text contexts, which have passed them: on disk `video_context`, `audio_context`, so that no other reader takes them
+  for features; in memory `video_prompt_embeds`, `audio_prompt_embeds` without a `prompt_attention_mask`
+- masks: `mask`, any tensor with one element per token, 1 = keep
+
+Latents may carry `present = False`: the sample has no such stream and the latents are a stand-in of the right size.
+"""
+
+import io
+import math
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Value = Tensor | int | float | bool
+Fields = dict[str, Value]
+Kind = Literal["video", "audio", "latents", "text", "mask"]
+
+VIDEO_CHANNELS = 128
+AUDIO_CHANNELS = 8
+AUDIO_BINS = 16
+AUDIO_STEPS_PER_SECOND = 25
+DEFAULT_FPS = 24.0
+"""What files from before the frame rate was stored count as."""
+
+
+def relative_sample_path(media: str | Path, base: str | Path) -> Path:
+    """Path of a sample below each source folder: that of its main media file below `base`, with the suffix `.pt`.
+
+    Media outside `base` are mirrored with their whole path, so that no two of them meet.
+
+    Args:
+        media: the video, or the sound where there is none.
+        base: folder of the metadata file.
+    """
+    media, base = Path(os.path.abspath(media)), Path(os.path.abspath(base))
+    relative = media.relative_to(base) if media.is_relative_to(base) else media.relative_to(media.anchor)
+    return relative.with_suffix(".pt")
+
+
+def write_sample(path: str | Path, fields: Mapping[str, Value]) -> None:
+    """Writes one sample file, whole or not at all; fields beyond the known ones are kept in the file.
+
+    Raises:
+        ValueError: if a reader would refuse the fields.
+    """
+    path = Path(path)
+    clean = {key: _compact(value) if isinstance(value, Tensor) else value for key, value in fields.items()}
+    _check_values(path, _normalised(path, clean, None))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        torch.save(clean, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_sample(path: str | Path, kind: Kind | None = None) -> Fields:
+    """Reads one sample file and checks all of it.
+
+    Args:
+        path: the file.
+        kind: what it must hold; None accepts any.
+
+    Raises:
+        ValueError: if the file is missing, cut off or of another kind, or a field is missing, has a wrong type or
+            shape, contradicts another or is not finite; with file, field, what was expected and found, and the remedy.
+    """
+    path = Path(path)
+    fields = _normalised(path, _load(path, mmap=False), kind)
+    _check_values(path, fields)
+    return fields
+
+
+def read_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of each field of a sample file, () for numbers, without reading the tensors' values.
+
+    Raises:
+        ValueError: as `read_sample`, for everything but the values.
+    """
+    path = Path(path)
+    fields = _normalised(path, _load(path, mmap=True), kind)
+    return {key: tuple(value.shape) if isinstance(value, Tensor) else () for key, value in fields.items()}
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor alone: `torch.save` would write the whole storage that a view looks at."""
+    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+
+
+def _load(path: Path, mmap: bool) -> dict:
+    again = "delete the file and run the preprocessing again"
+    try:
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path}: expected a sample file, found 0 bytes; {again}.")
+        # Reading first keeps a file that is replaced meanwhile whole, and tells a broken disk from a broken file.
+        content = str(path) if mmap and _is_zip(path) else io.BytesIO(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: expected a sample file, found none; run the preprocessing again.") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the disk and its permissions.") from error
+    try:
+        data = torch.load(content, map_location="cpu", weights_only=True, mmap=isinstance(content, str))
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: expected a complete PyTorch file of tensors, found {reason!r}; {again}.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a table of fields, found {type(data).__name__}; {again}.")
+    return data
+
+
+def _is_zip(path: Path) -> bool:
+    """Files of before torch 1.6 are not zip archives and cannot be mapped into memory."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _normalised(path: Path, data: dict, kind: Kind | None) -> Fields:
+    """The known fields of a file in their current form; checks all but the tensors' values."""
+    forms: dict[str, Callable[[Path, dict], Fields]] = {
+        "latents": _latents,
+        "video_context": _text_contexts,  # First: who stored both does not want connectors in the step.
+        "video_prompt_embeds": _text_features,
+        "prompt_embeds": _text_features,
+        "mask": _mask,
+    }
+    form = next((form for key, form in forms.items() if key in data), None)
+    if form is None:
+        raise _error(path, "latents, video_prompt_embeds, video_context or mask", "a sample's main field", sorted(data))
+    fields = form(path, data)
+    found = _kind_of(fields)
+    if kind is not None and found != kind and not (kind == "latents" and found in ("video", "audio")):
+        raise ValueError(
+            f"{path}: expected {kind}, found {found} ({sorted(data)}); check the folder's name in the job."
+        )
+    return fields
+
+
+def _kind_of(fields: Fields) -> Kind:
+    if "mask" in fields:
+        return "mask"
+    if "latents" in fields:
+        return "video" if "num_frames" in fields else "audio"
+    return "text"
+
+
+def _latents(path: Path, data: dict) -> Fields:
+    latents = _tensor(path, data, "latents", floating=True)
+    if latents.ndim == 2:
+        latents = _unpatchified(path, data, latents)
+    if latents.ndim == 4:
+        fields = _video(path, data, latents)
+    elif latents.ndim == 3:
+        fields = _audio(path, data, latents)
+    else:
+        raise _error(path, "latents", "[128, F', H', W'] for video or [8, T, 16] for sound", list(latents.shape))
+    if "present" in data:
+        if not isinstance(data["present"], bool):
+            raise _error(path, "present", "true or false", data["present"])
+        fields["present"] = data["present"]
+    return fields
+
+
+def _unpatchified(path: Path, data: dict, tokens: Tensor) -> Tensor:
+    """Older files hold tokens: [F' * H' * W', 128] of a video, or [T, 8 * 16] of sound, feature `16 * c + m`."""
+    if "num_frames" not in data and "num_time_steps" in data:
+        expected = [data["num_time_steps"], AUDIO_CHANNELS * AUDIO_BINS]
+        if list(tokens.shape) != expected:
+            raise _error(path, "latents", f"tokens {expected} by num_time_steps", list(tokens.shape))
+        return tokens.unflatten(1, (AUDIO_CHANNELS, AUDIO_BINS)).movedim(0, 1)
+    sizes = [_number(path, data, key, int) for key in ("num_frames", "height", "width")]
+    if list(tokens.shape) != [math.prod(sizes), VIDEO_CHANNELS]:
+        expected = f"tokens {[math.prod(sizes), VIDEO_CHANNELS]} by num_frames x height x width = {sizes}"
+        raise _error(path, "latents", expected, list(tokens.shape))
+    return tokens.movedim(1, 0).unflatten(1, sizes)
+
+
+def _video(path: Path, data: dict, latents: Tensor) -> Fields:
+    if latents.shape[0] != VIDEO_CHANNELS or 0 in latents.shape:
+        raise _error(path, "latents", f"[{VIDEO_CHANNELS}, F', H', W']", list(latents.shape))
+    sizes = dict(zip(("num_frames", "height", "width"), latents.shape[1:], strict=True))
+    for key, size in sizes.items():
+        if key in data and _number(path, data, key, int) != size:
+            raise _error(path, key, f"the latents' own size {size} (shape {list(latents.shape)})", data[key])
+    fps = float(_number(path, data, "fps", (int, float))) if data.get("fps") is not None else DEFAULT_FPS
+    if not (math.isfinite(fps) and fps > 0):
+        raise _error(path, "fps", "a positive number", fps)
+    return {"latents": latents, **sizes, "fps": fps}
+
+
+def _audio(path: Path, data: dict, latents: Tensor) -> Fields:
+    channels, steps, bins = latents.shape
+    if (channels, bins) != (AUDIO_CHANNELS, AUDIO_BINS) or steps == 0:
+        raise _error(path, "latents", f"[{AUDIO_CHANNELS}, T, {AUDIO_BINS}]", list(latents.shape))
+    for key, size in (("num_time_steps", steps), ("frequency_bins", bins)):
+        if key in data and _number(path, data, key, int) != size:
+            raise _error(path, key, f"the latents' own size {size} (shape {list(latents.shape)})", data[key])
+    seconds = steps / AUDIO_STEPS_PER_SECOND
+    duration = float(_number(path, data, "duration", (int, float))) if data.get("duration") is not None else seconds
+    return {"latents": latents, "num_time_steps": steps, "frequency_bins": bins, "duration": duration}
+
+
+def _text_features(path: Path, data: dict) -> Fields:
+    # The older form has one tensor for both streams; without audio features the video's serve both.
+    video = _tensor(path, data, "video_prompt_embeds" if "video_prompt_embeds" in data else "prompt_embeds", True)
+    fields = _text(path, data, video, "audio_prompt_embeds")
+    mask = _tensor(path, data, "prompt_attention_mask", floating=False)
+    if mask.shape != video.shape[:1]:
+        raise _error(path, "prompt_attention_mask", f"one element per token, {list(video.shape[:1])}", list(mask.shape))
+    return fields | {"prompt_attention_mask": mask.to(torch.int64)}
+
+
+def _text_contexts(path: Path, data: dict) -> Fields:
+    return _text(path, data, _tensor(path, data, "video_context", floating=True), "audio_context")
+
+
+def _text(path: Path, data: dict, video: Tensor, audio_key: str) -> Fields:
+    fields: Fields = {"video_prompt_embeds": video}
+    if data.get(audio_key) is not None:
+        fields["audio_prompt_embeds"] = _tensor(path, data, audio_key, floating=True)
+    for key, tensor in fields.items():
+        if tensor.ndim != 2 or 0 in tensor.shape or tensor.shape[0] != video.shape[0]:
+            raise _error(path, key, "[tokens, width], as many tokens for both streams", list(tensor.shape))
+    return fields
+
+
+def _mask(path: Path, data: dict) -> Fields:
+    mask = _tensor(path, data, "mask", floating=None)
+    if mask.numel() == 0:
+        raise _error(path, "mask", "one element per token", list(mask.shape))
+    return {"mask": mask.to(torch.float32)}
+
+
+def _check_values(path: Path, fields: Fields) -> None:
+    for key, value in fields.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            count = int((~torch.isfinite(value)).sum())
+            raise _error(path, key, "finite values", f"{count} of {value.numel()} NaN or infinite")
+    mask = fields.get("prompt_attention_mask")
+    if isinstance(mask, Tensor) and not ((mask == 0) | (mask == 1)).all():
+        raise _error(path, "prompt_attention_mask", "0 or 1", f"values from {int(mask.min())} to {int(mask.max())}")
+
+
+def _tensor(path: Path, data: dict, key: str, floating: bool | None) -> Tensor:
+    """`data[key]`, which must be a tensor; of floats if `floating`, of whole numbers if False, of either if None."""
+    value = data.get(key)
+    if not isinstance(value, Tensor):
+        found = f"only {sorted(data)}" if key not in data else type(value).__name__
+        raise _error(path, key, "a tensor", found)
+    if floating is not None and (value.is_complex() or value.is_floating_point() != floating):
+        raise _error(path, key, "floating-point values" if floating else "whole numbers", value.dtype)
+    return value.detach()
+
+
+def _number(path: Path, data: dict, key: str, types: type | tuple[type, ...]) -> int | float:
+    value = data.get(key)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, types):
+        raise _error(path, key, "an integer" if types is int else "a number", value)
+    return value
+
+
+def _error(path: Path, key: str, expected: str, found: object) -> ValueError:
+    return ValueError(
+        f"{path}: {key}: expected {expected}, found {found}; delete the file and run the preprocessing again."
+    )

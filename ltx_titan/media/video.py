@@ -1,0 +1,187 @@
+"""Video files through PyAV: frames as tensors, exact frame rates, and mp4 files with sound.
+
+Frames are counted while decoding from the start rather than sought by time, so the first F frames are exactly those
+whatever the container says. A frame rate is a fraction (24000/1001 stays that): positions of tokens are seconds.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from torch import Tensor
+
+from ltx_titan.media.errors import MediaError
+from ltx_titan.media.frames import fit_frames
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What can be known of a video without decoding it.
+
+    Attributes:
+        frames: how many it has, by its header; a damaged file may hold fewer.
+        width: pixels, as displayed (after rotation).
+        height: pixels, as displayed.
+        fps: frames per second.
+        has_audio: whether there is a sound track.
+    """
+
+    frames: int
+    width: int
+    height: int
+    fps: Fraction
+    has_audio: bool
+
+
+@contextmanager
+def open_media(path: str | Path) -> Iterator[InputContainer]:
+    """Open a media file for reading.
+
+    Raises:
+        MediaError: it is missing, empty, damaged or no media file; also for errors while the caller decodes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MediaError(path, "no such file")
+    if path.stat().st_size == 0:
+        raise MediaError(path, "is empty (0 bytes)")
+    try:
+        with av.open(str(path)) as container:
+            yield container
+    except av.error.FFmpegError as error:
+        raise MediaError(path, f"not a readable media file, or truncated ({error.strerror})") from error
+
+
+def probe_video(path: str | Path) -> VideoInfo:
+    """Frame count, size and rate of a video.
+
+    The count is the header's; without one, duration times rate; without that, the number of decoded frames.
+
+    Raises:
+        MediaError: the file is not a readable video.
+    """
+    with open_media(path) as container:
+        stream = _video_stream(container, path)
+        fps = _frame_rate(stream, path)
+        frames = stream.frames
+        if not frames and stream.duration:
+            frames = round(stream.duration * stream.time_base * fps)
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise MediaError(path, "no frame can be decoded")
+        if not frames:
+            frames = 1 + sum(1 for _ in container.decode(stream))
+        # Encoders pad to even sizes and phones store a rotation: only a decoded frame knows what is displayed.
+        width, height = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
+        return VideoInfo(frames, width, height, fps, bool(container.streams.audio))
+
+
+def iter_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """Decode a video frame by frame: uint8 arrays [H, W, 3], upright.
+
+    Raises:
+        MediaError: the file is not a readable video, or ends in the middle of a frame.
+    """
+    with open_media(path) as container:
+        for frame in container.decode(_video_stream(container, path)):
+            pixels = frame.to_ndarray(format="rgb24")
+            # `rotation` is counter-clockwise degrees that bring the frame upright.
+            yield np.rot90(pixels, k=round(frame.rotation / 90) % 4) if frame.rotation else pixels
+
+
+def read_clip(path: str | Path, frames: int, width: int, height: int, start: int = 0) -> Tensor:
+    """Read consecutive frames, scaled to cover a size and cut to it around the centre.
+
+    Only one frame is held at its full size, so that a 4K source costs no more memory than the result.
+
+    Args:
+        path: the video.
+        frames: how many frames.
+        width: of the result, pixels.
+        height: of the result, pixels.
+        start: first frame.
+
+    Returns:
+        Pixels [3, frames, height, width] in [-1, 1], float32.
+
+    Raises:
+        MediaError: the file is not a readable video, or has fewer frames.
+    """
+    fitted = [
+        fit_frames(torch.from_numpy(np.ascontiguousarray(frame))[None], width, height)
+        for frame in islice(iter_frames(path), start, start + frames)
+    ]
+    if len(fitted) < frames:
+        raise MediaError(
+            path, f"frames {start} to {start + frames} were asked for, {start + len(fitted)} can be decoded"
+        )
+    return torch.cat(fitted, dim=1)
+
+
+def write_video(
+    path: str | Path,
+    frames: Tensor,
+    fps: Fraction | float,
+    audio: Tensor | None = None,
+    sample_rate: int | None = None,
+) -> None:
+    """Write an mp4 (H.264 in yuv420p, AAC) that browsers and TensorBoard play; complete or not there at all.
+
+    Args:
+        path: the file; its folder is made.
+        frames: uint8 [F, H, W, 3], even height and width.
+        fps: frames per second; a fraction keeps rates such as 30000/1001 exact.
+        audio: float waveform [1 or 2, N] in [-1, 1], or None for a silent file.
+        sample_rate: of the waveform, Hz; needed with it.
+    """
+    assert frames.dtype == torch.uint8
+    assert frames.ndim == 4
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise MediaError(path, f"frames of {width}x{height} cannot be written as H.264, width and height must be even")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(100_000)
+        video = container.add_stream("libx264", rate=rate, options={"crf": "18"})
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        sound = None
+        if audio is not None:
+            assert sample_rate is not None
+            assert audio.shape[0] in (1, 2)
+            layout = "stereo" if audio.shape[0] == 2 else "mono"
+            sound = container.add_stream("aac", rate=sample_rate, layout=layout)
+        for pixels in frames.cpu().numpy():
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video.encode())
+        if sound is not None:
+            samples = np.ascontiguousarray(audio.detach().float().clamp(-1, 1).cpu().numpy())
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+            frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
+            container.mux(sound.encode(frame))
+            container.mux(sound.encode())
+    temporary.rename(path)
+
+
+def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
+    if not container.streams.video:
+        raise MediaError(path, "has no video track")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    return stream
+
+
+def _frame_rate(stream: av.VideoStream, path: str | Path) -> Fraction:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise MediaError(path, "has no frame rate")
+    return Fraction(rate)

@@ -1,0 +1,127 @@
+"""One line per logged step on the console, and under it a progress bar where the console is a terminal."""
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ltx_titan.metrics.loggers import StepMetrics
+
+_HEADER_EVERY = 40
+
+
+class Console:
+    """Prints steps.
+
+    Args:
+        total_steps: where the job ends.
+        first_step: the step it goes on from.
+    """
+
+    def __init__(self, total_steps: int, first_step: int = 0) -> None:
+        self._total_steps = total_steps
+        self._lines = 0
+        self._clock = Clock(total_steps, first_step)
+        self._progress = self._task = None
+        if sys.stdout.isatty():
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=RichConsole(highlight=False, soft_wrap=True))
+            self._task = self._progress.add_task("train", total=total_steps, completed=first_step)
+            self._progress.start()
+
+    def step(self, metrics: "StepMetrics") -> None:
+        """Prints a step; every 40 lines the column names first."""
+        if self._lines % _HEADER_EVERY == 0:
+            self._print(header())
+        self._lines += 1
+        self._print(format_line(metrics, self._total_steps, self._clock.seconds_left(metrics.step)))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=metrics.step)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _print(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(line, markup=False)
+        else:
+            print(line, flush=True)
+
+
+class Clock:
+    """Time left, from this run's wall time: validation and checkpoints count, compilation less and less."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self._total_steps = total_steps
+        self._last = (first_step, time.monotonic())
+        self._seconds_per_step: float | None = None
+
+    def seconds_left(self, step: int) -> float | None:
+        """Seconds until the last step; None before anything is known."""
+        now = time.monotonic()
+        last_step, last_time = self._last
+        if step > last_step:
+            rate = (now - last_time) / (step - last_step)
+            known = self._seconds_per_step
+            self._seconds_per_step = rate if known is None else known + 0.1 * (rate - known)
+            self._last = (step, now)
+        if self._seconds_per_step is None:
+            return None
+        return max(0, self._total_steps - step) * self._seconds_per_step
+
+
+_COLUMNS = (
+    ("step", 13),
+    ("loss", 9),
+    ("video", 9),
+    ("audio", 9),
+    ("grad norm", 10),
+    ("lr", 9),
+    ("s/step", 8),
+    ("tokens/s", 10),
+    ("TFLOP/s", 8),
+    ("MFU", 6),
+    ("mem GiB", 8),
+    ("left", 9),
+)
+
+
+def header() -> str:
+    """The column names."""
+    return " ".join(name.rjust(width) for name, width in _COLUMNS)
+
+
+def format_line(metrics: "StepMetrics", total_steps: int, seconds_left: float | None) -> str:
+    """A step in columns of fixed width; "-" for what is not known."""
+    cells = (
+        f"{metrics.step}/{total_steps}",
+        _cell(metrics.loss, ".4f"),
+        _cell(metrics.loss_video, ".4f"),
+        _cell(metrics.loss_audio, ".4f"),
+        _cell(metrics.grad_norm, ".4f"),
+        _cell(metrics.lr, ".2e"),
+        _cell(metrics.step_time_s, ".3f"),
+        _cell(metrics.tokens_per_s, ",.0f"),
+        _cell(metrics.tflops_per_gpu, ".1f"),
+        _cell(metrics.mfu, ".1%"),
+        _cell(metrics.peak_mem_gib, ".2f"),
+        _duration(seconds_left),
+    )
+    return " ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

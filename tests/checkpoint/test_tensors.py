@@ -1,0 +1,54 @@
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltx_titan.checkpoint import (
+    TrainingState,
+    export_transformer,
+    load_parameters,
+    load_state,
+    module_tensors,
+    save_state,
+)
+from tests.checkpoint.toy import fsdp, full, toy
+from tests.processes import run_ranks
+
+
+def float8_toy(seed):
+    """Float8 linears whose FSDP all-gather is in float8: their weights are tensor subclasses."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig(emulate=True, enable_fsdp_float8_all_gather=True)
+    module = toy(seed)
+    convert_to_float8_training(module, config=config)
+    weight = module.patchify_proj.weight
+    assert type(weight.data) is not torch.Tensor, "the conversion no longer makes subclasses; this test checks nothing"
+    return fsdp(module)
+
+
+def export_load_and_save(folder):
+    expected = toy().state_dict()
+    export_transformer(float8_toy(0), folder / "float8.safetensors", config={}, dtype=None)
+    written = load_file(folder / "float8.safetensors")
+    assert all(torch.equal(written["model.diffusion_model." + name], expected[name]) for name in expected)
+
+    loaded = float8_toy(1)
+    load_parameters(loaded, folder / "float8.safetensors")
+    save_state(folder, 1, TrainingState(loaded))
+
+
+def resume_without_float8(folder):
+    assert "torchao" not in sys.modules
+    resumed = fsdp(toy(2))
+    load_state(folder / "step-1", TrainingState(resumed))
+    expected = toy().state_dict()
+    for name, tensor in module_tensors(resumed).items():
+        assert torch.equal(full(tensor), expected[name]), name
+
+
+@pytest.mark.distributed
+def test_float8_weights_are_exported_loaded_and_saved_as_plain_tensors(tmp_path):
+    run_ranks(export_load_and_save, 2, tmp_path)
+    run_ranks(resume_without_float8, 2, tmp_path)

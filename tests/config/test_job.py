@@ -1,0 +1,102 @@
+import pytest
+
+from ltx_titan.config import ConfigError, build_job, check_world
+
+BASE = {
+    "model": {"init": "random", "shape": "ltx-2.3-22b"},
+    "data": {"source": "synthetic"},
+    "video": {"is_generated": True, "latents_dir": "latents"},
+}
+FRAME = {"type": "first_frame"}
+FROZEN_AUDIO = {"is_generated": False, "latents_dir": "audio_latents"}
+
+
+def build(**sections):
+    return build_job(BASE | sections, "job.toml")
+
+
+def error_of(**sections):
+    with pytest.raises(ConfigError) as caught:
+        build(**sections)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {}}, ["model.checkpoint_path is missing", 'model.init = "random"']),
+        ({"model": {"checkpoint_path": "none.safetensors"}}, ['model.checkpoint_path = "none.safetensors"', "exists"]),
+        ({"model": {"init": "random"}}, ["model.shape is missing", "ltx-2.3-22b"]),
+        ({"model": {"init": "random", "shape": "ltx-3"}}, ['model.shape = "ltx-3"', "JSON file"]),
+        ({"model": BASE["model"] | {"connectors_path": "none"}}, ["model.connectors_path"]),
+        ({"data": {}}, ["data.root is missing", "synthetic"]),
+        ({"data": {"root": "no/such/folder"}}, ['data.root = "no/such/folder"', "preprocess"]),
+        ({"video": None}, ["video is missing", "is_generated = true"]),
+        ({"video": BASE["video"] | {"is_generated": False}, "audio": FROZEN_AUDIO}, ["video.is_generated = false"]),
+        ({"model": BASE["model"] | {"modalities": "audio"}}, ["model.modalities", "remove [video]"]),
+        (
+            {"video": BASE["video"] | {"conditions": [{"type": "mask", "mask_dir": "video_masks"}]}},
+            ["video.conditions[0].type", "synthetic"],
+        ),
+        ({"sigma": {"name": "uniform", "std": 1.0}}, ["sigma.std = 1.0", "shifted_logit_normal"]),
+        ({"sigma": {"min_value": 0.1}}, ["sigma.min_value", "uniform"]),
+        ({"sigma": {"name": "uniform", "min_value": 0.5, "max_value": 0.5}}, ["less than sigma.max_value = 0.5"]),
+        ({"scheduler": {"name": "step", "power": 2.0}}, ["scheduler.power = 2.0", "polynomial"]),
+        ({"scheduler": {"warmup_steps": 2000}}, ["scheduler.warmup_steps = 2000", "training.steps = 2000"]),
+        ({"scheduler": {"name": "wsd", "warmup_steps": 1500, "decay_steps": 501}}, ["decay_steps = 501"]),
+        ({"training": {"steps": 5, "stop_at": 6}}, ["training.stop_at = 6", "training.steps = 5"]),
+        ({"training": {"global_batch_size": 3, "local_batch_size": 2}}, ["2 x 1 = 2", "set it to 4"]),
+        ({"parallelism": {"dp_replicate": 2, "dp_shard": 3}}, ["1 x 6 = 6", "set it to 6"]),
+        ({"parallelism": {"dp_shard": 0}}, ["parallelism.dp_shard = 0"]),
+        ({"activation_checkpoint": {"mode": "full", "k": 2}}, ["activation_checkpoint.k = 2", "every_k"]),
+        ({"activation_checkpoint": {"mode": "every_k"}}, ["activation_checkpoint.k is missing"]),
+        ({"checkpoint": {"keep_last": 0}}, ["checkpoint.keep_last = 0"]),
+        ({"profiling": {"trace_start": 2001}}, ["profiling.trace_start = 2001"]),
+    ],
+)
+def test_contradiction_is_refused_by_name_with_a_remedy(sections, words):
+    message = error_of(**sections)
+    assert all(word in message for word in words), message
+
+
+def test_checkpoint_job_takes_existing_files_and_no_shape(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    model = {"checkpoint_path": str(file), "connectors_path": str(file)}
+    assert build(model=model, data={"root": str(tmp_path)}).data.root == str(tmp_path)
+    assert "model.num_layers" in error_of(model=model | {"num_layers": 2})
+    assert "not a folder" in error_of(model={"checkpoint_path": str(tmp_path)})
+
+
+def test_condition_on_a_frozen_block_warns_once_each_unless_it_is_a_reference(tmp_path):
+    reference = {"type": "reference", "latents_dir": "reference_latents"}
+    frozen = BASE["video"] | {"is_generated": False, "conditions": [reference, FRAME]}
+    generated = {"is_generated": True, "latents_dir": "audio_latents"}
+    with pytest.warns(UserWarning, match=r"video\.conditions\[1\] \(first_frame\) has no effect") as caught:
+        build(video=frozen, audio=generated, data={"root": str(tmp_path)})
+    assert len(caught) == 1
+
+
+def test_world_takes_the_rest_as_shards():
+    job = build(
+        parallelism={"dp_replicate": 2},
+        training={"global_batch_size": 16, "local_batch_size": 2},
+    )
+    degrees = check_world(job, 8)
+    assert (degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp) == (2, 4, 1, 1)
+    assert degrees.dp == 8
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "batch", "world", "words"),
+    [
+        ({"dp_replicate": 3}, 3, 8, ["3 x 1 x 1 = 3", "8 ranks"]),
+        ({"dp_shard": 2}, 2, 4, ["2 x 1 = 2", "4 ranks", "dp_shard = -1"]),
+        ({}, 6, 4, ["training.global_batch_size = 6", "1 x 4 = 4", "set it to 8"]),
+    ],
+)
+def test_world_that_does_not_fit_is_refused_with_the_arithmetic(parallelism, batch, world, words):
+    job = build(parallelism=parallelism, training={"global_batch_size": batch})
+    with pytest.raises(ConfigError) as caught:
+        check_world(job, world)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

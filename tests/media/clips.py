@@ -1,0 +1,43 @@
+"""Small media files for tests."""
+
+from fractions import Fraction
+
+import av
+import torch
+
+from ltx_titan.media import write_video
+
+
+def ramp(frames, height=64, width=96):
+    """A clip whose frame i is grey of value 8 i."""
+    values = (torch.arange(frames) * 8).clamp(max=255).to(torch.uint8)
+    return values.view(-1, 1, 1, 1).expand(-1, height, width, 3).contiguous()
+
+
+def tone(seconds, rate, channels=2, hertz=440.0):
+    wave = 0.3 * torch.sin(2 * torch.pi * hertz * torch.arange(int(seconds * rate)) / rate)
+    return wave.expand(channels, -1).contiguous()
+
+
+def write_clip(path, frames=20, fps=Fraction(25), channels=2, height=64, width=96, rate=48000):
+    """A ramp with a tone of its length; `channels=0` for no sound."""
+    audio = tone(frames / fps, rate, channels) if channels else None
+    write_video(path, ramp(frames, height, width), fps, audio, rate if channels else None)
+    return path
+
+
+def write_late_sound(path, delay_s, rate=48000, seconds=1.0):
+    """A video of one second whose sound begins later, as cameras write."""
+    with av.open(str(path), "w", format="matroska") as container:
+        video = container.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=rate, layout="mono")
+        for pixels in ramp(25, 64, 64).numpy():
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video.encode())
+        samples = (tone(seconds, rate, 1) * 32767).to(torch.int16).numpy()
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), int(delay_s * rate)
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    return path

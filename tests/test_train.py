@@ -1,0 +1,200 @@
+"""The trainer as a user meets it: numbers that do not depend on the mesh, exact resume, exports, and clear errors."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ltx_titan.checkpoint import load_parameters, read_metadata
+from ltx_titan.config import load_job
+from ltx_titan.model import LTXTransformer
+from ltx_titan.plan import plan_job
+from ltx_titan.train import main
+from tests.jobs import read_run, train, write_dataset, write_job
+
+EXPORT = "run/export/transformer-step-{}.safetensors"
+
+
+def curve(lines: list[dict]) -> list[tuple[float, float, float, float]]:
+    return [(line["loss"], line["loss_video"], line["loss_audio"], line["grad_norm"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def single_run(tmp_path_factory, nano_path, data_root) -> list[dict]:
+    """Five steps on one rank, all four samples in one forward."""
+    folder = tmp_path_factory.mktemp("single")
+    return train(write_job(folder, nano_path, data_root, training__local_batch_size=4))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "local_batch"), [(1, 1), (2, 2), (2, 1), (4, 1)])
+def test_losses_and_norms_do_not_depend_on_ranks_or_micro_batch(
+    tmp_path, nano_path, data_root, single_run, ranks, local_batch
+):
+    lines = train(write_job(tmp_path, nano_path, data_root, training__local_batch_size=local_batch), ranks)
+    assert len(lines) == 5
+    torch.testing.assert_close(torch.tensor(curve(lines)), torch.tensor(curve(single_run)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.distributed
+def test_hsdp_equals_one_rank(tmp_path, nano_path, data_root, single_run):
+    job = write_job(tmp_path, nano_path, data_root, parallelism__dp_replicate=2)
+    torch.testing.assert_close(torch.tensor(curve(train(job, 4))), torch.tensor(curve(single_run)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.distributed
+def test_activation_checkpointing_and_compile_change_no_number(tmp_path, nano_path, data_root, single_run):
+    job = write_job(tmp_path, nano_path, data_root, training__local_batch_size=4, activation_checkpoint__mode="full")
+    torch.testing.assert_close(torch.tensor(curve(train(job))), torch.tensor(curve(single_run)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.distributed
+def test_resume_after_a_kill_is_bit_exact(tmp_path, nano_path, data_root):
+    settings = {"training__steps": 6, "checkpoint__interval": 3}
+    straight = write_job(tmp_path / "straight", nano_path, data_root, **settings)
+    killed = write_job(tmp_path / "killed", nano_path, data_root, **settings)
+    expected = train(straight)
+
+    process = subprocess.Popen([sys.executable, "-m", "ltx_titan.train", str(killed)], cwd=Path(__file__).parent.parent)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/run/checkpoint/step-3").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lines = train(killed)
+
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert curve(lines) == curve(expected)
+    exports = [tmp_path / name / EXPORT.format(6) for name in ("straight", "killed")]
+    assert exports[0].read_bytes() == exports[1].read_bytes()
+
+
+@pytest.mark.distributed
+def test_resume_on_more_ranks_gives_the_same_losses(tmp_path, nano_path, data_root, single_run):
+    job = write_job(tmp_path, nano_path, data_root)
+    train(job, 2, "--training.stop_at=3")
+    lines = train(job, 4)
+    torch.testing.assert_close(torch.tensor(curve(lines)), torch.tensor(curve(single_run)), rtol=1e-5, atol=0)
+
+
+def test_the_export_reloads_bit_for_bit_under_the_official_names(tmp_path, nano_path, data_root):
+    train(write_job(tmp_path, nano_path, data_root, training__steps=2))
+    export = tmp_path / EXPORT.format(2)
+    source = read_metadata(nano_path)
+    prefix = "model.diffusion_model."
+    with safe_open(export, framework="pt") as file:
+        assert file.metadata()["model_version"] == source.raw["model_version"]
+        keys = set(file.keys())
+    assert keys == {k for k in source.tensors if k.startswith(prefix) and "embeddings_connector" not in k}
+    reloaded = LTXTransformer.from_config(read_metadata(export).transformer_config())
+    load_parameters(reloaded, export)
+    written = load_file(export)
+    assert all(torch.equal(written[prefix + name], tensor) for name, tensor in reloaded.state_dict().items())
+    trained = load_file(nano_path)
+    assert not torch.equal(trained[f"{prefix}proj_out.weight"].float(), written[f"{prefix}proj_out.weight"])
+
+
+def test_an_export_trains_on(tmp_path, nano_path, data_root):
+    train(write_job(tmp_path / "first", nano_path, data_root, training__steps=1))
+    export = tmp_path / "first" / EXPORT.format(1)
+    job = write_job(tmp_path / "second", export, data_root, training__steps=1, model__connectors_path=str(nano_path))
+    assert len(train(job)) == 1
+
+
+def test_a_single_stream_leaves_the_other_out(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=1)
+    text = job.read_text().split("[audio]")
+    job.write_text(text[0] + "[training]" + text[1].split("[training]")[1])
+    lines = train(job)
+    assert lines[0]["loss_audio"] is None
+    assert lines[0]["loss"] == lines[0]["loss_video"]
+    assert not any("audio" in key for key in read_metadata(tmp_path / EXPORT.format(1)).tensors)
+
+
+def test_mixed_shapes_train_in_one_job(tmp_path, nano_path):
+    root = write_dataset(tmp_path / "data", nano_path, clips=3)
+    write_dataset(tmp_path / "more", nano_path, clips=2, frames=2)
+    for source in ("latents", "audio_latents", "conditions"):
+        for clip in (tmp_path / "more" / source).glob("*.pt"):
+            clip.rename(root / source / f"short_{clip.name}")
+    one, two = (
+        train(write_job(tmp_path / f"on_{n}", nano_path, root, training__local_batch_size=2), n) for n in (1, 2)
+    )
+    torch.testing.assert_close(torch.tensor(curve(two)), torch.tensor(curve(one)), rtol=1e-5, atol=0)
+
+
+def test_random_weights_and_synthetic_data_need_no_files(tmp_path, nano_path):
+    shape = tmp_path / "shape.json"
+    shape.write_text(read_metadata(nano_path).raw["config"])
+    job = write_job(tmp_path, nano_path, tmp_path, model__init="random", model__shape=str(shape), model__num_layers=1)
+    text = job.read_text().replace(f'checkpoint_path = "{nano_path}"\n', "")
+    job.write_text(text.replace(f'root = "{tmp_path}"', 'source = "synthetic"'))
+    overrides = ["--data.synthetic.width=64", "--data.synthetic.height=64", "--data.synthetic.num_frames=17"]
+    lines = train(job, 1, *overrides, "--data.synthetic.text_tokens=8", "--training.steps=2")
+    assert lines[1]["loss"] > 0
+
+
+def test_a_finished_job_says_so(tmp_path, nano_path, data_root, caplog):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=1)
+    train(job)
+    before = read_run(job)
+    caplog.set_level("INFO", "ltx_titan")
+    assert main([str(job)]) == 0
+    assert "finished already" in caplog.text
+    assert read_run(job) == before
+
+
+def test_starting_afresh_in_a_used_folder_is_refused(tmp_path, nano_path, data_root, caplog):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=1)
+    train(job)
+    assert main([str(job), "--checkpoint.resume=false"]) == 1
+    assert "is not empty" in caplog.text
+
+
+def test_a_stop_signal_saves_and_the_run_goes_on(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=400)
+    process = subprocess.Popen([sys.executable, "-m", "ltx_titan.train", str(job)], cwd=Path(__file__).parent.parent)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    reached = read_run(job)[-1]["step"]
+    assert (tmp_path / f"run/checkpoint/step-{reached}").is_dir()
+    assert len(train(job, 1, f"--training.stop_at={reached + 1}")) == reached + 1
+
+
+def test_wrong_input_is_named_before_any_process_group(tmp_path, nano_path, data_root, caplog):
+    def message(**settings: object) -> str:
+        caplog.clear()
+        assert main([str(write_job(tmp_path / "job", nano_path, data_root, **settings))]) == 1
+        assert not torch.distributed.is_initialized()
+        return caplog.text
+
+    assert "no_such.safetensors" in message(model__checkpoint_path=str(tmp_path / "no_such.safetensors"))
+    assert "training.stepz" in message(training__stepz=1)
+
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(nano_path.read_bytes()[:-1000])
+    assert str(torn) in message(model__checkpoint_path=str(torn))
+
+    root = write_dataset(tmp_path / "data", nano_path, clips=2)
+    clip = root / "latents" / "clip_1.pt"
+    clip.write_bytes(clip.read_bytes()[:-500])
+    assert str(clip) in message(data__root=str(root))
+
+    clip.unlink()
+    text = message(data__root=str(root), training__global_batch_size=3, training__local_batch_size=2)
+    assert "global_batch_size" in text
+
+
+def test_the_plan_counts_all_tokens(tmp_path, nano_path, data_root):
+    plan = plan_job(load_job(write_job(tmp_path, nano_path, data_root)), 1)
+    assert plan.sample_tokens(0) == 3 * 2 * 3 + 9
