@@ -15,11 +15,6 @@ import re
 from typing import Literal
 
 from torch import nn
-from torchao.float8 import (
-    Float8LinearConfig,
-    convert_to_float8_training,
-    precompute_float8_dynamic_scale_for_fsdp,
-)
 
 from ltx_titan.model import LTXTransformer
 
@@ -51,6 +46,9 @@ def apply_float8(
     Raises:
         ValueError: no layer can be converted, or the recipe has no float8 all-gather.
     """
+    # Here, not above: importing torchao takes seconds, and most jobs do not use it.
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
     if fsdp_all_gather and recipe != "tensorwise":
         raise ValueError(
             f"float8: recipe {recipe!r} scales rows, which FSDP2 cuts; gather in bfloat16, or use 'tensorwise'."
@@ -89,4 +87,6 @@ def apply_float8(
 
 def precompute_float8_scales(model: nn.Module) -> None:
     """One all-reduce for the scales of all weights, after an optimizer step; only for the float8 all-gather."""
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
     precompute_float8_dynamic_scale_for_fsdp(model)

@@ -36,7 +36,13 @@ def test_all_problems_are_told_at_once():
 
 
 def test_narrow_widths_are_refused_for_float8():
-    narrow = TransformerConfig.from_metadata({"num_attention_heads": 4, "attention_head_dim": 8,
-                                              "audio_num_attention_heads": 4, "audio_attention_head_dim": 8})
+    narrow = TransformerConfig.from_metadata(
+        {
+            "num_attention_heads": 4,
+            "attention_head_dim": 8,
+            "audio_num_attention_heads": 4,
+            "audio_attention_head_dim": 8,
+        }
+    )
     with pytest.raises(ValueError, match=r"16 x tp = 64, found 32 and 32"):
         check_parallelism(Degrees(tp=4), narrow, "av", float8="tensorwise")
