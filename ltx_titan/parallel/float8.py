@@ -5,9 +5,9 @@ layers that read audio (a clip has about a hundred audio tokens; quantising cost
 (one column per head), modulation, embedding and output layers.
 
 A float8 product wants multiples of 16 in every dim, in the backward pass also in the number of tokens: `shard_tokens`
-pads sequences to `FLOAT8_MULTIPLE`. Weights stay what they are (float32 or bfloat16) and are quantised on use. Only with
-the tensorwise recipe's float8 all-gather are they wrapped in a tensor subclass, which has to be taken off before a
-weight is saved or exported.
+pads sequences to `FLOAT8_MULTIPLE`. Weights stay what they are (float32 or bfloat16) and are quantised on use. Only
+with the tensorwise recipe's float8 all-gather are they wrapped in a tensor subclass, which has to be taken off before
+a weight is saved or exported.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from typing import Literal
 from torch import nn
 
 from ltx_titan.model import LTXTransformer
+from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
 
 Recipe = Literal["tensorwise", "rowwise"]
 
@@ -25,7 +26,6 @@ _CONVERTED = re.compile(
     r"(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)"
     r"|audio_to_video_attn\.(?:to_q|to_out\.0)|video_to_audio_attn\.to_[kv])(?:\.base)?"
 )
-_MULTIPLE = 16
 
 
 def apply_float8(
@@ -68,8 +68,8 @@ def apply_float8(
             block is not None
             and _CONVERTED.fullmatch(block[1]) is not None
             and isinstance(layer, nn.Linear)
-            and layer.in_features % (_MULTIPLE * tp) == 0
-            and layer.out_features % (_MULTIPLE * tp) == 0
+            and layer.in_features % (FLOAT8_MULTIPLE * tp) == 0
+            and layer.out_features % (FLOAT8_MULTIPLE * tp) == 0
         )
         if fits:
             converted.append(name)
@@ -80,7 +80,7 @@ def apply_float8(
         raise ValueError(
             f"float8: no layer of this transformer (modalities={model.modalities!r}, width "
             f"{model.config.video.width}, tp={tp}) can be converted; it needs a video stream and widths that divide "
-            f"by {_MULTIPLE} x tp. Set float8.recipe to 'none'."
+            f"by {FLOAT8_MULTIPLE} x tp. Set float8.recipe to 'none'."
         )
     return converted
 

@@ -7,9 +7,7 @@ from ltx_titan.model import TransformerConfig
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.parallel.activation_checkpoint import Mode
 from ltx_titan.parallel.mesh import Degrees
-
-# Dims of a float8 product.
-_FLOAT8_MULTIPLE = 16
+from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
 
 
 def check_parallelism(
@@ -44,7 +42,7 @@ def check_parallelism(
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         problems.append(
             f"parallelism.tp x parallelism.cp = {degrees.tp} x {degrees.cp} = {shares}: attention is split by heads, "
-            f"and {shares} does not divide this transformer's {heads}; choose degrees whose product is one of {fitting}."
+            f"and {shares} does not divide this transformer's {heads}; choose degrees whose product is in {fitting}."
         )
     if degrees.cp > 1 and modalities == "audio":
         problems.append(
@@ -81,11 +79,12 @@ def _float8_problems(
             f"float8.recipe = {recipe!r}: float8 is for layers that read video tokens, and this job has audio only; "
             "set it to 'none'."
         )
-    unit = _FLOAT8_MULTIPLE * degrees.tp
+    unit = FLOAT8_MULTIPLE * degrees.tp
     if modalities != "audio" and (config.video.width % unit or config.audio.width % unit):
         problems.append(
             f"float8.recipe = {recipe!r} with parallelism.tp = {degrees.tp}: float8 products need widths that divide "
-            f"by 16 x tp = {unit}, found {config.video.width} and {config.audio.width}; set float8.recipe to 'none'."
+            f"by {FLOAT8_MULTIPLE} x tp = {unit}, found {config.video.width} and {config.audio.width}; set "
+            "float8.recipe to 'none'."
         )
     if all_gather and recipe != "tensorwise":
         problems.append(

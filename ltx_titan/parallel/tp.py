@@ -31,7 +31,7 @@ from ltx_titan.parallel.collectives import Axis, gather, scatter_sum, sum_over
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.tokens import TokenLayout
 
-# Below an attention or feed-forward. An adapter is a wrapper with children base, lora_A and lora_B in the layer's place.
+# Below an attention or feed-forward. An adapter stands in the layer's place, with children base, lora_A and lora_B.
 _LAYER = re.compile(
     r"\.(?:(?P<column>to_q|to_k|to_v|to_gate_logits|net\.0\.proj)|(?P<row>to_out\.0|net\.2)|(?P<norm>q_norm|k_norm))"
     r"(?:\.(?P<child>base|lora_A|lora_B))?(?:\.(?P<kind>weight|bias|qdata|scale))?$"

@@ -41,8 +41,7 @@ def test_training_equals_one_process(case):
         wanted = expected.gradients.get(name)
         assert_close_to_max(gradient, torch.zeros_like(gradient) if wanted is None else wanted, 2e-4, name)
     assert actual.gradients.keys() >= expected.gradients.keys()
-    for name in expected.gradients:
-        # AdamW divides by the gradient's size: an element whose gradient is almost 0 may go the other way in each step.
-        difference = (actual.weights[name] - expected.weights[name]).abs()
-        assert difference.max() <= 2 * LR * STEPS, name
-        assert (difference > 1e-2 * LR).float().mean() <= 5e-3, name
+    # AdamW divides by the gradient's size: an element whose gradient is almost 0 may go the other way in each step.
+    differences = torch.cat([(actual.weights[n] - expected.weights[n]).abs().flatten() for n in expected.gradients])
+    assert differences.max() <= 2 * LR * STEPS
+    assert (differences > 1e-2 * LR).float().mean() <= 1e-3

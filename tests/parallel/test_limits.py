@@ -31,7 +31,7 @@ def test_what_cannot_work_is_refused_by_key(degrees, modalities, settings, messa
 
 
 def test_all_problems_are_told_at_once():
-    with pytest.raises(ValueError, match=r"(?s)product is one of.*lora\.dora"):
+    with pytest.raises(ValueError, match=r"(?s)product is in.*lora\.dora"):
         check_parallelism(Degrees(tp=5), CONFIG, "av", dora=True)
 
 
