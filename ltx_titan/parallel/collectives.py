@@ -66,12 +66,12 @@ def share_gradient(x: Tensor, axis: Axis) -> Tensor:
 
 def _all_gather(x: Tensor, dim: int, group: str, size: int) -> Tensor:
     rows = x.movedim(dim, 0).contiguous()
-    return _ops.wait_tensor(_ops.all_gather_into_tensor(rows, size, group)).movedim(0, dim)
+    return _ops.wait_tensor(_ops.all_gather_into_tensor(rows, size, group)).movedim(0, dim).contiguous()
 
 
 def _reduce_scatter(x: Tensor, dim: int, group: str, size: int) -> Tensor:
     rows = x.movedim(dim, 0).contiguous()
-    return _ops.wait_tensor(_ops.reduce_scatter_tensor(rows, "sum", size, group)).movedim(0, dim)
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(rows, "sum", size, group)).movedim(0, dim).contiguous()
 
 
 def _all_reduce(x: Tensor, group: str) -> Tensor:

@@ -15,7 +15,6 @@ from inspect import signature
 from math import lcm
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +24,7 @@ from ltx_titan.model.rope import distinct_coordinates, midpoints
 from ltx_titan.parallel.collectives import Axis, gather_output, share_gradient
 from ltx_titan.parallel.mesh import Mesh
 
-# Both dims of a float8 product's operands must be multiples of this, and in the backward pass one of them counts tokens.
+# What the dims of a float8 product's factors must be multiples of; in the backward pass one of them counts tokens.
 FLOAT8_MULTIPLE = 16
 
 

@@ -8,7 +8,7 @@
     gate, add           own tokens
 
 q_norm and k_norm span all heads: their sum of squares is summed over ranks, in float32. Every head is rotated by angles
-of its own, so a rank takes its heads' part of the tables.
+of its own, so a rank is told which heads it has (`Attention.share`).
 
 Parameters become DTensors on the tp axis under their own names. The model's code meets local tensors: reading a
 parameter's attribute gives its local part. Parameters that are not split serve own tokens, own heads or an own share of
@@ -16,24 +16,24 @@ a sum, so their gradients are partial; DTensor carries that, and FSDP2 sums them
 """
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
 
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.attention import Attention, FeedForward
-from ltx_titan.model.rope import Rotation
+from ltx_titan.model.ops import HeadShare
 from ltx_titan.parallel.collectives import Axis, gather, scatter_sum, sum_over
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.tokens import TokenLayout
 
-# Below an attention or feed-forward. An adapter is a wrapper with children base, lora_A and lora_B in the layer's place.
+# Below an attention or feed-forward. An adapter stands in the layer's place, with children base, lora_A and lora_B.
 _LAYER = re.compile(
     r"\.(?:(?P<column>to_q|to_k|to_v|to_gate_logits|net\.0\.proj)|(?P<row>to_out\.0|net\.2)|(?P<norm>q_norm|k_norm))"
-    r"(?:\.(?P<child>base|lora_A|lora_B))?(?:\.(?P<kind>weight|bias))?$"
+    r"(?:\.(?P<child>base|lora_A|lora_B))?(?:\.(?P<kind>weight|bias|qdata|scale))?$"
 )
 
 # Attention whose keys come from the other stream's tokens, which are split as well; text is not.
@@ -55,7 +55,7 @@ def apply_tensor_parallel(model: LTXTransformer, mesh: Mesh, layout: TokenLayout
         readings = []
         for name, parameter in list(module.named_parameters(recurse=False)):
             full_name = f"{path}.{name}" if path else name
-            placement = placement_of(full_name)
+            placement = placement_of(full_name, parameter.shape)
             split = distribute_tensor(parameter.data, tp_mesh, [placement], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
             divisor = tp.size if _is_row_bias(full_name) else 1
@@ -64,8 +64,13 @@ def apply_tensor_parallel(model: LTXTransformer, mesh: Mesh, layout: TokenLayout
             module.__class__ = _reading_local_parameters(type(module), tuple(readings))
 
 
-def placement_of(name: str) -> Placement:
-    """Where the tp axis cuts a parameter of the transformer: Shard(dim), or Replicate() outside the split layers."""
+def placement_of(name: str, shape: Sequence[int]) -> Placement:
+    """Where the tp axis cuts a parameter of the transformer: Shard(dim), or Replicate() outside the split layers.
+
+    Args:
+        name: official name, with an adapter's levels where there is one.
+        shape: of the whole parameter.
+    """
     layer = _LAYER.search(name)
     if layer is None or _is_row_bias(name):
         return Replicate()
@@ -74,6 +79,9 @@ def placement_of(name: str) -> Placement:
     if layer["column"]:
         # An adapter's A makes the same few numbers on all ranks, its B own heads' part from them.
         return Replicate() if layer["child"] == "lora_A" else Shard(0)
+    if layer["kind"] == "scale" and shape[1] == 1:
+        # A quantised weight with one scale for a whole row, of which each rank has a piece.
+        return Replicate()
     # An adapter's A sums over own inputs only, its B carries that share of the sum on.
     return Replicate() if layer["child"] == "lora_B" else Shard(1)
 
@@ -85,21 +93,13 @@ def _is_row_bias(name: str) -> bool:
 
 def _exchange_tokens(model: LTXTransformer, tp: Axis) -> None:
     """Puts the collectives around each attention and feed-forward, and into the norms of queries and keys."""
-    heads = model.config.video.heads // tp.size
 
-    def own_heads(rotation: Rotation | None) -> Rotation | None:
-        if rotation is None:
-            return None
-        return Rotation(*(table[:, tp.rank * heads : (tp.rank + 1) * heads] for table in rotation))
-
-    def enter_attention(_: Attention, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def enter_attention(_: Attention, args: tuple) -> tuple:
         x, *context = args
-        rotations = {k: own_heads(v) for k, v in kwargs.items() if k in ("q_rotation", "k_rotation")}
-        return (gather(x, 1, tp), *context), kwargs | rotations
+        return gather(x, 1, tp), *context
 
-    def enter_attention_between_streams(_: Attention, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        (x, *context), kwargs = enter_attention(_, args, kwargs)
-        return (x, *(gather(other, 1, tp) for other in context)), kwargs
+    def enter_attention_between_streams(_: Attention, args: tuple) -> tuple:
+        return tuple(gather(x, 1, tp) for x in args)
 
     def enter_feed_forward(_: FeedForward, args: tuple) -> tuple:
         return tuple(gather(x, 1, tp) for x in args)
@@ -107,34 +107,21 @@ def _exchange_tokens(model: LTXTransformer, tp: Axis) -> None:
     def leave(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
         return scatter_sum(out, 1, tp)
 
+    def sum_statistic(statistic: Tensor) -> Tensor:
+        return sum_over(statistic, tp)
+
     # The same function objects on every block: they are part of what a compiled block is checked against.
     for block in model.transformer_blocks:
         for name, child in block.named_children():
             if isinstance(child, Attention):
-                child.q_norm, child.k_norm = _SplitRMSNorm(child.q_norm, tp), _SplitRMSNorm(child.k_norm, tp)
+                width = child.q_norm.weight.shape[0]
+                child.share = HeadShare(tp.rank * width // child.head_dim // tp.size, width, sum_statistic)
                 enter = enter_attention_between_streams if name in _BETWEEN_STREAMS else enter_attention
-                child.register_forward_pre_hook(enter, with_kwargs=True)
+                child.register_forward_pre_hook(enter)
             else:
                 assert isinstance(child, FeedForward), f"no tensor-parallel plan for {name}"
                 child.register_forward_pre_hook(enter_feed_forward)
             child.register_forward_hook(leave)
-
-
-class _SplitRMSNorm(nn.Module):
-    """RMSNorm over an inner width whose heads are split over ranks; the mean is over all of them."""
-
-    def __init__(self, whole: nn.RMSNorm, tp: Axis) -> None:
-        super().__init__()
-        self.weight = whole.weight
-        self.width = whole.weight.shape[0]
-        self.eps = whole.eps
-        self.tp = tp
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, width / tp] -> the same."""
-        exact = x.float()
-        squares = sum_over(exact.square().sum(-1, keepdim=True), self.tp)
-        return (exact * torch.rsqrt(squares / self.width + self.eps) * self.weight.float()).to(x.dtype)
 
 
 class _Reading(NamedTuple):

@@ -5,15 +5,16 @@ LTX_TITAN_PARALLEL=all selects the whole matrix instead of the cases marked for 
 """
 
 import os
-import socket
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ltx_titan.conditioning import FlexibleStrategy
@@ -21,12 +22,14 @@ from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
 from ltx_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
+from ltx_titan.parallel.float8 import apply_float8, precompute_float8_scales
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
-from ltx_titan.parallel.mesh import Degrees, build_mesh
-from ltx_titan.parallel.tokens import shard_tokens
+from ltx_titan.parallel.mesh import Degrees, Mesh, build_mesh
+from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 from tests.golden_cases import load_case
+from tests.processes import run_ranks
 
 STEPS, GLOBAL_BATCH, LR = 3, 4, 1e-3
 
@@ -53,11 +56,14 @@ class Case:
     scenario: str
     recompute: str = "none"
     compile: str | None = None
+    float8: str | None = None
+    float8_all_gather: bool = False
     ci: bool = False
 
     def __str__(self) -> str:
         axes = [f"{k}{v}" for k, v in vars(self.degrees).items() if v > 1]
-        return "-".join([*axes, self.scenario, self.recompute, self.compile or "eager"])
+        float8 = [f"float8_{self.float8}{'_gathered' * self.float8_all_gather}"] if self.float8 else []
+        return "-".join([*axes, self.scenario, self.recompute, self.compile or "eager", *float8])
 
     @property
     def world(self) -> int:
@@ -77,7 +83,8 @@ class Record:
 
 def selected(cases: list[Case]) -> list[Case]:
     """The cases to run now."""
-    return cases if os.environ.get("LTX_TITAN_PARALLEL") == "all" else [case for case in cases if case.ci]
+    wanted = cases if os.environ.get("LTX_TITAN_PARALLEL") == "all" else [case for case in cases if case.ci]
+    return list({str(case): case for case in wanted}.values())
 
 
 def model_config() -> dict:
@@ -103,27 +110,41 @@ def batch_of(scenario: str, rows: slice) -> dict[str, dict[str, Tensor]]:
     return batch
 
 
-def train(model: torch.nn.Module, scenario: str, dp_rank: int, dp: int, max_norm: float = 1e9) -> Record:
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of all runs."""
+    return torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scenario: str,
+    *,
+    dp_rank: int = 0,
+    dp: int = 1,
+    steps: range = range(STEPS),
+    after_step: Callable[[], None] = lambda: None,
+) -> Record:
     """Runs the steps of a trainer on the rows of one data-parallel rank."""
     strategy = FlexibleStrategy.from_config(SCENARIOS[scenario])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
     size = GLOBAL_BATCH // dp
     rows = range(dp_rank * size, (dp_rank + 1) * size)
     batch = batch_of(scenario, slice(rows.start, rows.stop))
     losses, norms, gradients = [], [], {}
-    for step in range(STEPS):
+    for step in steps:
         plans = strategy.draw_plan(batch)
         draws = draw_step(*plans, sampler=ShiftedLogitNormal(), seed=3, step=step, indices=list(rows))
         inputs = strategy.prepare(batch, draws)
         loss = strategy.loss(*model(inputs.video, inputs.audio), inputs).total / dp
         loss.backward()
         losses.append(loss.detach())
-        if step == 0:
-            gradients = {name: whole(p.grad) for name, p in _named(model) if p.grad is not None}
-        norms.append(clip_grad_norm_(model.parameters(), max_norm))
+        if step == steps[0]:
+            gradients = {name: whole(p.grad) for name, p in named(model) if p.grad is not None}
+        norms.append(clip_grad_norm_(model.parameters(), 0))
         optimizer.step()
         optimizer.zero_grad()
-    weights = {name: whole(p) for name, p in _named(model)}
+        after_step()
+    weights = {name: whole(p) for name, p in named(model)}
     return Record([float(x) for x in losses], [float(x) for x in norms], gradients, weights)
 
 
@@ -132,69 +153,74 @@ def single(scenario: str) -> Record:
     """The run on one process."""
     model = LTXTransformer.from_config(model_config())
     model.load_state_dict(load_case("av_22b").weights)
-    return train(model, scenario, 0, 1)
+    return train(model, adamw(model), scenario)
 
 
 @cache
 def records(world: int, cases: tuple[Case, ...]) -> dict[str, Record]:
     """The parallel runs of `world` processes."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "records.pt"
-        torch.multiprocessing.spawn(_worker, (world, port, cases, out), nprocs=world)
+        run_ranks(_work, world, cases, out)
         return torch.load(out, weights_only=False)
 
 
-def _worker(rank: int, world: int, port: int, cases: tuple[Case, ...], out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
+def _work(cases: tuple[Case, ...], out: Path) -> None:
     found = {}
     for case in cases:
         torch.compiler.reset()
         found[str(case)] = run(case)
-    if rank == 0:
+    if dist.get_rank() == 0:
         torch.save(found, out)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def run(case: Case) -> Record:
     """One parallel run, on each of its processes."""
     mesh = build_mesh("cpu", case.degrees)
     model = build(case, mesh)
-    record = train(model, case.scenario, mesh.dp_rank, case.degrees.dp)
+    fill(model)
+    after_step = partial(precompute_float8_scales, model) if case.float8_all_gather else lambda: None
+    return train_on(model, adamw(model), case, mesh, after_step=after_step)
+
+
+def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case, mesh: Mesh, **options: Any) -> Record:
+    """`train` on this rank's rows, with the losses of the whole batch."""
+    record = train(model, optimizer, case.scenario, dp_rank=mesh.dp_rank, dp=case.degrees.dp, **options)
     # Velocities, hence losses, are whole on every cp and tp rank: only data-parallel ranks hold different samples.
     losses = torch.tensor(record.losses)
     dist.all_reduce(losses, group=mesh.data.get_group("dp"))
     return replace(record, losses=losses.tolist())
 
 
-def build(case: Case, mesh) -> LTXTransformer:
-    """The model on the meta device, parallelised, then filled, as a trainer does."""
+def build(case: Case, mesh: Mesh) -> LTXTransformer:
+    """The model, built on the meta device, parallelised, then given storage, as a trainer does."""
     with torch.device("meta"):
         model = LTXTransformer.from_config(model_config())
     names = [name for name, _ in model.named_parameters()]
-    if case.degrees.tp > 1 or case.degrees.cp > 1:
-        layout = shard_tokens(model, mesh)
-        if case.degrees.tp > 1:
+    tp = case.degrees.tp
+    if case.float8:
+        apply_float8(model, case.float8, emulate=True, tp=tp, fsdp_all_gather=case.float8_all_gather)
+    if tp * case.degrees.cp > 1 or case.float8:
+        layout = shard_tokens(model, mesh, multiple=FLOAT8_MULTIPLE if case.float8 else 1)
+        if tp > 1:
             apply_tensor_parallel(model, mesh, layout)
         apply_context_parallel(model, layout)
     if case.compile:
         for block in model.transformer_blocks:
             block.compile(fullgraph=True, dynamic=False, backend=case.compile)
-    if case.recompute != "none":
-        apply_activation_checkpointing(model.transformer_blocks)
+    apply_activation_checkpointing(model.transformer_blocks, case.recompute, k=2, tp=tp)
     apply_fsdp(model, model.transformer_blocks, mesh.fsdp, torch.float32)
     model.to_empty(device="cpu")
-    weights = load_case("av_22b").weights
-    assert [name for name, _ in _named(model)] == names
-    for name, parameter in _named(model):
-        full = distribute_tensor(weights[name], parameter.device_mesh, parameter.placements, src_data_rank=None)
-        with torch.no_grad():
-            parameter.copy_(full)
+    assert [name for name, _ in named(model)] == names
     return model
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Gives every parameter this rank's part of the golden weights."""
+    weights = load_case("av_22b").weights
+    for name, p in named(model):
+        p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements, src_data_rank=None))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -203,5 +229,6 @@ def whole(tensor: Tensor) -> Tensor:
     return full.detach().clone()
 
 
-def _named(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters by official name."""
     return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters()]
