@@ -16,7 +16,6 @@ BASE = {
         ("parallelism", "cp", 2),
         ("parallelism", "tp", 2),
         ("float8", "recipe", "rowwise"),
-        ("validation", "interval", 100),
     ],
 )
 def test_request_that_this_version_cannot_fulfil_is_refused(section, key, value):
