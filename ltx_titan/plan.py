@@ -56,7 +56,7 @@ class Plan:
 
     def sample_flops(self, index: int) -> float:
         """Useful FLOPs of a training step on one sample of the data set."""
-        return _sample_flops(self.source, self.dataset.shape_key(index), self.modalities)
+        return _sample_flops(self.job, self.source, self.dataset.shape_key(index), self.modalities)
 
     def sample_tokens(self, index: int) -> int:
         """Video and audio tokens of one sample, references included."""
@@ -80,7 +80,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     )
     dataset = _open_dataset(job, strategy, architecture, factors)
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
-    flops = {key: _sample_flops(source, key, modalities) for key in set(keys)}
+    flops = {key: _sample_flops(job, source, key, modalities) for key in set(keys)}
     return Plan(
         job=job,
         degrees=degrees,
@@ -142,6 +142,11 @@ def _open_dataset(
 def _connectors_path(job: JobConfig, source: ModelSource, keys: list[ShapeKey]) -> Path | None:
     """Where to load connectors from, checked; None if no sample needs them."""
     if not any(name == "prompt_attention_mask" for key in set(keys) for _, name, _ in key):
+        if job.data.caption_dropout > 0:
+            raise ValueError(
+                f"data.caption_dropout = {job.data.caption_dropout}: expected text features, found finished contexts, "
+                f"in which a caption cannot be dropped any more; set it to 0, or prepare the data without contexts."
+            )
         return None
     path = job.model.connectors_path or source.path
     if path is None:
@@ -153,7 +158,7 @@ def _connectors_path(job: JobConfig, source: ModelSource, keys: list[ShapeKey]) 
     return Path(path)
 
 
-def _sample_flops(source: ModelSource, key: ShapeKey, modalities: Modalities) -> float:
+def _sample_flops(job: JobConfig, source: ModelSource, key: ShapeKey, modalities: Modalities) -> float:
     tokens = token_counts(key)
     text = max(shape[0] for owner, name, shape in key if owner == "conditions" and name == "video_prompt_embeds")
     audio = sum(count for name, count in tokens.items() if "audio" in name)
@@ -162,4 +167,5 @@ def _sample_flops(source: ModelSource, key: ShapeKey, modalities: Modalities) ->
         video_tokens=0 if modalities == "audio" else sum(tokens.values()) - audio,
         audio_tokens=0 if modalities == "video" else audio,
         text_tokens=text,
+        trained=job.model.mode,
     )

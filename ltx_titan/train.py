@@ -14,62 +14,48 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from ltx_titan.checkpoint import (
-    CONNECTORS,
-    TrainingState,
-    export_transformer,
-    latest_complete,
-    load_parameters,
-    load_state,
-    read_trainer_state,
-    save_state,
-    unused_by,
-)
+from ltx_titan.build import export_model, load_connectors, load_transformer
+from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, official_name, save_state, stream_of
+from ltx_titan.checkpoint.state import save_everything
+from ltx_titan.conditioning import Loss, ModelInputs
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
-from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_step
+from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
+from ltx_titan.lora import DropoutClock, is_adapter
 from ltx_titan.metrics import (
     MetricsLogger,
     StepMetrics,
     peak_flops,
     peak_memory_gib,
-    plot_loss,
     profile_steps,
-    read_metrics,
     reset_peak_memory,
 )
-from ltx_titan.model import TextConnectors
-from ltx_titan.model.init import init_random_
-from ltx_titan.optim.schedule import lr_factor
-from ltx_titan.parallel.fsdp import apply_fsdp
+from ltx_titan.metrics.sums import Sums, bucket_means
+from ltx_titan.model import Perturbations
+from ltx_titan.optim import EMA, build_optimizers, lr_factor
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
-from ltx_titan.parallel.parallelize import compute_dtype, parallelize
-from ltx_titan.plan import Plan, build_connectors, build_transformer, plan_job
+from ltx_titan.parallel.parallelize import compute_dtype
+from ltx_titan.plan import Plan, plan_job
 from ltx_titan.quiet import quieten
+from ltx_titan.report import is_finished, report
 
 logger = logging.getLogger("ltx_titan")
 
+GradNorms = tuple[Tensor, dict[str, Tensor]]
+
+# More micro-batches than any step has, so that each has a number of its own.
+_MICRO_STEPS = 1 << 20
+
 # Schedulers announce the end of a job's time with these; the run then saves and ends after the step it is in.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-@dataclass
-class Sums:
-    """What is summed over micro-batches and steps until the next log line; tensors stay on the device."""
-
-    loss: Tensor
-    flops: float = 0.0
-    tokens: int = 0
-    steps: int = 0
 
 
 class Trainer:
@@ -80,58 +66,28 @@ class Trainer:
         self.job = job = plan.job
         self.device = init_distributed()
         self.is_main = dist.get_rank() == 0
+        self.is_lora = job.model.mode == "lora"
         self.mesh = build_mesh(self.device.type, plan.degrees)
         self.dtype = compute_dtype(job)
         self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None)
         self.sampler = _sigma_sampler(job)
-        self.model = self._load_transformer()
-        self.connectors = self._load_connectors()
+        self.model = load_transformer(plan, self.mesh, self.device)
+        self.connectors = load_connectors(plan, self.mesh, self.device)
         # The rate is set before every step, from the step alone.
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=job.optimizer.lr,
-            betas=job.optimizer.betas,
-            eps=job.optimizer.eps,
-            weight_decay=job.optimizer.weight_decay,
-            fused=True,
-        )
+        self.optimizers = build_optimizers(self.model.named_parameters(), job.optimizer, seed=job.training.seed)
+        decay = job.optimizer.ema_decay
+        self.ema = None if decay is None else EMA(self.model.parameters(), decay)
+        self.dropout = DropoutClock(self.model, job.training.seed, self.mesh.dp_rank)
+        self.reference_scale: tuple[int, int] | None = None
         self.step, self.next_batch = self._resume()
         self.stop_requested = False
-
-    def _load_transformer(self) -> nn.Module:
-        """Builds on the meta device, shards, takes memory for this rank's shards only, and fills them."""
-        plan, started = self.plan, time.perf_counter()
-        model = build_transformer(plan.source, plan.modalities)
-        parallelize(model, self.job, self.mesh)
-        model.to_empty(device=self.device)
-        if plan.source.path is not None:
-            load_parameters(model, plan.source.path, allow_unused=unused_by(plan.modalities))
-        else:
-            init_random_(model, self.job.training.seed)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        origin = plan.source.path or f"random weights ({self.job.model.shape})"
-        logger.info("transformer: %.3f B parameters from %s in %.1f s", count / 1e9, origin, _since(started))
-        return model.train()
-
-    def _load_connectors(self) -> TextConnectors | None:
-        """Frozen, sharded like the model, in the dtype they are run in."""
-        path = self.plan.connectors_path
-        if path is None:
-            return None
-        connectors = build_connectors(self.plan.source, path).to(self.dtype).requires_grad_(False)
-        for connector in connectors.children():
-            apply_fsdp(connector, connector.transformer_1d_blocks, self.mesh.fsdp, self.dtype)
-        connectors.to_empty(device=self.device)
-        load_parameters(connectors, path, component=CONNECTORS)
-        logger.info("text connectors from %s", path)
-        return connectors.eval()
 
     def _resume(self) -> tuple[int, int]:
         """Goes on from the newest complete checkpoint; returns the steps taken and the number of the next batch."""
         path = latest_complete(self.plan.folder / "checkpoint") if self.job.checkpoint.resume else None
         if path is None:
             return 0, 0
-        saved = load_state(path, TrainingState(self.model, [self.optimizer]))
+        saved = load_state(path, self._state({}))
         for change in job_changes(saved["job"], self.job):
             logger.warning("resumed with another job: %s", change)
         batches = self.plan.batches
@@ -195,7 +151,7 @@ class Trainer:
                 sums = self._new_sums()
                 for batches in loader:
                     before_step(batches.step)
-                    grad_norm = self._train_step(batches, sums)
+                    grad_norms = self._train_step(batches, sums)
                     self.step, self.next_batch = batches.step, batches.batch_number + 1
                     if self.step % job.training.gc_interval == 0:
                         gc.collect()
@@ -203,7 +159,7 @@ class Trainer:
                     is_due = job.checkpoint.interval > 0 and self.step % job.checkpoint.interval == 0
                     if is_last or is_due or self.step % job.metrics.interval == 0:
                         # Before a save, so that weights that are not numbers never replace good ones.
-                        self._log(log, sums, grad_norm, time.perf_counter() - started)
+                        self._log(log, sums, grad_norms, time.perf_counter() - started)
                         sums, started = self._new_sums(), time.perf_counter()
                     if is_last or is_due or self.stop_requested:
                         self._save()
@@ -216,46 +172,64 @@ class Trainer:
         assert saved_step == self.step
         self._finish()
 
-    def _train_step(self, batches: StepBatches, sums: Sums) -> Tensor:
-        """Forward and backward of every micro-batch, then one update; returns the gradient norm before clipping."""
-        for micro_batch in batches.micro_batches:
+    def _train_step(self, batches: StepBatches, sums: Sums) -> GradNorms:
+        """Forward and backward of every micro-batch, then one update; returns the gradient norms before clipping."""
+        max_norm = self.job.training.max_grad_norm
+        self.job.optimizer.check_step(max_grad_norm=max_norm, micro_batches=batches.num_micro_batches)
+        self.optimizers.set_lr(self._learning_rate(batches.step))
+        for number, micro_batch in enumerate(batches.micro_batches):
+            self.dropout.set(batches.step * _MICRO_STEPS + number)
             self._forward_backward(micro_batch, sums)
-        grad_norm = clip_grad_norm_(self.model.parameters(), self.job.training.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(batches.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        grad_norms = clip_grad_norm_(
+            self.model.named_parameters(), max_norm, lambda name: stream_of(official_name(name))
+        )
+        self.optimizers.step()
+        self.optimizers.zero_grad()
+        if self.ema is not None:
+            self.ema.update(batches.step)
         sums.steps += 1
-        return grad_norm
+        return grad_norms
 
     def _forward_backward(self, micro_batch: MicroBatch, sums: Sums) -> None:
         """Adds this micro-batch's share of the global mean gradient to the parameters."""
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self.device, non_blocking=True))
         batch["conditions"] = to_contexts(batch["conditions"], self.connectors, self.dtype)
         inputs = self.plan.strategy.prepare(batch, micro_batch.draws)
-        video, audio = self.model(inputs.video, inputs.audio)
+        self._check_reference_scale(inputs.reference_scale)
+        video, audio = self.model(inputs.video, inputs.audio, absent_streams(inputs))
         loss = self.plan.strategy.loss(video, audio, inputs)
+        weighted = weigh(loss, self.job.loss.video_weight, self.job.loss.audio_weight)
         # The mean over the global batch: ranks and micro-batches add up, whatever their sizes.
         share = 1 / self.job.training.global_batch_size
-        (loss.per_sample.sum() * share).backward()
-        with torch.no_grad():
-            parts = (loss.per_sample, loss.video, loss.audio)
-            sums.loss += torch.stack([sums.loss.new_zeros(()) if p is None else p.sum() for p in parts]) * share
+        (weighted.sum() * share).backward()
+        sums.add(weighted, loss, inputs, share)
         sums.flops += sum(self.plan.sample_flops(index) for index in micro_batch.samples)
         sums.tokens += sum(self.plan.sample_tokens(index) for index in micro_batch.samples)
 
     def _draw(self, batch: Batch, step: int, positions: tuple[int, ...]) -> StepDraws:
-        plans = self.plan.strategy.draw_plan(batch)
-        return draw_step(*plans, sampler=self.sampler, seed=self.job.training.seed, step=step, indices=positions)
+        """Runs in the loader's threads."""
+        keys = {"seed": self.job.training.seed, "step": step, "indices": positions}
+        if self.job.data.caption_dropout > 0:
+            drops = draw_caption_drops(self.job.data.caption_dropout, **keys)
+            batch["conditions"]["prompt_attention_mask"][drops] = 0  # registers take the place of the whole prompt
+        return draw_step(*self.plan.strategy.draw_plan(batch), sampler=self.sampler, **keys)
+
+    def _check_reference_scale(self, scale: tuple[int, int] | None) -> None:
+        if self.reference_scale not in (None, scale):
+            raise ValueError(
+                f"video references of (spatial, temporal) factors {self.reference_scale} and {scale} in one job; an "
+                f"adapter stores one pair. Prepare all references with the same factors."
+            )
+        self.reference_scale = scale
 
     def _learning_rate(self, step: int) -> float:
         training = self.job.training
         return self.job.optimizer.lr * lr_factor(step - 1, total_steps=training.steps, scheduler=self.job.scheduler)
 
     def _new_sums(self) -> Sums:
-        return Sums(torch.zeros(3, device=self.device))
+        return Sums(self.device)
 
-    def _log(self, log: MetricsLogger, sums: Sums, grad_norm: Tensor, elapsed_s: float) -> None:
+    def _log(self, log: MetricsLogger, sums: Sums, grad_norms: GradNorms, elapsed_s: float) -> None:
         """Reduces over ranks, records, and agrees on whether to stop. The only place where a step waits for the device.
 
         Raises:
@@ -263,8 +237,8 @@ class Trainer:
         """
         steps = sums.steps
         work = sums.loss.new_tensor([sums.flops / 1e12, sums.tokens, float(self.stop_requested)])
-        totals = self.mesh.sum_over_data(torch.cat([sums.loss, work]))
-        loss, loss_video, loss_audio, tflop, tokens, stops = totals.tolist()
+        totals = self.mesh.sum_over_data(torch.cat([sums.loss, work, sums.buckets.flatten()])).tolist()
+        loss, loss_video, loss_audio, tflop, tokens, stops = totals[:6]
         self.stop_requested = stops > 0
         peak_memory = peak_memory_gib(self.device)
         if peak_memory is not None:
@@ -273,7 +247,9 @@ class Trainer:
             peak_memory = peak.item()
             reset_peak_memory(self.device)
         tflops = tflop / dist.get_world_size() / elapsed_s
-        norm = grad_norm.item()
+        norm = grad_norms[0].item()
+        extra = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
+        extra |= bucket_means(totals[6:])
         log.log(
             StepMetrics(
                 step=self.step,
@@ -287,6 +263,7 @@ class Trainer:
                 tflops_per_gpu=tflops,
                 mfu=None if self.peak_flops is None else tflops * 1e12 / self.peak_flops,
                 peak_mem_gib=peak_memory,
+                extra=extra,
             )
         )
         if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
@@ -296,57 +273,47 @@ class Trainer:
                 f"training.max_grad_norm at 1.0, and look at the data of this step."
             )
 
+    def _state(self, trainer: dict[str, Any]) -> TrainingState:
+        """What is saved and restored: with LoRA the adapters alone, for the base has its own file."""
+        optimizers = [*self.optimizers.parts, *([self.ema] if self.ema is not None else [])]
+        select = is_adapter if self.is_lora else save_everything
+        return TrainingState(self.model, optimizers, select=select, trainer=trainer)
+
     def _save(self) -> None:
         batches = self.plan.batches
         position = DataPosition(
             self.next_batch * batches.global_batch_size, batches.global_batch_size, batches.fingerprint
         )
         trainer = {"data": position.to_dict(), "job": plain_job(self.job)}
-        state = TrainingState(self.model, [self.optimizer], trainer=trainer)
+        state = self._state(trainer)
         started = time.perf_counter()
         keep_last = max(self.job.checkpoint.keep_last, 0)
         path = save_state(self.plan.folder / "checkpoint", self.step, state, keep_last=keep_last)
-        logger.info("saved %s in %.1f s", path, _since(started))
+        logger.info("saved %s in %.1f s", path, time.perf_counter() - started)
 
     def _finish(self) -> None:
         """Exports the model, draws the loss curve and says where everything is."""
-        folder, checkpoint = self.plan.folder, self.job.checkpoint
         export = None
-        if checkpoint.export:
-            export = folder / "export" / f"transformer-step-{self.step}.safetensors"
-            source = self.plan.source
-            dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[checkpoint.export_dtype]
-            export_transformer(self.model, export, config=source.config, metadata=source.metadata, dtype=dtype)
+        if self.job.checkpoint.export:
+            export = export_model(self.plan, self.model, self.step, self.reference_scale)
         if self.is_main:
             report(self.plan, export)
 
 
-def report(plan: Plan, export: Path | None) -> None:
-    """Prints where the loss went and where the files are; draws the curve."""
-    folder = plan.folder
-    curve = folder / "loss.png"
-    records = read_metrics(folder / "metrics.jsonl")
-    losses = [record["loss"] for record in records if record["loss"] is not None]
-    if losses:
-        plot_loss(folder / "metrics.jsonl", curve, title=plan.job.job.description or str(folder))
-        tail = losses[-max(len(losses) // 10, 1) :]
-        logger.info(
-            "loss: %.4f at step %d, %.4f as the mean of the last %d logged steps",
-            losses[0],
-            records[0]["step"],
-            sum(tail) / len(tail),
-            len(tail),
-        )
-    files = {
-        "loss curve": curve,
-        "metrics": folder / "metrics.jsonl",
-        "tensorboard": folder / "tensorboard",
-        "checkpoint": latest_complete(folder / "checkpoint"),
-        "export": export,
-    }
-    for name, path in files.items():
-        if path is not None and path.exists():
-            logger.info("%-12s %s", name, path)
+def weigh(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
+    """Each sample's loss [B] with its streams weighted."""
+    parts = [
+        part * weight for part, weight in ((loss.video, video_weight), (loss.audio, audio_weight)) if part is not None
+    ]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def absent_streams(inputs: ModelInputs) -> Perturbations | None:
+    """Keeps a sample's stand-in stream and its real one apart; None where every sample has both streams."""
+    present = [flags for flags in (inputs.video_present, inputs.audio_present) if flags is not None]
+    if not present or inputs.video is None or inputs.audio is None:
+        return None
+    return Perturbations(has_both=torch.stack(present).all(dim=0))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -372,24 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def is_finished(plan: Plan) -> bool:
-    """Whether the dump folder already holds the last step; says so.
-
-    Raises:
-        ValueError: `checkpoint.resume = false` and the folder is not empty.
-    """
-    if not plan.job.checkpoint.resume:
-        if plan.folder.is_dir() and any(plan.folder.iterdir()):
-            raise ValueError(
-                f"checkpoint.resume = false starts afresh, but job.dump_folder = {str(plan.folder)!r} is not empty; "
-                f"choose another folder, or remove what is there."
-            )
-        return False
-    path = latest_complete(plan.folder / "checkpoint")
-    if path is None or read_trainer_state(path)["step"] < plan.last_step:
-        return False
-    logger.info("finished already: %s holds step %d of %d", path, plan.last_step, plan.job.training.steps)
-    return True
+def _stream(name: str) -> str:
+    return stream_of(official_name(name))
 
 
 def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:
@@ -407,10 +358,6 @@ def _set_up_logging() -> None:
     )
     logging.getLogger("ltx_titan").setLevel(logging.INFO if is_main else logging.CRITICAL)
     logging.captureWarnings(is_main)
-
-
-def _since(started: float) -> float:
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

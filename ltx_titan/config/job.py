@@ -18,10 +18,9 @@ from ltx_titan.config.sections import (
     Float8Section,
     JobSection,
     KernelsSection,
-    LoraSection,
+    LossSection,
     MetricsSection,
     ModelSection,
-    OptimizerSection,
     ParallelismSection,
     ProfilingSection,
     SchedulerSection,
@@ -30,6 +29,8 @@ from ltx_titan.config.sections import (
     TrainingSection,
     ValidationSection,
 )
+from ltx_titan.lora.settings import LoRASettings
+from ltx_titan.optim.settings import OptimizerSettings
 from ltx_titan.parallel.mesh import Degrees
 
 RELEASED_SHAPES = ("ltx-2-19b", "ltx-2.3-22b", "ltx-2.5-22b")
@@ -84,7 +85,9 @@ class JobConfig(Section):
     """float8 matrix products."""
     kernels: KernelsSection = KernelsSection()
     """Fused operations."""
-    optimizer: OptimizerSection = OptimizerSection()
+    loss: LossSection = LossSection()
+    """Weights of the streams."""
+    optimizer: OptimizerSettings = OptimizerSettings()
     """Update rule."""
     scheduler: SchedulerSection = SchedulerSection()
     """Learning rate over time."""
@@ -92,7 +95,7 @@ class JobConfig(Section):
     """What is kept."""
     validation: ValidationSection = ValidationSection()
     """Sampled clips."""
-    lora: LoraSection = LoraSection()
+    lora: LoRASettings = LoRASettings()
     """Adapters."""
     metrics: MetricsSection = MetricsSection()
     """Logs."""
@@ -153,6 +156,10 @@ def _model_rules(job: JobConfig) -> Iterator[Problem]:
             f"one of {', '.join(RELEASED_SHAPES)}, or a JSON file that exists",
             "correct the name or the path",
         )
+    if model.adapter_path is not None:
+        yield from _must_be_file("model.adapter_path", model.adapter_path)
+        if model.mode != "lora":
+            yield Problem("model.adapter_path", model.adapter_path, 'unset while model.mode = "full"', "remove it")
     if model.connectors_path is not None:
         yield from _must_be_file("model.connectors_path", model.connectors_path)
 

@@ -50,6 +50,8 @@ class ModelSection(Section):
     """With `init = "random"`: ltx-2-19b, ltx-2.3-22b, ltx-2.5-22b, or a JSON file with checkpoint metadata."""
     num_layers: Positive | None = None
     """With `init = "random"`: keep this many blocks, so that a benchmark of one block fits a smaller GPU."""
+    adapter_path: PathText | None = None
+    """With `mode = "lora"`: adapter file to start from; unset starts from the base model."""
     connectors_path: PathText | None = None
     """File with the text connectors; unset means `checkpoint_path`. Unused where the data holds finished contexts."""
 
@@ -80,6 +82,8 @@ class DataSection(Section):
     """`synthetic` measures speed without a data set."""
     root: PathText | None = None
     """Folder with latents/, conditions/ and so on, or the folder that holds it as `.precomputed`."""
+    caption_dropout: Share = 0.0
+    """Share of samples that are trained without their caption, so that guidance has something to compare with."""
     num_workers: int = Field(2, ge=0)
     """Threads that read ahead; 0 reads within the step, which is slower but simple to debug."""
     prefetch: Positive = 4
@@ -169,19 +173,13 @@ class KernelsSection(Section):
     """`auto` takes what measured fastest on the device; `torch` is the reference."""
 
 
-class OptimizerSection(Section):
-    """`[optimizer]`: the update rule."""
+class LossSection(Section):
+    """`[loss]`: what the streams' losses count."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW with two float32 states per trained weight."""
-    lr: float = Field(1e-4, gt=0.0)
-    """Peak learning rate; the schedule multiplies it."""
-    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
-    """Memory of the first and second moment; a lower second one adapts faster and is noisier."""
-    eps: float = Field(1e-8, gt=0.0)
-    """Guards the division; raise it when updates of rarely used weights explode."""
-    weight_decay: float = Field(0.01, ge=0.0)
-    """Pull towards zero, times the learning rate."""
+    video_weight: float = Field(1.0, ge=0.0)
+    """Factor on the video loss; the two losses are added."""
+    audio_weight: float = Field(1.0, ge=0.0)
+    """Factor on the audio loss, which is usually the larger one; lower it where sound learns at the video's expense."""
 
 
 class SchedulerSection(Section):
@@ -231,15 +229,6 @@ class ValidationSection(Section):
 
     interval: Positive | None = None
     """Steps between samplings; unset never samples."""
-
-
-class LoraSection(Section):
-    """`[lora]`: adapters, with `model.mode = "lora"`."""
-
-    rank: Positive = 32
-    """Width of an adapter; more learns more and is larger."""
-    alpha: float = Field(32.0, gt=0.0)
-    """Scale of an adapter is alpha / rank."""
 
 
 class MetricsSection(Section):

@@ -10,7 +10,6 @@ from ltx_titan.config.job import JobConfig
 def support_problems(job: JobConfig) -> list[Problem]:
     """One problem per request of `job` that this version cannot fulfil."""
     table = [
-        ("model.mode", job.model.mode, job.model.mode == "lora", 'LoRA training; set it to "full"'),
         (
             "activation_checkpoint.mode",
             job.activation_checkpoint.mode,

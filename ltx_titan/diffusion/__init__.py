@@ -1,4 +1,4 @@
-from ltx_titan.diffusion.draws import StepDraws, StreamPlan, draw_step
+from ltx_titan.diffusion.draws import StepDraws, StreamPlan, draw_caption_drops, draw_step
 from ltx_titan.diffusion.flow import (
     add_noise,
     denoised_from_velocity,
@@ -20,6 +20,7 @@ __all__ = [
     "UniformSigma",
     "add_noise",
     "denoised_from_velocity",
+    "draw_caption_drops",
     "draw_step",
     "euler_ancestral_step",
     "euler_step",

@@ -90,6 +90,11 @@ def draw_step(
     return StepDraws(video_sigma, audio_sigma, video_noise, audio_noise, video_uses, audio_uses)
 
 
+def draw_caption_drops(probability: float, *, seed: int, step: int, indices: Sequence[int]) -> Tensor:
+    """Which samples of a micro-batch are trained without their caption [B], bool; keyed like everything else."""
+    return torch.tensor([_uniform(f"{seed}/{step}/{index}/caption") < probability for index in indices])
+
+
 def _draw_stream(
     name: str, plan: StreamPlan | None, sampler: SigmaSampler, step_key: str, indices: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None] | None]:

@@ -25,9 +25,16 @@ class KeepMasks(NamedTuple):
 
 @dataclass(frozen=True)
 class Perturbations:
-    """What is skipped, per sample: pairs of a kind and its blocks (None: every block)."""
+    """What is skipped.
 
-    samples: tuple[tuple[tuple[str, frozenset[int] | None], ...], ...]
+    Attributes:
+        samples: per sample, pairs of a kind and its blocks (None: every block).
+        has_both: [B], False for a sample with one stream only, whose other stream is a stand-in: the two must not
+            attend to each other in any block. None: all samples have both.
+    """
+
+    samples: tuple[tuple[tuple[str, frozenset[int] | None], ...], ...] = ()
+    has_both: Tensor | None = None
 
     @classmethod
     def from_lists(cls, lists: Sequence[Sequence[dict]]) -> "Perturbations":
@@ -48,7 +55,14 @@ class Perturbations:
 
     def keep_masks(self, block: int, device: torch.device, dtype: torch.dtype) -> KeepMasks:
         """Masks of the block with this index."""
-        return KeepMasks(*(self._keep(kind, block, device, dtype) for kind in _KINDS))
+        masks = KeepMasks(*(self._keep(kind, block, device, dtype) for kind in _KINDS))
+        if self.has_both is None:
+            return masks
+        exchanges = self.has_both.to(device, dtype)[:, None, None]
+        return masks._replace(
+            audio_to_video=exchanges if masks.audio_to_video is None else masks.audio_to_video * exchanges,
+            video_to_audio=exchanges if masks.video_to_audio is None else masks.video_to_audio * exchanges,
+        )
 
     def _keep(self, kind: str, block: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         skipped = [

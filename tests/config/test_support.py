@@ -12,7 +12,6 @@ BASE = {
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("model", "mode", "lora"),
         ("activation_checkpoint", "mode", "selective"),
         ("parallelism", "cp", 2),
         ("parallelism", "tp", 2),

@@ -1,0 +1,103 @@
+"""From a plan to a model in memory, and from a trained model to a file.
+
+Models are built on the meta device, changed there (adapters, then the parallel plan), and only then given memory: this
+rank's shards and nothing more. Weights are streamed into them from the official file.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ltx_titan.checkpoint import CONNECTORS, export_transformer, load_parameters, unused_by
+from ltx_titan.lora import (
+    apply_lora,
+    export_lora,
+    export_merged,
+    init_base_,
+    init_lora_,
+    load_base,
+    load_lora,
+    reference_metadata,
+)
+from ltx_titan.model import TextConnectors
+from ltx_titan.model.init import init_random_
+from ltx_titan.parallel.fsdp import apply_fsdp
+from ltx_titan.parallel.mesh import Mesh
+from ltx_titan.parallel.parallelize import compute_dtype, parallelize
+from ltx_titan.plan import Plan, build_connectors, build_transformer
+
+logger = logging.getLogger(__name__)
+
+
+def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
+    """The job's transformer, sharded over `mesh` and filled, ready to train."""
+    job, path, started = plan.job, plan.source.path, time.perf_counter()
+    is_lora, seed, unused = job.model.mode == "lora", job.training.seed, unused_by(plan.modalities)
+    model = build_transformer(plan.source, plan.modalities)
+    if is_lora:
+        adapted = apply_lora(model, job.lora)
+        logger.info("LoRA: rank %d on %d layers, base in %s", job.lora.rank, len(adapted), job.lora.base_dtype)
+    parallelize(model, job, mesh)
+    model.to_empty(device=device)
+    if is_lora:
+        if path is not None:
+            load_base(model, path, allow_unused=unused)
+        else:
+            init_base_(model, seed)
+        init_lora_(model, seed)
+        if job.model.adapter_path is not None:
+            load_lora(model, job.model.adapter_path)
+    elif path is not None:
+        load_parameters(model, path, allow_unused=unused)
+    else:
+        init_random_(model, seed)
+    weights = sum(p.numel() for p in model.parameters()) / 1e9
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e9
+    origin = path or f"random weights ({job.model.shape})"
+    elapsed_s = time.perf_counter() - started
+    logger.info("transformer: %.3f B weights, %.3f B trained, from %s in %.1f s", weights, trained, origin, elapsed_s)
+    return model.train()
+
+
+def load_connectors(plan: Plan, mesh: Mesh, device: torch.device) -> TextConnectors | None:
+    """The frozen text connectors, sharded like the model; None where the data holds finished contexts."""
+    path = plan.connectors_path
+    if path is None:
+        return None
+    dtype = compute_dtype(plan.job)
+    connectors = build_connectors(plan.source, path).to(dtype).requires_grad_(False)
+    for connector in connectors.children():
+        apply_fsdp(connector, connector.transformer_1d_blocks, mesh.fsdp, dtype)
+    connectors.to_empty(device=device)
+    load_parameters(connectors, path, component=CONNECTORS)
+    logger.info("text connectors from %s", path)
+    return connectors.eval()
+
+
+def export_model(plan: Plan, model: nn.Module, step: int, reference_scale: tuple[int, int] | None) -> Path:
+    """Writes what inference loads: the adapters, or the whole transformer. Every rank calls it.
+
+    Args:
+        plan: the job.
+        model: the trained model.
+        step: for the file's name.
+        reference_scale: (spatial, temporal) factors of an in-context adapter's references.
+
+    Returns:
+        The file.
+    """
+    folder, source, lora = plan.folder / "export", plan.source, plan.job.lora
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[plan.job.checkpoint.export_dtype]
+    if plan.job.model.mode == "lora" and not lora.dora:
+        path = folder / f"lora-step-{step}.safetensors"
+        export_lora(model, path, reference_metadata(*reference_scale) if reference_scale else {}, dtype=dtype)
+        return path
+    path = folder / f"transformer-step-{step}.safetensors"
+    if plan.job.model.mode == "lora":  # DoRA: adapter files have no place for its magnitudes
+        export_merged(model, source.path, path, carry_over=False)
+    else:
+        export_transformer(model, path, config=source.config, metadata=source.metadata, dtype=dtype)
+    return path
