@@ -1,4 +1,5 @@
 from ltx_titan.conditioning.blocks import AudioBlock, StrategyConfig, VideoBlock
+from ltx_titan.conditioning.checks import check_conditions, reference_scale
 from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights
 from ltx_titan.conditioning.references import reference_factors
 from ltx_titan.conditioning.strategy import FlexibleStrategy, ModelInputs
@@ -26,9 +27,11 @@ __all__ = [
     "VideoBlock",
     "audio_coordinates",
     "audio_steps",
+    "check_conditions",
     "patchify_audio",
     "patchify_video",
     "reference_factors",
+    "reference_scale",
     "stream_loss",
     "token_weights",
     "unpatchify_audio",

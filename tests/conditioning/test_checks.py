@@ -1,0 +1,99 @@
+import pytest
+
+from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
+
+CROP = {"type": "spatial_crop", "spatial_region": [0, 0, 64, 64]}
+REFERENCE = {"type": "reference", "latents_dir": "reference_latents"}
+
+
+def strategy(video=(), audio=None, **block):
+    config = {"video": {"is_generated": True, "latents_dir": "latents", "conditions": list(video)} | block}
+    if audio is not None:
+        config["audio"] = {"is_generated": True, "latents_dir": "audio_latents", "conditions": list(audio)}
+    return FlexibleStrategy.from_config(config)
+
+
+def sample(frames=4, height=2, width=3, steps=9, **sources):
+    """A shape key: video and audio latents, and further sources as source=shape of latents or mask."""
+    key = [("video_latents", "latents", (128, frames, height, width)), ("audio_latents", "latents", (8, steps, 16))]
+    for source, shape in sources.items():
+        key.append((source, "latents" if "latents" in source else "mask", shape))
+    return tuple(key)
+
+
+def prefix(boundary, **fields):
+    return {"type": "prefix", "temporal_boundary": boundary} | fields
+
+
+@pytest.mark.parametrize(
+    ("conditions", "words"),
+    [
+        ([prefix(3)], ["video.conditions[0] (prefix, temporal_boundary = 3)", "nothing to the loss", "1 of 3"]),
+        ([{"type": "first_frame"}, {"type": "suffix", "temporal_boundary": 9}], ["conditions[1] (suffix", "3 of 3"]),
+        ([prefix(2), {"type": "suffix", "temporal_boundary": 1}], ["conditions 0, 1 together", "1 of 3", "clip_1"]),
+        ([{**CROP, "spatial_region": [0, 0, 32, 97]}], ["[0, 0, 32, 97]", "only the part inside", "3 of 3"]),
+        ([{**CROP, "spatial_region": [64, 0, 96, 96]}], ["outside the frame, so it has no effect", "3 of 3"]),
+        ([prefix(1, probability=0.0)], ["conditions[0] (prefix", "never applies"]),
+    ],
+)
+def test_a_condition_that_cannot_do_what_it_says_is_named_once(conditions, words):
+    chosen = [condition | {"probability": condition.get("probability", 0.5)} for condition in conditions]
+    found = check_conditions(strategy(chosen), [sample(), sample(frames=3), sample()], "clip_{}".format)
+    assert len(found) == 1
+    assert all(word in found[0] for word in words), found
+
+
+def test_sound_conditions_count_latent_steps():
+    found = check_conditions(strategy(audio=[prefix(8)]), [sample(), sample(steps=8)])
+    assert len(found) == 1
+    assert "audio.conditions[0] (prefix, temporal_boundary = 8)" in found[0]
+    assert "8 latent steps" in found[0]
+
+
+def test_conditions_that_fit_are_not_mentioned():
+    conditions = [{"type": "first_frame", "probability": 0.5}, prefix(2), CROP, REFERENCE]
+    assert check_conditions(strategy(conditions, audio=[prefix(4)]), [sample(), sample()]) == []
+
+
+def test_a_job_with_nothing_left_to_learn_is_told_so():
+    def is_told(job, *keys):
+        return any("nothing is left to learn" in line for line in check_conditions(job, keys))
+
+    halves = [prefix(2), {"type": "suffix", "temporal_boundary": 2}]
+    assert is_told(strategy([prefix(4)]), sample(), sample(frames=2))
+    assert is_told(strategy(halves), sample())
+    # One sample, one chance or one stream to learn from is enough.
+    assert not is_told(strategy([prefix(4)]), sample(), sample(frames=5))
+    assert not is_told(strategy([prefix(4, probability=0.9)]), sample())
+    assert not is_told(strategy([prefix(4)], audio=[]), sample())
+
+
+def test_a_mask_of_another_size_is_named_before_training():
+    video = strategy([{"type": "mask", "mask_dir": "video_masks"}])
+    assert check_conditions(video, [sample(video_masks=(4, 2, 3)), sample(video_masks=(24,))]) == []
+    with pytest.raises(ValueError, match=r"video_masks: clip_1: .*24 video tokens.*found \[9\]"):
+        # The sound has as many tokens as this mask has elements, which makes it no mask of the video.
+        check_conditions(video, [sample(video_masks=(24,)), sample(video_masks=(9,))], "clip_{}".format)
+
+
+def test_references_have_one_scale_over_the_whole_job():
+    job = strategy([REFERENCE])
+    small, same = (128, 3, 1, 2), (128, 5, 2, 4)
+    keys = [sample(5, 2, 4, reference_latents=small), sample(9, 4, 8, reference_latents=(128, 5, 2, 4))]
+    assert reference_scale(job, keys) == (2, 2)
+    assert reference_scale(job, [sample(5, 2, 4, reference_latents=same)]) == (1, 1)
+    with pytest.raises(ValueError, match=r"clip_1 has the .* factors \(1, 1\).*clip_0 has \(2, 2\)"):
+        reference_scale(job, [*keys[:1], sample(5, 2, 4, reference_latents=same)], "clip_{}".format)
+    with pytest.raises(ValueError, match=r"reference_latents: clip_0: .*must be a multiple"):
+        reference_scale(job, [sample(5, 2, 4, reference_latents=(128, 5, 2, 3))], "clip_{}".format)
+
+
+def test_two_references_share_their_scale():
+    job = strategy([REFERENCE, {**REFERENCE, "latents_dir": "depth_latents"}])
+    key = sample(5, 2, 4, reference_latents=(128, 5, 1, 2), depth_latents=(128, 5, 2, 4))
+    with pytest.raises(ValueError, match=r"depth_latents: 0 has .*reference_latents: 0 has"):
+        reference_scale(job, [key])
+
+
+def test_without_video_references_there_is_no_scale():
+    assert reference_scale(strategy([prefix(1)], audio=[{**REFERENCE, "latents_dir": "reference_audio"}]), []) is None
