@@ -78,14 +78,13 @@ def load_connectors(plan: Plan, mesh: Mesh, device: torch.device) -> TextConnect
     return connectors.eval()
 
 
-def export_model(plan: Plan, model: nn.Module, step: int, reference_scale: tuple[int, int] | None) -> Path:
+def export_model(plan: Plan, model: nn.Module, step: int) -> Path:
     """Writes what inference loads: the adapters, or the whole transformer. Every rank calls it.
 
     Args:
         plan: the job.
         model: the trained model.
         step: for the file's name.
-        reference_scale: (spatial, temporal) factors of an in-context adapter's references.
 
     Returns:
         The file.
@@ -94,7 +93,8 @@ def export_model(plan: Plan, model: nn.Module, step: int, reference_scale: tuple
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[plan.job.checkpoint.export_dtype]
     if plan.job.model.mode == "lora" and not lora.dora:
         path = folder / f"lora-step-{step}.safetensors"
-        export_lora(model, path, reference_metadata(*reference_scale) if reference_scale else {}, dtype=dtype)
+        metadata = reference_metadata(*plan.reference_scale) if plan.reference_scale is not None else {}
+        export_lora(model, path, metadata, dtype=dtype)
         return path
     path = folder / f"transformer-step-{step}.safetensors"
     if plan.job.model.mode == "lora":  # DoRA: adapter files have no place for its magnitudes

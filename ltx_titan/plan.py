@@ -3,6 +3,7 @@
 Everything that can be wrong with a job is found here, before a process group is made or a device touched.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import torch
 
 from ltx_titan.checkpoint import CONNECTORS, check_fits, scale_factors, unused_by
 from ltx_titan.checkpoint.source import ModelSource, read_source
-from ltx_titan.conditioning import FlexibleStrategy
+from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
 from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, SyntheticDataset, token_counts
 from ltx_titan.metrics import training_flops
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
 from ltx_titan.model.ops import TORCH, Operators
 from ltx_titan.model.transformer import Modalities
+
+logger = logging.getLogger(__name__)
 
 Dataset = PrecomputedDataset | SyntheticDataset
 
@@ -34,6 +37,7 @@ class Plan:
         dataset: the samples.
         batches: their order.
         connectors_path: file of the text connectors; None where the data holds finished contexts.
+        reference_scale: (spatial, temporal) factors of the video references; None where there are none.
     """
 
     job: JobConfig
@@ -44,6 +48,7 @@ class Plan:
     dataset: Dataset
     batches: BatchPlan
     connectors_path: Path | None
+    reference_scale: tuple[int, int] | None
 
     @property
     def folder(self) -> Path:
@@ -81,6 +86,8 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     )
     dataset = _open_dataset(job, strategy, architecture, factors)
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
+    for warning in check_conditions(strategy, keys, dataset.name):
+        logger.warning("%s", warning)
     flops = {key: _sample_flops(job, source, key, modalities) for key in set(keys)}
     return Plan(
         job=job,
@@ -97,6 +104,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
             dataset.fingerprint,
         ),
         connectors_path=_connectors_path(job, source, keys),
+        reference_scale=reference_scale(strategy, keys, dataset.name),
     )
 
 

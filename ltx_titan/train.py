@@ -82,7 +82,6 @@ class Trainer:
         decay = job.optimizer.ema_decay
         self.ema = None if decay is None else EMA(self.model.parameters(), decay)
         self.dropout = DropoutClock(self.model, job.training.seed, self.mesh.dp_rank)
-        self.reference_scale: tuple[int, int] | None = None
         self.step, self.next_batch = self._resume()
         self.stop_requested = False
 
@@ -207,7 +206,6 @@ class Trainer:
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self.device, non_blocking=True))
         batch["conditions"] = to_contexts(batch["conditions"], self.connectors, self.dtype)
         inputs = self.plan.strategy.prepare(batch, micro_batch.draws)
-        self._check_reference_scale(inputs.reference_scale)
         video, audio = self.model(inputs.video, inputs.audio, absent_streams(inputs))
         loss = self.plan.strategy.loss(video, audio, inputs)
         weighted = weigh(loss, self.job.loss.video_weight, self.job.loss.audio_weight)
@@ -225,14 +223,6 @@ class Trainer:
             drops = draw_caption_drops(self.job.data.caption_dropout, **keys)
             batch["conditions"]["prompt_attention_mask"][drops] = 0  # registers take the place of the whole prompt
         return draw_step(*self.plan.strategy.draw_plan(batch), sampler=self.sampler, **keys)
-
-    def _check_reference_scale(self, scale: tuple[int, int] | None) -> None:
-        if self.reference_scale not in (None, scale):
-            raise ValueError(
-                f"video references of (spatial, temporal) factors {self.reference_scale} and {scale} in one job; an "
-                f"adapter stores one pair. Prepare all references with the same factors."
-            )
-        self.reference_scale = scale
 
     def _learning_rate(self, step: int) -> float:
         training = self.job.training
@@ -321,7 +311,7 @@ class Trainer:
         """Exports the model, draws the loss curve and says where everything is."""
         export = None
         if self.job.checkpoint.export:
-            export = export_model(self.plan, self.model, self.step, self.reference_scale)
+            export = export_model(self.plan, self.model, self.step)
         if self.is_main:
             report(self.plan, export)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ltx_titan.checkpoint import load_parameters, read_metadata
 from ltx_titan.config import load_job
+from ltx_titan.data import read_sample, write_sample
 from ltx_titan.model import LTXTransformer
 from ltx_titan.plan import plan_job
 from ltx_titan.train import main
@@ -198,3 +199,36 @@ def test_wrong_input_is_named_before_any_process_group(tmp_path, nano_path, data
 def test_the_plan_counts_all_tokens(tmp_path, nano_path, data_root):
     plan = plan_job(load_job(write_job(tmp_path, nano_path, data_root)), 1)
     assert plan.sample_tokens(0) == 3 * 2 * 3 + 9
+
+
+@pytest.mark.distributed
+def test_lora_trains_resumes_and_exports_an_adapter(tmp_path, nano_path, data_root):
+    settings = {"model__mode": "lora", "lora__rank": 4, "lora__alpha": 4.0, "training__steps": 4}
+    straight = train(write_job(tmp_path / "straight", nano_path, data_root, **settings))
+    job = write_job(tmp_path / "parts", nano_path, data_root, **settings)
+    train(job, 2, "--training.stop_at=2")
+    lines = train(job, 1)
+    torch.testing.assert_close(torch.tensor(curve(lines)), torch.tensor(curve(straight)), rtol=1e-5, atol=0)
+    tensors = load_file(tmp_path / "straight/run/export/lora-step-4.safetensors")
+    assert all(key.startswith("diffusion_model.") and ".lora_" in key for key in tensors)
+    assert any(key.endswith("lora_B.weight") and tensor.abs().max() > 0 for key, tensor in tensors.items())
+
+
+def test_a_sample_without_sound_trains_like_a_job_without_audio(tmp_path, nano_path):
+    root = write_dataset(tmp_path / "data", nano_path, clips=2)
+    for clip in (root / "audio_latents").glob("*.pt"):
+        write_sample(clip, {**read_sample(clip, "audio"), "present": False})
+    with_silence = write_job(tmp_path / "silent", nano_path, root, training__steps=1, training__global_batch_size=2)
+    lines = train(with_silence)
+    job = write_job(tmp_path / "video", nano_path, root, training__steps=1, training__global_batch_size=2)
+    text = job.read_text().split("[audio]")
+    job.write_text(text[0] + "[training]" + text[1].split("[training]")[1])
+    assert lines[0]["loss_audio"] == 0
+    assert train(job)[0]["loss_video"] == pytest.approx(lines[0]["loss_video"], rel=1e-5)
+
+
+def test_caption_dropout_changes_what_is_trained_but_not_the_draws(tmp_path, nano_path, data_root, single_run):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=1, data__caption_dropout=1.0)
+    loss = train(job)[0]["loss"]
+    assert loss != single_run[0]["loss"]
+    assert loss == pytest.approx(single_run[0]["loss"], rel=0.1)
