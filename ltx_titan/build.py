@@ -24,6 +24,7 @@ from ltx_titan.lora import (
 )
 from ltx_titan.model import TextConnectors
 from ltx_titan.model.init import init_random_
+from ltx_titan.model.kernel_ops import select_operators
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import compute_dtype, parallelize
@@ -36,7 +37,7 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
     """The job's transformer, sharded over `mesh` and filled, ready to train."""
     job, path, started = plan.job, plan.source.path, time.perf_counter()
     is_lora, seed, unused = job.model.mode == "lora", job.training.seed, unused_by(plan.modalities)
-    model = build_transformer(plan.source, plan.modalities)
+    model = build_transformer(plan.source, plan.modalities, select_operators(job.kernels.backend, device))
     if is_lora:
         adapted = apply_lora(model, job.lora)
         logger.info("LoRA: rank %d on %d layers, base in %s", job.lora.rank, len(adapted), job.lora.base_dtype)

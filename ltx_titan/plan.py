@@ -15,6 +15,7 @@ from ltx_titan.config import Degrees, JobConfig, check_world
 from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, SyntheticDataset, token_counts
 from ltx_titan.metrics import training_flops
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
+from ltx_titan.model.ops import TORCH, Operators
 from ltx_titan.model.transformer import Modalities
 
 Dataset = PrecomputedDataset | SyntheticDataset
@@ -99,10 +100,10 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     )
 
 
-def build_transformer(source: ModelSource, modalities: Modalities) -> LTXTransformer:
+def build_transformer(source: ModelSource, modalities: Modalities, operators: Operators = TORCH) -> LTXTransformer:
     """The transformer on the meta device, checked against its file name by name and shape by shape."""
     with torch.device("meta"):
-        model = LTXTransformer.from_config(source.config["transformer"], modalities)
+        model = LTXTransformer.from_config(source.config["transformer"], modalities, operators)
     if source.path is not None:
         check_fits(model, source.path, allow_unused=unused_by(modalities))
     return model

@@ -46,6 +46,7 @@ from ltx_titan.parallel.parallelize import compute_dtype
 from ltx_titan.plan import Plan, plan_job
 from ltx_titan.quiet import quieten
 from ltx_titan.report import is_finished, report
+from ltx_titan.validate import TrainingValidation, check_validation_files
 
 logger = logging.getLogger("ltx_titan")
 
@@ -71,6 +72,9 @@ class Trainer:
         self.dtype = compute_dtype(job)
         self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None)
         self.sampler = _sigma_sampler(job)
+        self.validation = None
+        if job.validation.interval is not None:
+            self.validation = TrainingValidation(plan, self.mesh, self.device)
         self.model = load_transformer(plan, self.mesh, self.device)
         self.connectors = load_connectors(plan, self.mesh, self.device)
         # The rate is set before every step, from the step alone.
@@ -149,17 +153,25 @@ class Trainer:
         try:
             with loader, profiling as before_step:
                 sums = self._new_sums()
+                if self.step == 0 and not job.validation.skip_initial_validation:
+                    self._validate(log)
+                    started = time.perf_counter()
                 for batches in loader:
                     before_step(batches.step)
                     grad_norms = self._train_step(batches, sums)
                     self.step, self.next_batch = batches.step, batches.batch_number + 1
                     if self.step % job.training.gc_interval == 0:
                         gc.collect()
+                    validated = {}
+                    if job.validation.interval and self.step % job.validation.interval == 0:
+                        paused = time.perf_counter()
+                        validated = self._validate(log)
+                        started += time.perf_counter() - paused
                     is_last = self.step == plan.last_step
                     is_due = job.checkpoint.interval > 0 and self.step % job.checkpoint.interval == 0
-                    if is_last or is_due or self.step % job.metrics.interval == 0:
+                    if is_last or is_due or validated or self.step % job.metrics.interval == 0:
                         # Before a save, so that weights that are not numbers never replace good ones.
-                        self._log(log, sums, grad_norms, time.perf_counter() - started)
+                        self._log(log, sums, grad_norms, time.perf_counter() - started, validated)
                         sums, started = self._new_sums(), time.perf_counter()
                     if is_last or is_due or self.stop_requested:
                         self._save()
@@ -226,10 +238,24 @@ class Trainer:
         training = self.job.training
         return self.job.optimizer.lr * lr_factor(step - 1, total_steps=training.steps, scheduler=self.job.scheduler)
 
+    def _validate(self, log: MetricsLogger) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        return self.validation.run(
+            self.step,
+            self.model,
+            self.connectors,
+            writer=log.tensorboard,
+            ema=self.ema,
+            optimizers=self.optimizers,
+        )
+
     def _new_sums(self) -> Sums:
         return Sums(self.device)
 
-    def _log(self, log: MetricsLogger, sums: Sums, grad_norms: GradNorms, elapsed_s: float) -> None:
+    def _log(
+        self, log: MetricsLogger, sums: Sums, grad_norms: GradNorms, elapsed_s: float, validated: dict[str, float]
+    ) -> None:
         """Reduces over ranks, records, and agrees on whether to stop. The only place where a step waits for the device.
 
         Raises:
@@ -249,7 +275,7 @@ class Trainer:
         tflops = tflop / dist.get_world_size() / elapsed_s
         norm = grad_norms[0].item()
         extra = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
-        extra |= bucket_means(totals[6:])
+        extra |= bucket_means(totals[6:]) | validated
         log.log(
             StepMetrics(
                 step=self.step,
@@ -326,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     try:
         plan = plan_job(load_job(arguments[0], arguments[1:]), int(os.environ.get("WORLD_SIZE", 1)))
+        check_validation_files(plan)
         if is_finished(plan):
             return 0
         Trainer(plan).train()

@@ -18,7 +18,6 @@ from ltx_titan.config.sections import (
     SigmaSection,
     SyntheticSection,
     TrainingSection,
-    ValidationSection,
 )
 
 __all__ = [
@@ -43,7 +42,6 @@ __all__ = [
     "SigmaSection",
     "SyntheticSection",
     "TrainingSection",
-    "ValidationSection",
     "build_job",
     "check_world",
     "dump_job",

@@ -300,34 +300,24 @@ def _training(source: LtxJob, result: Imported) -> None:
 
 
 def _validation(source: LtxJob, result: Imported) -> Iterable[Problem]:
-    """Samples and guidance; keys that `[validation]` does not have are named."""
-    given = source.sections["validation"]
-    section = JobConfig.model_fields["validation"].annotation
-    known = section.model_fields if section is not None else {}
-    table, problems = _validation_table(given)
+    """Samples and guidance. Without samples nothing is validated there, and the rest of the section is idle."""
+    table, problems = _validation_table(source.sections["validation"])
     yield from problems
-    samples = table.get("samples", [])
-    if samples and "samples" in known:
+    if "samples" in table:
         table.setdefault("interval", source.get("validation", "interval"))
-    for key in ("text_encoder_path", "video_vae_path", "audio_vae_path"):
-        if (path := source.sections["model"].get(key)) is not None:
-            _put_or_note(f"model.{key}", path, key, known, result)
-    offload = source.sections["acceleration"].get("offload_optimizer_during_validation")
-    if offload is not None:
-        where = "acceleration.offload_optimizer_during_validation"
-        _put_or_note(where, offload, "offload_optimizer", known, result)
-    if table.get("interval") is not None and not (samples and "samples" in known):
+    elif table.get("interval") is not None:
         result.note("validation.interval", table.pop("interval"), "there are no samples to make")
+    for stream in ("video", "audio"):
+        key = f"generate_{stream}"
+        if table.get(key) and stream not in result.job:
+            result.note(f"validation.{key}", table.pop(key), f"the job has no {stream} block, so the model has none")
+    for key in ("text_encoder_path", "video_vae_path", "audio_vae_path"):
+        table[key] = source.sections["model"].get(key)
+    if "offload_optimizer_during_validation" in source.sections["acceleration"]:
+        table["offload_optimizer"] = source.sections["acceleration"]["offload_optimizer_during_validation"]
     for key, value in table.items():
         if value is not None:
-            _put_or_note(f"validation.{key}", value, key, known, result)
-
-
-def _put_or_note(where: str, value: Any, key: str, known: Iterable[str], result: Imported) -> None:
-    if key in known:
-        result.put(f"validation.{key}", value)
-    else:
-        result.note(where, value, f"[validation] has no {key} in this version")
+            result.put(f"validation.{key}", value)
 
 
 def _validation_table(given: Table) -> tuple[Table, list[Problem]]:

@@ -27,11 +27,11 @@ from ltx_titan.config.sections import (
     Section,
     SigmaSection,
     TrainingSection,
-    ValidationSection,
 )
 from ltx_titan.lora.settings import LoRASettings
 from ltx_titan.optim.settings import OptimizerSettings
 from ltx_titan.parallel.mesh import Degrees
+from ltx_titan.validation.section import ValidationSection
 
 RELEASED_SHAPES = ("ltx-2-19b", "ltx-2.3-22b", "ltx-2.5-22b")
 

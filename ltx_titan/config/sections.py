@@ -224,13 +224,6 @@ class CheckpointSection(Section):
     """Precision of the export; float32 doubles the file."""
 
 
-class ValidationSection(Section):
-    """`[validation]`: sampled clips to watch while training."""
-
-    interval: Positive | None = None
-    """Steps between samplings; unset never samples."""
-
-
 class MetricsSection(Section):
     """`[metrics]`: what is logged."""
 

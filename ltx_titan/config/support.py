@@ -19,18 +19,6 @@ def support_problems(job: JobConfig) -> list[Problem]:
         ("parallelism.cp", job.parallelism.cp, job.parallelism.cp > 1, "context parallelism; set it to 1"),
         ("parallelism.tp", job.parallelism.tp, job.parallelism.tp > 1, "tensor parallelism; set it to 1"),
         ("float8.recipe", job.float8.recipe, job.float8.recipe != "none", 'float8; set it to "none"'),
-        (
-            "kernels.backend",
-            job.kernels.backend,
-            job.kernels.backend == "triton",
-            'Triton kernels; set it to "auto" or "torch"',
-        ),
-        (
-            "validation.interval",
-            job.validation.interval,
-            job.validation.interval is not None,
-            "sampling during training; remove it",
-        ),
     ]
     return [
         Problem(key, value, "a value that this version supports", f"it does not do {missing}")

@@ -9,25 +9,42 @@ from ltx_titan.diffusion.flow import (
     velocity_from_denoised,
     velocity_target,
 )
+from ltx_titan.diffusion.guidance import Guidance, apg_delta, cfg_delta, cfg_star_delta, guide, stg_delta
+from ltx_titan.diffusion.sampler import PASSES, SampledStream, StepReport, count_forwards, needed_passes, sample
 from ltx_titan.diffusion.schedule import linear_quadratic_schedule, sigma_schedule
+from ltx_titan.diffusion.schedule_variants import beta_schedule, distilled_schedule
 from ltx_titan.diffusion.sigma import ShiftedLogitNormal, SigmaSampler, UniformSigma
 
 __all__ = [
+    "PASSES",
+    "Guidance",
+    "SampledStream",
     "ShiftedLogitNormal",
     "SigmaSampler",
     "StepDraws",
+    "StepReport",
     "StreamPlan",
     "UniformSigma",
     "add_noise",
+    "apg_delta",
+    "beta_schedule",
+    "cfg_delta",
+    "cfg_star_delta",
+    "count_forwards",
     "denoised_from_velocity",
+    "distilled_schedule",
     "draw_caption_drops",
     "draw_step",
     "euler_ancestral_step",
     "euler_step",
+    "guide",
     "keep_given",
     "linear_quadratic_schedule",
+    "needed_passes",
     "noise_given",
+    "sample",
     "sigma_schedule",
+    "stg_delta",
     "velocity_from_denoised",
     "velocity_target",
 ]

@@ -5,9 +5,12 @@
     int4     q in [-8, 7]          one scale per 128 weights of a row    0.52 bytes per weight
 
 torchao's primitives choose the scales and round. Its weight-only tensor subclasses are not used: in 0.18 FSDP2 cannot
-shard them (`aten.split` or `aten.new_zeros` is missing, int4 wants another library). Data and scales are plain frozen
-parameters here, which shard, gather and move like any other. Float8 is held as its bits in uint8 and scales in
-bfloat16, so that FSDP2, which casts floating-point parameters to the compute dtype, passes on every byte as it is.
+shard them (`aten.split` or `aten.new_zeros` is missing, int4 wants another library). Here data and scales are plain
+frozen parameters, which shard, gather and move like any other.
+
+FSDP2 of torch 2.11 refuses integer parameters and gathers floating-point ones in the compute dtype. Bytes are therefore
+kept as the bits of bfloat16 numbers, two to a number. As values they are nonsense, but a parameter already in the
+compute dtype is only ever copied; and where the compute dtype is float32, a bfloat16 is its upper half, bit for bit.
 
 The matrix product is done in the input's dtype after dequantisation, which torch.compile turns into one pass over the
 weight. Nothing but the quantised data is kept for the backward pass.
@@ -24,6 +27,7 @@ from ltx_titan.lora.settings import BaseDtype
 
 QUANTIZED: tuple[BaseDtype, ...] = ("int8", "int4", "float8")
 _SCALE_DTYPE = torch.bfloat16
+_BYTES_DTYPE = torch.bfloat16
 _INT4_GROUP = 128
 _INT4_SMALLEST_GROUP = 16
 
@@ -31,8 +35,9 @@ _INT4_SMALLEST_GROUP = 16
 class QuantizedLinear(nn.Module):
     """`y = W x + b` with a quantised W.
 
-    Parameters, all frozen: `qdata` (int8 [out, in]; uint8 [out, in] holding float8; uint8 [out, in / 2] holding two
-    4-bit numbers, even columns in the low half), `scale` bfloat16 [out, groups], `bias` [out] if the layer has one.
+    Parameters, all frozen and bfloat16: `qdata`, the bytes of a row two by two ([out, in / 2]; for int4, where a byte
+    holds an even column in its low half and the next in its high half, [out, in / 4]), `scale` [out, groups], and
+    `bias` [out] if the layer has one.
     """
 
     def __init__(
@@ -48,8 +53,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.form = in_features, out_features, form
         width, groups = packed_width(in_features, form), _groups(in_features, form)
-        data_dtype = torch.int8 if form == "int8" else torch.uint8
-        self.qdata = _frozen(torch.empty(out_features, width, dtype=data_dtype, device=device))
+        self.qdata = _frozen(torch.empty(out_features, width, dtype=_BYTES_DTYPE, device=device))
         self.scale = _frozen(torch.empty(out_features, groups, dtype=_SCALE_DTYPE, device=device))
         self.bias = _frozen(torch.empty(out_features, dtype=bias_dtype, device=device)) if bias else None
 
@@ -58,7 +62,7 @@ class QuantizedLinear(nn.Module):
         """Quantises a layer; one on the meta device only in form, to be filled by `load_base`.
 
         Raises:
-            ValueError: int4 cannot hold rows of this length.
+            ValueError: the form cannot hold rows of this length.
         """
         weight = linear.weight
         layer = cls(
@@ -101,10 +105,7 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         qdata, scale = ctx.saved_tensors
-        # By another intermediate dtype than in the forward pass, with the same result (a product of two bfloat16
-        # numbers is exact in float32). torch.compile would otherwise see one weight used twice, compute it once and
-        # keep it: 38 GB of bfloat16 weights between forward and backward.
-        weight = dequantize(qdata, scale, ctx.form, grad.dtype, through=grad.dtype)
+        weight = dequantize(qdata, scale, ctx.form, grad.dtype, is_second_use=True)
         return grad @ weight, None, None, None, None
 
 
@@ -133,40 +134,70 @@ def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
     if form == "float8":
         scale = _choose_scale_float8(weight, block).clamp(min=torch.finfo(torch.float32).tiny).to(_SCALE_DTYPE)
         # The largest value may lie a rounding of its scale beyond the format's end: saturate, do not overflow.
-        return _quantize_affine_float8(weight, scale.float()).view(torch.uint8), scale
+        return _as_parameter(_quantize_affine_float8(weight, scale.float())), scale
     low, high = (-127, 127) if form == "int8" else (-8, 7)
     scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, torch.int8, low, high)
     scale = scale.view(-1, groups).to(_SCALE_DTYPE)
     values = quantize_affine(weight, block, scale.float(), zero.view(-1, groups), torch.int8, low, high)
     if form == "int8":
-        return values, scale
+        return _as_parameter(values), scale
     nibbles = (values + 8).to(torch.uint8)
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4, scale
+    return _as_parameter(nibbles[:, 0::2] | nibbles[:, 1::2] << 4), scale
 
 
 def dequantize(
-    qdata: Tensor, scale: Tensor, form: BaseDtype, dtype: torch.dtype, *, through: torch.dtype = torch.float32
+    qdata: Tensor, scale: Tensor, form: BaseDtype, dtype: torch.dtype, *, is_second_use: bool = False
 ) -> Tensor:
-    """The weight [rows, in] that `qdata` and `scale` stand for, in `dtype`; products are computed in `through`."""
+    """The weight [rows, in] that `qdata` and `scale` stand for, computed in float32 and rounded to `dtype`.
+
+    Args:
+        qdata, scale: as `quantize_rows` makes them, or gathered in float32.
+        form: "int8", "int4" or "float8".
+        dtype: of the result.
+        is_second_use: set in the backward pass, where torch.compile sees both passes as one graph. Would it recognise
+            the same computation, it would do it once and keep the result in between: for 22B parameters 38 GB of
+            bfloat16 weights, or 19 GB of unpacked bytes.
+    """
+    # Taken apart by arithmetic on 16-bit words: a view as bytes is opaque to Inductor, whose kernel then loads single
+    # unaligned bytes and takes 1.6 times as long.
+    words = _as_words(qdata)
+    if is_second_use:
+        words = words ^ 0
     match form:
         case "int8":
-            values = qdata.to(through)
+            values = torch.stack(((words << 8) >> 8, words >> 8), dim=-1).float()
         case "float8":
-            values = qdata.view(torch.float8_e4m3fn).to(through)
+            pairs = torch.stack((words & 255, words >> 8 & 255), dim=-1).to(torch.uint8)
+            values = pairs.view(torch.float8_e4m3fn).float()
         case _:
-            values = torch.stack(((qdata & 15).to(through), (qdata >> 4).to(through)), dim=-1).flatten(1) - 8
-    grouped = values.unflatten(1, (scale.shape[1], -1)) * scale.to(through)[:, :, None]
+            values = torch.stack([words >> shift & 15 for shift in (0, 4, 8, 12)], dim=-1).float() - 8
+    grouped = values.flatten(1).unflatten(1, (scale.shape[1], -1)) * scale.float()[:, :, None]
     return grouped.flatten(1).to(dtype)
 
 
 def packed_width(columns: int, form: BaseDtype) -> int:
     """Width of `qdata` for `columns` columns of the weight."""
-    return columns // 2 if form == "int4" else columns
+    return columns // (4 if form == "int4" else 2)
+
+
+def _as_parameter(data: Tensor) -> Tensor:
+    return data.contiguous().view(_BYTES_DTYPE)
+
+
+def _as_words(qdata: Tensor) -> Tensor:
+    """The bits as int16, whether FSDP2 gathered the parameter as it is or in float32."""
+    if qdata.dtype == torch.float32:
+        return (qdata.view(torch.int32) >> 16).to(torch.int16)
+    return qdata.view(torch.int16)
 
 
 def _groups(in_features: int, form: BaseDtype) -> int:
     """Scales per row. Groups are as wide as divides the row, so that every shard of columns has whole groups."""
     if form != "int4":
+        if in_features % 2:
+            raise ValueError(
+                f'lora.base_dtype = "{form}": expected even input widths, found {in_features}; use "bfloat16".'
+            )
         return 1
     width = math.gcd(in_features, _INT4_GROUP)
     if width < _INT4_SMALLEST_GROUP:

@@ -10,20 +10,37 @@ Letters: `B` samples, `S` query tokens, `T` key tokens, `H` heads, `K` head widt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ltx_titan.model.rope import Rotation, rotate
+from ltx_titan.model.ops import TORCH, HeadShare, Operators
+from ltx_titan.model.rope import PackedRotation, Rotation
 
 
 class SoftmaxAttention(nn.Module):
-    """The parameterless core. A module of its own so that context parallelism can wrap it from outside."""
+    """The parameterless core. A module of its own so that context parallelism can wrap it from outside.
+
+    Args:
+        backends: implementations to try, the preferred one first; None leaves the choice to torch.
+    """
+
+    def __init__(self, backends: tuple[SDPBackend, ...] | None = None) -> None:
+        super().__init__()
+        self.backends = backends
 
     def forward(self, q_BHSK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | None) -> Tensor:
         """[B, H, S, K]; `mask` is added to the scores and broadcasts to [B, H, S, T]."""
-        return F.scaled_dot_product_attention(q_BHSK, k_BHTK, v_BHTK, attn_mask=mask)
+        if self.backends is None:
+            return F.scaled_dot_product_attention(q_BHSK, k_BHTK, v_BHTK, attn_mask=mask)
+        with sdpa_kernel(list(self.backends), set_priority=True):
+            return F.scaled_dot_product_attention(q_BHSK, k_BHTK, v_BHTK, attn_mask=mask)
 
 
 class Attention(nn.Module):
-    """Multi-head attention from one stream to itself, to text, or to the other stream."""
+    """Multi-head attention from one stream to itself, to text, or to the other stream.
+
+    Attributes:
+        share: which heads this rank has; set by tensor parallelism, None on one device.
+    """
 
     def __init__(
         self,
@@ -35,11 +52,15 @@ class Attention(nn.Module):
         gated: bool,
         eps: float,
         rope_interleaved: bool,
+        operators: Operators = TORCH,
     ) -> None:
         super().__init__()
         inner = heads * head_dim
         self.head_dim = head_dim
+        self.eps = eps
         self.rope_interleaved = rope_interleaved
+        self.operators = operators
+        self.share: HeadShare | None = None
         self.to_q = nn.Linear(query_dim, inner)
         self.to_k = nn.Linear(context_dim, inner)
         self.to_v = nn.Linear(context_dim, inner)
@@ -47,15 +68,15 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(inner, eps=eps)
         self.to_gate_logits = nn.Linear(query_dim, heads) if gated else None
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim)])
-        self.softmax = SoftmaxAttention()
+        self.softmax = SoftmaxAttention(operators.attention_backends)
 
     def forward(
         self,
         x: Tensor,
         context: Tensor | None = None,
         *,
-        q_rotation: Rotation | None = None,
-        k_rotation: Rotation | None = None,
+        q_rotation: Rotation | PackedRotation | None = None,
+        k_rotation: Rotation | PackedRotation | None = None,
         mask: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
@@ -64,20 +85,30 @@ class Attention(nn.Module):
         Args:
             x: [B, S, query_dim].
             context: [B, T, context_dim]; None attends to `x`.
-            q_rotation, k_rotation: rotary angles; without, no rotation.
+            q_rotation, k_rotation: rotary angles of all heads, as the operators read them; without, no rotation.
             mask: added to the scores, broadcastable to [B, H, S, T].
             keep: [B, 1, 1]; where 0 the values pass unmixed (self-attention only), between 0 and 1 a blend.
 
         Returns:
             [B, S, query_dim].
         """
+        # Their weights are read, not their forward: a norm put in their place would silently not be computed.
+        assert isinstance(self.q_norm, nn.RMSNorm), "set `share` instead of replacing the norms"
         context = x if context is None else context
-        q = self._heads(self.q_norm(self.to_q(x)))
-        k = self._heads(self.k_norm(self.to_k(context)))
-        v = self._heads(self.to_v(context))
-        if q_rotation is not None and k_rotation is not None:
-            q = rotate(q, q_rotation, self.rope_interleaved)
-            k = rotate(k, k_rotation, self.rope_interleaved)
+        q, k = self.operators.qk_norm_rope(
+            self.to_q(x),
+            self.to_k(context),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            q_rotation,
+            k_rotation,
+            head_dim=self.head_dim,
+            eps=self.eps,
+            interleaved=self.rope_interleaved,
+            share=self.share,
+        )
+        # The number of heads follows the tensor: under tensor parallelism it is this rank's share.
+        v = self.to_v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         out_BHSK = self.softmax(q, k, v, mask)
         if keep is not None:
             keep = keep[..., None]
@@ -86,10 +117,6 @@ class Attention(nn.Module):
         if self.to_gate_logits is not None:
             out_BSHK = out_BSHK * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
         return self.to_out[0](out_BSHK.flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        # The number of heads follows the tensor: under tensor parallelism it is this rank's share.
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class _Gelu(nn.Module):

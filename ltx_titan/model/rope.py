@@ -30,6 +30,18 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
+class PackedRotation(NamedTuple):
+    """The same rotation as the small tables it is made of, all axes in one, as kernels read it.
+
+    Attributes:
+        table: cosines and sines [N, n, 2] float32; the rows of one axis follow those of another.
+        rows: row of the table for each token and axis [B, axes, S], int32.
+    """
+
+    table: Tensor
+    rows: Tensor
+
+
 @dataclass(frozen=True)
 class RotaryTables:
     """Rotation of a set of tokens, as one small table per axis.
@@ -50,6 +62,15 @@ class RotaryTables:
     def expand(self) -> Rotation:
         """The rotation written out for every token."""
         return Rotation(self._per_token(self.cos, padding=1.0), self._per_token(self.sin, padding=0.0))
+
+    def pack(self) -> PackedRotation:
+        """The tables joined into one, without writing anything out per token."""
+        starts = [0]
+        for table in self.cos[:-1]:
+            starts.append(starts[-1] + table.shape[0])
+        offsets = torch.tensor(starts, device=self.index.device)[:, None]
+        table = torch.stack([torch.cat(self.cos), torch.cat(self.sin)], dim=-1)
+        return PackedRotation(table, (self.index + offsets).int().contiguous())
 
     def _per_token(self, tables: tuple[Tensor, ...], padding: float) -> Tensor:
         batch, _, tokens = self.index.shape

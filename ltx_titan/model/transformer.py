@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from ltx_titan.model.adaln import AdaLayerNormSingle, distinct_timesteps
 from ltx_titan.model.block import AVTransformerBlock, StreamInputs
 from ltx_titan.model.config import StreamConfig, TransformerConfig
+from ltx_titan.model.kernel_ops import for_rotation
 from ltx_titan.model.modality import Modality
-from ltx_titan.model.ops import modulate
+from ltx_titan.model.ops import TORCH, Operators, Row, modulate
 from ltx_titan.model.perturbations import KeepMasks, Perturbations
-from ltx_titan.model.rope import Rotation, distinct_coordinates, midpoints, rotary_tables
+from ltx_titan.model.rope import PackedRotation, Rotation, distinct_coordinates, midpoints, rotary_tables
 
 Modalities = Literal["av", "video", "audio"]
 
@@ -37,12 +38,13 @@ class CaptionProjection(nn.Module):
 class LTXTransformer(nn.Module):
     """The transformer of LTX-2, LTX-2.3 or LTX-2.5, as its checkpoint's metadata says. Build with `from_config`."""
 
-    def __init__(self, config: TransformerConfig, modalities: Modalities) -> None:
+    def __init__(self, config: TransformerConfig, modalities: Modalities, operators: Operators = TORCH) -> None:
         super().__init__()
         if modalities not in ("av", "video", "audio"):
             raise ValueError(f"modalities: expected 'av', 'video' or 'audio', found {modalities!r}.")
         self.config = config
         self.modalities = modalities
+        self.operators = for_rotation(operators, config.rope_interleaved)
         has_video, has_audio = modalities != "audio", modalities != "video"
         if has_video:
             self._add_stream(config.video, "")
@@ -56,7 +58,8 @@ class LTXTransformer(nn.Module):
             self.av_ca_a2v_gate_adaln_single = AdaLayerNormSingle(config.video.width, 1)
             self.av_ca_v2a_gate_adaln_single = AdaLayerNormSingle(config.audio.width, 1)
         self.transformer_blocks = nn.ModuleList(
-            AVTransformerBlock(config, has_video=has_video, has_audio=has_audio) for _ in range(config.num_layers)
+            AVTransformerBlock(config, has_video=has_video, has_audio=has_audio, operators=self.operators)
+            for _ in range(config.num_layers)
         )
 
     def _add_stream(self, stream: StreamConfig, prefix: str) -> None:
@@ -71,7 +74,7 @@ class LTXTransformer(nn.Module):
         self.add_module(f"{prefix}proj_out", nn.Linear(width, stream.out_channels))
 
     @classmethod
-    def from_config(cls, config: dict, modalities: Modalities = "av") -> "LTXTransformer":
+    def from_config(cls, config: dict, modalities: Modalities = "av", operators: Operators = TORCH) -> "LTXTransformer":
         """Builds the transformer that checkpoint metadata describes.
 
         Parameters that are not layers of torch.nn are left uninitialised: load a checkpoint or call `init_random_`.
@@ -79,11 +82,12 @@ class LTXTransformer(nn.Module):
         Args:
             config: the `transformer` object of the checkpoint's metadata.
             modalities: which streams to build. One stream alone has no attention between the streams.
+            operators: what the blocks compute with (kernel_ops.select_operators).
 
         Raises:
             ValueError: the metadata describes something else; the message names the key.
         """
-        return cls(TransformerConfig.from_metadata(config), modalities)
+        return cls(TransformerConfig.from_metadata(config), modalities, operators)
 
     def forward(
         self, video: Modality | None, audio: Modality | None, perturbations: Perturbations | None = None
@@ -188,16 +192,17 @@ class LTXTransformer(nn.Module):
         return x, embedded, inputs
 
     @torch.compiler.disable
-    def _rotations(self, stream: StreamConfig, own: Modality, with_cross: bool) -> tuple[Rotation, Rotation | None]:
+    def _rotations(
+        self, stream: StreamConfig, own: Modality, with_cross: bool
+    ) -> tuple[Rotation | PackedRotation, Rotation | PackedRotation | None]:
         """Rotary angles over all axes, and over time alone for the attention between the streams."""
         values, index = own.coordinate_values, own.coordinate_index
         if values is None:
             values, index = distinct_coordinates(midpoints(own.positions.float()))
         config = self.config
         settings = {"heads": stream.heads, "theta": config.rope_theta, "double_precision": config.rope_double_precision}
-        rotation = rotary_tables(
-            values, index, width=stream.width, max_positions=stream.max_positions, **settings
-        ).expand()
+        tables = rotary_tables(values, index, width=stream.width, max_positions=stream.max_positions, **settings)
+        rotation = self.operators.rotation(tables)
         if not with_cross:
             return rotation, None
         cross = rotary_tables(
@@ -207,12 +212,12 @@ class LTXTransformer(nn.Module):
             max_positions=(max(config.video.max_positions[0], config.audio.max_positions[0]),),
             **settings,
         )
-        return rotation, cross.expand()
+        return rotation, self.operators.rotation(cross)
 
     def _leave(self, prefix: str, x: Tensor, embedded: Tensor, inputs: StreamInputs) -> Tensor:
         """Output head: LayerNorm (it subtracts the mean, unlike all other norms), modulation, projection."""
         table = getattr(self, f"{prefix}scale_shift_table")
-        shift, scale = (table + embedded[:, :, None]).unbind(2)
+        shift, scale = Row(embedded, table[0]), Row(embedded, table[1])
         x = F.layer_norm(x.float(), (x.shape[-1],), eps=self.config.norm_eps).to(x.dtype)
         return getattr(self, f"{prefix}proj_out")(modulate(x, scale, shift, inputs.index))
 

@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def clip_grad_norm_(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], max_norm: float, group_of: Callable[[str], str]
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    max_norm: float,
+    group_of: Callable[[str], str] = lambda name: "all",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scales all gradients so that their global L2 norm is at most `max_norm`; 0 leaves them alone.
 

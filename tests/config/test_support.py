@@ -16,8 +16,6 @@ BASE = {
         ("parallelism", "cp", 2),
         ("parallelism", "tp", 2),
         ("float8", "recipe", "rowwise"),
-        ("kernels", "backend", "triton"),
-        ("validation", "interval", 100),
     ],
 )
 def test_request_that_this_version_cannot_fulfil_is_refused(section, key, value):

@@ -1,0 +1,523 @@
+"""RMS norm of queries and keys over the full inner width, with weight, then split rotary embedding, in one launch.
+
+    z = x / sqrt(sum(x ** 2) / width + eps) * weight                    over all heads at once
+    o_i = z_i cos_p - z_j sin_p,  o_j = z_j cos_p + z_i sin_p           i < K / 2,  j = i + K / 2,  p = head * K / 2 + i
+
+x, z, o [B, S, D] with D = heads * K: contiguous tokens of contiguous heads, which attention takes as [B, H, S, K]
+without a copy. Angle p belongs to axis (p - pad) mod axes and to frequency (p - pad) div axes; the first `pad` angles
+turn nothing. Cosines and sines come from the small tables of rope.py, so nothing of the size of q is read besides q.
+
+Queries and keys with the same angles (self-attention) are done token by token together, which reads the angles once.
+Without angles it is the norm alone (text attention). Under tensor parallelism the sums of squares come from outside,
+summed over ranks, and their gradient is returned.
+
+Forward: reads and writes q and k. Backward: reads do, x and writes dx for each; weight gradients are summed on the way,
+per program, then over programs, without atomics. torch.compile writes the rotation in several passes and needs another
+for the weights.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ltx_titan.model import ops
+from ltx_titan.model.ops import HeadShare
+from ltx_titan.model.rope import PackedRotation
+from ltx_titan_kernels.modulation_rows import Launch, divide_tokens, is_supported, with_unit_stride
+
+reference = ops.qk_norm_rope
+"""The same in plain torch operations, with angles written out per token; what the kernel is held against."""
+
+
+def forward_launch(width: int) -> Launch:
+    """Launch of the forward kernel at this inner width."""
+    return Launch(warps=_warps(width), programs=4, stages=1)
+
+
+def backward_launch(width: int) -> Launch:
+    """Launch of the backward kernel at this inner width."""
+    return Launch(warps=min(16, 2 * _warps(width)), programs=1, stages=1)
+
+
+def _warps(width: int) -> int:
+    return min(16, max(1, triton.next_power_of_2(width) // 512))
+
+
+@triton.jit
+def _angles(table_ptr, rows_ptr, rows_stride, axis, frequency, is_turned, ROW: tl.constexpr, AXES: tl.constexpr):
+    """Cosines and sines of one token's pairs [heads, K / 2]."""
+    row = tl.load(rows_ptr)
+    offset = frequency + row * ROW
+    for other in tl.static_range(1, AXES):
+        row = tl.load(rows_ptr + other * rows_stride)
+        offset = tl.where(axis == other, frequency + row * ROW, offset)
+    both = tl.arange(0, 2)[None, None, :]
+    pointers = table_ptr + offset[:, :, None] * 2 + both
+    cos, sin = tl.split(tl.load(pointers, mask=is_turned[:, :, None], other=0.0))
+    return tl.where(is_turned, cos, 1.0), sin
+
+
+@triton.jit
+def _norm_rotate_token(
+    x_ptr, sum_squares_ptr, out_ptr, rstd_ptr, w1, w2, cos, sin, cols, inside, width, eps,
+    HALF: tl.constexpr, SUMMED: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """One token of one tensor; `cols` are the channels of the first half of each head."""
+    x1 = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+    squares = tl.load(sum_squares_ptr) if SUMMED else tl.sum(tl.sum(x1 * x1 + x2 * x2, 1), 0)
+    rstd = tl.rsqrt(squares / width + eps)
+    z1 = x1 * rstd * w1
+    z2 = x2 * rstd * w2
+    o1, o2 = z1, z2
+    if ROTATED:
+        o1 = z1 * cos - z2 * sin
+        o2 = z2 * cos + z1 * sin
+    tl.store(out_ptr + cols, o1.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + cols + HALF, o2.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(rstd_ptr, rstd)
+
+
+@triton.jit
+def _qk_norm_rope_forward_kernel(
+    q_ptr, q_weight_ptr, q_sum_ptr, q_table_ptr, q_rows_ptr, q_out_ptr, q_rstd_ptr,
+    k_ptr, k_weight_ptr, k_sum_ptr, k_table_ptr, k_rows_ptr, k_out_ptr, k_rstd_ptr,
+    q_tokens, k_tokens, q_programs, tokens_per_program,
+    q_stride_b, q_stride_s, k_stride_b, k_stride_s, first_pair, pad, width, eps,
+    D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    ROW: tl.constexpr, AXES: tl.constexpr, ROTATED: tl.constexpr, SHARED: tl.constexpr, SUMMED: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0)
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    lane = tl.arange(0, BLOCK_HALF)[None, :]
+    inside = (head < HEADS) & (lane < HALF)
+    cols = head * (2 * HALF) + lane
+    pair = first_pair + head * HALF + lane - pad
+    is_turned = inside & (pair >= 0)
+    axis = pair % AXES
+    frequency = pair // AXES
+    cos = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    sin = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    if SHARED or program < q_programs:
+        first = program * tokens_per_program
+        w1 = tl.load(q_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        w2 = tl.load(q_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+        if SHARED:
+            v1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            v2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+        for token in tl.range(first, tl.minimum(first + tokens_per_program, q_tokens), num_stages=STAGES):
+            at = batch * q_tokens + token
+            if ROTATED:
+                rows_ptr = q_rows_ptr + batch * AXES * q_tokens + token
+                cos, sin = _angles(q_table_ptr, rows_ptr, q_tokens, axis, frequency, is_turned, ROW, AXES)
+            _norm_rotate_token(
+                q_ptr + batch * q_stride_b + token * q_stride_s, q_sum_ptr + at, q_out_ptr + at * D, q_rstd_ptr + at,
+                w1, w2, cos, sin, cols, inside, width, eps, HALF, SUMMED, ROTATED,
+            )  # fmt: skip
+            if SHARED:
+                _norm_rotate_token(
+                    k_ptr + batch * k_stride_b + token * k_stride_s, k_sum_ptr + at, k_out_ptr + at * D,
+                    k_rstd_ptr + at, v1, v2, cos, sin, cols, inside, width, eps, HALF, SUMMED, ROTATED,
+                )  # fmt: skip
+    else:
+        first = (program - q_programs) * tokens_per_program
+        w1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        w2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+        for token in tl.range(first, tl.minimum(first + tokens_per_program, k_tokens), num_stages=STAGES):
+            at = batch * k_tokens + token
+            if ROTATED:
+                rows_ptr = k_rows_ptr + batch * AXES * k_tokens + token
+                cos, sin = _angles(k_table_ptr, rows_ptr, k_tokens, axis, frequency, is_turned, ROW, AXES)
+            _norm_rotate_token(
+                k_ptr + batch * k_stride_b + token * k_stride_s, k_sum_ptr + at, k_out_ptr + at * D, k_rstd_ptr + at,
+                w1, w2, cos, sin, cols, inside, width, eps, HALF, SUMMED, ROTATED,
+            )  # fmt: skip
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    weights: list[Tensor],
+    tables: list[Tensor],
+    rows: list[Tensor],
+    sums: list[Tensor],
+    head_dim: int,
+    width: int,
+    first_head: int,
+    eps: float,
+    launch: Launch | None = None,
+) -> list[Tensor]:
+    """Runs the forward kernel. `launch` overrides the choice, to measure it.
+
+    Args:
+        q, k: [B, S, D] and [B, T, D].
+        weights: of queries and of keys [D].
+        tables, rows: rotation (see `PackedRotation`) of queries, of keys; one where they share it, none without.
+        sums: sums of squares of queries [B, S] and keys [B, T] float32, or none to compute them.
+        head_dim: width of a head.
+        width: inner width over all ranks.
+        first_head: number of the first head here.
+        eps: added to the mean square.
+        launch: see above.
+
+    Returns:
+        Queries [B, S, D], keys [B, T, D], and their 1 / rms, [B, S] and [B, T] float32.
+    """
+    launch = launch or forward_launch(q.shape[-1])
+    q, k = with_unit_stride(q), with_unit_stride(k)
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
+    rstds = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (q, k)]
+    grid, programs, tokens, shape = _divide(q, k, tables, rows, head_dim, launch)
+    inputs = zip(
+        (q, k),
+        [weight.contiguous() for weight in weights],
+        [total.contiguous() for total in sums] or rstds,
+        _both(tables, q),
+        _both(rows, q),
+        outs,
+        rstds,
+        strict=True,
+    )
+    _qk_norm_rope_forward_kernel[grid](
+        *(tensor for tensors in inputs for tensor in tensors),
+        q.shape[1],
+        k.shape[1],
+        programs,
+        tokens,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *_first_pair_and_padding(tables, rows, head_dim, width, first_head),
+        width,
+        eps,
+        *shape,
+        bool(sums),
+        launch.stages,
+        num_warps=launch.warps,
+    )
+    return [*outs, *rstds]
+
+
+def _divide(
+    q: Tensor, k: Tensor, tables: list[Tensor], rows: list[Tensor], head_dim: int, launch: Launch
+) -> tuple[tuple[int, int], int, int, tuple[int | bool, ...]]:
+    """Grid, programs for queries, tokens of a program, and the constants from D to SHARED that both kernels take."""
+    width, half = q.shape[-1], head_dim // 2
+    heads = width // head_dim
+    is_shared = len(tables) == 1
+    walk = divide_tokens(q if q.shape[1] >= k.shape[1] else k, launch.programs)
+    q_programs, k_programs = (triton.cdiv(x.shape[1], walk.tokens) for x in (q, k))
+    shape = (
+        width,
+        heads,
+        half,
+        triton.next_power_of_2(heads),
+        triton.next_power_of_2(half),
+        tables[0].shape[1] if tables else 1,
+        rows[0].shape[1] if rows else 1,
+        bool(tables),
+        is_shared,
+    )
+    grid = (q_programs if is_shared else q_programs + k_programs, q.shape[0])
+    return grid, q_programs, walk.tokens, shape
+
+
+def _both(tensors: list[Tensor], filler: Tensor) -> list[Tensor]:
+    """One for queries and one for keys; pointers that are never read where there is none."""
+    return (tensors or [filler]) * (1 if len(tensors) == 2 else 2)
+
+
+def _first_pair_and_padding(
+    tables: list[Tensor], rows: list[Tensor], head_dim: int, width: int, first_head: int
+) -> tuple[int, int]:
+    turned = tables[0].shape[1] * rows[0].shape[1] if tables else 0
+    return first_head * head_dim // 2, width // 2 - turned
+
+
+@triton.jit
+def _backward_token(
+    grad_ptr, x_ptr, rstd_ptr, dx_ptr, dsum_ptr, w1, w2, dw1, dw2, cos, sin, cols, inside, width,
+    HALF: tl.constexpr, SUMMED: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """One token of one tensor; returns the weight gradients with this token's part added."""
+    g1 = tl.load(grad_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    g2 = tl.load(grad_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+    x1 = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr)
+    d1, d2 = g1, g2
+    if ROTATED:
+        d1 = g1 * cos + g2 * sin
+        d2 = g2 * cos - g1 * sin
+    n1 = x1 * rstd
+    n2 = x2 * rstd
+    dw1 += d1 * n1
+    dw2 += d2 * n2
+    d1 *= w1
+    d2 *= w2
+    mean = tl.sum(tl.sum(d1 * n1 + d2 * n2, 1), 0) / width
+    if SUMMED:
+        tl.store(dsum_ptr, -0.5 * rstd * rstd * mean)
+    else:
+        d1 -= n1 * mean
+        d2 -= n2 * mean
+    tl.store(dx_ptr + cols, (d1 * rstd).to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dx_ptr + cols + HALF, (d2 * rstd).to(dx_ptr.dtype.element_ty), mask=inside)
+    return dw1, dw2
+
+
+@triton.jit
+def _qk_norm_rope_backward_kernel(
+    q_grad_ptr, q_ptr, q_rstd_ptr, q_weight_ptr, q_table_ptr, q_rows_ptr, dq_ptr, q_dsum_ptr, q_partial_ptr,
+    k_grad_ptr, k_ptr, k_rstd_ptr, k_weight_ptr, k_table_ptr, k_rows_ptr, dk_ptr, k_dsum_ptr, k_partial_ptr,
+    q_tokens, k_tokens, q_programs, tokens_per_program,
+    q_grad_stride_b, q_grad_stride_s, k_grad_stride_b, k_grad_stride_s,
+    q_stride_b, q_stride_s, k_stride_b, k_stride_s, first_pair, pad, width,
+    D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    ROW: tl.constexpr, AXES: tl.constexpr, ROTATED: tl.constexpr, SHARED: tl.constexpr, SUMMED: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0)
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    lane = tl.arange(0, BLOCK_HALF)[None, :]
+    inside = (head < HEADS) & (lane < HALF)
+    cols = head * (2 * HALF) + lane
+    pair = first_pair + head * HALF + lane - pad
+    is_turned = inside & (pair >= 0)
+    axis = pair % AXES
+    frequency = pair // AXES
+    cos = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    sin = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    dw1 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    dw2 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    if SHARED or program < q_programs:
+        first = program * tokens_per_program
+        w1 = tl.load(q_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        w2 = tl.load(q_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+        if SHARED:
+            v1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            v2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+            dv1 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+            dv2 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+        for token in tl.range(first, tl.minimum(first + tokens_per_program, q_tokens), num_stages=STAGES):
+            at = batch * q_tokens + token
+            if ROTATED:
+                rows_ptr = q_rows_ptr + batch * AXES * q_tokens + token
+                cos, sin = _angles(q_table_ptr, rows_ptr, q_tokens, axis, frequency, is_turned, ROW, AXES)
+            dw1, dw2 = _backward_token(
+                q_grad_ptr + batch * q_grad_stride_b + token * q_grad_stride_s,
+                q_ptr + batch * q_stride_b + token * q_stride_s, q_rstd_ptr + at, dq_ptr + at * D, q_dsum_ptr + at,
+                w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
+            )  # fmt: skip
+            if SHARED:
+                dv1, dv2 = _backward_token(
+                    k_grad_ptr + batch * k_grad_stride_b + token * k_grad_stride_s,
+                    k_ptr + batch * k_stride_b + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D, k_dsum_ptr + at,
+                    v1, v2, dv1, dv2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
+                )  # fmt: skip
+        if SHARED:
+            k_partial_ptr += (batch * q_programs + program) * D
+            tl.store(k_partial_ptr + cols, dv1, mask=inside)
+            tl.store(k_partial_ptr + cols + HALF, dv2, mask=inside)
+        q_partial_ptr += (batch * q_programs + program) * D
+        tl.store(q_partial_ptr + cols, dw1, mask=inside)
+        tl.store(q_partial_ptr + cols + HALF, dw2, mask=inside)
+    else:
+        program -= q_programs
+        first = program * tokens_per_program
+        w1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        w2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+        for token in tl.range(first, tl.minimum(first + tokens_per_program, k_tokens), num_stages=STAGES):
+            at = batch * k_tokens + token
+            if ROTATED:
+                rows_ptr = k_rows_ptr + batch * AXES * k_tokens + token
+                cos, sin = _angles(k_table_ptr, rows_ptr, k_tokens, axis, frequency, is_turned, ROW, AXES)
+            dw1, dw2 = _backward_token(
+                k_grad_ptr + batch * k_grad_stride_b + token * k_grad_stride_s,
+                k_ptr + batch * k_stride_b + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D, k_dsum_ptr + at,
+                w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
+            )  # fmt: skip
+        k_partial_ptr += (batch * (tl.num_programs(0) - q_programs) + program) * D
+        tl.store(k_partial_ptr + cols, dw1, mask=inside)
+        tl.store(k_partial_ptr + cols + HALF, dw2, mask=inside)
+
+
+def launch_backward(
+    grads: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    rstds: list[Tensor],
+    weights: list[Tensor],
+    tables: list[Tensor],
+    rows: list[Tensor],
+    is_summed: bool,
+    head_dim: int,
+    width: int,
+    first_head: int,
+    launch: Launch | None = None,
+) -> list[Tensor]:
+    """Runs the backward kernel; arguments as in `launch_forward`, `rstds` from it, `grads` of its two outputs.
+
+    Returns:
+        dq, dk, the weight gradients [D] float32 of queries and of keys, and, where the sums of squares came from
+        outside, their gradients [B, S] and [B, T] float32.
+    """
+    launch = launch or backward_launch(q.shape[-1])
+    q, k = with_unit_stride(q), with_unit_stride(k)
+    grads = [with_unit_stride(grad) for grad in grads]
+    grid, programs, tokens, shape = _divide(q, k, tables, rows, head_dim, launch)
+    dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
+    dsums = [torch.empty_like(rstd) for rstd in rstds] if is_summed else []
+    counts = (programs, programs if len(tables) == 1 else grid[0] - programs)
+    partials = [q.new_empty((q.shape[0], count, q.shape[-1]), dtype=torch.float32) for count in counts]
+    inputs = zip(
+        grads,
+        (q, k),
+        rstds,
+        [weight.contiguous() for weight in weights],
+        _both(tables, q),
+        _both(rows, q),
+        dxs,
+        dsums or rstds,
+        partials,
+        strict=True,
+    )
+    _qk_norm_rope_backward_kernel[grid](
+        *(tensor for tensors in inputs for tensor in tensors),
+        q.shape[1],
+        k.shape[1],
+        programs,
+        tokens,
+        *(stride for x in (*grads, q, k) for stride in x.stride()[:2]),
+        *_first_pair_and_padding(tables, rows, head_dim, width, first_head),
+        width,
+        *shape,
+        is_summed,
+        launch.stages,
+        num_warps=launch.warps,
+    )
+    return [*dxs, *(partial.sum((0, 1)) for partial in partials), *dsums]
+
+
+@torch.library.custom_op("ltx_titan::qk_norm_rope", mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    weights: list[Tensor],
+    tables: list[Tensor],
+    rows: list[Tensor],
+    sums: list[Tensor],
+    head_dim: int,
+    width: int,
+    first_head: int,
+    eps: float,
+) -> list[Tensor]:
+    return launch_forward(q, k, weights, tables, rows, sums, head_dim, width, first_head, eps)
+
+
+@_forward_op.register_fake
+def _(q, k, weights, tables, rows, sums, head_dim, width, first_head, eps):
+    return [
+        *(x.new_empty(x.shape) for x in (q, k)),
+        *(x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k)),
+    ]
+
+
+@torch.library.custom_op("ltx_titan::qk_norm_rope_backward", mutates_args=())
+def _backward_op(
+    grads: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    rstds: list[Tensor],
+    weights: list[Tensor],
+    tables: list[Tensor],
+    rows: list[Tensor],
+    is_summed: bool,
+    head_dim: int,
+    width: int,
+    first_head: int,
+) -> list[Tensor]:
+    return launch_backward(grads, q, k, rstds, weights, tables, rows, is_summed, head_dim, width, first_head)
+
+
+@_backward_op.register_fake
+def _(grads, q, k, rstds, weights, tables, rows, is_summed, head_dim, width, first_head):
+    return [
+        *(x.new_empty(x.shape) for x in (q, k)),
+        *(x.new_empty(x.shape[-1], dtype=torch.float32) for x in (q, k)),
+        *(rstd.new_empty(rstd.shape) for rstd in rstds if is_summed),
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, weights, tables, rows, sums, *ctx.sizes, _ = inputs
+    ctx.save_for_backward(q, k, *output[2:], *weights, *tables, *rows)
+    ctx.is_summed = bool(sums)
+    ctx.tables = len(tables)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _differentiate(ctx, grads: list[Tensor]) -> tuple:
+    q, k, *rest = ctx.saved_tensors
+    rstds, weights, rest = rest[:2], rest[2:4], rest[4:]
+    tables, rows = rest[: ctx.tables], rest[ctx.tables :]
+    dq, dk, *others = _backward_op(grads[:2], q, k, rstds, weights, tables, rows, ctx.is_summed, *ctx.sizes)
+    d_weights = [d.to(weight.dtype) for d, weight in zip(others[:2], weights, strict=True)]
+    nothing = [None] * ctx.tables
+    return dq, dk, d_weights, nothing, nothing, others[2:], None, None, None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    q_rotation: PackedRotation | None,
+    k_rotation: PackedRotation | None,
+    *,
+    head_dim: int,
+    eps: float,
+    interleaved: bool = False,
+    share: HeadShare | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Norm with weight over the full inner width, then split rotation of each head.
+
+    Args:
+        q, k: projections [B, S, D] and [B, T, D], any strides; under tensor parallelism this rank's heads of them.
+        q_weight, k_weight: weights of the two norms [D].
+        q_rotation, k_rotation: angles of all heads; None rotates nothing.
+        head_dim: width of a head, even.
+        eps: added to the mean square.
+        interleaved: must be False: a model with interleaved rotation is given the plain torch form (kernel_ops.py).
+        share: which heads these are, where they are not all.
+
+    Returns:
+        Queries [B, heads, S, head_dim] and keys [B, heads, T, head_dim], as views of contiguous [B, S, D].
+    """
+    assert not interleaved, "interleaved rotation has no kernel"
+    assert is_supported(q, ()), (q.dtype, q.shape)
+    assert q.dtype == k.dtype, (q.dtype, k.dtype)
+    rotations = [r for r in (q_rotation, k_rotation) if r is not None]
+    if q_rotation is k_rotation and q.shape == k.shape:
+        rotations = rotations[:1]
+    sums = [] if share is None else [ops.sum_squares(x, share) for x in (q, k)]
+    outputs = _forward_op(
+        q,
+        k,
+        [q_weight, k_weight],
+        [rotation.table for rotation in rotations],
+        [rotation.rows for rotation in rotations],
+        sums,
+        head_dim,
+        q.shape[-1] if share is None else share.width,
+        0 if share is None else share.first,
+        eps,
+    )
+    q, k = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in outputs[:2])
+    return q, k

@@ -1,0 +1,175 @@
+"""The models that `bench block` compares, each as a step (forward and backward) over a chosen number of its layers.
+
+All have random bfloat16 weights of the same released shape and see one clip with sound: S video tokens, 126 audio
+tokens, 1,024 text tokens. diffusers gets what a trainer gives it, a timestep for every token and a text mask of ones;
+ours gets the distinct timesteps and no mask, which masks the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ltx_titan.model import LTXTransformer, Modality
+from ltx_titan.model.init import init_random_
+from ltx_titan.model.kernel_ops import select_operators
+from ltx_titan.parallel.compile import apply_compile
+
+AUDIO_TOKENS = 126
+TEXT_TOKENS = 1024
+_SIGMA = 0.7
+
+# Latent frames, height and width: 89 and 185 frames of 768 x 448, and of 1536 x 896.
+_GRIDS = {4_032: (12, 14, 24), 8_064: (24, 14, 24), 16_128: (12, 28, 48), 32_256: (24, 28, 48)}
+
+
+@dataclass(frozen=True)
+class BlockModel:
+    """A model whose layers can be counted down.
+
+    Attributes:
+        step: one forward and backward over the first n layers; leaves gradients.
+        close: frees what it can.
+    """
+
+    step: Callable[[int], None]
+    parameters: Callable[[], list[nn.Parameter]]
+
+
+def our_model(
+    backend: str, transformer: dict, layers: int, tokens: int, timesteps: int, device: torch.device
+) -> BlockModel:
+    """LTXTransformer, its blocks compiled, with the operators of `backend`."""
+    operators = select_operators(backend, device)
+    with torch.device(device):
+        model = LTXTransformer.from_config({**transformer, "num_layers": layers}, operators=operators)
+    model.to(torch.bfloat16)
+    init_random_(model, seed=0)
+    if device.type == "cuda":
+        apply_compile(model.transformer_blocks)
+    blocks = model.transformer_blocks
+    video, audio = _modalities(transformer, tokens, timesteps, device)
+
+    def step(count: int) -> None:
+        model.transformer_blocks = blocks[:count]
+        outputs = model(video, audio)
+        _loss(outputs).backward()
+
+    return BlockModel(step, lambda: list(model.parameters()))
+
+
+def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.device) -> BlockModel:
+    """Diffusers' LTX2VideoTransformer3DModel, its blocks compiled the same way.
+
+    Raises:
+        ImportError: diffusers is not installed.
+    """
+    from diffusers import LTX2VideoTransformer3DModel
+
+    is_modulated = bool(transformer.get("cross_attention_adaln", False))
+    is_gated = bool(transformer.get("apply_gated_attention", False))
+    # The shapes that a miniature may change, besides those of the released model.
+    sizes = {
+        key: transformer[key]
+        for key in (
+            "num_attention_heads",
+            "attention_head_dim",
+            "cross_attention_dim",
+            "audio_num_attention_heads",
+            "audio_attention_head_dim",
+            "audio_cross_attention_dim",
+        )
+        if key in transformer
+    }
+    with torch.device(device):
+        model = LTX2VideoTransformer3DModel(
+            **sizes,
+            num_layers=layers,
+            cross_attn_mod=is_modulated,
+            audio_cross_attn_mod=is_modulated,
+            gated_attn=is_gated,
+            audio_gated_attn=is_gated,
+            rope_type="split",
+            use_prompt_embeddings=False,
+        )
+    model.to(torch.bfloat16)
+    init_random_(model, seed=0)
+    for block in model.transformer_blocks:
+        if device.type == "cuda":
+            block.compile(fullgraph=True, dynamic=False)
+    blocks = model.transformer_blocks
+    video, audio = _modalities(transformer, tokens, 1, device)
+    sigma = torch.full((1,), _SIGMA * 1000, device=device)
+    mask = torch.ones(1, TEXT_TOKENS, device=device)
+    frames, height, width = _grid(tokens)
+    given = {
+        "hidden_states": video.latent,
+        "audio_hidden_states": audio.latent,
+        "encoder_hidden_states": video.context,
+        "audio_encoder_hidden_states": audio.context,
+        "timestep": sigma[:, None].expand(1, tokens),
+        "audio_timestep": sigma[:, None].expand(1, AUDIO_TOKENS),
+        "sigma": sigma,
+        "encoder_attention_mask": mask,
+        "audio_encoder_attention_mask": mask,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "audio_num_frames": AUDIO_TOKENS,
+        "use_cross_timestep": True,
+        "return_dict": False,
+    }
+
+    def step(count: int) -> None:
+        model.transformer_blocks = blocks[:count]
+        _loss(model(**given)).backward()
+
+    return BlockModel(step, lambda: list(model.parameters()))
+
+
+def _loss(outputs: tuple[Tensor, Tensor]) -> Tensor:
+    return sum(output.float().square().mean() for output in outputs)
+
+
+def _grid(tokens: int) -> tuple[int, int, int]:
+    return _GRIDS.get(tokens, (tokens, 1, 1))
+
+
+def _modalities(transformer: dict, tokens: int, timesteps: int, device: torch.device) -> tuple[Modality, Modality]:
+    """One sample of both streams; with two timesteps the first latent frame is given."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    frames, height, width = _grid(tokens)
+    axes = [torch.arange(n, device=device, dtype=torch.float32) for n in (frames, height, width)]
+    cell = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+    start = cell * torch.tensor([8 / 24, 32.0, 32.0], device=device)[:, None]
+    end = (cell + 1) * torch.tensor([8 / 24, 32.0, 32.0], device=device)[:, None]
+    second = torch.arange(AUDIO_TOKENS + 1, device=device, dtype=torch.float32) / 25
+    sigma = torch.full((1,), _SIGMA, device=device)
+
+    def modality(count: int, positions: Tensor, width: int, index: Tensor | None) -> Modality:
+        values = sigma[:, None] if index is None else torch.stack([torch.zeros_like(sigma), sigma], dim=1)
+        middle = positions.mean(-1)
+        found = [axis.unique(return_inverse=True) for axis in middle.unbind(1)]
+        return Modality(
+            latent=draw(1, count, transformer.get("in_channels", 128)),
+            sigma=sigma,
+            timesteps=sigma[:, None] if index is None else values.gather(1, index),
+            positions=positions,
+            context=draw(1, TEXT_TOKENS, width),
+            timestep_values=values,
+            timestep_index=index,
+            coordinate_values=tuple(values for values, _ in found),
+            coordinate_index=torch.stack([inverse for _, inverse in found], dim=1),
+        )
+
+    index = None if timesteps == 1 else (cell[0] > 0).long()[None]
+    audio_positions = torch.stack([second[:-1], second[1:]], dim=-1)[None, None]
+    return (
+        modality(tokens, torch.stack([start, end], dim=-1)[None], transformer.get("cross_attention_dim", 4096), index),
+        modality(AUDIO_TOKENS, audio_positions, transformer.get("audio_cross_attention_dim", 2048), None),
+    )

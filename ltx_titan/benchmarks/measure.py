@@ -1,0 +1,93 @@
+"""Timing that the benchmarks share: replayed CUDA graphs, measured copy bandwidth, and what identifies a row.
+
+A graph of many calls is replayed, so that the host's launch time stays out; calls rotate over input sets that together
+are several times the cache. On a CPU the same functions time by the clock, to try a benchmark out.
+"""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+
+# A graph replay should be long against the event resolution and the launch of the graph itself.
+_TARGET_MS = 6.0
+_REPLAYS = 5
+
+
+def time_ms(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Median milliseconds of one call; `calls` do the same on different inputs and take turns."""
+    for call in calls:
+        call()
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - started) * 1e3 / len(calls)
+    stream = torch.cuda.Stream(device)
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(stream):  # warm up where the capture will run
+        for call in calls:
+            call()
+    torch.cuda.synchronize(device)
+    rounds = max(1, round(_TARGET_MS / max(_once_ms(calls), 1e-3)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    times = [_once_ms([graph.replay]) for _ in range(_REPLAYS)]
+    graph.reset()
+    return median(times) / (rounds * len(calls))
+
+
+def _once_ms(calls: Sequence[Callable[[], object]]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for call in calls:
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def input_sets(bytes_each: int, device: torch.device) -> int:
+    """How many input sets to rotate over, so that none is still in the cache when its turn comes again."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(8, -(-4 * cache // bytes_each))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read plus bytes written a second, of a plain copy of 1 GiB."""
+    size = 2**30 if device.type == "cuda" else 2**20
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / (time_ms([lambda: target.copy_(source)], device) * 1e-3)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a row's numbers depend on besides its own fields."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_rows(path: Path | None, rows: Sequence[dict]) -> None:
+    """One JSON object a line, replacing what is there."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(path)

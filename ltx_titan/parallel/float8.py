@@ -1,0 +1,92 @@
+"""float8 matrix products by torchao, in the linear layers where they win.
+
+Converted: attention and feed-forward layers of the blocks that read video or text tokens, 14 a block. Not converted:
+layers that read audio (a clip has about a hundred audio tokens; quantising costs more than the product), gate logits
+(one column per head), modulation, embedding and output layers.
+
+A float8 product wants multiples of 16 in every dim, in the backward pass also in the number of tokens: `shard_tokens`
+pads sequences to `FLOAT8_MULTIPLE`. Weights stay what they are (float32 or bfloat16) and are quantised on use. Only
+with the tensorwise recipe's float8 all-gather are they wrapped in a tensor subclass, which has to be taken off before
+a weight is saved or exported.
+"""
+
+import dataclasses
+import re
+from typing import Literal
+
+from torch import nn
+
+from ltx_titan.model import LTXTransformer
+from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
+
+Recipe = Literal["tensorwise", "rowwise"]
+
+# Below a block. An adapter keeps the layer it adapts as `base`; its own narrow layers are not converted.
+_CONVERTED = re.compile(
+    r"(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)"
+    r"|audio_to_video_attn\.(?:to_q|to_out\.0)|video_to_audio_attn\.to_[kv])(?:\.base)?"
+)
+
+
+def apply_float8(
+    model: LTXTransformer, recipe: Recipe, *, emulate: bool, tp: int = 1, fsdp_all_gather: bool = False
+) -> list[str]:
+    """Converts layers of `model` in place; before tensor parallelism and FSDP2. Names stay.
+
+    Args:
+        model: parameters may be on the meta device.
+        recipe: one scale per tensor (fastest), or per row of each factor (more exact).
+        emulate: round as float8 does and multiply in float32, for a CPU, which has no float8 products.
+        tp: degree of tensor parallelism, which divides a layer's width.
+        fsdp_all_gather: FSDP2 gathers quantised weights, half the bytes of bfloat16 (tensorwise only).
+
+    Returns:
+        Names of the converted layers.
+
+    Raises:
+        ValueError: no layer can be converted, or the recipe has no float8 all-gather.
+    """
+    # Here, not above: importing torchao takes seconds, and most jobs do not use it.
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    if fsdp_all_gather and recipe != "tensorwise":
+        raise ValueError(
+            f"float8: recipe {recipe!r} scales rows, which FSDP2 cuts; gather in bfloat16, or use 'tensorwise'."
+        )
+    config = dataclasses.replace(
+        Float8LinearConfig.from_recipe_name(recipe),
+        emulate=emulate,
+        enable_fsdp_float8_all_gather=fsdp_all_gather,
+        # Text comes in multiples of 16 already and tokens are padded to them; an odd text is copied, not refused.
+        pad_inner_dim=True,
+    )
+    converted = []
+
+    def wanted(layer: nn.Module, name: str) -> bool:
+        block = re.fullmatch(r"transformer_blocks\.\d+\.(.*)", name)
+        fits = (
+            block is not None
+            and _CONVERTED.fullmatch(block[1]) is not None
+            and isinstance(layer, nn.Linear)
+            and layer.in_features % (FLOAT8_MULTIPLE * tp) == 0
+            and layer.out_features % (FLOAT8_MULTIPLE * tp) == 0
+        )
+        if fits:
+            converted.append(name)
+        return fits
+
+    convert_to_float8_training(model, module_filter_fn=wanted, config=config)
+    if not converted:
+        raise ValueError(
+            f"float8: no layer of this transformer (modalities={model.modalities!r}, width "
+            f"{model.config.video.width}, tp={tp}) can be converted; it needs a video stream and widths that divide "
+            f"by {FLOAT8_MULTIPLE} x tp. Set float8.recipe to 'none'."
+        )
+    return converted
+
+
+def precompute_float8_scales(model: nn.Module) -> None:
+    """One all-reduce for the scales of all weights, after an optimizer step; only for the float8 all-gather."""
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    precompute_float8_dynamic_scale_for_fsdp(model)

@@ -1,0 +1,60 @@
+from ltx_titan.validation.check import check_validation, generated_streams
+from ltx_titan.validation.held_out import FixedSigma, as_batch, held_out_losses
+from ltx_titan.validation.offload import offloaded
+from ltx_titan.validation.sampling import (
+    Contexts,
+    PreparedSample,
+    SampledLatents,
+    SampleGroups,
+    evaluating,
+    guidance_of,
+    reshard,
+    sample_all,
+    schedule_of,
+    stand_in,
+)
+from ltx_titan.validation.section import SampleCondition, ValidationSample, ValidationSection
+from ltx_titan.validation.start import (
+    StreamStart,
+    audio_start,
+    begin,
+    frozen,
+    given_frames,
+    given_where,
+    target_latents,
+    video_start,
+    with_audio_reference,
+    with_video_reference,
+)
+
+__all__ = [
+    "Contexts",
+    "FixedSigma",
+    "PreparedSample",
+    "SampleCondition",
+    "SampleGroups",
+    "SampledLatents",
+    "StreamStart",
+    "ValidationSample",
+    "ValidationSection",
+    "as_batch",
+    "audio_start",
+    "begin",
+    "check_validation",
+    "evaluating",
+    "frozen",
+    "generated_streams",
+    "given_frames",
+    "given_where",
+    "guidance_of",
+    "held_out_losses",
+    "offloaded",
+    "reshard",
+    "sample_all",
+    "schedule_of",
+    "stand_in",
+    "target_latents",
+    "video_start",
+    "with_audio_reference",
+    "with_video_reference",
+]

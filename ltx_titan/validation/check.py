@@ -1,0 +1,156 @@
+"""Finds, before training starts, everything in a job's `[validation]` that would fail in the middle of it.
+
+The section alone cannot know the codec's compression factors, how many blocks the model has, or whether files exist.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ltx_titan.conditioning import Grid, video_grid
+from ltx_titan.diffusion import distilled_schedule
+from ltx_titan.validation.section import (
+    AudioToVideo,
+    GivenFirstFrame,
+    GivenMask,
+    GivenPrefix,
+    GivenReference,
+    GivenSuffix,
+    SampleCondition,
+    ValidationSample,
+    ValidationSection,
+)
+
+
+def check_validation(
+    section: ValidationSection,
+    *,
+    has_video: bool,
+    has_audio: bool,
+    num_blocks: int,
+    scale_factors: tuple[int, int, int],
+) -> None:
+    """Checks the section against the model and the files on this machine.
+
+    Args:
+        section: the job's `[validation]`.
+        has_video: whether the model has the video stream.
+        has_audio: whether the model has the audio stream.
+        num_blocks: transformer blocks of the model.
+        scale_factors: compression factors of the video codec (time, height, width).
+
+    Raises:
+        ValueError: with one line per problem.
+    """
+    problems = list(_section_problems(section, has_video, has_audio, num_blocks))
+    for place, sample in enumerate(section.samples):
+        problems += [
+            f"validation.samples[{place}]{problem}"
+            for problem in _sample_problems(section, sample, has_video, has_audio, scale_factors)
+        ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def generated_streams(
+    section: ValidationSection, sample: ValidationSample, has_video: bool, has_audio: bool
+) -> tuple[str, ...]:
+    """The streams that a sample generates."""
+    wanted = {
+        "video": has_video if section.generate_video is None else section.generate_video,
+        "audio": has_audio if section.generate_audio is None else section.generate_audio,
+    }
+    return tuple(name for name, is_wanted in wanted.items() if is_wanted and name != sample.frozen_stream)
+
+
+def _section_problems(section: ValidationSection, has_video: bool, has_audio: bool, num_blocks: int) -> Iterator[str]:
+    for name, has_stream in (("video", has_video), ("audio", has_audio)):
+        if getattr(section, f"generate_{name}") and not has_stream:
+            yield (
+                f"validation.generate_{name} is true, but the model is built without {name}; remove it, "
+                f"or add a [{name}] block."
+            )
+    if section.samples and (section.video_stg_scale or section.audio_stg_scale) and section.stg_blocks != "all":
+        beyond = [block for block in section.stg_blocks if not 0 <= block < num_blocks]
+        if beyond:
+            yield (
+                f"validation.stg_blocks has {beyond}, but the model's blocks are 0 to {num_blocks - 1}; name some of "
+                "these, or set video_stg_scale and audio_stg_scale to 0."
+            )
+    own_steps = len(distilled_schedule()) - 1
+    if section.schedule == "distilled" and section.inference_steps not in (None, own_steps):
+        yield (
+            f"validation.inference_steps is {section.inference_steps}, but the distilled schedule has {own_steps} "
+            "steps; remove it."
+        )
+    if section.held_out_root is not None and not Path(section.held_out_root).is_dir():
+        yield f"validation.held_out_root is {section.held_out_root!r}, which is no folder; correct the path."
+    for name in ("video_vae_path", "audio_vae_path"):
+        path = getattr(section, name)
+        if path is not None and not Path(path).is_file():
+            yield f"validation.{name} is {path!r}, which is no file; correct the path."
+
+
+def _sample_problems(
+    section: ValidationSection,
+    sample: ValidationSample,
+    has_video: bool,
+    has_audio: bool,
+    scale_factors: tuple[int, int, int],
+) -> Iterator[str]:
+    generated = generated_streams(section, sample, has_video, has_audio)
+    if not generated:
+        yield ": nothing is generated; set generate_video or generate_audio, or remove the condition that gives it all."
+    width, height, frames = section.dims_of(sample)
+    try:
+        grid = video_grid(frames, height, width, scale_factors)
+    except ValueError as error:
+        yield f".video_dims: {error}"
+        return
+    has_stream = {"video": has_video, "audio": has_audio}
+    for place, condition in enumerate(sample.conditions):
+        where = f".conditions[{place}] ({condition.type})"
+        stream = condition.stream
+        if not has_stream[stream]:
+            yield f"{where} gives {stream}, but the model is built without it; add an [{stream}] block."
+        elif stream not in (*generated, sample.frozen_stream):
+            yield f"{where} gives part of the {stream}, which is not generated; set generate_{stream}."
+        for path in _files(condition):
+            if not Path(path).is_file():
+                yield f"{where}: {path!r} is no file; correct the path."
+        for problem in _size_problems(condition, grid, (width, height, frames), scale_factors):
+            yield f"{where}: {problem}"
+
+
+def _files(condition: SampleCondition) -> tuple[str, ...]:
+    match condition:
+        case GivenFirstFrame():
+            return (condition.image_or_video,)
+        case AudioToVideo():
+            return (condition.audio,)
+        case GivenMask():
+            return (getattr(condition, condition.stream), condition.mask)
+        case _:
+            return (getattr(condition, condition.stream),)
+
+
+def _size_problems(
+    condition: SampleCondition, grid: Grid, dims: tuple[int, int, int], scale_factors: tuple[int, int, int]
+) -> Iterator[str]:
+    time, down, right = scale_factors
+    width, height, frames = dims
+    match condition:
+        case GivenPrefix(num_frames=int(count)) if (count - 1) % time or count > frames:
+            yield f"num_frames is {count}; a prefix has 1 + a multiple of {time} frames, at most {frames}."
+        case GivenSuffix(num_frames=int(count)) if count % time or count > frames:
+            yield f"num_frames is {count}; a suffix has a multiple of {time} frames, at most {frames}."
+        case GivenReference(video=str(), downscale_factor=space, temporal_scale_factor=every):
+            if height % (space * down) or width % (space * right):
+                yield (
+                    f"downscale_factor {space} makes {width}x{height} pixels {width / space:g}x{height / space:g}; "
+                    f"that must be multiples of {right}x{down}."
+                )
+            if (frames - 1) % every or (frames - 1) // every % time:
+                yield (
+                    f"temporal_scale_factor {every} leaves 1 + {(frames - 1) / every:g} of {frames} frames; that must "
+                    f"be 1 + a multiple of {time}."
+                )

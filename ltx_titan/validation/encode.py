@@ -1,0 +1,260 @@
+"""From the media files of a sample's conditions to what its streams start from.
+
+Runs once, before training, and only for the samples of this rank's group; the encoders are then let go. Clips are read
+from their start, scaled to cover the sample's size and cut around the centre, as training data is.
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltx_titan.codecs import AudioCodec, VideoCodec
+from ltx_titan.conditioning import audio_steps, video_grid
+from ltx_titan.conditioning.conditions import SpatialCrop, given_tokens
+from ltx_titan.media import (
+    MediaError,
+    Sound,
+    fit_frames,
+    is_image,
+    iter_frames,
+    read_image,
+    read_sound,
+    to_duration,
+    to_stereo,
+    to_uint8,
+)
+from ltx_titan.validation.masks import read_audio_mask, read_video_mask
+from ltx_titan.validation.section import (
+    AudioToVideo,
+    GivenCrop,
+    GivenFirstFrame,
+    GivenMask,
+    GivenPrefix,
+    GivenReference,
+    GivenSuffix,
+    SampleCondition,
+    ValidationSample,
+    VideoToAudio,
+)
+from ltx_titan.validation.start import (
+    StreamStart,
+    audio_start,
+    frozen,
+    given_frames,
+    given_where,
+    video_start,
+    with_audio_reference,
+    with_video_reference,
+)
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Size of a sample: pixels, pixel frames and frames per second."""
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds."""
+        return self.frames / self.fps
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What turns media into latents; None where no condition asks for it.
+
+    Attributes:
+        video: video VAE with its encoder.
+        audio: audio VAE with its encoder.
+        scale_factors: compression factors of the video codec (time, height, width).
+        marks_first_frame: whether the model has an embedding for tokens of a single pixel frame.
+    """
+
+    video: VideoCodec | None
+    audio: AudioCodec | None
+    scale_factors: tuple[int, int, int]
+    marks_first_frame: bool = False
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """Starts of both streams, None where the sample has none, and frames to show beside the result.
+
+    Attributes:
+        video: start of the video stream.
+        audio: start of the audio stream.
+        beside: frames of the video reference that is to be shown, uint8 [F, H, W, 3], or None.
+        beside_every: how many frames of the result one of them stands for, after the first.
+    """
+
+    video: StreamStart | None
+    audio: StreamStart | None
+    beside: Tensor | None = None
+    beside_every: int = 1
+
+
+def needed_encoders(samples: tuple[ValidationSample, ...]) -> tuple[bool, bool]:
+    """Whether any condition gives video, and whether any gives audio."""
+    streams = {condition.stream for sample in samples for condition in sample.conditions}
+    return "video" in streams, "audio" in streams
+
+
+def encode_sample(
+    sample: ValidationSample, shape: ClipShape, streams: tuple[str, ...], encoders: Encoders
+) -> EncodedSample:
+    """Encodes what a sample's conditions give.
+
+    Args:
+        sample: its conditions.
+        shape: its size.
+        streams: those it has, generated or frozen.
+        encoders: for the streams that conditions give.
+
+    Raises:
+        MediaError: a file cannot be read, or is too short; with its name.
+    """
+    starts: dict[str, StreamStart] = {}
+    if "video" in streams:
+        grid = video_grid(shape.frames, shape.height, shape.width, encoders.scale_factors)
+        starts["video"] = video_start(
+            grid, shape.fps, encoders.scale_factors, marks_first_frame=encoders.marks_first_frame
+        )
+    if "audio" in streams:
+        starts["audio"] = audio_start(max(1, audio_steps(shape.duration_s)))
+    beside, every = None, 1
+    # References last: their factors and places follow from the whole target.
+    for condition in sorted(sample.conditions, key=lambda condition: condition.type == "reference"):
+        if condition.stream == "audio":
+            starts["audio"] = _with_audio(starts["audio"], condition, shape, encoders.audio)
+            continue
+        starts["video"], pixels = _with_video(starts["video"], condition, shape, encoders)
+        if isinstance(condition, GivenReference) and condition.include_in_output:
+            beside, every = to_uint8(pixels), condition.temporal_scale_factor
+    return EncodedSample(starts.get("video"), starts.get("audio"), beside, every)
+
+
+def _with_video(
+    start: StreamStart, condition: SampleCondition, shape: ClipShape, encoders: Encoders
+) -> tuple[StreamStart, Tensor]:
+    """The stream with one more condition, and the pixels that it gives [3, F, H, W]."""
+    codec = encoders.video
+    assert codec is not None, f"{condition.type} needs a video encoder"
+    time, down, right = encoders.scale_factors
+    match condition:
+        case GivenFirstFrame(image_or_video=path):
+            pixels = _read_frames(path, 1, shape.width, shape.height)
+            return given_frames(start, _encode(codec, pixels)), pixels
+        case GivenPrefix(video=path, num_frames=count):
+            pixels = _read_frames(path, count or shape.frames, shape.width, shape.height)
+            _must_have(path, pixels, count or 1)
+            pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
+            return given_frames(start, _encode(codec, pixels)), pixels
+        case GivenSuffix(video=path, num_frames=count):
+            # All that is read is encoded, so that the given part has its past in it, as in a training clip.
+            pixels = _read_frames(path, shape.frames, shape.width, shape.height)
+            pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
+            latents = _encode(codec, pixels)
+            if count is not None:
+                _must_have(path, pixels, count + 1)
+                latents = latents[:, :, -(count // time) :]
+            return given_frames(start, latents, at_end=True), pixels
+        case GivenCrop(video=path, spatial_region=region):
+            pixels = _read_whole(path, shape)
+            crop = SpatialCrop(type="spatial_crop", spatial_region=region)
+            mask = given_tokens(crop, start.grid, encoders.scale_factors, None, torch.device("cpu"))
+            return given_where(start, _encode(codec, pixels), mask), pixels
+        case GivenMask(video=path, mask=mask_path):
+            pixels = _read_whole(path, shape)
+            mask = read_video_mask(mask_path, shape.frames, shape.width, shape.height, encoders.scale_factors)
+            return given_where(start, _encode(codec, pixels), mask), pixels
+        case VideoToAudio(video=path):
+            pixels = _read_whole(path, shape)
+            return frozen(start, _encode(codec, pixels)), pixels
+    assert isinstance(condition, GivenReference)
+    space, every = condition.downscale_factor, condition.temporal_scale_factor
+    pixels = _read_frames(condition.video, shape.frames, shape.width // space, shape.height // space)
+    # Frame 0, then 1, 1 + every, ...: each latent frame of the reference then covers whole ones of the target.
+    pixels = torch.cat([pixels[:, :1], pixels[:, 1::every]], dim=1)
+    pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
+    latents = _encode(codec, pixels)
+    return with_video_reference(start, latents, shape.fps / every, encoders.scale_factors), pixels
+
+
+def _with_audio(
+    start: StreamStart, condition: SampleCondition, shape: ClipShape, codec: AudioCodec | None
+) -> StreamStart:
+    assert codec is not None, f"{condition.type} needs an audio encoder"
+    sound = _read_sound(condition.audio)
+    longest_s = min(sound.duration_s, shape.duration_s)
+    match condition:
+        case GivenPrefix(duration=wanted_s):
+            return given_frames(start, _encode_sound(codec, sound, min(wanted_s or longest_s, longest_s)))
+        case GivenSuffix(duration=wanted_s):
+            length_s = min(wanted_s or longest_s, longest_s)
+            first = sound.waveform.shape[1] - round(length_s * sound.sample_rate)
+            end = Sound(sound.waveform[:, first:], sound.sample_rate)
+            return given_frames(start, _encode_sound(codec, end, length_s), at_end=True)
+        case GivenMask(mask=mask_path):
+            if sound.duration_s < shape.duration_s - 1 / codec.steps_per_second:
+                raise MediaError(
+                    condition.audio,
+                    f"lasts {sound.duration_s:.2f} s, the sample {shape.duration_s:.2f} s; give a longer one",
+                )
+            latents = _encode_sound(codec, sound, shape.duration_s)
+            return given_where(start, latents, read_audio_mask(mask_path, start.grid.frames))
+        case AudioToVideo():
+            latents = _encode_sound(codec, sound, longest_s)
+            return frozen(audio_start(latents.shape[2]), latents)
+    assert isinstance(condition, GivenReference)
+    return with_audio_reference(start, _encode_sound(codec, sound, longest_s))
+
+
+def _encode(codec: VideoCodec, pixels: Tensor) -> Tensor:
+    return codec.encode(pixels[None]).float().cpu()
+
+
+def _encode_sound(codec: AudioCodec, sound: Sound, duration_s: float) -> Tensor:
+    """Latents [1, 8, round(25 * seconds), 16] of the first seconds, as training data has them."""
+    shortest_s = codec.mel.filter_length / codec.mel.sample_rate
+    sound = to_duration(sound, max(duration_s, shortest_s))
+    latents = codec.encode(to_stereo(sound.waveform)[None], sound.sample_rate)
+    return latents[:, :, : codec.steps_for(duration_s)].cpu()
+
+
+def _read_frames(path: str, count: int, width: int, height: int) -> Tensor:
+    """At most `count` frames from the start, at least one: pixels [3, F, H, W] in [-1, 1]."""
+    if is_image(path):
+        return fit_frames(read_image(path), width, height)
+    frames = [
+        fit_frames(torch.from_numpy(np.ascontiguousarray(frame))[None], width, height)
+        for frame in islice(iter_frames(path), count)
+    ]
+    if not frames:
+        raise MediaError(path, "no frame can be decoded")
+    return torch.cat(frames, dim=1)
+
+
+def _read_whole(path: str, shape: ClipShape) -> Tensor:
+    pixels = _read_frames(path, shape.frames, shape.width, shape.height)
+    _must_have(path, pixels, shape.frames)
+    return pixels
+
+
+def _must_have(path: str, pixels: Tensor, count: int) -> None:
+    if pixels.shape[1] < count:
+        raise MediaError(path, f"has {pixels.shape[1]} frames, {count} are needed; give a longer one or fewer frames")
+
+
+def _read_sound(path: str) -> Sound:
+    sound = read_sound(path)
+    if sound is None:
+        raise MediaError(Path(path), "has no sound track")
+    return sound

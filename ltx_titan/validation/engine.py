@@ -1,0 +1,276 @@
+"""Validation as a whole: prepared once before training, run as often as the job says.
+
+    prepare_validation   media and prompts -> starts and contexts, on the host; encoders are let go
+    Validation.run       sample -> decode -> files, previews
+
+Every rank calls both. A group's first rank decodes and writes what its group sampled; rank 0 gets the previews of all.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from ltx_titan.codecs import load_audio_codec, load_video_codec, video_scale_factors
+from ltx_titan.model import TransformerConfig
+from ltx_titan.validation.check import check_validation, generated_streams
+from ltx_titan.validation.decode import DecodedSample, Decoders, decode_sample, load_decoders, put_beside, write_sample
+from ltx_titan.validation.encode import ClipShape, EncodedSample, Encoders, encode_sample, needed_encoders
+from ltx_titan.validation.offload import offloaded
+from ltx_titan.validation.preview import Preview, make_preview, write_contact_sheet, write_preview
+from ltx_titan.validation.prompts import PromptContext, default_negative_prompt, prompt_contexts
+from ltx_titan.validation.sampling import (
+    Contexts,
+    PreparedSample,
+    SampledLatents,
+    SampleGroups,
+    guidance_of,
+    reshard,
+    sample_all,
+)
+from ltx_titan.validation.section import ValidationSample, ValidationSection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CodecFiles:
+    """Files that codecs are loaded from."""
+
+    video: Path
+    audio: Path
+
+
+@dataclass(frozen=True)
+class SampledFile:
+    """One finished sample: its place in the job, its prompt, its file and its preview."""
+
+    index: int
+    prompt: str
+    path: Path
+    preview: Preview
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The prepared samples of a job; those of other groups are None.
+
+    Attributes:
+        section: the job's `[validation]`.
+        samples: starts and contexts.
+        encoded: what they were encoded from, for showing references beside results.
+        shapes: their sizes, of all groups' samples.
+        files: where decoders are loaded from.
+        device: of the model.
+        groups: who does what.
+    """
+
+    section: ValidationSection
+    samples: tuple[PreparedSample | None, ...]
+    encoded: tuple[EncodedSample | None, ...]
+    shapes: tuple[ClipShape, ...]
+    files: CodecFiles
+    device: torch.device | str
+    groups: SampleGroups
+
+    def run(
+        self,
+        model: nn.Module,
+        folder: str | Path,
+        step: int,
+        *,
+        writer: SummaryWriter | None = None,
+        averaged_weights: Callable[[], AbstractContextManager] | None = None,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> list[SampledFile]:
+        """Samples, decodes and writes every clip; a collective call.
+
+        Args:
+            model: the transformer as it is trained.
+            folder: where the files go: `sample-01.mp4`, `.png` or `.wav` and so on, and `contact-sheet.png`.
+            step: the optimizer step, for TensorBoard.
+            writer: TensorBoard, on rank 0.
+            averaged_weights: makes a context in which the model has its averaged weights; needed with `use_ema`.
+            optimizers: whose state leaves the device for the time with `offload_optimizer`; not that which holds the
+                averaged weights.
+
+        Returns:
+            All samples on rank 0, elsewhere those that this rank wrote.
+        """
+        with ExitStack() as stack:
+            for optimizer in optimizers if self.section.offload_optimizer else ():
+                stack.enter_context(offloaded(optimizer))
+            if self.section.use_ema:
+                if averaged_weights is None:
+                    raise ValueError("validation.use_ema is true, but the job keeps no averaged weights; remove it.")
+                reshard(model)
+                stack.enter_context(averaged_weights())
+            latents = self.sample(model)
+            written = self.write(latents, folder) if self.groups.is_first else []
+        found = gather_samples(written, self.groups)
+        if self.groups.is_first and self.groups.rank == 0 and found:
+            write_contact_sheet(Path(folder) / "contact-sheet.png", [(s.prompt, s.preview) for s in found])
+        if writer is not None:
+            for sample in found:
+                write_preview(writer, f"sample-{sample.index + 1:02d}", sample.prompt, sample.preview, step)
+            writer.flush()
+        return found
+
+    def sample(self, model: nn.Module) -> dict[int, SampledLatents]:
+        """Latents of this rank's samples by their index; a collective call."""
+        return sample_all(model, self.samples, self.section, self.device, self.groups, self._announce)
+
+    def write(self, latents: Mapping[int, SampledLatents], folder: str | Path) -> list[SampledFile]:
+        """Decodes samples and writes their files; decoders are loaded for it and let go."""
+        if not latents:
+            return []
+        decoders = load_decoders(
+            self.files.video if any(found.video is not None for found in latents.values()) else None,
+            self.files.audio if any(found.audio is not None for found in latents.values()) else None,
+            self.device,
+            self.section.vae_tiling,
+        )
+        written = [self._write_one(index, found, decoders, folder) for index, found in latents.items()]
+        del decoders
+        _free_memory()
+        return written
+
+    def _write_one(self, index: int, latents: SampledLatents, decoders: Decoders, folder: str | Path) -> SampledFile:
+        sample, shape, encoded = self.section.samples[index], self.shapes[index], self.encoded[index]
+        decoded = decode_sample(latents, decoders, self.section.seed_of(sample))
+        if encoded is not None and encoded.beside is not None and decoded.frames is not None:
+            frames = put_beside(encoded.beside, decoded.frames, encoded.beside_every)
+            decoded = DecodedSample(frames, decoded.sound)
+        path = write_sample(folder, f"sample-{index + 1:02d}", decoded, shape.fps)
+        return SampledFile(index, sample.prompt, path, make_preview(decoded, shape.fps))
+
+    def _announce(self, index: int) -> None:
+        logger.info("sampling %d of %d: %s", index + 1, len(self.samples), self.section.samples[index].prompt)
+
+
+def prepare_validation(
+    section: ValidationSection,
+    *,
+    checkpoint_path: str | Path,
+    config: Mapping[str, Any],
+    modalities: str,
+    device: torch.device | str,
+    cache_folder: str | Path,
+    groups: SampleGroups | None = None,
+    contexts: Mapping[str, PromptContext] | None = None,
+) -> Validation:
+    """Checks the section, encodes prompts and media, and lets the encoders go; a collective call.
+
+    Args:
+        section: the job's `[validation]`.
+        checkpoint_path: official file with the text projection, the connectors and, unless the section names others,
+            the VAEs and the vocoder.
+        config: config object of the checkpoint's metadata.
+        modalities: streams that the model is built with: `av`, `video` or `audio`.
+        device: where encoders and decoders run.
+        cache_folder: where contexts of prompts are kept.
+        groups: who does what; None: this process does all.
+        contexts: contexts of prompts that are known already; only the others are encoded.
+
+    Raises:
+        ValueError: the section does not fit the model, or a file cannot be used.
+    """
+    groups = groups or SampleGroups()
+    architecture = TransformerConfig.from_metadata(config["transformer"])
+    has_video, has_audio = modalities != "audio", modalities != "video"
+    factors = video_scale_factors(dict(config))
+    check_validation(
+        section,
+        has_video=has_video,
+        has_audio=has_audio,
+        num_blocks=architecture.num_layers,
+        scale_factors=factors,
+    )
+    files = CodecFiles(Path(section.video_vae_path or checkpoint_path), Path(section.audio_vae_path or checkpoint_path))
+    shapes = tuple(ClipShape(*section.dims_of(sample), section.frame_rate) for sample in section.samples)
+    known = _contexts(section, contexts, checkpoint_path, cache_folder, device)
+    own = {index: section.samples[index] for index in range(groups.rank, len(section.samples), groups.size)}
+    wants_video, wants_audio = needed_encoders(tuple(own.values()))
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    encoders = Encoders(
+        load_video_codec(files.video, device, dtype, part="encoder") if wants_video else None,
+        load_audio_codec(files.audio, device, part="encoder") if wants_audio else None,
+        factors,
+        architecture.keyframe_embedding,
+    )
+    samples: list[PreparedSample | None] = [None] * len(shapes)
+    encoded: list[EncodedSample | None] = [None] * len(shapes)
+    for index, sample in own.items():
+        streams = _streams(section, sample, has_video, has_audio)
+        encoded[index] = encode_sample(sample, shapes[index], streams, encoders)
+        samples[index] = PreparedSample(
+            encoded[index].video, encoded[index].audio, _contexts_of(section, sample, known), section.seed_of(sample)
+        )
+    del encoders
+    _free_memory()
+    return Validation(section, tuple(samples), tuple(encoded), shapes, files, device, groups)
+
+
+def _streams(section: ValidationSection, sample: ValidationSample, has_video: bool, has_audio: bool) -> tuple[str, ...]:
+    """Streams that the model is given: those that are generated, and a frozen one."""
+    generated = generated_streams(section, sample, has_video, has_audio)
+    return generated if sample.frozen_stream is None else (*generated, sample.frozen_stream)
+
+
+def _negative_prompt(section: ValidationSection) -> str | None:
+    """None where guidance asks for none."""
+    if not any(guidance.needs_uncond for guidance in guidance_of(section)):
+        return None
+    return default_negative_prompt() if section.negative_prompt is None else section.negative_prompt
+
+
+def _contexts(
+    section: ValidationSection,
+    known: Mapping[str, PromptContext] | None,
+    checkpoint_path: str | Path,
+    cache_folder: str | Path,
+    device: torch.device | str,
+) -> dict[str, PromptContext]:
+    known = dict(known or {})
+    negative = _negative_prompt(section)
+    wanted = [sample.prompt for sample in section.samples] + ([] if negative is None else [negative])
+    missing = [prompt for prompt in wanted if prompt not in known]
+    if section.samples and missing:
+        known |= prompt_contexts(
+            missing,
+            checkpoint_path=checkpoint_path,
+            text_encoder_path=section.text_encoder_path,
+            cache_folder=cache_folder,
+            device=device,
+        )
+    return known
+
+
+def _contexts_of(section: ValidationSection, sample: ValidationSample, known: Mapping[str, PromptContext]) -> Contexts:
+    negative = _negative_prompt(section)
+    video, audio = known[sample.prompt]
+    negative_video, negative_audio = (None, None) if negative is None else known[negative]
+    return Contexts(video, audio, negative_video, negative_audio)
+
+
+def gather_samples(written: list[SampledFile], groups: SampleGroups) -> list[SampledFile]:
+    """All samples, in their order, on the first group's first rank."""
+    if groups.size == 1 or not groups.is_first:
+        return sorted(written, key=lambda sample: sample.index)
+    gathered: list[list[SampledFile]] | None = [[] for _ in range(groups.size)] if groups.rank == 0 else None
+    dist.gather_object(written, gathered, group=groups.process_group, group_dst=0)
+    return sorted((s for part in gathered or [written] for s in part), key=lambda sample: sample.index)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,160 @@
+"""Sampled clips in TensorBoard: moving pictures, a strip of frames and sound, each with its prompt and step.
+
+A preview is made where the clip was decoded and is small enough to be sent to the rank that writes. TensorBoard has no
+video player; an animated GIF in an image summary plays in every browser.
+"""
+
+import io
+import os
+import textwrap
+import wave
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from ltx_titan.validation.decode import DecodedSample
+
+_SIDE = 320
+_MOVING_FRAMES = 32
+_STRIP_FRAMES = 8
+_LINE_HEIGHT, _LINE_LENGTH = 14, 120
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One clip, encoded; None where it has no such part.
+
+    Attributes:
+        moving: animated GIF.
+        strip: PNG of frames side by side, in order of time.
+        size: width and height of the strip.
+        sound: WAV file.
+        sample_rate: of the sound, Hz.
+        num_samples: of the sound, per channel.
+        channels: of the sound.
+    """
+
+    moving: bytes | None = None
+    strip: bytes | None = None
+    size: tuple[int, int] = (0, 0)
+    sound: bytes | None = None
+    sample_rate: int = 0
+    num_samples: int = 0
+    channels: int = 0
+
+
+def make_preview(decoded: DecodedSample, fps: float) -> Preview:
+    """Encodes a preview of at most 320 pixels a side and 32 moving frames; sound is whole."""
+    fields: dict[str, object] = {}
+    if decoded.frames is not None:
+        frames = [_small(Image.fromarray(frame)) for frame in decoded.frames.numpy()]
+        strip = _strip([frames[place] for place in _spread(len(frames), _STRIP_FRAMES)])
+        fields |= {"strip": _encoded(strip, "PNG"), "size": strip.size}
+        if len(frames) > 1:
+            moving = [frames[place] for place in _spread(len(frames), _MOVING_FRAMES)]
+            duration_ms = round(1000 * len(frames) / fps / len(moving))
+            fields["moving"] = _encoded(
+                moving[0], "GIF", save_all=True, append_images=moving[1:], duration=duration_ms, loop=0
+            )
+    if decoded.sound is not None:
+        waveform = decoded.sound.waveform
+        fields |= {
+            "sound": _wav(waveform, decoded.sound.sample_rate),
+            "sample_rate": decoded.sound.sample_rate,
+            "num_samples": waveform.shape[1],
+            "channels": waveform.shape[0],
+        }
+    return Preview(**fields)
+
+
+def write_preview(writer: SummaryWriter, tag: str, prompt: str, preview: Preview, step: int) -> None:
+    """Puts a preview under `<tag>/video`, `/frames`, `/audio` and its prompt under `/prompt`, at a step."""
+    values = []
+    for name, encoded in (("video", preview.moving), ("frames", preview.strip)):
+        if encoded is not None:
+            width, height = preview.size
+            image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=encoded)
+            values.append(Summary.Value(tag=f"{tag}/{name}", image=image))
+    if preview.sound is not None:
+        audio = Summary.Audio(
+            sample_rate=preview.sample_rate,
+            num_channels=preview.channels,
+            length_frames=preview.num_samples,
+            encoded_audio_string=preview.sound,
+            content_type="audio/wav",
+        )
+        values.append(Summary.Value(tag=f"{tag}/audio", audio=audio))
+    # The writer's own methods re-encode: no moving pictures without a further package, and sound in mono.
+    writer._get_file_writer().add_summary(Summary(value=values), step)
+    writer.add_text(f"{tag}/prompt", prompt, step)
+
+
+def write_contact_sheet(path: str | Path, rows: Sequence[tuple[str, Preview]]) -> Path | None:
+    """Writes the strips of several clips below each other, each under its prompt, as one PNG.
+
+    Args:
+        path: the file; its folder exists.
+        rows: prompt and preview of each clip.
+
+    Returns:
+        The file, or None where no clip has pictures.
+    """
+    shown = [(prompt, Image.open(io.BytesIO(preview.strip))) for prompt, preview in rows if preview.strip is not None]
+    if not shown:
+        return None
+    texts = [textwrap.wrap(prompt, _LINE_LENGTH) or [""] for prompt, _ in shown]
+    width = max(_LINE_LENGTH * 6, *(strip.width for _, strip in shown))
+    height = sum(strip.height + _LINE_HEIGHT * (len(lines) + 1) for (_, strip), lines in zip(shown, texts, strict=True))
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for (_, strip), lines in zip(shown, texts, strict=True):
+        draw.multiline_text((2, top + 1), "\n".join(lines), fill="black")
+        top += _LINE_HEIGHT * len(lines) + 2
+        sheet.paste(strip, (0, top))
+        top += strip.height + _LINE_HEIGHT - 2
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    sheet.save(temporary, format="PNG")
+    temporary.rename(path)
+    return path
+
+
+def _small(image: Image.Image) -> Image.Image:
+    image.thumbnail((_SIDE, _SIDE))
+    return image
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` places, evenly from the first to the last."""
+    return torch.linspace(0, count - 1, min(count, wanted)).round().int().tolist()
+
+
+def _strip(frames: list[Image.Image]) -> Image.Image:
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width * len(frames), height))
+    for place, frame in enumerate(frames):
+        strip.paste(frame, (place * width, 0))
+    return strip
+
+
+def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def _wav(waveform: torch.Tensor, sample_rate: int) -> bytes:
+    buffer = io.BytesIO()
+    samples = (waveform.float().clamp(-1, 1) * 32767).round().to(torch.int16)
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(samples.shape[0])
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes(samples.T.contiguous().numpy().tobytes())
+    return buffer.getvalue()

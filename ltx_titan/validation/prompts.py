@@ -1,0 +1,144 @@
+"""Prompts to contexts, once before training, so that no text encoder is in memory while it runs.
+
+Rank 0 encodes and hands the contexts to the others. What it has encoded is kept in a folder, so that a job that is
+resumed needs no text encoder at all.
+"""
+
+import gc
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ltx_titan.checkpoint import CONNECTORS, load_parameters, read_metadata
+from ltx_titan.codecs import load_feature_extractor, load_text_encoder
+from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.model import TextConnectors
+
+logger = logging.getLogger(__name__)
+
+PromptContext = tuple[Tensor, Tensor]
+"""Context of the video stream and of the audio stream [1, T, D], on the host."""
+
+
+def prompt_contexts(
+    prompts: Sequence[str],
+    *,
+    checkpoint_path: str | Path,
+    text_encoder_path: str | Path | None,
+    cache_folder: str | Path,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, PromptContext]:
+    """Contexts of prompts on every rank; a collective call where a process group exists.
+
+    Args:
+        prompts: any texts; one that occurs twice is encoded once.
+        checkpoint_path: file with the text projection and the connectors.
+        text_encoder_path: folder of the text encoder; None where all prompts have been encoded before.
+        cache_folder: where contexts are kept.
+        device: where rank 0 encodes.
+        dtype: of the encoder, the connectors and the contexts.
+
+    Raises:
+        ValueError: a prompt has not been encoded before and there is no text encoder.
+    """
+    is_distributed = dist.is_initialized() and dist.get_world_size() > 1
+    contexts: list[dict[str, PromptContext] | None] = [None]
+    if not is_distributed or dist.get_rank() == 0:
+        contexts = [_load_or_encode(prompts, checkpoint_path, text_encoder_path, Path(cache_folder), device, dtype)]
+    if is_distributed:
+        dist.broadcast_object_list(contexts, src=0)
+    assert contexts[0] is not None
+    return contexts[0]
+
+
+def default_negative_prompt() -> str:
+    """The released pipelines' list of defects to steer away from."""
+    from diffusers.pipelines.ltx2.utils import DEFAULT_NEGATIVE_PROMPT
+
+    return DEFAULT_NEGATIVE_PROMPT
+
+
+def _load_or_encode(
+    prompts: Sequence[str],
+    checkpoint_path: str | Path,
+    text_encoder_path: str | Path | None,
+    folder: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> dict[str, PromptContext]:
+    files = {prompt: folder / f"{_digest(prompt, checkpoint_path)}.pt" for prompt in dict.fromkeys(prompts)}
+    missing = [prompt for prompt, path in files.items() if not path.is_file()]
+    if missing:
+        if text_encoder_path is None:
+            raise ValueError(
+                f"validation.text_encoder_path is unset, but prompt {missing[0]!r} has not been encoded yet; set it "
+                "to the folder of the text encoder that goes with the checkpoint."
+            )
+        logger.info("encoding %d prompts", len(missing))
+        for prompt, context in _encode(missing, checkpoint_path, text_encoder_path, device, dtype).items():
+            _write(files[prompt], context)
+    return {prompt: tuple(torch.load(path, weights_only=True)) for prompt, path in files.items()}
+
+
+@torch.no_grad()
+def _encode(
+    prompts: Sequence[str],
+    checkpoint_path: str | Path,
+    text_encoder_path: str | Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> dict[str, PromptContext]:
+    """Encoder first, connectors after it has been let go: 24 GB and 4 GB of the released models."""
+    text_encoder = load_text_encoder(text_encoder_path, device, dtype)
+    extractor = load_feature_extractor(checkpoint_path, text_encoder, device, dtype)
+    features = {}
+    for prompt in prompts:
+        hidden_states, mask = text_encoder.encode([prompt])
+        video, audio = extractor(hidden_states, mask)
+        features[prompt] = {
+            "video_prompt_embeds": video,
+            "audio_prompt_embeds": audio,
+            "prompt_attention_mask": mask,
+        }
+    del text_encoder, extractor
+    connectors = _load_connectors(checkpoint_path, device, dtype)
+    if not connectors.fills_padding:
+        raise ValueError(f"{checkpoint_path}: its connectors keep padding, which sampling has no mask for.")
+    contexts = {}
+    for prompt, fields in features.items():
+        context = to_contexts(fields, connectors, dtype)
+        contexts[prompt] = (context["video_prompt_embeds"].cpu(), context["audio_prompt_embeds"].cpu())
+    del connectors
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return contexts
+
+
+def _load_connectors(path: str | Path, device: str | torch.device, dtype: torch.dtype) -> TextConnectors:
+    with torch.device("meta"):
+        connectors = TextConnectors.from_config(read_metadata(path).config).to(dtype)
+    connectors.to_empty(device=device)
+    load_parameters(connectors, path, component=CONNECTORS)
+    return connectors.requires_grad_(False).eval()
+
+
+def _digest(prompt: str, checkpoint_path: str | Path) -> str:
+    """Name of a prompt's file: another text or another checkpoint has another."""
+    status = Path(checkpoint_path).stat()
+    key = f"{prompt}\0{Path(checkpoint_path).resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def _write(path: Path, context: PromptContext) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    torch.save(list(context), temporary)
+    temporary.rename(path)

@@ -1,0 +1,273 @@
+"""Samples the prepared clips with the model as it stands in training: sharded, wrapped, on every rank.
+
+Samples are divided over the data-parallel groups. A sharded model's forward is a collective operation, so all groups
+must call it equally often; a group whose share is shorter, or whose samples need fewer passes, makes up the difference
+with forwards on a few stand-in tokens. Weights are never gathered beyond the block that is computed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from ltx_titan.diffusion import (
+    Guidance,
+    SampledStream,
+    count_forwards,
+    distilled_schedule,
+    needed_passes,
+    sample,
+    sigma_schedule,
+)
+from ltx_titan.model import LTXTransformer, Modality
+from ltx_titan.validation.section import ValidationSection
+from ltx_titan.validation.start import StreamStart, begin, target_latents
+
+# What the released pipelines take for LTX-2.3 and later.
+_DEFAULT_STEPS = 30
+
+
+@dataclass(frozen=True)
+class SampleGroups:
+    """Which samples this rank works on.
+
+    Attributes:
+        rank: this rank's data-parallel group; ranks of one group (tensor and context parallel) do the same samples.
+        size: number of groups.
+        process_group: one rank of every group, this one among them; None where there is one group.
+        is_first: whether this rank writes its group's results.
+    """
+
+    rank: int = 0
+    size: int = 1
+    process_group: dist.ProcessGroup | None = None
+    is_first: bool = True
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Text of a prompt and of the negative prompt for each stream [1, T, D]; None where it is not needed."""
+
+    video: Tensor | None
+    audio: Tensor | None
+    negative_video: Tensor | None = None
+    negative_audio: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PreparedSample:
+    """One clip with all that its sampling needs, on the host.
+
+    Attributes:
+        video: start of the video stream, None without one.
+        audio: start of the audio stream, None without one.
+        contexts: text.
+        seed: of the noise.
+    """
+
+    video: StreamStart | None
+    audio: StreamStart | None
+    contexts: Contexts
+    seed: int
+
+
+@dataclass(frozen=True)
+class SampledLatents:
+    """What became of a sample, on the host: latents [1, C, F, H, W] and [1, 8, T, 16], None for an absent stream."""
+
+    video: Tensor | None
+    audio: Tensor | None
+
+
+def guidance_of(section: ValidationSection) -> tuple[Guidance, Guidance]:
+    """Weights of the video and of the audio stream."""
+    blocks = None if section.stg_blocks == "all" else section.stg_blocks
+    video = Guidance(
+        cfg_scale=section.video_cfg_scale,
+        stg_scale=section.video_stg_scale,
+        stg_blocks=blocks,
+        modality_scale=section.video_modality_guidance_scale,
+        rescale=section.guidance_rescale,
+    )
+    audio = Guidance(
+        cfg_scale=section.audio_cfg_scale,
+        stg_scale=section.audio_stg_scale,
+        stg_blocks=blocks,
+        modality_scale=section.audio_modality_guidance_scale,
+        rescale=section.guidance_rescale,
+    )
+    return video, audio
+
+
+def schedule_of(section: ValidationSection) -> Tensor:
+    """Noise levels; the standard schedule's do not depend on the clip's size, as in the released pipelines."""
+    if section.schedule == "distilled":
+        return distilled_schedule()
+    return sigma_schedule(None, section.inference_steps or _DEFAULT_STEPS)
+
+
+def passes_at_once(video: SampledStream | None, audio: SampledStream | None, tokens_at_once: int) -> int:
+    """How many guided passes run as one forward: what fits into `tokens_at_once`, at least one."""
+    tokens = sum(stream.latent.shape[1] for stream in (video, audio) if stream is not None)
+    return max(1, min(tokens_at_once // tokens, len(needed_passes(video, audio))))
+
+
+def sample_all(
+    model: nn.Module,
+    samples: Sequence[PreparedSample | None],
+    section: ValidationSection,
+    device: torch.device | str,
+    groups: SampleGroups | None = None,
+    on_sample: Callable[[int], None] | None = None,
+) -> dict[int, SampledLatents]:
+    """Samples this rank's share: number `rank`, `rank + size`, and so on.
+
+    All noise comes from CPU generators of the samples' seeds, so ranks, meshes and devices agree.
+
+    Args:
+        model: the transformer; it is put into eval mode and back.
+        samples: as many on every rank; another group's may be None.
+        section: schedule and guidance.
+        device: of the model.
+        groups: who does what; None: this process does all.
+        on_sample: called with a sample's index before it is sampled, for a progress line.
+
+    Returns:
+        Latents of this rank's samples by their index.
+    """
+    groups = groups or SampleGroups()
+    sigmas = schedule_of(section)
+    found: dict[int, SampledLatents] = {}
+    with evaluating(model):
+        for first in range(0, len(samples), groups.size):
+            index = first + groups.rank
+            run = None
+            if index < len(samples):
+                prepared = samples[index]
+                assert prepared is not None, f"sample {index} belongs to group {groups.rank}, which did not prepare it"
+                run = _start_run(prepared, section, sigmas, device)
+            forwards = 0 if run is None else run.forwards(len(sigmas) - 1)
+            # Before the first forward: a group that has none left cannot answer while another still needs its shards.
+            missing = _most_forwards(forwards, groups, device) - forwards
+            if run is not None:
+                if on_sample is not None:
+                    on_sample(index)
+                found[index] = _finish_run(run, prepared, model, section, sigmas)
+            _keep_up(model, missing, device)
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, without gradients, and back, with FSDP2's gathered parameters let go.
+
+    Outside a training step nothing frees parameters that FSDP2 keeps after a forward; left alone they would shadow
+    weights that are changed afterwards, for instance averaged ones put back.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    reshard(model)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        reshard(model)
+        for module in training:
+            module.training = True
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered parameters of every FSDP2 unit."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def stand_in(model: LTXTransformer, device: torch.device | str) -> tuple[Modality | None, Modality | None]:
+    """The least that the model can be given: one token of each of its streams."""
+    config = model.config
+    sizes = {"video": (config.video, 3), "audio": (config.audio, 1)}
+    streams: dict[str, Modality] = {}
+    for name, (stream, axes) in sizes.items():
+        if model.modalities in ("av", name):
+            streams[name] = Modality(
+                latent=torch.zeros(1, 1, stream.in_channels, device=device),
+                sigma=torch.ones(1, device=device),
+                timesteps=torch.ones(1, 1, device=device),
+                positions=torch.zeros(1, axes, 1, 2, device=device),
+                context=torch.zeros(1, 1, stream.caption_dim or stream.context_dim, device=device),
+            )
+    return streams.get("video"), streams.get("audio")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A sample at its first noise level."""
+
+    video: SampledStream | None
+    audio: SampledStream | None
+    generator: torch.Generator
+    passes_at_once: int
+
+    def forwards(self, steps: int) -> int:
+        return count_forwards(self.video, self.audio, steps, self.passes_at_once)
+
+
+def _start_run(
+    prepared: PreparedSample, section: ValidationSection, sigmas: Tensor, device: torch.device | str
+) -> _Run:
+    """Both streams on the device; video draws its noise first."""
+    generator = torch.Generator().manual_seed(prepared.seed)
+    guidance = dict(zip(("video", "audio"), guidance_of(section), strict=True))
+    streams: dict[str, SampledStream | None] = {}
+    for name in ("video", "audio"):
+        start, context = getattr(prepared, name), getattr(prepared.contexts, name)
+        negative = getattr(prepared.contexts, f"negative_{name}")
+        assert start is None or context is not None, f"{name} has no text"
+        streams[name] = (
+            None
+            if start is None
+            else begin(start, context, negative, guidance[name], generator, float(sigmas[0]), device)
+        )
+    at_once = passes_at_once(streams["video"], streams["audio"], section.tokens_at_once)
+    return _Run(streams["video"], streams["audio"], generator, at_once)
+
+
+def _finish_run(
+    run: _Run, prepared: PreparedSample, model: nn.Module, section: ValidationSection, sigmas: Tensor
+) -> SampledLatents:
+    video, audio = sample(
+        model,
+        run.video,
+        run.audio,
+        sigmas,
+        stepper=section.stepper,
+        generator=run.generator,
+        passes_at_once=run.passes_at_once,
+    )
+    return SampledLatents(
+        None if prepared.video is None else target_latents(video, prepared.video, "video").cpu(),
+        None if prepared.audio is None else target_latents(audio, prepared.audio, "audio").cpu(),
+    )
+
+
+def _most_forwards(forwards: int, groups: SampleGroups, device: torch.device | str) -> int:
+    if groups.size == 1:
+        return forwards
+    most = torch.tensor([forwards], device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=groups.process_group)
+    return int(most)
+
+
+def _keep_up(model: nn.Module, missing: int, device: torch.device | str) -> None:
+    """Takes part in the forwards that other groups still make."""
+    if missing:
+        video, audio = stand_in(model, device)
+        # A compiled block would be compiled once more for these few tokens.
+        with torch.compiler.set_stance("force_eager"):
+            for _ in range(missing):
+                model(video, audio, None)

@@ -1,0 +1,32 @@
+import json
+
+import pytest
+
+from ltx_titan.benchmarks.kernel_cases import CASES
+from ltx_titan.cli import main
+
+
+def test_every_case_is_checked_and_a_failing_one_is_reported(tmp_path, monkeypatch, capsys):
+    def fail(inputs):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setitem(CASES, "residual", fail)
+    out = tmp_path / "rows.jsonl"
+    chosen = ["norm_modulate, 2 timesteps", "residual", "qk_norm_rope"]
+    status = main(["bench", "kernels", "--parts", "check", "--kernels", *chosen, "--out", str(out)])
+    rows = {row["kernel"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert status == 1
+    assert "no such luck" in rows["residual"]["error"]
+    assert rows["norm_modulate, 2 timesteps"]["largest_error"] < 1e-5
+    assert rows["qk_norm_rope"]["largest_error"] < 1e-5
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["sweep", "time"])
+def test_a_part_prints_its_table(part, tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    options = ["--parts", part, "--kernels", "norm_modulate", "--tokens", "4", "--widths", "4096", "--out", str(out)]
+    assert main(["bench", "kernels", *options, "--budget", "2"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(row.get("ms", row.get("forward_ms", 0)) > 0 for row in rows)
+    assert "norm_modulate" in capsys.readouterr().out

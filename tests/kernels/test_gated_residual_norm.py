@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from ltx_titan.model.ops import TORCH, Row
+from ltx_titan_kernels.gated_residual_norm import gated_residual, gated_residual_norm, reference
+from tests.kernels.comparison import DEVICE, compare, draw
+
+EPS = 1e-6
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+
+
+def _case(batch, tokens, k, width, dtype, gate_rows=None):
+    generator = torch.Generator().manual_seed(1)
+    leaves = {
+        "x": draw(batch, tokens, width, dtype=dtype, generator=generator),
+        "y": draw(batch, tokens, width, dtype=dtype, generator=generator),
+        "gate": draw(batch, gate_rows or k, width, dtype=dtype, generator=generator),
+        "embedding": draw(batch, k, 4, width, dtype=dtype, generator=generator),
+        "table": draw(5, width, dtype=dtype, generator=generator),
+    }
+    index = torch.randint(0, k, (batch, tokens), generator=generator).to(DEVICE) if k > 1 else None
+    return leaves, index, generator
+
+
+def _of(operation, index, norms):
+    def run(x, y, gate, embedding, table):
+        rows = [Row(embedding[:, :, i], table[i]) for i in range(4)]
+        pairs = [tuple(rows[:2]), tuple(rows[2:])]
+        outputs = operation(x, y, Row(gate, table[4]), pairs[:norms], index, EPS)
+        # Fewer norms leave rows unused; they are read here so that they have a gradient.
+        return [*outputs, embedding + table[:4]]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "k", "gate_rows", "width", "norms", "dtype"),
+    [
+        (1, 1, 1, 1, 8, 1, FLOAT32),
+        (2, 7, 1, 1, 24, 2, FLOAT32),
+        (2, 13, 2, 2, 40, 1, FLOAT32),
+        (2, 13, 3, 1, 40, 2, FLOAT32),
+        (1, 9, 2, 2, 40, 0, FLOAT32),
+        (1, 4, 2, 2, 3840, 2, FLOAT32),
+        (1, 5, 2, 2, 4096, 1, BFLOAT16),
+        (2, 3, 1, 1, 2048, 2, BFLOAT16),
+        (3, 7, 2, 1, 40, 0, BFLOAT16),
+    ],
+)
+def test_equals_the_reference(batch, tokens, k, gate_rows, width, norms, dtype):
+    leaves, index, generator = _case(batch, tokens, k, width, dtype, gate_rows)
+    # The norm reads the sum as it was rounded.
+    compare(_of(gated_residual_norm, index, norms), _of(reference, index, norms), leaves, generator, roundings=2)
+
+
+def test_strided_tokens_and_gradients():
+    leaves, index, generator = _case(2, 10, 2, 64, FLOAT32)
+
+    def of(operation):
+        inner = _of(operation, index[:, ::2], 2)
+        return lambda x, y, gate, embedding, table: [
+            o.transpose(0, -1) * 2
+            for o in inner(x[:, ::2, ::2], y[:, 1::2, 32:], gate[..., 1::2], embedding[..., :32], table[:, 32:])
+        ]
+
+    compare(of(gated_residual_norm), of(reference), leaves, generator)
+
+
+def test_without_gate_and_with_a_bare_norm():
+    leaves, _, generator = _case(2, 5, 1, 16, FLOAT32)
+    leaves = {name: leaves[name] for name in ("x", "y")}
+
+    def of(operation):
+        return lambda x, y: operation(x, y, None, [None], None, EPS)
+
+    compare(of(gated_residual_norm), of(reference), leaves, generator)
+
+
+def test_the_last_residual_of_a_block():
+    leaves, index, generator = _case(2, 9, 2, 24, FLOAT32)
+    leaves = {name: leaves[name] for name in ("x", "y", "gate")}
+
+    def of(operation):
+        return lambda x, y, gate: [operation(x, y, Row(gate), index)]
+
+    compare(of(gated_residual), of(TORCH.gated_residual), leaves, generator)
+
+
+def test_traced_as_one_node_with_the_same_results():
+    leaves, index, generator = _case(2, 6, 2, 32, FLOAT32)
+    traced = torch.compile(_of(gated_residual_norm, index, 2), backend="aot_eager", fullgraph=True)
+    compare(traced, _of(reference, index, 2), leaves, generator)
+
+
+@pytest.mark.parametrize("norms", [0, 2])
+def test_registration(norms):
+    leaves, index, _ = _case(2, 4, 2, 16, FLOAT32)
+    x, y = leaves["x"], leaves["y"]
+    rows = [r.detach().requires_grad_() for r in (leaves["gate"], *leaves["embedding"].unbind(2)[: 2 * norms])]
+    tables = [t.detach().requires_grad_() for t in leaves["table"].unbind(0)[: 1 + 2 * norms]]
+    torch.library.opcheck(torch.ops.ltx_titan.gated_residual_norm.default, (x, y, rows, tables, index, EPS))
+    with torch.no_grad():
+        outputs = torch.ops.ltx_titan.gated_residual_norm(x, y, rows, tables, index, EPS)
+    backward = (
+        [torch.randn_like(x) for _ in range(1 + norms)],
+        [outputs[0], outputs[-1]] if norms else [],
+        y.detach(),
+        [row.detach() for row in (rows[0], *rows[1::2])],
+        [table.detach() for table in (tables[0], *tables[1::2])],
+        index,
+    )
+    torch.library.opcheck(torch.ops.ltx_titan.gated_residual_norm_backward.default, backward)

@@ -1,0 +1,131 @@
+"""Trains adapters on some mesh and leaves everything that can be compared in a folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, module_tensors, save_state
+from ltx_titan.lora import apply_lora, export_lora, export_merged, init_lora_, is_adapter, load_base, load_lora
+from ltx_titan.parallel.fsdp import apply_fsdp
+from ltx_titan.parallel.mesh import Degrees, build_mesh
+from tests.lora.adapted import loss_of, same_bits, settings, transformer, write_checkpoint
+
+LR = 1e-2
+FORMS = {
+    "float32": {"targets": ["all_attention", "v2v"]},
+    "bfloat16": {"base_dtype": "bfloat16", "targets": ["video"], "dora": True},
+    "int8": {"base_dtype": "int8", "targets": ["video"]},
+    "int4": {"base_dtype": "int4", "targets": ["v2v"]},
+    "float8": {"base_dtype": "float8", "targets": ["video"], "dora": True},
+}
+# DoRA needs whole rows, which tensor parallelism splits.
+SPLITTABLE = [form for form in FORMS if "dora" not in FORMS[form]]
+
+
+def build(folder, form, degrees, split=lambda model, mesh: None):
+    """A sharded model that computes in float32, with its base and first adapters; `split` applies other plans."""
+    model = transformer("meta")
+    apply_lora(model, settings(**FORMS[form]))
+    mesh = build_mesh("cpu", degrees)
+    split(model, mesh)
+    apply_fsdp(model, model.transformer_blocks, mesh.fsdp, torch.float32)
+    model.to_empty(device="cpu")
+    load_base(model, folder / "base.safetensors")
+    init_lora_(model, 1)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+
+
+def train(model, optimizer, degrees, steps):
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model)
+        (loss / degrees.dp).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def whole(model):
+    return {name: t.full_tensor().clone() for name, t in module_tensors(model).items()}
+
+
+def work(folder: Path, form: str, name: str, degrees: Degrees, *split: Callable):
+    """Trains two steps, saves, trains one more; leaves what it found under `name`."""
+    out = folder / form / name
+    model, optimizer = build(folder, form, degrees, *split)
+    before = whole(model)
+    losses = train(model, optimizer, degrees, 2)
+    state = TrainingState(model, [optimizer], select=is_adapter)
+    save_state(out / "checkpoint", 2, state)
+    export_merged(model, folder / "base.safetensors", out / "merged.safetensors")
+    if "dora" not in FORMS[form]:
+        export_lora(model, out / "adapter.safetensors", dtype=torch.float32)
+    losses += train(model, optimizer, degrees, 1)
+    after = whole(model)
+    for name, parameter in model.named_parameters():
+        assert is_adapter(name) == parameter.requires_grad
+        assert is_adapter(name) or same_bits(before[name], after[name])
+        assert not is_adapter(name) or parameter.dtype == torch.float32
+    if dist.get_rank() == 0:
+        torch.save({"losses": losses, "base": before, "after": after}, out / "found.pt")
+
+
+def resume(folder: Path, form: str, saved_by: str):
+    """Goes on, on one rank, from the state that another mesh saved."""
+    model, optimizer = build(folder, form, Degrees())
+    out = folder / form / saved_by
+    load_state(latest_complete(out / "checkpoint"), TrainingState(model, [optimizer], select=is_adapter))
+    losses = train(model, optimizer, Degrees(), 1)
+    after = whole(model)
+    if "dora" not in FORMS[form]:
+        load_lora(model, out / "adapter.safetensors")
+        export_lora(model, out / "again.safetensors", dtype=torch.float32)
+    torch.save({"losses": losses, "after": after}, out / "resumed.pt")
+
+
+def prepare(folder: Path, names: list[str]) -> Path:
+    """Writes the base and makes room for the runs called `names`."""
+    write_checkpoint(folder / "base.safetensors")
+    for form in FORMS:
+        for name in names:
+            (folder / form / name).mkdir(parents=True)
+    return folder
+
+
+def adapters_of(found):
+    return {name: tensor for name, tensor in found["after"].items() if is_adapter(name)}
+
+
+def close_after_adamw(one, two):
+    """AdamW divides by the gradient's size: an element whose gradient is almost 0 may go the other way in a step."""
+    assert one.keys() == two.keys()
+    differences = torch.cat([(two[name].float() - one[name].float()).abs().flatten() for name in one])
+    assert differences.max() <= 2 * LR * 3
+    assert (differences > 1e-2 * LR).float().mean() <= 1e-3
+
+
+def check_equal(folder: Path, form: str, expected: str, found: str):
+    """Base, losses, weights and files of two runs."""
+    one, two = (torch.load(folder / form / name / "found.pt") for name in (expected, found))
+    for name, tensor in one["base"].items():
+        assert same_bits(two["base"][name], tensor), name
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=0)
+    close_after_adamw(adapters_of(one), adapters_of(two))
+    for file in ("merged",) if "dora" in FORMS[form] else ("merged", "adapter"):
+        close_after_adamw(*(load_file(folder / form / name / f"{file}.safetensors") for name in (expected, found)))
+
+
+def check_resumed(folder: Path, form: str, saved_by: str):
+    """The run that went on, on one rank, from what another mesh saved."""
+    out = folder / form / saved_by
+    unbroken, resumed = torch.load(out / "found.pt"), torch.load(out / "resumed.pt")
+    torch.testing.assert_close(resumed["losses"], unbroken["losses"][2:], rtol=1e-5, atol=0)
+    close_after_adamw(adapters_of(unbroken), adapters_of(resumed))
+    if "dora" not in FORMS[form]:
+        saved, again = (load_file(out / f"{file}.safetensors") for file in ("adapter", "again"))
+        for name, tensor in saved.items():
+            torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=0, msg=name)

@@ -1,0 +1,88 @@
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ltx_titan.model import LTXTransformer
+from ltx_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from tests.golden_cases import load_case
+from tests.model.golden_transformer import build_inputs, build_transformer, weighted_sum
+
+CASE = load_case("av_22b")
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class _EagerCounter(TorchDispatchMode):
+    """Counts what is computed; what selective checkpointing takes from its store does not get here."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is _ATTENTION
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _profiled():
+    """The same for compiled code, which no dispatch mode may watch."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        profile.count = 0
+        yield profile
+    events = {event.key: event.count for event in profile.key_averages()}
+    profile.count = events.get(_ATTENTION.name(), 0)
+
+
+def _step(model: LTXTransformer, counter=None) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients of one step, and how often attention ran in its forward and backward pass."""
+    video, audio, _ = build_inputs(CASE, "base")
+    with counter or _EagerCounter() as counting:
+        weighted_sum(CASE, "base", *model(video, audio)).backward()
+    named = {n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
+    return named, getattr(counting, "count", 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "runs", "backend"),
+    [("full", 24, None), ("every_k", 18, None), ("selective", 12, None), ("selective", 12, "aot_eager")],
+)
+def test_recomputes_what_it_says_with_the_same_gradients(mode, runs, backend):
+    torch.compiler.reset()
+    expected, once = _step(build_transformer(CASE))
+    assert once == 12
+    model = build_transformer(CASE)
+    names = list(model.state_dict())
+    if backend:
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True, backend=backend)
+    apply_activation_checkpointing(model.transformer_blocks, mode, k=2)
+    assert list(model.state_dict()) == names
+    if backend:
+        _step(model, _profiled())
+        model.zero_grad()
+    gradients, count = _step(model, _profiled() if backend else None)
+    assert count == runs
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_selective_computes_the_second_product_of_the_feed_forward_once():
+    def products(mode):
+        model = build_transformer(CASE)
+        apply_activation_checkpointing(model.transformer_blocks, mode)
+        shapes = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func is torch.ops.aten.addmm.default:
+                    shapes.append(tuple(args[2].shape))
+                return func(*args, **(kwargs or {}))
+
+        _step(model, Watch())
+        return shapes.count((256, 64)), shapes.count((64, 256))
+
+    second, first = products("none")
+    assert products("full") == (second + 2, first + 2)
+    assert products("selective") == (second, first + 2)

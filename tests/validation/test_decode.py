@@ -1,0 +1,45 @@
+from fractions import Fraction
+
+import torch
+from PIL import Image
+
+from ltx_titan.media import Sound, probe_video, read_sound
+from ltx_titan.validation.decode import DecodedSample, put_beside, write_sample
+
+
+def frames(count, height=32, width=48):
+    return torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, height, width, 3).contiguous()
+
+
+def test_a_clip_with_sound_is_one_file_of_its_length_and_rates(tmp_path):
+    sound = Sound(torch.zeros(2, 24000), 48000)
+    path = write_sample(tmp_path, "sample-01", DecodedSample(frames(12, 64, 64), sound), 24000 / 1001)
+    info = probe_video(path)
+    assert (path.name, info.frames, info.width, info.height) == ("sample-01.mp4", 12, 64, 64)
+    assert info.fps == Fraction(24000, 1001)
+    assert read_sound(path).sample_rate == 48000
+
+
+def test_one_frame_is_a_picture_and_sound_alone_a_wav(tmp_path):
+    picture = write_sample(tmp_path, "a", DecodedSample(frames(1), None), 24)
+    assert Image.open(picture).size == (48, 32)
+    sound = write_sample(tmp_path, "b", DecodedSample(None, Sound(torch.zeros(2, 100), 24000)), 24)
+    assert read_sound(sound).waveform.shape == (2, 100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.wav"]
+
+
+def test_a_reference_is_on_the_left_at_the_results_height():
+    both = put_beside(frames(9, 16, 30), frames(9, 32, 48))
+    assert both.shape == (9, 32, 60 + 48, 3)
+    assert both[4, 0, 0, 0] == both[4, 0, -1, 0] == 4
+
+
+def test_a_reference_of_fewer_frames_per_second_holds_each_frame():
+    both = put_beside(frames(5), frames(9), every=2)
+    assert both[:, 0, 0, 0].tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_short_reference_is_stretched_and_a_long_one_cut():
+    assert put_beside(frames(3), frames(6))[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert put_beside(frames(9), frames(3))[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert put_beside(frames(2), frames(9), every=2)[:, 0, 0, 0].tolist() == [0] + [1] * 8

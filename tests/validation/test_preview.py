@@ -1,0 +1,67 @@
+import io
+import wave
+
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from ltx_titan.media import Sound
+from ltx_titan.validation.decode import DecodedSample
+from ltx_titan.validation.preview import make_preview, write_contact_sheet, write_preview
+
+
+def decoded(count=49, sound=True):
+    pixels = torch.randint(0, 255, (count, 64, 480, 3), generator=torch.Generator().manual_seed(0))
+    return DecodedSample(pixels.to(torch.uint8), Sound(torch.zeros(2, 4800), 48000) if sound else None)
+
+
+def test_tensorboard_shows_clip_frames_sound_and_prompt_at_the_step(tmp_path):
+    writer = SummaryWriter(tmp_path)
+    write_preview(writer, "sample-01", "a river", make_preview(decoded(), 24.0), 30)
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["images"]) == {"sample-01/video", "sample-01/frames"}
+    (moving,) = events.Images("sample-01/video")
+    assert moving.step == 30
+    picture = Image.open(io.BytesIO(moving.encoded_image_string))
+    assert picture.format == "GIF"
+    assert picture.n_frames == 32
+    assert max(picture.size) == 320
+    (sound,) = events.Audio("sample-01/audio")
+    assert (sound.sample_rate, sound.step) == (48000.0, 30)
+    with wave.open(io.BytesIO(sound.encoded_audio_string)) as file:
+        assert file.getnchannels() == 2
+    (text,) = events.Tensors("sample-01/prompt/text_summary")
+    assert text.tensor_proto.string_val == [b"a river"]
+
+
+def test_moving_pictures_last_as_long_as_the_clip():
+    picture = Image.open(io.BytesIO(make_preview(decoded(48, sound=False), 24.0).moving))
+    durations = []
+    for place in range(picture.n_frames):
+        picture.seek(place)
+        durations.append(picture.info["duration"])
+    assert abs(sum(durations) - 2000) <= 10 * picture.n_frames
+
+
+def test_a_contact_sheet_has_one_row_per_clip_with_pictures(tmp_path):
+    clip, still = make_preview(decoded(9), 24.0), make_preview(decoded(1), 24.0)
+    sound = make_preview(DecodedSample(None, Sound(torch.zeros(1, 100), 16000)), 24.0)
+    path = write_contact_sheet(tmp_path / "sheet.png", [("a river", clip), ("wind", sound), ("a hill " * 40, still)])
+    sheet = Image.open(path)
+    assert sheet.width == clip.size[0]
+    assert sheet.height > clip.size[1] + still.size[1]
+    # The first row is the clip's strip as it is in TensorBoard.
+    strip = Image.open(io.BytesIO(clip.strip))
+    assert sheet.crop((0, 16, strip.width, 16 + strip.height)).tobytes() == strip.convert("RGB").tobytes()
+    assert write_contact_sheet(tmp_path / "none.png", [("wind", sound)]) is None
+
+
+def test_a_picture_does_not_move_and_sound_alone_has_no_picture():
+    still = make_preview(decoded(1, sound=False), 24.0)
+    assert still.moving is None
+    assert Image.open(io.BytesIO(still.strip)).size == still.size
+    heard = make_preview(DecodedSample(None, Sound(torch.zeros(1, 100), 16000)), 24.0)
+    assert heard.strip is None
+    assert heard.channels == 1
