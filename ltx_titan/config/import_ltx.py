@@ -53,6 +53,13 @@ _INTEGERS = ("restart_period", "restart_mult", "step_size")
 _RESTARTS_ETA_MIN = 5e-5
 _PARTS = ("all_attention", "video", "video_ffn", "audio", "audio_ffn", "audio_to_video", "video_to_audio")
 _PATHS = ("model.checkpoint_path", "model.adapter_path", "data.root")
+_OLDER_SAMPLES = (
+    "prompts",
+    "images",
+    "reference_videos",
+    "reference_downscale_factor",
+    "include_reference_in_output",
+)
 _DEPRECATED_GUIDANCE = {"guidance_scale": "cfg_scale", "stg_scale": "stg_scale", "stg_mode": "stg_scale"}
 
 
@@ -102,7 +109,7 @@ def import_job(text: str, origin: str, ranks: int = 1) -> Imported:
     _model(source, result)
     problems = [*_streams(source, result), *_optimization(source, result, ranks), *_sigma(source, result)]
     if source.get("model", "training_mode") == "lora":
-        problems += _lora(source, result)
+        _lora(source, result)
     else:
         problems += _no_lora(source, result)
     _training(source, result)
@@ -172,9 +179,7 @@ def _streams(source: LtxJob, result: Imported) -> Iterable[Problem]:
         result.note(f"{where}.name", strategy["name"], "video and sound now draw their noise levels independently")
 
 
-def _lora(source: LtxJob, result: Imported) -> Iterable[Problem]:
-    if not source.sections["lora"]:
-        yield Problem("lora", MISSING, 'a section, because model.training_mode = "lora"', "add it")
+def _lora(source: LtxJob, result: Imported) -> None:
     for key in ("rank", "alpha", "dropout"):
         result.put(f"lora.{key}", source.get("lora", key))
     result.put("lora.targets", _targets(source, result))
@@ -301,8 +306,14 @@ def _training(source: LtxJob, result: Imported) -> None:
 
 def _validation(source: LtxJob, result: Imported) -> Iterable[Problem]:
     """Samples and guidance. Without samples nothing is validated there, and the rest of the section is idle."""
-    table, problems = _validation_table(source.sections["validation"])
+    given = source.sections["validation"]
+    table, problems = _validation_table(given)
     yield from problems
+    for key in _OLDER_SAMPLES:
+        if key in given and given.get("samples"):
+            result.note(f"validation.{key}", given[key], "without effect there too, because there are samples")
+        elif key in given and key not in ("prompts", "images") and given.get("reference_videos") is None:
+            result.note(f"validation.{key}", given[key], "there are no reference_videos")
     if "samples" in table:
         table.setdefault("interval", source.get("validation", "interval"))
     elif table.get("interval") is not None:
@@ -322,8 +333,7 @@ def _validation(source: LtxJob, result: Imported) -> Iterable[Problem]:
 
 def _validation_table(given: Table) -> tuple[Table, list[Problem]]:
     """The keys of the section in their current form; older ones are replaced."""
-    older = ("prompts", "images", "reference_videos", "reference_downscale_factor", "include_reference_in_output")
-    table = {key: value for key, value in given.items() if key not in (*older, *_DEPRECATED_GUIDANCE)}
+    table = {key: value for key, value in given.items() if key not in (*_OLDER_SAMPLES, *_DEPRECATED_GUIDANCE)}
     problems = []
     for key, ending in _DEPRECATED_GUIDANCE.items():
         newer = [name for name in given if name.endswith(f"_{ending}")]

@@ -4,6 +4,7 @@ That trainer takes numbers in quotes (YAML reads `1e-4` as text), and so does th
 for a job that leaves a key out means them and not ours.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -195,6 +196,8 @@ def read_ltx_job(text: str, origin: str) -> LtxJob:
     for name, keys in SECTIONS.items():
         sections[name] = checks.table(name, data.get(name), keys)
     strategy = _strategy(data.get("training_strategy"), checks)
+    if sections["model"].get("training_mode", "lora") == "lora" and data.get("lora") is None:
+        checks.problem("lora", MISSING, 'a section, because model.training_mode = "lora"', "add it")
     if "samples" in sections["validation"]:
         where = "validation.samples"
         samples = checks.tables(where, sections["validation"]["samples"], lambda item: SAMPLE)
@@ -233,7 +236,7 @@ def _strategy(value: Any, checks: "_Checks") -> Table:
     """The strategy with its defaults; one without a name is that trainer's oldest."""
     where = "training_strategy"
     name = value.get("name", "text_to_video") if isinstance(value, dict) else "text_to_video"
-    if name not in STRATEGIES:
+    if not isinstance(name, str) or name not in STRATEGIES:
         checks.problem(f"{where}.name", name, f"one of {', '.join(STRATEGIES)}", nearest(str(name), STRATEGIES))
         return {"name": name}
     keys = STRATEGIES[name]
@@ -252,8 +255,8 @@ def _by_type(kinds: Mapping[str, Mapping[str, Key]]) -> Callable[[Table], Mappin
     """Picks a condition's keys by its type; a text instead says what is wrong."""
 
     def choose(item: Table) -> Mapping[str, Key] | str:
-        kind = item.get("type")
-        return kinds[kind] if kind in kinds else nearest(str(kind), kinds)
+        kind = str(item.get("type"))
+        return kinds[kind] if kind in kinds else nearest(kind, kinds)
 
     return choose
 
@@ -320,7 +323,7 @@ class _Checks:
 
     def _number(self, where: str, value: Any, kind: type) -> int | float:
         number = _number_or(value)
-        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        is_number = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
         if not is_number or (kind is int and number != int(number)):
             self.problem(where, value, "an integer" if kind is int else "a number", "change it")
             return kind()

@@ -233,8 +233,8 @@ def test_what_is_wrong_is_named_with_the_nearest_names(text, words):
 
 
 def test_everything_wrong_is_reported_at_once():
-    message = error_of("model: {modelpath: x}\noptimization: {step: 5}\nfoo: 1")
-    assert len(message.splitlines()) == 3
+    message = error_of("model: {modelpath: x}\noptimization: {step: 5}\nfoo: 1\nlora: null")
+    assert len(message.splitlines()) == 4
 
 
 def test_a_job_as_that_trainer_saved_it_is_read():
