@@ -17,6 +17,7 @@ COMMANDS = {
     "make-debug-dataset": ("ltx_titan.preprocess.debug_dataset", "write a small captioned data set, to try things on"),
     "bench": ("ltx_titan.benchmarks.bench", "measure kernels and the block on this device"),
     "process-dataset": ("ltx_titan.preprocess.process_dataset", "encode clips and captions for training"),
+    "import-config": ("ltx_titan.config.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),
     "sample": ("ltx_titan.sample", "sample clips with a checkpoint, or with a base and a LoRA"),
 }
 
