@@ -36,27 +36,33 @@ class Axis:
 
 def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Joins the ranks' parts along `dim`; the gradient is `scatter_sum`."""
-    return x if axis.size == 1 else _Gather.apply(x, dim, axis.group, axis.size)
+    if axis.size == 1:
+        return x
+    return _back(_Gather.apply(_rows(x, dim), axis.group, axis.size), dim)
 
 
 def scatter_sum(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Sums over ranks and keeps this rank's part along `dim`; the gradient is `gather`."""
-    return x if axis.size == 1 else _ScatterSum.apply(x, dim, axis.group, axis.size)
+    if axis.size == 1:
+        return x
+    return _back(_ScatterSum.apply(_rows(x, dim), axis.group, axis.size), dim)
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """Sums over ranks, result on all of them; so is the gradient."""
-    return x if axis.size == 1 else _Sum.apply(x, axis.group)
+    return x if axis.size == 1 else _Sum.apply(x.contiguous(), axis.group)
 
 
 def exchange(x: Tensor, axis: Axis) -> Tensor:
     """Row i of the result is row `axis.rank` of rank i; the first dim counts ranks. The gradient goes the way back."""
-    return x if axis.size == 1 else _Exchange.apply(x, axis.group, axis.size)
+    return x if axis.size == 1 else _Exchange.apply(x.contiguous(), axis.group, axis.size)
 
 
 def gather_output(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Joins parts for a loss that all ranks compute; the gradient is this rank's part of theirs, which are equal."""
-    return x if axis.size == 1 else _GatherOutput.apply(x, dim, axis.group, axis.size, axis.rank)
+    if axis.size == 1:
+        return x
+    return _back(_GatherOutput.apply(_rows(x, dim), axis.group, axis.size, axis.rank), dim)
 
 
 def share_gradient(x: Tensor, axis: Axis) -> Tensor:
@@ -64,44 +70,52 @@ def share_gradient(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _ShareGradient.apply(x, axis.size)
 
 
-def _all_gather(x: Tensor, dim: int, group: str, size: int) -> Tensor:
-    rows = x.movedim(dim, 0).contiguous()
-    return _ops.wait_tensor(_ops.all_gather_into_tensor(rows, size, group)).movedim(0, dim).contiguous()
+# Collectives split and join the first dim. Bringing another one there stays outside the functions below: torch 2.11
+# compiles a function that returns a view (which moving dims is for a batch of one) to one whose gradient is zero.
+def _rows(x: Tensor, dim: int) -> Tensor:
+    return x.movedim(dim, 0).contiguous()
 
 
-def _reduce_scatter(x: Tensor, dim: int, group: str, size: int) -> Tensor:
-    rows = x.movedim(dim, 0).contiguous()
-    return _ops.wait_tensor(_ops.reduce_scatter_tensor(rows, "sum", size, group)).movedim(0, dim).contiguous()
+def _back(rows: Tensor, dim: int) -> Tensor:
+    return rows.movedim(0, dim).contiguous()
+
+
+def _all_gather(rows: Tensor, group: str, size: int) -> Tensor:
+    return _ops.wait_tensor(_ops.all_gather_into_tensor(rows.contiguous(), size, group))
+
+
+def _reduce_scatter(rows: Tensor, group: str, size: int) -> Tensor:
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(rows.contiguous(), "sum", size, group))
 
 
 def _all_reduce(x: Tensor, group: str) -> Tensor:
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group))
 
 
-def _all_to_all(x: Tensor, group: str, size: int) -> Tensor:
-    return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), [1] * size, [1] * size, group))
+def _all_to_all(rows: Tensor, group: str, size: int) -> Tensor:
+    return _ops.wait_tensor(_ops.all_to_all_single(rows.contiguous(), [1] * size, [1] * size, group))
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: str, size: int) -> Tensor:
-        ctx.dim, ctx.group, ctx.size = dim, group, size
-        return _all_gather(x, dim, group, size)
+    def forward(ctx: Any, rows: Tensor, group: str, size: int) -> Tensor:
+        ctx.group, ctx.size = group, size
+        return _all_gather(rows, group, size)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _reduce_scatter(grad, ctx.dim, ctx.group, ctx.size), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(grad, ctx.group, ctx.size), None, None
 
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: str, size: int) -> Tensor:
-        ctx.dim, ctx.group, ctx.size = dim, group, size
-        return _reduce_scatter(x, dim, group, size)
+    def forward(ctx: Any, rows: Tensor, group: str, size: int) -> Tensor:
+        ctx.group, ctx.size = group, size
+        return _reduce_scatter(rows, group, size)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_gather(grad, ctx.dim, ctx.group, ctx.size), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _all_gather(grad, ctx.group, ctx.size), None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -117,9 +131,9 @@ class _Sum(torch.autograd.Function):
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str, size: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, group: str, size: int) -> Tensor:
         ctx.group, ctx.size = group, size
-        return _all_to_all(x, group, size)
+        return _all_to_all(rows, group, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -128,13 +142,13 @@ class _Exchange(torch.autograd.Function):
 
 class _GatherOutput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: str, size: int, rank: int) -> Tensor:
-        ctx.dim, ctx.rank, ctx.length = dim, rank, x.shape[dim]
-        return _all_gather(x, dim, group, size)
+    def forward(ctx: Any, rows: Tensor, group: str, size: int, rank: int) -> Tensor:
+        ctx.rank, ctx.length = rank, rows.shape[0]
+        return _all_gather(rows, group, size)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return grad.narrow(ctx.dim, ctx.rank * ctx.length, ctx.length), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.narrow(0, ctx.rank * ctx.length, ctx.length), None, None, None
 
 
 class _ShareGradient(torch.autograd.Function):

@@ -14,10 +14,10 @@ MESHES = (FSDP2, HSDP, TP2, TP4, CP2, TP2_CP2, ALL)
 CASES = selected(
     [
         Case(FSDP2, "first_frame", "selective", "aot_eager", ci=True),
-        Case(TP2, "joint", ci=True),
-        Case(TP2, "reference", "selective", "aot_eager", ci=True),
-        Case(CP2, "reference", ci=True),
-        Case(CP2, "frozen_audio", "full", "aot_eager", ci=True),
+        Case(TP2, "reference", ci=True),
+        Case(TP2, "joint", "selective", "aot_eager", ci=True),
+        Case(CP2, "frozen_audio", ci=True),
+        Case(CP2, "joint", "full", "aot_eager", ci=True),
         Case(HSDP, "frozen_video", "every_k", ci=True),
         Case(TP4, "joint", "selective", ci=True),
         Case(TP2_CP2, "reference", "full", ci=True),
