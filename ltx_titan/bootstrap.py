@@ -22,7 +22,7 @@ TORCH_WITH_GPU = "torch>=2.11,<2.15"
 OLDEST_PYTHON = (3, 11)
 
 _MODULES = {
-    "": "torch torchtitan torchao pydantic tomli_w safetensors numpy tensorboard rich matplotlib",
+    "": "torch torchtitan torchao pydantic tomli_w safetensors numpy tensorboard rich yaml matplotlib",
     "preprocess": "av diffusers transformers PIL",
     "test": "pytest xdist triton",
     "lint": "ruff",
