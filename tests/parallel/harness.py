@@ -146,7 +146,7 @@ def train(
             losses[-1] += loss.item()
         if step == steps[0]:
             gradients = {name: whole(p.grad) for name, p in named(model) if p.grad is not None}
-        norms.append(clip_grad_norm_(model.parameters(), 0))
+        norms.append(clip_grad_norm_(model.named_parameters(), 0)[0])
         optimizer.step()
         optimizer.zero_grad()
         after_step()
