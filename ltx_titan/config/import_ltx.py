@@ -21,7 +21,13 @@ from ltx_titan.config.load import build_job
 from ltx_titan.config.ltx_schema import LtxJob, Table, read_ltx_job
 from ltx_titan.lora.targets import PRESETS
 
-DESCRIPTION = __doc__
+DESCRIPTION = """Turn a job of the LTX Trainer (YAML) into one of ours (TOML).
+
+Its defaults are carried over. Keys without counterpart are named on stderr with the reason; unknown ones are refused.
+
+example:
+  ltx-titan import-config i2v_lora.yaml -o i2v_lora.toml --ranks 4
+"""
 
 _WANDB = "metrics go to metrics.jsonl and TensorBoard"
 _HUB = "nothing is uploaded; the files to share are below export/"
@@ -415,7 +421,7 @@ def run(arguments: argparse.Namespace) -> int:
     imported = import_job(arguments.config.read_text(encoding="utf-8"), str(arguments.config), arguments.ranks)
     for note in imported.notes:
         print(f"{arguments.config}: {note}", file=sys.stderr)
-    text = f"# Made from {arguments.config.name} by ltx-titan import-config.\n\n{imported.toml()}"
+    text = f"# Made from {arguments.config.name} by ltx-titan import-config.\n\n{imported.toml().rstrip()}\n"
     if output is None:
         print(text, end="")
         return 0
