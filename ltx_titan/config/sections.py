@@ -170,7 +170,7 @@ class KernelsSection(Section):
     """`[kernels]`: what computes the fused operations."""
 
     backend: Literal["auto", "triton", "torch"] = "auto"
-    """`auto` takes what measured fastest on the device; `torch` is the reference."""
+    """`auto` takes what measured fastest on the device (so far `torch`, the reference); `triton` the fused kernels."""
 
 
 class LossSection(Section):
