@@ -17,13 +17,9 @@ from ltx_titan.data import read_sample, write_sample
 from ltx_titan.model import LTXTransformer
 from ltx_titan.plan import plan_job
 from ltx_titan.train import main
-from tests.jobs import read_run, train, write_dataset, write_job
+from tests.jobs import curve, read_run, train, write_dataset, write_job
 
 EXPORT = "run/export/transformer-step-{}.safetensors"
-
-
-def curve(lines: list[dict]) -> list[tuple[float, float, float, float]]:
-    return [(line["loss"], line["loss_video"], line["loss_audio"], line["grad_norm"]) for line in lines]
 
 
 @pytest.fixture(scope="module")
