@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ class Trainer:
         self.saver = self._make_saver()
         self.step, self.next_batch = self._resume()
         self.stop = StopSignal()
+        self.save_blocked_s: float | None = None  # by the newest save, until it is logged
 
     def _resume(self) -> tuple[int, int]:
         """Goes on from the newest complete checkpoint; returns the steps taken and the number of the next batch."""
@@ -151,7 +153,6 @@ class Trainer:
             rank=dist.get_rank(),
         )
         started = time.perf_counter()
-        saved_step = self.step
         try:
             with loader, profiling as before_step:
                 sums = self._new_sums()
@@ -163,25 +164,25 @@ class Trainer:
                     self.stop.ask()
                     grad_norms = self._train_step(batches, sums)
                     self.step, self.next_batch = batches.step, batches.batch_number + 1
-                    if self.step % job.training.gc_interval == 0:
+                    if _is_due(self.step, job.training.gc_interval):
                         gc.collect()
                     validated = {}
-                    if job.validation.interval and self.step % job.validation.interval == 0:
+                    if _is_due(self.step, job.validation.interval):
                         paused = time.perf_counter()
                         validated = self._validate(log)
                         started += time.perf_counter() - paused
                     is_last = self.step == plan.last_step
-                    is_due = _is_due(self.step, job.checkpoint.interval)
                     stops = self.stop.is_agreed()
-                    if is_last or is_due or stops or validated or self.step % job.metrics.interval == 0:
+                    saves = is_last or stops or _is_due(self.step, job.checkpoint.interval)
+                    if saves or validated or _is_due(self.step, job.metrics.interval):
                         # Before a save, so that weights that are not numbers never replace good ones.
                         self._log(log, sums, grad_norms, time.perf_counter() - started, validated)
                         sums, started = self._new_sums(), time.perf_counter()
-                    if is_last or is_due or stops:
+                    if saves:
                         self._save()
-                        saved_step, started = self.step, time.perf_counter()
+                        started = time.perf_counter()
                     if _is_due(self.step, job.checkpoint.export_interval) and not is_last:
-                        export_model(plan, self.model, self.step)
+                        self._export()
                         started = time.perf_counter()
                     if stops and not is_last:
                         logger.warning("stopped by a signal after step %d; the same command goes on", self.step)
@@ -190,8 +191,9 @@ class Trainer:
             log.close()
             if self.saver is not None:
                 self.saver.close()
-        assert saved_step == self.step
-        self._finish()
+        export = self._export()
+        if self.is_main:
+            report(plan, export)
 
     def _train_step(self, batches: StepBatches, sums: Sums) -> GradNorms:
         """Forward and backward of every micro-batch, then one update; returns the gradient norms before clipping."""
@@ -277,6 +279,8 @@ class Trainer:
         norm = grad_norms[0].item()
         extra = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
         extra |= bucket_means(totals[5:]) | validated
+        if self.save_blocked_s is not None:
+            extra["perf/save_blocked_s"], self.save_blocked_s = self.save_blocked_s, None
         log.log(
             StepMetrics(
                 step=self.step,
@@ -305,7 +309,7 @@ class Trainer:
         return max(self.job.checkpoint.keep_last, 0)
 
     def _make_saver(self) -> BackgroundSaver | None:
-        if not self.job.checkpoint.background:
+        if not (self.job.checkpoint.enable and self.job.checkpoint.background):
             return None
         return BackgroundSaver(self.plan.folder / "checkpoint", keep_last=self._keep_last)
 
@@ -316,6 +320,8 @@ class Trainer:
         return TrainingState(self.model, optimizers, select=select, trainer=trainer)
 
     def _save(self) -> None:
+        if not self.job.checkpoint.enable:
+            return
         batches = self.plan.batches
         position = DataPosition(
             self.next_batch * batches.global_batch_size, batches.global_batch_size, batches.fingerprint
@@ -325,22 +331,21 @@ class Trainer:
         started = time.perf_counter()
         if self.saver is not None:
             self.saver.save(self.step, state)
-            logger.info("saving step %d in the background after %.1f s", self.step, time.perf_counter() - started)
         else:
-            path = save_state(folder, self.step, state, keep_last=self._keep_last)
-            logger.info("saved %s in %.1f s", path, time.perf_counter() - started)
+            save_state(folder, self.step, state, keep_last=self._keep_last)
+        self.save_blocked_s = time.perf_counter() - started
+        how = "being written in the background" if self.saver is not None else "saved"
+        logger.info("step %d is %s; training waited %.1f s", self.step, how, self.save_blocked_s)
 
-    def _finish(self) -> None:
-        """Exports the model, draws the loss curve and says where everything is."""
-        export = None
-        if self.job.checkpoint.export:
-            export = export_model(self.plan, self.model, self.step)
-        if self.is_main:
-            report(self.plan, export)
+    def _export(self) -> Path | None:
+        """Writes the file for inference tools, if the job wants one; every rank calls it."""
+        if not (self.job.checkpoint.enable and self.job.checkpoint.export):
+            return None
+        return export_model(self.plan, self.model, self.step)
 
 
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+def _is_due(step: int, interval: int | None) -> bool:
+    return bool(interval) and step % interval == 0
 
 
 def weigh(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
@@ -381,10 +386,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
-
-def _stream(name: str) -> str:
-    return stream_of(official_name(name))
 
 
 def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:

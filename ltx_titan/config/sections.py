@@ -218,6 +218,8 @@ class SchedulerSection(Section):
 class CheckpointSection(Section):
     """`[checkpoint]`: what is kept of the run."""
 
+    enable: bool = True
+    """False keeps nothing, neither state nor export: for measuring speed."""
     interval: Annotated[int, BeforeValidator(_none_is_zero), Field(ge=0)] = 250
     """Steps between checkpoints (about 12 bytes per trained weight each); 0 saves only at the end."""
     keep_last: int = Field(2, ge=-1)
