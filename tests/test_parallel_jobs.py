@@ -27,10 +27,9 @@ def train_curve(folder, nano_path, data_root, ranks: int = 1, **settings: object
         (2, TP2),
         (2, {**CP2, "activation_checkpoint__mode": "selective"}),
         (4, {**TP2, **CP2, "activation_checkpoint__mode": "full", "activation_checkpoint__offload": True}),
-        (4, {**TP2, "activation_checkpoint__mode": "every_k", "activation_checkpoint__k": 2}),
         (1, {"parallelism__cpu_offload": True}),
     ],
-    ids=["tp2", "cp2-selective", "tp2-cp2-full-offload", "fsdp2-tp2-every2", "cpu_offload"],
+    ids=["tp2", "cp2-selective", "tp2-cp2-full-offload", "cpu_offload"],
 )
 def test_losses_and_norms_do_not_depend_on_the_mesh(tmp_path, nano_path, data_root, single_run, ranks, settings):
     actual = train_curve(tmp_path, nano_path, data_root, ranks, **settings)
@@ -47,14 +46,13 @@ def test_a_job_goes_on_under_other_degrees(tmp_path, nano_path, data_root, singl
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("base", ["float32", "int8"])
-@pytest.mark.parametrize("mesh", [TP2, CP2], ids=["tp2", "cp2"])
+@pytest.mark.parametrize(("base", "mesh"), [("float32", TP2), ("int8", TP2), ("float32", CP2)], ids=str)
 def test_lora_does_not_depend_on_the_mesh(tmp_path, nano_path, data_root, base, mesh):
-    settings = {**LORA, "lora__base_dtype": base, "training__steps": 3}
+    settings = {**LORA, "lora__base_dtype": base, "training__steps": 2}
     expected = train_curve(tmp_path / "one", nano_path, data_root, **settings)
     actual = train_curve(tmp_path / "two", nano_path, data_root, 2, **settings, **mesh)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
-    one, two = (load_file(tmp_path / run / "run/export/lora-step-3.safetensors") for run in ("one", "two"))
+    one, two = (load_file(tmp_path / run / "run/export/lora-step-2.safetensors") for run in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
         # AdamW divides by the gradient's size: an element whose gradient is almost 0 may go the other way.
