@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -195,17 +196,23 @@ class Trainer:
         if self.is_main:
             report(plan, export)
 
-    def _train_step(self, batches: StepBatches, sums: Sums) -> GradNorms:
-        """Forward and backward of every micro-batch, then one update; returns the gradient norms before clipping."""
+    def _train_step(self, batches: StepBatches, sums: Sums) -> GradNorms | None:
+        """Forward and backward of every micro-batch, then one update.
+
+        Returns:
+            The gradient norms before clipping; None where weights are updated in the backward pass, which leaves none.
+        """
         max_norm = self.job.training.max_grad_norm
         self.job.optimizer.check_step(max_grad_norm=max_norm, micro_batches=batches.num_micro_batches)
         self.optimizers.set_lr(self._learning_rate(batches.step))
         for number, micro_batch in enumerate(batches.micro_batches):
             self.dropout.set(batches.step * _MICRO_STEPS + number)
             self._forward_backward(micro_batch, sums)
-        grad_norms = clip_grad_norm_(
-            self.model.named_parameters(), max_norm, lambda name: stream_of(official_name(name))
-        )
+        grad_norms = None
+        if not self.job.optimizer.in_backward:
+            grad_norms = clip_grad_norm_(
+                self.model.named_parameters(), max_norm, lambda name: stream_of(official_name(name))
+            )
         self.optimizers.step()
         self.optimizers.zero_grad()
         if self.job.float8.all_gather:
@@ -258,7 +265,12 @@ class Trainer:
         return Sums(self.device)
 
     def _log(
-        self, log: MetricsLogger, sums: Sums, grad_norms: GradNorms, elapsed_s: float, validated: dict[str, float]
+        self,
+        log: MetricsLogger,
+        sums: Sums,
+        grad_norms: GradNorms | None,
+        elapsed_s: float,
+        validated: dict[str, float],
     ) -> None:
         """Reduces over ranks and records. The only place where a step waits for the device.
 
@@ -276,8 +288,10 @@ class Trainer:
             peak_memory = peak.item()
             reset_peak_memory(self.device)
         tflops = tflop / dist.get_world_size() / elapsed_s
-        norm = grad_norms[0].item()
-        extra = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
+        norm, extra = None, {}
+        if grad_norms is not None:
+            norm = grad_norms[0].item()
+            extra = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
         extra |= bucket_means(totals[5:]) | validated
         if self.save_blocked_s is not None:
             extra["perf/save_blocked_s"], self.save_blocked_s = self.save_blocked_s, None
@@ -297,7 +311,7 @@ class Trainer:
                 extra=extra,
             )
         )
-        if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
+        if not all(isfinite(value) for value in (loss, norm) if value is not None):
             raise FloatingPointError(
                 f"step {self.step}: loss {loss / steps}, gradient norm {norm}. Nothing was saved of it; the newest "
                 f"checkpoint is {latest_complete(self.plan.folder / 'checkpoint')}. Lower optimizer.lr, keep "
