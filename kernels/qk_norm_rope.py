@@ -24,24 +24,16 @@ from torch import Tensor
 from ltx_titan.model import ops
 from ltx_titan.model.ops import HeadShare
 from ltx_titan.model.rope import PackedRotation
-from ltx_titan_kernels.modulation_rows import Launch, divide_tokens, is_supported, with_unit_stride
+from ltx_titan_kernels.launches import Launch, divide_tokens, is_supported, operator, runnable, with_unit_stride
+from ltx_titan_kernels.modulation_rows import sum_partials
 
 reference = ops.qk_norm_rope
 """The same in plain torch operations, with angles written out per token; what the kernel is held against."""
 
 
-def forward_launch(width: int) -> Launch:
-    """Launch of the forward kernel at this inner width."""
-    return Launch(warps=_warps(width), programs=4, stages=1)
-
-
-def backward_launch(width: int) -> Launch:
-    """Launch of the backward kernel at this inner width."""
-    return Launch(warps=min(16, 2 * _warps(width)), programs=1, stages=1)
-
-
-def _warps(width: int) -> int:
-    return min(16, max(1, triton.next_power_of_2(width) // 512))
+FORWARD = Launch(warps=8, programs=4, stages=1)
+BACKWARD = Launch(warps=16, programs=1, stages=1)
+"""Launches at inner width 4096."""
 
 
 @triton.jit
@@ -166,7 +158,7 @@ def launch_forward(
     Returns:
         Queries [B, S, D], keys [B, T, D], and their 1 / rms, [B, S] and [B, T] float32.
     """
-    launch = launch or forward_launch(q.shape[-1])
+    launch = launch or FORWARD.at(q.shape[-1])
     q, k = with_unit_stride(q), with_unit_stride(k)
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     rstds = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (q, k)]
@@ -181,7 +173,7 @@ def launch_forward(
         rstds,
         strict=True,
     )
-    _qk_norm_rope_forward_kernel[grid](
+    runnable(_qk_norm_rope_forward_kernel, q)[grid](
         *(tensor for tensors in inputs for tensor in tensors),
         q.shape[1],
         k.shape[1],
@@ -270,8 +262,9 @@ def _backward_token(
 
 @triton.jit
 def _qk_norm_rope_backward_kernel(
-    q_grad_ptr, q_ptr, q_rstd_ptr, q_weight_ptr, q_table_ptr, q_rows_ptr, dq_ptr, q_dsum_ptr, q_partial_ptr,
-    k_grad_ptr, k_ptr, k_rstd_ptr, k_weight_ptr, k_table_ptr, k_rows_ptr, dk_ptr, k_dsum_ptr, k_partial_ptr,
+    q_grad_ptr, q_ptr, q_rstd_ptr, q_weight_ptr, q_table_ptr, q_rows_ptr, dq_ptr, q_dsum_ptr,
+    k_grad_ptr, k_ptr, k_rstd_ptr, k_weight_ptr, k_table_ptr, k_rows_ptr, dk_ptr, k_dsum_ptr,
+    partial_ptr, written_ptr,
     q_tokens, k_tokens, q_programs, tokens_per_program,
     q_grad_stride_b, q_grad_stride_s, k_grad_stride_b, k_grad_stride_s,
     q_stride_b, q_stride_s, k_stride_b, k_stride_s, first_pair, pad, width,
@@ -293,6 +286,7 @@ def _qk_norm_rope_backward_kernel(
     sin = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
     dw1 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
     dw2 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    partial_ptr += (batch * tl.num_programs(0) + program) * 2 * D
     if SHARED or program < q_programs:
         first = program * tokens_per_program
         w1 = tl.load(q_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -319,15 +313,10 @@ def _qk_norm_rope_backward_kernel(
                     v1, v2, dv1, dv2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
                 )  # fmt: skip
         if SHARED:
-            k_partial_ptr += (batch * q_programs + program) * D
-            tl.store(k_partial_ptr + cols, dv1, mask=inside)
-            tl.store(k_partial_ptr + cols + HALF, dv2, mask=inside)
-        q_partial_ptr += (batch * q_programs + program) * D
-        tl.store(q_partial_ptr + cols, dw1, mask=inside)
-        tl.store(q_partial_ptr + cols + HALF, dw2, mask=inside)
+            tl.store(partial_ptr + D + cols, dv1, mask=inside)
+            tl.store(partial_ptr + D + cols + HALF, dv2, mask=inside)
     else:
-        program -= q_programs
-        first = program * tokens_per_program
+        first = (program - q_programs) * tokens_per_program
         w1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         w2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
         for token in tl.range(first, tl.minimum(first + tokens_per_program, k_tokens), num_stages=STAGES):
@@ -340,9 +329,11 @@ def _qk_norm_rope_backward_kernel(
                 k_ptr + batch * k_stride_b + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D, k_dsum_ptr + at,
                 w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
             )  # fmt: skip
-        k_partial_ptr += (batch * (tl.num_programs(0) - q_programs) + program) * D
-        tl.store(k_partial_ptr + cols, dw1, mask=inside)
-        tl.store(k_partial_ptr + cols + HALF, dw2, mask=inside)
+        partial_ptr += D
+    tl.store(partial_ptr + cols, dw1, mask=inside)
+    tl.store(partial_ptr + cols + HALF, dw2, mask=inside)
+    if not SHARED:
+        tl.store(written_ptr + batch * tl.num_programs(0) + program, tl.where(program < q_programs, 1, 2))
 
 
 def launch_backward(
@@ -362,17 +353,20 @@ def launch_backward(
     """Runs the backward kernel; arguments as in `launch_forward`, `rstds` from it, `grads` of its two outputs.
 
     Returns:
-        dq, dk, the weight gradients [D] float32 of queries and of keys, and, where the sums of squares came from
+        dq, dk, the weight gradients [2, D] float32 of queries and of keys, and, where the sums of squares came from
         outside, their gradients [B, S] and [B, T] float32.
     """
-    launch = launch or backward_launch(q.shape[-1])
+    launch = launch or BACKWARD.at(q.shape[-1])
     q, k = with_unit_stride(q), with_unit_stride(k)
     grads = [with_unit_stride(grad) for grad in grads]
     grid, programs, tokens, shape = _divide(q, k, tables, rows, head_dim, launch)
     dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     dsums = [torch.empty_like(rstd) for rstd in rstds] if is_summed else []
-    counts = (programs, programs if len(tables) == 1 else grid[0] - programs)
-    partials = [q.new_empty((q.shape[0], count, q.shape[-1]), dtype=torch.float32) for count in counts]
+    # Where queries and keys have programs of their own, one of the two slots of a program stays unwritten.
+    is_shared = len(tables) == 1
+    slots = (1, 2) if is_shared else (2, 1)
+    partial = q.new_empty((q.shape[0], grid[0], *slots, q.shape[-1]), dtype=torch.float32)
+    written = None if is_shared else q.new_empty((q.shape[0], grid[0]), dtype=torch.int32)
     inputs = zip(
         grads,
         (q, k),
@@ -382,11 +376,12 @@ def launch_backward(
         _both(rows, q),
         dxs,
         dsums or rstds,
-        partials,
         strict=True,
     )
-    _qk_norm_rope_backward_kernel[grid](
+    runnable(_qk_norm_rope_backward_kernel, q)[grid](
         *(tensor for tensors in inputs for tensor in tensors),
+        partial,
+        partial if written is None else written,
         q.shape[1],
         k.shape[1],
         programs,
@@ -399,10 +394,18 @@ def launch_backward(
         launch.stages,
         num_warps=launch.warps,
     )
-    return [*dxs, *(partial.sum((0, 1)) for partial in partials), *dsums]
+    d_weights = sum_partials(partial, written).flatten(1, 2).sum(0)
+    return [*dxs, d_weights, *dsums]
 
 
-@torch.library.custom_op("ltx_titan::qk_norm_rope", mutates_args=())
+def _fake_forward(q, k, weights, tables, rows, sums, head_dim, width, first_head, eps):
+    return [
+        *(x.new_empty(x.shape) for x in (q, k)),
+        *(x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k)),
+    ]
+
+
+@operator("qk_norm_rope", _fake_forward)
 def _forward_op(
     q: Tensor,
     k: Tensor,
@@ -418,15 +421,15 @@ def _forward_op(
     return launch_forward(q, k, weights, tables, rows, sums, head_dim, width, first_head, eps)
 
 
-@_forward_op.register_fake
-def _(q, k, weights, tables, rows, sums, head_dim, width, first_head, eps):
+def _fake_backward(grads, q, k, rstds, weights, tables, rows, is_summed, head_dim, width, first_head):
     return [
         *(x.new_empty(x.shape) for x in (q, k)),
-        *(x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k)),
+        q.new_empty((2, q.shape[-1]), dtype=torch.float32),
+        *(rstd.new_empty(rstd.shape) for rstd in rstds if is_summed),
     ]
 
 
-@torch.library.custom_op("ltx_titan::qk_norm_rope_backward", mutates_args=())
+@operator("qk_norm_rope_backward", _fake_backward)
 def _backward_op(
     grads: list[Tensor],
     q: Tensor,
@@ -443,15 +446,6 @@ def _backward_op(
     return launch_backward(grads, q, k, rstds, weights, tables, rows, is_summed, head_dim, width, first_head)
 
 
-@_backward_op.register_fake
-def _(grads, q, k, rstds, weights, tables, rows, is_summed, head_dim, width, first_head):
-    return [
-        *(x.new_empty(x.shape) for x in (q, k)),
-        *(x.new_empty(x.shape[-1], dtype=torch.float32) for x in (q, k)),
-        *(rstd.new_empty(rstd.shape) for rstd in rstds if is_summed),
-    ]
-
-
 def _setup_context(ctx, inputs, output) -> None:
     q, k, weights, tables, rows, sums, *ctx.sizes, _ = inputs
     ctx.save_for_backward(q, k, *output[2:], *weights, *tables, *rows)
@@ -464,10 +458,10 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple:
     q, k, *rest = ctx.saved_tensors
     rstds, weights, rest = rest[:2], rest[2:4], rest[4:]
     tables, rows = rest[: ctx.tables], rest[ctx.tables :]
-    dq, dk, *others = _backward_op(grads[:2], q, k, rstds, weights, tables, rows, ctx.is_summed, *ctx.sizes)
-    d_weights = [d.to(weight.dtype) for d, weight in zip(others[:2], weights, strict=True)]
+    dq, dk, d_weights, *d_sums = _backward_op(grads[:2], q, k, rstds, weights, tables, rows, ctx.is_summed, *ctx.sizes)
+    d_weights = [d.to(weight.dtype) for d, weight in zip(d_weights.unbind(0), weights, strict=True)]
     nothing = [None] * ctx.tables
-    return dq, dk, d_weights, nothing, nothing, others[2:], None, None, None, None
+    return dq, dk, d_weights, nothing, nothing, d_sums, None, None, None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_setup_context)

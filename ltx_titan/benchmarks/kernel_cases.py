@@ -15,7 +15,7 @@ from ltx_titan.model import ops
 from ltx_titan.model.ops import Row
 from ltx_titan.model.rope import distinct_coordinates, rotary_tables
 from ltx_titan_kernels import gated_residual_norm, qk_norm_rope, rms_norm_modulate
-from ltx_titan_kernels.modulation_rows import Launch
+from ltx_titan_kernels.launches import Launch
 
 HEADS = 32
 EPS = 1e-6
@@ -104,8 +104,8 @@ def _norm_modulate(inputs: _Inputs, rows: int) -> KernelCase:
         leaves=leaves,
         launch_forward=partial(rms_norm_modulate.launch_forward, x, scale, shift, scale_table, shift_table, index, EPS),
         launch_backward=partial(rms_norm_modulate.launch_backward, grad, x, rstd, scale, scale_table, index),
-        default_forward=rms_norm_modulate.forward_launch(inputs.width),
-        default_backward=rms_norm_modulate.backward_launch(inputs.width),
+        default_forward=rms_norm_modulate.FORWARD.at(inputs.width),
+        default_backward=rms_norm_modulate.BACKWARD.at(inputs.width),
         forward_bytes=inputs.bytes(2),
         backward_bytes=inputs.bytes(3),
     )
@@ -141,8 +141,8 @@ def _residual_norm(inputs: _Inputs, norms: int, rows: int) -> KernelCase:
         leaves=leaves,
         launch_forward=partial(gated_residual_norm.launch_forward, x, y, row_list, tables, index, EPS),
         launch_backward=partial(gated_residual_norm.launch_backward, grads, saved, y, scales, scale_tables, index),
-        default_forward=gated_residual_norm.forward_launch(inputs.width),
-        default_backward=gated_residual_norm.backward_launch(inputs.width),
+        default_forward=gated_residual_norm.FORWARD[norms].at(inputs.width),
+        default_backward=gated_residual_norm.BACKWARD[norms].at(inputs.width),
         forward_bytes=inputs.bytes(3 + norms),
         # dr, dh, r, y in; dx, dy out. Without a norm dx is dr and r is not read.
         backward_bytes=inputs.bytes(5 + norms if norms else 3),
@@ -193,8 +193,8 @@ def _qk(inputs: _Inputs, axes: int, k_tokens: int | None) -> KernelCase:
         launch_backward=partial(
             qk_norm_rope.launch_backward, grads, q, k, [q_rstd, k_rstd], weights, *rotation, False, *sizes
         ),
-        default_forward=qk_norm_rope.forward_launch(inputs.width),
-        default_backward=qk_norm_rope.backward_launch(inputs.width),
+        default_forward=qk_norm_rope.FORWARD.at(inputs.width),
+        default_backward=qk_norm_rope.BACKWARD.at(inputs.width),
         forward_bytes=2 * moved,
         backward_bytes=3 * moved,
     )
