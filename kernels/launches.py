@@ -23,7 +23,8 @@ MAX_ROWS = 31
 # A row lives in the registers of one program.
 MAX_WIDTH = 16384
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Few tokens (audio): fewer programs, so that the partial sums stay small beside the tensors themselves.
+# A program reads rows and weights once; below this they would cost as much as the tokens. Where there are not even as
+# many tokens as multiprocessors (audio), each is done at once.
 _LEAST_TOKENS = 4
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -58,8 +59,9 @@ class Walk:
 def divide_tokens(x: Tensor, programs_per_multiprocessor: int) -> Walk:
     """Spreads the tokens of `x` [B, S, D] evenly over about as many programs as the device runs at once."""
     batch, tokens = x.shape[:2]
-    wanted = max(1, _multiprocessors(x.device) * programs_per_multiprocessor // batch)
-    each = max(min(_LEAST_TOKENS, tokens), triton.cdiv(tokens, wanted))
+    multiprocessors = _multiprocessors(x.device)
+    wanted = max(1, multiprocessors * programs_per_multiprocessor // batch)
+    each = max(min(_LEAST_TOKENS, triton.cdiv(batch * tokens, multiprocessors)), triton.cdiv(tokens, wanted))
     return Walk(triton.cdiv(tokens, each), each)
 
 

@@ -31,9 +31,15 @@ reference = ops.qk_norm_rope
 """The same in plain torch operations, with angles written out per token; what the kernel is held against."""
 
 
-FORWARD = Launch(warps=8, programs=4, stages=1)
-BACKWARD = Launch(warps=16, programs=1, stages=1)
-"""Launches at inner width 4096."""
+FORWARD = Launch(warps=8, programs=4, stages=2)
+FORWARD_WITHOUT_ROTATION = Launch(warps=4, programs=32, stages=2)
+BACKWARD = Launch(warps=8, programs=1, stages=3)
+"""Launches at inner width 4096, the fastest measured on an H100 (docs/benchmarks)."""
+
+
+def forward_launch(width: int, is_rotated: bool) -> Launch:
+    """Launch of the forward kernel at this inner width."""
+    return (FORWARD if is_rotated else FORWARD_WITHOUT_ROTATION).at(width)
 
 
 @triton.jit
@@ -51,15 +57,32 @@ def _angles(table_ptr, rows_ptr, rows_stride, axis, frequency, is_turned, ROW: t
 
 
 @triton.jit
-def _norm_rotate_token(
-    x_ptr, sum_squares_ptr, out_ptr, rstd_ptr, w1, w2, cos, sin, cols, inside, width, eps,
-    HALF: tl.constexpr, SUMMED: tl.constexpr, ROTATED: tl.constexpr,
-):  # fmt: skip
-    """One token of one tensor; `cols` are the channels of the first half of each head."""
-    x1 = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
-    squares = tl.load(sum_squares_ptr) if SUMMED else tl.sum(tl.sum(x1 * x1 + x2 * x2, 1), 0)
-    rstd = tl.rsqrt(squares / width + eps)
+def _add_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _sum_of_each(a, b):
+    """Sums of all elements of two tensors, in one reduction: threads wait for each other once."""
+    a = tl.reshape(a, [a.numel], can_reorder=True)
+    b = tl.reshape(b, [b.numel], can_reorder=True)
+    return tl.reduce((a, b), 0, _add_pairs)
+
+
+@triton.jit
+def _sum_of(a):
+    return tl.sum(tl.reshape(a, [a.numel], can_reorder=True), 0)
+
+
+@triton.jit
+def _load_halves(ptr, cols, inside, HALF: tl.constexpr):
+    """First and second halves of all heads [heads, K / 2], float32; `cols` are the channels of the first."""
+    first = tl.load(ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    return first, tl.load(ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_turned(out_ptr, x1, x2, rstd, w1, w2, cos, sin, cols, inside, HALF: tl.constexpr, ROTATED: tl.constexpr):
     z1 = x1 * rstd * w1
     z2 = x2 * rstd * w2
     o1, o2 = z1, z2
@@ -68,7 +91,28 @@ def _norm_rotate_token(
         o2 = z2 * cos + z1 * sin
     tl.store(out_ptr + cols, o1.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(out_ptr + cols + HALF, o2.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(rstd_ptr, rstd)
+
+
+@triton.jit
+def _forward_alone(
+    x_ptr, weight_ptr, sum_ptr, table_ptr, rows_ptr, out_ptr, rstd_ptr,
+    batch, first, tokens_per_program, tokens, stride_s, width, eps, cols, inside, axis, frequency, is_turned,
+    D: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, AXES: tl.constexpr, ROTATED: tl.constexpr,
+    SUMMED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program's tokens of queries or of keys, where they do not share their angles."""
+    w1, w2 = _load_halves(weight_ptr, cols, inside, HALF)
+    cos, sin = w1, w2
+    for token in tl.range(first, tl.minimum(first + tokens_per_program, tokens), num_stages=STAGES):
+        at = batch * tokens + token
+        x1, x2 = _load_halves(x_ptr + token * stride_s, cols, inside, HALF)
+        if ROTATED:
+            angle_rows_ptr = rows_ptr + batch * AXES * tokens + token
+            cos, sin = _angles(table_ptr, angle_rows_ptr, tokens, axis, frequency, is_turned, ROW, AXES)
+        squares = tl.load(sum_ptr + at) if SUMMED else _sum_of(x1 * x1 + x2 * x2)
+        rstd = tl.rsqrt(squares / width + eps)
+        _store_turned(out_ptr + at * D, x1, x2, rstd, w1, w2, cos, sin, cols, inside, HALF, ROTATED)
+        tl.store(rstd_ptr + at, rstd)
 
 
 @triton.jit
@@ -91,42 +135,40 @@ def _qk_norm_rope_forward_kernel(
     is_turned = inside & (pair >= 0)
     axis = pair % AXES
     frequency = pair // AXES
-    cos = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-    sin = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-    if SHARED or program < q_programs:
+    if SHARED:
         first = program * tokens_per_program
-        w1 = tl.load(q_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        w2 = tl.load(q_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
-        if SHARED:
-            v1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-            v2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+        w1, w2 = _load_halves(q_weight_ptr, cols, inside, HALF)
+        v1, v2 = _load_halves(k_weight_ptr, cols, inside, HALF)
         for token in tl.range(first, tl.minimum(first + tokens_per_program, q_tokens), num_stages=STAGES):
             at = batch * q_tokens + token
-            if ROTATED:
-                rows_ptr = q_rows_ptr + batch * AXES * q_tokens + token
-                cos, sin = _angles(q_table_ptr, rows_ptr, q_tokens, axis, frequency, is_turned, ROW, AXES)
-            _norm_rotate_token(
-                q_ptr + batch * q_stride_b + token * q_stride_s, q_sum_ptr + at, q_out_ptr + at * D, q_rstd_ptr + at,
-                w1, w2, cos, sin, cols, inside, width, eps, HALF, SUMMED, ROTATED,
-            )  # fmt: skip
-            if SHARED:
-                _norm_rotate_token(
-                    k_ptr + batch * k_stride_b + token * k_stride_s, k_sum_ptr + at, k_out_ptr + at * D,
-                    k_rstd_ptr + at, v1, v2, cos, sin, cols, inside, width, eps, HALF, SUMMED, ROTATED,
-                )  # fmt: skip
+            # Everything is fetched before anything waits; the angles come last, for they need two fetches in a row.
+            x1, x2 = _load_halves(q_ptr + batch * q_stride_b + token * q_stride_s, cols, inside, HALF)
+            y1, y2 = _load_halves(k_ptr + batch * k_stride_b + token * k_stride_s, cols, inside, HALF)
+            rows_ptr = q_rows_ptr + batch * AXES * q_tokens + token
+            cos, sin = _angles(q_table_ptr, rows_ptr, q_tokens, axis, frequency, is_turned, ROW, AXES)
+            if SUMMED:
+                q_squares = tl.load(q_sum_ptr + at)
+                k_squares = tl.load(k_sum_ptr + at)
+            else:
+                q_squares, k_squares = _sum_of_each(x1 * x1 + x2 * x2, y1 * y1 + y2 * y2)
+            q_rstd = tl.rsqrt(q_squares / width + eps)
+            k_rstd = tl.rsqrt(k_squares / width + eps)
+            _store_turned(q_out_ptr + at * D, x1, x2, q_rstd, w1, w2, cos, sin, cols, inside, HALF, True)
+            _store_turned(k_out_ptr + at * D, y1, y2, k_rstd, v1, v2, cos, sin, cols, inside, HALF, True)
+            tl.store(q_rstd_ptr + at, q_rstd)
+            tl.store(k_rstd_ptr + at, k_rstd)
+    elif program < q_programs:
+        _forward_alone(
+            q_ptr + batch * q_stride_b, q_weight_ptr, q_sum_ptr, q_table_ptr, q_rows_ptr, q_out_ptr, q_rstd_ptr,
+            batch, program * tokens_per_program, tokens_per_program, q_tokens, q_stride_s, width, eps,
+            cols, inside, axis, frequency, is_turned, D, HALF, ROW, AXES, ROTATED, SUMMED, STAGES,
+        )  # fmt: skip
     else:
-        first = (program - q_programs) * tokens_per_program
-        w1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        w2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
-        for token in tl.range(first, tl.minimum(first + tokens_per_program, k_tokens), num_stages=STAGES):
-            at = batch * k_tokens + token
-            if ROTATED:
-                rows_ptr = k_rows_ptr + batch * AXES * k_tokens + token
-                cos, sin = _angles(k_table_ptr, rows_ptr, k_tokens, axis, frequency, is_turned, ROW, AXES)
-            _norm_rotate_token(
-                k_ptr + batch * k_stride_b + token * k_stride_s, k_sum_ptr + at, k_out_ptr + at * D, k_rstd_ptr + at,
-                w1, w2, cos, sin, cols, inside, width, eps, HALF, SUMMED, ROTATED,
-            )  # fmt: skip
+        _forward_alone(
+            k_ptr + batch * k_stride_b, k_weight_ptr, k_sum_ptr, k_table_ptr, k_rows_ptr, k_out_ptr, k_rstd_ptr,
+            batch, (program - q_programs) * tokens_per_program, tokens_per_program, k_tokens, k_stride_s, width, eps,
+            cols, inside, axis, frequency, is_turned, D, HALF, ROW, AXES, ROTATED, SUMMED, STAGES,
+        )  # fmt: skip
 
 
 def launch_forward(
@@ -158,7 +200,7 @@ def launch_forward(
     Returns:
         Queries [B, S, D], keys [B, T, D], and their 1 / rms, [B, S] and [B, T] float32.
     """
-    launch = launch or FORWARD.at(q.shape[-1])
+    launch = launch or forward_launch(q.shape[-1], bool(tables))
     q, k = with_unit_stride(q), with_unit_stride(k)
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     rstds = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (q, k)]
@@ -249,7 +291,7 @@ def _backward_token(
     dw2 += d2 * n2
     d1 *= w1
     d2 *= w2
-    mean = tl.sum(tl.sum(d1 * n1 + d2 * n2, 1), 0) / width
+    mean = _sum_of(d1 * n1 + d2 * n2) / width
     if SUMMED:
         tl.store(dsum_ptr, -0.5 * rstd * rstd * mean)
     else:

@@ -98,15 +98,16 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     }
     if device.type == "cuda":
         row["compile_s"] = compile_s
-        many, one = _profile(model, LAYERS), _profile(model, 1)
+        (many, many_launches), (one, one_launches) = _profile(model, LAYERS), _profile(model, 1)
         many.subtract(one)
+        row["launches"] = (many_launches - one_launches) / (LAYERS - 1)
         per_layer = {name: ms / (LAYERS - 1) for name, ms in many.items()}
         kinds: Counter[str] = Counter()
         for name, ms in per_layer.items():
             kinds[_kind(name)] += ms
         row["kernel_ms"] = {**kinds, "sum": sum(kinds.values())}
         row["host_gap"] = 1 - sum(kinds.values()) / layer_ms
-        row["largest_kernels_ms"] = dict(sorted(per_layer.items(), key=lambda item: -item[1])[:40])
+        row["largest_kernels_ms"] = dict(sorted(per_layer.items(), key=lambda item: -item[1])[:100])
     return row
 
 
@@ -131,8 +132,8 @@ def _time_steps(model: BlockModel, count: int, device: torch.device) -> tuple[li
     return times, peak, host
 
 
-def _profile(model: BlockModel, count: int) -> Counter[str]:
-    """Milliseconds of every kernel in one step."""
+def _profile(model: BlockModel, count: int) -> tuple[Counter[str], int]:
+    """Milliseconds of every kernel in one step, and the number of launches."""
     for parameter in model.parameters():
         parameter.grad = None
     torch.cuda.synchronize()
@@ -140,10 +141,12 @@ def _profile(model: BlockModel, count: int) -> Counter[str]:
         model.step(count)
         torch.cuda.synchronize()
     found: Counter[str] = Counter()
+    launches = 0
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             found[event.name] += event.time_range.elapsed_us() / 1e3
-    return found
+            launches += 1
+    return found, launches
 
 
 def _kind(kernel: str) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ltx_titan.benchmarks.kernel_cases import CASES, KernelCase, make_case
 from ltx_titan.benchmarks.measure import copy_bandwidth, environment, input_sets, time_ms, write_rows
-from ltx_titan.benchmarks.turns import in_turns
+from ltx_titan.benchmarks.turns import device_alone, in_turns
 from ltx_titan_kernels.launches import Launch
 
 DESCRIPTION = __doc__
@@ -34,7 +34,7 @@ SWEEP_TOKENS = (4_032, 16_128)
 # Two timesteps take the launch of one; at 2048 only queries and keys between the streams are as long as the video.
 SWEPT = {
     4096: ("norm_modulate", "residual_norm", "residual_norm, 2 norms", "residual", "qk_norm_rope", "qk_norm, text"),
-    2048: ("qk_norm_rope, 1 axis",),
+    2048: ("qk_norm_rope, audio keys",),
 }
 # At width 4096: warps, programs per multiprocessor, stages.
 LAUNCHES = {
@@ -249,7 +249,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the parts and prints the tables."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
-    copy = copy_bandwidth(device)
+    with device_alone():
+        copy = copy_bandwidth(device)
     common = {**environment(device), "copy_gb_s": copy / 1e9}
     print(f"{common['device']}, torch {common['torch']}: copy {copy / 1e12:.2f} TB/s", flush=True)
     wishes = [
