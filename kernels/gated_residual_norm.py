@@ -324,8 +324,8 @@ def launch_backward(
         launch: overrides the choice, to measure it.
 
     Returns:
-        dy, the row gradients [B, K, 1 + 2 n, D] float32 in the order gate, scale, shift, ..., and dx where there is a
-        norm (without one it is dr).
+        dy, the gradients of embeddings [B, K, 1 + 2 n, D] and of tables [1 + 2 n, D] in the order gate, scale, shift,
+        ..., and dx where there is a norm (without one it is dr).
     """
     batch, tokens, width = y.shape
     norms = len(rows) - 1
@@ -372,8 +372,8 @@ def launch_backward(
         launch.stages,
         num_warps=launch.warps,
     )
-    d_rows = sum_partials(partial, written if is_indexed else None)
-    return [dy, d_rows] if dx is None else [dy, d_rows, dx]
+    d_rows = sum_partials(partial, written if is_indexed else None, rows[0].dtype, tables[0].dtype)
+    return [dy, *d_rows] if dx is None else [dy, *d_rows, dx]
 
 
 def _fake_forward(x, y, rows, tables, index, eps):
@@ -392,8 +392,9 @@ def _forward_op(
 def _fake_backward(grads, saved, y, rows, tables, index):
     norms = len(rows) - 1
     k = rows[-1].shape[1]
-    d_rows = y.new_empty((y.shape[0], k, 1 + 2 * norms, y.shape[2]), dtype=torch.float32)
-    return [y.new_empty(y.shape), d_rows, y.new_empty(y.shape)] if norms else [y.new_empty(y.shape), d_rows]
+    d_rows = rows[0].new_empty((y.shape[0], k, 1 + 2 * norms, y.shape[2]))
+    d_tables = tables[0].new_empty((1 + 2 * norms, y.shape[2]))
+    return [y.new_empty(y.shape), d_rows, d_tables, *([y.new_empty(y.shape)] if norms else [])]
 
 
 @operator("gated_residual_norm_backward", _fake_backward)
@@ -426,9 +427,9 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple:
     index, y, *rest = ctx.saved_tensors
     saved, rest = rest[: 2 * (norms > 0)], rest[2 * (norms > 0) :]
     rows, tables = rest[: 1 + norms], rest[1 + norms :]
-    dy, d_rows, *dx = _backward_op(grads[: 1 + norms], saved, y, rows, tables, index)
+    dy, d_rows, d_tables, *dx = _backward_op(grads[: 1 + norms], saved, y, rows, tables, index)
+    d_tables = [g.to(dtype) for g, (_, dtype) in zip(d_tables.unbind(0), ctx.dtypes, strict=True)]
     gradients = list(d_rows.unbind(2))
-    d_tables = [g.sum((0, 1)).to(dtype) for g, (_, dtype) in zip(gradients, ctx.dtypes, strict=True)]
     if ctx.single_gate:
         gradients[0] = gradients[0].sum(1, keepdim=True)
     d_rows = [g.to(dtype) for g, (dtype, _) in zip(gradients, ctx.dtypes, strict=True)]

@@ -45,7 +45,10 @@ class Launch:
 
     def at(self, width: int) -> "Launch":
         """The same for another width, given that this is the launch at 4096: as many channels in each thread."""
-        return Launch(min(16, max(1, self.warps * triton.next_power_of_2(width) // 4096)), self.programs, self.stages)
+        padded = triton.next_power_of_2(width)
+        return Launch(
+            min(16, max(1, self.warps * padded // 4096)), max(1, self.programs * 4096 // max(padded, 512)), self.stages
+        )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ a slot of its own: partial sums [B, programs, K, n, D]. A bit per slot says whet
 needs clearing. A second small kernel adds the programs in a fixed order: no atomics, the same bits on every run.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,59 +52,73 @@ def store_partial(slot_ptr, value, cols, inside, is_written):
 def _sum_partials_kernel(
     partial_ptr,
     written_ptr,
-    out_ptr,
+    rows_ptr,
+    table_ptr,
+    batch,
     programs,
     K,
     width,
     BLOCK_PROGRAMS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
+    WITH_ROWS: tl.constexpr,
 ):
-    batch = tl.program_id(1) // K
-    k = tl.program_id(1) % K
     cols = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = cols < width
-    total = tl.zeros([BLOCK_WIDTH], tl.float32)
-    for start in range(0, programs, BLOCK_PROGRAMS):
-        program = start + tl.arange(0, BLOCK_PROGRAMS)
-        is_written = program < programs
-        if MASKED:
-            written = tl.load(written_ptr + batch * programs + program, mask=is_written, other=0)
-            is_written = ((written >> k) & 1) != 0
-        slots = ((batch * programs + program) * K + k) * width
-        values = tl.load(
-            partial_ptr + slots[:, None] + cols[None, :], mask=is_written[:, None] & inside[None, :], other=0.0
-        )
-        total += tl.sum(values, 0)
-    tl.store(out_ptr + (batch * K + k) * width + cols, total, mask=inside)
+    of_table = tl.zeros([BLOCK_WIDTH], tl.float32)
+    for row in range(0, batch * K):
+        sample = row // K
+        k = row % K
+        of_row = tl.zeros([BLOCK_WIDTH], tl.float32)
+        for start in range(0, programs, BLOCK_PROGRAMS):
+            program = start + tl.arange(0, BLOCK_PROGRAMS)
+            is_written = program < programs
+            if MASKED:
+                written = tl.load(written_ptr + sample * programs + program, mask=is_written, other=0)
+                is_written = ((written >> k) & 1) != 0
+            slots = ((sample * programs + program) * K + k) * width
+            values = tl.load(
+                partial_ptr + slots[:, None] + cols[None, :], mask=is_written[:, None] & inside[None, :], other=0.0
+            )
+            of_row += tl.sum(values, 0)
+        if WITH_ROWS:
+            tl.store(rows_ptr + row * width + cols, of_row.to(rows_ptr.dtype.element_ty), mask=inside)
+        of_table += of_row
+    tl.store(table_ptr + cols, of_table.to(table_ptr.dtype.element_ty), mask=inside)
 
 
-def sum_partials(partial: Tensor, written: Tensor | None) -> Tensor:
-    """Adds partial sums over programs.
+def sum_partials(
+    partial: Tensor, written: Tensor | None, rows_dtype: torch.dtype | None, table_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """Adds partial sums over programs, in float32, to the gradients of embeddings and tables in their own dtypes.
 
     Args:
         partial: [B, programs, K, n, D] float32; slots that were not written hold anything.
         written: [B, programs] int32, bit k set where slot k was written; None where all were.
+        rows_dtype: of the embeddings; None where there are none.
+        table_dtype: of the tables.
 
     Returns:
-        [B, K, n, D] float32.
+        Per sample and row [B, K, n, D], None where there are no embeddings, and in all [n, D].
     """
     batch, programs, k, n, width = partial.shape
-    out = partial.new_empty((batch, k, n, width))
+    rows = None if rows_dtype is None else partial.new_empty((batch, k, n, width), dtype=rows_dtype)
+    table = partial.new_empty((n, width), dtype=table_dtype)
     # Narrow columns: there must be enough programs to fill the device, and each should fetch all it adds at once.
     block_width = 32
-    grid = (triton.cdiv(n * width, block_width), batch * k)
-    block_programs = min(128, triton.next_power_of_2(programs))
-    runnable(_sum_partials_kernel, partial)[grid](
+    runnable(_sum_partials_kernel, partial)[(triton.cdiv(n * width, block_width),)](
         partial,
         partial if written is None else written,
-        out,
+        table if rows is None else rows,
+        table,
+        batch,
         programs,
         k,
         n * width,
-        block_programs,
+        min(128, triton.next_power_of_2(programs)),
         block_width,
         written is not None,
+        rows is not None,
         num_warps=4,
     )
-    return out
+    return rows, table

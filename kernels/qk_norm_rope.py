@@ -31,7 +31,7 @@ reference = ops.qk_norm_rope
 """The same in plain torch operations, with angles written out per token; what the kernel is held against."""
 
 
-FORWARD = Launch(warps=8, programs=4, stages=2)
+FORWARD = Launch(warps=8, programs=1, stages=3)
 FORWARD_WITHOUT_ROTATION = Launch(warps=4, programs=32, stages=2)
 BACKWARD = Launch(warps=8, programs=1, stages=3)
 """Launches at inner width 4096, the fastest measured on an H100 (docs/benchmarks)."""
@@ -306,7 +306,7 @@ def _backward_token(
 def _qk_norm_rope_backward_kernel(
     q_grad_ptr, q_ptr, q_rstd_ptr, q_weight_ptr, q_table_ptr, q_rows_ptr, dq_ptr, q_dsum_ptr,
     k_grad_ptr, k_ptr, k_rstd_ptr, k_weight_ptr, k_table_ptr, k_rows_ptr, dk_ptr, k_dsum_ptr,
-    partial_ptr, written_ptr,
+    partial_ptr,
     q_tokens, k_tokens, q_programs, tokens_per_program,
     q_grad_stride_b, q_grad_stride_s, k_grad_stride_b, k_grad_stride_s,
     q_stride_b, q_stride_s, k_stride_b, k_stride_s, first_pair, pad, width,
@@ -328,6 +328,7 @@ def _qk_norm_rope_backward_kernel(
     sin = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
     dw1 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
     dw2 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    nothing = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
     partial_ptr += (batch * tl.num_programs(0) + program) * 2 * D
     if SHARED or program < q_programs:
         first = program * tokens_per_program
@@ -354,9 +355,15 @@ def _qk_norm_rope_backward_kernel(
                     k_ptr + batch * k_stride_b + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D, k_dsum_ptr + at,
                     v1, v2, dv1, dv2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
                 )  # fmt: skip
+        tl.store(partial_ptr + cols, dw1, mask=inside)
+        tl.store(partial_ptr + cols + HALF, dw2, mask=inside)
         if SHARED:
             tl.store(partial_ptr + D + cols, dv1, mask=inside)
             tl.store(partial_ptr + D + cols + HALF, dv2, mask=inside)
+        else:
+            # The other's part of the sums.
+            tl.store(partial_ptr + D + cols, nothing, mask=inside)
+            tl.store(partial_ptr + D + cols + HALF, nothing, mask=inside)
     else:
         first = (program - q_programs) * tokens_per_program
         w1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -371,11 +378,10 @@ def _qk_norm_rope_backward_kernel(
                 k_ptr + batch * k_stride_b + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D, k_dsum_ptr + at,
                 w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
             )  # fmt: skip
-        partial_ptr += D
-    tl.store(partial_ptr + cols, dw1, mask=inside)
-    tl.store(partial_ptr + cols + HALF, dw2, mask=inside)
-    if not SHARED:
-        tl.store(written_ptr + batch * tl.num_programs(0) + program, tl.where(program < q_programs, 1, 2))
+        tl.store(partial_ptr + D + cols, dw1, mask=inside)
+        tl.store(partial_ptr + D + cols + HALF, dw2, mask=inside)
+        tl.store(partial_ptr + cols, nothing, mask=inside)
+        tl.store(partial_ptr + cols + HALF, nothing, mask=inside)
 
 
 def launch_backward(
@@ -395,7 +401,7 @@ def launch_backward(
     """Runs the backward kernel; arguments as in `launch_forward`, `rstds` from it, `grads` of its two outputs.
 
     Returns:
-        dq, dk, the weight gradients [2, D] float32 of queries and of keys, and, where the sums of squares came from
+        dq, dk, the weight gradients [2, D] of queries and of keys, and, where the sums of squares came from
         outside, their gradients [B, S] and [B, T] float32.
     """
     launch = launch or BACKWARD.at(q.shape[-1])
@@ -404,11 +410,7 @@ def launch_backward(
     grid, programs, tokens, shape = _divide(q, k, tables, rows, head_dim, launch)
     dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     dsums = [torch.empty_like(rstd) for rstd in rstds] if is_summed else []
-    # Where queries and keys have programs of their own, one of the two slots of a program stays unwritten.
-    is_shared = len(tables) == 1
-    slots = (1, 2) if is_shared else (2, 1)
-    partial = q.new_empty((q.shape[0], grid[0], *slots, q.shape[-1]), dtype=torch.float32)
-    written = None if is_shared else q.new_empty((q.shape[0], grid[0]), dtype=torch.int32)
+    partial = q.new_empty((q.shape[0], grid[0], 1, 2, q.shape[-1]), dtype=torch.float32)
     inputs = zip(
         grads,
         (q, k),
@@ -423,7 +425,6 @@ def launch_backward(
     runnable(_qk_norm_rope_backward_kernel, q)[grid](
         *(tensor for tensors in inputs for tensor in tensors),
         partial,
-        partial if written is None else written,
         q.shape[1],
         k.shape[1],
         programs,
@@ -436,7 +437,7 @@ def launch_backward(
         launch.stages,
         num_warps=launch.warps,
     )
-    d_weights = sum_partials(partial, written).flatten(1, 2).sum(0)
+    _, d_weights = sum_partials(partial, None, None, weights[0].dtype)
     return [*dxs, d_weights, *dsums]
 
 
@@ -466,7 +467,7 @@ def _forward_op(
 def _fake_backward(grads, q, k, rstds, weights, tables, rows, is_summed, head_dim, width, first_head):
     return [
         *(x.new_empty(x.shape) for x in (q, k)),
-        q.new_empty((2, q.shape[-1]), dtype=torch.float32),
+        weights[0].new_empty((2, q.shape[-1])),
         *(rstd.new_empty(rstd.shape) for rstd in rstds if is_summed),
     ]
 

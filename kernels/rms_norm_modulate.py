@@ -206,8 +206,8 @@ def launch_backward(
     scale_table: Tensor,
     index: Tensor | None,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Runs the backward kernel: dx [B, S, D], and (dscale, dshift) as [B, K, 2, D] float32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the backward kernel: dx [B, S, D], then (dscale, dshift) of embeddings [B, K, 2, D] and of tables [2, D]."""
     batch, tokens, width = x.shape
     k = scale.shape[1]
     launch = launch or BACKWARD.at(width)
@@ -244,7 +244,7 @@ def launch_backward(
         launch.stages,
         num_warps=launch.warps,
     )
-    return dx, sum_partials(partial, written if is_indexed else None)
+    return dx, *sum_partials(partial, written if is_indexed else None, scale.dtype, scale_table.dtype)
 
 
 def _fake_forward(x, scale, shift, scale_table, shift_table, index, eps):
@@ -266,13 +266,13 @@ def _forward_op(
 
 def _fake_backward(grad, x, rstd, scale, scale_table, index):
     batch, k, width = scale.shape
-    return x.new_empty(x.shape), x.new_empty((batch, k, 2, width), dtype=torch.float32)
+    return x.new_empty(x.shape), scale.new_empty((batch, k, 2, width)), scale_table.new_empty((2, width))
 
 
 @operator("rms_norm_modulate_backward", _fake_backward)
 def _backward_op(
     grad: Tensor, x: Tensor, rstd: Tensor, scale: Tensor, scale_table: Tensor, index: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return launch_backward(grad, x, rstd, scale, scale_table, index)
 
 
@@ -284,18 +284,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dx, d_rows = _backward_op(grad, *ctx.saved_tensors)
-    d_scale, d_shift = d_rows.unbind(2)
-    scale, shift, scale_table, shift_table = ctx.dtypes
-    return (
-        dx,
-        d_scale.to(scale),
-        d_shift.to(shift),
-        d_scale.sum((0, 1)).to(scale_table),
-        d_shift.sum((0, 1)).to(shift_table),
-        None,
-        None,
-    )
+    dx, d_rows, d_tables = _backward_op(grad, *ctx.saved_tensors)
+    gradients = (*d_rows.unbind(2), *d_tables.unbind(0))
+    return dx, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_setup_context)
