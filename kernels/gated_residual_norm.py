@@ -21,35 +21,26 @@ from torch import Tensor
 
 from ltx_titan.model import ops
 from ltx_titan.model.ops import Modulation, Row, split_row
-from ltx_titan_kernels.modulation_rows import (
+from ltx_titan_kernels.launches import (
     Launch,
     divide_tokens,
+    filled,
+    index_arguments,
     is_supported,
-    load_indices,
-    load_row,
-    run_at,
-    store_partial,
-    sum_partials,
+    operator,
+    runnable,
     with_equal_strides,
     with_unit_stride,
 )
+from ltx_titan_kernels.modulation_rows import load_indices, load_row, run_at, store_partial, sum_partials
 
 reference = ops.gated_residual_norm
 """The same in plain torch operations; given float32 or float64 it is what the kernel is held against."""
 
 
-def forward_launch(width: int) -> Launch:
-    """Launch of the forward kernel at this width."""
-    return Launch(warps=_warps(width), programs=4, stages=1)
-
-
-def backward_launch(width: int) -> Launch:
-    """Launch of the backward kernel at this width. It holds up to eight rows: twice the warps of the forward."""
-    return Launch(warps=min(16, 2 * _warps(width)), programs=1, stages=2)
-
-
-def _warps(width: int) -> int:
-    return min(16, max(1, triton.next_power_of_2(width) // 512))
+FORWARD = (Launch(8, 32, 2), Launch(8, 32, 1), Launch(8, 32, 1))
+BACKWARD = (Launch(8, 1, 3), Launch(8, 1, 3), Launch(8, 1, 3))
+"""Launches at width 4096 for 0, 1 and 2 norms, the fastest measured on an H100 (docs/benchmarks)."""
 
 
 @triton.jit
@@ -156,24 +147,25 @@ def launch_forward(
     """
     batch, tokens, width = x.shape
     norms = len(rows) // 2
-    launch = launch or forward_launch(width)
+    launch = launch or FORWARD[norms].at(width)
     x, y = with_unit_stride(x), with_unit_stride(y)
     gate = with_unit_stride(rows[0])
     pairs = with_equal_strides(rows[1:]) if norms else []
     outs = [torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device) for _ in range(1 + norms)]
     rstd = torch.empty((batch, tokens), dtype=torch.float32, device=x.device) if norms else None
     walk = divide_tokens(x, launch.programs)
-    _residual_norm_forward_kernel[(walk.programs, batch)](
+    index_ptr, looked_at, is_indexed = index_arguments(index, walk, x)
+    runnable(_residual_norm_forward_kernel, x)[(walk.programs, batch)](
         x,
         y,
         gate,
         tables[0].contiguous(),
-        *_filled(pairs[:2], 2, gate),
-        *_filled([t.contiguous() for t in tables[1:3]], 2, gate),
-        *_filled(pairs[2:], 2, gate),
-        *_filled([t.contiguous() for t in tables[3:]], 2, gate),
-        index if index is None else index.contiguous(),
-        *_filled(outs, 3, outs[0]),
+        *filled(pairs[:2], 2, gate),
+        *filled([t.contiguous() for t in tables[1:3]], 2, gate),
+        *filled(pairs[2:], 2, gate),
+        *filled([t.contiguous() for t in tables[3:]], 2, gate),
+        index_ptr,
+        *filled(outs, 3, outs[0]),
         outs[0] if rstd is None else rstd,
         tokens,
         walk.tokens,
@@ -188,17 +180,12 @@ def launch_forward(
         width,
         triton.next_power_of_2(width),
         norms,
-        1 if index is None else triton.next_power_of_2(walk.tokens),
-        index is not None,
+        looked_at,
+        is_indexed,
         launch.stages,
         num_warps=launch.warps,
     )
     return outs if rstd is None else [*outs, rstd]
-
-
-def _filled(tensors: Sequence[Tensor], count: int, filler: Tensor) -> list[Tensor]:
-    """Exactly `count` pointers: those beyond `tensors` are never read."""
-    return [*tensors, *[filler] * (count - len(tensors))]
 
 
 def _row_stride(gate: Tensor) -> int:
@@ -312,7 +299,8 @@ def _residual_norm_backward_kernel(
             store_partial(slot + 4 * D, d_shift1, cols, inside, is_written)
         written = written | (1 << k)
         first = end
-    tl.store(written_ptr + program, written)
+    if INDEXED:
+        tl.store(written_ptr + program, written)
 
 
 def launch_backward(
@@ -336,12 +324,12 @@ def launch_backward(
         launch: overrides the choice, to measure it.
 
     Returns:
-        dy, the row gradients [B, K, 1 + 2 n, D] float32 in the order gate, scale, shift, ..., and dx where there is a
-        norm (without one it is dr).
+        dy, the gradients of embeddings [B, K, 1 + 2 n, D] and of tables [1 + 2 n, D] in the order gate, scale, shift,
+        ..., and dx where there is a norm (without one it is dr).
     """
     batch, tokens, width = y.shape
     norms = len(rows) - 1
-    launch = launch or backward_launch(width)
+    launch = launch or BACKWARD[norms].at(width)
     grads, y = [with_unit_stride(grad) for grad in grads], with_unit_stride(y)
     gate = with_unit_stride(rows[0])
     scales = with_equal_strides(rows[1:]) if norms else []
@@ -351,17 +339,18 @@ def launch_backward(
     dx = torch.empty_like(dy) if norms else None
     partial = torch.empty((batch, walk.programs, k, 1 + 2 * norms, width), dtype=torch.float32, device=y.device)
     written = torch.empty((batch, walk.programs), dtype=torch.int32, device=y.device)
-    padded = _filled(grads, 3, grads[0])
+    padded = filled(grads, 3, grads[0])
     scale_args = [tensor for pair in zip(scales, tables[1:], strict=True) for tensor in (pair[0], pair[1].contiguous())]
-    _residual_norm_backward_kernel[(walk.programs, batch)](
+    index_ptr, looked_at, is_indexed = index_arguments(index, walk, y)
+    runnable(_residual_norm_backward_kernel, y)[(walk.programs, batch)](
         *padded,
         saved[0] if norms else y,
         y,
         saved[1] if norms else y,
         gate,
         tables[0].contiguous(),
-        *_filled(scale_args, 4, gate),
-        index if index is None else index.contiguous(),
+        *filled(scale_args, 4, gate),
+        index_ptr,
         dx if norms else dy,
         dy,
         partial,
@@ -378,30 +367,37 @@ def launch_backward(
         width,
         triton.next_power_of_2(width),
         norms,
-        1 if index is None else triton.next_power_of_2(walk.tokens),
-        index is not None,
+        looked_at,
+        is_indexed,
         launch.stages,
         num_warps=launch.warps,
     )
-    d_rows = sum_partials(partial, written)
-    return [dy, d_rows] if dx is None else [dy, d_rows, dx]
+    d_rows = sum_partials(partial, written if is_indexed else None, rows[0].dtype, tables[0].dtype)
+    return [dy, *d_rows] if dx is None else [dy, *d_rows, dx]
 
 
-@torch.library.custom_op("ltx_titan::gated_residual_norm", mutates_args=())
+def _fake_forward(x, y, rows, tables, index, eps):
+    norms = len(rows) // 2
+    outs = [x.new_empty(x.shape) for _ in range(1 + norms)]
+    return [*outs, x.new_empty(x.shape[:2], dtype=torch.float32)] if norms else outs
+
+
+@operator("gated_residual_norm", _fake_forward)
 def _forward_op(
     x: Tensor, y: Tensor, rows: list[Tensor], tables: list[Tensor], index: Tensor | None, eps: float
 ) -> list[Tensor]:
     return launch_forward(x, y, rows, tables, index, eps)
 
 
-@_forward_op.register_fake
-def _(x, y, rows, tables, index, eps):
-    norms = len(rows) // 2
-    outs = [x.new_empty(x.shape) for _ in range(1 + norms)]
-    return [*outs, x.new_empty(x.shape[:2], dtype=torch.float32)] if norms else outs
+def _fake_backward(grads, saved, y, rows, tables, index):
+    norms = len(rows) - 1
+    k = rows[-1].shape[1]
+    d_rows = rows[0].new_empty((y.shape[0], k, 1 + 2 * norms, y.shape[2]))
+    d_tables = tables[0].new_empty((1 + 2 * norms, y.shape[2]))
+    return [y.new_empty(y.shape), d_rows, d_tables, *([y.new_empty(y.shape)] if norms else [])]
 
 
-@torch.library.custom_op("ltx_titan::gated_residual_norm_backward", mutates_args=())
+@operator("gated_residual_norm_backward", _fake_backward)
 def _backward_op(
     grads: list[Tensor],
     saved: list[Tensor],
@@ -411,14 +407,6 @@ def _backward_op(
     index: Tensor | None,
 ) -> list[Tensor]:
     return launch_backward(grads, saved, y, rows, tables, index)
-
-
-@_backward_op.register_fake
-def _(grads, saved, y, rows, tables, index):
-    norms = len(rows) - 1
-    k = rows[-1].shape[1]
-    d_rows = y.new_empty((y.shape[0], k, 1 + 2 * norms, y.shape[2]), dtype=torch.float32)
-    return [y.new_empty(y.shape), d_rows, y.new_empty(y.shape)] if norms else [y.new_empty(y.shape), d_rows]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -439,9 +427,9 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple:
     index, y, *rest = ctx.saved_tensors
     saved, rest = rest[: 2 * (norms > 0)], rest[2 * (norms > 0) :]
     rows, tables = rest[: 1 + norms], rest[1 + norms :]
-    dy, d_rows, *dx = _backward_op(grads[: 1 + norms], saved, y, rows, tables, index)
+    dy, d_rows, d_tables, *dx = _backward_op(grads[: 1 + norms], saved, y, rows, tables, index)
+    d_tables = [g.to(dtype) for g, (_, dtype) in zip(d_tables.unbind(0), ctx.dtypes, strict=True)]
     gradients = list(d_rows.unbind(2))
-    d_tables = [g.sum((0, 1)).to(dtype) for g, (_, dtype) in zip(gradients, ctx.dtypes, strict=True)]
     if ctx.single_gate:
         gradients[0] = gradients[0].sum(1, keepdim=True)
     d_rows = [g.to(dtype) for g, (dtype, _) in zip(gradients, ctx.dtypes, strict=True)]

@@ -9,77 +9,12 @@ a slot of its own: partial sums [B, programs, K, n, D]. A bit per slot says whet
 needs clearing. A second small kernel adds the programs in a fixed order: no atomics, the same bits on every run.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# One bit per row in an int32; a sample of a training batch has one or two distinct timesteps.
-MAX_ROWS = 31
-# A row lives in the registers of one program.
-MAX_WIDTH = 16384
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Few tokens (audio): fewer programs, so that the partial sums stay small beside the tensors themselves.
-_LEAST_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is spread over the device.
-
-    Attributes:
-        warps: warps per program; a program holds whole rows.
-        programs: programs per multiprocessor.
-        stages: depth of the prefetch of coming tokens; 1 has none.
-    """
-
-    warps: int
-    programs: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Walk:
-    """Division of [B, S] tokens over programs: `programs` per sample, `tokens` consecutive tokens each."""
-
-    programs: int
-    tokens: int
-
-
-def divide_tokens(x: Tensor, programs_per_multiprocessor: int) -> Walk:
-    """Spreads the tokens of `x` [B, S, D] evenly over about as many programs as the device runs at once."""
-    batch, tokens = x.shape[:2]
-    wanted = max(1, _multiprocessors(x.device) * programs_per_multiprocessor // batch)
-    each = max(min(_LEAST_TOKENS, tokens), triton.cdiv(tokens, wanted))
-    return Walk(triton.cdiv(tokens, each), each)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 3  # the interpreter: enough to have several partial sums
-
-
-def is_supported(x: Tensor, rows: Sequence[Tensor]) -> bool:
-    """Whether the kernels take these tokens [B, S, D] and rows [B, K, D]."""
-    return x.dtype in _DTYPES and x.shape[-1] <= MAX_WIDTH and all(row.shape[1] <= MAX_ROWS for row in rows)
-
-
-def with_unit_stride(x: Tensor) -> Tensor:
-    """`x` itself where its channels are adjacent, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def with_equal_strides(rows: Sequence[Tensor]) -> list[Tensor]:
-    """Rows [B, K, D] with the same strides, adjacent channels; copied only where they differ."""
-    if all(row.stride() == rows[0].stride() and row.stride(-1) == 1 for row in rows):
-        return list(rows)
-    return [row.contiguous() for row in rows]
+from ltx_titan_kernels.launches import runnable
 
 
 @triton.jit
@@ -117,43 +52,73 @@ def store_partial(slot_ptr, value, cols, inside, is_written):
 def _sum_partials_kernel(
     partial_ptr,
     written_ptr,
-    out_ptr,
+    rows_ptr,
+    table_ptr,
+    batch,
     programs,
     K,
     width,
     BLOCK_PROGRAMS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+    WITH_ROWS: tl.constexpr,
 ):
-    batch = tl.program_id(1) // K
-    k = tl.program_id(1) % K
     cols = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = cols < width
-    total = tl.zeros([BLOCK_WIDTH], tl.float32)
-    for start in range(0, programs, BLOCK_PROGRAMS):
-        program = start + tl.arange(0, BLOCK_PROGRAMS)
-        written = tl.load(written_ptr + batch * programs + program, mask=program < programs, other=0)
-        is_written = ((written >> k) & 1) != 0
-        slots = ((batch * programs + program) * K + k) * width
-        values = tl.load(
-            partial_ptr + slots[:, None] + cols[None, :], mask=is_written[:, None] & inside[None, :], other=0.0
-        )
-        total += tl.sum(values, 0)
-    tl.store(out_ptr + (batch * K + k) * width + cols, total, mask=inside)
+    of_table = tl.zeros([BLOCK_WIDTH], tl.float32)
+    for row in range(0, batch * K):
+        sample = row // K
+        k = row % K
+        of_row = tl.zeros([BLOCK_WIDTH], tl.float32)
+        for start in range(0, programs, BLOCK_PROGRAMS):
+            program = start + tl.arange(0, BLOCK_PROGRAMS)
+            is_written = program < programs
+            if MASKED:
+                written = tl.load(written_ptr + sample * programs + program, mask=is_written, other=0)
+                is_written = ((written >> k) & 1) != 0
+            slots = ((sample * programs + program) * K + k) * width
+            values = tl.load(
+                partial_ptr + slots[:, None] + cols[None, :], mask=is_written[:, None] & inside[None, :], other=0.0
+            )
+            of_row += tl.sum(values, 0)
+        if WITH_ROWS:
+            tl.store(rows_ptr + row * width + cols, of_row.to(rows_ptr.dtype.element_ty), mask=inside)
+        of_table += of_row
+    tl.store(table_ptr + cols, of_table.to(table_ptr.dtype.element_ty), mask=inside)
 
 
-def sum_partials(partial: Tensor, written: Tensor) -> Tensor:
-    """Adds partial sums over programs.
+def sum_partials(
+    partial: Tensor, written: Tensor | None, rows_dtype: torch.dtype | None, table_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """Adds partial sums over programs, in float32, to the gradients of embeddings and tables in their own dtypes.
 
     Args:
         partial: [B, programs, K, n, D] float32; slots that were not written hold anything.
-        written: [B, programs] int32, bit k set where slot k was written.
+        written: [B, programs] int32, bit k set where slot k was written; None where all were.
+        rows_dtype: of the embeddings; None where there are none.
+        table_dtype: of the tables.
 
     Returns:
-        [B, K, n, D] float32.
+        Per sample and row [B, K, n, D], None where there are no embeddings, and in all [n, D].
     """
     batch, programs, k, n, width = partial.shape
-    out = partial.new_empty(batch, k, n, width)
-    block_width = 128
-    grid = (triton.cdiv(n * width, block_width), batch * k)
-    _sum_partials_kernel[grid](partial, written, out, programs, k, n * width, 32, block_width, num_warps=4)
-    return out
+    rows = None if rows_dtype is None else partial.new_empty((batch, k, n, width), dtype=rows_dtype)
+    table = partial.new_empty((n, width), dtype=table_dtype)
+    # Narrow columns: there must be enough programs to fill the device, and each should fetch all it adds at once.
+    block_width = 32
+    runnable(_sum_partials_kernel, partial)[(triton.cdiv(n * width, block_width),)](
+        partial,
+        partial if written is None else written,
+        table if rows is None else rows,
+        table,
+        batch,
+        programs,
+        k,
+        n * width,
+        min(128, triton.next_power_of_2(programs)),
+        block_width,
+        written is not None,
+        rows is not None,
+        num_warps=4,
+    )
+    return rows, table

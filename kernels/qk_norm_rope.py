@@ -24,24 +24,22 @@ from torch import Tensor
 from ltx_titan.model import ops
 from ltx_titan.model.ops import HeadShare
 from ltx_titan.model.rope import PackedRotation
-from ltx_titan_kernels.modulation_rows import Launch, divide_tokens, is_supported, with_unit_stride
+from ltx_titan_kernels.launches import Launch, divide_tokens, is_supported, operator, runnable, with_unit_stride
+from ltx_titan_kernels.modulation_rows import sum_partials
 
 reference = ops.qk_norm_rope
 """The same in plain torch operations, with angles written out per token; what the kernel is held against."""
 
 
-def forward_launch(width: int) -> Launch:
+FORWARD = Launch(warps=8, programs=1, stages=3)
+FORWARD_WITHOUT_ROTATION = Launch(warps=4, programs=32, stages=2)
+BACKWARD = Launch(warps=8, programs=1, stages=3)
+"""Launches at inner width 4096, the fastest measured on an H100 (docs/benchmarks)."""
+
+
+def forward_launch(width: int, is_rotated: bool) -> Launch:
     """Launch of the forward kernel at this inner width."""
-    return Launch(warps=_warps(width), programs=4, stages=1)
-
-
-def backward_launch(width: int) -> Launch:
-    """Launch of the backward kernel at this inner width."""
-    return Launch(warps=min(16, 2 * _warps(width)), programs=1, stages=1)
-
-
-def _warps(width: int) -> int:
-    return min(16, max(1, triton.next_power_of_2(width) // 512))
+    return (FORWARD if is_rotated else FORWARD_WITHOUT_ROTATION).at(width)
 
 
 @triton.jit
@@ -59,15 +57,32 @@ def _angles(table_ptr, rows_ptr, rows_stride, axis, frequency, is_turned, ROW: t
 
 
 @triton.jit
-def _norm_rotate_token(
-    x_ptr, sum_squares_ptr, out_ptr, rstd_ptr, w1, w2, cos, sin, cols, inside, width, eps,
-    HALF: tl.constexpr, SUMMED: tl.constexpr, ROTATED: tl.constexpr,
-):  # fmt: skip
-    """One token of one tensor; `cols` are the channels of the first half of each head."""
-    x1 = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
-    squares = tl.load(sum_squares_ptr) if SUMMED else tl.sum(tl.sum(x1 * x1 + x2 * x2, 1), 0)
-    rstd = tl.rsqrt(squares / width + eps)
+def _add_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _sum_of_each(a, b):
+    """Sums of all elements of two tensors, in one reduction: threads wait for each other once."""
+    a = tl.reshape(a, [a.numel], can_reorder=True)
+    b = tl.reshape(b, [b.numel], can_reorder=True)
+    return tl.reduce((a, b), 0, _add_pairs)
+
+
+@triton.jit
+def _sum_of(a):
+    return tl.sum(tl.reshape(a, [a.numel], can_reorder=True), 0)
+
+
+@triton.jit
+def _load_halves(ptr, cols, inside, HALF: tl.constexpr):
+    """First and second halves of all heads [heads, K / 2], float32; `cols` are the channels of the first."""
+    first = tl.load(ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    return first, tl.load(ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_turned(out_ptr, x1, x2, rstd, w1, w2, cos, sin, cols, inside, HALF: tl.constexpr, ROTATED: tl.constexpr):
     z1 = x1 * rstd * w1
     z2 = x2 * rstd * w2
     o1, o2 = z1, z2
@@ -76,7 +91,28 @@ def _norm_rotate_token(
         o2 = z2 * cos + z1 * sin
     tl.store(out_ptr + cols, o1.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(out_ptr + cols + HALF, o2.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(rstd_ptr, rstd)
+
+
+@triton.jit
+def _forward_alone(
+    x_ptr, weight_ptr, sum_ptr, table_ptr, rows_ptr, out_ptr, rstd_ptr,
+    batch, first, tokens_per_program, tokens, stride_s, width, eps, cols, inside, axis, frequency, is_turned,
+    D: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, AXES: tl.constexpr, ROTATED: tl.constexpr,
+    SUMMED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program's tokens of queries or of keys, where they do not share their angles."""
+    w1, w2 = _load_halves(weight_ptr, cols, inside, HALF)
+    cos, sin = w1, w2
+    for token in tl.range(first, tl.minimum(first + tokens_per_program, tokens), num_stages=STAGES):
+        at = batch * tokens + token
+        x1, x2 = _load_halves(x_ptr + token * stride_s, cols, inside, HALF)
+        if ROTATED:
+            angle_rows_ptr = rows_ptr + batch * AXES * tokens + token
+            cos, sin = _angles(table_ptr, angle_rows_ptr, tokens, axis, frequency, is_turned, ROW, AXES)
+        squares = tl.load(sum_ptr + at) if SUMMED else _sum_of(x1 * x1 + x2 * x2)
+        rstd = tl.rsqrt(squares / width + eps)
+        _store_turned(out_ptr + at * D, x1, x2, rstd, w1, w2, cos, sin, cols, inside, HALF, ROTATED)
+        tl.store(rstd_ptr + at, rstd)
 
 
 @triton.jit
@@ -99,42 +135,40 @@ def _qk_norm_rope_forward_kernel(
     is_turned = inside & (pair >= 0)
     axis = pair % AXES
     frequency = pair // AXES
-    cos = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-    sin = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-    if SHARED or program < q_programs:
+    if SHARED:
         first = program * tokens_per_program
-        w1 = tl.load(q_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        w2 = tl.load(q_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
-        if SHARED:
-            v1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-            v2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
+        w1, w2 = _load_halves(q_weight_ptr, cols, inside, HALF)
+        v1, v2 = _load_halves(k_weight_ptr, cols, inside, HALF)
         for token in tl.range(first, tl.minimum(first + tokens_per_program, q_tokens), num_stages=STAGES):
             at = batch * q_tokens + token
-            if ROTATED:
-                rows_ptr = q_rows_ptr + batch * AXES * q_tokens + token
-                cos, sin = _angles(q_table_ptr, rows_ptr, q_tokens, axis, frequency, is_turned, ROW, AXES)
-            _norm_rotate_token(
-                q_ptr + batch * q_stride_b + token * q_stride_s, q_sum_ptr + at, q_out_ptr + at * D, q_rstd_ptr + at,
-                w1, w2, cos, sin, cols, inside, width, eps, HALF, SUMMED, ROTATED,
-            )  # fmt: skip
-            if SHARED:
-                _norm_rotate_token(
-                    k_ptr + batch * k_stride_b + token * k_stride_s, k_sum_ptr + at, k_out_ptr + at * D,
-                    k_rstd_ptr + at, v1, v2, cos, sin, cols, inside, width, eps, HALF, SUMMED, ROTATED,
-                )  # fmt: skip
+            # Everything is fetched before anything waits; the angles come last, for they need two fetches in a row.
+            x1, x2 = _load_halves(q_ptr + batch * q_stride_b + token * q_stride_s, cols, inside, HALF)
+            y1, y2 = _load_halves(k_ptr + batch * k_stride_b + token * k_stride_s, cols, inside, HALF)
+            rows_ptr = q_rows_ptr + batch * AXES * q_tokens + token
+            cos, sin = _angles(q_table_ptr, rows_ptr, q_tokens, axis, frequency, is_turned, ROW, AXES)
+            if SUMMED:
+                q_squares = tl.load(q_sum_ptr + at)
+                k_squares = tl.load(k_sum_ptr + at)
+            else:
+                q_squares, k_squares = _sum_of_each(x1 * x1 + x2 * x2, y1 * y1 + y2 * y2)
+            q_rstd = tl.rsqrt(q_squares / width + eps)
+            k_rstd = tl.rsqrt(k_squares / width + eps)
+            _store_turned(q_out_ptr + at * D, x1, x2, q_rstd, w1, w2, cos, sin, cols, inside, HALF, True)
+            _store_turned(k_out_ptr + at * D, y1, y2, k_rstd, v1, v2, cos, sin, cols, inside, HALF, True)
+            tl.store(q_rstd_ptr + at, q_rstd)
+            tl.store(k_rstd_ptr + at, k_rstd)
+    elif program < q_programs:
+        _forward_alone(
+            q_ptr + batch * q_stride_b, q_weight_ptr, q_sum_ptr, q_table_ptr, q_rows_ptr, q_out_ptr, q_rstd_ptr,
+            batch, program * tokens_per_program, tokens_per_program, q_tokens, q_stride_s, width, eps,
+            cols, inside, axis, frequency, is_turned, D, HALF, ROW, AXES, ROTATED, SUMMED, STAGES,
+        )  # fmt: skip
     else:
-        first = (program - q_programs) * tokens_per_program
-        w1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        w2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
-        for token in tl.range(first, tl.minimum(first + tokens_per_program, k_tokens), num_stages=STAGES):
-            at = batch * k_tokens + token
-            if ROTATED:
-                rows_ptr = k_rows_ptr + batch * AXES * k_tokens + token
-                cos, sin = _angles(k_table_ptr, rows_ptr, k_tokens, axis, frequency, is_turned, ROW, AXES)
-            _norm_rotate_token(
-                k_ptr + batch * k_stride_b + token * k_stride_s, k_sum_ptr + at, k_out_ptr + at * D, k_rstd_ptr + at,
-                w1, w2, cos, sin, cols, inside, width, eps, HALF, SUMMED, ROTATED,
-            )  # fmt: skip
+        _forward_alone(
+            k_ptr + batch * k_stride_b, k_weight_ptr, k_sum_ptr, k_table_ptr, k_rows_ptr, k_out_ptr, k_rstd_ptr,
+            batch, (program - q_programs) * tokens_per_program, tokens_per_program, k_tokens, k_stride_s, width, eps,
+            cols, inside, axis, frequency, is_turned, D, HALF, ROW, AXES, ROTATED, SUMMED, STAGES,
+        )  # fmt: skip
 
 
 def launch_forward(
@@ -166,7 +200,7 @@ def launch_forward(
     Returns:
         Queries [B, S, D], keys [B, T, D], and their 1 / rms, [B, S] and [B, T] float32.
     """
-    launch = launch or forward_launch(q.shape[-1])
+    launch = launch or forward_launch(q.shape[-1], bool(tables))
     q, k = with_unit_stride(q), with_unit_stride(k)
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     rstds = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (q, k)]
@@ -181,7 +215,7 @@ def launch_forward(
         rstds,
         strict=True,
     )
-    _qk_norm_rope_forward_kernel[grid](
+    runnable(_qk_norm_rope_forward_kernel, q)[grid](
         *(tensor for tensors in inputs for tensor in tensors),
         q.shape[1],
         k.shape[1],
@@ -257,7 +291,7 @@ def _backward_token(
     dw2 += d2 * n2
     d1 *= w1
     d2 *= w2
-    mean = tl.sum(tl.sum(d1 * n1 + d2 * n2, 1), 0) / width
+    mean = _sum_of(d1 * n1 + d2 * n2) / width
     if SUMMED:
         tl.store(dsum_ptr, -0.5 * rstd * rstd * mean)
     else:
@@ -270,8 +304,9 @@ def _backward_token(
 
 @triton.jit
 def _qk_norm_rope_backward_kernel(
-    q_grad_ptr, q_ptr, q_rstd_ptr, q_weight_ptr, q_table_ptr, q_rows_ptr, dq_ptr, q_dsum_ptr, q_partial_ptr,
-    k_grad_ptr, k_ptr, k_rstd_ptr, k_weight_ptr, k_table_ptr, k_rows_ptr, dk_ptr, k_dsum_ptr, k_partial_ptr,
+    q_grad_ptr, q_ptr, q_rstd_ptr, q_weight_ptr, q_table_ptr, q_rows_ptr, dq_ptr, q_dsum_ptr,
+    k_grad_ptr, k_ptr, k_rstd_ptr, k_weight_ptr, k_table_ptr, k_rows_ptr, dk_ptr, k_dsum_ptr,
+    partial_ptr,
     q_tokens, k_tokens, q_programs, tokens_per_program,
     q_grad_stride_b, q_grad_stride_s, k_grad_stride_b, k_grad_stride_s,
     q_stride_b, q_stride_s, k_stride_b, k_stride_s, first_pair, pad, width,
@@ -293,6 +328,8 @@ def _qk_norm_rope_backward_kernel(
     sin = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
     dw1 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
     dw2 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    nothing = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    partial_ptr += (batch * tl.num_programs(0) + program) * 2 * D
     if SHARED or program < q_programs:
         first = program * tokens_per_program
         w1 = tl.load(q_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -318,16 +355,17 @@ def _qk_norm_rope_backward_kernel(
                     k_ptr + batch * k_stride_b + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D, k_dsum_ptr + at,
                     v1, v2, dv1, dv2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
                 )  # fmt: skip
+        tl.store(partial_ptr + cols, dw1, mask=inside)
+        tl.store(partial_ptr + cols + HALF, dw2, mask=inside)
         if SHARED:
-            k_partial_ptr += (batch * q_programs + program) * D
-            tl.store(k_partial_ptr + cols, dv1, mask=inside)
-            tl.store(k_partial_ptr + cols + HALF, dv2, mask=inside)
-        q_partial_ptr += (batch * q_programs + program) * D
-        tl.store(q_partial_ptr + cols, dw1, mask=inside)
-        tl.store(q_partial_ptr + cols + HALF, dw2, mask=inside)
+            tl.store(partial_ptr + D + cols, dv1, mask=inside)
+            tl.store(partial_ptr + D + cols + HALF, dv2, mask=inside)
+        else:
+            # The other's part of the sums.
+            tl.store(partial_ptr + D + cols, nothing, mask=inside)
+            tl.store(partial_ptr + D + cols + HALF, nothing, mask=inside)
     else:
-        program -= q_programs
-        first = program * tokens_per_program
+        first = (program - q_programs) * tokens_per_program
         w1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         w2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
         for token in tl.range(first, tl.minimum(first + tokens_per_program, k_tokens), num_stages=STAGES):
@@ -340,9 +378,10 @@ def _qk_norm_rope_backward_kernel(
                 k_ptr + batch * k_stride_b + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D, k_dsum_ptr + at,
                 w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
             )  # fmt: skip
-        k_partial_ptr += (batch * (tl.num_programs(0) - q_programs) + program) * D
-        tl.store(k_partial_ptr + cols, dw1, mask=inside)
-        tl.store(k_partial_ptr + cols + HALF, dw2, mask=inside)
+        tl.store(partial_ptr + D + cols, dw1, mask=inside)
+        tl.store(partial_ptr + D + cols + HALF, dw2, mask=inside)
+        tl.store(partial_ptr + cols, nothing, mask=inside)
+        tl.store(partial_ptr + cols + HALF, nothing, mask=inside)
 
 
 def launch_backward(
@@ -362,17 +401,16 @@ def launch_backward(
     """Runs the backward kernel; arguments as in `launch_forward`, `rstds` from it, `grads` of its two outputs.
 
     Returns:
-        dq, dk, the weight gradients [D] float32 of queries and of keys, and, where the sums of squares came from
+        dq, dk, the weight gradients [2, D] of queries and of keys, and, where the sums of squares came from
         outside, their gradients [B, S] and [B, T] float32.
     """
-    launch = launch or backward_launch(q.shape[-1])
+    launch = launch or BACKWARD.at(q.shape[-1])
     q, k = with_unit_stride(q), with_unit_stride(k)
     grads = [with_unit_stride(grad) for grad in grads]
     grid, programs, tokens, shape = _divide(q, k, tables, rows, head_dim, launch)
     dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     dsums = [torch.empty_like(rstd) for rstd in rstds] if is_summed else []
-    counts = (programs, programs if len(tables) == 1 else grid[0] - programs)
-    partials = [q.new_empty((q.shape[0], count, q.shape[-1]), dtype=torch.float32) for count in counts]
+    partial = q.new_empty((q.shape[0], grid[0], 1, 2, q.shape[-1]), dtype=torch.float32)
     inputs = zip(
         grads,
         (q, k),
@@ -382,11 +420,11 @@ def launch_backward(
         _both(rows, q),
         dxs,
         dsums or rstds,
-        partials,
         strict=True,
     )
-    _qk_norm_rope_backward_kernel[grid](
+    runnable(_qk_norm_rope_backward_kernel, q)[grid](
         *(tensor for tensors in inputs for tensor in tensors),
+        partial,
         q.shape[1],
         k.shape[1],
         programs,
@@ -399,10 +437,18 @@ def launch_backward(
         launch.stages,
         num_warps=launch.warps,
     )
-    return [*dxs, *(partial.sum((0, 1)) for partial in partials), *dsums]
+    _, d_weights = sum_partials(partial, None, None, weights[0].dtype)
+    return [*dxs, d_weights, *dsums]
 
 
-@torch.library.custom_op("ltx_titan::qk_norm_rope", mutates_args=())
+def _fake_forward(q, k, weights, tables, rows, sums, head_dim, width, first_head, eps):
+    return [
+        *(x.new_empty(x.shape) for x in (q, k)),
+        *(x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k)),
+    ]
+
+
+@operator("qk_norm_rope", _fake_forward)
 def _forward_op(
     q: Tensor,
     k: Tensor,
@@ -418,15 +464,15 @@ def _forward_op(
     return launch_forward(q, k, weights, tables, rows, sums, head_dim, width, first_head, eps)
 
 
-@_forward_op.register_fake
-def _(q, k, weights, tables, rows, sums, head_dim, width, first_head, eps):
+def _fake_backward(grads, q, k, rstds, weights, tables, rows, is_summed, head_dim, width, first_head):
     return [
         *(x.new_empty(x.shape) for x in (q, k)),
-        *(x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k)),
+        weights[0].new_empty((2, q.shape[-1])),
+        *(rstd.new_empty(rstd.shape) for rstd in rstds if is_summed),
     ]
 
 
-@torch.library.custom_op("ltx_titan::qk_norm_rope_backward", mutates_args=())
+@operator("qk_norm_rope_backward", _fake_backward)
 def _backward_op(
     grads: list[Tensor],
     q: Tensor,
@@ -443,15 +489,6 @@ def _backward_op(
     return launch_backward(grads, q, k, rstds, weights, tables, rows, is_summed, head_dim, width, first_head)
 
 
-@_backward_op.register_fake
-def _(grads, q, k, rstds, weights, tables, rows, is_summed, head_dim, width, first_head):
-    return [
-        *(x.new_empty(x.shape) for x in (q, k)),
-        *(x.new_empty(x.shape[-1], dtype=torch.float32) for x in (q, k)),
-        *(rstd.new_empty(rstd.shape) for rstd in rstds if is_summed),
-    ]
-
-
 def _setup_context(ctx, inputs, output) -> None:
     q, k, weights, tables, rows, sums, *ctx.sizes, _ = inputs
     ctx.save_for_backward(q, k, *output[2:], *weights, *tables, *rows)
@@ -464,10 +501,10 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple:
     q, k, *rest = ctx.saved_tensors
     rstds, weights, rest = rest[:2], rest[2:4], rest[4:]
     tables, rows = rest[: ctx.tables], rest[ctx.tables :]
-    dq, dk, *others = _backward_op(grads[:2], q, k, rstds, weights, tables, rows, ctx.is_summed, *ctx.sizes)
-    d_weights = [d.to(weight.dtype) for d, weight in zip(others[:2], weights, strict=True)]
+    dq, dk, d_weights, *d_sums = _backward_op(grads[:2], q, k, rstds, weights, tables, rows, ctx.is_summed, *ctx.sizes)
+    d_weights = [d.to(weight.dtype) for d, weight in zip(d_weights.unbind(0), weights, strict=True)]
     nothing = [None] * ctx.tables
-    return dq, dk, d_weights, nothing, nothing, others[2:], None, None, None, None
+    return dq, dk, d_weights, nothing, nothing, d_sums, None, None, None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_setup_context)

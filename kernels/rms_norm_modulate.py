@@ -15,35 +15,25 @@ from torch import Tensor
 
 from ltx_titan.model import ops
 from ltx_titan.model.ops import Row, split_row
-from ltx_titan_kernels.modulation_rows import (
+from ltx_titan_kernels.launches import (
     Launch,
     divide_tokens,
+    index_arguments,
     is_supported,
-    load_indices,
-    load_row,
-    run_at,
-    store_partial,
-    sum_partials,
+    operator,
+    runnable,
     with_equal_strides,
     with_unit_stride,
 )
+from ltx_titan_kernels.modulation_rows import load_indices, load_row, run_at, store_partial, sum_partials
 
 reference = ops.norm_modulate
 """The same in plain torch operations; given float32 or float64 it is what the kernel is held against."""
 
 
-def forward_launch(width: int) -> Launch:
-    """Launch of the forward kernel at this width."""
-    return Launch(warps=_warps(width), programs=4, stages=1)
-
-
-def backward_launch(width: int) -> Launch:
-    """Launch of the backward kernel at this width."""
-    return Launch(warps=_warps(width), programs=2, stages=2)
-
-
-def _warps(width: int) -> int:
-    return min(16, max(1, triton.next_power_of_2(width) // 512))
+FORWARD = Launch(warps=4, programs=32, stages=2)
+BACKWARD = Launch(warps=8, programs=1, stages=3)
+"""Launches at width 4096, the fastest measured on an H100 (docs/benchmarks)."""
 
 
 @triton.jit
@@ -107,19 +97,20 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """Runs the forward kernel: h [B, S, D] and 1 / rms [B, S] float32. `launch` overrides the choice, to measure it."""
     batch, tokens, width = x.shape
-    launch = launch or forward_launch(width)
+    launch = launch or FORWARD.at(width)
     x = with_unit_stride(x)
     scale, shift = with_equal_strides([scale, shift])
     out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
     rstd = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
     walk = divide_tokens(x, launch.programs)
-    _norm_modulate_forward_kernel[(walk.programs, batch)](
+    index_ptr, looked_at, is_indexed = index_arguments(index, walk, x)
+    runnable(_norm_modulate_forward_kernel, x)[(walk.programs, batch)](
         x,
         scale,
         shift,
         scale_table.contiguous(),
         shift_table.contiguous(),
-        index if index is None else index.contiguous(),
+        index_ptr,
         out,
         rstd,
         tokens,
@@ -131,8 +122,8 @@ def launch_forward(
         eps,
         width,
         triton.next_power_of_2(width),
-        1 if index is None else triton.next_power_of_2(walk.tokens),
-        index is not None,
+        looked_at,
+        is_indexed,
         launch.stages,
         num_warps=launch.warps,
     )
@@ -203,7 +194,8 @@ def _norm_modulate_backward_kernel(
         store_partial(partial_ptr + k * 2 * D + D, d_shift, cols, inside, is_written)
         written = written | (1 << k)
         first = end
-    tl.store(written_ptr + program, written)
+    if INDEXED:
+        tl.store(written_ptr + program, written)
 
 
 def launch_backward(
@@ -214,24 +206,25 @@ def launch_backward(
     scale_table: Tensor,
     index: Tensor | None,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Runs the backward kernel: dx [B, S, D], and (dscale, dshift) as [B, K, 2, D] float32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the backward kernel: dx [B, S, D], then (dscale, dshift) of embeddings [B, K, 2, D] and of tables [2, D]."""
     batch, tokens, width = x.shape
     k = scale.shape[1]
-    launch = launch or backward_launch(width)
+    launch = launch or BACKWARD.at(width)
     grad, x = with_unit_stride(grad), with_unit_stride(x)
     (scale,) = with_equal_strides([scale])
     walk = divide_tokens(x, launch.programs)
     dx = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
     partial = torch.empty((batch, walk.programs, k, 2, width), dtype=torch.float32, device=x.device)
     written = torch.empty((batch, walk.programs), dtype=torch.int32, device=x.device)
-    _norm_modulate_backward_kernel[(walk.programs, batch)](
+    index_ptr, looked_at, is_indexed = index_arguments(index, walk, x)
+    runnable(_norm_modulate_backward_kernel, x)[(walk.programs, batch)](
         grad,
         x,
         rstd,
         scale,
         scale_table.contiguous(),
-        index if index is None else index.contiguous(),
+        index_ptr,
         dx,
         partial,
         written,
@@ -246,15 +239,19 @@ def launch_backward(
         scale.stride(1),
         width,
         triton.next_power_of_2(width),
-        1 if index is None else triton.next_power_of_2(walk.tokens),
-        index is not None,
+        looked_at,
+        is_indexed,
         launch.stages,
         num_warps=launch.warps,
     )
-    return dx, sum_partials(partial, written)
+    return dx, *sum_partials(partial, written if is_indexed else None, scale.dtype, scale_table.dtype)
 
 
-@torch.library.custom_op("ltx_titan::rms_norm_modulate", mutates_args=())
+def _fake_forward(x, scale, shift, scale_table, shift_table, index, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@operator("rms_norm_modulate", _fake_forward)
 def _forward_op(
     x: Tensor,
     scale: Tensor,
@@ -267,22 +264,16 @@ def _forward_op(
     return launch_forward(x, scale, shift, scale_table, shift_table, index, eps)
 
 
-@_forward_op.register_fake
-def _(x, scale, shift, scale_table, shift_table, index, eps):
-    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
+def _fake_backward(grad, x, rstd, scale, scale_table, index):
+    batch, k, width = scale.shape
+    return x.new_empty(x.shape), scale.new_empty((batch, k, 2, width)), scale_table.new_empty((2, width))
 
 
-@torch.library.custom_op("ltx_titan::rms_norm_modulate_backward", mutates_args=())
+@operator("rms_norm_modulate_backward", _fake_backward)
 def _backward_op(
     grad: Tensor, x: Tensor, rstd: Tensor, scale: Tensor, scale_table: Tensor, index: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return launch_backward(grad, x, rstd, scale, scale_table, index)
-
-
-@_backward_op.register_fake
-def _(grad, x, rstd, scale, scale_table, index):
-    batch, k, width = scale.shape
-    return x.new_empty(x.shape), x.new_empty((batch, k, 2, width), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -293,18 +284,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dx, d_rows = _backward_op(grad, *ctx.saved_tensors)
-    d_scale, d_shift = d_rows.unbind(2)
-    scale, shift, scale_table, shift_table = ctx.dtypes
-    return (
-        dx,
-        d_scale.to(scale),
-        d_shift.to(shift),
-        d_scale.sum((0, 1)).to(scale_table),
-        d_shift.sum((0, 1)).to(shift_table),
-        None,
-        None,
-    )
+    dx, d_rows, d_tables = _backward_op(grad, *ctx.saved_tensors)
+    gradients = (*d_rows.unbind(2), *d_tables.unbind(0))
+    return dx, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_setup_context)

@@ -7,15 +7,20 @@ Reports ms, TFLOP/s and MFU a layer (formula: ltx_titan/metrics/flops.py), peak 
 step in which the device waits for the host. `triton` and `torch` are our blocks, compiled, with fused kernels and with
 plain operations; `diffusers` is LTX2VideoTransformer3DModel, compiled per block, in the same run.
 
-Medians of 6 steps after 2; the spread is (largest - smallest) / median of the four-layer step.
+Every combination is built and compiled in a process of its own, all at once; then they are timed one by one.
+
+Medians of 6 steps after 2; the spread is (largest - smallest) / median of the four-layer step. `host_ms` is what the
+host takes to enqueue a layer's forward and backward: where it exceeds the kernels' sum, the device waits.
 """
 
 import argparse
-import gc
 import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -25,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ltx_titan.benchmarks.block_models import AUDIO_TOKENS, TEXT_TOKENS, BlockModel, diffusers_model, our_model
 from ltx_titan.benchmarks.measure import environment, write_rows
+from ltx_titan.benchmarks.turns import in_turns
 from ltx_titan.checkpoint.shapes import released_config
 from ltx_titan.metrics.flops import layer_flops
 
@@ -44,42 +50,70 @@ _KINDS = {
 }
 
 
-def measure(
-    model: BlockModel, transformer: dict, tokens: int, peak_tflops: float, device: torch.device
-) -> dict[str, object]:
-    """The row of one model."""
+@dataclass(frozen=True)
+class Case:
+    """One combination of what is compared."""
+
+    provider: str
+    tokens: int
+    timesteps: int
+    transformer: dict
+    peak_tflops: float
+
+
+def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> dict[str, object]:
+    """The row of one case."""
+    if case.provider == "diffusers":
+        model = diffusers_model(case.transformer, LAYERS, case.tokens, device)
+    else:
+        model = our_model(case.provider, case.transformer, LAYERS, case.tokens, case.timesteps, device)
+    if device.type == "cuda":
+        # One layer compiles them all; the others wait in the host's memory, for all cases wait on one device.
+        model.blocks[1:].cpu()
+        started = time.perf_counter()
+        model.step(1)
+        compile_s = time.perf_counter() - started
+        for parameter in model.parameters():
+            parameter.grad = None
+    take_turn()
+    model.blocks.to(device)
     steps = {count: _time_steps(model, count, device) for count in (LAYERS, 1)}
-    (many_ms, many_gib), (one_ms, one_gib) = ((median(times), peak) for times, peak in steps.values())
+    (many_ms, many_gib, many_host), (one_ms, one_gib, one_host) = (
+        (median(times), peak, median(host)) for times, peak, host in steps.values()
+    )
     layer_ms = (many_ms - one_ms) / (LAYERS - 1)
-    counts = {"video_tokens": tokens, "audio_tokens": AUDIO_TOKENS, "text_tokens": TEXT_TOKENS}
-    tflop = layer_flops(transformer, **counts).total / 1e12
+    counts = {"video_tokens": case.tokens, "audio_tokens": AUDIO_TOKENS, "text_tokens": TEXT_TOKENS}
+    tflop = layer_flops(case.transformer, **counts).total / 1e12
     times = steps[LAYERS][0]
     row = {
         "layer_ms": layer_ms,
         "tflops": tflop / layer_ms * 1e3,
-        "mfu": tflop / layer_ms * 1e3 / peak_tflops,
+        "mfu": tflop / layer_ms * 1e3 / case.peak_tflops,
         "step_ms": many_ms,
         "outside_ms": one_ms - layer_ms,
+        "host_ms": (many_host - one_host) / (LAYERS - 1),
         "spread": (max(times) - min(times)) / many_ms,
         "peak_gib": many_gib,
         "growth_gib": (many_gib - one_gib) / (LAYERS - 1),
     }
     if device.type == "cuda":
-        many, one = _profile(model, LAYERS), _profile(model, 1)
+        row["compile_s"] = compile_s
+        (many, many_launches), (one, one_launches) = _profile(model, LAYERS), _profile(model, 1)
         many.subtract(one)
+        row["launches"] = (many_launches - one_launches) / (LAYERS - 1)
         per_layer = {name: ms / (LAYERS - 1) for name, ms in many.items()}
         kinds: Counter[str] = Counter()
         for name, ms in per_layer.items():
             kinds[_kind(name)] += ms
         row["kernel_ms"] = {**kinds, "sum": sum(kinds.values())}
         row["host_gap"] = 1 - sum(kinds.values()) / layer_ms
-        row["largest_kernels_ms"] = dict(sorted(per_layer.items(), key=lambda item: -item[1])[:40])
+        row["largest_kernels_ms"] = dict(sorted(per_layer.items(), key=lambda item: -item[1])[:100])
     return row
 
 
-def _time_steps(model: BlockModel, count: int, device: torch.device) -> tuple[list[float], float]:
-    """Milliseconds of each step, and the peak memory of one in GiB."""
-    times = []
+def _time_steps(model: BlockModel, count: int, device: torch.device) -> tuple[list[float], float, list[float]]:
+    """Milliseconds of each step, the peak memory of one in GiB, and the milliseconds until the host was done."""
+    times, host = [], []
     for number in range(_WARMUP + _STEPS):
         for parameter in model.parameters():
             parameter.grad = None
@@ -88,16 +122,18 @@ def _time_steps(model: BlockModel, count: int, device: torch.device) -> tuple[li
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         model.step(count)
+        enqueued = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.synchronize()
         if number >= _WARMUP:
+            host.append((enqueued - started) * 1e3)
             times.append((time.perf_counter() - started) * 1e3)
     peak = torch.cuda.max_memory_allocated() / _GIB if device.type == "cuda" else 0.0
-    return times, peak
+    return times, peak, host
 
 
-def _profile(model: BlockModel, count: int) -> Counter[str]:
-    """Milliseconds of every kernel in one step."""
+def _profile(model: BlockModel, count: int) -> tuple[Counter[str], int]:
+    """Milliseconds of every kernel in one step, and the number of launches."""
     for parameter in model.parameters():
         parameter.grad = None
     torch.cuda.synchronize()
@@ -105,10 +141,12 @@ def _profile(model: BlockModel, count: int) -> Counter[str]:
         model.step(count)
         torch.cuda.synchronize()
     found: Counter[str] = Counter()
+    launches = 0
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             found[event.name] += event.time_range.elapsed_us() / 1e3
-    return found
+            launches += 1
+    return found, launches
 
 
 def _kind(kernel: str) -> str:
@@ -126,43 +164,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--providers", nargs="+", choices=["triton", "torch", "diffusers"], default=["triton", "diffusers"]
     )
     parser.add_argument("--peak-tflops", type=float, default=_PEAK_TFLOPS, help="denominator of MFU")
-    parser.add_argument("--budget", type=float, default=500, help="seconds after which the rest is skipped")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures every combination; one that fails is reported and the next goes on."""
+    """Measures every combination; one that fails is reported and the others go on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformer = released_config(arguments.shape)["transformer"]
+    cases = [
+        Case(provider, tokens, timesteps, transformer, arguments.peak_tflops)
+        for tokens, timesteps, provider in product(arguments.tokens, arguments.timesteps, arguments.providers)
+        # diffusers computes a row for every token, however many are distinct.
+        if provider != "diffusers" or timesteps == 1
+    ]
     common = {**environment(device), "shape": arguments.shape, "dtype": "bfloat16"}
-    started = time.monotonic()
     rows, failures = [], 0
-    print(f"{'provider':10} tokens steps |  ms/layer  TFLOP/s   MFU | growth  peak GiB | kernels ms | host gap spread")
-    for tokens, timesteps, provider in product(arguments.tokens, arguments.timesteps, arguments.providers):
-        if provider == "diffusers" and timesteps > 1:
-            continue  # it computes a row for every token, however many are distinct
-        row = {**common, "provider": provider, "tokens": tokens, "timesteps": timesteps}
+    found = in_turns([partial(measure, case, device) for case in cases], device)
+    print(
+        f"{'provider':10} tokens steps |  ms/layer  TFLOP/s   MFU | growth  peak GiB | kernels ms "
+        "| host ms | device idle | spread | compile s"
+    )
+    for case, result in zip(cases, found, strict=True):
+        row = {**common, "provider": case.provider, "tokens": case.tokens, "timesteps": case.timesteps}
         rows.append(row)
-        if time.monotonic() - started > arguments.budget:
-            row["skipped"] = "budget used up"
-            continue
-        try:
-            if provider == "diffusers":
-                model = diffusers_model(transformer, LAYERS, tokens, device)
-            else:
-                model = our_model(provider, transformer, LAYERS, tokens, timesteps, device)
-            row.update(measure(model, transformer, tokens, arguments.peak_tflops, device))
-            _print_row(row)
-        # A missing library or a compiler error in one must not cost the others' measurements.
-        except Exception as error:
+        if isinstance(result, Exception):
             failures += 1
-            row["error"] = f"{type(error).__name__}: {error}"[:2000]
-            print(f"{provider} {tokens} FAILED {row['error'][:300]}", flush=True)
-        model = None
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        row["seconds"] = time.monotonic() - started
-        write_rows(arguments.out, rows)
+            row["error"] = str(result)
+            print(f"{case.provider} {case.tokens} x{case.timesteps} FAILED {row['error'][:600]}", flush=True)
+        else:
+            row.update(result)
+            _print_row(row)
+    write_rows(arguments.out, rows)
     for row in rows:
         if "largest_kernels_ms" in row:
             label = f"{row['provider']} {row['tokens']} x{row['timesteps']}"
@@ -179,7 +210,7 @@ def _print_row(row: dict) -> None:
         f"{row['layer_ms']:>9.2f} {row['tflops']:>8.0f} {row['mfu']:>6.1%}",
         f"{row['growth_gib']:>6.2f} {row['peak_gib']:>9.1f}",
         split,
-        f"{row.get('host_gap', 0):.1%} {row['spread']:.1%}",
+        f"{row['host_ms']:.2f} | {row.get('host_gap', 0):.1%} | {row['spread']:.1%} | {row.get('compile_s', 0):.0f}",
     )
     print(" | ".join(cells), flush=True)
 

@@ -5,7 +5,8 @@ tokens, 1,024 text tokens. diffusers gets what a trainer gives it, a timestep fo
 ours gets the distinct timesteps and no mask, which masks the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,13 @@ class BlockModel:
 
     Attributes:
         step: one forward and backward over the first n layers; leaves gradients.
-        close: frees what it can.
+        parameters: those of the layers of the last step, and of what is outside the layers.
+        blocks: all layers.
     """
 
     step: Callable[[int], None]
     parameters: Callable[[], list[nn.Parameter]]
+    blocks: nn.ModuleList
 
 
 def our_model(
@@ -42,9 +45,8 @@ def our_model(
 ) -> BlockModel:
     """LTXTransformer, its blocks compiled, with the operators of `backend`."""
     operators = select_operators(backend, device)
-    with torch.device(device):
+    with torch.device(device), _default_dtype(torch.bfloat16):
         model = LTXTransformer.from_config({**transformer, "num_layers": layers}, operators=operators)
-    model.to(torch.bfloat16)
     init_random_(model, seed=0)
     if device.type == "cuda":
         apply_compile(model.transformer_blocks)
@@ -56,7 +58,7 @@ def our_model(
         outputs = model(video, audio)
         _loss(outputs).backward()
 
-    return BlockModel(step, lambda: list(model.parameters()))
+    return BlockModel(step, lambda: list(model.parameters()), blocks)
 
 
 def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.device) -> BlockModel:
@@ -82,7 +84,7 @@ def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.d
         )
         if key in transformer
     }
-    with torch.device(device):
+    with torch.device(device), _default_dtype(torch.bfloat16):
         model = LTX2VideoTransformer3DModel(
             **sizes,
             num_layers=layers,
@@ -125,7 +127,18 @@ def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.d
         model.transformer_blocks = blocks[:count]
         _loss(model(**given)).backward()
 
-    return BlockModel(step, lambda: list(model.parameters()))
+    return BlockModel(step, lambda: list(model.parameters()), blocks)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters are made in this dtype, instead of being made twice as large first."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _loss(outputs: tuple[Tensor, Tensor]) -> Tensor:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ltx_titan.model import ops
 from ltx_titan.model.ops import Row
-from ltx_titan.model.rope import distinct_coordinates, rotary_tables
+from ltx_titan.model.rope import PackedRotation, Rotation, distinct_coordinates, rotary_tables
 from ltx_titan_kernels import gated_residual_norm, qk_norm_rope, rms_norm_modulate
-from ltx_titan_kernels.modulation_rows import Launch
+from ltx_titan_kernels.launches import Launch
 
 HEADS = 32
 EPS = 1e-6
 TEXT_TOKENS = 1024
+AUDIO_TOKENS = 126
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def _norm_modulate(inputs: _Inputs, rows: int) -> KernelCase:
         leaves=leaves,
         launch_forward=partial(rms_norm_modulate.launch_forward, x, scale, shift, scale_table, shift_table, index, EPS),
         launch_backward=partial(rms_norm_modulate.launch_backward, grad, x, rstd, scale, scale_table, index),
-        default_forward=rms_norm_modulate.forward_launch(inputs.width),
-        default_backward=rms_norm_modulate.backward_launch(inputs.width),
+        default_forward=rms_norm_modulate.FORWARD.at(inputs.width),
+        default_backward=rms_norm_modulate.BACKWARD.at(inputs.width),
         forward_bytes=inputs.bytes(2),
         backward_bytes=inputs.bytes(3),
     )
@@ -141,8 +142,8 @@ def _residual_norm(inputs: _Inputs, norms: int, rows: int) -> KernelCase:
         leaves=leaves,
         launch_forward=partial(gated_residual_norm.launch_forward, x, y, row_list, tables, index, EPS),
         launch_backward=partial(gated_residual_norm.launch_backward, grads, saved, y, scales, scale_tables, index),
-        default_forward=gated_residual_norm.forward_launch(inputs.width),
-        default_backward=gated_residual_norm.backward_launch(inputs.width),
+        default_forward=gated_residual_norm.FORWARD[norms].at(inputs.width),
+        default_backward=gated_residual_norm.BACKWARD[norms].at(inputs.width),
         forward_bytes=inputs.bytes(3 + norms),
         # dr, dh, r, y in; dx, dy out. Without a norm dx is dr and r is not read.
         backward_bytes=inputs.bytes(5 + norms if norms else 3),
@@ -150,7 +151,7 @@ def _residual_norm(inputs: _Inputs, norms: int, rows: int) -> KernelCase:
 
 
 def _qk(inputs: _Inputs, axes: int, k_tokens: int | None) -> KernelCase:
-    """Queries and keys that share their angles; with `k_tokens`, text keys of that number and no rotation."""
+    """Queries and keys that share their angles; with `k_tokens`, keys of another stream, rotated if there are axes."""
     head_dim = inputs.width // HEADS
     leaves = {
         "q": inputs.leaf(1, inputs.tokens, inputs.width),
@@ -158,43 +159,50 @@ def _qk(inputs: _Inputs, axes: int, k_tokens: int | None) -> KernelCase:
         "q_weight": inputs.leaf(inputs.width),
         "k_weight": inputs.leaf(inputs.width),
     }
-    packed = expanded = None
-    if k_tokens is None:
-        # Latent frames of 14 x 24, as in 89 frames of 768 x 448.
+    packed: list[PackedRotation] = []
+    expanded: list[Rotation | None] = [None, None]
+    if axes:
+        # Latent frames of 14 x 24, as in 89 frames of 768 x 448; the keys of another stream have times of their own.
         token = torch.arange(inputs.tokens, device=inputs.device)
-        coordinates = torch.stack([token // 336 / 24, token // 24 % 14 * 32, token % 24 * 32])[None, :axes].float()
-        tables = rotary_tables(
-            *distinct_coordinates(coordinates),
-            width=inputs.width,
-            heads=HEADS,
-            max_positions=(20, 2048, 2048)[:axes],
-            theta=1e4,
-            double_precision=True,
-        )
-        packed, expanded = tables.pack(), tables.expand()
+        coordinates = [torch.stack([token // 336 / 24, token // 24 % 14 * 32, token % 24 * 32])[None, :axes].float()]
+        if k_tokens is not None:
+            coordinates.append(torch.arange(k_tokens, device=inputs.device)[None, None] / 25)
+        tables = [
+            rotary_tables(
+                *distinct_coordinates(of_tokens),
+                width=inputs.width,
+                heads=HEADS,
+                max_positions=(20, 2048, 2048)[:axes],
+                theta=1e4,
+                double_precision=True,
+            )
+            for of_tokens in coordinates
+        ]
+        packed = [table.pack() for table in tables]
+        expanded = [tables[0].expand(), tables[-1].expand()]
 
-    def of(operation: Callable, rotation: object) -> Callable[..., Sequence[Tensor]]:
+    def of(operation: Callable, rotations: Sequence) -> Callable[..., Sequence[Tensor]]:
         def run(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> Sequence[Tensor]:
-            return operation(q, k, q_weight, k_weight, rotation, rotation, head_dim=head_dim, eps=EPS)
+            return operation(q, k, q_weight, k_weight, *rotations, head_dim=head_dim, eps=EPS)
 
         return run
 
     q, k, *weights = (leaf.detach() for leaf in leaves.values())
     grads = [inputs.like(q), inputs.like(k)]
-    rotation = ([packed.table], [packed.rows]) if packed else ([], [])
+    rotation = ([p.table for p in packed], [p.rows for p in packed])
     sizes = (head_dim, inputs.width, 0)
     *_, q_rstd, k_rstd = qk_norm_rope.launch_forward(q, k, weights, *rotation, [], *sizes, EPS)
     moved = inputs.bytes(1) + k.numel() * k.itemsize
     return KernelCase(
-        kernel=of(qk_norm_rope.qk_norm_rope, packed),
+        kernel=of(qk_norm_rope.qk_norm_rope, (packed[0], packed[-1]) if packed else (None, None)),
         reference=of(qk_norm_rope.reference, expanded),
         leaves=leaves,
         launch_forward=partial(qk_norm_rope.launch_forward, q, k, weights, *rotation, [], *sizes, EPS),
         launch_backward=partial(
             qk_norm_rope.launch_backward, grads, q, k, [q_rstd, k_rstd], weights, *rotation, False, *sizes
         ),
-        default_forward=qk_norm_rope.forward_launch(inputs.width),
-        default_backward=qk_norm_rope.backward_launch(inputs.width),
+        default_forward=qk_norm_rope.forward_launch(inputs.width, bool(packed)),
+        default_backward=qk_norm_rope.BACKWARD.at(inputs.width),
         forward_bytes=2 * moved,
         backward_bytes=3 * moved,
     )
@@ -208,6 +216,6 @@ CASES: dict[str, Callable[[_Inputs], KernelCase]] = {
     "residual_norm, 2 norms": partial(_residual_norm, norms=2, rows=1),
     "residual": partial(_residual_norm, norms=0, rows=1),
     "qk_norm_rope": partial(_qk, axes=3, k_tokens=None),
-    "qk_norm_rope, 1 axis": partial(_qk, axes=1, k_tokens=None),
-    "qk_norm, text": partial(_qk, axes=1, k_tokens=TEXT_TOKENS),
+    "qk_norm_rope, audio keys": partial(_qk, axes=1, k_tokens=AUDIO_TOKENS),
+    "qk_norm, text": partial(_qk, axes=0, k_tokens=TEXT_TOKENS),
 }

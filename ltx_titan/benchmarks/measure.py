@@ -5,10 +5,14 @@ are several times the cache. On a CPU the same functions time by the clock, to t
 """
 
 import json
+import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -74,12 +78,20 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a row's numbers depend on besides its own fields."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """What a row's numbers depend on besides its own fields.
+
+    The commit is that of the checkout, or LTX_TITAN_COMMIT where a copy without history runs.
+    """
+    commit = os.environ.get("LTX_TITAN_COMMIT")
+    if commit is None:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "triton": version("triton") if find_spec("triton") else "none",
+        "commit": commit,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ltx_titan.benchmarks.block_models import AUDIO_TOKENS, TEXT_TOKENS, our_model
 from ltx_titan.checkpoint import released_config
 from ltx_titan.metrics import layer_flops, outside_flops, peak_flops, training_flops
 from tests.golden_cases import load_case
@@ -113,3 +115,29 @@ def test_frozen_weights_cost_no_weight_gradient():
 )
 def test_peak_is_known_or_none(name, tflops):
     assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
+
+
+def test_a_layer_equals_a_flop_counter_over_the_whole_block():
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 4,
+        "audio_cross_attention_dim": 8,
+        "apply_gated_attention": True,
+        "cross_attention_adaln": True,
+        "caption_proj_before_connector": True,
+        "caption_projection_first_linear": False,
+        "caption_proj_input_norm": False,
+        "caption_projection_second_linear": False,
+    }
+    model = our_model("torch", config, layers=2, tokens=24, timesteps=2, device=torch.device("cpu"))
+    counted = {}
+    for layers in (1, 2):
+        # As two matrix products each way: flash attention's backward multiplies once more, which is not useful work.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model.step(layers)
+        counted[layers] = counter.get_total_flops()
+    tokens = {"video_tokens": 24, "audio_tokens": AUDIO_TOKENS, "text_tokens": TEXT_TOKENS}
+    assert counted[2] - counted[1] == layer_flops(config, **tokens).total
