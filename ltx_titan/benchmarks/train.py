@@ -102,7 +102,7 @@ def main() -> int:
     is_main = dist.get_rank() == 0
     logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     logging.getLogger("ltx_titan").setLevel(logging.INFO if is_main else logging.CRITICAL)
-    common = {**environment(device), "ranks": dist.get_world_size(), "command": shlex.join(["train", *sys.argv[1:]])}
+    common = {**environment(device), "ranks": dist.get_world_size()}
     rows, failures, begun = [], 0, time.monotonic()
     for case in arguments.case:
         name, _, overrides = case.partition(":")

@@ -59,13 +59,13 @@ class Case:
 
 FSDP, TP, CP = Degrees(dp_shard=2), Degrees(tp=2), Degrees(cp=2)
 CASES = [
-    Case("fsdp2 eager", FSDP),
-    Case("tp2 eager", TP),
-    Case("cp2 eager", CP),
     Case("tp2 compiled", TP, compiled=True),
     Case("cp2 compiled", CP, compiled=True),
-    Case("fsdp2 compiled selective", FSDP, compiled=True, recompute="selective"),
     Case("fsdp2 compiled float8", FSDP, compiled=True, float8="tensorwise"),
+    Case("tp2 eager", TP),
+    Case("cp2 eager", CP),
+    Case("fsdp2 eager", FSDP),
+    Case("fsdp2 compiled selective", FSDP, compiled=True, recompute="selective"),
     Case("tp2 compiled full, torch operators", TP, "torch", compiled=True, recompute="full"),
 ]
 
