@@ -146,5 +146,5 @@ def load_feature_extractor(
     with torch.device("meta"):
         extractor = FeatureExtractor.from_config(file.config, text_encoder.dimensions)
     names = {name: prefix + name for name in extractor.state_dict()}
-    load_strictly(extractor, file, names, covers=(prefix,), dtype=dtype)
-    return extractor.requires_grad_(False).eval().to(device)
+    load_strictly(extractor, file, names, covers=(prefix,), dtype=dtype, device=device)
+    return extractor.requires_grad_(False).eval()
