@@ -63,19 +63,29 @@ class SingleFile:
         return prefix if any(name.startswith(prefix) for name in self.names) else ""
 
 
+def open_header(path: str | Path) -> SingleFile:
+    """Read the header of a file that need not have a `config`, such as a packed text encoder.
+
+    Raises:
+        ValueError: the path is no whole safetensors file.
+    """
+    metadata = read_metadata(path)
+    return SingleFile(metadata, frozenset(metadata.tensors))
+
+
 def open_single_file(path: str | Path) -> SingleFile:
     """Read the header of a checkpoint, no tensor.
 
     Raises:
         ValueError: the path is no whole safetensors file, or its metadata has no readable `config`.
     """
-    metadata = read_metadata(path)
-    if not metadata.config:
+    file = open_header(path)
+    if not file.config:
         raise ValueError(
-            f"{path}: its metadata has no JSON object 'config' (found keys {sorted(metadata.raw)}); the sizes of a "
-            "model are read from there, so use the official file rather than a converted one"
+            f"{path}: its metadata has no JSON object 'config' (found keys {sorted(file.metadata.raw)}); the sizes of "
+            "a model are read from there, so use the official file rather than a converted one"
         )
-    return SingleFile(metadata, frozenset(metadata.tensors))
+    return file
 
 
 def read_tensors(
@@ -94,7 +104,7 @@ def read_tensors(
     missing = sorted(set(shapes) - file.names)
     if missing:
         raise ValueError(f"{file.path}: lacks {some(missing)}; the file is incomplete or of another layout")
-    _check_shapes(file, shapes)
+    check_shapes(file, shapes)
     if torch.device(device).type == "meta":
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with safe_open(file.path, framework="pt") as handle:
@@ -125,7 +135,7 @@ def load_strictly(
     own = module.state_dict()
     assert own.keys() == names.keys()
     check_names(file, set(names.values()), covers)
-    _check_shapes(file, {stored: tuple(own[name].shape) for name, stored in names.items()})
+    check_shapes(file, {stored: tuple(own[name].shape) for name, stored in names.items()})
     if torch.device(device).type == "meta":
         return
     weights = {}
@@ -151,7 +161,12 @@ def check_names(file: SingleFile, expected: set[str], covers: tuple[str, ...]) -
         )
 
 
-def _check_shapes(file: SingleFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(file: SingleFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that tensors have the shapes that the metadata asks for.
+
+    Raises:
+        ValueError: with the first that has not.
+    """
     for name, expected in shapes.items():
         found = file.metadata.tensors[name].shape
         if found != expected:

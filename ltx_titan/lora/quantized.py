@@ -17,7 +17,7 @@ The matrix product is done in the input's dtype after dequantisation, which torc
 weight. Nothing but the quantised data is kept for the backward pass.
 
 An official fp8 or NVFP4 file keeps its bits in the form of its own kind; its scales, float32 in the file, are rounded
-to bfloat16, which moves a weight by no more than rounding that weight to bfloat16 would (2^-9).
+to bfloat16, which moves a weight by no more than rounding that weight to bfloat16 would (2^-8).
 """
 
 import math

@@ -51,7 +51,7 @@ def test_a_quantised_base_is_quantised_while_it_is_read(tmp_path, form):
 
 @pytest.fixture(scope="module", params=FORMS)
 def quantized_file(request, tmp_path_factory):
-    """An official quantised file, the weights it stands for, and its form: linear layers of all blocks but the first."""
+    """An official quantised file, what its weights are, and its form: linear layers of all blocks but the first."""
     folder = tmp_path_factory.mktemp("quantized")
     tensors = load_file(write_checkpoint(folder / "plain.safetensors"))
 
@@ -84,7 +84,7 @@ def test_an_official_quantised_file_keeps_its_bits_in_its_own_form(quantized_fil
         expected = weights[f"transformer_blocks.1.{name.removesuffix('.base')}.weight"]
         found = dequantize(layer.qdata, layer.scale, own, torch.float32)
         # A second rounding to the form's own grid would be off by up to 2^-4 of a weight; this is the scale's alone.
-        assert ((found - expected).abs() <= 2**-9 * expected.abs()).all()
+        assert ((found - expected).abs() <= 2**-8 * expected.abs()).all()
     plain = weights["transformer_blocks.0.attn1.to_q.weight"]
     data, scale = quantize_rows(plain, own)
     assert same_bits(model.transformer_blocks[0].attn1.to_q.base.qdata, data)
