@@ -16,6 +16,7 @@ caption of the batch and the padded rows are zeros, which the feature extractor 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,6 +194,22 @@ def _version_numbers(version: str | None) -> tuple[int, ...]:
             break
         numbers.append(int(part))
     return tuple(numbers)
+
+
+def text_feature_widths(config: dict[str, Any], encoder: PretrainedConfig) -> tuple[int, int]:
+    """Widths of the text features of the video and of the audio stream.
+
+    Args:
+        config: the metadata object `config` of a checkpoint, with the key `transformer`.
+        encoder: from `text_encoder_config`.
+    """
+    language = getattr(encoder, "text_config", encoder)
+    dimensions = {"hidden_size": language.hidden_size, "num_hidden_layers": language.num_hidden_layers}
+    with torch.device("meta"):
+        extractor = FeatureExtractor.from_config(config, dimensions)
+    if not extractor.per_stream:
+        return language.hidden_size, language.hidden_size
+    return extractor.video_aggregate_embed.out_features, extractor.audio_aggregate_embed.out_features
 
 
 def load_feature_extractor(

@@ -268,9 +268,12 @@ def load_video_codec(
     has_time_embedder = f"{prefix}decoder.last_scale_shift_table" in file.names
     layout = video_vae_layout(section, timestep_conditioning=has_time_embedder)
     if part != "encoder" and not layout.decoder:
+        # diffusers has the class, but its portable attention makes a mask of all pairs of tokens: 167 GiB for a clip of
+        # 137 frames of 768x512. What is practical is a kernel (NATTEN) that it downloads, which nothing here does.
         raise ValueError(
-            f"{path}: its decoder is a {section.get('_class_name')}, expected a CausalVideoAutoencoder; decode with "
-            "the pack's convolutional VAE file (its name has '-conv-'), whose encoder is the same"
+            f"{path}: its decoder is a {section.get('_class_name')}, expected a CausalVideoAutoencoder: diffusers' "
+            "LTX2VideoDiffusionDecoderModel needs a kernel from the network (NATTEN) for clips of useful size. Decode "
+            "with the pack's convolutional VAE file (its name has '-conv-'), whose encoder is the same"
         )
     with torch.device("meta"):
         vae = AutoencoderKLLTX2Video(**layout.arguments)

@@ -80,8 +80,21 @@ def read_sample(path: str | Path, kind: Kind | None = None) -> Fields:
         ValueError: if the file is missing, cut off or of another kind, or a field is missing, has a wrong type or
             shape, contradicts another or is not finite; with file, field, what was expected and found, and the remedy.
     """
-    path = Path(path)
-    fields = _normalised(path, _load(path, mmap=False), kind)
+    return check_fields(Path(path), _load(Path(path), mmap=False), kind)
+
+
+def check_fields(path: Path, data: dict, kind: Kind | None = None) -> Fields:
+    """Brings the fields of a stored sample to their one form and checks all of them.
+
+    Args:
+        path: what messages call the sample.
+        data: as stored.
+        kind: what it must hold; None accepts any.
+
+    Raises:
+        ValueError: as `read_sample`.
+    """
+    fields = _normalised(path, data, kind)
     _check_values(path, fields)
     return fields
 

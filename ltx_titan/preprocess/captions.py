@@ -43,7 +43,7 @@ def process_captions(
                 report.fail("captions", f"row {sample.row} ({sample.media})", "has no caption")
             else:
                 caption = with_trigger(sample.caption, trigger)
-                write_sample(output / "conditions" / sample.key, _fields(caption, text_encoder, extractor))
+                write_sample(output / "conditions" / sample.key, text_fields(caption, text_encoder, extractor))
                 report.add("captions", "done")
             bar.advance()
 
@@ -55,7 +55,8 @@ def with_trigger(caption: str, trigger: str | None) -> str:
 
 
 @torch.no_grad()
-def _fields(caption: str, text_encoder: TextEncoder, extractor: FeatureExtractor) -> dict[str, Value]:
+def text_fields(caption: str, text_encoder: TextEncoder, extractor: FeatureExtractor) -> dict[str, Value]:
+    """Fields of a text sample, bfloat16."""
     hidden_states, mask = text_encoder.encode([caption])
     video, audio = extractor(hidden_states, mask)
     return {
