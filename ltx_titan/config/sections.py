@@ -78,8 +78,9 @@ class SyntheticSection(Section):
 class MediaSection(Section):
     """`[data.media]`: clips and captions that are encoded while training, for sets too large to keep encoded.
 
-    Each rank holds the encoders (with LTX-2.3 about 26 GB, 2 GB with an offloaded text encoder) and spends part of
-    every step on them; where there is room on disk, `ltx-titan process-dataset` and `precomputed` train faster.
+    Each rank holds the encoders (with LTX-2.3 about 27 GB, 3 GB with an offloaded text encoder) and spends part of
+    every step on them, those of a tp or cp group on the same clip; where there is room on disk, `ltx-titan
+    process-dataset` and `precomputed` train faster.
     """
 
     dataset_path: PathText | None = None

@@ -36,14 +36,13 @@ from ltx_titan.data.layout import (
     Kind,
     check_fields,
 )
-from ltx_titan.media import MediaError, is_image, probe_video, read_image, read_sound
-from ltx_titan.preprocess.buckets import Bucket, parse_buckets
+from ltx_titan.media import MediaError, fit_frames, is_image, probe_video, read_clip, read_image, read_sound
+from ltx_titan.preprocess.buckets import Bucket, choose_bucket, parse_buckets
 from ltx_titan.preprocess.captions import with_trigger
 from ltx_titan.preprocess.disk_cache import DiskCache
 from ltx_titan.preprocess.encoders import EncoderFiles, Encoders
 from ltx_titan.preprocess.rows import Sample as Row
 from ltx_titan.preprocess.rows import read_dataset
-from ltx_titan.preprocess.videos import IMAGE_FPS, bucket_of, read_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +50,10 @@ T = TypeVar("T")
 
 _KINDS: dict[str, Kind] = {"video_latents": "video", "audio_latents": "audio", "conditions": "text"}
 _EXAMPLES = 3
+# Clips that may fail in a row before it is taken to be the storage.
+_TRIES = 10
+# A still image lasts one second, as `process-dataset` has it.
+_IMAGE_FPS = "1"
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,10 @@ class MediaDataset:
         self._scale_factors = scale_factors(read_metadata(video_vae).config)
         self._clips = self._find_clips()
         self._keys = [shape_key_of(self._outline(clip)) for clip in self._clips]
-        self._alike = defaultdict(list)
+        self._alike: dict[ShapeKey, list[int]] = defaultdict(list)
+        self._places = []
         for index, key in enumerate(self._keys):
+            self._places.append(len(self._alike[key]))
             self._alike[key].append(index)
         self._stamps = {
             "video_latents": (_stamp(video_vae), section.vae_tiling),
@@ -141,21 +146,21 @@ class MediaDataset:
         """Encodes one sample, or takes it from the cache: source -> field -> tensor or number, without a batch dim.
 
         Raises:
-            ValueError: neither this clip nor any other of its shape can be read.
+            ValueError: neither this clip nor the next ones of its shape can be read.
         """
-        alike = self._alike[self._keys[index]]
-        place = alike.index(index)
-        for candidate in (*alike[place:], *alike[:place]):
+        alike, place = self._alike[self._keys[index]], self._places[index]
+        tries = min(len(alike), _TRIES)
+        for step in range(tries):
+            candidate = alike[(place + step) % len(alike)]
             try:
                 return self._load(candidate)
             except MediaError as error:
                 logger.warning(
-                    "%s: cannot be read (%s); another clip of the same shape takes its place",
-                    self.name(candidate),
-                    error,
+                    "%s: left out, another clip of its shape takes its place: %s", self.name(candidate), error
                 )
         raise ValueError(
-            f"{self._section.dataset_path}: none of the clips of the shape of {self.name(index)} can be read"
+            f"{self._section.dataset_path}: {self.name(index)} and the next {tries - 1} clips of its shape cannot be "
+            "read; is the storage still there?"
         )
 
     @property
@@ -200,11 +205,13 @@ class MediaDataset:
             case "conditions":
                 return self._encoders.text(self._caption(clip.row))
             case "video_latents":
-                pixels = _reading(path, lambda: read_pixels(path, clip.bucket))
+                pixels = _reading(path, lambda: _read_pixels(path, clip.bucket))
                 return self._encoders.video(pixels, clip.fps)
             case _:
                 own = clip.row.audio or path
                 sound = _reading(own, lambda: read_sound(own)) if clip.has_sound else None
+                if clip.has_sound and sound is None:
+                    raise MediaError(own, "has no sound track")
                 return self._encoders.sound(sound, clip.duration_s)
 
     def _caption(self, row: Row) -> str:
@@ -239,9 +246,12 @@ class MediaDataset:
                     raise MediaError(row.media, header)
                 if row.caption is None:
                     raise MediaError(row.media, "has no caption")
-                if self._has_sound and table.has_audio and row.audio is None:
-                    raise MediaError(row.media, "has no file in the column 'audio'")
-                bucket = bucket_of(row.media, buckets, header.width, header.height, header.frames)
+                if self._has_sound and table.has_audio and (row.audio is None or not row.audio.is_file()):
+                    raise MediaError(row.media, f"has no file in the column 'audio' ({row.audio})")
+                bucket = choose_bucket(buckets, header.width, header.height, header.frames)
+                if bucket is None:
+                    shortest = min(bucket.frames for bucket in buckets)
+                    raise MediaError(row.media, f"has {header.frames} frame(s), the shortest bucket needs {shortest}")
             except MediaError as error:
                 rejected.append((str(row.media), error.reason))
                 continue
@@ -291,6 +301,12 @@ class MediaDataset:
         return digest.hexdigest()[:32]
 
 
+def _read_pixels(path: Path, bucket: Bucket) -> torch.Tensor:
+    if is_image(path):
+        return fit_frames(read_image(path), bucket.width, bucket.height)
+    return read_clip(path, bucket.frames, bucket.width, bucket.height)
+
+
 def _reading(path: Path, read: Callable[[], T]) -> T:
     try:
         return read()
@@ -312,6 +328,8 @@ def _read_headers(table: Path, paths: list[Path]) -> dict[Path, _Header | str]:
             return entry, known.get(entry) or _read_header(path)
         except MediaError as error:
             return None, error.reason
+        except FileNotFoundError:
+            return None, "no such file"
         except OSError as error:
             return None, str(error)
 
@@ -320,7 +338,7 @@ def _read_headers(table: Path, paths: list[Path]) -> dict[Path, _Header | str]:
         found = list(pool.map(read, paths))
     rows = [(entry, tuple(vars(header).values())) for entry, header in found if entry is not None]
     if any(entry not in known for entry, _ in rows):
-        temporary = remembered.with_name(f"{remembered.name}.tmp.{os.getpid()}")
+        temporary = remembered.with_name(f"{remembered.name}.tmp.{os.getpid()}.{os.urandom(4).hex()}")
         try:
             temporary.write_text(json.dumps(rows))
             os.replace(temporary, remembered)
@@ -332,7 +350,7 @@ def _read_headers(table: Path, paths: list[Path]) -> dict[Path, _Header | str]:
 def _read_header(path: Path) -> _Header:
     if is_image(path):
         image = read_image(path)
-        return _Header(image.shape[2], image.shape[1], 1, str(IMAGE_FPS), has_sound=False)
+        return _Header(image.shape[2], image.shape[1], 1, _IMAGE_FPS, has_sound=False)
     info = probe_video(path)
     return _Header(info.width, info.height, info.frames, str(info.fps), info.has_audio)
 

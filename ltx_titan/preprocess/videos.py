@@ -31,8 +31,8 @@ from ltx_titan.preprocess.report import Report
 from ltx_titan.preprocess.rows import Sample
 from ltx_titan.preprocess.store import is_whole
 
-IMAGE_FPS = 1.0
-"""A still image lasts one second on the time axis of the positions, as in published data sets."""
+# A still image lasts one second on the time axis of the positions, as in published data sets.
+_IMAGE_FPS = 1.0
 
 
 @dataclass(frozen=True)
@@ -166,30 +166,14 @@ def _read(path: Path, buckets: Sequence[Bucket]) -> _Clip:
     """Read an image or the first frames of a video at the size of its bucket."""
     if is_image(path):
         image = read_image(path)
-        bucket = bucket_of(path, buckets, width=image.shape[2], height=image.shape[1], frames=1)
-        return _Clip(read_pixels(path, bucket), IMAGE_FPS)
+        bucket = _bucket(path, buckets, width=image.shape[2], height=image.shape[1], frames=1)
+        return _Clip(fit_frames(image, bucket.width, bucket.height), _IMAGE_FPS)
     info = probe_video(path)
-    bucket = bucket_of(path, buckets, info.width, info.height, info.frames)
-    return _Clip(read_pixels(path, bucket), float(info.fps))
+    bucket = _bucket(path, buckets, info.width, info.height, info.frames)
+    return _Clip(read_clip(path, bucket.frames, bucket.width, bucket.height), float(info.fps))
 
 
-def read_pixels(path: Path, bucket: Bucket) -> torch.Tensor:
-    """The first frames of a video, or an image, at the size of its bucket: [3, F, H, W] in [-1, 1].
-
-    Raises:
-        MediaError: the file cannot be read, or ends before its header says.
-    """
-    if is_image(path):
-        return fit_frames(read_image(path), bucket.width, bucket.height)
-    return read_clip(path, bucket.frames, bucket.width, bucket.height)
-
-
-def bucket_of(path: Path, buckets: Sequence[Bucket], width: int, height: int, frames: int) -> Bucket:
-    """The bucket for a file of some size.
-
-    Raises:
-        MediaError: it is too short for all of them.
-    """
+def _bucket(path: Path, buckets: Sequence[Bucket], width: int, height: int, frames: int) -> Bucket:
     bucket = choose_bucket(buckets, width, height, frames)
     if bucket is None:
         shortest = min(bucket.frames for bucket in buckets)

@@ -11,7 +11,7 @@ from rich.console import Console
 from ltx_titan.config import ConfigError, load_job
 from ltx_titan.config.sections import MediaSection
 from ltx_titan.data import BatchPlan, PrecomputedDataset, StepLoader, write_sample
-from ltx_titan.media import write_wav
+from ltx_titan.media import write_video, write_wav
 from ltx_titan.media.audio import Sound
 from ltx_titan.preprocess import ProcessOptions, process_dataset
 from ltx_titan.preprocess.disk_cache import DiskCache
@@ -83,8 +83,9 @@ def test_samples_and_shapes_are_those_of_prepared_data(nano, mixed, caplog):
     table, prepared = mixed
     with caplog.at_level(logging.WARNING):
         media = MediaDataset(section(nano, table), SOURCES, nano)
-    assert "4 rows are left out" in caplog.text
-    assert "short.mp4: has 3 frame(s), the shortest bucket needs 17" in caplog.text or "short.mp4" in caplog.text
+    assert "3 rows are left out" in caplog.text
+    assert "zero.mp4: is empty" in caplog.text
+    assert "missing.mp4: no such file" in caplog.text
     places = {prepared.name(index): index for index in range(len(prepared))}
     assert {media.name(index) for index in range(len(media))} == places.keys()
     for index in range(len(media)):
@@ -120,17 +121,19 @@ def test_a_separate_sound_is_used_instead_of_the_clip_s_own(nano, tmp_path):
 
 def test_a_clip_that_breaks_off_is_replaced_by_one_of_its_shape(nano, tmp_path, caplog):
     for name in ("good.mp4", "broken.mp4"):
-        write_clip(tmp_path / name, frames=20, channels=0)
+        noise = torch.randint(0, 256, (20, 64, 96, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        write_video(tmp_path / name, noise, Fraction(25))
     broken = tmp_path / "broken.mp4"
-    broken.write_bytes(broken.read_bytes()[:-400])  # the header, in front, still promises 20 frames
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])  # the header, in front, still promises 20 frames
     table = write_table(tmp_path, ["broken.mp4", "good.mp4"])
     media = MediaDataset(section(nano, table), SOURCES, nano)
     assert len(media) == 2
     with caplog.at_level(logging.WARNING):
         assert same(media.load(0), media.load(1))
-    assert "broken.pt: cannot be read" in caplog.text
+    assert "broken.pt: left out, another clip of its shape takes its place" in caplog.text
     alone = MediaDataset(section(nano, write_table(tmp_path, ["broken.mp4"])), SOURCES, nano)
-    with pytest.raises(ValueError, match=r"none of the clips of the shape of broken\.pt can be read"):
+    with pytest.raises(ValueError, match=r"broken\.pt and the next 0 clips of its shape cannot be read"):
         alone.load(0)
 
 
@@ -186,9 +189,10 @@ def test_an_offloaded_text_encoder_gives_the_same_features(nano, mixed):
 def test_what_is_missing_is_said_before_anything_is_loaded(nano, mixed, tmp_path):
     table, _ = mixed
     job = tmp_path / "job.toml"
+    conditions = '[{type = "mask", probability = 0.5, mask_dir = "masks"}]'
     job.write_text(
         f'[model]\ncheckpoint_path = "{nano}"\n[data]\nsource = "media"\n[data.media]\ndataset_path = "{table}"\n'
-        '[video]\nlatents_dir = "latents"\nconditions = [{type = "mask", probability = 0.5, mask_dir = "masks"}]\n'
+        f'[video]\nis_generated = true\nlatents_dir = "latents"\nconditions = {conditions}\n'
     )
     with pytest.raises(ConfigError) as failure:
         load_job(job)
