@@ -39,7 +39,8 @@ class ModelSection(Section):
     """`[model]`: which weights are trained, and how."""
 
     checkpoint_path: PathText | None = None
-    """Official single-file checkpoint (.safetensors); its metadata decides the architecture."""
+    """Official checkpoint (.safetensors); its metadata decides the architecture. With `mode = "lora"` it may be an fp8
+    or NVFP4 file; of a split pack (LTX-2.5), give the transformer's."""
     mode: Literal["full", "lora"] = "full"
     """`full` trains every transformer weight (about 16 bytes each, sharded); `lora` small adapters on a frozen base."""
     modalities: Literal["auto", "av", "video", "audio"] = "auto"
