@@ -109,8 +109,8 @@ class Encoders:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        stream = self._stream
-        with self._lock, torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
+        # One after the other: only the thread whose turn it is may be the first to ask for the stream.
+        with self._lock, torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
             yield
 
 
