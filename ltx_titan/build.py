@@ -42,7 +42,7 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
         adapted = apply_lora(model, job.lora)
         logger.info("LoRA: rank %d on %d layers, base in %s", job.lora.rank, len(adapted), job.lora.base_dtype)
     parallelize(model, job, mesh)
-    model.to_empty(device=device)
+    _give_storage(model, device, offloaded=job.parallelism.cpu_offload)
     if is_lora:
         if path is not None:
             load_base(model, path, allow_unused=unused)
@@ -61,6 +61,15 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
     elapsed_s = time.perf_counter() - started
     logger.info("transformer: %.3f B weights, %.3f B trained, from %s in %.1f s", weights, trained, origin, elapsed_s)
     return model.train()
+
+
+def _give_storage(model: nn.Module, device: torch.device, *, offloaded: bool) -> None:
+    """Uninitialised memory for all shards: on the device, or in host memory where FSDP2 fetches them from."""
+    model.to_empty(device="cpu" if offloaded else device)
+    if offloaded:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
 
 
 def load_connectors(plan: Plan, mesh: Mesh, device: torch.device) -> TextConnectors | None:

@@ -18,6 +18,7 @@ from ltx_titan.metrics import training_flops
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
 from ltx_titan.model.ops import TORCH, Operators
 from ltx_titan.model.transformer import Modalities
+from ltx_titan.parallel.limits import check_parallelism
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,17 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     source = read_source(model.checkpoint_path if model.init == "checkpoint" else None, model.shape, model.num_layers)
     modalities = _modalities(job)
     architecture = build_transformer(source, modalities).config  # on the meta device: names and shapes fit the file
+    check_parallelism(
+        degrees,
+        architecture,
+        modalities,
+        recompute=job.activation_checkpoint.mode,
+        k=job.activation_checkpoint.k or 1,
+        offload=job.activation_checkpoint.offload,
+        float8=job.float8.recipe,
+        float8_all_gather=job.float8.all_gather,
+        dora=model.mode == "lora" and job.lora.dora,
+    )
     factors = scale_factors(source.config)
     strategy = FlexibleStrategy.from_config(
         {"name": "flexible", "video": job.video, "audio": job.audio}, factors, architecture.keyframe_embedding

@@ -10,10 +10,11 @@ meta device, shards it, loads this rank's slices and resumes. `Trainer.train` lo
 import gc
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltx_titan.build import export_model, load_connectors, load_transformer
-from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, official_name, save_state, stream_of
+from ltx_titan.checkpoint import (
+    BackgroundSaver,
+    TrainingState,
+    latest_complete,
+    load_state,
+    official_name,
+    save_state,
+    stream_of,
+)
 from ltx_titan.checkpoint.state import save_everything
 from ltx_titan.conditioning import Loss, ModelInputs
 from ltx_titan.conditioning.text import to_contexts
@@ -40,12 +49,14 @@ from ltx_titan.metrics import (
 from ltx_titan.metrics.sums import Sums, bucket_means
 from ltx_titan.model import Perturbations
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
+from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.parallel.parallelize import compute_dtype
 from ltx_titan.plan import Plan, plan_job
 from ltx_titan.quiet import quieten
 from ltx_titan.report import is_finished, report
+from ltx_titan.stop import StopSignal
 from ltx_titan.validate import TrainingValidation, check_validation_files
 
 logger = logging.getLogger("ltx_titan")
@@ -54,9 +65,6 @@ GradNorms = tuple[Tensor, dict[str, Tensor]]
 
 # More micro-batches than any step has, so that each has a number of its own.
 _MICRO_STEPS = 1 << 20
-
-# Schedulers announce the end of a job's time with these; the run then saves and ends after the step it is in.
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Trainer:
@@ -81,9 +89,12 @@ class Trainer:
         self.optimizers = build_optimizers(self.model.named_parameters(), job.optimizer, seed=job.training.seed)
         decay = job.optimizer.ema_decay
         self.ema = None if decay is None else EMA(self.model.parameters(), decay)
+        # One mask for all ranks of a cp or tp group: they must agree on the sound, which each of them has in full.
         self.dropout = DropoutClock(self.model, job.training.seed, self.mesh.dp_rank)
+        self.saver = self._make_saver()
         self.step, self.next_batch = self._resume()
-        self.stop_requested = False
+        self.stop = StopSignal()
+        self.save_blocked_s: float | None = None  # by the newest save, until it is logged
 
     def _resume(self) -> tuple[int, int]:
         """Goes on from the newest complete checkpoint; returns the steps taken and the number of the next batch."""
@@ -103,9 +114,6 @@ class Trainer:
         logger.info("resumed from %s: step %d of %d", path, saved["step"], self.job.training.steps)
         return saved["step"], next_batch
 
-    def _request_stop(self, number: int, frame: object) -> None:
-        self.stop_requested = True
-
     def train(self) -> None:
         """Runs the remaining steps, saves, exports and says where everything is.
 
@@ -113,8 +121,6 @@ class Trainer:
             FloatingPointError: the loss or the gradient is not a number.
         """
         job, plan = self.job, self.plan
-        for number in _STOP_SIGNALS:
-            signal.signal(number, self._request_stop)
         if self.is_main:
             plan.folder.mkdir(parents=True, exist_ok=True)
             (plan.folder / "job.toml").write_text(dump_job(job))
@@ -148,7 +154,6 @@ class Trainer:
             rank=dist.get_rank(),
         )
         started = time.perf_counter()
-        saved_step = self.step
         try:
             with loader, profiling as before_step:
                 sums = self._new_sums()
@@ -157,45 +162,61 @@ class Trainer:
                     started = time.perf_counter()
                 for batches in loader:
                     before_step(batches.step)
+                    self.stop.ask()
                     grad_norms = self._train_step(batches, sums)
                     self.step, self.next_batch = batches.step, batches.batch_number + 1
-                    if self.step % job.training.gc_interval == 0:
+                    if _is_due(self.step, job.training.gc_interval):
                         gc.collect()
                     validated = {}
-                    if job.validation.interval and self.step % job.validation.interval == 0:
+                    if _is_due(self.step, job.validation.interval):
                         paused = time.perf_counter()
                         validated = self._validate(log)
                         started += time.perf_counter() - paused
                     is_last = self.step == plan.last_step
-                    is_due = job.checkpoint.interval > 0 and self.step % job.checkpoint.interval == 0
-                    if is_last or is_due or validated or self.step % job.metrics.interval == 0:
+                    stops = self.stop.is_agreed()
+                    saves = is_last or stops or _is_due(self.step, job.checkpoint.interval)
+                    if saves or validated or _is_due(self.step, job.metrics.interval):
                         # Before a save, so that weights that are not numbers never replace good ones.
                         self._log(log, sums, grad_norms, time.perf_counter() - started, validated)
                         sums, started = self._new_sums(), time.perf_counter()
-                    if is_last or is_due or self.stop_requested:
+                    if saves:
                         self._save()
-                        saved_step, started = self.step, time.perf_counter()
-                    if self.stop_requested:
+                        started = time.perf_counter()
+                    if _is_due(self.step, job.checkpoint.export_interval) and not is_last:
+                        self._export()
+                        started = time.perf_counter()
+                    if stops and not is_last:
                         logger.warning("stopped by a signal after step %d; the same command goes on", self.step)
                         return
         finally:
             log.close()
-        assert saved_step == self.step
-        self._finish()
+            if self.saver is not None:
+                self.saver.close()
+        export = self._export()
+        if self.is_main:
+            report(plan, export)
 
-    def _train_step(self, batches: StepBatches, sums: Sums) -> GradNorms:
-        """Forward and backward of every micro-batch, then one update; returns the gradient norms before clipping."""
+    def _train_step(self, batches: StepBatches, sums: Sums) -> GradNorms | None:
+        """Forward and backward of every micro-batch, then one update.
+
+        Returns:
+            The gradient norms before clipping; None where weights are updated in the backward pass, which leaves none.
+        """
         max_norm = self.job.training.max_grad_norm
         self.job.optimizer.check_step(max_grad_norm=max_norm, micro_batches=batches.num_micro_batches)
         self.optimizers.set_lr(self._learning_rate(batches.step))
         for number, micro_batch in enumerate(batches.micro_batches):
             self.dropout.set(batches.step * _MICRO_STEPS + number)
             self._forward_backward(micro_batch, sums)
-        grad_norms = clip_grad_norm_(
-            self.model.named_parameters(), max_norm, lambda name: stream_of(official_name(name))
-        )
+        grad_norms = None
+        if not self.job.optimizer.in_backward:
+            grad_norms = clip_grad_norm_(
+                self.model.named_parameters(), max_norm, lambda name: stream_of(official_name(name))
+            )
         self.optimizers.step()
         self.optimizers.zero_grad()
+        if self.job.float8.all_gather:
+            precompute_float8_scales(self.model)
         if self.ema is not None:
             self.ema.update(batches.step)
         sums.steps += 1
@@ -244,18 +265,22 @@ class Trainer:
         return Sums(self.device)
 
     def _log(
-        self, log: MetricsLogger, sums: Sums, grad_norms: GradNorms, elapsed_s: float, validated: dict[str, float]
+        self,
+        log: MetricsLogger,
+        sums: Sums,
+        grad_norms: GradNorms | None,
+        elapsed_s: float,
+        validated: dict[str, float],
     ) -> None:
-        """Reduces over ranks, records, and agrees on whether to stop. The only place where a step waits for the device.
+        """Reduces over ranks and records. The only place where a step waits for the device.
 
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite.
         """
         steps = sums.steps
-        work = sums.loss.new_tensor([sums.flops / 1e12, sums.tokens, float(self.stop_requested)])
-        totals = self.mesh.sum_over_data(torch.cat([sums.loss, work, sums.buckets.flatten()])).tolist()
-        loss, loss_video, loss_audio, tflop, tokens, stops = totals[:6]
-        self.stop_requested = stops > 0
+        work = sums.loss.new_tensor([sums.flops / 1e12, sums.tokens])
+        totals = self.mesh.sum_over_samples(torch.cat([sums.loss, work, sums.buckets.flatten()])).tolist()
+        loss, loss_video, loss_audio, tflop, tokens = totals[:5]
         peak_memory = peak_memory_gib(self.device)
         if peak_memory is not None:
             peak = sums.loss.new_tensor(peak_memory)
@@ -263,9 +288,13 @@ class Trainer:
             peak_memory = peak.item()
             reset_peak_memory(self.device)
         tflops = tflop / dist.get_world_size() / elapsed_s
-        norm = grad_norms[0].item()
-        extra = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
-        extra |= bucket_means(totals[6:]) | validated
+        norm, extra = None, {}
+        if grad_norms is not None:
+            norm = grad_norms[0].item()
+            extra = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
+        extra |= bucket_means(totals[5:]) | validated
+        if self.save_blocked_s is not None:
+            extra["perf/save_blocked_s"], self.save_blocked_s = self.save_blocked_s, None
         log.log(
             StepMetrics(
                 step=self.step,
@@ -282,12 +311,21 @@ class Trainer:
                 extra=extra,
             )
         )
-        if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
+        if not all(isfinite(value) for value in (loss, norm) if value is not None):
             raise FloatingPointError(
                 f"step {self.step}: loss {loss / steps}, gradient norm {norm}. Nothing was saved of it; the newest "
                 f"checkpoint is {latest_complete(self.plan.folder / 'checkpoint')}. Lower optimizer.lr, keep "
                 f"training.max_grad_norm at 1.0, and look at the data of this step."
             )
+
+    @property
+    def _keep_last(self) -> int:
+        return max(self.job.checkpoint.keep_last, 0)
+
+    def _make_saver(self) -> BackgroundSaver | None:
+        if not (self.job.checkpoint.enable and self.job.checkpoint.background):
+            return None
+        return BackgroundSaver(self.plan.folder / "checkpoint", keep_last=self._keep_last)
 
     def _state(self, trainer: dict[str, Any]) -> TrainingState:
         """What is saved and restored: with LoRA the adapters alone, for the base has its own file."""
@@ -296,24 +334,32 @@ class Trainer:
         return TrainingState(self.model, optimizers, select=select, trainer=trainer)
 
     def _save(self) -> None:
+        if not self.job.checkpoint.enable:
+            return
         batches = self.plan.batches
         position = DataPosition(
             self.next_batch * batches.global_batch_size, batches.global_batch_size, batches.fingerprint
         )
         trainer = {"data": position.to_dict(), "job": plain_job(self.job)}
-        state = self._state(trainer)
+        state, folder = self._state(trainer), self.plan.folder / "checkpoint"
         started = time.perf_counter()
-        keep_last = max(self.job.checkpoint.keep_last, 0)
-        path = save_state(self.plan.folder / "checkpoint", self.step, state, keep_last=keep_last)
-        logger.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        if self.saver is not None:
+            self.saver.save(self.step, state)
+        else:
+            save_state(folder, self.step, state, keep_last=self._keep_last)
+        self.save_blocked_s = time.perf_counter() - started
+        how = "being written in the background" if self.saver is not None else "saved"
+        logger.info("step %d is %s; training waited %.1f s", self.step, how, self.save_blocked_s)
 
-    def _finish(self) -> None:
-        """Exports the model, draws the loss curve and says where everything is."""
-        export = None
-        if self.job.checkpoint.export:
-            export = export_model(self.plan, self.model, self.step)
-        if self.is_main:
-            report(self.plan, export)
+    def _export(self) -> Path | None:
+        """Writes the file for inference tools, if the job wants one; every rank calls it."""
+        if not (self.job.checkpoint.enable and self.job.checkpoint.export):
+            return None
+        return export_model(self.plan, self.model, self.step)
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return bool(interval) and step % interval == 0
 
 
 def weigh(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
@@ -354,10 +400,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
-
-def _stream(name: str) -> str:
-    return stream_of(official_name(name))
 
 
 def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:

@@ -104,3 +104,8 @@ def train(job: Path, ranks: int = 1, *overrides: str) -> list[dict]:
 def read_run(job: Path) -> list[dict]:
     """The lines of a job's metrics."""
     return [json.loads(line) for line in (job.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(lines: list[dict]) -> list[tuple[float, float, float, float]]:
+    """What must not depend on how a job is run, for each logged step."""
+    return [(line["loss"], line["loss_video"], line["loss_audio"], line["grad_norm"]) for line in lines]

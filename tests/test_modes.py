@@ -212,10 +212,6 @@ def build_model(plan: Plan) -> nn.Module:
         apply_lora(model, plan.job.lora)
         load_base(model.to_empty(device="cpu"), plan.source.path, allow_unused=unused)
         init_lora_(model, seed=1)
-    for name, parameter in model.named_parameters():
-        if "proj_out.weight" in name:
-            # The pack's output heads are a tenth of a trained model's: what adapters below them do hardly comes out.
-            parameter.data.mul_(10)
     return model
 
 

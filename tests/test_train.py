@@ -17,13 +17,9 @@ from ltx_titan.data import read_sample, write_sample
 from ltx_titan.model import LTXTransformer
 from ltx_titan.plan import plan_job
 from ltx_titan.train import main
-from tests.jobs import read_run, train, write_dataset, write_job
+from tests.jobs import curve, read_run, train, write_dataset, write_job
 
 EXPORT = "run/export/transformer-step-{}.safetensors"
-
-
-def curve(lines: list[dict]) -> list[tuple[float, float, float, float]]:
-    return [(line["loss"], line["loss_video"], line["loss_audio"], line["grad_norm"]) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +221,14 @@ def test_a_sample_without_sound_trains_like_a_job_without_audio(tmp_path, nano_p
     job.write_text(text[0] + "[training]" + text[1].split("[training]")[1])
     assert lines[0]["loss_audio"] == 0
     assert train(job)[0]["loss_video"] == pytest.approx(lines[0]["loss_video"], rel=1e-5)
+
+
+def test_updates_in_the_backward_pass_are_the_same_and_leave_no_norm(tmp_path, nano_path, data_root):
+    settings = {"training__local_batch_size": 4, "training__max_grad_norm": 0.0, "training__steps": 3}
+    expected = train(write_job(tmp_path / "after", nano_path, data_root, **settings))
+    lines = train(write_job(tmp_path / "during", nano_path, data_root, **settings, optimizer__in_backward=True))
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+    assert all(line["grad_norm"] is None for line in lines)
 
 
 def test_caption_dropout_changes_what_is_trained_but_not_the_draws(tmp_path, nano_path, data_root, single_run):

@@ -71,6 +71,9 @@ def _transformer_tensors(seed: int) -> dict[str, Tensor]:
         for name, tensor in sorted(module.state_dict().items()):
             if tensor.ndim == 1:
                 tensor = tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
+            if name in ("proj_out.weight", "audio_proj_out.weight"):
+                # As large as a trained model's: through the small heads of a fresh one, adapters below hardly show.
+                tensor = 10 * tensor
             tensors[prefix + name] = tensor.to(torch.bfloat16)
     return tensors
 

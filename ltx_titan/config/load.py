@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 
 from ltx_titan.config.errors import MISSING, ConfigError, Problem, as_toml, nearest
 from ltx_titan.config.job import OWNERS, JobConfig, rule_problems, warn_without_effect
-from ltx_titan.config.support import support_problems
 
 _EXPECTED_TYPES = {
     "int_type": "an integer",
@@ -74,7 +73,7 @@ def build_job(data: Mapping[str, Any], source: str, origins: Mapping[str, str] |
     except ValidationError as error:
         problems = [_problem(detail, data) for detail in error.errors(include_url=False)]
         raise ConfigError([_at(problem, source, origins) for problem in problems]) from None
-    if problems := rule_problems(job) + support_problems(job):
+    if problems := rule_problems(job):
         raise ConfigError([_at(problem, source, origins) for problem in problems])
     warn_without_effect(job)
     return job

@@ -1,7 +1,7 @@
 """What the sections of a job file hold: one model per TOML table, each field with its default and its trade-off.
 
 Types are strict: `"5"` is not 5. An integer is welcome where a number is asked for. Unknown keys are errors. Rules
-between fields are in `job.py`, what this version cannot do yet in `support.py`.
+between fields are in `job.py`.
 """
 
 import os
@@ -141,6 +141,8 @@ class ParallelismSection(Section):
     """Context parallel: ranks that share one clip's tokens; for clips too long for one GPU."""
     tp: Positive = 1
     """Tensor parallel: ranks that share each matrix; keep it within a node."""
+    cpu_offload: bool = False
+    """Keep sharded weights, gradients and optimizer state in host memory; for models that fit no other way, slow."""
 
 
 class ActivationCheckpointSection(Section):
@@ -150,6 +152,8 @@ class ActivationCheckpointSection(Section):
     """`full` keeps least, for a third more compute; `selective` keeps what is dear; `every_k` drops each k-th block."""
     k: Positive | None = None
     """every_k: one block in k is computed again."""
+    offload: bool = False
+    """full, every_k: keep what recomputed blocks start from in host memory, copied beside the computation."""
 
 
 class CompileSection(Section):
@@ -164,6 +168,8 @@ class Float8Section(Section):
 
     recipe: Literal["none", "tensorwise", "rowwise"] = "none"
     """`tensorwise` is fastest; `rowwise` is more exact."""
+    all_gather: bool = False
+    """tensorwise: FSDP2 gathers weights as float8, half the traffic of bfloat16, for a little work per step."""
 
 
 class KernelsSection(Section):
@@ -212,14 +218,20 @@ class SchedulerSection(Section):
 class CheckpointSection(Section):
     """`[checkpoint]`: what is kept of the run."""
 
+    enable: bool = True
+    """False keeps nothing, neither state nor export: for measuring speed."""
     interval: Annotated[int, BeforeValidator(_none_is_zero), Field(ge=0)] = 250
     """Steps between checkpoints (about 12 bytes per trained weight each); 0 saves only at the end."""
     keep_last: int = Field(2, ge=-1)
     """Newest checkpoints that are kept; -1 keeps all. The newest is never deleted."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory (as large as the checkpoint); false waits."""
     resume: bool = True
     """Continue from the newest complete checkpoint; false starts afresh, in an empty folder only."""
     export: bool = True
     """Write export/*.safetensors for inference tools at the end."""
+    export_interval: Annotated[int, BeforeValidator(_none_is_zero), Field(ge=0)] = 0
+    """Steps between further exports on the way (training waits while each is written); 0 exports at the end only."""
     export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the export; float32 doubles the file."""
 

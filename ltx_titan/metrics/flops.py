@@ -9,6 +9,7 @@ recomputation inside flash attention, padding. Modulation (AdaLN) is left out as
 distinct timesteps of a clip, not on tokens.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -136,7 +137,13 @@ def peak_flops(device_name: str | None) -> float | None:
     # Here, because torchtitan takes seconds to import and a CPU job or an estimate needs none of it.
     from ltx_titan.titan import get_peak_flops
 
-    return get_peak_flops(device_name)
+    # It looks for a GPU's variant with a tool that containers lack, and says so once for every rank.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return get_peak_flops(device_name)
+    finally:
+        logging.disable(before)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,17 @@ Gradients are summed, not averaged: the loss of a rank is already its share of t
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 
-def apply_fsdp(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def apply_fsdp(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    *,
+    cpu_offload: bool = False,
+) -> None:
     """Shards each block as one unit and everything outside the blocks as another.
 
     Args:
@@ -20,14 +27,18 @@ def apply_fsdp(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, comput
         blocks: its repeated blocks.
         mesh: 1-D, or 2-D to replicate over the first axis.
         compute_dtype: dtype of gathered parameters, hence of matrix products.
+        cpu_offload: keep shards, their gradients and so the optimizer's state in host memory; give the parameters
+            storage there (`to_empty(device="cpu")`).
     """
     # Inputs are cast by the model itself: FSDP2 would also round float32 positions and sigmas.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy() if cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
+    options = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     last = len(blocks) - 1
     for number, block in enumerate(blocks):
         # The last block is needed again at once by the backward pass.
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=number < last)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, reshard_after_forward=number < last, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -54,11 +54,13 @@ class Mesh:
         """Which share of a global batch this rank reads."""
         return self.data.get_local_rank("dp")
 
-    def sum_over_data(self, values: Tensor) -> Tensor:
-        """Sums over the ranks that hold different tokens (dp and cp), in place."""
-        for axis in ("dp", "cp"):
-            if self.data[axis].size() > 1:
-                dist.all_reduce(values, group=self.data.get_group(axis))
+    def sum_over_samples(self, values: Tensor) -> Tensor:
+        """Sums over the ranks that read different samples (dp), in place; ranks of one cp or tp group get the same.
+
+        Losses are such values: every rank of a cp or tp group computes those of its samples in full.
+        """
+        if self.degrees.dp > 1:
+            dist.all_reduce(values, group=self.data.get_group("dp"))
         return values
 
 
