@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ltx_titan.checkpoint.folders import logger
 from ltx_titan.checkpoint.state import TrainingState, state_tensors, trainer_text, write_state
 
 
@@ -40,6 +41,12 @@ class BackgroundSaver:
 
         What `save_state` promises about interruptions, retention and errors holds here as well.
         """
+        if self._pending is not None and not self._pending.done():
+            logger.warning(
+                "Step %d: the save before it is still being written, and training waits for it; raise "
+                "checkpoint.interval, or write to a faster disk.",
+                step,
+            )
         self.wait()
         tensors = self._host.take(state_tensors(state))
         self._pending = self._thread.submit(
