@@ -43,8 +43,10 @@ _GIB = 2**30
 # Dense bfloat16 of an H100 or H200 SXM.
 _PEAK_TFLOPS = 989.0
 
+# Inductor's kernels are named after all the operations that they took in, also of attention.
 _KINDS = {
-    "attention": ("fmha", "flash", "sdpa", "attention"),
+    "elementwise": ("triton_",),
+    "attention": ("fmha", "flash", "sdpa", "cudnn"),
     "gemm": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
     "fused": ("_forward_kernel", "_backward_kernel", "_sum_partials_kernel"),
 }
