@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from ltx_titan.validation.check import check_validation, generated_streams
 from ltx_titan.validation.decode import DecodedSample, Decoders, decode_sample, load_decoders, put_beside, write_sample
 from ltx_titan.validation.encode import ClipShape, EncodedSample, Encoders, encode_sample, needed_encoders
 from ltx_titan.validation.offload import offloaded
-from ltx_titan.validation.preview import Preview, make_preview, write_contact_sheet, write_preview
+from ltx_titan.validation.preview import Preview, make_preview, wandb_media, write_contact_sheet, write_preview
 from ltx_titan.validation.prompts import PromptContext, default_negative_prompt, prompt_contexts
 from ltx_titan.validation.sampling import (
     Contexts,
@@ -37,6 +37,9 @@ from ltx_titan.validation.sampling import (
     sample_all,
 )
 from ltx_titan.validation.section import ValidationSample, ValidationSection
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,11 @@ class SampledFile:
     prompt: str
     path: Path
     preview: Preview
+
+    @property
+    def tag(self) -> str:
+        """Its name in TensorBoard and W&B, and that of its file."""
+        return f"sample-{self.index + 1:02d}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ class Validation:
         step: int,
         *,
         writer: SummaryWriter | None = None,
+        wandb_run: "Run | None" = None,
         averaged_weights: Callable[[], AbstractContextManager] | None = None,
         optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> list[SampledFile]:
@@ -96,8 +105,9 @@ class Validation:
         Args:
             model: the transformer as it is trained.
             folder: where the files go: `sample-01.mp4`, `.png` or `.wav` and so on, and `contact-sheet.png`.
-            step: the optimizer step, for TensorBoard.
+            step: the optimizer step, for TensorBoard and W&B.
             writer: TensorBoard, on rank 0.
+            wandb_run: run of Weights & Biases, on rank 0.
             averaged_weights: makes a context in which the model has its averaged weights; needed with `use_ema`.
             optimizers: whose state leaves the device for the time with `offload_optimizer`; not that which holds the
                 averaged weights.
@@ -120,8 +130,11 @@ class Validation:
             write_contact_sheet(Path(folder) / "contact-sheet.png", [(s.prompt, s.preview) for s in found])
         if writer is not None:
             for sample in found:
-                write_preview(writer, f"sample-{sample.index + 1:02d}", sample.prompt, sample.preview, step)
+                write_preview(writer, sample.tag, sample.prompt, sample.preview, step)
             writer.flush()
+        if wandb_run is not None:
+            with wandb_media((s.tag, s.prompt, s.path, s.preview) for s in found) as media:
+                wandb_run.log({**media, "step": step})
         return found
 
     def sample(self, model: nn.Module) -> dict[int, SampledLatents]:

@@ -1,20 +1,23 @@
-"""Sampled clips in TensorBoard: moving pictures, a strip of frames and sound, each with its prompt and step.
+"""Sampled clips in TensorBoard and W&B: moving pictures, a strip of frames and sound, each with its prompt and step.
 
 A preview is made where the clip was decoded and is small enough to be sent to the rank that writes. TensorBoard has no
-video player; an animated GIF in an image summary plays in every browser.
+video player; an animated GIF in an image summary plays in every browser. W&B has one and gets the clip itself.
 """
 
 import io
 import os
+import tempfile
 import textwrap
 import wave
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.validation.decode import DecodedSample
@@ -73,13 +76,16 @@ def make_preview(decoded: DecodedSample, fps: float) -> Preview:
 
 
 def write_preview(writer: SummaryWriter, tag: str, prompt: str, preview: Preview, step: int) -> None:
-    """Puts a preview under `<tag>/video`, `/frames`, `/audio` and its prompt under `/prompt`, at a step."""
-    values = []
+    """Puts a preview under `<tag>/video`, `/frames`, `/audio` and its prompt under `/prompt`, at a step.
+
+    The prompt is also the description of each, which the page shows beside it.
+    """
+    values, about = [], SummaryMetadata(summary_description=prompt)
     for name, encoded in (("video", preview.moving), ("frames", preview.strip)):
         if encoded is not None:
             width, height = preview.size
             image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=encoded)
-            values.append(Summary.Value(tag=f"{tag}/{name}", image=image))
+            values.append(Summary.Value(tag=f"{tag}/{name}", image=image, metadata=about))
     if preview.sound is not None:
         audio = Summary.Audio(
             sample_rate=preview.sample_rate,
@@ -88,10 +94,38 @@ def write_preview(writer: SummaryWriter, tag: str, prompt: str, preview: Preview
             encoded_audio_string=preview.sound,
             content_type="audio/wav",
         )
-        values.append(Summary.Value(tag=f"{tag}/audio", audio=audio))
+        values.append(Summary.Value(tag=f"{tag}/audio", audio=audio, metadata=about))
     # The writer's own methods re-encode: no moving pictures without a further package, and sound in mono.
     writer._get_file_writer().add_summary(Summary(value=values), step)
     writer.add_text(f"{tag}/prompt", prompt, step)
+
+
+@contextmanager
+def wandb_media(clips: Iterable[tuple[str, str, Path, Preview]]) -> Iterator[dict[str, Any]]:
+    """Clips as W&B shows them, captioned with their prompts: `<tag>/video`, `/frames`, `/audio`.
+
+    Args:
+        clips: tag, prompt, file and preview of each. A file that is on another machine is stood in for by its preview.
+
+    Yields:
+        What a run's `log` takes; it copies the files, which the context then removes.
+    """
+    import wandb
+
+    media: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for tag, prompt, path, preview in clips:
+            if preview.moving is not None and path.exists():
+                media[f"{tag}/video"] = wandb.Video(str(path), caption=prompt, format="mp4")
+            elif preview.moving is not None:
+                media[f"{tag}/video"] = wandb.Video(io.BytesIO(preview.moving), caption=prompt, format="gif")
+            if preview.strip is not None:
+                media[f"{tag}/frames"] = wandb.Image(Image.open(io.BytesIO(preview.strip)), caption=prompt)
+            if preview.sound is not None:
+                sound = Path(folder) / f"{tag}.wav"
+                sound.write_bytes(preview.sound)
+                media[f"{tag}/audio"] = wandb.Audio(str(sound), caption=prompt)
+        yield media
 
 
 def write_contact_sheet(path: str | Path, rows: Sequence[tuple[str, Preview]]) -> Path | None:
