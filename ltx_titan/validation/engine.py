@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.codecs import load_audio_codec, load_video_codec, video_scale_factors
+from ltx_titan.diffusion import StepReport
 from ltx_titan.model import TransformerConfig
 from ltx_titan.validation.check import check_validation, generated_streams
 from ltx_titan.validation.decode import DecodedSample, Decoders, decode_sample, load_decoders, put_beside, write_sample
@@ -99,6 +100,7 @@ class Validation:
         wandb_run: "Run | None" = None,
         averaged_weights: Callable[[], AbstractContextManager] | None = None,
         optimizers: Sequence[torch.optim.Optimizer] = (),
+        on_step: Callable[[StepReport], None] | None = None,
     ) -> list[SampledFile]:
         """Samples, decodes and writes every clip; a collective call.
 
@@ -111,6 +113,7 @@ class Validation:
             averaged_weights: makes a context in which the model has its averaged weights; needed with `use_ema`.
             optimizers: whose state leaves the device for the time with `offload_optimizer`; not that which holds the
                 averaged weights.
+            on_step: called after each sampling step of this rank's samples, for a progress bar.
 
         Returns:
             All samples on rank 0, elsewhere those that this rank wrote.
@@ -123,7 +126,7 @@ class Validation:
                     raise ValueError("validation.use_ema is true, but the job keeps no averaged weights; remove it.")
                 reshard(model)
                 stack.enter_context(averaged_weights())
-            latents = self.sample(model)
+            latents = self.sample(model, on_step)
             written = self.write(latents, folder) if self.groups.is_first else []
         found = gather_samples(written, self.groups)
         if self.groups.is_first and self.groups.rank == 0 and found:
@@ -137,9 +140,11 @@ class Validation:
                 wandb_run.log({**media, "step": step})
         return found
 
-    def sample(self, model: nn.Module) -> dict[int, SampledLatents]:
+    def sample(
+        self, model: nn.Module, on_step: Callable[[StepReport], None] | None = None
+    ) -> dict[int, SampledLatents]:
         """Latents of this rank's samples by their index; a collective call."""
-        return sample_all(model, self.samples, self.section, self.device, self.groups, self._announce)
+        return sample_all(model, self.samples, self.section, self.device, self.groups, self._announce, on_step)
 
     def write(self, latents: Mapping[int, SampledLatents], folder: str | Path) -> list[SampledFile]:
         """Decodes samples and writes their files; decoders are loaded for it and let go."""

@@ -35,6 +35,9 @@ CONDITIONS = {
     "spatial_crop": [{"type": "spatial_crop", "spatial_region": [0, 32, 64, 64], **VIDEO}],
     "mask": [{"type": "mask", "mask": "mask.png", **VIDEO}, {"type": "mask", "mask": "mask.pt", **AUDIO}],
     "reference": [{"type": "reference", "include_in_output": True, **VIDEO}, {"type": "reference", **AUDIO}],
+    "smaller_reference": [
+        {"type": "reference", "downscale_factor": 2, "temporal_scale_factor": 2, "include_in_output": True, **VIDEO}
+    ],
     "video_to_audio": [{"type": "video_to_audio", **VIDEO}],
     "audio_to_video": [{"type": "audio_to_video", **AUDIO}],
 }
@@ -173,12 +176,22 @@ def test_a_reference_changes_the_result_and_is_no_part_of_it(run):
     assert not same(plain.audio, beside.audio)
 
 
+def test_a_reference_may_be_smaller_and_have_fewer_frames_as_in_training(run, video_codec):
+    index = list(CONDITIONS).index("smaller_reference")
+    start = run.validation.samples[index].video
+    # Frames 0, 1, 3, ... 15 at half the size: 9 frames of 32 x 32, one latent cell each.
+    pixels = read_clip(CLIP, FRAMES, WIDTH // 2, HEIGHT // 2)
+    given = video_codec.encode(torch.cat([pixels[:, :1], pixels[:, 1::2]], dim=1)[None])
+    assert same(start.clean[:, start.grid.num_tokens :], given.flatten(2).mT)
+    assert not same(run.latents["smaller_reference"].video, run.latents["none"].video)
+
+
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_files_have_the_length_size_and_rates_that_were_asked_for(run, name):
     info = probe_video(run.files[name])
     assert info.frames == FRAMES
     assert info.fps == Fraction(24)
-    assert (info.width, info.height) == (2 * WIDTH if name == "reference" else WIDTH, HEIGHT)
+    assert (info.width, info.height) == (2 * WIDTH if "reference" in name else WIDTH, HEIGHT)
     sound = read_sound(run.files[name])
     assert sound.sample_rate == 48000
     # 18 latent steps are 69 spectrogram frames of 10 ms; AAC works in blocks of 1,024 samples.

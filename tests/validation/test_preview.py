@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.media import Sound
 from ltx_titan.validation.decode import DecodedSample
-from ltx_titan.validation.preview import make_preview, write_contact_sheet, write_preview
+from ltx_titan.validation.preview import make_preview, wandb_media, write_contact_sheet, write_preview
 
 
 def decoded(count=49, sound=True):
@@ -34,6 +34,9 @@ def test_tensorboard_shows_clip_frames_sound_and_prompt_at_the_step(tmp_path):
         assert file.getnchannels() == 2
     (text,) = events.Tensors("sample-01/prompt/text_summary")
     assert text.tensor_proto.string_val == [b"a river"]
+    # The page shows a description beside the picture or the player.
+    for tag in ("sample-01/video", "sample-01/frames", "sample-01/audio"):
+        assert events.SummaryMetadata(tag).summary_description == "a river"
 
 
 def test_moving_pictures_last_as_long_as_the_clip():
@@ -56,6 +59,16 @@ def test_a_contact_sheet_has_one_row_per_clip_with_pictures(tmp_path):
     strip = Image.open(io.BytesIO(clip.strip))
     assert sheet.crop((0, 16, strip.width, 16 + strip.height)).tobytes() == strip.convert("RGB").tobytes()
     assert write_contact_sheet(tmp_path / "none.png", [("wind", sound)]) is None
+
+
+def test_a_clip_on_another_machine_is_stood_in_for_by_its_preview(tmp_path):
+    path = tmp_path / "sample-01.mp4"
+    with wandb_media([("sample-01", "a river", path, make_preview(decoded(9), 24.0))]) as media:
+        assert set(media) == {"sample-01/video", "sample-01/frames", "sample-01/audio"}
+        assert media["sample-01/video"]._path.endswith(".gif")
+    path.touch()
+    with wandb_media([("sample-01", "a river", path, make_preview(decoded(9), 24.0))]) as media:
+        assert media["sample-01/video"]._path == str(path)
 
 
 def test_a_picture_does_not_move_and_sound_alone_has_no_picture():
