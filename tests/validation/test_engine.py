@@ -1,5 +1,6 @@
 """Every condition on the miniature pack: what is given survives, and the files are what was asked for."""
 
+import gc
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
+from transformers import Gemma3TextModel
 
 from ltx_titan.media import (
     MediaError,
@@ -21,6 +23,7 @@ from ltx_titan.media import (
     to_uint8,
     write_wav,
 )
+from ltx_titan.model import TextConnectors
 from ltx_titan.validation import ValidationSection
 from ltx_titan.validation.engine import Validation, prepare_validation
 from tests.validation.conftest import CLIP
@@ -224,6 +227,14 @@ def test_prompts_are_encoded_once_and_need_no_encoder_afterwards(pack, run):
     unknown = section.model_copy(update={"negative_prompt": "noise"})
     with pytest.raises(ValueError, match=r"text_encoder_path is unset, but prompt 'noise'"):
         prepare(pack, unknown, run.folder)
+    before = text_encoders_in_memory()
+    prepare(pack, unknown.model_copy(update={"text_encoder_path": pack.text_encoder_path}), run.folder)
+    assert text_encoders_in_memory() <= before
+
+
+def text_encoders_in_memory():
+    gc.collect()
+    return sum(type(thing) in (Gemma3TextModel, TextConnectors) for thing in gc.get_objects())
 
 
 def test_a_run_is_in_tensorboard_under_its_step_and_prompt(pack, run, tmp_path):
