@@ -60,7 +60,8 @@ def start_wandb(settings: MetricsSection, folder: str | Path, config: Mapping[st
         ) from error
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    logger.info("Weights & Biases: %s", run.url or f"offline; `wandb sync {run.dir}/..` uploads it")
+    where = run.url if settings.wandb == "online" else f"offline; `wandb sync {Path(run.dir).parent}` uploads it"
+    logger.info("Weights & Biases: %s", where)
     return run
 
 

@@ -243,8 +243,9 @@ def test_a_run_is_in_tensorboard_under_its_step_and_prompt(pack, run, tmp_path):
     (file,) = prepare(pack, only, run.folder).run(pack.model, tmp_path, 40, writer=writer)
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Images("sample-01/video")[0].step == 40
-    assert events.Audio("sample-01/audio")[0].sample_rate == 48000.0
+    for part in ("video", "frames", "audio"):
+        assert events.Tensors(f"sample-01/{part}")[0].step == 40
+        assert events.SummaryMetadata(f"sample-01/{part}").display_name == "a rabbit"
     assert file.prompt == "a rabbit"
 
 
