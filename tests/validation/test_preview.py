@@ -24,7 +24,7 @@ def test_tensorboard_shows_clip_frames_sound_and_prompt_at_the_step(tmp_path):
     (moving,) = events.Tensors("sample-01/video")
     assert moving.step == 30
     width, height, encoded = moving.tensor_proto.string_val
-    assert (int(width), int(height)) == (320, 42)
+    assert (int(width), int(height)) == (320, 43)
     picture = Image.open(io.BytesIO(encoded))
     assert picture.format == "GIF"
     assert picture.n_frames == 32
