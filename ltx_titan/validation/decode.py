@@ -24,8 +24,8 @@ from ltx_titan.codecs import (
 from ltx_titan.media import Sound, to_uint8, write_video, write_wav
 from ltx_titan.validation.sampling import SampledLatents
 
-# Tiles of the released pipelines: 768 pixels of a side, of which 64 are in the next tile too, and 81 frames, of which 24
-# are; in latent frames that is 11, and 7 from tile to tile.
+# Tiles of the released pipelines: 768 pixels of a side, of which 64 are in the next tile too, and 81 frames, of which
+# 24 are; in latent frames that is 11, and 7 from tile to tile.
 _TILE_SIZE, _TILE_STRIDE = 768, 704
 _TIME_TILES = (11, 7)
 
