@@ -121,17 +121,15 @@ def test_clips_and_held_out_curve_are_in_tensorboard_from_the_untrained_model_on
 def test_clips_sound_and_frames_are_in_wandb_with_prompt_and_step(single):
     (run,) = run_folders(single.parent / "run")
     rows = history(run)
-    clips = [row for row in rows if "sample-01/video" in row]
+    clips = [row for row in rows if "sample-01/video.path" in row]
     assert [row["step"] for row in clips] == [0, 1, 2]
     for kind, ending in (("video", ".mp4"), ("frames", ".png"), ("audio", ".wav")):
-        logged = clips[2][f"sample-01/{kind}"]
-        logged = logged | {name: logged[name][0] for name in ("captions",) if name in logged}
-        assert "a rabbit" in (logged.get("caption"), logged.get("captions"))
-        stored = run / "files" / (logged.get("path") or f"media/images/{logged['filenames'][0]}")
+        assert clips[2][f"sample-01/{kind}.caption"] == "a rabbit"
+        stored = run / "files" / clips[2][f"sample-01/{kind}.path"]
         assert stored.suffix == ending
         assert stored.stat().st_size > 0
-    assert probe_video(run / "files" / clips[2]["sample-02/video"]["path"]).frames == 17
-    assert "sample-03/video" not in clips[2]
+    assert probe_video(run / "files" / clips[2]["sample-02/video.path"]).frames == 17
+    assert "sample-03/video.path" not in clips[2]
     assert [row["loss/total"] for row in rows if "loss/total" in row] == [line["loss"] for line in read_run(single)]
 
 

@@ -17,12 +17,12 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def history(run: Path) -> list[dict]:
-    """What the run logged, call by call."""
+    """What the run logged, call by call; a field of a picture, clip or sound is `<tag>.<field>`."""
     rows = []
     for record in _records(next(run.glob("*.wandb"))):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
     return rows
 
 
