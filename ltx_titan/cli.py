@@ -15,6 +15,10 @@ from ltx_titan.quiet import quieten
 COMMANDS = {
     "make-nano": ("ltx_titan.codecs.nano", "write a miniature LTX-2.3 pack with random weights, to try things on"),
     "make-debug-dataset": ("ltx_titan.preprocess.debug_dataset", "write a small captioned data set, to try things on"),
+    "make-checkpoint": (
+        "ltx_titan.benchmarks.random_checkpoint",
+        "write a checkpoint of a released model's size with random weights, to measure with",
+    ),
     "bench": ("ltx_titan.benchmarks.bench", "measure kernels and the block on this device"),
     "process-dataset": ("ltx_titan.preprocess.process_dataset", "encode clips and captions for training"),
     "import-config": ("ltx_titan.config.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),
