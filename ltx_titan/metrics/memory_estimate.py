@@ -13,7 +13,7 @@ Activations are counted in units: one value of the compute dtype per token and c
 from dataclasses import dataclass
 
 from ltx_titan.metrics.hardware import GIB
-from ltx_titan.metrics.workload import Setup, Weights, Workload
+from ltx_titan.metrics.workload import Setup, Workload
 
 RESERVE = 2.5 * GIB
 """CUDA context, NCCL's buffers, cuBLAS workspaces: assumed."""
@@ -47,13 +47,13 @@ class SavedUnits:
 # what the partitioner of AOTAutograd decides to keep. (is compiled, trained) -> units.
 SAVED = {
     (False, "full"): SavedUnits(49.1, 18.6, 25.1, 12.0, 4.0, 9.0),
-    (True, "full"): SavedUnits(28.1, 8.6, 11.2, 10.5, 3.5, 4.0),
+    (True, "full"): SavedUnits(28.1, 8.6, 11.2, 10.0, 4.0, 4.0),
     (False, "lora"): SavedUnits(26.3, 10.7, 15.4, 12.0, 4.0, 5.1),
-    (True, "lora"): SavedUnits(20.7, 6.3, 10.2, 10.5, 3.5, 4.1),
+    (True, "lora"): SavedUnits(20.7, 6.3, 10.2, 10.0, 4.0, 4.1),
 }
-SELECTIVE = {1: SavedUnits(4.0, 0.5, 0.5, 0.0, 0.0, 0.0), 2: SavedUnits(6.0, 1.5, 1.5, 0.0, 0.0, 0.0)}
-"""Selective checkpointing: the block's input, results of attention, and without (1) or with (2) tensor parallelism the
-feed-forward's result or what the reduce-scatters gave."""
+SELECTIVE = {1: SavedUnits(5.0, 1.1, 0.2, 0.0, 0.0, 0.0), 2: SavedUnits(7.0, 2.1, 1.2, 0.0, 0.0, 0.0)}
+"""Selective checkpointing, compiled: the block's input, results of attention, and without (1) or with (2) tensor
+parallelism the feed-forward's result or what the reduce-scatters gave (2 is reckoned, not counted)."""
 TRANSIENT = {False: 20.0, True: 10.0}
 """Gradients and temporaries within a block's backward pass, most in the feed-forward: two of 4 x width, and its input
 and result; in float32 where blocks are not compiled."""
@@ -102,19 +102,26 @@ def estimate_memory(work: Workload, setup: Setup) -> Memory:
     """Peak memory of a step with the largest sample."""
     parts = _states(work, setup)
     kept, one_block = _activations(work, setup)
-    temporary = _units_to_bytes(work, setup, TRANSIENT[setup.compile], TRANSIENT[setup.compile])
-    outside = _units_to_bytes(work, setup, OUTSIDE, OUTSIDE)
-    buffers = _buffers(work, setup)
-    resident = parts["parameters"] + parts["optimizer"] + parts["connectors"] + buffers + outside
-    accumulated = parts["gradients"] if _micro_batches(work, setup) > 1 else 0.0
+    temporary = _units_to_bytes(work, setup, TRANSIENT[setup.compile])
+    outside = _units_to_bytes(work, setup, OUTSIDE)
+    gathered, gradients, reducing = _buffers(work, setup)
+    resident = parts["parameters"] + parts["optimizer"] + parts["connectors"] + gathered + outside
+    if _micro_batches(work, setup) > 1:
+        resident += parts["gradients"]
     recomputed = one_block if setup.recompute != "none" else 0.0
+    # In a block's backward pass: its activations, beside the block before that is still being reduced; then its own
+    # gradients, once in the compute dtype and once on their way.
+    block_peak = max(one_block + temporary + reducing, gradients + reducing)
+    first = kept + recomputed + temporary
+    second = kept + block_peak - (one_block if setup.recompute == "none" else 0.0)
+    shards = 0.0 if _micro_batches(work, setup) > 1 else parts["gradients"]
     return Memory(
         **parts,
         activations=kept + outside,
         working_set=recomputed + temporary,
-        buffers=buffers,
-        start_of_backward=resident + accumulated + kept + recomputed + temporary,
-        end_of_backward=resident + parts["gradients"] + one_block + temporary,
+        buffers=gathered + reducing,
+        start_of_backward=resident + max(first, second),
+        end_of_backward=resident + shards + block_peak,
     )
 
 
@@ -189,20 +196,17 @@ def _sharded(work: Workload, setup: Setup, *, trained_only: bool) -> tuple[int, 
     return tuple(work.num_layers * b + o for b, o in zip(block, outside, strict=True))
 
 
-def _buffers(work: Workload, setup: Setup) -> float:
-    """FSDP2's, in a block's backward pass.
+def _buffers(work: Workload, setup: Setup) -> tuple[float, float, float]:
+    """FSDP2's: gathered weights, a block's gradients before their reduction, and in float32 on their way.
 
-    Its gathered weights, the next ones on their way, its own gradients in the compute dtype, and in float32 those of
-    the block before, whose reduction is waited for only at the end of this one. Weights outside the blocks stay.
+    Gathered are the block, the next one on its way, and all weights outside the blocks, which stay. The reduction of
+    a block is waited for at the end of the next one's backward pass; until then its input is there.
     """
     tp = setup.degrees.tp
-
-    def unit(weights: Weights) -> tuple[float, float]:
-        return work.itemsize * weights.gathered(tp), weights.gathered(tp, trained_only=True)
-
-    (block, block_trained), (outside, _) = unit(work.block), unit(work.outside)
+    block, outside = (work.itemsize * weights.gathered(tp) for weights in (work.block, work.outside))
+    trained = work.block.gathered(tp, trained_only=True)
     travelling = block / 2 if setup.float8_all_gather else block
-    return outside + block + travelling + (work.itemsize + 4) * block_trained
+    return outside + block + travelling, work.itemsize * trained, 4.0 * trained
 
 
 def _tokens(work: Workload, setup: Setup) -> tuple[float, float]:
@@ -215,9 +219,9 @@ def _tokens(work: Workload, setup: Setup) -> tuple[float, float]:
     )
 
 
-def _units_to_bytes(work: Workload, setup: Setup, video_units: float, audio_units: float) -> float:
+def _units_to_bytes(work: Workload, setup: Setup, units: float) -> float:
     video, audio = _tokens(work, setup)
-    return (video * video_units * work.video_width + audio * audio_units * work.audio_width) * work.itemsize
+    return (video * work.video_width + audio * work.audio_width) * units * work.itemsize
 
 
 def _micro_batches(work: Workload, setup: Setup) -> int:
