@@ -5,8 +5,8 @@ shapes, dtypes and storages of a size, but no memory. Everything else is real: t
 of its parallelism, FSDP2, the optimizer, a micro-batch as the strategy prepares it, forward, backward, clipping, update.
 So a mesh, shapes or an option that would fail on a cluster fails here, and the bytes that tensors hold are counted.
 
-Not part of it: compilation (blocks run operation by operation, which also keeps more), kernels in Triton, reading data
-and checkpoints, validation.
+Not part of it: compilation (blocks run operation by operation, which also keeps more), kernels in Triton, text
+connectors, reading checkpoints, validation.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from ltx_titan.config import CompileSection, JobConfig, KernelsSection
 from ltx_titan.data import collate
 from ltx_titan.diffusion import UniformSigma, draw_step
 from ltx_titan.metrics.live_bytes import LiveBytes
+from ltx_titan.model import TransformerConfig
 from ltx_titan.optim import EMA, build_optimizers
 from ltx_titan.optim.build import Optimizers
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
@@ -68,7 +69,7 @@ def dry_run(plan: Plan) -> DryRun:
     """Builds and steps a planned job; the process must not have a process group.
 
     Args:
-        plan: for as many ranks as its degrees say; its data must hold finished contexts.
+        plan: for as many ranks as its degrees say.
 
     Raises:
         Exception: whatever the real job would raise.
@@ -142,11 +143,24 @@ def _inputs(plan: Plan) -> ModelInputs:
     index = max(range(len(plan.dataset)), key=plan.sample_flops)
     count = plan.job.training.local_batch_size
     batch = collate([plan.dataset.load(index)] * count)
-    batch["conditions"] = to_contexts(batch["conditions"], None, compute_dtype(plan.job))
+    if plan.connectors_path is None:
+        batch["conditions"] = to_contexts(batch["conditions"], None, compute_dtype(plan.job))
+    else:
+        batch["conditions"] = _contexts(plan, batch["conditions"]["video_prompt_embeds"])
     draws = draw_step(
         *plan.strategy.draw_plan(batch), sampler=UniformSigma(), seed=0, step=1, indices=tuple(range(count))
     )
     return plan.strategy.prepare(batch, draws)
+
+
+def _contexts(plan: Plan, features: Tensor) -> dict[str, Tensor]:
+    """What the text connectors would make of features [B, T, D]; they are not built here."""
+    config = TransformerConfig.from_metadata(plan.source.config["transformer"])
+    streams = {"video_prompt_embeds": config.video, "audio_prompt_embeds": config.audio}
+    return {
+        name: torch.zeros(*features.shape[:2], stream.caption_dim or stream.context_dim, dtype=compute_dtype(plan.job))
+        for name, stream in streams.items()
+    }
 
 
 def _as_fake(value: Any, fake: FakeTensorMode) -> Any:

@@ -245,6 +245,8 @@ def _run(
         status = 0 if found.fits else 1
     if arguments.search:
         status = _print_search(work, setup, gpu)
+    if arguments.dry_run and plan is not None:
+        _print_dry_run(plan)
     print("\nassumptions")
     print("\n".join(f"  - {line}" for line in [*notes, *assumptions(gpu, setup)]))
     return status
@@ -262,6 +264,23 @@ def _print_search(work: Workload, setup: Setup, gpu: Gpu) -> int:
         print(f"  {one.time.total:8.3f} {one.mfu:6.1%} {needed:7.1f}   {describe(one.setup, work)}")
     print(f"  {overrides_of(best[0].setup)}")
     return 0
+
+
+def _print_dry_run(plan: Plan) -> None:
+    # Here, because it imports the trainer, and an estimate alone should not wait for that.
+    from ltx_titan.dry_run import dry_run
+
+    degrees = plan.degrees
+    done = dry_run(plan)
+    print(f"\ndry run: {degrees.dp * degrees.cp * degrees.tp} ranks, built and stepped in {done.seconds:.0f} s; of rank 0,")
+    print("not compiled, tensors hold at most (GiB)")
+    for name, size in (
+        ("between steps", done.resident),
+        ("after the forward pass", done.after_forward),
+        ("in the backward pass", done.peak_backward),
+        ("in the update", done.peak_update),
+    ):
+        print(f"  {name:24}{size / GIB:8.2f}")
 
 
 def _write_json(path: Path, found: Estimate) -> None:

@@ -7,6 +7,7 @@ its source beside it, and `docs/benchmarks/` holds predictions against measureme
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import log
 
 from ltx_titan.metrics.hardware import Gpu
 from ltx_titan.metrics.memory_estimate import Memory, estimate_memory
@@ -109,8 +110,8 @@ def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Set
                         )
 
 
-def _rounded(seconds: float) -> float:
-    return float(f"{seconds:.2g}")
+def _rounded(seconds: float) -> int:
+    return round(100 * log(seconds))
 
 
 def _complexity(setup: Setup) -> tuple[int, int, int]:
