@@ -1,8 +1,8 @@
 """Builds a job as its trainer would, on one fake rank of as many as wanted, and runs its steps without arithmetic.
 
 The process group is torch's fake one, which answers every collective at once, and all tensors are fake: they have
-shapes, dtypes and storages of a size, but no memory. Everything else is real: the transformer, its adapters, the plan
-of its parallelism, FSDP2, the optimizer, a micro-batch as the strategy prepares it, forward, backward, clipping, update.
+shapes, dtypes and storages of a size, but no memory. Everything else is real: the transformer, its adapters, the
+parallel plan, FSDP2, the optimizer, a micro-batch as the strategy prepares it, forward, backward, clipping and update.
 So a mesh, shapes or an option that would fail on a cluster fails here, and the bytes that tensors hold are counted.
 
 Not part of it: compilation (blocks run operation by operation, which also keeps more), kernels in Triton, text

@@ -219,9 +219,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(arguments, gpu, tables, origins, notes)
 
 
-def _run(
-    arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[str, str], notes: list[str]
-) -> int:
+def _run(arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[str, str], notes: list[str]) -> int:
     status = 0
     try:
         plan = plan_job(build_job(tables, str(arguments.job), origins), arguments.gpus)
@@ -272,7 +270,9 @@ def _print_dry_run(plan: Plan) -> None:
 
     degrees = plan.degrees
     done = dry_run(plan)
-    print(f"\ndry run: {degrees.dp * degrees.cp * degrees.tp} ranks, built and stepped in {done.seconds:.0f} s; of rank 0,")
+    print(
+        f"\ndry run: {degrees.dp * degrees.cp * degrees.tp} ranks, built and stepped in {done.seconds:.0f} s; of rank 0,"
+    )
     print("not compiled, tensors hold at most (GiB)")
     for name, size in (
         ("between steps", done.resident),

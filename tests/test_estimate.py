@@ -1,5 +1,6 @@
 """The estimate against counts: bytes that autograd saves, shards and peaks of real builds on fake ranks."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -157,12 +158,12 @@ def test_a_search_only_proposes_what_can_be_planned_and_fits():
     assert found
     assert all(one.memory.needed <= GPUS["h100"].memory for one in found)
     times = [one.time.total for one in found]
-    assert all(later >= earlier * 0.98 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later >= earlier * 0.98 for earlier, later in itertools.pairwise(times))
     for one in {one.setup.degrees: one for one in found}.values():
         table = dict(part.removeprefix("--").split("=") for part in overrides_of(one.setup).split())
         mesh = {key.partition(".")[2]: int(value) for key, value in table.items() if "parallelism" in key}
         batch = {"global_batch_size": 8, "local_batch_size": one.setup.local_batch_size}
-        assert plan_of(16, parallelism=mesh, training=batch).degrees == one.setup.degrees
+        assert plan_of(16, model={"num_layers": 1}, parallelism=mesh, training=batch).degrees == one.setup.degrees
     assert {setup.degrees.cp * setup.degrees.tp for setup in candidates(work, setup, 8)} >= {2, 4, 8, 16}
 
 
@@ -173,7 +174,8 @@ def test_what_costs_memory_and_time_is_seen():
     def peak(**changes: object) -> float:
         return estimate(work, Setup(Degrees(dp_shard=8), **changes), GPUS["h100"]).memory.peak
 
-    assert peak() > peak(recompute="every_k", k=2) > peak(recompute="full") > peak(cpu_offload=True)
+    assert peak() > peak(recompute="every_k", k=2) > peak(recompute="full")
+    assert peak(recompute="full") > peak(recompute="full", cpu_offload=True)
     assert peak(recompute="full") > peak(recompute="full", offload_activations=True)
     slow, fast = bus_bandwidth(GPUS["h100"], 8, 8), bus_bandwidth(GPUS["h100"], 1, 64)
     assert slow == GPUS["h100"].network
