@@ -270,10 +270,9 @@ def _print_dry_run(plan: Plan) -> None:
 
     degrees = plan.degrees
     done = dry_run(plan)
-    print(
-        f"\ndry run: {degrees.dp * degrees.cp * degrees.tp} ranks, built and stepped in {done.seconds:.0f} s; of rank 0,"
-    )
-    print("not compiled, tensors hold at most (GiB)")
+    ranks = degrees.dp * degrees.cp * degrees.tp
+    print(f"\ndry run: {ranks} ranks, built and stepped in {done.seconds:.0f} s")
+    print("  GiB that tensors of rank 0 hold, not compiled")
     for name, size in (
         ("between steps", done.resident),
         ("after the forward pass", done.after_forward),

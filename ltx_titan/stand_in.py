@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ltx_titan.checkpoint import released_config, scale_factors
+from ltx_titan.checkpoint import read_metadata, released_config, scale_factors
 from ltx_titan.checkpoint.shapes import RELEASED
 from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.data import write_sample
@@ -122,16 +122,17 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
             fields = {"mask": masks[stream]} if is_mask else (video if stream == "video" else audio)
         write_sample(folder / source / "sample.pt", fields)
     data = tables["data"]
-    note = f"data: {data.get('root')} is not here or set aside, taken as clips of {width}x{height}x{frames} at {_FPS:g} fps"
+    root = data.get("root")
     data |= {"root": str(folder), "caption_dropout": 0.0}
-    return f"{note} with finished text contexts of {_TEXT_TOKENS} tokens"
+    return (
+        f"data: {root} is not here or set aside, taken as clips of {width}x{height}x{frames} at {_FPS:g} fps with "
+        f"finished text contexts of {_TEXT_TOKENS} tokens"
+    )
 
 
 def _config(model: Mapping[str, Any]) -> dict[str, Any]:
     if model.get("init", "checkpoint") == "random":
         return released_config(model["shape"])
-    from ltx_titan.checkpoint import read_metadata
-
     return read_metadata(Path(model["checkpoint_path"]).expanduser()).config
 
 

@@ -72,8 +72,8 @@ def estimate(work: Workload, setup: Setup, gpu: Gpu) -> Estimate:
 def search(work: Workload, setup: Setup, gpu: Gpu) -> list[Estimate]:
     """Estimates of all setups of as many GPUs that fit, fastest first; of equals the simplest.
 
-    Varied are the mesh, activation checkpointing and the micro-batch; the rest is as in `setup`. The global batch stays,
-    for the learning rate belongs to it.
+    Varied are the mesh, activation checkpointing and the micro-batch; the rest is as in `setup`. The global batch
+    stays, for the learning rate belongs to it.
     """
     found = [estimate(work, candidate, gpu) for candidate in candidates(work, setup, gpu.gpus_per_node)]
     fitting = [one for one in found if one.fits]

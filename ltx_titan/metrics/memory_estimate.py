@@ -52,8 +52,9 @@ SAVED = {
     (True, "lora"): SavedUnits(20.7, 6.3, 10.2, 10.0, 4.0, 4.1),
 }
 SELECTIVE = {1: SavedUnits(4.0, 2.0, 1.0, 0.0, 0.0, 0.0), 2: SavedUnits(6.0, 1.5, 2.0, 0.0, 0.0, 0.0)}
-"""Selective checkpointing, compiled: the block's input, results of attention, and without tensor parallelism (1, counted)
-products that narrow, the feed-forward's and the cross-modal ones; with it (2, reckoned) what reduce-scatters gave."""
+"""Selective checkpointing, compiled: the block's input, results of attention, and without tensor parallelism (1,
+counted) products that narrow, the feed-forward's and the cross-modal ones; with it (2, reckoned) what reduce-scatters
+gave."""
 TRANSIENT = {False: 20.0, True: 10.0}
 """Gradients and temporaries within a block's backward pass, most in the feed-forward: two of 4 x width, and its input
 and result; in float32 where blocks are not compiled."""

@@ -1,8 +1,8 @@
 """Time of a training step, from what the GPU must compute and move, at rates that are reached (hardware.py).
 
 Of one block: matrix products, attention, memory-bound operations, and FSDP2's copies around its collectives, one after
-the other; recomputation adds their forward part. Against that stand the host, which must launch it all, and the network,
-which overlaps except for the collectives of tensor and context parallelism. The slower one counts.
+the other; recomputation adds their forward part. Against that stand the host, which must launch it all, and the
+network, which overlaps except for the collectives of tensor and context parallelism. The slower one counts.
 """
 
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from ltx_titan.metrics.workload import Setup, Workload
 
 MEMORY_BOUND_UNITS = {True: 235.0, False: 1130.0}
 """Traffic of a block's memory-bound operations, forward and backward, in units of one value per token and column, read
-or written. Compiled: a lean compiled peer's layer without its products and attention took 2.6 ms at 4,032 and 10.3 ms at
-16,128 tokens of 4,096 columns at 3.0 TB/s. Not compiled: counted over the operations of our block."""
+or written. Compiled: a lean compiled peer's layer without its products and attention took 2.6 ms at 4,032 and 10.3 ms
+at 16,128 tokens of 4,096 columns at 3.0 TB/s. Not compiled: counted over the operations of our block."""
 FLOAT8_UNITS = 190.0
 """Quantising for float8 products: 2.8 ms a layer more at 4,032 and 7.8 ms at 16,128 tokens (tensorwise)."""
 FORWARD_SHARE = 0.36
@@ -131,8 +131,8 @@ def _recomputed(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, ...]:
     (linear, attention, memory), _ = _compute(work, setup, gpu)
     share = setup.recomputed_share()
     if setup.recompute == "selective":
-        # Of 16 width x width weights that a video token meets, kept are the feed-forward's 4 and three of 1/2 between the
-        # streams.
+        # Of 16 width x width weights that a video token meets, kept are the feed-forward's 4 and three of 1/2 between
+        # the streams.
         return linear * (10.5 / 16 if setup.degrees.tp == 1 else 1.0), 0.0, memory
     return linear * share, attention * share, memory * share
 
