@@ -24,7 +24,7 @@ from ltx_titan.parallel.mesh import Degrees
 from ltx_titan.plan import Plan, plan_job
 from tests.jobs import write_job
 
-LAYERS = 3
+LAYERS = 2
 CONFIGS = Path(__file__).parent.parent / "train_configs"
 SYNTHETIC = {"source": "synthetic", "synthetic": {"num_samples": 2}}
 
@@ -60,7 +60,6 @@ BUILDS = {
         8,
         {"parallelism": {"tp": 2, "cp": 2}, "training": {"global_batch_size": 4, "local_batch_size": 2}},
     ),
-    "lora, full": (2, {"model": {"mode": "lora"}, "activation_checkpoint": {"mode": "full"}}),
 }
 
 

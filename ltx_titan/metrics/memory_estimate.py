@@ -43,11 +43,11 @@ class SavedUnits:
     text: float
 
 
-# Counted by saved-tensor hooks on blocks of these proportions (tests/metrics/test_estimate.py does it again). Compiled:
+# Counted by saved-tensor hooks on blocks of these proportions (tests/test_estimate.py does it again). Compiled:
 # what the partitioner of AOTAutograd decides to keep. (is compiled, trained) -> units.
 SAVED = {
     (False, "full"): SavedUnits(49.1, 18.6, 25.1, 12.0, 4.0, 9.0),
-    (True, "full"): SavedUnits(28.1, 8.6, 11.2, 10.0, 4.0, 4.0),
+    (True, "full"): SavedUnits(18.1, 6.0, 8.2, 13.0, 5.0, 2.0),
     (False, "lora"): SavedUnits(26.3, 10.7, 15.4, 12.0, 4.0, 5.1),
     (True, "lora"): SavedUnits(20.7, 6.3, 10.2, 10.0, 4.0, 4.1),
 }
@@ -105,24 +105,37 @@ def estimate_memory(work: Workload, setup: Setup) -> Memory:
     kept, one_block = _activations(work, setup)
     temporary = _units_to_bytes(work, setup, TRANSIENT[setup.compile])
     outside = _units_to_bytes(work, setup, OUTSIDE)
-    gathered, gradients, reducing = _buffers(work, setup)
-    resident = parts["parameters"] + parts["optimizer"] + parts["connectors"] + gathered + outside
+    buffers = _buffers(work, setup)
+    states = parts["parameters"] + parts["optimizer"] + parts["connectors"]
+    shard = _gradient_shard(work, setup)  # of one block
+    all_shards = parts["gradients"]
     if _micro_batches(work, setup) > 1:
-        resident += parts["gradients"]
-    recomputed = one_block if setup.recompute != "none" else 0.0
-    # In a block's backward pass: its activations, beside the block before that is still being reduced; then its own
-    # gradients, once in the compute dtype and once on their way.
-    block_peak = max(one_block + temporary + reducing, gradients + reducing)
-    first = kept + recomputed + temporary
-    second = kept + block_peak - (one_block if setup.recompute == "none" else 0.0)
-    shards = 0.0 if _micro_batches(work, setup) > 1 else parts["gradients"]
+        states, shard, all_shards = states + all_shards, 0.0, 0.0
+    resident = states + buffers.outside + buffers.block + outside
+    recomputed = 0.0 if setup.recompute == "none" else one_block
+
+    # In a block's backward pass its activations are there, and the gradients of the block behind, which are being
+    # reduced; at its end its own gradients, once in the compute dtype and once on their way.
+    activations_peak = one_block + temporary + buffers.reducing
+    gradients_peak = buffers.gradients + buffers.reducing
+    block_peak = max(activations_peak, gradients_peak)
+    last = kept + recomputed + temporary + buffers.travelling
+    second_last = kept + (buffers.travelling if work.num_layers > 2 else 0.0) + shard
+    if setup.recompute == "none":
+        second_last += max(activations_peak - 2 * one_block, gradients_peak - 2 * one_block, 0.0)
+    else:
+        second_last += block_peak
+    # The first block has no other to be gathered beside it.
+    second = buffers.travelling + max(work.num_layers - 2, 0) * shard + block_peak
+    first = (work.num_layers - 1) * shard + block_peak
+    root = states + buffers.outside + all_shards + buffers.outside_gradients
     return Memory(
         **parts,
         activations=kept + outside,
         working_set=recomputed + temporary,
-        buffers=gathered + reducing,
-        start_of_backward=resident + max(first, second),
-        end_of_backward=resident + shards + block_peak,
+        buffers=buffers.outside + buffers.block + buffers.travelling + buffers.reducing,
+        start_of_backward=resident + max(last, second_last),
+        end_of_backward=max(resident + max(first, second), root),
     )
 
 
@@ -197,17 +210,38 @@ def _sharded(work: Workload, setup: Setup, *, trained_only: bool) -> tuple[int, 
     return tuple(work.num_layers * b + o for b, o in zip(block, outside, strict=True))
 
 
-def _buffers(work: Workload, setup: Setup) -> tuple[float, float, float]:
-    """FSDP2's: gathered weights, a block's gradients before their reduction, and in float32 on their way.
+@dataclass(frozen=True)
+class _Buffers:
+    """FSDP2's, bytes.
 
-    Gathered are the block, the next one on its way, and all weights outside the blocks, which stay. The reduction of
-    a block is waited for at the end of the next one's backward pass; until then its input is there.
+    Attributes:
+        outside: gathered weights outside the blocks, which stay.
+        block, travelling: gathered weights of a block, and of the next one on its way.
+        gradients: of a block, before their reduction.
+        reducing: the same in float32, on their way; waited for only at the end of the next block's backward pass.
+        outside_gradients: both, of what is outside the blocks.
     """
-    tp = setup.degrees.tp
-    block, outside = (work.itemsize * weights.gathered(tp) for weights in (work.block, work.outside))
-    trained = work.block.gathered(tp, trained_only=True)
-    travelling = block / 2 if setup.float8_all_gather else block
-    return outside + block + travelling, work.itemsize * trained, 4.0 * trained
+
+    outside: float
+    block: float
+    travelling: float
+    gradients: float
+    reducing: float
+    outside_gradients: float
+
+
+def _buffers(work: Workload, setup: Setup) -> _Buffers:
+    tp, size = setup.degrees.tp, work.itemsize
+    block, outside = (size * weights.gathered(tp) for weights in (work.block, work.outside))
+    trained, trained_outside = (weights.gathered(tp, trained_only=True) for weights in (work.block, work.outside))
+    travelling = block / size if setup.float8_all_gather else block
+    return _Buffers(outside, block, travelling, size * trained, 4.0 * trained, (size + 4.0) * trained_outside)
+
+
+def _gradient_shard(work: Workload, setup: Setup) -> float:
+    if work.in_backward or setup.cpu_offload:
+        return 0.0
+    return work.block.sharded(setup.degrees, trained_only=True)[1]
 
 
 def _tokens(work: Workload, setup: Setup) -> tuple[float, float]:
