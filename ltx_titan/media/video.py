@@ -233,7 +233,7 @@ def _at_rate(
         previous = (time_s, pixels)
     if previous is not None:
         # The last frame is shown for as long as any other.
-        while count / fps < previous[0] + 1 / own_fps - _TOLERANCE_S:
+        while count / fps <= previous[0] + max(0, 1 / own_fps - _TOLERANCE_S):
             yield previous[1]
             count += 1
 
