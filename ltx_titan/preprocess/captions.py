@@ -64,7 +64,9 @@ def caption_stage(
 
     def load() -> Callable[[Sample, str], Output]:
         models = load_models()
-        return lambda sample, caption: {"conditions": text_fields(caption, models)}
+        return lambda sample, caption: {
+            "conditions": text_fields(caption, models.encoder, models.extractor, models.connectors)
+        }
 
     def subject(sample: Sample) -> str:
         return f"row {sample.row} ({sample.media})"
@@ -87,18 +89,20 @@ def without_prefix(caption: str) -> str:
 
 
 @torch.no_grad()
-def text_fields(caption: str, models: TextModels) -> dict[str, Value]:
-    """Fields of a text sample, bfloat16: features with `prompt_attention_mask`, or contexts without."""
-    hidden_states, mask = models.encoder.encode([caption])
-    video, audio = models.extractor(hidden_states, mask)
-    if models.connectors is None:
+def text_fields(
+    caption: str, text_encoder: TextEncoder, extractor: FeatureExtractor, connectors: TextConnectors | None = None
+) -> dict[str, Value]:
+    """Fields of a text sample, bfloat16: features with `prompt_attention_mask`; with connectors, contexts without."""
+    hidden_states, mask = text_encoder.encode([caption])
+    video, audio = extractor(hidden_states, mask)
+    if connectors is None:
         return {
             "video_prompt_embeds": _stored(video),
             "audio_prompt_embeds": _stored(audio),
             "prompt_attention_mask": mask[0].to(torch.int64).cpu(),
         }
     features = {"video_prompt_embeds": video, "audio_prompt_embeds": audio, "prompt_attention_mask": mask}
-    contexts = to_contexts(features, models.connectors, video.dtype)
+    contexts = to_contexts(features, connectors, video.dtype)
     return {
         "video_context": _stored(contexts["video_prompt_embeds"]),
         "audio_context": _stored(contexts["audio_prompt_embeds"]),
