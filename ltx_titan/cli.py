@@ -23,6 +23,8 @@ COMMANDS = {
     "estimate": ("ltx_titan.estimate", "predict memory and step time of a job, find its fastest mesh, build it dry"),
     "bench": ("ltx_titan.benchmarks.bench", "measure kernels and the block on this device"),
     "process-dataset": ("ltx_titan.preprocess.process_dataset", "encode clips and captions for training"),
+    "process-videos": ("ltx_titan.preprocess.process_videos", "encode videos, images and sounds, without captions"),
+    "process-captions": ("ltx_titan.preprocess.process_captions", "encode captions, without their media"),
     "import-config": ("ltx_titan.config.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),
     "sample": ("ltx_titan.sample", "sample clips with a checkpoint, or with a base and a LoRA"),
 }
