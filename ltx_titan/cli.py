@@ -16,7 +16,12 @@ COMMANDS = {
     "make-nano": ("ltx_titan.codecs.nano", "write a miniature LTX-2.3 pack with random weights, to try things on"),
     "make-debug-dataset": ("ltx_titan.preprocess.debug_dataset", "write a small captioned data set, to try things on"),
     "bench": ("ltx_titan.benchmarks.bench", "measure kernels and the block on this device"),
+    "split-scenes": ("ltx_titan.tools.split_scenes", "cut long videos into clips of one scene each"),
+    "caption": ("ltx_titan.tools.caption", "describe clips with a multimodal model"),
+    "compute-reference": ("ltx_titan.tools.compute_reference", "make reference videos: edges, grey, blur, depth"),
     "process-dataset": ("ltx_titan.preprocess.process_dataset", "encode clips and captions for training"),
+    "inspect": ("ltx_titan.tools.inspect_data", "look at clips or prepared data: a contact sheet and a table"),
+    "decode-latents": ("ltx_titan.tools.decode_latents", "turn prepared latents back into pictures and sound"),
     "import-config": ("ltx_titan.config.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),
     "sample": ("ltx_titan.sample", "sample clips with a checkpoint, or with a base and a LoRA"),
 }

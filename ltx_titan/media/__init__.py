@@ -4,6 +4,7 @@ from ltx_titan.media.frames import fit_frames, to_uint8
 from ltx_titan.media.image import IMAGE_SUFFIXES, is_image, read_image
 from ltx_titan.media.video import VideoInfo, iter_frames, probe_video, read_clip, write_video
 from ltx_titan.media.windows import cut_windows, window_starts
+from ltx_titan.media.writer import video_writer
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -21,6 +22,7 @@ __all__ = [
     "to_duration",
     "to_stereo",
     "to_uint8",
+    "video_writer",
     "window_starts",
     "write_video",
     "write_wav",

@@ -47,9 +47,9 @@ class Report:
         """Whether at least one item was done, now or before."""
         return any(counts["done"] or counts["skipped"] for counts in self.counts.values())
 
-    def print(self) -> None:
+    def print(self, title: str = "process-dataset") -> None:
         """Print the table, the notes and the failures."""
-        table = Table("stage", "done", "skipped (already there)", "failed", title="process-dataset")
+        table = Table("stage", "done", "skipped (already there)", "failed", title=title)
         for stage, counts in self.counts.items():
             table.add_row(stage, *(str(counts[outcome]) for outcome in ("done", "skipped", "failed")))
         self.console.print(table)

@@ -1,0 +1,109 @@
+"""What a captioning model gets of a file: some frames, evenly over time, and the sound."""
+
+import base64
+import io
+import math
+import wave
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ltx_titan.codecs.mel import resample
+from ltx_titan.media import MediaError, Sound, is_image, iter_frames, probe_video, read_image, read_sound, to_stereo
+from ltx_titan.tools.caption_text import Heard
+
+# What speech recognition and audio encoders of multimodal models work at.
+_SOUND_RATE = 16000
+
+
+@dataclass(frozen=True)
+class ClipParts:
+    """A file as a model gets it.
+
+    Attributes:
+        path: the file.
+        kind: video, image or sound.
+        frames: pictures in order of time; none for a sound.
+        fps: how many of them make up a second; 0 for a still.
+        sound: mono at 16 kHz; None where it is not sent.
+        heard: what the model is told of the sound.
+    """
+
+    path: Path
+    kind: str
+    frames: list[Image.Image]
+    fps: float
+    sound: Sound | None
+    heard: Heard
+
+
+def read_parts(path: Path, fps: float, max_frames: int, max_side: int, with_sound: bool) -> ClipParts:
+    """Read what is sent of a file.
+
+    Args:
+        path: a video, an image or a sound.
+        fps: pictures for each second of video.
+        max_frames: at most; longer videos get fewer for each second.
+        max_side: pictures are made smaller to this many pixels on their longer side.
+        with_sound: whether the model can hear.
+
+    Raises:
+        MediaError: the file cannot be read.
+    """
+    if is_image(path):
+        return ClipParts(path, "image", [_picture(read_image(path)[0].numpy(), max_side)], 0.0, None, "silence")
+    sound = read_sound(path) if with_sound or path.suffix.lower() in SOUND_ONLY else None
+    try:
+        info = probe_video(path)
+    except MediaError:
+        if sound is None:
+            raise
+        return ClipParts(path, "sound", [], 0.0, _mono(sound), "sound")
+    duration_s = info.frames / info.fps
+    count = max(1, min(info.frames, max_frames, math.ceil(duration_s * fps)))
+    # The middles of equal parts: first and last frames are often black.
+    wanted = {int(info.frames * (2 * part + 1) / (2 * count)) for part in range(count)}
+    frames = []
+    for index, frame in enumerate(iter_frames(path)):
+        if index in wanted:
+            frames.append(_picture(frame, max_side))
+    if not frames:
+        raise MediaError(path, "no frame can be decoded")
+    heard: Heard = "sound" if sound is not None else "unknown" if info.has_audio else "silence"
+    return ClipParts(path, "video", frames, float(len(frames) / duration_s), sound and _mono(sound), heard)
+
+
+SOUND_ONLY = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
+
+
+def _picture(frame: np.ndarray, max_side: int) -> Image.Image:
+    picture = Image.fromarray(np.ascontiguousarray(frame))
+    picture.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    return picture
+
+
+def _mono(sound: Sound) -> Sound:
+    mixed = to_stereo(sound.waveform).mean(0, keepdim=True)
+    return Sound(resample(mixed, sound.sample_rate, _SOUND_RATE), _SOUND_RATE)
+
+
+def jpeg_url(picture: Image.Image) -> str:
+    """A picture as a `data:` address, as chat servers take it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def wav_base64(sound: Sound) -> str:
+    """A sound as a 16-bit WAV file, in base64."""
+    buffer = io.BytesIO()
+    samples = (sound.waveform.clamp(-1, 1) * 32767).round().to(torch.int16)
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(samples.shape[0])
+        file.setsampwidth(2)
+        file.setframerate(sound.sample_rate)
+        file.writeframes(samples.T.contiguous().numpy().tobytes())
+    return base64.b64encode(buffer.getvalue()).decode()
