@@ -6,16 +6,18 @@ import math
 import wave
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import av
 import numpy as np
 import torch
 from PIL import Image
 
-from ltx_titan.codecs.mel import resample
 from ltx_titan.media import MediaError, Sound, is_image, iter_frames, probe_video, read_image, read_sound, to_stereo
 from ltx_titan.tools.caption_text import Heard
+from ltx_titan.tools.files import SOUND_SUFFIXES
 
-# What speech recognition and audio encoders of multimodal models work at.
+# What the audio encoders of multimodal models work at.
 _SOUND_RATE = 16000
 
 
@@ -25,17 +27,15 @@ class ClipParts:
 
     Attributes:
         path: the file.
-        kind: video, image or sound.
-        frames: pictures in order of time; none for a sound.
-        fps: how many of them make up a second; 0 for a still.
+        kind: what it is.
+        frames: (seconds from the start, picture) in order of time; none for a sound.
         sound: mono at 16 kHz; None where it is not sent.
         heard: what the model is told of the sound.
     """
 
     path: Path
-    kind: str
-    frames: list[Image.Image]
-    fps: float
+    kind: Literal["video", "image", "sound"]
+    frames: tuple[tuple[float, Image.Image], ...]
     sound: Sound | None
     heard: Heard
 
@@ -51,43 +51,30 @@ def read_parts(path: Path, fps: float, max_frames: int, max_side: int, with_soun
         with_sound: whether the model can hear.
 
     Raises:
-        MediaError: the file cannot be read.
+        MediaError: the file cannot be read, or is a sound for a model that cannot hear.
     """
     if is_image(path):
-        return ClipParts(path, "image", [_picture(read_image(path)[0].numpy(), max_side)], 0.0, None, "silence")
-    sound = read_sound(path) if with_sound or path.suffix.lower() in SOUND_ONLY else None
-    try:
-        info = probe_video(path)
-    except MediaError:
+        return ClipParts(path, "image", ((0.0, _picture(read_image(path)[0].numpy(), max_side)),), None, "silence")
+    if path.suffix.lower() in SOUND_SUFFIXES:
+        sound = read_sound(path) if with_sound else None
         if sound is None:
-            raise
-        return ClipParts(path, "sound", [], 0.0, _mono(sound), "sound")
+            raise MediaError(path, "has no sound track" if with_sound else "is a sound, and sound is not sent")
+        return ClipParts(path, "sound", (), _mono(sound), "sound")
+    info = probe_video(path)
+    sound = read_sound(path) if with_sound and info.has_audio else None
+    heard: Heard = "sound" if sound is not None else "unknown" if info.has_audio else "silence"
     duration_s = info.frames / info.fps
     count = max(1, min(info.frames, max_frames, math.ceil(duration_s * fps)))
     # The middles of equal parts: first and last frames are often black.
-    wanted = {int(info.frames * (2 * part + 1) / (2 * count)) for part in range(count)}
-    frames = []
-    for index, frame in enumerate(iter_frames(path)):
-        if index in wanted:
-            frames.append(_picture(frame, max_side))
+    wanted = {info.frames * (2 * part + 1) // (2 * count) for part in range(count)}
+    frames = tuple(
+        (float(index / info.fps), _picture(frame, max_side))
+        for index, frame in enumerate(iter_frames(path))
+        if index in wanted
+    )
     if not frames:
         raise MediaError(path, "no frame can be decoded")
-    heard: Heard = "sound" if sound is not None else "unknown" if info.has_audio else "silence"
-    return ClipParts(path, "video", frames, float(len(frames) / duration_s), sound and _mono(sound), heard)
-
-
-SOUND_ONLY = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
-
-
-def _picture(frame: np.ndarray, max_side: int) -> Image.Image:
-    picture = Image.fromarray(np.ascontiguousarray(frame))
-    picture.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
-    return picture
-
-
-def _mono(sound: Sound) -> Sound:
-    mixed = to_stereo(sound.waveform).mean(0, keepdim=True)
-    return Sound(resample(mixed, sound.sample_rate, _SOUND_RATE), _SOUND_RATE)
+    return ClipParts(path, "video", frames, None if sound is None else _mono(sound), heard)
 
 
 def jpeg_url(picture: Image.Image) -> str:
@@ -107,3 +94,19 @@ def wav_base64(sound: Sound) -> str:
         file.setframerate(sound.sample_rate)
         file.writeframes(samples.T.contiguous().numpy().tobytes())
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _picture(frame: np.ndarray, max_side: int) -> Image.Image:
+    picture = Image.fromarray(np.ascontiguousarray(frame))
+    picture.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    return picture
+
+
+def _mono(sound: Sound) -> Sound:
+    # FFmpeg's resampler: ours comes with the audio VAE's libraries, which a captioner behind a server needs none of.
+    mixed = to_stereo(sound.waveform).mean(0, keepdim=True).contiguous().numpy()
+    frame = av.AudioFrame.from_ndarray(mixed, format="fltp", layout="mono")
+    frame.sample_rate = sound.sample_rate
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=_SOUND_RATE)
+    chunks = [part.to_ndarray() for part in (*resampler.resample(frame), *resampler.resample(None))]
+    return Sound(torch.from_numpy(np.concatenate(chunks, axis=1)), _SOUND_RATE)

@@ -19,6 +19,7 @@ from ltx_titan.tools.files import (
     is_table,
     locked,
     media_of_row,
+    moved_row,
     own_device,
     own_share,
     read_table,
@@ -77,12 +78,12 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
         raise ValueError("--kind depth needs --depth-model: a local folder of a depth estimation model")
     report = Report(console or Console())
     base, rows = _rows(options)
-    clips = {row: media for row, media in enumerate(media_of_row(row, base / "table") for row in rows)}
-    for number, clip in clips.items():
+    clips = [media_of_row(row, base / "table") for row in rows]
+    for number, clip in enumerate(clips, start=1):
         if clip is None:
-            report.fail(options.kind, f"row {number + 1}", "names no video")
+            report.fail(options.kind, f"row {number}", "names no video")
     todo = []
-    for clip in own_share(list(dict.fromkeys(clip for clip in clips.values() if clip is not None))):
+    for clip in own_share(list(dict.fromkeys(clip for clip in clips if clip is not None))):
         if not options.overwrite and reference_path(clip, options.kind).is_file():
             report.add(options.kind, "skipped")
         else:
@@ -97,12 +98,13 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
     _make(todo, options, report)
     # Under the lock, and from what is on disk: several processes end here, the last one sees everything.
     with locked(options.table):
-        for number, row in enumerate(rows):
-            clip = clips[number]
+        folder = options.table.parent
+        written = [moved_row(row, base, folder) for row in rows]
+        for row, clip in zip(written, clips, strict=True):
             row.pop(_OLD_COLUMN, None)
             if clip is not None and reference_path(clip, options.kind).is_file():
-                row[_COLUMN] = relative_name(reference_path(clip, options.kind), options.table.parent)
-        write_table(options.table, _moved(rows, base, options.table.parent))
+                row[_COLUMN] = relative_name(reference_path(clip, options.kind), folder)
+        write_table(options.table, written)
     return report
 
 
@@ -121,20 +123,6 @@ def _rows(options: ReferenceOptions) -> tuple[Path, list[Row]]:
     ends = tuple(f"_{kind}" for kind in KINDS)
     return options.dataset, [
         {"video": relative_name(path, options.dataset)} for path in found if not path.stem.endswith(ends)
-    ]
-
-
-def _moved(rows: list[Row], old: Path, new: Path) -> list[Row]:
-    """Rows whose paths start from another folder, when the table is written elsewhere."""
-    if old.resolve() == new.resolve():
-        return rows
-    columns = ("video", "media_path", "audio", "reference_audio", "video_mask", "audio_mask")
-    return [
-        {
-            column: relative_name(old / str(value), new) if column in columns and value else value
-            for column, value in row.items()
-        }
-        for row in rows
     ]
 
 

@@ -22,6 +22,14 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".m
 SOUND_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl")
 MEDIA_COLUMNS = ("video", "media_path", "audio")
+PATH_COLUMNS = (
+    *MEDIA_COLUMNS,
+    "reference_video",
+    "ref_media_path",
+    "reference_audio",
+    "video_mask",
+    "audio_mask",
+)
 
 Item = TypeVar("Item")
 Row = dict[str, Any]
@@ -124,6 +132,16 @@ def relative_name(path: Path, base: Path) -> str:
     """How a table in `base` names a file: relative where the file lies below it, else the whole path."""
     path, base = Path(os.path.abspath(path)), Path(os.path.abspath(base))
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
+
+
+def moved_row(row: Mapping[str, Any], old: Path, new: Path) -> Row:
+    """A row for a table in another folder: its paths start from there."""
+    if old.resolve() == new.resolve():
+        return dict(row)
+    return {
+        column: relative_name(old / str(value), new) if column in PATH_COLUMNS and value else value
+        for column, value in row.items()
+    }
 
 
 def rank_and_size() -> tuple[int, int]:
