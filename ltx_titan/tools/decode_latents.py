@@ -74,6 +74,31 @@ class _Clip:
     sound: Path | None
 
 
+class _Loaded:
+    """The decoders, each loaded when the first file needs it: many data sets have one stream only."""
+
+    def __init__(self, options: DecodeOptions) -> None:
+        self._options = options
+        self._device = own_device(options.device)
+
+    @cached_property
+    def video(self) -> Decoders:
+        """Decoder of pictures."""
+        path = self._options.video_vae_path or self._options.model_path
+        return load_decoders(path, None, self._device, self._options.vae_tiling)
+
+    @cached_property
+    def sound(self) -> Decoders:
+        """Decoder and vocoder of sound."""
+        return load_decoders(None, self._options.audio_vae_path or self._options.model_path, self._device)
+
+    def of(self, latents: SampledLatents) -> Decoders:
+        """What a sample needs."""
+        video = None if latents.video is None else self.video.video
+        audio = None if latents.audio is None else self.sound
+        return Decoders(video, audio and audio.audio, audio and audio.vocoder)
+
+
 def decode_latents(options: DecodeOptions, console: Console | None = None) -> Report:
     """Decode a folder of latents; files that cannot be read are named in the report and left out.
 
@@ -170,31 +195,6 @@ def _decode(clip: _Clip, decoders: _Loaded, seed: int, report: Report) -> None:
     decoded = decode_sample(latents, decoders.of(latents), seed)
     write_sample(clip.target.parent, clip.target.name, decoded, float(fields.get("fps", 1.0)))
     report.add(_STAGE, "done")
-
-
-class _Loaded:
-    """The decoders, each loaded when the first file needs it: many data sets have one stream only."""
-
-    def __init__(self, options: DecodeOptions) -> None:
-        self._options = options
-        self._device = own_device(options.device)
-
-    @cached_property
-    def video(self) -> Decoders:
-        """Decoder of pictures."""
-        path = self._options.video_vae_path or self._options.model_path
-        return load_decoders(path, None, self._device, self._options.vae_tiling)
-
-    @cached_property
-    def sound(self) -> Decoders:
-        """Decoder and vocoder of sound."""
-        return load_decoders(None, self._options.audio_vae_path or self._options.model_path, self._device)
-
-    def of(self, latents: SampledLatents) -> Decoders:
-        """What a sample needs."""
-        video = None if latents.video is None else self.video.video
-        audio = None if latents.audio is None else self.sound
-        return Decoders(video, audio and audio.audio, audio and audio.vocoder)
 
 
 DESCRIPTION = """\

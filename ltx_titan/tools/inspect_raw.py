@@ -85,8 +85,10 @@ class RawClip:
 
     @property
     def facts(self) -> str:
-        """In one line."""
-        parts = []
+        """In one line; nothing for a file that cannot be opened."""
+        parts: list[str] = []
+        if not (self.width or self.channels):
+            return ""
         if self.kind != "sound":
             parts.append(f"{self.width}x{self.height}")
         if self.kind == "video":
@@ -158,8 +160,9 @@ def sheet_entry(clip: RawClip) -> Entry:
         warning = "its sound track is silent"
     if warning is None and clip.bucket is not None and (factor := _enlargement(clip)) > _FAR_SHORT:
         warning = f"is enlarged {factor:.1f} times for its bucket"
-    if sound is not None and clip.bucket is not None and clip.fps:
-        sound = Sound(sound.waveform[:, : round(clip.bucket.frames / clip.fps * sound.sample_rate)], sound.sample_rate)
+    if sound is not None and clip.fps:
+        frames_shown = clip.frames if clip.bucket is None else clip.bucket.frames
+        sound = Sound(sound.waveform[:, : round(frames_shown / clip.fps * sound.sample_rate)], sound.sample_rate)
     return Entry(clip.path.name, clip.facts, frames, sound, clip.caption, warning)
 
 
@@ -262,6 +265,10 @@ def _placed(clip: RawClip, buckets: Sequence[Bucket]) -> RawClip:
         shortest = min(bucket.frames for bucket in buckets)
         problem = f"has {clip.frames} frame(s), the shortest bucket needs {shortest}"
     return RawClip(**{**vars(clip), "bucket": bucket, "problem": problem})
+
+
+def _channels(count: int) -> str:
+    return {1: "mono", 2: "stereo"}.get(count, f"{count} channels")
 
 
 def _enlargement(clip: RawClip) -> float:

@@ -37,7 +37,7 @@ class Entry:
         title: its name.
         facts: what is known of it, in one line.
         frames: pictures in order of time, all of one size; none for a sound.
-        sound: drawn as a waveform; None: without one.
+        sound: drawn as a waveform, or a picture of it; None: without one.
         caption: its text, shortened to a few lines.
         warning: what is wrong with it.
     """
@@ -45,7 +45,7 @@ class Entry:
     title: str
     facts: str
     frames: Sequence[Image.Image] = ()
-    sound: Sound | None = None
+    sound: Sound | Image.Image | None = None
     caption: str | None = None
     warning: str | None = None
 
@@ -63,12 +63,12 @@ def write_sheet(path: Path, header: Sequence[str], entries: Sequence[Entry], col
     cells = [_cell(entry) for entry in entries]
     rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
     heights = [max(cell.height for cell in row) for row in rows]
-    top = _MARGIN + _HEADER_LINE * len(header) + 16
+    top = _MARGIN + _HEADER_LINE * len(header) + 24
     width = _MARGIN + columns * (_CELL_WIDTH + _MARGIN)
     sheet = Image.new("RGB", (width, top + sum(heights) + _MARGIN * (len(rows) + 1)), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(header):
-        place = (_MARGIN, _MARGIN + _HEADER_LINE * number)
+        place = (_MARGIN, _MARGIN + _HEADER_LINE * number + (6 if number else 0))
         draw.text(place, line, fill=_FAINT if number else _TEXT, font=_font(13 if number else 18, bold=not number))
     draw.line([(_MARGIN, top - 8), (width - _MARGIN, top - 8)], fill=(210, 210, 210))
     y = top + 6
@@ -89,7 +89,7 @@ def _cell(entry: Entry) -> Image.Image:
     if len(caption) > _MAX_CAPTION_LINES:
         caption = [*caption[: _MAX_CAPTION_LINES - 1], caption[_MAX_CAPTION_LINES - 1][:134] + " ..."]
     strip = _strip(entry.frames)
-    wave = _waveform(entry.sound, strip.width if strip is not None else _CELL_WIDTH) if entry.sound else None
+    wave = _sound(entry.sound, strip.width if strip is not None else _CELL_WIDTH)
     height = _LINE * (1 + len(caption) + bool(entry.warning)) + 5
     height += sum(part.height + _GAP for part in (strip, wave) if part is not None)
     cell = Image.new("RGB", (_CELL_WIDTH, height), _BACKGROUND)
@@ -123,6 +123,12 @@ def _strip(frames: Sequence[Image.Image]) -> Image.Image | None:
     for number, frame in enumerate(frames):
         strip.paste(frame.resize(size, Image.Resampling.LANCZOS), (number * (size[0] + _GAP), 0))
     return strip
+
+
+def _sound(sound: Sound | Image.Image | None, width: int) -> Image.Image | None:
+    if isinstance(sound, Sound):
+        return _waveform(sound, width)
+    return None if sound is None else sound.convert("RGB").resize((width, _SOUND_HEIGHT * 2), Image.Resampling.BILINEAR)
 
 
 def _waveform(sound: Sound, width: int) -> Image.Image:

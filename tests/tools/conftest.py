@@ -4,7 +4,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from ltx_titan.codecs.nano import make_nano
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,9 +13,9 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def nano(tmp_path_factory):
+def nano(nano_path):
     """Path of the miniature checkpoint."""
-    return make_nano(tmp_path_factory.mktemp("nano"))
+    return nano_path
 
 
 @pytest.fixture
