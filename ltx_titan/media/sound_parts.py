@@ -86,7 +86,9 @@ class _Held:
 
     def take(self, first: int, last: int) -> np.ndarray | None:
         """Samples [C, last - first], silent where none were decoded; None where there are none at all."""
-        parts = [(start, samples) for start, samples in self._parts if start < last and start + samples.shape[1] > first]
+        parts = [
+            (start, samples) for start, samples in self._parts if start < last and start + samples.shape[1] > first
+        ]
         if not parts:
             return None
         taken = np.zeros((parts[0][1].shape[0], last - first), np.float32)

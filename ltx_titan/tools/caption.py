@@ -21,8 +21,8 @@ from rich.console import Console
 from ltx_titan.media import IMAGE_SUFFIXES, MediaError
 from ltx_titan.preprocess.report import Report
 from ltx_titan.tools.caption_server import LAUNCH, Captioner, CaptionError, ServerGone, server_captioner
-from ltx_titan.tools.caption_text import instruction, read_answer
 from ltx_titan.tools.caption_table import CaptionTable
+from ltx_titan.tools.caption_text import instruction, read_answer
 from ltx_titan.tools.clip_parts import read_parts
 from ltx_titan.tools.files import SOUND_SUFFIXES, VIDEO_SUFFIXES, own_device, own_share
 
@@ -138,7 +138,9 @@ def _caption(
             try:
                 table.add(path, future.result())
             except ServerGone as error:
-                raise ValueError(f"{error}; what is captioned is kept: start it again, then repeat the command") from error
+                raise ValueError(
+                    f"{error}; what is captioned is kept: start it again, then repeat the command"
+                ) from error
             except (MediaError, CaptionError, ValueError, OSError) as error:
                 report.fail(_STAGE, str(path), error.reason if isinstance(error, MediaError) else str(error))
             else:
@@ -176,7 +178,11 @@ def _captioner(options: CaptionOptions, extra_body: Mapping[str, Any]) -> Captio
     from ltx_titan.tools.caption_local import local_captioner
 
     captioner = local_captioner(
-        options.local_model, own_device(options.device), options.max_tokens, options.load_in_8bit
+        options.local_model,
+        own_device(options.device),
+        options.max_tokens,
+        options.load_in_8bit,
+        with_sound=not options.skip_audio,
     )
     lock = threading.Lock()
 
@@ -274,7 +280,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--extra-body",
         metavar="JSON",
-        help="further fields of the request, as in '{\"chat_template_kwargs\": {\"enable_thinking\": false}}'",
+        help='further fields of the request, as in \'{"chat_template_kwargs": {"enable_thinking": false}}\'',
     )
     local = parser.add_argument_group("a model here")
     local.add_argument("--local-model", type=Path, metavar="FOLDER", help="run this model with transformers")

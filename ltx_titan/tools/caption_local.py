@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ltx_titan.tools.caption_server import CaptionError, Captioner
+from ltx_titan.tools.caption_server import Captioner, CaptionError
 from ltx_titan.tools.clip_parts import ClipParts
 
 # Models that also speak: the part that answers in text is loaded alone, it is all a caption needs.
@@ -15,7 +15,9 @@ _TEXT_PARTS = {
 }
 
 
-def local_captioner(folder: Path, device: str = "cpu", max_tokens: int = 1024, load_in_8bit: bool = False) -> Captioner:
+def local_captioner(
+    folder: Path, device: str = "cpu", max_tokens: int = 1024, load_in_8bit: bool = False, with_sound: bool = True
+) -> Captioner:
     """Load a model and its processor.
 
     Args:
@@ -23,11 +25,15 @@ def local_captioner(folder: Path, device: str = "cpu", max_tokens: int = 1024, l
         device: where it runs; `auto` spreads it over all GPUs (needs accelerate).
         max_tokens: length of an answer.
         load_in_8bit: weights in int8 (torchao), about half the memory.
+        with_sound: whether it will get sound.
 
     Raises:
-        ValueError: the folder holds no such model.
+        ValueError: the folder holds no such model, or the model cannot hear what it will get.
     """
     model, processor = _load(folder, device, load_in_8bit)
+    # Processors drop sound they have no use for without a word, and the question would speak of it all the same.
+    if with_sound and not any(getattr(processor, name, None) for name in ("feature_extractor", "audio_processor")):
+        raise ValueError(f"--local-model: {folder} cannot hear (its processor takes no sound); give --skip-audio")
     tokenizer = getattr(processor, "tokenizer", processor)
 
     @torch.inference_mode()

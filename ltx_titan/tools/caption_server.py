@@ -5,6 +5,7 @@ some take, and each samples them in its own way.
 """
 
 import base64
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -112,13 +113,11 @@ def _library() -> Any:
     try:
         import openai
     except ModuleNotFoundError as error:
-        raise ValueError('--server needs the package openai: pip install "ltx-titan[captioning]"') from error
+        raise ValueError('--server needs the package openai: pip install "ltx-titan[tools]"') from error
     return openai
 
 
 def _key() -> str:
-    import os
-
     # The client insists on some key; local servers look at none.
     return os.environ.get("OPENAI_API_KEY") or "none"
 
@@ -134,7 +133,9 @@ def _check(client: Any, openai: Any, url: str, model: str | None) -> str:
             return model  # Not every server lists its models.
         raise ValueError(f"--server {url}: answers {error.status_code}: {_message(error)}") from error
     except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"--server {url}: is no OpenAI-compatible server ({error}); the address ends in /v1") from error
+        raise ValueError(
+            f"--server {url}: is no OpenAI-compatible server ({error}); the address ends in /v1"
+        ) from error
     if model is None and not names:
         raise ValueError(f"--server {url}: lists no model; name it with --model")
     if model is not None and names and model not in names:

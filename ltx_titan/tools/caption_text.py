@@ -94,6 +94,6 @@ def _from_json(text: str) -> str:
         if cut_off is None:
             return text
         # The closing quote is missing, or something follows it that is no JSON.
-        return cut_off["text"].rstrip("`}\n\t \"\\").replace('\\"', '"').replace("\\n", " ")
+        return cut_off["text"].rstrip('`}\n\t "\\').replace('\\"', '"').replace("\\n", " ")
     values = [value for value in found.values() if isinstance(value, str)]
     return found[_KEY] if isinstance(found.get(_KEY), str) else " ".join(values)

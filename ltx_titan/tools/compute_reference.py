@@ -196,7 +196,9 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `ltx-titan compute-reference`."""
-    parser.add_argument("dataset", type=Path, metavar="DATASET", help="table of clips (.csv, .json, .jsonl) or a folder")
+    parser.add_argument(
+        "dataset", type=Path, metavar="DATASET", help="table of clips (.csv, .json, .jsonl) or a folder"
+    )
     parser.add_argument("--output", "-o", type=Path, help="table to write (default: the given one, in place)")
     parser.add_argument("--kind", choices=KINDS, default="edges", help="what references show (default: edges)")
     parser.add_argument(

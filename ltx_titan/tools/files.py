@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
 SOUND_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl")

@@ -76,7 +76,10 @@ def depth(model_path: str | Path, device: str = "cpu", batch_size: int = 8) -> F
     model, processor = _depth_model(Path(model_path), device)
     # Models of distances in metres give far points large values; relative ones give them small values.
     config = model.config.to_dict()
-    is_distance = config.get("depth_estimation_type") == "metric" or model.config.model_type in ("zoedepth", "depth_pro")
+    is_distance = config.get("depth_estimation_type") == "metric" or model.config.model_type in (
+        "zoedepth",
+        "depth_pro",
+    )
 
     @torch.no_grad()
     def estimate(batch: list[np.ndarray]) -> Tensor:
@@ -114,7 +117,9 @@ def _depth_model(path: Path, device: str) -> tuple[Any, Any]:
         model = AutoModelForDepthEstimation.from_pretrained(path, dtype=dtype, local_files_only=True)
         processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"--depth-model: {path} is no depth estimation model that transformers reads: {error}") from error
+        raise ValueError(
+            f"--depth-model: {path} is no depth estimation model that transformers reads: {error}"
+        ) from error
     return model.to(device).eval(), processor
 
 
@@ -122,7 +127,7 @@ def _opencv() -> Any:
     try:
         import cv2
     except ModuleNotFoundError as error:
-        raise ValueError('needs OpenCV: pip install "ltx-titan[preprocess]"') from error
+        raise ValueError('needs OpenCV: pip install "ltx-titan[tools]"') from error
     # Videos are spread over processes; threads of each on all cores would get in each other's way.
     cv2.setNumThreads(1)
     return cv2

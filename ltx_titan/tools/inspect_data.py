@@ -170,7 +170,7 @@ def _print_buckets(rows: Sequence[tuple[str, float, int, int]], times: StepTimes
         seconds = times.seconds(video, audio)
         total_s += seconds * len(rates)
         fps = ", ".join(sorted({f"{rate:.6g}" for rate in rates if rate})) or "-"
-        table.add_row(bucket, str(len(rates)), fps, str(video), str(audio), f"{seconds:.2f}")
+        table.add_row(bucket, str(len(rates)), fps, str(video), str(audio), f"{seconds:.3g}")
     report.console.print(table)
     _say(report, [f"an epoch takes about {_length(total_s)} of GPU time; s/sample is for {times.assumption}"])
 
@@ -236,7 +236,9 @@ def _spread_sentence(name: str, values: Sequence[float]) -> str:
 def _sound(clip: RawClip) -> str:
     if not clip.channels:
         return "none"
-    return f"{ {1: 'mono', 2: 'stereo'}.get(clip.channels, f'{clip.channels} channels') } {clip.sample_rate / 1000:g} kHz"
+    return (
+        f"{ {1: 'mono', 2: 'stereo'}.get(clip.channels, f'{clip.channels} channels') } {clip.sample_rate / 1000:g} kHz"
+    )
 
 
 def _length(seconds: float) -> str:
@@ -279,7 +281,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-workers", type=int, default=8, help="files at once (default: 8)")
     step = parser.add_argument_group("step times")
     step.add_argument("--model-path", type=Path, help="checkpoint to be trained (also the VAEs for --decode)")
-    step.add_argument("--shape", default="ltx-2.3-22b", help="released model, without a checkpoint: ltx-2.3-22b (default)")
+    step.add_argument(
+        "--shape", default="ltx-2.3-22b", help="released model, without a checkpoint: ltx-2.3-22b (default)"
+    )
     step.add_argument("--gpu", default="H100", help="A100, H100 (default), H200, B200, ...")
     step.add_argument("--mfu", type=float, default=0.4, help="part of its peak that training reaches (default: 0.4)")
     step.add_argument("--mode", choices=("full", "lora"), default="lora", help="what is trained (default: lora)")

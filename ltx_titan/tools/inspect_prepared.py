@@ -157,7 +157,11 @@ def sheet_entry(sample: PreparedSample, root: Path, decoders: Decoders | None) -
         None if audio is None or decoders.audio is None else audio[None],
     )
     decoded = decode_sample(latents, decoders)
-    frames = [] if decoded.frames is None else [Image.fromarray(decoded.frames[i].numpy()) for i in _spread(len(decoded.frames))]
+    frames = (
+        []
+        if decoded.frames is None
+        else [Image.fromarray(decoded.frames[i].numpy()) for i in _spread(len(decoded.frames))]
+    )
     return Entry(sample.name, sample.facts, frames, decoded.sound)
 
 

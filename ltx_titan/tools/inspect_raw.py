@@ -1,4 +1,4 @@
-"""What raw clips are: sizes, rates, lengths and sound of every file, which bucket each goes to, and which are broken."""
+"""What raw clips are: sizes, rates, lengths and sound of each file, the bucket it goes to, and which are broken."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def find_scenes(
         stats.save_to_csv(str(stats_path))
     inner = sorted({cut for cut in cuts if first < cut < count})
     edges = [first, *inner, count]
-    scenes = list(zip(edges[:-1], edges[1:], strict=True))
+    scenes = list(pairwise(edges))
     return scenes[: detection.max_scenes], count
 
 
@@ -150,7 +151,7 @@ def arrange(
             continue
         count = 1 if longest is None else -(-length // longest)
         edges = [first + length * part // count for part in range(count + 1)]
-        parts += zip(edges[:-1], edges[1:], strict=True)
+        parts += pairwise(edges)
     return parts, left_out
 
 
@@ -173,7 +174,7 @@ def _libraries() -> tuple[Any, Any]:
         import cv2
         import scenedetect
     except ModuleNotFoundError as error:
-        raise ValueError(f'needs {error.name}: pip install "ltx-titan[preprocess]"') from error
+        raise ValueError(f'needs {error.name}: pip install "ltx-titan[tools]"') from error
     # Videos are spread over processes; threads of each on all cores would get in each other's way.
     cv2.setNumThreads(1)
     return scenedetect, cv2

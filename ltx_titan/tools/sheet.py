@@ -1,6 +1,5 @@
 """A contact sheet: one picture of many clips, each with frames in order of time, its sound, and what is known of it."""
 
-import io
 import os
 import textwrap
 from collections.abc import Sequence
@@ -78,9 +77,7 @@ def write_sheet(path: Path, header: Sequence[str], entries: Sequence[Entry], col
         y += height + _MARGIN
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG", optimize=False)
-    temporary.write_bytes(buffer.getvalue())
+    sheet.save(temporary, format="PNG")
     temporary.rename(path)
 
 

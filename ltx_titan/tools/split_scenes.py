@@ -169,9 +169,7 @@ def _named(target: Path, parts: list[tuple[int, int]]) -> list[Scene]:
     ]
 
 
-def _cut(
-    video: Path, scenes: list[Scene], fps: Fraction, options: SplitOptions, label: str, report: Report
-) -> None:
+def _cut(video: Path, scenes: list[Scene], fps: Fraction, options: SplitOptions, label: str, report: Report) -> None:
     """Cut what is not there yet, in one pass over the video."""
     todo = []
     for scene in scenes:

@@ -5,7 +5,6 @@ import torch
 from rich.console import Console
 
 
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Threads that wait for each other crawl where tests run side by side."""

@@ -30,6 +30,9 @@ class Server(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self):
         self.shutdown()
         self.server_close()
 
@@ -130,7 +133,11 @@ def test_failed_requests_are_named_and_a_second_run_asks_only_for_them(clips, co
         report = caption_files(CaptionOptions(**{**vars(options), "server": server.url}), console)
     # A busy server is asked again, a refusal is not.
     assert report.counts["caption"] == {"done": 3, "failed": 3}
-    assert ("caption", str(clips / "mönö ☃.mp4"), "the server answers 400: this model takes no audio") in report.failures
+    assert (
+        "caption",
+        str(clips / "mönö ☃.mp4"),
+        "the server answers 400: this model takes no audio",
+    ) in report.failures
     assert len(server.bodies) == 5
     interrupted = output.read_bytes()
     with Server() as server:
@@ -159,7 +166,7 @@ def test_a_server_that_goes_away_ends_the_run_and_loses_nothing(clips, console):
     with Server() as server:
         first = CaptionOptions(clips, output, server=server.url, num_workers=1, retries=0)
         # With its first answer it closes its door.
-        server.refuses = lambda number, body: (server.shutdown(), server.server_close()) and None
+        server.refuses = lambda number, body: server.close()
         with pytest.raises(ValueError, match=r"does not answer any more.*what is captioned is kept"):
             caption_files(first, console)
     with Server() as server:

@@ -49,8 +49,8 @@ def test_a_model_that_hears_gets_the_sound(hearing, tmp_path, console):
     assert captions[0] != captions[1]
 
 
-def test_a_model_that_cannot_hear_says_so_of_each_file(seeing, tmp_path, console):
-    write_wav(tmp_path / "tone.wav", Sound(tone(0.5, 16000), 16000))
-    report = caption_files(CaptionOptions(tmp_path, local_model=seeing, max_tokens=4), console)
-    assert report.counts["caption"] == {"failed": 1}
-    assert "the model cannot take it" in report.failures[0][2]
+def test_sound_is_not_sent_to_a_model_that_cannot_hear(seeing, tmp_path, console):
+    write_clip(tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match=r"cannot hear.*--skip-audio"):
+        caption_files(CaptionOptions(tmp_path, local_model=seeing), console)
+    assert not (tmp_path / "dataset.jsonl").exists()

@@ -82,7 +82,10 @@ def test_clips_are_cut_to_the_frame_with_their_sound(cut):
         for place in (0, row["frames"] - 1):
             bar = torch.from_numpy(frames[place].copy()).float().mean((0, 2)).argmax()
             assert place <= bar < place + 4
-            assert abs(torch.from_numpy(frames[place][:, -4:].copy()).float().mean((0, 1)) - torch.tensor(colour)).max() < 12
+            assert (
+                abs(torch.from_numpy(frames[place][:, -4:].copy()).float().mean((0, 1)) - torch.tensor(colour)).max()
+                < 12
+            )
         assert hertz_of(path) == pytest.approx(hertz, abs=4)
         assert read_sound(path).duration_s == pytest.approx(row["frames"] / float(FPS), abs=0.05)
     assert report.notes["clips without sound"] == 3
