@@ -231,7 +231,7 @@ describe what is heard, and only that.
 INPUT is a file, a folder, or a table (such as scenes.jsonl of split-scenes), which gets the column caption. Rows that
 have a caption are left alone. A run that was stopped goes on where it was; files that fail are named at the end.
 
-The model runs behind any OpenAI-compatible server, for example vLLM on one 80 GB GPU (sees and hears):
+The model runs behind any OpenAI-compatible server, such as vLLM on one 80 GB GPU (sees and hears):
   {LAUNCH}
 or here, with --local-model: a local folder of an instruction-tuned model of transformers (Qwen3-Omni, Gemma 3n,
 Gemma 3, Qwen3-VL, ...). For models that cannot hear give --skip-audio.

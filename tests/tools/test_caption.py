@@ -211,6 +211,23 @@ def test_several_requests_at_once(clips, console):
     assert 2 <= server.most_at_once <= 3
 
 
+def test_ranks_share_the_work_and_the_table(clips, console, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        with Server() as server:
+            report = caption_files(CaptionOptions(clips, clips / "ranks.jsonl", server=server.url), console)
+        done.append(report.counts["caption"]["done"])
+    assert done == [1, 3]
+    assert [row["video"] for row in rows_of(clips / "ranks.jsonl")] == [
+        "a.mp4",
+        "mönö ☃.mp4",
+        "silent.mp4",
+        "still.png",
+    ]
+
+
 def test_dry_run_asks_nobody_and_shows_the_question(clips, console):
     report = caption_files(CaptionOptions(clips / "a.mp4", server="http://127.0.0.1:9/v1", dry_run=True), console)
     printed = console.file.getvalue()
