@@ -13,6 +13,7 @@ from rich.console import Console
 from ltx_titan.media import MediaError, is_image, iter_frames, probe_video, read_image, video_writer
 from ltx_titan.preprocess.report import Report
 from ltx_titan.tools.files import (
+    REFERENCE_KINDS,
     VIDEO_SUFFIXES,
     Row,
     find_media,
@@ -29,7 +30,6 @@ from ltx_titan.tools.files import (
 )
 from ltx_titan.tools.filters import Filter, blur, depth, edges, grey
 
-KINDS = ("edges", "grey", "blur", "depth")
 _COLUMN = "reference_video"
 _OLD_COLUMN = "reference_path"
 
@@ -120,10 +120,7 @@ def _rows(options: ReferenceOptions) -> tuple[Path, list[Row]]:
     found = find_media(options.dataset, VIDEO_SUFFIXES)
     if options.table.is_file():
         raise ValueError(f"{options.table} is there already and would lose its columns; give the table, or --output")
-    ends = tuple(f"_{kind}" for kind in KINDS)
-    return options.dataset, [
-        {"video": relative_name(path, options.dataset)} for path in found if not path.stem.endswith(ends)
-    ]
+    return options.dataset, [{"video": relative_name(path, options.dataset)} for path in found]
 
 
 def _make(clips: list[Path], options: ReferenceOptions, report: Report) -> None:
@@ -200,7 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dataset", type=Path, metavar="DATASET", help="table of clips (.csv, .json, .jsonl) or a folder"
     )
     parser.add_argument("--output", "-o", type=Path, help="table to write (default: the given one, in place)")
-    parser.add_argument("--kind", choices=KINDS, default="edges", help="what references show (default: edges)")
+    parser.add_argument("--kind", choices=REFERENCE_KINDS, default="edges", help="what references show (default: edges)")
     parser.add_argument(
         "--canny", type=float, nargs=2, metavar=("LOW", "HIGH"), default=(100, 200), help="thresholds of edges"
     )

@@ -19,6 +19,7 @@ from PIL import Image
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
 SOUND_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
+REFERENCE_KINDS = ("edges", "grey", "blur", "depth")
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl")
 MEDIA_COLUMNS = ("video", "media_path", "audio")
 PATH_COLUMNS = (
@@ -35,7 +36,9 @@ Row = dict[str, Any]
 
 
 def find_media(folder: Path, suffixes: frozenset[str], recursive: bool = True) -> list[Path]:
-    """Media files of a folder by their suffix, in order of their names; hidden files and folders are left out.
+    """Media files of a folder by their suffix, in order of their names.
+
+    Hidden files and folders are left out, and so are references (`a_edges.mp4`) of clips that are there (`a.mp4`).
 
     Raises:
         ValueError: there is none.
@@ -53,7 +56,14 @@ def find_media(folder: Path, suffixes: frozenset[str], recursive: bool = True) -
         kinds = ", ".join(sorted(suffixes))
         below = "" if recursive else "; subfolders are looked into with --recursive"
         raise ValueError(f"{folder}: holds no media files ({kinds}){below}")
-    return sorted(found)
+    names = {path.with_suffix("") for path in found}
+    return sorted(path for path in found if not any(clip in names for clip in _clips_of(path)))
+
+
+def _clips_of(path: Path) -> list[Path]:
+    """The clip, without its suffix, that a file would be the reference of, going by its name."""
+    ends = [f"_{kind}" for kind in REFERENCE_KINDS]
+    return [path.with_name(path.stem.removesuffix(end)) for end in ends if path.stem.endswith(end)]
 
 
 def is_table(path: Path) -> bool:
