@@ -197,7 +197,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dataset", type=Path, metavar="DATASET", help="table of clips (.csv, .json, .jsonl) or a folder"
     )
     parser.add_argument("--output", "-o", type=Path, help="table to write (default: the given one, in place)")
-    parser.add_argument("--kind", choices=REFERENCE_KINDS, default="edges", help="what references show (default: edges)")
+    parser.add_argument(
+        "--kind", choices=REFERENCE_KINDS, default="edges", help="what references show (default: edges)"
+    )
     parser.add_argument(
         "--canny", type=float, nargs=2, metavar=("LOW", "HIGH"), default=(100, 200), help="thresholds of edges"
     )

@@ -18,10 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ltx_titan.data import resolve_root
+from ltx_titan.media import IMAGE_SUFFIXES
 from ltx_titan.preprocess.buckets import parse_buckets
 from ltx_titan.preprocess.report import Report
 from ltx_titan.tools import inspect_prepared, inspect_raw
-from ltx_titan.tools.files import is_table, write_text
+from ltx_titan.tools.files import SOUND_SUFFIXES, VIDEO_SUFFIXES, is_table, write_text
 from ltx_titan.tools.inspect_prepared import PreparedSample
 from ltx_titan.tools.inspect_raw import RawClip
 from ltx_titan.tools.sheet import Entry, write_sheet
@@ -80,14 +81,23 @@ def inspect_data(options: InspectOptions, console: Console | None = None) -> Rep
     """
     report = Report(console or Console())
     times = step_times(options.model_path, options.shape, options.gpu, options.mfu, options.mode)
-    if not is_table(options.source) and options.source.is_dir():
-        root = resolve_root(options.source)
-        folders = inspect_prepared.source_folders(root)
-        if folders:
-            _prepared(root, folders, options, times, report)
-            return report
-    _raw(options, times, report)
+    root = _prepared_root(options.source)
+    if root is not None and (folders := inspect_prepared.source_folders(root)):
+        _prepared(root, folders, options, times, report)
+    else:
+        _raw(options, times, report)
     return report
+
+
+def _prepared_root(source: Path) -> Path | None:
+    """The root of prepared data that is meant; None for clips, also where the prepared data lies among them."""
+    if is_table(source) or not source.is_dir():
+        return None
+    root = resolve_root(source)
+    has_media = any(
+        path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES | SOUND_SUFFIXES for path in source.iterdir()
+    )
+    return None if root != source and has_media else root
 
 
 def _raw(options: InspectOptions, times: StepTimes, report: Report) -> None:
@@ -142,8 +152,8 @@ def _prepared(root: Path, folders: list[str], options: InspectOptions, times: St
         _spread_sentence("text tokens", text) if text else "text: finished contexts",
     ]
     for folder in folders:
-        if any(folder in sample.shapes for sample in good):
-            mean, deviation = inspect_prepared.statistics_of(root, folder, good)
+        if (found := inspect_prepared.statistics_of(root, folder, good)) is not None:
+            mean, deviation = found
             header.append(f"{folder}: mean {mean:.3f}, deviation {deviation:.3f} (about 0 and 1 from the right VAE)")
     header.append(_sentence("buckets", Counter(sample.bucket for sample in good)))
     _say(report, header)

@@ -1,6 +1,5 @@
 """What prepared data is: samples and their shapes, rates, lengths and text, what is missing, and what is broken."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -134,9 +133,17 @@ def warnings_of(samples: Sequence[PreparedSample]) -> dict[str, int]:
     return {text: count for text, count in counts.items() if count}
 
 
-def statistics_of(root: Path, folder: str, samples: Sequence[PreparedSample], limit: int = 64) -> tuple[float, float]:
-    """Mean and standard deviation of some samples' latents; about 0 and 1 where the right VAE made them."""
-    names = [sample.name for sample in samples if folder in sample.shapes]
+def statistics_of(
+    root: Path, folder: str, samples: Sequence[PreparedSample], limit: int = 64
+) -> tuple[float, float] | None:
+    """Mean and standard deviation of some samples' latents; None for a folder without.
+
+    They are about 0 and 1 where the right VAE made them.
+    """
+    heard = [sample for sample in samples if folder != "audio_latents" or sample.has_sound]
+    names = [sample.name for sample in heard if folder in sample.shapes]
+    if not names:
+        return None
     chosen = names[:: max(1, len(names) // limit)]
     values = torch.cat([read_sample(root / folder / name)["latents"].float().flatten() for name in chosen])
     return float(values.mean()), float(values.std())
@@ -190,11 +197,6 @@ def as_record(sample: PreparedSample) -> Mapping[str, Any]:
         "video_tokens": sample.video_tokens,
         "audio_tokens": sample.audio_tokens,
     }
-
-
-def lacking(samples: Sequence[PreparedSample]) -> Counter[str]:
-    """Samples that each source folder lacks."""
-    return Counter(folder for sample in samples for folder, reason in sample.problems if reason == "is missing")
 
 
 def _take(sample: PreparedSample, folder: str, fields: Fields) -> None:

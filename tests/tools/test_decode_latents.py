@@ -17,22 +17,22 @@ def root(nano, tmp_path_factory):
     """A clip with sound, one marked as without, a still, a lone sound, references, and a broken file."""
     root = tmp_path_factory.mktemp("prepared")
     video, audio = load_video_codec(nano, dtype=torch.float32, part="encoder"), load_audio_codec(nano, part="encoder")
-    pixels = torch.linspace(-1, 1, 17 * 64).view(1, 1, 17, 1, 64).expand(1, 3, 17, 32, 64)
+    pixels = torch.linspace(-1, 1, 9 * 64).view(1, 1, 9, 1, 64).expand(1, 3, 9, 32, 64)
     clip = video.encode(pixels)[0]
-    sound = audio.encode(tone(17 / 24, 16000)[None], 16000)[0][:, :18].contiguous()
+    sound = audio.encode(tone(9 / 24, 16000)[None], 16000)[0][:, :9].contiguous()
 
     def fields(latents, fps):
         _, frames, height, width = latents.shape
         return {"latents": latents, "num_frames": frames, "height": height, "width": width, "fps": fps}
 
-    heard = {"latents": sound, "num_time_steps": 18, "frequency_bins": 16, "duration": 17 / 24}
+    heard = {"latents": sound, "num_time_steps": 9, "frequency_bins": 16, "duration": 9 / 24}
     write_sample(root / "latents" / "a.pt", fields(clip, 24.0))
     write_sample(root / "latents" / "sub" / "mönö ☃.pt", fields(clip, 24.0))
     write_sample(root / "latents" / "still.pt", fields(clip[:, :1], 1.0))
     write_sample(root / "audio_latents" / "a.pt", heard)
     write_sample(root / "audio_latents" / "sub" / "mönö ☃.pt", {**heard, "present": False})
     write_sample(root / "audio_latents" / "rain.pt", heard)
-    write_sample(root / "reference_latents" / "a.pt", fields(clip[:, :2], 24.0))
+    write_sample(root / "reference_latents" / "a.pt", fields(clip, 24.0))
     (root / "latents" / "broken.pt").write_bytes(b"PK noise")
     return root
 
@@ -51,10 +51,10 @@ def test_everything_is_decoded_and_a_second_run_has_nothing_to_do(root, nano, tm
         "reference_latents/a.mp4",
     ]
     info = probe_video(tmp_path / "latents" / "a.mp4")
-    assert (info.frames, info.width, info.height, info.fps, info.has_audio) == (17, 64, 32, 24, True)
+    assert (info.frames, info.width, info.height, info.fps, info.has_audio) == (9, 64, 32, 24, True)
     sound = read_sound(tmp_path / "latents" / "a.mp4")
     assert sound.sample_rate == 48000
-    assert sound.duration_s == pytest.approx(17 / 24, abs=0.06)
+    assert sound.duration_s == pytest.approx(9 / 24, abs=0.06)
     assert not probe_video(tmp_path / "latents" / "sub" / "mönö ☃.mp4").has_audio
     assert probe_video(tmp_path / "reference_latents" / "a.mp4").frames == 9
     assert read_sound(tmp_path / "audio_latents" / "rain.wav").waveform.shape[0] == 2

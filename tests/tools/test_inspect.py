@@ -35,9 +35,9 @@ def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("clips") / ".precomputed"
     generator = torch.Generator().manual_seed(0)
     for name, present in (("a.pt", True), ("sub/b.pt", False), ("c.pt", True)):
-        latents = torch.randn(128, 3, 4, 6, generator=generator)
+        latents = torch.randn(128, 3, 2, 3, generator=generator)
         write_sample(
-            root / "latents" / name, {"latents": latents, "num_frames": 3, "height": 4, "width": 6, "fps": 25.0}
+            root / "latents" / name, {"latents": latents, "num_frames": 3, "height": 2, "width": 3, "fps": 25.0}
         )
         sound = {"latents": torch.randn(8, 17, 16, generator=generator), "num_time_steps": 17, "frequency_bins": 16}
         write_sample(root / "audio_latents" / name, {**sound, "duration": 0.68, "present": present})
@@ -99,12 +99,12 @@ def test_step_time_follows_from_the_tokens(clips, tmp_path, console, nano):
 
 def test_prepared_data_in_numbers_and_false_colours(prepared, tmp_path, console):
     sheet, findings = tmp_path / "sheet.png", tmp_path / "findings.json"
-    # The folder that has the root as `.precomputed` will do, as it does in a job.
+    # The folder that has the root as `.precomputed` will do, where it holds no clips of its own.
     report = inspect_data(InspectOptions(prepared.parent, sheet, findings), console)
     found = {record["name"]: record for record in json.loads(findings.read_text())}
     whole = found["a.pt"]
-    assert whole["bucket"] == "192x128x17"
-    assert (whole["video_tokens"], whole["audio_tokens"], whole["text_tokens"]) == (72, 17, 16)
+    assert whole["bucket"] == "96x64x17"
+    assert (whole["video_tokens"], whole["audio_tokens"], whole["text_tokens"]) == (18, 17, 16)
     assert whole["duration_s"] == pytest.approx(17 / 25)
     assert not found["sub/b.pt"]["has_sound"]
     assert report.counts["samples"]["done"] == 2
@@ -113,7 +113,7 @@ def test_prepared_data_in_numbers_and_false_colours(prepared, tmp_path, console)
     assert "run the preprocessing again" in reasons["latents/broken.pt"]
     assert report.notes["prompts that fill all tokens (their end was likely cut off)"] == 1
     printed = console.file.getvalue()
-    assert "192x128x17" in printed
+    assert "96x64x17" in printed
     assert "latents: mean" in printed
     with Image.open(sheet) as picture:
         assert len(picture.resize((64, 64)).getcolors(4096)) > 50
