@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ltx_titan.data import read_sample, resolve_root
+from ltx_titan.data import resolve_root
 from ltx_titan.media import MediaError
 from ltx_titan.preprocess.report import Report
 from ltx_titan.tools.files import own_device, own_share
+from ltx_titan.tools.stored import Stored, stored_samples
 from ltx_titan.validation.decode import Decoders, decode_sample, load_decoders, write_sample
 from ltx_titan.validation.sampling import SampledLatents
 
@@ -65,13 +66,13 @@ class _Clip:
 
     Attributes:
         target: the output without its suffix, which the contents decide.
-        latents: file of the clip, or of a sound without one.
-        sound: file of the sound that goes with a clip; None where there is none.
+        latents: the clip, or a sound without one.
+        sound: the sound that goes with a clip; None where there is none.
     """
 
     target: Path
-    latents: Path
-    sound: Path | None
+    latents: Stored
+    sound: Stored | None
 
 
 class _Loaded:
@@ -133,35 +134,35 @@ def _find(options: DecodeOptions) -> list[_Clip]:
     """Every clip and every sound without a clip, in order of their names."""
     place = options.latents
     if place.is_file():
-        return [_Clip(options.output_dir / place.stem, place, _sound_for(place, place.parent, options))]
+        sounds = {} if options.skip_audio else stored_samples(_sound_folder(place.parent, options))
+        return [_Clip(options.output_dir / place.stem, Stored(place), sounds.get(place.name))]
     if not place.is_dir():
         raise ValueError(f"{place}: no such file or folder; expected prepared data, or a folder of latents")
     root = resolve_root(place)
-    folders = [name for name in (*_SOUND_OF, *_SOUND_OF.values()) if (root / name).is_dir()]
-    clips = []
-    taken: set[Path] = set()
-    for name in folders or [""]:
+    names = [name for name in (*_SOUND_OF, *_SOUND_OF.values()) if (root / name).is_dir()]
+    clips: list[_Clip] = []
+    heard: set[Stored] = set()
+    for name in names or [""]:
         folder = root / name
-        if options.skip_audio and name in _SOUND_OF.values():
+        is_sound = folder.name in _SOUND_OF.values()
+        if is_sound and options.skip_audio:
             continue
-        for path in sorted(folder.rglob("*.pt")):
-            if path in taken:
+        sounds = {} if is_sound or options.skip_audio else stored_samples(_sound_folder(folder, options))
+        for key, stored in stored_samples(folder).items():
+            if stored in heard:
                 continue
-            sound = _sound_for(path, folder, options)
-            taken |= {sound} - {None}
-            target = options.output_dir / name / path.relative_to(folder).with_suffix("")
-            clips.append(_Clip(target, path, sound))
+            clip = _Clip(options.output_dir / name / Path(key).with_suffix(""), stored, sounds.get(key))
+            clips.append(clip)
+            if clip.sound is not None:
+                heard.add(clip.sound)
     if not clips:
         raise ValueError(f"{place}: holds no latents (.pt); expected prepared data, or a folder of latents")
     return clips
 
 
-def _sound_for(path: Path, folder: Path, options: DecodeOptions) -> Path | None:
-    if options.skip_audio or folder.name in _SOUND_OF.values():
-        return None
-    beside = folder.parent / _SOUND_OF.get(folder.name, "audio_latents")
-    sound = (options.audio_latents_dir or beside) / path.relative_to(folder)
-    return sound if sound != path and sound.is_file() else None
+def _sound_folder(folder: Path, options: DecodeOptions) -> Path:
+    """Where the sound of a folder's clips is."""
+    return options.audio_latents_dir or folder.parent / _SOUND_OF.get(folder.name, "audio_latents")
 
 
 def _spread(clips: list[_Clip], limit: int | None) -> list[_Clip]:
@@ -176,10 +177,10 @@ def _done(target: Path) -> bool:
 
 def _decode(clip: _Clip, decoders: _Loaded, seed: int, report: Report) -> None:
     try:
-        fields = read_sample(clip.latents, "latents")
-        sound = None if clip.sound is None else read_sample(clip.sound, "audio")
+        fields = clip.latents.read("latents")
+        sound = None if clip.sound is None else clip.sound.read("audio")
     except ValueError as error:
-        raise MediaError(clip.latents, str(error).removeprefix(f"{clip.latents}: ")) from error
+        raise MediaError(clip.latents.path, str(error).removeprefix(f"{clip.latents}: ")) from error
     is_video = "num_frames" in fields
     if not is_video:
         fields, sound = {}, fields

@@ -23,7 +23,7 @@ from ltx_titan.preprocess.buckets import parse_buckets
 from ltx_titan.preprocess.report import Report
 from ltx_titan.tools import inspect_prepared, inspect_raw
 from ltx_titan.tools.files import SOUND_SUFFIXES, VIDEO_SUFFIXES, is_table, write_text
-from ltx_titan.tools.inspect_prepared import PreparedSample
+from ltx_titan.tools.inspect_prepared import Folders, PreparedSample
 from ltx_titan.tools.inspect_raw import RawClip
 from ltx_titan.tools.sheet import Entry, write_sheet
 from ltx_titan.tools.step_time import StepTimes, step_times
@@ -82,7 +82,7 @@ def inspect_data(options: InspectOptions, console: Console | None = None) -> Rep
     report = Report(console or Console())
     times = step_times(options.model_path, options.shape, options.gpu, options.mfu, options.mode)
     root = _prepared_root(options.source)
-    if root is not None and (folders := inspect_prepared.source_folders(root)):
+    if root is not None and (folders := inspect_prepared.find_samples(root)):
         _prepared(root, folders, options, times, report)
     else:
         _raw(options, times, report)
@@ -132,10 +132,10 @@ def _raw(options: InspectOptions, times: StepTimes, report: Report) -> None:
     _write(options, header, clips, inspect_raw.sheet_entry, inspect_raw.as_record, report)
 
 
-def _prepared(root: Path, folders: list[str], options: InspectOptions, times: StepTimes, report: Report) -> None:
-    names = inspect_prepared.sample_names(root, folders)
+def _prepared(root: Path, folders: Folders, options: InspectOptions, times: StepTimes, report: Report) -> None:
+    names = sorted({name for samples in folders.values() for name in samples})
     with report.progress(_STAGE, len(names)) as bar:
-        samples = inspect_prepared.read_samples(root, folders, options.num_workers, bar.advance, names)
+        samples = inspect_prepared.read_samples(folders, names, options.num_workers, bar.advance)
     good = [sample for sample in samples if not sample.problems]
     for sample in samples:
         if not sample.problems:
@@ -152,7 +152,7 @@ def _prepared(root: Path, folders: list[str], options: InspectOptions, times: St
         _spread_sentence("text tokens", text) if text else "text: finished contexts",
     ]
     for folder in folders:
-        if (found := inspect_prepared.statistics_of(root, folder, good)) is not None:
+        if (found := inspect_prepared.statistics_of(folders, folder, good)) is not None:
             mean, deviation = found
             header.append(f"{folder}: mean {mean:.3f}, deviation {deviation:.3f} (about 0 and 1 from the right VAE)")
     header.append(_sentence("buckets", Counter(sample.bucket for sample in good)))
@@ -162,7 +162,7 @@ def _prepared(root: Path, folders: list[str], options: InspectOptions, times: St
     decoders = _decoders(options) if options.decode else None
 
     def entry(sample: PreparedSample) -> Entry:
-        return inspect_prepared.sheet_entry(sample, root, decoders)
+        return inspect_prepared.sheet_entry(sample, folders, decoders)
 
     _write(options, header, samples, entry, inspect_prepared.as_record, report)
 

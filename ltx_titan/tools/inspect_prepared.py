@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ltx_titan.data import read_sample
 from ltx_titan.data.layout import Fields
 from ltx_titan.tools.sheet import Entry
+from ltx_titan.tools.stored import Stored, stored_samples
 from ltx_titan.validation.decode import Decoders, decode_sample
 from ltx_titan.validation.sampling import SampledLatents
 
-_PRIMARY = ("latents", "audio_latents")
 _SHEET_FRAMES = 6
 
 
@@ -77,46 +76,44 @@ class PreparedSample:
         return "   ".join(parts)
 
 
-def source_folders(root: Path) -> list[str]:
-    """Folders of a data root that hold samples."""
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and any(entry.rglob("*.pt")))
+Folders = Mapping[str, Mapping[str, Stored]]
+"""Source folder -> path of the sample below it -> where it lies."""
+
+
+def find_samples(root: Path) -> Folders:
+    """All samples of a data root; folders without any are left out."""
+    found = {entry.name: stored_samples(entry) for entry in sorted(root.iterdir()) if entry.is_dir()}
+    return {folder: samples for folder, samples in found.items() if samples}
 
 
 def read_samples(
-    root: Path, folders: Sequence[str], num_workers: int, on_sample: Callable[[], None], names: Sequence[str]
+    folders: Folders, names: Sequence[str], num_workers: int, on_sample: Callable[[], None]
 ) -> list[PreparedSample]:
-    """Read every file of every sample, with all of its values: a NaN is found here or in training.
+    """Read samples from all source folders, with all of their values: a NaN is found here or in training.
 
     Args:
-        root: data root.
-        folders: source folders.
+        folders: the data.
+        names: samples to read.
         num_workers: samples at once.
         on_sample: called after each.
-        names: the samples, as `sample_names` gives them.
     """
 
     def read(name: str) -> PreparedSample:
         sample = PreparedSample(name)
-        for folder in folders:
-            path = root / folder / name
+        for folder, samples in folders.items():
+            stored = samples.get(name)
             try:
-                if path.is_file():
-                    _take(sample, folder, read_sample(path))
+                if stored is not None:
+                    _take(sample, folder, stored.read())
                 else:
                     sample.problems.append((folder, "is missing"))
             except ValueError as error:
-                sample.problems.append((folder, str(error).removeprefix(f"{path}: ")))
+                sample.problems.append((folder, str(error).removeprefix(f"{stored}: ")))
         on_sample()
         return sample
 
     with ThreadPoolExecutor(num_workers) as pool:
         return list(pool.map(read, names))
-
-
-def sample_names(root: Path, folders: Sequence[str]) -> list[str]:
-    """Every sample that at least one source folder has."""
-    found = {path.relative_to(root / folder).as_posix() for folder in folders for path in (root / folder).rglob("*.pt")}
-    return sorted(found)
 
 
 def warnings_of(samples: Sequence[PreparedSample]) -> dict[str, int]:
@@ -134,7 +131,7 @@ def warnings_of(samples: Sequence[PreparedSample]) -> dict[str, int]:
 
 
 def statistics_of(
-    root: Path, folder: str, samples: Sequence[PreparedSample], limit: int = 64
+    folders: Folders, folder: str, samples: Sequence[PreparedSample], limit: int = 64
 ) -> tuple[float, float] | None:
     """Mean and standard deviation of some samples' latents; None for a folder without.
 
@@ -145,17 +142,17 @@ def statistics_of(
     if not names:
         return None
     chosen = names[:: max(1, len(names) // limit)]
-    values = torch.cat([read_sample(root / folder / name)["latents"].float().flatten() for name in chosen])
+    values = torch.cat([folders[folder][name].read()["latents"].float().flatten() for name in chosen])
     return float(values.mean()), float(values.std())
 
 
-def sheet_entry(sample: PreparedSample, root: Path, decoders: Decoders | None) -> Entry:
+def sheet_entry(sample: PreparedSample, folders: Folders, decoders: Decoders | None) -> Entry:
     """A sample on a contact sheet: decoded, or without decoders its latents in false colours."""
     if sample.problems:
         folder, reason = sample.problems[0]
         return Entry(sample.name, sample.facts, warning=f"{folder}: {reason}")
-    video = _read(root / "latents" / sample.name)
-    audio = _read(root / "audio_latents" / sample.name) if sample.has_sound else None
+    video = _latents(folders, "latents", sample)
+    audio = _latents(folders, "audio_latents", sample) if sample.has_sound else None
     if decoders is None:
         frames = [] if video is None else false_colours(video)
         return Entry(sample.name, sample.facts, frames, None if audio is None else _spectrum(audio))
@@ -214,8 +211,8 @@ def _take(sample: PreparedSample, folder: str, fields: Fields) -> None:
         sample.is_text_full = sample.text_tokens == mask.numel()
 
 
-def _read(path: Path) -> Tensor | None:
-    return read_sample(path)["latents"] if path.is_file() else None
+def _latents(folders: Folders, folder: str, sample: PreparedSample) -> Tensor | None:
+    return folders[folder][sample.name].read()["latents"] if folder in sample.shapes else None
 
 
 def _first(latents: Tensor, frames: int = 4) -> Tensor:
