@@ -1,3 +1,4 @@
+import base64
 import csv
 import json
 import threading
@@ -21,7 +22,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, refuses=lambda number, body: None):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.refuses, self.bodies, self.at_once, self.most_at_once = refuses, [], 0, 0
+        self.refuses, self.bodies, self.keys, self.at_once, self.most_at_once = refuses, [], set(), 0, 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -46,6 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
             server.bodies.append(body)
+            server.keys.add(self.headers["Authorization"])
             number = len(server.bodies)
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
@@ -203,6 +205,17 @@ def test_sounds_alone_and_text_files(tmp_path, console):
         assert len(server.bodies) == requests
     assert (tmp_path / "out_captions.txt").read_text() == "0 pictures and 1 sounds\n"
     assert (tmp_path / "out_paths.txt").read_text() == "rain.wav\n"
+
+
+def test_the_file_itself_and_further_fields(clips, console):
+    options = CaptionOptions(clips / "a.mp4", clips / "file.json", send="video", extra_body='{"top_k": 1}')
+    with Server() as server:
+        caption_files(CaptionOptions(**{**vars(options), "server": server.url, "api_key": "secret"}), console)
+    (body,) = server.bodies
+    sent = next(part["video_url"]["url"] for part in body["messages"][0]["content"] if part["type"] == "video_url")
+    assert base64.b64decode(sent.removeprefix("data:video/mp4;base64,")) == (clips / "a.mp4").read_bytes()
+    assert body["top_k"] == 1
+    assert server.keys == {"Bearer secret"}
 
 
 def test_several_requests_at_once(clips, console):

@@ -49,6 +49,12 @@ def test_a_model_that_hears_gets_the_sound(hearing, tmp_path, console):
     assert captions[0] != captions[1]
 
 
+def test_weights_in_8_bit(seeing, tmp_path, console):
+    write_clip(tmp_path / "a.mp4")
+    options = CaptionOptions(tmp_path, local_model=seeing, load_in_8bit=True, skip_audio=True, max_tokens=4)
+    assert caption_files(options, console).counts["caption"] == {"done": 1}
+
+
 def test_sound_is_not_sent_to_a_model_that_cannot_hear(seeing, tmp_path, console):
     write_clip(tmp_path / "a.mp4")
     with pytest.raises(ValueError, match=r"cannot hear.*--skip-audio"):
