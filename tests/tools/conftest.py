@@ -1,23 +1,11 @@
-import io
-
 import pytest
-import torch
-from rich.console import Console
 
+from tests.console import console, one_thread
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Threads that wait for each other crawl where tests run side by side."""
-    torch.set_num_threads(1)
+__all__ = ["console", "nano", "one_thread"]
 
 
 @pytest.fixture(scope="session")
 def nano(nano_path):
     """Path of the miniature checkpoint."""
     return nano_path
-
-
-@pytest.fixture
-def console():
-    """What a command prints; `console.file.getvalue()`."""
-    return Console(file=io.StringIO(), width=200)

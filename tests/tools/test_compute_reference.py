@@ -9,7 +9,7 @@ from PIL import Image
 from ltx_titan.cli import main
 from ltx_titan.media import iter_frames, probe_video, read_image, write_video
 from ltx_titan.tools.compute_reference import ReferenceOptions, compute_references
-from tests.tools.models import write_depth_model
+from tests.captioning.models import write_depth_model
 
 FPS = Fraction(30000, 1001)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ltx_titan.data.layout import Fields
-from ltx_titan.tools.sheet import Entry
+from ltx_titan.inspection.sheet import Entry
 from ltx_titan.tools.stored import Stored, stored_samples
 from ltx_titan.validation.decode import Decoders, decode_sample
 from ltx_titan.validation.sampling import SampledLatents

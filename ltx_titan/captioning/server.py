@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from ltx_titan.tools.clip_parts import ClipParts, jpeg_url, wav_base64
+from ltx_titan.captioning.parts import ClipParts, jpeg_url, wav_base64
 
 LAUNCH = """\
 vllm serve Qwen/Qwen3-Omni-30B-A3B-Instruct --port 8001 --max-model-len 32768 \\

@@ -1,6 +1,6 @@
 import pytest
 
-from ltx_titan.tools.caption_text import instruction, read_answer
+from ltx_titan.captioning.text import instruction, read_answer
 
 
 @pytest.mark.parametrize(

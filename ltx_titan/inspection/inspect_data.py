@@ -18,15 +18,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from ltx_titan.data import resolve_root
+from ltx_titan.inspection import prepared, raw
+from ltx_titan.inspection.prepared import Folders, PreparedSample
+from ltx_titan.inspection.raw import RawClip
+from ltx_titan.inspection.sheet import Entry, write_sheet
+from ltx_titan.inspection.step_time import StepTimes, step_times
 from ltx_titan.media import IMAGE_SUFFIXES
 from ltx_titan.preprocess.buckets import parse_buckets
 from ltx_titan.preprocess.report import Report
-from ltx_titan.tools import inspect_prepared, inspect_raw
 from ltx_titan.tools.files import SOUND_SUFFIXES, VIDEO_SUFFIXES, is_table, write_text
-from ltx_titan.tools.inspect_prepared import Folders, PreparedSample
-from ltx_titan.tools.inspect_raw import RawClip
-from ltx_titan.tools.sheet import Entry, write_sheet
-from ltx_titan.tools.step_time import StepTimes, step_times
 
 _STAGE = "looking"
 _SCALE_FACTORS = (8, 32, 32)
@@ -82,7 +82,7 @@ def inspect_data(options: InspectOptions, console: Console | None = None) -> Rep
     report = Report(console or Console())
     times = step_times(options.model_path, options.shape, options.gpu, options.mfu, options.mode)
     root = _prepared_root(options.source)
-    if root is not None and (folders := inspect_prepared.find_samples(root)):
+    if root is not None and (folders := prepared.find_samples(root)):
         _prepared(root, folders, options, times, report)
     else:
         _raw(options, times, report)
@@ -102,9 +102,9 @@ def _prepared_root(source: Path) -> Path | None:
 
 def _raw(options: InspectOptions, times: StepTimes, report: Report) -> None:
     buckets = parse_buckets(options.resolution_buckets, _SCALE_FACTORS) if options.resolution_buckets else []
-    found = inspect_raw.find_clips(options.source)
+    found = raw.find_clips(options.source)
     with report.progress(_STAGE, len(found)) as bar:
-        clips = inspect_raw.probe_clips(found, buckets, options.deep, options.num_workers, bar.advance)
+        clips = raw.probe_clips(found, buckets, options.deep, options.num_workers, bar.advance)
     good = [clip for clip in clips if clip.problem is None]
     for clip in clips:
         if clip.problem is None:
@@ -128,14 +128,14 @@ def _raw(options: InspectOptions, times: StepTimes, report: Report) -> None:
         _print_buckets(
             [(str(clip.bucket), clip.fps, clip.video_tokens, clip.audio_tokens) for clip in placed], times, report
         )
-    report.notes.update(inspect_raw.warnings_of(clips, bool(buckets), is_table(options.source)))
-    _write(options, header, clips, inspect_raw.sheet_entry, inspect_raw.as_record, report)
+    report.notes.update(raw.warnings_of(clips, bool(buckets), is_table(options.source)))
+    _write(options, header, clips, raw.sheet_entry, raw.as_record, report)
 
 
 def _prepared(root: Path, folders: Folders, options: InspectOptions, times: StepTimes, report: Report) -> None:
     names = sorted({name for samples in folders.values() for name in samples})
     with report.progress(_STAGE, len(names)) as bar:
-        samples = inspect_prepared.read_samples(folders, names, options.num_workers, bar.advance)
+        samples = prepared.read_samples(folders, names, options.num_workers, bar.advance)
     good = [sample for sample in samples if not sample.problems]
     for sample in samples:
         if not sample.problems:
@@ -152,19 +152,19 @@ def _prepared(root: Path, folders: Folders, options: InspectOptions, times: Step
         _spread_sentence("text tokens", text) if text else "text: finished contexts",
     ]
     for folder in folders:
-        if (found := inspect_prepared.statistics_of(folders, folder, good)) is not None:
+        if (found := prepared.statistics_of(folders, folder, good)) is not None:
             mean, deviation = found
             header.append(f"{folder}: mean {mean:.3f}, deviation {deviation:.3f} (about 0 and 1 from the right VAE)")
     header.append(_sentence("buckets", Counter(sample.bucket for sample in good)))
     _say(report, header)
     _print_buckets([(s.bucket, s.fps, s.video_tokens, s.audio_tokens) for s in good], times, report)
-    report.notes.update(inspect_prepared.warnings_of(samples))
+    report.notes.update(prepared.warnings_of(samples))
     decoders = _decoders(options) if options.decode else None
 
     def entry(sample: PreparedSample) -> Entry:
-        return inspect_prepared.sheet_entry(sample, folders, decoders)
+        return prepared.sheet_entry(sample, folders, decoders)
 
-    _write(options, header, samples, entry, inspect_prepared.as_record, report)
+    _write(options, header, samples, entry, prepared.as_record, report)
 
 
 def _print_buckets(rows: Sequence[tuple[str, float, int, int]], times: StepTimes, report: Report) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND
+from ltx_titan.inspection.sheet import Entry
 from ltx_titan.media import (
     IMAGE_SUFFIXES,
     MediaError,
@@ -26,7 +27,6 @@ from ltx_titan.media import (
 from ltx_titan.media.video import open_media
 from ltx_titan.preprocess.buckets import Bucket, choose_bucket
 from ltx_titan.tools.files import SOUND_SUFFIXES, VIDEO_SUFFIXES, find_media, is_table, media_of_row, read_table
-from ltx_titan.tools.sheet import Entry
 
 _SHEET_FRAMES = 6
 # Longer videos are not decoded through for a few pictures, but sought in.

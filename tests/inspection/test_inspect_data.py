@@ -8,9 +8,9 @@ from PIL import Image
 from ltx_titan.checkpoint import read_metadata
 from ltx_titan.cli import main
 from ltx_titan.data import write_sample
+from ltx_titan.inspection.inspect_data import InspectOptions, inspect_data
 from ltx_titan.media import Sound, write_wav
 from ltx_titan.metrics import training_flops
-from ltx_titan.tools.inspect_data import InspectOptions, inspect_data
 from tests.media.clips import tone, write_clip
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ltx_titan.tools.caption_server import Captioner, CaptionError
-from ltx_titan.tools.clip_parts import ClipParts
+from ltx_titan.captioning.parts import ClipParts
+from ltx_titan.captioning.server import Captioner, CaptionError
 
 # Models that also speak: the part that answers in text is loaded alone, it is all a caption needs.
 _TEXT_PARTS = {

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
+from ltx_titan.captioning.caption import CaptionOptions, caption_files
 from ltx_titan.media import Sound, write_wav
-from ltx_titan.tools.caption import CaptionOptions, caption_files
+from tests.captioning.models import write_hearing_model, write_seeing_model
 from tests.media.clips import tone, write_clip
-from tests.tools.models import write_hearing_model, write_seeing_model
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ltx_titan.captioning.caption import CaptionOptions, caption_files
 from ltx_titan.cli import main
 from ltx_titan.media import Sound, write_wav
-from ltx_titan.tools.caption import CaptionOptions, caption_files
 from tests.media.clips import tone, write_clip
 
 

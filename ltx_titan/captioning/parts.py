@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ltx_titan.captioning.text import Heard
 from ltx_titan.media import MediaError, Sound, is_image, iter_frames, probe_video, read_image, read_sound, to_stereo
-from ltx_titan.tools.caption_text import Heard
 from ltx_titan.tools.files import SOUND_SUFFIXES
 
 # What the audio encoders of multimodal models work at.

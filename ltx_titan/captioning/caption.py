@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from ltx_titan.captioning.parts import read_parts
+from ltx_titan.captioning.server import LAUNCH, Captioner, CaptionError, ServerGone, server_captioner
+from ltx_titan.captioning.table import CaptionTable
+from ltx_titan.captioning.text import instruction, read_answer
 from ltx_titan.media import IMAGE_SUFFIXES, MediaError
 from ltx_titan.preprocess.report import Report
-from ltx_titan.tools.caption_server import LAUNCH, Captioner, CaptionError, ServerGone, server_captioner
-from ltx_titan.tools.caption_table import CaptionTable
-from ltx_titan.tools.caption_text import instruction, read_answer
-from ltx_titan.tools.clip_parts import read_parts
 from ltx_titan.tools.files import SOUND_SUFFIXES, VIDEO_SUFFIXES, own_device, own_share
 
 DEFAULT_SERVER = "http://127.0.0.1:8001/v1"
@@ -175,7 +175,7 @@ def _captioner(options: CaptionOptions, extra_body: Mapping[str, Any]) -> Captio
             extra_body=extra_body,
         )
     # Here, because it brings torch models along, and a server needs none.
-    from ltx_titan.tools.caption_local import local_captioner
+    from ltx_titan.captioning.local import local_captioner
 
     captioner = local_captioner(
         options.local_model,
