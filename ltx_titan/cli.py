@@ -17,6 +17,8 @@ COMMANDS = {
     "make-debug-dataset": ("ltx_titan.preprocess.debug_dataset", "write a small captioned data set, to try things on"),
     "bench": ("ltx_titan.benchmarks.bench", "measure kernels and the block on this device"),
     "process-dataset": ("ltx_titan.preprocess.process_dataset", "encode clips and captions for training"),
+    "process-videos": ("ltx_titan.preprocess.process_videos", "encode videos, images and sounds, without captions"),
+    "process-captions": ("ltx_titan.preprocess.process_captions", "encode captions, without their media"),
     "import-config": ("ltx_titan.config.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),
     "sample": ("ltx_titan.sample", "sample clips with a checkpoint, or with a base and a LoRA"),
 }

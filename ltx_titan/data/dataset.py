@@ -94,9 +94,7 @@ class PrecomputedDataset:
         Raises:
             ValueError: if a file is broken; with its name.
         """
-        sample = {
-            self.sources[folder]: self._read(folder, place) for folder, place in self._samples[index].items()
-        }
+        sample = {self.sources[folder]: self._read(folder, place) for folder, place in self._samples[index].items()}
         self._check_shapes(index, sample)
         self._check_masks(index, sample)
         return sample

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 CENTRE = (0.5, 0.5)
 """Where a cut lies that leaves as much at either side."""
 

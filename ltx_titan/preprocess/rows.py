@@ -1,8 +1,9 @@
 """The metadata file of a data set: one row per sample, columns decide what is done with it.
 
 `.csv`, `.json` (a list of objects) and `.jsonl` are read. Columns: `video` (or `media_path`), `caption`, `audio`,
-`reference_video` (or `ref_media_path`), `reference_audio`, `video_mask`, `audio_mask`. Paths are relative to the metadata file's folder. A sample is stored under the path of its main media in every output
-folder, so two rows with one path would overwrite each other; they are told apart here, before any work is done.
+`reference_video` (or `ref_media_path`), `reference_audio`, `video_mask`, `audio_mask`. Paths are relative to the
+metadata file's folder. A sample is stored under the path of its main media in every output folder, so two rows with
+one path would overwrite each other; they are told apart here, before any work is done.
 """
 
 import csv

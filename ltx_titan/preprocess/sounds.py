@@ -74,7 +74,9 @@ def sound_stage(
             return own_s
         fitting = [duration for duration in durations_s if duration <= own_s]
         if not fitting:
-            reason = f"lasts {own_s:.2f} s, the shortest of --audio-durations is {min(durations_s):g} s; add a shorter one"
+            reason = (
+                f"lasts {own_s:.2f} s, the shortest of --audio-durations is {min(durations_s):g} s; add a shorter one"
+            )
             raise MediaError(path_of(sample), reason)
         return max(fitting)
 

@@ -11,6 +11,7 @@ read to know that it is whole.
 """
 
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from ltx_titan.data.shards import (
     write_shard,
 )
 from ltx_titan.preprocess.rows import Sample
+
+_TEMPORARY = re.compile(r"\.(pt|safetensors)\.tmp\.\d+$")
 
 
 class Store:
@@ -121,7 +124,7 @@ class Store:
         for folder in self._shards:
             for parent, _, names in os.walk(self.root / folder):
                 for name in names:
-                    if ".tmp." in name:
+                    if _TEMPORARY.search(name):
                         Path(parent, name).unlink(missing_ok=True)
 
     def _list(self, folder: Path) -> dict[str, int]:
