@@ -59,12 +59,17 @@ def write_shard(path: str | Path, samples: Mapping[str, Mapping[str, Value]]) ->
     """
     path = Path(path)
     tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
     numbers: dict[str, dict[str, Any]] = {}
     for key, fields in samples.items():
         numbers[key] = {name: value for name, value in fields.items() if not isinstance(value, Tensor)}
         for name, value in fields.items():
             if isinstance(value, Tensor):
-                tensors[f"{key}/{name}"] = value.contiguous()
+                value = value.contiguous()
+                storage = value.untyped_storage().data_ptr()
+                # The library refuses tensors that share memory, as one context for both streams would.
+                tensors[f"{key}/{name}"] = value.clone() if storage in storages else value
+                storages.add(storage)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:

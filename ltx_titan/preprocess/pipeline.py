@@ -98,15 +98,15 @@ def process(
             _report_start(task, store, ranks, report)
         if options.dry_run:
             # Headers only: not worth sharing.
+            mine = task.dataset.samples if ranks.is_main else ()
+        else:
+            ranks.wait()  # until all have seen what was there before
             if ranks.is_main:
-                _run_stages(task, task.dataset.samples, store, report)
-            return report
-        ranks.wait()  # until all have seen what was there before
-        if ranks.is_main:
-            store.clean()
-            write_settings(options.root, settings)
-        ranks.wait()
-        _run_stages(task, store.share(task.dataset.samples, ranks.rank, ranks.world_size), store, report)
+                store.clean()
+                write_settings(options.root, settings)
+            ranks.wait()
+            mine = store.share(task.dataset.samples, ranks.rank, ranks.world_size)
+        _run_stages(task, mine, store, report)
         tallies = ranks.gather(report.tally())
         report.merge(tally for rank, tally in enumerate(tallies) if rank != ranks.rank)
         return report
@@ -205,7 +205,7 @@ def _settings(task: _Task) -> Settings:
     """What the samples of each folder depend on, for the note in the data root."""
     options = task.options
     rules = {
-        "resolution_buckets": [str(bucket) for bucket in task.rules.buckets],
+        "resolution_buckets": sorted(str(bucket) for bucket in task.rules.buckets),
         "fps": None if task.rules.fps is None else str(task.rules.fps),
         "reshape_mode": task.rules.reshape,
     }

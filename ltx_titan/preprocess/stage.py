@@ -140,17 +140,21 @@ def _read_ahead(
         yield from ((sample, attempt(sample)) for sample in samples)
         return
     remaining = iter(samples)
+    waiting: deque[tuple[Sample, Future[Any]]] = deque()
     pool = ThreadPoolExecutor(num_workers, "ltx-titan-read")
+
+    def refill() -> None:
+        # As many as there are threads, no more: a decoded clip of 121 frames in 720p is 1.3 GB.
+        for sample in islice(remaining, num_workers - len(waiting)):
+            waiting.append((sample, pool.submit(attempt, sample)))
+
     try:
-        waiting: deque[tuple[Sample, Future[Any]]] = deque()
-        while True:
-            # As many as there are threads, no more: a decoded clip of 121 frames in 720p is 1.3 GB.
-            for sample in islice(remaining, num_workers - len(waiting)):
-                waiting.append((sample, pool.submit(attempt, sample)))
-            if not waiting:
-                return
+        refill()
+        while waiting:
             sample, future = waiting.popleft()
-            yield sample, future.result()
+            item = future.result()
+            refill()
+            yield sample, item
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
