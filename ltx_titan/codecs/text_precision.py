@@ -1,7 +1,7 @@
 """A text encoder whose weights take 8 or 4 bits, for GPUs that 24 GB of Gemma do not fit on.
 
 The layers are those of a quantised training base; embeddings and norms keep their precision. Features come out slightly
-different: on the same caption int8 stays within about one percent, int4 within ten.
+different, least with int8, most with int4: a data set should be encoded in one form.
 """
 
 from typing import Literal

@@ -72,10 +72,10 @@ class Report:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(speed_estimate_period=600),
+            TimeRemainingColumn(),
         )
         started = time.perf_counter()
-        with Progress(*columns, console=self.console) as bar:
+        with Progress(*columns, console=self.console, speed_estimate_period=600) as bar:
             task = bar.add_task(stage, total=total)
             yield Ticker(self, stage, total, bar, task)
         self.seconds[stage] += time.perf_counter() - started

@@ -165,7 +165,7 @@ def test_trigger_skip_audio_and_output_dir(nano, tmp_path):
     path = write_rows(tmp_path, [{"media_path": "a.mp4", "caption": " a rabbit "}])
     out = tmp_path / "out"
     run(nano, path, output_dir=out, lora_trigger=" SKS ", skip_audio=True)
-    assert sorted(p.name for p in out.iterdir()) == ["conditions", "latents"]
+    assert sorted(p.name for p in out.iterdir()) == ["conditions", "latents", "prepare.json"]
     encoder = load_text_encoder(nano.parent / "text_encoder", dtype=torch.float32)
     mask = torch.load(out / "conditions" / "a.pt", weights_only=True)["prompt_attention_mask"]
     assert mask.sum() == len(encoder.tokenize("SKS a rabbit"))
