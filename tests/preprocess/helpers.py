@@ -6,6 +6,7 @@ import json
 import torch
 from rich.console import Console
 
+from ltx_titan.data.index import INDEX_NAME
 from ltx_titan.preprocess import ProcessOptions
 from ltx_titan.preprocess.pipeline import process
 
@@ -30,5 +31,6 @@ def load(folder, source, key):
 
 
 def contents(root):
-    """Every file below a folder, by relative path."""
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    """Every file below a folder, by relative path, but for the index that reading it leaves."""
+    files = [path for path in root.rglob("*") if path.is_file() and path.name != INDEX_NAME]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
