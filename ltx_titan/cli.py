@@ -20,6 +20,8 @@ COMMANDS = {
     "caption": ("ltx_titan.captioning.caption", "describe clips with a multimodal model"),
     "compute-reference": ("ltx_titan.tools.compute_reference", "make reference videos: edges, grey, blur, depth"),
     "process-dataset": ("ltx_titan.preprocess.process_dataset", "encode clips and captions for training"),
+    "process-videos": ("ltx_titan.preprocess.process_videos", "encode videos, images and sounds, without captions"),
+    "process-captions": ("ltx_titan.preprocess.process_captions", "encode captions, without their media"),
     "inspect": ("ltx_titan.inspection.inspect_data", "look at clips or prepared data: a contact sheet and a table"),
     "decode-latents": ("ltx_titan.tools.decode_latents", "turn prepared latents back into pictures and sound"),
     "import-config": ("ltx_titan.config.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),

@@ -1,6 +1,7 @@
 from ltx_titan.codecs.audio_vae import AudioCodec, load_audio_codec
 from ltx_titan.codecs.single_file import SingleFile, open_single_file
 from ltx_titan.codecs.text_encoder import TextEncoder, load_feature_extractor, load_text_encoder, text_encoder_config
+from ltx_titan.codecs.text_precision import TextPrecision, quantize_text_encoder
 from ltx_titan.codecs.video_vae import VideoCodec, load_video_codec, video_scale_factors
 from ltx_titan.codecs.vocoder import Vocoder, load_vocoder
 
@@ -8,6 +9,7 @@ __all__ = [
     "AudioCodec",
     "SingleFile",
     "TextEncoder",
+    "TextPrecision",
     "VideoCodec",
     "Vocoder",
     "load_audio_codec",
@@ -16,6 +18,7 @@ __all__ = [
     "load_video_codec",
     "load_vocoder",
     "open_single_file",
+    "quantize_text_encoder",
     "text_encoder_config",
     "video_scale_factors",
 ]
