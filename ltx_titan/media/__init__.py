@@ -14,6 +14,7 @@ from ltx_titan.media.video import (
     write_video,
 )
 from ltx_titan.media.windows import cut_windows, window_starts
+from ltx_titan.media.writer import video_writer
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -36,6 +37,7 @@ __all__ = [
     "to_duration",
     "to_stereo",
     "to_uint8",
+    "video_writer",
     "window_starts",
     "write_video",
     "write_wav",

@@ -5,7 +5,6 @@ whatever the container says. A frame rate is a fraction (24000/1001 stays that):
 """
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ltx_titan.media.errors import MediaError
 from ltx_titan.media.frames import CENTRE, fit_frames
+from ltx_titan.media.writer import video_writer
 
 # Containers round time stamps, in the coarsest case to milliseconds.
 _TOLERANCE_S = Fraction(1, 500)
@@ -178,31 +178,9 @@ def write_video(
     assert frames.dtype == torch.uint8
     assert frames.ndim == 4
     height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise MediaError(path, f"frames of {width}x{height} cannot be written as H.264, width and height must be even")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(100_000)
-        video = container.add_stream("libx264", rate=rate, options={"crf": "18"})
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-        sound = None
-        if audio is not None:
-            assert sample_rate is not None
-            assert audio.shape[0] in (1, 2)
-            layout = "stereo" if audio.shape[0] == 2 else "mono"
-            sound = container.add_stream("aac", rate=sample_rate, layout=layout)
+    with video_writer(path, width, height, fps, audio, sample_rate) as write:
         for pixels in frames.cpu().numpy():
-            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(video.encode())
-        if sound is not None:
-            samples = np.ascontiguousarray(audio.detach().float().clamp(-1, 1).cpu().numpy())
-            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
-            frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
-            container.mux(sound.encode(frame))
-            container.mux(sound.encode())
-    temporary.rename(path)
+            write(pixels)
 
 
 def _iter_timed(path: str | Path) -> Iterator[tuple[Fraction | None, np.ndarray]]:
