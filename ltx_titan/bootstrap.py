@@ -24,7 +24,8 @@ OLDEST_PYTHON = (3, 11)
 _MODULES = {
     "": "torch torchtitan torchao pydantic tomli_w safetensors numpy tensorboard rich yaml matplotlib",
     "preprocess": "av diffusers transformers PIL",
-    "test": "pytest xdist triton peft accelerate psutil",
+    "tools": "av PIL scenedetect cv2 openai",
+    "test": "pytest xdist triton peft accelerate psutil wandb",
     "lint": "ruff",
 }
 

@@ -37,12 +37,8 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
     """The job's transformer, sharded over `mesh` and filled, ready to train."""
     job, path, started = plan.job, plan.source.path, time.perf_counter()
     is_lora, seed, unused = job.model.mode == "lora", job.training.seed, unused_by(plan.modalities)
-    model = build_transformer(plan.source, plan.modalities, select_operators(job.kernels.backend, device))
-    if is_lora:
-        adapted = apply_lora(model, job.lora)
-        logger.info("LoRA: rank %d on %d layers, base in %s", job.lora.rank, len(adapted), job.lora.base_dtype)
-    parallelize(model, job, mesh)
-    _give_storage(model, device, offloaded=job.parallelism.cpu_offload)
+    model = shape_transformer(plan, mesh, device)
+    give_storage(model, device, offloaded=job.parallelism.cpu_offload)
     if is_lora:
         if path is not None:
             load_base(model, path, allow_unused=unused)
@@ -63,7 +59,18 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
     return model.train()
 
 
-def _give_storage(model: nn.Module, device: torch.device, *, offloaded: bool) -> None:
+def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
+    """The job's transformer, adapted and sharded over `mesh`, on the meta device; `give_storage` comes next."""
+    job = plan.job
+    model = build_transformer(plan.source, plan.modalities, select_operators(job.kernels.backend, device))
+    if job.model.mode == "lora":
+        adapted = apply_lora(model, job.lora)
+        logger.info("LoRA: rank %d on %d layers, base in %s", job.lora.rank, len(adapted), job.lora.base_dtype)
+    parallelize(model, job, mesh)
+    return model
+
+
+def give_storage(model: nn.Module, device: torch.device, *, offloaded: bool) -> None:
     """Uninitialised memory for all shards: on the device, or in host memory where FSDP2 fetches them from."""
     model.to_empty(device="cpu" if offloaded else device)
     if offloaded:

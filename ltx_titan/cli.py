@@ -1,7 +1,8 @@
 """`ltx-titan <command>`: every tool of this package under one name; also `python -m ltx_titan.cli <command>`.
 
 A command is a module with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> exit status`. Only the module
-of the command that is called is imported, so that the list of commands appears at once.
+of the command that is called is imported, so that the list of commands appears at once. One that reads a job also takes
+`--section.key=value`: its parser has a default for `overrides`.
 """
 
 import argparse
@@ -15,8 +16,20 @@ from ltx_titan.quiet import quieten
 COMMANDS = {
     "make-nano": ("ltx_titan.codecs.nano", "write a miniature LTX-2.3 pack with random weights, to try things on"),
     "make-debug-dataset": ("ltx_titan.preprocess.debug_dataset", "write a small captioned data set, to try things on"),
+    "make-checkpoint": (
+        "ltx_titan.benchmarks.random_checkpoint",
+        "write a checkpoint of a released model's size with random weights, to measure with",
+    ),
+    "estimate": ("ltx_titan.estimate", "predict memory and step time of a job, find its fastest mesh, build it dry"),
     "bench": ("ltx_titan.benchmarks.bench", "measure kernels and the block on this device"),
+    "split-scenes": ("ltx_titan.tools.split_scenes", "cut long videos into clips of one scene each"),
+    "caption": ("ltx_titan.captioning.caption", "describe clips with a multimodal model"),
+    "compute-reference": ("ltx_titan.tools.compute_reference", "make reference videos: edges, grey, blur, depth"),
     "process-dataset": ("ltx_titan.preprocess.process_dataset", "encode clips and captions for training"),
+    "process-videos": ("ltx_titan.preprocess.process_videos", "encode videos, images and sounds, without captions"),
+    "process-captions": ("ltx_titan.preprocess.process_captions", "encode captions, without their media"),
+    "inspect": ("ltx_titan.inspection.inspect_data", "look at clips or prepared data: a contact sheet and a table"),
+    "decode-latents": ("ltx_titan.tools.decode_latents", "turn prepared latents back into pictures and sound"),
     "import-config": ("ltx_titan.config.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),
     "sample": ("ltx_titan.sample", "sample clips with a checkpoint, or with a base and a LoRA"),
 }
@@ -39,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparser.description = module.DESCRIPTION
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if hasattr(arguments, "overrides"):
+        arguments.overrides = [argument for argument in rest if argument.startswith("--") and "." in argument]
+        rest = [argument for argument in rest if argument not in arguments.overrides]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:

@@ -50,6 +50,7 @@ def report(plan: Plan, export: Path | None) -> None:
         "loss curve": curve,
         "metrics": folder / "metrics.jsonl",
         "tensorboard": folder / "tensorboard",
+        "samples": folder / "samples",
         "checkpoint": latest_complete(folder / "checkpoint"),
         "export": export,
     }

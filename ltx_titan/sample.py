@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ltx_titan.checkpoint import load_parameters, read_metadata, unused_by
 from ltx_titan.model import LTXTransformer
-from ltx_titan.validation import ValidationSection
+from ltx_titan.validation import ValidationSection, schedule_of
 from ltx_titan.validation.engine import SampledFile, prepare_validation
 from ltx_titan.validation.fuse import fuse_lora
 
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="sampling steps")
     parser.add_argument("--stg-blocks", type=int, nargs="+", help="blocks that spatio-temporal guidance skips")
     parser.add_argument("--distilled", action="store_true", help="noise levels of distilled checkpoints, no guidance")
-    parser.add_argument("--modalities", choices=("av", "video", "audio"), default="av", help="streams (default: av)")
+    parser.add_argument("--modalities", choices=("av", "video", "audio"), help="streams (default: the job's, or av)")
     parser.add_argument("--output-dir", type=Path, default=Path("samples"), help="where to write (default: samples)")
     parser.add_argument(
         "--device",
@@ -89,18 +90,21 @@ def sample_clips(arguments: argparse.Namespace) -> list[SampledFile]:
     if model_path is None:
         raise ValueError("--model-path is missing: the official checkpoint to sample with, or --job of a job with one.")
     section = _section(arguments, job.get("validation", {}))
-    config = read_metadata(model_path).config
+    config, modalities = read_metadata(model_path).config, arguments.modalities or _modalities(job)
     # Encoders come and go before the transformer takes its place.
     validation = prepare_validation(
         section,
         checkpoint_path=model_path,
         config=config,
-        modalities=arguments.modalities,
+        modalities=modalities,
         device=arguments.device,
         cache_folder=arguments.output_dir / ".contexts",
     )
-    model = _load_model(arguments, model_path)
-    return validation.run(model, arguments.output_dir, step=0)
+    model = _load_model(arguments, model_path, modalities)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as bar:
+        task = bar.add_task("sampling steps", total=len(section.samples) * (len(schedule_of(section)) - 1))
+        return validation.run(model, arguments.output_dir, step=0, on_step=lambda _: bar.advance(task))
 
 
 def _read_job(path: Path) -> dict[str, Any]:
@@ -108,6 +112,13 @@ def _read_job(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not a TOML file ({error}).") from error
+
+
+def _modalities(job: dict[str, Any]) -> str:
+    """The streams that a job trains, as its model was built; both where nothing is said."""
+    asked = job.get("model", {}).get("modalities", "auto")
+    streams = [stream for stream in ("video", "audio") if stream in job]
+    return asked if asked != "auto" else streams[0] if len(streams) == 1 else "av"
 
 
 def _section(arguments: argparse.Namespace, table: dict[str, Any]) -> ValidationSection:
@@ -143,14 +154,14 @@ def _size(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _load_model(arguments: argparse.Namespace, model_path: str | Path) -> LTXTransformer:
+def _load_model(arguments: argparse.Namespace, model_path: str | Path, modalities: str) -> LTXTransformer:
     """The transformer on the device, in bfloat16 (on a CPU in float32), with the adapter fused in."""
     path = arguments.transformer_path or model_path
     dtype = torch.float32 if torch.device(arguments.device).type == "cpu" else torch.bfloat16
     with torch.device("meta"):
-        model = LTXTransformer.from_config(read_metadata(path).transformer_config(), arguments.modalities).to(dtype)
+        model = LTXTransformer.from_config(read_metadata(path).transformer_config(), modalities).to(dtype)
     model.to_empty(device=arguments.device)
-    load_parameters(model, path, allow_unused=unused_by(arguments.modalities))
+    load_parameters(model, path, allow_unused=unused_by(modalities))
     if arguments.lora is not None:
         fuse_lora(model, arguments.lora, arguments.lora_strength)
     return model.requires_grad_(False).eval()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from ltx_titan.checkpoint import (
     stream_of,
 )
 from ltx_titan.checkpoint.state import save_everything
-from ltx_titan.conditioning import Loss, ModelInputs
+from ltx_titan.conditioning import Loss, absent_streams
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
@@ -45,9 +45,9 @@ from ltx_titan.metrics import (
     peak_memory_gib,
     profile_steps,
     reset_peak_memory,
+    start_wandb,
 )
 from ltx_titan.metrics.sums import Sums, bucket_means
-from ltx_titan.model import Perturbations
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
@@ -58,6 +58,9 @@ from ltx_titan.quiet import quieten
 from ltx_titan.report import is_finished, report
 from ltx_titan.stop import StopSignal
 from ltx_titan.validate import TrainingValidation, check_validation_files
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 logger = logging.getLogger("ltx_titan")
 
@@ -130,6 +133,7 @@ class Trainer:
             resumed_step=self.step,
             is_writer=self.is_main,
             tensorboard=job.metrics.tensorboard,
+            wandb=self._start_wandb(),
         )
         # Collections at steps of one's choosing: left to itself every rank pauses all others at another moment.
         gc.disable()
@@ -158,7 +162,7 @@ class Trainer:
             with loader, profiling as before_step:
                 sums = self._new_sums()
                 if self.step == 0 and not job.validation.skip_initial_validation:
-                    self._validate(log)
+                    log.show(self._validate(log), step=0)
                     started = time.perf_counter()
                 for batches in loader:
                     before_step(batches.step)
@@ -257,9 +261,15 @@ class Trainer:
             self.model,
             self.connectors,
             writer=log.tensorboard,
+            wandb_run=log.wandb if self.job.metrics.wandb_clips else None,
             ema=self.ema,
             optimizers=self.optimizers,
         )
+
+    def _start_wandb(self) -> "Run | None":
+        if not self.is_main or self.job.metrics.wandb == "off":
+            return None
+        return start_wandb(self.job.metrics, self.plan.folder, plain_job(self.job), self.job.job.description)
 
     def _new_sums(self) -> Sums:
         return Sums(self.device)
@@ -368,14 +378,6 @@ def weigh(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
         part * weight for part, weight in ((loss.video, video_weight), (loss.audio, audio_weight)) if part is not None
     ]
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-
-def absent_streams(inputs: ModelInputs) -> Perturbations | None:
-    """Keeps a sample's stand-in stream and its real one apart; None where every sample has both streams."""
-    present = [flags for flags in (inputs.video_present, inputs.audio_present) if flags is not None]
-    if not present or inputs.video is None or inputs.audio is None:
-        return None
-    return Perturbations(has_both=torch.stack(present).all(dim=0))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

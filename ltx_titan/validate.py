@@ -2,6 +2,9 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,10 +14,14 @@ from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.data import Batch, PrecomputedDataset
 from ltx_titan.model import TextConnectors
 from ltx_titan.optim import EMA, Optimizers
+from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import compute_dtype
 from ltx_titan.plan import Plan
 from ltx_titan.validation import SampleGroups, as_batch, check_validation, held_out_losses
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +68,7 @@ class TrainingValidation:
         connectors: TextConnectors | None,
         *,
         writer: SummaryWriter | None,
+        wandb_run: "Run | None",
         ema: EMA | None,
         optimizers: Optimizers,
     ) -> dict[str, float]:
@@ -71,6 +79,7 @@ class TrainingValidation:
             model: the transformer as it is trained; in training mode again afterwards.
             connectors: for held-out text features.
             writer: TensorBoard, on rank 0.
+            wandb_run: Weights & Biases, on rank 0, where clips are to be uploaded.
             ema: averaged weights, if the job keeps them.
             optimizers: whose state leaves the device meanwhile, where asked.
 
@@ -85,7 +94,8 @@ class TrainingValidation:
                 folder,
                 step,
                 writer=writer,
-                averaged_weights=None if ema is None else lambda: ema.swapped_in(model),
+                wandb_run=wandb_run,
+                averaged_weights=None if ema is None else lambda: self._averaged(ema, model),
                 optimizers=optimizers.parts,
             )
         losses = self._held_out_losses(model, connectors) if self.held_out is not None else {}
@@ -93,6 +103,16 @@ class TrainingValidation:
         figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if "sigma" not in name)
         logger.info("validation after step %d: %.1f s%s%s", step, time.perf_counter() - started, figures, where)
         return losses
+
+    @contextmanager
+    def _averaged(self, ema: EMA, model: nn.Module) -> Iterator[None]:
+        gathers_float8 = self.plan.job.float8.all_gather
+        with ema.swapped_in(model):
+            if gathers_float8:  # scales belong to the weights that they were found for
+                precompute_float8_scales(model)
+            yield
+        if gathers_float8:
+            precompute_float8_scales(model)
 
     def _held_out_losses(self, model: nn.Module, connectors: TextConnectors | None) -> dict[str, float]:
         def load(index: int) -> Batch:

@@ -3,7 +3,7 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
-PYTHON=$("${PYTHON:-python3}" ltx_titan/bootstrap.py preprocess test)
+PYTHON=$("${PYTHON:-python3}" ltx_titan/bootstrap.py preprocess tools test)
 # One thread per process: the suite runs several processes, and oversubscribed cores are slower than idle ones.
 export OMP_NUM_THREADS=1 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile -m "not gpu" "$@"

@@ -74,8 +74,8 @@ class Mode(NamedTuple):
 
 FROZEN = Stream(is_frozen=True)
 MODES = {
-    "ltx2_full_av": Mode(),
-    "ltx23_full_av": Mode(),
+    "ltx2_full_av_8gpu": Mode(),
+    "ltx23_full_av_8gpu": Mode(),
     "ltx23_lora_low_vram": Mode(),
     "ltx23_lora_t2v": Mode(),
     "ltx23_lora_t2v_video_only": Mode(audio=None),
@@ -94,6 +94,17 @@ MODES = {
     "ltx23_lora_ic_a2a": Mode(None, Stream(reference="reference_audio_latents")),
     "ltx23_lora_ic_av2av": Mode(Stream(reference="reference_latents"), Stream(reference="reference_audio_latents")),
 }
+# The same mode on another number of GPUs: file -> the file above that it must equal in what it trains on.
+SIZES = {
+    "ltx2_full_av_4gpu": "ltx2_full_av_8gpu",
+    "ltx2_full_av_64gpu": "ltx2_full_av_8gpu",
+    "ltx23_full_av_4gpu": "ltx23_full_av_8gpu",
+    "ltx23_full_av_64gpu": "ltx23_full_av_8gpu",
+    "ltx23_lora_t2v_4gpu": "ltx23_lora_t2v",
+    "ltx23_lora_t2v_8gpu": "ltx23_lora_t2v",
+}
+# On one rank and a CPU: compiling takes minutes there, and a global batch of 64 as many forwards.
+REDUCED = ("--parallelism.dp_replicate=1", "--compile.enable=false", "--training.global_batch_size=2")
 
 
 def write_data(root: Path, nano_path: Path, grid: tuple[int, int, int]) -> Path:
@@ -142,7 +153,7 @@ def overrides(tmp_path_factory, nano_path, data_roots) -> Callable[[str], list[s
     folder = tmp_path_factory.mktemp("modes")
     return lambda name: [
         f"--model.checkpoint_path={nano_path}",
-        f"--data.root={data_roots[MODES[name].grid]}",
+        f"--data.root={data_roots[MODES[SIZES.get(name, name)].grid]}",
         f"--job.dump_folder={folder / name}",
     ]
 
@@ -161,13 +172,39 @@ def train_all(jobs: list[tuple[Path, list[str]]]) -> None:
 @pytest.fixture(scope="module")
 def runs(overrides) -> Callable[[str], Path]:
     """Folder of each mode's run. One process trains them all, for starting one costs more than two steps."""
-    jobs = [(CONFIGS / f"{name}.toml", [*overrides(name), f"--training.stop_at={STEPS}"]) for name in MODES]
+    jobs = []
+    for name in [*MODES, *SIZES]:
+        reduced = REDUCED if name.endswith("gpu") else ()
+        kept = ("--checkpoint.enable=false",) if name in SIZES else ()
+        arguments = [*overrides(name), f"--training.stop_at={STEPS}", *reduced, *kept]
+        jobs.append((CONFIGS / f"{name}.toml", arguments))
     run_ranks(train_all, 1, jobs)
     return lambda name: Path(load_job(CONFIGS / f"{name}.toml", overrides(name)).job.dump_folder)
 
 
 def test_every_job_file_is_a_mode_here():
-    assert sorted(path.stem for path in CONFIGS.glob("*.toml") if path.stem != "debug") == sorted(MODES)
+    names = [path.stem for path in CONFIGS.glob("*.toml") if path.stem != "debug"]
+    assert sorted(names) == sorted([*MODES, *SIZES])
+
+
+@pytest.mark.parametrize("name", [name for name in [*MODES, *SIZES] if name.endswith("gpu")])
+def test_a_job_file_for_many_gpus_is_planned_for_as_many(name, overrides):
+    gpus = int(name.rpartition("_")[2].removesuffix("gpu"))
+    plan = plan_job(load_job(CONFIGS / f"{name}.toml", overrides(name)), gpus)
+    degrees = plan.degrees
+    assert degrees.dp * degrees.cp * degrees.tp == gpus
+    assert plan.job.training.global_batch_size == gpus
+    like = load_job(CONFIGS / f"{SIZES.get(name, name)}.toml", overrides(name))
+    same = ("model", "video", "audio", "sigma", "lora", "optimizer", "scheduler", "loss")
+    assert all(getattr(plan.job, section) == getattr(like, section) for section in same)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SIZES)
+def test_a_job_file_for_many_gpus_trains_on_one_rank(runs, name):
+    folder = runs(name)
+    assert not (folder / "error.txt").exists(), (folder / "error.txt").read_text()
+    assert all(0 < json.loads(line)["loss"] < 10 for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
 @pytest.mark.distributed

@@ -106,10 +106,13 @@ def test_a_fine_tuned_transformer_takes_the_place_of_the_checkpoints_own(nano, c
 def test_a_jobs_samples_are_sampled_and_options_win_over_them(nano, cache, tmp_path):  # noqa: F811
     job = tmp_path / "job.toml"
     table = "[validation]\ninterval = 10\nseed = 3\nvideo_dims = [960, 544, 89]\n"
-    job.write_text(table + '[[validation.samples]]\nprompt = "a hill"\n')
+    blocks = '[video]\nis_generated = true\nlatents_dir = "latents"\n'
+    job.write_text(blocks + table + '[[validation.samples]]\nprompt = "a hill"\n')
     (file,) = run(nano, cache, tmp_path, "--job", job, "--seed", "4")
     assert file.prompt == "a hill"
     assert probe_video(file.path).frames == 9
+    # The job trains no sound, and its model was built without.
+    assert read_sound(file.path) is None
 
 
 @pytest.mark.parametrize(

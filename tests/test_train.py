@@ -162,7 +162,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on(tmp_path, nano_path, data_root)
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=180) == 0
     reached = read_run(job)[-1]["step"]
     assert (tmp_path / f"run/checkpoint/step-{reached}").is_dir()
     assert len(train(job, 1, f"--training.stop_at={reached + 1}")) == reached + 1

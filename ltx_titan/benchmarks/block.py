@@ -43,8 +43,10 @@ _GIB = 2**30
 # Dense bfloat16 of an H100 or H200 SXM.
 _PEAK_TFLOPS = 989.0
 
+# Inductor's kernels are named after all the operations that they took in, also of attention.
 _KINDS = {
-    "attention": ("fmha", "flash", "sdpa", "attention"),
+    "elementwise": ("triton_",),
+    "attention": ("fmha", "flash", "sdpa", "cudnn"),
     "gemm": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
     "fused": ("_forward_kernel", "_backward_kernel", "_sum_partials_kernel"),
 }
@@ -59,6 +61,7 @@ class Case:
     timesteps: int
     transformer: dict
     peak_tflops: float
+    is_profiled: bool
 
 
 def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> dict[str, object]:
@@ -98,6 +101,7 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     }
     if device.type == "cuda":
         row["compile_s"] = compile_s
+    if device.type == "cuda" and case.is_profiled:
         (many, many_launches), (one, one_launches) = _profile(model, LAYERS), _profile(model, 1)
         many.subtract(one)
         row["launches"] = (many_launches - one_launches) / (LAYERS - 1)
@@ -164,6 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--providers", nargs="+", choices=["triton", "torch", "diffusers"], default=["triton", "diffusers"]
     )
     parser.add_argument("--peak-tflops", type=float, default=_PEAK_TFLOPS, help="denominator of MFU")
+    parser.add_argument("--no-profile", action="store_true", help="no split of the time into kernels, which takes long")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -171,19 +176,18 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformer = released_config(arguments.shape)["transformer"]
     cases = [
-        Case(provider, tokens, timesteps, transformer, arguments.peak_tflops)
+        Case(provider, tokens, timesteps, transformer, arguments.peak_tflops, not arguments.no_profile)
         for tokens, timesteps, provider in product(arguments.tokens, arguments.timesteps, arguments.providers)
         # diffusers computes a row for every token, however many are distinct.
         if provider != "diffusers" or timesteps == 1
     ]
     common = {**environment(device), "shape": arguments.shape, "dtype": "bfloat16"}
     rows, failures = [], 0
-    found = in_turns([partial(measure, case, device) for case in cases], device)
     print(
         f"{'provider':10} tokens steps |  ms/layer  TFLOP/s   MFU | growth  peak GiB | kernels ms "
         "| host ms | device idle | spread | compile s"
     )
-    for case, result in zip(cases, found, strict=True):
+    for case, result in zip(cases, in_turns([partial(measure, case, device) for case in cases], device), strict=True):
         row = {**common, "provider": case.provider, "tokens": case.tokens, "timesteps": case.timesteps}
         rows.append(row)
         if isinstance(result, Exception):
@@ -193,7 +197,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             row.update(result)
             _print_row(row)
-    write_rows(arguments.out, rows)
+        write_rows(arguments.out, rows)
     for row in rows:
         if "largest_kernels_ms" in row:
             label = f"{row['provider']} {row['tokens']} x{row['timesteps']}"

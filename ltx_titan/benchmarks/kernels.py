@@ -267,7 +267,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{wish.name} {wish.width} FAILED {str(result)[:600]}", flush=True)
         else:
             rows += result
-    write_rows(arguments.out, [{**common, **row} for row in rows])
+        write_rows(arguments.out, [{**common, **row} for row in rows])
     _print_tables(rows)
     print(f"{time.monotonic() - started:.0f} s")
     return 1 if failures else 0

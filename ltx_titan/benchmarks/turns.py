@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 
-def in_turns(works: Sequence[Callable[[Callable[[], None]], Any]], device: torch.device) -> list[Any]:
+def in_turns(works: Sequence[Callable[[Callable[[], None]], Any]], device: torch.device) -> Iterator[Any]:
     """Runs every work in a process of its own; on a CPU, which has no turns to give, one after another in this one.
 
     Args:
@@ -26,11 +26,13 @@ def in_turns(works: Sequence[Callable[[Callable[[], None]], Any]], device: torch
             turn. They take turns in the order given.
         device: which they share.
 
-    Returns:
-        What each returned, or the exception it raised.
+    Yields:
+        What each returned, or the exception it raised, in the order given.
     """
     if device.type != "cuda":
-        return [_attempt(work, lambda: None) for work in works]
+        for work in works:
+            yield _attempt(work, lambda: None)
+        return
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for work in works:
@@ -40,22 +42,21 @@ def in_turns(works: Sequence[Callable[[Callable[[], None]], Any]], device: torch
         theirs.close()
         pipes.append(ours)
         processes.append(process)
-    results: dict[int, Any] = {}
+    failed: dict[int, Any] = {}
     unprepared = dict(enumerate(pipes))
     while unprepared:
         ready = wait(list(unprepared.values()))
         for number in [number for number, pipe in unprepared.items() if pipe in ready]:
             message = _receive(unprepared.pop(number))
             if message is not None:
-                results[number] = message
+                failed[number] = message
     with device_alone():
         for number, (pipe, process) in enumerate(zip(pipes, processes, strict=True)):
-            if number not in results:
+            if number not in failed:
                 with suppress(BrokenPipeError):
                     pipe.send(None)
-                results[number] = _receive(pipe)
+            yield failed[number] if number in failed else _receive(pipe)
             process.join()
-    return [results[number] for number in range(len(works))]
 
 
 @contextmanager

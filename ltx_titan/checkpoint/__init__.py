@@ -1,4 +1,5 @@
 from ltx_titan.checkpoint.background import BackgroundSaver
+from ltx_titan.checkpoint.connectors import load_text_connectors
 from ltx_titan.checkpoint.export import ExportTensor, export_safetensors, export_transformer
 from ltx_titan.checkpoint.folders import latest_complete, read_trainer_state, step_folder
 from ltx_titan.checkpoint.load import check_fits, load_parameters
@@ -25,6 +26,7 @@ __all__ = [
     "latest_complete",
     "load_parameters",
     "load_state",
+    "load_text_connectors",
     "module_tensors",
     "official_name",
     "plain_tensor",

@@ -8,6 +8,7 @@ from ltx_titan.codecs.text_encoder import (
     text_encoder_config,
     text_feature_widths,
 )
+from ltx_titan.codecs.text_precision import TextPrecision, quantize_text_encoder
 from ltx_titan.codecs.video_vae import VideoCodec, load_video_codec
 from ltx_titan.codecs.vocoder import Vocoder, load_vocoder
 
@@ -15,6 +16,7 @@ __all__ = [
     "AudioCodec",
     "SingleFile",
     "TextEncoder",
+    "TextPrecision",
     "VideoCodec",
     "Vocoder",
     "load_audio_codec",
@@ -23,6 +25,7 @@ __all__ = [
     "load_video_codec",
     "load_vocoder",
     "open_single_file",
+    "quantize_text_encoder",
     "text_encoder_config",
     "text_feature_widths",
     "video_scale_factors",

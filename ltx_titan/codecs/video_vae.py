@@ -197,12 +197,15 @@ class VideoCodec:
         mean: per-channel mean of raw latents [C, 1, 1, 1], float32.
         std: per-channel standard deviation of raw latents [C, 1, 1, 1], float32.
         scale_factors: pixels per latent along (time, height, width).
+        time_tiles: latent frames that are decoded at once, and from the start of one such tile to that of the next;
+            None decodes whole clips.
     """
 
     vae: AutoencoderKLLTX2Video
     mean: Tensor
     std: Tensor
     scale_factors: tuple[int, int, int]
+    time_tiles: tuple[int, int] | None = None
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -239,7 +242,34 @@ class VideoCodec:
             latents = _DECODE_NOISE_SCALE * noise + (1 - _DECODE_NOISE_SCALE) * latents
             timestep = torch.full((latents.shape[0],), _DECODE_TIMESTEP, device=latents.device, dtype=self.vae.dtype)
         raw = (latents * self.std + self.mean).to(self.vae.dtype)
-        return self.vae.decode(raw, timestep).sample.float()
+        if self.time_tiles is None:
+            return self.vae.decode(raw, timestep).sample.float()
+        return self._decode_in_time_tiles(raw, timestep, *self.time_tiles)
+
+    def _decode_in_time_tiles(self, raw: Tensor, timestep: Tensor | None, tile: int, stride: int) -> Tensor:
+        """Decodes overlapping parts of a clip and fades from each to the next.
+
+        diffusers' own way drops a later tile's last frame and not its first one, so that all that follows the first
+        seam is a frame late and two different moments are mixed in the seam.
+        """
+        frames, time = raw.shape[2], self.scale_factors[0]
+        parts: list[Tensor] = []
+        for start in range(0, frames, stride):
+            decoded = self.vae.decode(raw[:, :, start : start + tile], timestep).sample.float()
+            if parts:
+                # A tile's first latent frame becomes one frame, as that of a clip does; it stood for several.
+                decoded = decoded[:, :, 1:]
+                end = sum(part.shape[2] for part in parts)
+                overlap = end - (start * time + 1)
+                before, parts[-1] = parts[-1][:, :, -overlap:], parts[-1][:, :, :-overlap]
+                share = (torch.arange(overlap, device=raw.device) + 0.5)[:, None, None] / overlap
+                decoded = torch.cat(
+                    [torch.lerp(before, decoded[:, :, :overlap], share), decoded[:, :, overlap:]], dim=2
+                )
+            parts.append(decoded)
+            if start + tile >= frames:
+                break
+        return torch.cat(parts, dim=2)
 
 
 def load_video_codec(

@@ -2,7 +2,7 @@ from ltx_titan.conditioning.blocks import AudioBlock, StrategyConfig, VideoBlock
 from ltx_titan.conditioning.checks import check_conditions, reference_scale
 from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights
 from ltx_titan.conditioning.references import reference_factors
-from ltx_titan.conditioning.strategy import FlexibleStrategy, ModelInputs
+from ltx_titan.conditioning.strategy import FlexibleStrategy, ModelInputs, absent_streams
 from ltx_titan.conditioning.tokens import (
     Coordinates,
     Grid,
@@ -25,6 +25,7 @@ __all__ = [
     "ModelInputs",
     "StrategyConfig",
     "VideoBlock",
+    "absent_streams",
     "audio_coordinates",
     "audio_steps",
     "check_conditions",

@@ -20,7 +20,7 @@ from ltx_titan.conditioning.references import reference_factors, scale_reference
 from ltx_titan.conditioning.stream import Stream, build_stream
 from ltx_titan.conditioning.tokens import DEFAULT_SCALE_FACTORS, Coordinates
 from ltx_titan.diffusion.draws import StepDraws, StreamPlan
-from ltx_titan.model import Modality
+from ltx_titan.model import Modality, Perturbations
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ class ModelInputs:
     video_present: Tensor | None = None
     audio_present: Tensor | None = None
     reference_scale: tuple[int, int] | None = None
+
+
+def absent_streams(inputs: ModelInputs) -> Perturbations | None:
+    """Keeps a sample's stand-in stream and its real one apart; None where every sample has both streams."""
+    present = [flags for flags in (inputs.video_present, inputs.audio_present) if flags is not None]
+    if not present or inputs.video is None or inputs.audio is None:
+        return None
+    return Perturbations(has_both=torch.stack(present).all(dim=0))
 
 
 @dataclass(frozen=True)

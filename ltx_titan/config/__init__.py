@@ -1,6 +1,6 @@
 from ltx_titan.config.errors import ConfigError, Problem
 from ltx_titan.config.job import RELEASED_SHAPES, Degrees, JobConfig, check_world
-from ltx_titan.config.load import build_job, dump_job, job_changes, load_job, plain_job
+from ltx_titan.config.load import build_job, dump_job, job_changes, load_job, plain_job, read_tables
 from ltx_titan.config.sections import (
     ActivationCheckpointSection,
     CheckpointSection,
@@ -48,4 +48,5 @@ __all__ = [
     "job_changes",
     "load_job",
     "plain_job",
+    "read_tables",
 ]

@@ -29,14 +29,11 @@ example:
   ltx-titan import-config i2v_lora.yaml -o i2v_lora.toml --ranks 4
 """
 
-_WANDB = "metrics go to metrics.jsonl and TensorBoard"
 _HUB = "nothing is uploaded; the files to share are below export/"
 _WITHOUT_COUNTERPART = {
     "acceleration.load_text_encoder_in_8bit": "the text encoder is not in memory while training",
     "checkpoints.save_training_state": "a checkpoint always holds all that an exact resume needs",
     **dict.fromkeys(("hub.push_to_hub", "hub.hub_model_id"), _HUB),
-    **dict.fromkeys((f"wandb.{key}" for key in ("enabled", "project", "entity", "tags")), _WANDB),
-    "wandb.log_validation_videos": _WANDB,
 }
 _BASE_DTYPES = {
     "int8-quanto": "int8",
@@ -119,6 +116,7 @@ def import_job(text: str, origin: str, ranks: int = 1) -> Imported:
     else:
         problems += _no_lora(source, result)
     _training(source, result)
+    _wandb(source, result)
     problems += _validation(source, result)
     if problems:
         raise ConfigError(Problem(p.key, p.found, p.expected, p.remedy, origin) for p in problems)
@@ -131,10 +129,12 @@ def _check(result: Imported, origin: str) -> None:
     try:
         build_job(result.job, origin)
     except ConfigError as error:
-        elsewhere = [p for p in error.problems if p.key in _PATHS and p.found is not MISSING]
+        elsewhere = [p for p in error.problems if p.key in (*_PATHS, "metrics.wandb") and p.found is not MISSING]
         if len(elsewhere) < len(error.problems):
             raise ConfigError(p for p in error.problems if p not in elsewhere) from None
-        result.notes += [f"{p.key} = {as_toml(p.found)}: not on this machine" for p in elsewhere]
+        for problem in elsewhere:
+            reason = "not on this machine" if problem.key in _PATHS else f"not on this machine: {problem.remedy}"
+            result.note(problem.key, problem.found, reason)
 
 
 def _model(source: LtxJob, result: Imported) -> None:
@@ -308,6 +308,20 @@ def _training(source: LtxJob, result: Imported) -> None:
     result.put("checkpoint.export_dtype", source.get("checkpoints", "precision"))
     if source.get("checkpoints", "no_resume"):
         result.put("checkpoint.resume", False)
+
+
+def _wandb(source: LtxJob, result: Imported) -> None:
+    given = source.sections["wandb"]
+    if not source.get("wandb", "enabled"):
+        for key in given.keys() - {"enabled"}:
+            result.note(f"wandb.{key}", given[key], "wandb.enabled is false")
+        return
+    result.put("metrics.wandb", "online")
+    for key in ("project", "tags"):
+        result.put(f"metrics.wandb_{key}", source.get("wandb", key))
+    result.put("metrics.wandb_clips", source.get("wandb", "log_validation_videos"))
+    if (entity := source.get("wandb", "entity")) is not None:
+        result.put("metrics.wandb_entity", entity)
 
 
 def _validation(source: LtxJob, result: Imported) -> Iterable[Problem]:

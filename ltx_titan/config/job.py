@@ -4,6 +4,7 @@ A section checks its own fields; what only two fields together can get wrong is 
 instead of raising, so that a user sees all of them at once. `check_world` holds the rules that need the world size.
 """
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -314,6 +315,39 @@ def _single_rules(job: JobConfig) -> Iterator[Problem]:
         yield Problem("profiling.trace_start", start, f"at most training.steps = {steps}", "start the trace earlier")
 
 
+def _validation_rules(job: JobConfig) -> Iterator[Problem]:
+    if job.validation.use_ema and job.optimizer.ema_decay is None:
+        yield Problem(
+            "validation.use_ema",
+            True,
+            "averaged weights, but optimizer.ema_decay is unset",
+            "set optimizer.ema_decay, for example to 0.999, or remove it",
+        )
+
+
+def _wandb_rules(job: JobConfig) -> Iterator[Problem]:
+    metrics = job.metrics
+    if metrics.wandb == "off":
+        for key, field in type(metrics).model_fields.items():
+            if key.startswith("wandb_") and (value := getattr(metrics, key)) != field.default:
+                remedy = 'set metrics.wandb to "online" or "offline", or remove it'
+                yield Problem(f"metrics.{key}", value, 'unset while metrics.wandb = "off"', remedy)
+        return
+    # A folder of that name, such as W&B itself writes, has a spec without an origin.
+    spec = importlib.util.find_spec("wandb")
+    if spec is None or spec.origin is None:
+        yield Problem(
+            "metrics.wandb", metrics.wandb, "the package wandb, which is not installed", 'install "ltx-titan[wandb]"'
+        )
+    elif metrics.wandb == "online":
+        import wandb
+
+        # Without a request: a node may have no network until the job runs.
+        if not wandb.login(prompt=False, verify=False):
+            remedy = 'run `wandb login`, set WANDB_API_KEY, or set it to "offline"'
+            yield Problem("metrics.wandb", metrics.wandb, "credentials of Weights & Biases on this machine", remedy)
+
+
 def _batch_fit(job: JobConfig, dp: int) -> Iterator[Problem]:
     """At least `dp` data-parallel ranks, each with micro-batches of `local_batch_size`, must fill the global batch."""
     training = job.training
@@ -336,6 +370,8 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _step_rules,
     _batch_rules,
     _single_rules,
+    _validation_rules,
+    _wandb_rules,
 )
 
 

@@ -42,6 +42,16 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         ConfigError: the file cannot be read, or the job cannot run as written; with every problem found.
     """
+    data, origins = read_tables(path, overrides)
+    return build_job(data, str(path), origins)
+
+
+def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """A job file with `overrides` applied, unchecked: what `build_job` takes as `data` and `origins`.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override has another form than `--section.key=value`.
+    """
     path = Path(path)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +64,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     origins: dict[str, str] = {}
     for override in overrides:
         origins[_apply_override(data, override)] = f"override {override}"
-    return build_job(data, str(path), origins)
+    return data, origins
 
 
 def build_job(data: Mapping[str, Any], source: str, origins: Mapping[str, str] | None = None) -> JobConfig:

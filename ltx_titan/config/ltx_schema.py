@@ -76,7 +76,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "hub": {"push_to_hub": Key(bool, False), "hub_model_id": Key(str, None, True)},
     "wandb": {
         "enabled": Key(bool, False),
-        "project": Key(str, None),
+        "project": Key(str, "ltxv-trainer"),
         "entity": Key(str, None, True),
         "tags": Key(list, []),
         "log_validation_videos": Key(bool, True),

@@ -214,7 +214,7 @@ class KernelsSection(Section):
     """`[kernels]`: what computes the fused operations."""
 
     backend: Literal["auto", "triton", "torch"] = "auto"
-    """`auto` takes what measured fastest on the device (so far `torch`, the reference); `triton` the fused kernels."""
+    """`auto` takes what measured fastest: `triton`, the fused kernels, on Hopper GPUs; `torch`, plain, elsewhere."""
 
 
 class LossSection(Section):
@@ -281,6 +281,16 @@ class MetricsSection(Section):
     """Steps between lines; each line costs one device synchronisation."""
     tensorboard: bool = True
     """Also write tensorboard/."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Also log to Weights & Biases (`pip install wandb`); `offline` writes below the dump folder, for `wandb sync`."""
+    wandb_project: str = "ltx-titan"
+    """Project there; the run is called like the dump folder."""
+    wandb_entity: str | None = None
+    """User or team there; unset takes your default one."""
+    wandb_tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Tags of the run."""
+    wandb_clips: bool = True
+    """Upload validation clips; false keeps them on this machine."""
 
 
 class ProfilingSection(Section):

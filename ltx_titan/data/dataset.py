@@ -1,12 +1,11 @@
 """A folder of prepared samples: which there are, what shape each has, and one of them at a time.
 
-A sample exists where every source folder has a file of the same relative path. Shapes are known before training,
-because the batch plan needs them; they are kept in an index file in the data root, so that only new and changed files
-are opened.
+A sample exists where every source folder has one of the same relative path, in a `.pt` file of its own or in a shard;
+which of the two it is makes no difference to what is read or in which order. Shapes are known before training, because
+the batch plan needs them.
 """
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -16,7 +15,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ltx_titan.data.layout import Fields, Kind, read_sample, read_shapes
+from ltx_titan.data.index import READERS, SampleFile, ShapeIndex
+from ltx_titan.data.layout import Fields, Kind, read_sample
+from ltx_titan.data.shards import list_shards, read_shard_sample, shard_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +26,20 @@ Sample = dict[str, Fields]
 ShapeKey = tuple[tuple[str, str, tuple[int, ...]], ...]
 """(source, field, shape) of everything in a sample; samples of equal keys can share a batch."""
 
-INDEX_NAME = ".shapes.json"
 PRIMARY = "latents"
 _KINDS: dict[str, Kind] = {"conditions": "text", "video_latents": "video", "audio_latents": "audio"}
 _EXAMPLES = 3
 
 
-class _File(NamedTuple):
-    """A sample's file in one source folder, by path relative to the data root, with what tells that it changed."""
+class _Place(NamedTuple):
+    """Where a sample of one source folder lies: in a file of its own, or under `key` in a shard."""
 
-    name: str
-    size: int
-    mtime_ns: int
+    file: SampleFile
+    key: str | None = None
+
+    def relative_path(self, folder: str) -> str:
+        """The sample's path below its source folder, ending in `.pt` wherever it lies."""
+        return self.key if self.key is not None else self.file.name.removeprefix(f"{folder}/")
 
 
 def resolve_root(path: str | Path) -> Path:
@@ -67,6 +70,8 @@ class PrecomputedDataset:
         """
         self.root = resolve_root(root)
         self.sources = dict(sources)
+        # Shapes of samples in shards, known from reading which samples there are.
+        self._shard_shapes: dict[_Place, dict[str, tuple[int, ...]]] = {}
         self._samples = self._match()
         self._keys = self._read_keys()
         self.fingerprint = self._fingerprint()
@@ -77,7 +82,7 @@ class PrecomputedDataset:
     def name(self, index: int) -> str:
         """The relative path of a sample, for messages."""
         primary = PRIMARY if PRIMARY in self.sources else next(iter(self.sources))
-        return Path(self._samples[index][primary].name).relative_to(primary).as_posix()
+        return self._samples[index][primary].relative_path(primary)
 
     def shape_key(self, index: int) -> ShapeKey:
         """Shapes that a batch of this sample and others must share."""
@@ -89,13 +94,14 @@ class PrecomputedDataset:
         Raises:
             ValueError: if a file is broken; with its name.
         """
-        sample = {
-            self.sources[folder]: read_sample(self.root / file.name, self._kind(folder))
-            for folder, file in self._samples[index].items()
-        }
+        sample = {self.sources[folder]: self._read(folder, place) for folder, place in self._samples[index].items()}
         self._check_shapes(index, sample)
         self._check_masks(index, sample)
         return sample
+
+    def _read(self, folder: str, place: _Place) -> Fields:
+        path, kind = self.root / place.file.name, self._kind(folder)
+        return read_sample(path, kind) if place.key is None else read_shard_sample(path, place.key, kind)
 
     def _kind(self, folder: str) -> Kind | None:
         return _KINDS.get(self.sources[folder])
@@ -118,7 +124,7 @@ class PrecomputedDataset:
                     f"found {mask.numel()} (shape {list(mask.shape)}); prepare the mask for this clip's size."
                 )
 
-    def _match(self) -> list[dict[str, _File]]:
+    def _match(self) -> list[dict[str, _Place]]:
         """The samples that every source has, in the order of the primary source's paths."""
         folders = {folder: self._scan(folder) for folder in self.sources}
         primary = PRIMARY if PRIMARY in folders else next(iter(folders))
@@ -150,8 +156,8 @@ class PrecomputedDataset:
             )
         return kept
 
-    def _scan(self, folder: str) -> dict[str, _File]:
-        """Every `.pt` file below a source folder, by path relative to it."""
+    def _scan(self, folder: str) -> dict[str, _Place]:
+        """Every sample of a source folder, by path relative to it."""
         base = self.root / folder
         if not base.is_dir():
             present = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
@@ -159,89 +165,56 @@ class PrecomputedDataset:
                 f"{self.root}: expected the folder {folder!r} (for {self.sources[folder]}), found only {present}; "
                 "prepare it, or correct the folder's name in the job."
             )
-        files = {}
+        samples = self._scan_shards(folder)
         for parent, _, names in os.walk(base, followlinks=True):
             for name in names:
                 if name.endswith(".pt"):
                     path = Path(parent, name)
-                    status = path.stat()
-                    relative = path.relative_to(base).as_posix()
-                    files[relative] = _File(f"{folder}/{relative}", status.st_size, status.st_mtime_ns)
-        if not files:
-            raise ValueError(f"{base}: expected .pt files, found none; run the preprocessing for this folder.")
-        return files
+                    samples[path.relative_to(base).as_posix()] = _Place(self._file(path))
+        if not samples:
+            raise ValueError(f"{base}: expected .pt files or shards, found none; run the preprocessing for it.")
+        return samples
+
+    def _scan_shards(self, folder: str) -> dict[str, _Place]:
+        paths = list_shards(self.root / folder)
+        with ThreadPoolExecutor(max_workers=READERS) as pool:
+            headers = list(pool.map(lambda path: shard_shapes(path, self._kind(folder)), paths))
+        samples = {}
+        for path, header in zip(paths, headers, strict=True):
+            file = self._file(path)
+            for key, shapes in header.items():
+                samples[key] = _Place(file, key)
+                self._shard_shapes[samples[key]] = shapes
+        return samples
+
+    def _file(self, path: Path) -> SampleFile:
+        status = path.stat()
+        return SampleFile(path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime_ns)
 
     def _read_keys(self) -> list[ShapeKey]:
-        index = ShapeIndex(self.root)
-        wanted = {file: self._kind(folder) for sample in self._samples for folder, file in sample.items()}
-        shapes = index.shapes(wanted)
+        places = [(folder, place) for sample in self._samples for folder, place in sample.items()]
+        alone = {place.file: self._kind(folder) for folder, place in places if place.key is None}
+        shapes = ShapeIndex(self.root).shapes(alone)
+
+        def shapes_of(place: _Place) -> dict[str, tuple[int, ...]]:
+            return shapes[place.file] if place.key is None else self._shard_shapes[place]
+
         return [
             tuple(
                 (self.sources[folder], field, shape)
-                for folder, file in sample.items()
-                for field, shape in sorted(shapes[file].items())
+                for folder, place in sample.items()
+                for field, shape in sorted(shapes_of(place).items())
             )
             for sample in self._samples
         ]
 
     def _fingerprint(self) -> str:
-        """Changes with the set of samples and the sizes of their files, not with the place of the folder."""
+        """Changes with the set of samples and their shapes, not with the place of the folder or its form on disk."""
         digest = hashlib.sha256()
-        for sample in self._samples:
-            for file in sample.values():
-                digest.update(f"{file.name}\0{file.size}\n".encode())
+        for sample, key in zip(self._samples, self._keys, strict=True):
+            paths = [place.relative_path(folder) for folder, place in sample.items()]
+            digest.update(f"{paths}\0{key}\n".encode())
         return digest.hexdigest()[:32]
-
-
-class ShapeIndex:
-    """Shapes of sample files, remembered in a file of the data root while a file's size and time stay the same."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._path = root / INDEX_NAME
-
-    def shapes(self, files: Mapping[_File, Kind | None]) -> dict[_File, dict[str, tuple[int, ...]]]:
-        """Shape of every field of each file, () for numbers.
-
-        Args:
-            files: files with the kind that each must be.
-
-        Raises:
-            ValueError: if a file cannot be used; with its name.
-        """
-        known = self._remembered()
-        found = {
-            file: known[self._entry(file, kind)] for file, kind in files.items() if self._entry(file, kind) in known
-        }
-        new = [(file, kind) for file, kind in files.items() if file not in found]
-        if new:
-            logger.info("%s: reading the shapes of %d files", self._root, len(new))
-            # Opening files waits for the disk, so that more threads than cores help on network storage.
-            with ThreadPoolExecutor(max_workers=16) as pool:
-                shapes = pool.map(lambda item: read_shapes(self._root / item[0].name, item[1]), new)
-                found |= {file: shape for (file, _), shape in zip(new, shapes, strict=True)}
-            self._remember(known | {self._entry(file, files[file]): shape for file, shape in found.items()})
-        return found
-
-    @staticmethod
-    def _entry(file: _File, kind: Kind | None) -> tuple[str, int, int, str]:
-        return (*file, kind or "")
-
-    def _remembered(self) -> dict[tuple[str, int, int, str], dict[str, tuple[int, ...]]]:
-        try:
-            rows = json.loads(self._path.read_text())
-            return {tuple(entry): {key: tuple(shape) for key, shape in fields.items()} for entry, fields in rows}
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}  # Only a cache: a missing or foreign file costs one more reading.
-
-    def _remember(self, shapes: Mapping[tuple[str, int, int, str], Mapping[str, tuple[int, ...]]]) -> None:
-        latest = {entry[0] + "\0" + entry[3]: (entry, fields) for entry, fields in shapes.items()}
-        temporary = self._path.with_name(f"{self._path.name}.tmp.{os.getpid()}.{os.urandom(4).hex()}")
-        try:
-            temporary.write_text(json.dumps(list(latest.values())))
-            os.replace(temporary, self._path)
-        except OSError as error:
-            logger.info("%s: not written (%s); the shapes are read again next time", self._path, error.strerror)
 
 
 def shape_key_of(sample: Sample) -> ShapeKey:
@@ -262,7 +235,7 @@ def token_counts(key: ShapeKey) -> dict[str, int]:
     return counts
 
 
-def _paired(path: str, folder: str, primary: str, files: Mapping[str, _File]) -> str | None:
+def _paired(path: str, folder: str, primary: str, files: Mapping[str, _Place]) -> str | None:
     """The file of `folder` that belongs to the primary's `path`; an older layout has `condition_X` for `latent_X`."""
     if path in files:
         return path

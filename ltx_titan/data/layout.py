@@ -80,7 +80,16 @@ def read_sample(path: str | Path, kind: Kind | None = None) -> Fields:
         ValueError: if the file is missing, cut off or of another kind, or a field is missing, has a wrong type or
             shape, contradicts another or is not finite; with file, field, what was expected and found, and the remedy.
     """
-    return check_fields(Path(path), _load(Path(path), mmap=False), kind)
+    return check_fields(Path(path), load_fields(path), kind)
+
+
+def load_fields(path: str | Path) -> dict[str, Value]:
+    """The fields of a sample file as they were written, in whatever form.
+
+    Raises:
+        ValueError: if the file is missing, cut off or holds something else.
+    """
+    return _load(Path(path), mmap=False)
 
 
 def check_fields(path: Path, data: dict, kind: Kind | None = None) -> Fields:
@@ -106,7 +115,16 @@ def read_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, tuple[i
         ValueError: as `read_sample`, for everything but the values.
     """
     path = Path(path)
-    fields = _normalised(path, _load(path, mmap=True), kind)
+    return field_shapes(path, _load(path, mmap=True), kind)
+
+
+def field_shapes(path: Path, data: dict, kind: Kind | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of each field of a stored sample, () for numbers; its tensors may be on the meta device.
+
+    Raises:
+        ValueError: as `read_sample`, for everything but the values.
+    """
+    fields = _normalised(path, data, kind)
     return {key: tuple(value.shape) if isinstance(value, Tensor) else () for key, value in fields.items()}
 
 

@@ -4,9 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CENTRE = (0.5, 0.5)
+"""Where a cut lies that leaves as much at either side."""
 
-def fit_frames(frames: Tensor, width: int, height: int) -> Tensor:
-    """Scale frames so that they just cover width x height, and cut the rest off evenly.
+
+def fit_frames(frames: Tensor, width: int, height: int, anchor: tuple[float, float] = CENTRE) -> Tensor:
+    """Scale frames so that they just cover width x height, and cut the rest off.
 
     Bicubic with antialiasing; nothing is stretched.
 
@@ -14,6 +17,7 @@ def fit_frames(frames: Tensor, width: int, height: int) -> Tensor:
         frames: uint8 [F, H, W, 3].
         width: pixels of the result.
         height: pixels of the result.
+        anchor: place of the cut (down, right), from 0 (all of the rest is cut off at the end) to 1 (at the start).
 
     Returns:
         Pixels [3, F, height, width] in [-1, 1], float32.
@@ -23,7 +27,7 @@ def fit_frames(frames: Tensor, width: int, height: int) -> Tensor:
     size = (max(height, round(pixels.shape[2] * scale)), max(width, round(pixels.shape[3] * scale)))
     if size != tuple(pixels.shape[2:]):
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    top, left = int((size[0] - height) * anchor[0]), int((size[1] - width) * anchor[1])
     pixels = pixels[:, :, top : top + height, left : left + width]
     # The bicubic kernel overshoots at edges.
     return (pixels.clamp(0, 1) * 2 - 1).transpose(0, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltx_titan.media.errors import MediaError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 _EXIF_SRGB = 1
 
 
@@ -34,7 +34,7 @@ def read_image(path: str | Path) -> Tensor:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             rgb = _to_srgb(upright, path)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(path, f"not a readable image, or truncated ({error})") from error
     return torch.from_numpy(np.array(rgb))[None]
 

@@ -4,8 +4,8 @@ Frames are counted while decoding from the start rather than sought by time, so 
 whatever the container says. A frame rate is a fraction (24000/1001 stays that): positions of tokens are seconds.
 """
 
-import os
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +19,11 @@ from av.container import InputContainer
 from torch import Tensor
 
 from ltx_titan.media.errors import MediaError
-from ltx_titan.media.frames import fit_frames
+from ltx_titan.media.frames import CENTRE, fit_frames
+from ltx_titan.media.writer import video_writer
+
+# Containers round time stamps, in the coarsest case to milliseconds.
+_TOLERANCE_S = Fraction(1, 500)
 
 
 @dataclass(frozen=True)
@@ -90,17 +94,47 @@ def iter_frames(path: str | Path) -> Iterator[np.ndarray]:
     Raises:
         MediaError: the file is not a readable video, or ends in the middle of a frame.
     """
-    with open_media(path) as container:
-        for frame in container.decode(_video_stream(container, path)):
-            pixels = frame.to_ndarray(format="rgb24")
-            # `rotation` is counter-clockwise degrees that bring the frame upright.
-            yield np.rot90(pixels, k=round(frame.rotation / 90) % 4) if frame.rotation else pixels
+    return (pixels for _, pixels in _iter_timed(path))
 
 
-def read_clip(path: str | Path, frames: int, width: int, height: int, start: int = 0) -> Tensor:
-    """Read consecutive frames, scaled to cover a size and cut to it around the centre.
+def frames_at_rate(info: VideoInfo, fps: Fraction | None) -> int:
+    """How many frames a video has at another rate; as many as it has where `fps` is None."""
+    return info.frames if fps is None else math.ceil((info.frames / info.fps - _TOLERANCE_S) * fps)
+
+
+def iter_fitted(
+    path: str | Path, width: int, height: int, fps: Fraction | None = None, anchor: tuple[float, float] = CENTRE
+) -> Iterator[Tensor]:
+    """Decode a video and scale each frame to cover a size, cut to it: float32 [3, 1, height, width] in [-1, 1].
 
     Only one frame is held at its full size, so that a 4K source costs no more memory than the result.
+
+    Args:
+        path: the video.
+        width: of the result, pixels.
+        height: of the result, pixels.
+        fps: give this many frames per second, each the one nearest in time, by the file's own time stamps (phones
+            record at varying rates); None gives every frame.
+        anchor: place of the cut, as in `fit_frames`.
+
+    Raises:
+        MediaError: the file is not a readable video.
+    """
+    frames = iter_frames(path) if fps is None else _at_rate(_iter_timed(path), fps, probe_video(path).fps)
+    for frame in frames:
+        yield fit_frames(torch.from_numpy(np.ascontiguousarray(frame))[None], width, height, anchor)
+
+
+def read_clip(
+    path: str | Path,
+    frames: int,
+    width: int,
+    height: int,
+    start: int = 0,
+    fps: Fraction | None = None,
+    anchor: tuple[float, float] = CENTRE,
+) -> Tensor:
+    """Read consecutive frames, scaled to cover a size and cut to it.
 
     Args:
         path: the video.
@@ -108,6 +142,8 @@ def read_clip(path: str | Path, frames: int, width: int, height: int, start: int
         width: of the result, pixels.
         height: of the result, pixels.
         start: first frame.
+        fps: rate to read at, None for the video's own; `frames` and `start` count at it.
+        anchor: place of the cut, as in `fit_frames`; the centre by default.
 
     Returns:
         Pixels [3, frames, height, width] in [-1, 1], float32.
@@ -115,10 +151,7 @@ def read_clip(path: str | Path, frames: int, width: int, height: int, start: int
     Raises:
         MediaError: the file is not a readable video, or has fewer frames.
     """
-    fitted = [
-        fit_frames(torch.from_numpy(np.ascontiguousarray(frame))[None], width, height)
-        for frame in islice(iter_frames(path), start, start + frames)
-    ]
+    fitted = list(islice(iter_fitted(path, width, height, fps, anchor), start, start + frames))
     if len(fitted) < frames:
         raise MediaError(
             path, f"frames {start} to {start + frames} were asked for, {start + len(fitted)} can be decoded"
@@ -145,31 +178,42 @@ def write_video(
     assert frames.dtype == torch.uint8
     assert frames.ndim == 4
     height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise MediaError(path, f"frames of {width}x{height} cannot be written as H.264, width and height must be even")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(100_000)
-        video = container.add_stream("libx264", rate=rate, options={"crf": "18"})
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-        sound = None
-        if audio is not None:
-            assert sample_rate is not None
-            assert audio.shape[0] in (1, 2)
-            layout = "stereo" if audio.shape[0] == 2 else "mono"
-            sound = container.add_stream("aac", rate=sample_rate, layout=layout)
+    with video_writer(path, width, height, fps, audio, sample_rate) as write:
         for pixels in frames.cpu().numpy():
-            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(video.encode())
-        if sound is not None:
-            samples = np.ascontiguousarray(audio.detach().float().clamp(-1, 1).cpu().numpy())
-            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
-            frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
-            container.mux(sound.encode(frame))
-            container.mux(sound.encode())
-    temporary.rename(path)
+            write(pixels)
+
+
+def _iter_timed(path: str | Path) -> Iterator[tuple[Fraction | None, np.ndarray]]:
+    """Upright frames with their time in seconds, None where the file has no time stamps."""
+    with open_media(path) as container:
+        for frame in container.decode(_video_stream(container, path)):
+            pixels = frame.to_ndarray(format="rgb24")
+            time_s = None if frame.pts is None else frame.pts * frame.time_base
+            # `rotation` is counter-clockwise degrees that bring the frame upright.
+            yield time_s, np.rot90(pixels, k=round(frame.rotation / 90) % 4) if frame.rotation else pixels
+
+
+def _at_rate(
+    frames: Iterable[tuple[Fraction | None, np.ndarray]], fps: Fraction, own_fps: Fraction
+) -> Iterator[np.ndarray]:
+    """The frame nearest to each of the times 0, 1 / fps, 2 / fps, ... after the first frame."""
+    count = 0
+    origin_s: Fraction | None = None
+    previous: tuple[Fraction, np.ndarray] | None = None
+    for index, (time_s, pixels) in enumerate(frames):
+        time_s = index / own_fps if time_s is None else time_s
+        origin_s = time_s if origin_s is None else origin_s
+        time_s -= origin_s
+        if previous is not None:
+            while count / fps < (previous[0] + time_s) / 2:
+                yield previous[1]
+                count += 1
+        previous = (time_s, pixels)
+    if previous is not None:
+        # The last frame is shown for as long as any other.
+        while count / fps <= previous[0] + max(0, 1 / own_fps - _TOLERANCE_S):
+            yield previous[1]
+            count += 1
 
 
 def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream:

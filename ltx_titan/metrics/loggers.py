@@ -1,4 +1,4 @@
-"""Where a step's figures go: `metrics.jsonl` for programs, TensorBoard for eyes, one line for the console.
+"""Where a step's figures go: `metrics.jsonl` for programs, TensorBoard and W&B for eyes, one line for the console.
 
 Only rank 0 writes. Every JSON line has the same keys, null where the device cannot tell or the value is not a number,
 and is flushed at once, so that the file is right up to the last logged step of a job that was killed. A resumed job
@@ -11,11 +11,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.metrics.console import Console
+from ltx_titan.metrics.wandb import end_wandb
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,7 @@ class MetricsLogger:
             earlier run are dropped, and later points hidden in TensorBoard.
         is_writer: False on all ranks but 0: every method then does nothing.
         tensorboard: whether to write TensorBoard files.
+        wandb: run of Weights & Biases, ended by `close`; None without one.
     """
 
     def __init__(
@@ -87,8 +92,10 @@ class MetricsLogger:
         resumed_step: int = 0,
         is_writer: bool = True,
         tensorboard: bool = True,
+        wandb: "Run | None" = None,
     ) -> None:
         self.tensorboard: SummaryWriter | None = None
+        self.wandb = wandb
         self._file = self._console = None
         if not is_writer:
             return
@@ -114,11 +121,17 @@ class MetricsLogger:
             values |= dict.fromkeys(broken)
         self._file.write(json.dumps(values, allow_nan=False) + "\n")
         self._file.flush()
-        if self.tensorboard is not None:
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self.tensorboard.add_scalar(_TAGS.get(name, name), value, metrics.step)
+        shown = {_TAGS.get(name, name): value for name, value in values.items() if name != "step" and value is not None}
+        self.show(shown, metrics.step)
         self._console.step(metrics)
+
+    def show(self, scalars: Mapping[str, float], step: int) -> None:
+        """Adds scalars to TensorBoard and W&B alone: `metrics.jsonl` has no line for step 0, before training."""
+        if self.tensorboard is not None:
+            for tag, value in scalars.items():
+                self.tensorboard.add_scalar(tag, value, step)
+        if self.wandb is not None and scalars:
+            self.wandb.log({**scalars, "step": step})
 
     def close(self) -> None:
         """Flushes and closes everything."""
@@ -127,7 +140,9 @@ class MetricsLogger:
             self._console.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
-        self._file = self._console = self.tensorboard = None
+        if self.wandb is not None:
+            end_wandb(self.wandb)
+        self._file = self._console = self.tensorboard = self.wandb = None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

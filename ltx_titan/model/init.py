@@ -4,6 +4,7 @@ Each parameter is drawn in full from a generator of its own, keyed by (seed, nam
 the same weights on every mesh, at the price of one whole parameter at a time in memory.
 """
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from math import sqrt
 
@@ -37,12 +38,23 @@ def _key(seed: int, name: str) -> int:
     return int.from_bytes(blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()) >> 1
 
 
-def _draw(name: str, shape: torch.Size, device: torch.device, generator: torch.Generator) -> Tensor:
+def initial_spread(name: str, shape: Sequence[int]) -> tuple[float, float]:
+    """Mean and standard deviation of a parameter's first values.
+
+    Args:
+        name: of the parameter.
+        shape: its whole shape.
+    """
     if name.endswith("_norm.weight"):
-        return torch.ones(shape, device=device)
+        return 1.0, 0.0
     if name.endswith(".bias"):
-        return torch.zeros(shape, device=device)
+        return 0.0, 0.0
     std = 1.0 if name.endswith("learnable_registers") else 1 / sqrt(shape[-1])
-    if "proj_out." in name:
-        std *= _OUTPUT_HEAD_SCALE
+    return 0.0, std * _OUTPUT_HEAD_SCALE if "proj_out." in name else std
+
+
+def _draw(name: str, shape: torch.Size, device: torch.device, generator: torch.Generator) -> Tensor:
+    mean, std = initial_spread(name, shape)
+    if std == 0:
+        return torch.full(shape, mean, device=device)
     return torch.randn(shape, generator=generator, device=device) * std

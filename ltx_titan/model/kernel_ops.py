@@ -23,8 +23,12 @@ KernelBackend = Literal["auto", "triton", "torch"]
 # Triton compiles for these; older GPUs also lack bfloat16.
 _OLDEST_CAPABILITY = (8, 0)
 
-# On an H100 cuDNN makes 400-504 TFLOP/s forward + backward at our shapes, torch's own flash attention 190-285 and the
-# memory-efficient one 86-138 (docs/benchmarks). cuDNN refuses some shapes and masks; the next one then runs.
+# Hopper, the only kind on which the kernels have been measured against torch.compile of the plain form.
+_MEASURED_CAPABILITY = 9
+
+# Measured forward + backward on an H100 (docs/benchmarks/attention.jsonl): over video tokens cuDNN makes 478-506
+# TFLOP/s, torch's own flash attention 262-284 and the memory-efficient one 110-128; between the streams and to text
+# cuDNN is first as well. It refuses some shapes and masks; the next one then runs.
 _HOPPER_ATTENTION = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -47,10 +51,12 @@ def select_operators(backend: KernelBackend, device: torch.device) -> Operators:
     obstacle = _obstacle(device)
     if backend == "triton" and obstacle is not None:
         raise ValueError(f"kernels.backend = 'triton', but {obstacle}. Use 'auto' or 'torch'.")
-    # `auto` is what measured fastest, and no figure of the kernels exists yet (docs/benchmarks/log.md).
-    use_kernels = backend == "triton"
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _MEASURED_CAPABILITY
+    if obstacle is None and not is_hopper:
+        obstacle = "not measured on this device"
+    use_kernels = backend == "triton" or (backend == "auto" and obstacle is None)
     operators = triton_operators() if use_kernels else TORCH
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+    if is_hopper:
         operators = replace(operators, attention_backends=_HOPPER_ATTENTION)
     attention = operators.attention_backends
     logger.info(

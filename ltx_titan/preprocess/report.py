@@ -1,13 +1,26 @@
 """What happened to each item: a progress bar with the time left while it runs, a table and the failures at the end."""
 
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+
+_OUTCOMES = ("done", "skipped", "failed")
+# Between two lines where the output is no terminal, but a log.
+_LINE_INTERVAL_S = 30.0
 
 
 class Report:
@@ -18,6 +31,9 @@ class Report:
         self.counts: dict[str, Counter[str]] = {}
         self.failures: list[tuple[str, str, str]] = []
         self.notes: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+        self.plans: dict[str, Counter[str]] = {}
+        self.bytes: Counter[str] = Counter()
 
     def add(self, stage: str, outcome: str) -> None:
         """Count one item as `done` or `skipped` (it was there already)."""
@@ -28,9 +44,28 @@ class Report:
         self.add(stage, "failed")
         self.failures.append((stage, item, reason))
 
+    def plan(self, stage: str, label: str, size_bytes: int) -> None:
+        """Count one item as `done` in a dry run: what it would become, and how many bytes of output."""
+        self.add(stage, "done")
+        self.plans.setdefault(stage, Counter())[label] += 1
+        self.bytes[stage] += size_bytes
+
+    def tally(self) -> dict[str, Any]:
+        """Everything counted, to be sent to another process."""
+        return {name: getattr(self, name) for name in ("counts", "failures", "notes", "seconds")}
+
+    def merge(self, others: Iterable[dict[str, Any]]) -> None:
+        """Take over what other processes have counted; they ran side by side, so the longest time counts."""
+        for other in others:
+            for stage, counts in other["counts"].items():
+                self.counts.setdefault(stage, Counter()).update(counts)
+            self.failures += other["failures"]
+            self.notes.update(other["notes"])
+            self.seconds |= other["seconds"]
+
     @contextmanager
     def progress(self, stage: str, total: int) -> Iterator["Ticker"]:
-        """Show a bar for one stage; call `advance` after each item."""
+        """Show a bar for one stage, with the time left; call `advance` after each item."""
         columns = (
             TextColumn("{task.description:<10}"),
             BarColumn(),
@@ -39,32 +74,61 @@ class Report:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console) as bar:
+        started = time.perf_counter()
+        with Progress(*columns, console=self.console, speed_estimate_period=600) as bar:
             task = bar.add_task(stage, total=total)
-            yield Ticker(bar, task)
+            yield Ticker(self, stage, total, bar, task)
+        self.seconds[stage] += time.perf_counter() - started
 
     def succeeded(self) -> bool:
         """Whether at least one item was done, now or before."""
         return any(counts["done"] or counts["skipped"] for counts in self.counts.values())
 
-    def print(self) -> None:
+    def print(self, title: str = "process-dataset") -> None:
         """Print the table, the notes and the failures."""
-        table = Table("stage", "done", "skipped (already there)", "failed", title="process-dataset")
+        is_dry = bool(self.plans)
+        table = Table(
+            "stage", "to do" if is_dry else "done", "skipped (already there)", "failed", "size" if is_dry else "speed"
+        )
+        table.title = f"{title}, dry run" if is_dry else title
         for stage, counts in self.counts.items():
-            table.add_row(stage, *(str(counts[outcome]) for outcome in ("done", "skipped", "failed")))
+            last = f"{self.bytes[stage] / 2**30:.2f} GiB" if is_dry else self._speed(stage)
+            table.add_row(stage, *(str(counts[outcome]) for outcome in _OUTCOMES), last)
         self.console.print(table)
+        for stage, labels in self.plans.items():
+            for label, count in sorted(labels.items()):
+                self.console.print(f"{stage}: {count} x {label}", markup=False, highlight=False, soft_wrap=True)
         for note, count in self.notes.items():
             self.console.print(f"{note}: {count}", markup=False, highlight=False, soft_wrap=True)
         for stage, item, reason in self.failures:
             self.console.print(f"[red]failed[/red] {stage}: {escape(item)}: {escape(reason)}", soft_wrap=True)
 
+    def _speed(self, stage: str) -> str:
+        done, seconds = self.counts[stage]["done"], self.seconds[stage]
+        return f"{done / seconds:.2f}/s" if done and seconds else ""
+
 
 class Ticker:
-    """Moves one progress bar."""
+    """Moves one progress bar; where nobody could see it move, prints a line now and then."""
 
-    def __init__(self, bar: Progress, task: int) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, report: Report, stage: str, total: int, bar: Progress, task: int) -> None:
+        self._report, self._stage, self._total, self._bar, self._task = report, stage, total, bar, task
+        self._started = self._printed = time.perf_counter()
+        self._count = 0
 
     def advance(self) -> None:
         """One item is through."""
+        self._count += 1
         self._bar.advance(self._task)
+        now = time.perf_counter()
+        if self._report.console.is_terminal or now - self._printed < _LINE_INTERVAL_S:
+            return
+        self._printed = now
+        left_s = round((now - self._started) / self._count * (self._total - self._count))
+        failed = self._report.counts.get(self._stage, Counter())["failed"]
+        self._report.console.print(
+            f"{self._stage}: {self._count}/{self._total}, {failed} failed, "
+            f"{left_s // 3600}:{left_s // 60 % 60:02d}:{left_s % 60:02d} left",
+            markup=False,
+            highlight=False,
+        )

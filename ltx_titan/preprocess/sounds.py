@@ -1,69 +1,152 @@
-"""Stage: the column `audio` to `audio_latents/`.
+"""Stages: the column `audio` to `audio_latents/`, and `reference_audio` to `reference_audio_latents/`.
 
-Beside a video, a separate sound file is brought to the length of the encoded clip, by the clip's own frame rate; in a
-data set of sound only, the whole file is encoded.
+Beside a video, a separate sound file is brought to the length of the encoded clip, by the clip's own frame rate: cut,
+or filled up with silence. A reference is cut to it but not filled up. Without videos the whole file is encoded, or as
+much of it as the longest of some given durations that it reaches, so that batches can be formed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ltx_titan.codecs import AudioCodec
-from ltx_titan.data import write_sample
-from ltx_titan.media import MediaError, Sound, read_sound
-from ltx_titan.preprocess.report import Report
+from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND, Value
+from ltx_titan.media import MediaError, Sound, open_media, read_sound, to_duration, to_stereo
 from ltx_titan.preprocess.rows import Sample
-from ltx_titan.preprocess.store import is_whole
-from ltx_titan.preprocess.videos import audio_fields
+from ltx_titan.preprocess.stage import Output, Plan, Stage
+
+_BYTES_PER_STEP = 8 * 16 * 4
 
 
-def sound_is_done(sample: Sample, output: Path) -> bool:
-    """Whether the audio latents of a sample are there."""
-    return is_whole(output / "audio_latents" / sample.key)
+@dataclass(frozen=True)
+class SoundColumn:
+    """A column of sound files.
+
+    Attributes:
+        name: of the stage.
+        folder: where its latents go.
+        file: the file of a sample.
+        fills_up: whether a sound shorter than its clip gets silence behind it.
+    """
+
+    name: str
+    folder: str
+    file: Callable[[Sample], Path | None]
+    fills_up: bool
 
 
-def process_sounds(
-    samples: Sequence[Sample], output: Path, codec: AudioCodec, time_factor: int, report: Report
-) -> list[Sample]:
-    """Encode separate sound files.
+SOUNDS = SoundColumn("sounds", "audio_latents", lambda sample: sample.audio, fills_up=True)
+REFERENCE_SOUNDS = SoundColumn(
+    "reference sounds",
+    "reference_audio_latents",
+    lambda sample: sample.extras.get("reference_audio"),
+    fills_up=False,
+)
+
+
+def sound_stage(
+    column: SoundColumn,
+    load_codec: Callable[[], AudioCodec],
+    clip_duration_s: Callable[[Sample], float] | None,
+    durations_s: Sequence[float],
+) -> Stage:
+    """The stage that encodes a column of sound files.
 
     Args:
-        samples: with a sound file each.
-        output: root of the prepared data; where samples have a video, its latents are there.
+        column: which.
+        load_codec: loads an audio codec with an encoder.
+        clip_duration_s: seconds of a sample's clip; None in a data set without videos.
+        durations_s: lengths to cut sounds to where there are no videos; empty to take each as long as it is.
+    """
+
+    def path_of(sample: Sample) -> Path:
+        path = column.file(sample)
+        assert path is not None
+        return path
+
+    def length_s(sample: Sample, own_s: float) -> float:
+        if clip_duration_s is not None:
+            clip_s = clip_duration_s(sample)
+            return clip_s if column.fills_up else min(own_s, clip_s)
+        if not durations_s:
+            return own_s
+        fitting = [duration for duration in durations_s if duration <= own_s]
+        if not fitting:
+            reason = (
+                f"lasts {own_s:.2f} s, the shortest of --audio-durations is {min(durations_s):g} s; add a shorter one"
+            )
+            raise MediaError(path_of(sample), reason)
+        return max(fitting)
+
+    def plan(sample: Sample) -> Plan:
+        seconds = length_s(sample, _probe_duration_s(path_of(sample)))
+        return Plan(f"{seconds:.2f} s", _BYTES_PER_STEP * max(1, round(AUDIO_STEPS_PER_SECOND * seconds)))
+
+    def read(sample: Sample) -> tuple[Sound, float]:
+        sound = read_sound(path_of(sample))
+        if sound is None:
+            raise MediaError(path_of(sample), "has no sound track")
+        return sound, length_s(sample, sound.duration_s)
+
+    def load() -> Callable[[Sample, tuple[Sound, float]], Output]:
+        codec = load_codec()
+        return lambda sample, item: {column.folder: audio_fields(*item, codec)}
+
+    return Stage(column.name, (column.folder,), lambda sample: str(column.file(sample)), plan, read, load)
+
+
+def audio_fields(sound: Sound, duration_s: float, codec: AudioCodec) -> dict[str, Value]:
+    """Fields of an audio sample.
+
+    Args:
+        sound: cut, or filled up with silence, to the duration.
+        duration_s: seconds.
         codec: with an encoder.
-        time_factor: pixel frames per latent frame, to know how long a clip lasts from its latents.
-        report: told about every sound.
 
     Returns:
-        The samples that worked.
+        `latents` [8, round(25 * seconds), 16] in float32, their sizes, and the duration.
     """
-    usable = []
-    with report.progress("sounds", len(samples)) as bar:
-        for sample in samples:
-            try:
-                sound = _read(sample)
-                duration_s = _clip_duration_s(sample, output, time_factor) if sample.video else sound.duration_s
-                write_sample(output / "audio_latents" / sample.key, audio_fields(sound, duration_s, codec))
-            except (MediaError, OSError) as error:
-                reason = error.reason if isinstance(error, MediaError) else str(error)
-                report.fail("sounds", str(sample.audio), reason)
-            else:
-                report.add("sounds", "done")
-                usable.append(sample)
-            bar.advance()
-    return usable
+    # One spectrogram frame is the least that can be encoded; a single video frame may be shorter.
+    shortest_s = codec.mel.filter_length / codec.mel.sample_rate
+    sound = to_duration(sound, max(duration_s, shortest_s))
+    latents = codec.encode(to_stereo(sound.waveform)[None], sound.sample_rate)[0].cpu()
+    steps = codec.steps_for(duration_s)
+    # Centred frames make the encoder return at least as many steps, often one more.
+    assert latents.shape[1] >= steps
+    return {
+        "latents": latents[:, :steps].contiguous(),
+        "num_time_steps": steps,
+        "frequency_bins": latents.shape[2],
+        "duration": duration_s,
+    }
 
 
-def _read(sample: Sample) -> Sound:
-    assert sample.audio is not None
-    sound = read_sound(sample.audio)
-    if sound is None:
-        raise MediaError(sample.audio, "has no sound track")
-    return sound
+def absent_audio_fields(duration_s: float, codec: AudioCodec) -> dict[str, Value]:
+    """Fields that say that a sample has no sound, as opposed to silence.
+
+    The zeros are a stand-in of the right size, marked `present = False`: in training on video and sound together they
+    have no loss and nothing attends to them, and the sample's video is not lost to it.
+    """
+    steps, channels, bins = codec.steps_for(duration_s), codec.mean.shape[0], codec.mean.shape[2]
+    return {
+        "latents": torch.zeros(channels, steps, bins),
+        "num_time_steps": steps,
+        "frequency_bins": bins,
+        "duration": duration_s,
+        "present": False,
+    }
 
 
-def _clip_duration_s(sample: Sample, output: Path, time_factor: int) -> float:
-    latents = torch.load(output / "latents" / sample.key, weights_only=True)
-    frames = (latents["num_frames"] - 1) * time_factor + 1
-    return frames / latents["fps"]
+def _probe_duration_s(path: Path) -> float:
+    """Length of a sound by its header; by decoding it where that does not tell."""
+    with open_media(path) as container:
+        if not container.streams.audio:
+            raise MediaError(path, "has no sound track")
+        stream = container.streams.audio[0]
+        if stream.duration is not None and stream.time_base is not None:
+            return float(stream.duration * stream.time_base)
+    sound = read_sound(path)
+    assert sound is not None
+    return sound.duration_s

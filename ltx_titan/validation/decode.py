@@ -4,7 +4,7 @@ A clip with frames becomes an mp4, with sound if there is any; a single frame a 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from ltx_titan.codecs import (
 from ltx_titan.media import Sound, to_uint8, write_video, write_wav
 from ltx_titan.validation.sampling import SampledLatents
 
-# Tiles of the released pipelines: pixels of a side and pixel frames, with overlaps of 64 and 24.
+# Tiles of the released pipelines: 768 pixels of a side, of which 64 are in the next tile too, and 81 frames, of which
+# 24 are; in latent frames that is 11, and 7 from tile to tile.
 _TILE_SIZE, _TILE_STRIDE = 768, 704
-_TILE_FRAMES, _TILE_FRAMES_STRIDE = 80, 56
+_TIME_TILES = (11, 7)
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,10 @@ def load_decoders(
             video.vae.enable_tiling(
                 tile_sample_min_height=_TILE_SIZE,
                 tile_sample_min_width=_TILE_SIZE,
-                tile_sample_min_num_frames=_TILE_FRAMES,
                 tile_sample_stride_height=_TILE_STRIDE,
                 tile_sample_stride_width=_TILE_STRIDE,
-                tile_sample_stride_num_frames=_TILE_FRAMES_STRIDE,
             )
-            video.vae.use_framewise_decoding = True
+            video = replace(video, time_tiles=_TIME_TILES)
     if audio_path is not None:
         audio = load_audio_codec(audio_path, device, part="decoder")
         vocoder = load_vocoder(audio_path, device)

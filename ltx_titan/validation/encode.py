@@ -21,13 +21,14 @@ from ltx_titan.media import (
     fit_frames,
     is_image,
     iter_frames,
+    read_audio_mask,
     read_image,
     read_sound,
+    read_video_mask,
     to_duration,
     to_stereo,
     to_uint8,
 )
-from ltx_titan.validation.masks import read_audio_mask, read_video_mask
 from ltx_titan.validation.section import (
     AudioToVideo,
     GivenCrop,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,13 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.codecs import load_audio_codec, load_video_codec, video_scale_factors
+from ltx_titan.diffusion import StepReport
 from ltx_titan.model import TransformerConfig
 from ltx_titan.validation.check import check_validation, generated_streams
 from ltx_titan.validation.decode import DecodedSample, Decoders, decode_sample, load_decoders, put_beside, write_sample
 from ltx_titan.validation.encode import ClipShape, EncodedSample, Encoders, encode_sample, needed_encoders
 from ltx_titan.validation.offload import offloaded
-from ltx_titan.validation.preview import Preview, make_preview, write_contact_sheet, write_preview
+from ltx_titan.validation.preview import Preview, make_preview, wandb_media, write_contact_sheet, write_preview
 from ltx_titan.validation.prompts import PromptContext, default_negative_prompt, prompt_contexts
 from ltx_titan.validation.sampling import (
     Contexts,
@@ -37,6 +38,9 @@ from ltx_titan.validation.sampling import (
     sample_all,
 )
 from ltx_titan.validation.section import ValidationSample, ValidationSection
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,11 @@ class SampledFile:
     prompt: str
     path: Path
     preview: Preview
+
+    @property
+    def tag(self) -> str:
+        """Its name in TensorBoard and W&B, and that of its file."""
+        return f"sample-{self.index + 1:02d}"
 
 
 @dataclass(frozen=True)
@@ -88,19 +97,23 @@ class Validation:
         step: int,
         *,
         writer: SummaryWriter | None = None,
+        wandb_run: "Run | None" = None,
         averaged_weights: Callable[[], AbstractContextManager] | None = None,
         optimizers: Sequence[torch.optim.Optimizer] = (),
+        on_step: Callable[[StepReport], None] | None = None,
     ) -> list[SampledFile]:
         """Samples, decodes and writes every clip; a collective call.
 
         Args:
             model: the transformer as it is trained.
             folder: where the files go: `sample-01.mp4`, `.png` or `.wav` and so on, and `contact-sheet.png`.
-            step: the optimizer step, for TensorBoard.
+            step: the optimizer step, for TensorBoard and W&B.
             writer: TensorBoard, on rank 0.
+            wandb_run: run of Weights & Biases, on rank 0.
             averaged_weights: makes a context in which the model has its averaged weights; needed with `use_ema`.
             optimizers: whose state leaves the device for the time with `offload_optimizer`; not that which holds the
                 averaged weights.
+            on_step: called after each sampling step of this rank's samples, for a progress bar.
 
         Returns:
             All samples on rank 0, elsewhere those that this rank wrote.
@@ -113,20 +126,25 @@ class Validation:
                     raise ValueError("validation.use_ema is true, but the job keeps no averaged weights; remove it.")
                 reshard(model)
                 stack.enter_context(averaged_weights())
-            latents = self.sample(model)
+            latents = self.sample(model, on_step)
             written = self.write(latents, folder) if self.groups.is_first else []
         found = gather_samples(written, self.groups)
         if self.groups.is_first and self.groups.rank == 0 and found:
             write_contact_sheet(Path(folder) / "contact-sheet.png", [(s.prompt, s.preview) for s in found])
         if writer is not None:
             for sample in found:
-                write_preview(writer, f"sample-{sample.index + 1:02d}", sample.prompt, sample.preview, step)
+                write_preview(writer, sample.tag, sample.prompt, sample.preview, step)
             writer.flush()
+        if wandb_run is not None:
+            with wandb_media((s.tag, s.prompt, s.path, s.preview) for s in found) as media:
+                wandb_run.log({**media, "step": step})
         return found
 
-    def sample(self, model: nn.Module) -> dict[int, SampledLatents]:
+    def sample(
+        self, model: nn.Module, on_step: Callable[[StepReport], None] | None = None
+    ) -> dict[int, SampledLatents]:
         """Latents of this rank's samples by their index; a collective call."""
-        return sample_all(model, self.samples, self.section, self.device, self.groups, self._announce)
+        return sample_all(model, self.samples, self.section, self.device, self.groups, self._announce, on_step)
 
     def write(self, latents: Mapping[int, SampledLatents], folder: str | Path) -> list[SampledFile]:
         """Decodes samples and writes their files; decoders are loaded for it and let go."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
-from ltx_titan.conditioning import FlexibleStrategy
+from ltx_titan.conditioning import FlexibleStrategy, absent_streams
 from ltx_titan.conditioning.batch import Batch
 from ltx_titan.diffusion import draw_step
 from ltx_titan.validation.sampling import SampleGroups, evaluating
@@ -69,7 +69,7 @@ def held_out_losses(
                     *strategy.draw_plan(batch), sampler=FixedSigma(sigma), seed=seed, step=0, indices=[index]
                 )
                 inputs = strategy.prepare(batch, draws)
-                loss = strategy.loss(*model(inputs.video, inputs.audio, None), inputs)
+                loss = strategy.loss(*model(inputs.video, inputs.audio, absent_streams(inputs)), inputs)
                 if not is_own:
                     continue
                 parts = (

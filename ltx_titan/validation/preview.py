@@ -1,28 +1,37 @@
-"""Sampled clips in TensorBoard: moving pictures, a strip of frames and sound, each with its prompt and step.
+"""Sampled clips in TensorBoard and W&B: moving pictures, a sheet of frames and sound, each with its prompt and step.
 
 A preview is made where the clip was decoded and is small enough to be sent to the rank that writes. TensorBoard has no
-video player; an animated GIF in an image summary plays in every browser.
+video player; an animated GIF in an image summary plays in every browser. W&B has one and gets the clip itself.
 """
 
 import io
 import os
+import tempfile
 import textwrap
 import wave
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.audio import metadata as audio_metadata
+from tensorboard.plugins.image import metadata as image_metadata
 from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.validation.decode import DecodedSample
 
 _SIDE = 320
 _MOVING_FRAMES = 32
-_STRIP_FRAMES = 8
+_SHEET_FRAMES, _SHEET_COLUMNS = 8, 4
 _LINE_HEIGHT, _LINE_LENGTH = 14, 120
+_TITLE_LENGTH = 100
 
 
 @dataclass(frozen=True)
@@ -31,30 +40,21 @@ class Preview:
 
     Attributes:
         moving: animated GIF.
-        strip: PNG of frames side by side, in order of time.
-        size: width and height of the strip.
+        frames: PNG of frames in rows, in order of time.
         sound: WAV file.
-        sample_rate: of the sound, Hz.
-        num_samples: of the sound, per channel.
-        channels: of the sound.
     """
 
     moving: bytes | None = None
-    strip: bytes | None = None
-    size: tuple[int, int] = (0, 0)
+    frames: bytes | None = None
     sound: bytes | None = None
-    sample_rate: int = 0
-    num_samples: int = 0
-    channels: int = 0
 
 
 def make_preview(decoded: DecodedSample, fps: float) -> Preview:
     """Encodes a preview of at most 320 pixels a side and 32 moving frames; sound is whole."""
-    fields: dict[str, object] = {}
+    fields: dict[str, bytes] = {}
     if decoded.frames is not None:
         frames = [_small(Image.fromarray(frame)) for frame in decoded.frames.numpy()]
-        strip = _strip([frames[place] for place in _spread(len(frames), _STRIP_FRAMES)])
-        fields |= {"strip": _encoded(strip, "PNG"), "size": strip.size}
+        fields["frames"] = _encoded(_rows([frames[place] for place in _spread(len(frames), _SHEET_FRAMES)]), "PNG")
         if len(frames) > 1:
             moving = [frames[place] for place in _spread(len(frames), _MOVING_FRAMES)]
             duration_ms = round(1000 * len(frames) / fps / len(moving))
@@ -62,40 +62,61 @@ def make_preview(decoded: DecodedSample, fps: float) -> Preview:
                 moving[0], "GIF", save_all=True, append_images=moving[1:], duration=duration_ms, loop=0
             )
     if decoded.sound is not None:
-        waveform = decoded.sound.waveform
-        fields |= {
-            "sound": _wav(waveform, decoded.sound.sample_rate),
-            "sample_rate": decoded.sound.sample_rate,
-            "num_samples": waveform.shape[1],
-            "channels": waveform.shape[0],
-        }
+        fields["sound"] = _wav(decoded.sound.waveform, decoded.sound.sample_rate)
     return Preview(**fields)
 
 
 def write_preview(writer: SummaryWriter, tag: str, prompt: str, preview: Preview, step: int) -> None:
-    """Puts a preview under `<tag>/video`, `/frames`, `/audio` and its prompt under `/prompt`, at a step."""
+    """Puts a preview under `<tag>/video`, `/frames`, `/audio` and its prompt under `/prompt`, at a step.
+
+    Cards are entitled with the beginning of the prompt.
+    """
+    title = textwrap.shorten(prompt, _TITLE_LENGTH, placeholder=" ...")
     values = []
-    for name, encoded in (("video", preview.moving), ("frames", preview.strip)):
+    for name, encoded in (("video", preview.moving), ("frames", preview.frames)):
         if encoded is not None:
-            width, height = preview.size
-            image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=encoded)
-            values.append(Summary.Value(tag=f"{tag}/{name}", image=image))
+            size = [str(side).encode() for side in Image.open(io.BytesIO(encoded)).size]
+            about = image_metadata.create_summary_metadata(title, prompt)
+            values.append(Summary.Value(tag=f"{tag}/{name}", tensor=_strings([*size, encoded], 3), metadata=about))
     if preview.sound is not None:
-        audio = Summary.Audio(
-            sample_rate=preview.sample_rate,
-            num_channels=preview.channels,
-            length_frames=preview.num_samples,
-            encoded_audio_string=preview.sound,
-            content_type="audio/wav",
-        )
-        values.append(Summary.Value(tag=f"{tag}/audio", audio=audio))
-    # The writer's own methods re-encode: no moving pictures without a further package, and sound in mono.
+        about = audio_metadata.create_summary_metadata(title, prompt, audio_metadata.Encoding.Value("WAV"))
+        sound = _strings([preview.sound, b""], 1, 2)
+        values.append(Summary.Value(tag=f"{tag}/audio", tensor=sound, metadata=about))
+    # The writer's own methods re-encode: no moving pictures without a further package, sound in mono, and no titles.
     writer._get_file_writer().add_summary(Summary(value=values), step)
     writer.add_text(f"{tag}/prompt", prompt, step)
 
 
+@contextmanager
+def wandb_media(clips: Iterable[tuple[str, str, Path, Preview]]) -> Iterator[dict[str, Any]]:
+    """Clips as W&B shows them, captioned with their prompts: `<tag>/video`, `/frames`, `/audio`.
+
+    Args:
+        clips: tag, prompt, file and preview of each. A file that is on another machine is stood in for by its preview.
+
+    Yields:
+        What a run's `log` takes; it copies the files, which the context then removes.
+    """
+    import wandb
+
+    media: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for tag, prompt, path, preview in clips:
+            if preview.moving is not None and path.exists():
+                media[f"{tag}/video"] = wandb.Video(str(path), caption=prompt, format="mp4")
+            elif preview.moving is not None:
+                media[f"{tag}/video"] = wandb.Video(io.BytesIO(preview.moving), caption=prompt, format="gif")
+            if preview.frames is not None:
+                media[f"{tag}/frames"] = wandb.Image(Image.open(io.BytesIO(preview.frames)), caption=prompt)
+            if preview.sound is not None:
+                sound = Path(folder) / f"{tag}.wav"
+                sound.write_bytes(preview.sound)
+                media[f"{tag}/audio"] = wandb.Audio(str(sound), caption=prompt)
+        yield media
+
+
 def write_contact_sheet(path: str | Path, rows: Sequence[tuple[str, Preview]]) -> Path | None:
-    """Writes the strips of several clips below each other, each under its prompt, as one PNG.
+    """Writes frames of several clips below each other, each under its prompt, as one PNG.
 
     Args:
         path: the file; its folder exists.
@@ -104,20 +125,20 @@ def write_contact_sheet(path: str | Path, rows: Sequence[tuple[str, Preview]]) -
     Returns:
         The file, or None where no clip has pictures.
     """
-    shown = [(prompt, Image.open(io.BytesIO(preview.strip))) for prompt, preview in rows if preview.strip is not None]
+    shown = [(prompt, Image.open(io.BytesIO(preview.frames))) for prompt, preview in rows if preview.frames is not None]
     if not shown:
         return None
     texts = [textwrap.wrap(prompt, _LINE_LENGTH) or [""] for prompt, _ in shown]
-    width = max(_LINE_LENGTH * 6, *(strip.width for _, strip in shown))
-    height = sum(strip.height + _LINE_HEIGHT * (len(lines) + 1) for (_, strip), lines in zip(shown, texts, strict=True))
+    width = max(_LINE_LENGTH * 6, *(frames.width for _, frames in shown))
+    height = sum(image.height + _LINE_HEIGHT * (len(lines) + 1) for (_, image), lines in zip(shown, texts, strict=True))
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     top = 0
-    for (_, strip), lines in zip(shown, texts, strict=True):
+    for (_, frames), lines in zip(shown, texts, strict=True):
         draw.multiline_text((2, top + 1), "\n".join(lines), fill="black")
         top += _LINE_HEIGHT * len(lines) + 2
-        sheet.paste(strip, (0, top))
-        top += strip.height + _LINE_HEIGHT - 2
+        sheet.paste(frames, (0, top))
+        top += frames.height + _LINE_HEIGHT - 2
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     sheet.save(temporary, format="PNG")
@@ -135,12 +156,18 @@ def _spread(count: int, wanted: int) -> list[int]:
     return torch.linspace(0, count - 1, min(count, wanted)).round().int().tolist()
 
 
-def _strip(frames: list[Image.Image]) -> Image.Image:
+def _rows(frames: list[Image.Image]) -> Image.Image:
     width, height = frames[0].size
-    strip = Image.new("RGB", (width * len(frames), height))
+    columns = min(len(frames), _SHEET_COLUMNS)
+    sheet = Image.new("RGB", (width * columns, height * -(-len(frames) // columns)))
     for place, frame in enumerate(frames):
-        strip.paste(frame, (place * width, 0))
-    return strip
+        sheet.paste(frame, (place % columns * width, place // columns * height))
+    return sheet
+
+
+def _strings(values: list[bytes], *shape: int) -> TensorProto:
+    dims = [TensorShapeProto.Dim(size=size) for size in shape]
+    return TensorProto(dtype=DT_STRING, string_val=values, tensor_shape=TensorShapeProto(dim=dims))
 
 
 def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:

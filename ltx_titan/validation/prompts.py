@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltx_titan.checkpoint import CONNECTORS, load_parameters, read_metadata
+from ltx_titan.checkpoint import load_text_connectors
 from ltx_titan.codecs import load_feature_extractor, load_text_encoder
 from ltx_titan.conditioning.text import to_contexts
-from ltx_titan.model import TextConnectors
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ def _encode(
             "prompt_attention_mask": mask,
         }
     del text_encoder, extractor
-    connectors = _load_connectors(checkpoint_path, device, dtype)
+    connectors = load_text_connectors(checkpoint_path, device, dtype)
     if not connectors.fills_padding:
         raise ValueError(f"{checkpoint_path}: its connectors keep padding, which sampling has no mask for.")
     contexts = {}
@@ -120,14 +119,6 @@ def _encode(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return contexts
-
-
-def _load_connectors(path: str | Path, device: str | torch.device, dtype: torch.dtype) -> TextConnectors:
-    with torch.device("meta"):
-        connectors = TextConnectors.from_config(read_metadata(path).config).to(dtype)
-    connectors.to_empty(device=device)
-    load_parameters(connectors, path, component=CONNECTORS)
-    return connectors.requires_grad_(False).eval()
 
 
 def _digest(prompt: str, checkpoint_path: str | Path) -> str:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from ltx_titan.diffusion import (
     Guidance,
     SampledStream,
+    StepReport,
     count_forwards,
     distilled_schedule,
     needed_passes,
@@ -123,6 +124,7 @@ def sample_all(
     device: torch.device | str,
     groups: SampleGroups | None = None,
     on_sample: Callable[[int], None] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
 ) -> dict[int, SampledLatents]:
     """Samples this rank's share: number `rank`, `rank + size`, and so on.
 
@@ -135,6 +137,7 @@ def sample_all(
         device: of the model.
         groups: who does what; None: this process does all.
         on_sample: called with a sample's index before it is sampled, for a progress line.
+        on_step: called after each step of each sample, for a progress bar.
 
     Returns:
         Latents of this rank's samples by their index.
@@ -156,7 +159,7 @@ def sample_all(
             if run is not None:
                 if on_sample is not None:
                     on_sample(index)
-                found[index] = _finish_run(run, prepared, model, section, sigmas)
+                found[index] = _finish_run(run, prepared, model, section, sigmas, on_step)
             _keep_up(model, missing, device)
     return found
 
@@ -238,7 +241,12 @@ def _start_run(
 
 
 def _finish_run(
-    run: _Run, prepared: PreparedSample, model: nn.Module, section: ValidationSection, sigmas: Tensor
+    run: _Run,
+    prepared: PreparedSample,
+    model: nn.Module,
+    section: ValidationSection,
+    sigmas: Tensor,
+    on_step: Callable[[StepReport], None] | None,
 ) -> SampledLatents:
     video, audio = sample(
         model,
@@ -248,6 +256,7 @@ def _finish_run(
         stepper=section.stepper,
         generator=run.generator,
         passes_at_once=run.passes_at_once,
+        on_step=on_step,
     )
     return SampledLatents(
         None if prepared.video is None else target_latents(video, prepared.video, "video").cpu(),

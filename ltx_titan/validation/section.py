@@ -239,7 +239,7 @@ class ValidationSection(_Table):
     tokens_at_once: Positive = 65536
     """Most tokens in one forward: guided passes run together as far as they fit; less needs less memory."""
     use_ema: bool = False
-    """Sample with the averaged weights."""
+    """Sample with the averaged weights of `optimizer.ema_decay`; the held-out loss is that of the trained ones."""
     offload_optimizer: bool = False
     """Move the optimizer's state to the host while sampling; slower, for when a decoder does not fit beside it."""
     vae_tiling: bool = True

@@ -52,11 +52,21 @@ def error_of(**sections):
         ({"activation_checkpoint": {"mode": "every_k"}}, ["activation_checkpoint.k is missing"]),
         ({"checkpoint": {"keep_last": 0}}, ["checkpoint.keep_last = 0"]),
         ({"profiling": {"trace_start": 2001}}, ["profiling.trace_start = 2001"]),
+        ({"validation": {"use_ema": True}}, ["validation.use_ema = true", "optimizer.ema_decay"]),
+        ({"metrics": {"wandb_project": "films"}}, ['metrics.wandb_project = "films"', 'metrics.wandb = "off"']),
     ],
 )
 def test_contradiction_is_refused_by_name_with_a_remedy(sections, words):
     message = error_of(**sections)
     assert all(word in message for word in words), message
+
+
+def test_weights_and_biases_online_needs_credentials_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert "run `wandb login`" in error_of(metrics={"wandb": "online"})
+    assert build(metrics={"wandb": "offline"}).metrics.wandb == "offline"
 
 
 def test_checkpoint_job_takes_existing_files_and_no_shape(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ltx_titan.data import PrecomputedDataset, read_sample, token_counts, write_sample
-from ltx_titan.data import dataset as dataset_module
+from ltx_titan.data import index as index_module
 from tests.data.files import AV_SOURCES, audio, features, video, write_data_set
 
 
@@ -111,11 +111,11 @@ def test_only_new_and_changed_files_are_opened_for_their_shapes(tmp_path, monkey
     first = PrecomputedDataset(tmp_path, AV_SOURCES)
     opened = []
 
-    def counting(path, kind, read=dataset_module.read_shapes):
+    def counting(path, kind, read=index_module.read_shapes):
         opened.append(path.relative_to(tmp_path).as_posix())
         return read(path, kind)
 
-    monkeypatch.setattr(dataset_module, "read_shapes", counting)
+    monkeypatch.setattr(index_module, "read_shapes", counting)
     again = PrecomputedDataset(tmp_path, AV_SOURCES)
     assert opened == []
     assert [again.shape_key(i) for i in range(2)] == [first.shape_key(i) for i in range(2)]
@@ -129,7 +129,7 @@ def test_only_new_and_changed_files_are_opened_for_their_shapes(tmp_path, monkey
 @pytest.mark.parametrize("content", ["", "{", json.dumps({"a": 1}), json.dumps([[1, 2]])])
 def test_foreign_index_file_is_ignored(tmp_path, content):
     write_data_set(tmp_path, ["a"])
-    (tmp_path / dataset_module.INDEX_NAME).write_text(content)
+    (tmp_path / index_module.INDEX_NAME).write_text(content)
     assert token_counts(PrecomputedDataset(tmp_path, AV_SOURCES).shape_key(0))["video_latents"] == 24
 
 
@@ -138,9 +138,9 @@ def test_read_only_root_works_without_an_index(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     write_data_set(tmp_path, ["a"])
-    monkeypatch.setattr(dataset_module.os, "replace", refuse)
+    monkeypatch.setattr(index_module.os, "replace", refuse)
     assert len(PrecomputedDataset(tmp_path, AV_SOURCES)) == 1
-    assert not (tmp_path / dataset_module.INDEX_NAME).exists()
+    assert not (tmp_path / index_module.INDEX_NAME).exists()
 
 
 def test_fingerprint_follows_the_samples_and_not_their_place(tmp_path):

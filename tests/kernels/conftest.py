@@ -4,7 +4,9 @@ its own, and a process that can run no kernel collects only that file and what n
 """
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,3 +22,12 @@ elif torch.cuda.is_available():
     collect_ignore = ["test_interpreted.py", *_INTERPRETED]
 else:
     collect_ignore = [*_EVERYWHERE, *_NATIVE, *_INTERPRETED]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Natively they need the GPU, and `-m gpu` is to run them."""
+    if torch.cuda.is_available() and not IS_INTERPRETED:
+        for item in items:
+            if Path(__file__).parent in item.path.parents and item.path.name != "test_import.py":
+                item.add_marker(pytest.mark.gpu)

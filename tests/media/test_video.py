@@ -1,10 +1,11 @@
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
 
-from ltx_titan.media import MediaError, iter_frames, probe_video, read_clip, write_video
+from ltx_titan.media import MediaError, frames_at_rate, iter_frames, probe_video, read_clip, write_video
 from tests.media.clips import ramp, write_clip
 
 
@@ -79,3 +80,46 @@ def test_odd_sizes_cannot_be_written(tmp_path):
     with pytest.raises(MediaError, match="even"):
         write_video(tmp_path / "a.mp4", ramp(3, height=33), 25)
     assert list(tmp_path.iterdir()) == []
+
+
+def write_varying_rate(path, times_ms):
+    """A clip whose frame i is grey of value 8 i and stands at the i-th time."""
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=1000, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time_ms, pixels in zip(times_ms, ramp(len(times_ms)).numpy(), strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time_ms, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def greys(clip):
+    return [round(value / 8) for value in ((clip.mean((0, 2, 3)) + 1) * 127.5).tolist()]
+
+
+def test_another_rate_drops_or_repeats_frames(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", frames=20, fps=Fraction(20), channels=0)
+    info = probe_video(path)
+    for fps, count, expected in [(Fraction(10), 10, [0, 2, 4, 6]), (Fraction(40), 40, [0, 0, 1, 1])]:
+        assert frames_at_rate(info, fps) == count
+        clip = read_clip(path, count, 96, 64, fps=fps)
+        # A frame that lies in the middle between two may go either way.
+        assert all(abs(a - b) <= 1 for a, b in zip(greys(clip), expected, strict=False))
+        with pytest.raises(MediaError, match=f"{count} can be decoded"):
+            read_clip(path, count + 1, 96, 64, fps=fps)
+
+
+def test_a_rate_goes_by_the_time_stamps_of_the_file(tmp_path):
+    # A phone that halves its rate in the dark, and drops frames.
+    path = write_varying_rate(tmp_path / "phone.mkv", [0, 100, 200, 400, 600, 1020])
+    assert greys(read_clip(path, 11, 96, 64, fps=Fraction(10)))[:11:2] == [0, 2, 3, 4, 4, 5]
+
+
+def test_the_place_of_a_cut(tmp_path):
+    path = write_clip(tmp_path / "wide.mp4", frames=2, channels=0)
+    whole = read_clip(path, 1, 96, 64)
+    assert torch.equal(read_clip(path, 1, 64, 64, anchor=(0.0, 1.0)), whole[..., 32:])
+    assert torch.equal(read_clip(path, 1, 64, 64), whole[..., 16:80])

@@ -14,6 +14,13 @@ def test_a_cpu_computes_in_plain_torch(backend):
     assert select_operators(backend, CPU).name == "torch"
 
 
+@pytest.mark.gpu
+def test_auto_takes_the_kernels_on_the_gpus_they_were_measured_on():
+    device = torch.device("cuda")
+    expected = "triton" if torch.cuda.get_device_capability(device)[0] == 9 else "torch"
+    assert select_operators("auto", device).name == expected
+
+
 def test_kernels_that_cannot_run_are_refused_with_the_remedy(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"kernels\.backend = 'triton', but .* Use 'auto' or 'torch'"):

@@ -1,5 +1,4 @@
 import io
-import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,26 +12,7 @@ from ltx_titan.data import PrecomputedDataset
 from ltx_titan.media import Sound, read_clip, write_wav
 from ltx_titan.preprocess import ProcessOptions, process_dataset
 from tests.media.clips import tone, write_clip
-
-
-def write_rows(folder, rows):
-    path = folder / "dataset.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def run(nano, path, buckets="64x32x17;64x32x1", **options):
-    """Process a data set; returns the report and what it printed."""
-    console = Console(file=io.StringIO(), width=200)
-    report = process_dataset(
-        ProcessOptions(path, nano, nano.parent / "text_encoder", resolution_buckets=buckets, **options), console
-    )
-    report.print()
-    return report, console.file.getvalue()
-
-
-def load(folder, source, key):
-    return torch.load(folder / ".precomputed" / source / key, weights_only=True)
+from tests.preprocess.helpers import load, run, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +165,7 @@ def test_trigger_skip_audio_and_output_dir(nano, tmp_path):
     path = write_rows(tmp_path, [{"media_path": "a.mp4", "caption": " a rabbit "}])
     out = tmp_path / "out"
     run(nano, path, output_dir=out, lora_trigger=" SKS ", skip_audio=True)
-    assert sorted(p.name for p in out.iterdir()) == ["conditions", "latents"]
+    assert sorted(p.name for p in out.iterdir()) == ["conditions", "latents", "prepare.json"]
     encoder = load_text_encoder(nano.parent / "text_encoder", dtype=torch.float32)
     mask = torch.load(out / "conditions" / "a.pt", weights_only=True)["prompt_attention_mask"]
     assert mask.sum() == len(encoder.tokenize("SKS a rabbit"))

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ltx_titan.conditioning import FlexibleStrategy, Grid
 from ltx_titan.diffusion import sample
+from ltx_titan.model import LTXTransformer
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Degrees, build_mesh
@@ -131,6 +132,22 @@ def with_other_weights(model: nn.Module, groups: SampleGroups | None = None) -> 
     return found
 
 
+def most_blocks_held(num_blocks: int) -> int:
+    """How many blocks a rank holds whole, at most, while a deeper model is sampled under FSDP2."""
+    model = LTXTransformer.from_config(CASE.entry["config"]["transformer"] | {"num_layers": num_blocks})
+    blocks = model.transformer_blocks
+    apply_fsdp(model, blocks, build_mesh("cpu", Degrees(dp_shard=2)).fsdp, torch.float32)
+    held = []
+
+    def count(*_: object) -> None:
+        held.append(sum(any(not isinstance(p, DTensor) for p in block.parameters()) for block in blocks))
+
+    for block in blocks:
+        block.register_forward_hook(count)
+    sample_all(model, prepared_samples()[:1], SECTION, "cpu")
+    return max(held)
+
+
 def work() -> dict:
     """Everything that one start of two ranks can show."""
     meshes = {"fsdp2": Degrees(dp_shard=2), "tp2": Degrees(tp=2), "cp2": Degrees(cp=2)}
@@ -144,6 +161,7 @@ def work() -> dict:
         "held_out": held_out(model, groups),
     }
     own = [SampledFile(index, "unused", Path(f"{index}"), Preview()) for index in (range(0, 3, 2), [1])[groups.rank]]
+    found["held"] = most_blocks_held(6)
     found["files"] = [sample.index for sample in gather_samples(own, groups)]
     # Parameters are back in shards, and the model in training mode.
     return found | {

@@ -1,9 +1,13 @@
 """Sampling against diffusers' LTX2 pipeline, where its maths is the same.
 
 It is the same for text to video and audio with one noise level in both streams and nothing given. Else it differs, on
-purpose: with given tokens the modulation of the attention between the streams follows other noise levels there; the
-schedule follows the clip's size (ours, like the released pipelines', does not; here both get the same noise levels);
-blocks to skip are one list for both streams; rescaling is per sample (the same for one).
+purpose:
+
+- with given tokens the modulation of the attention between the streams follows other noise levels there, either each
+  token's own throughout or the other stream's throughout; here, as in the golden cases, scale and shift follow the
+  token's own and the gate the other stream's. The last test shows that this is all that differs;
+- the schedule follows the clip's size there (ours, like the released pipelines', does not; here both get the same);
+- blocks to skip are one list for both streams; rescaling is per sample (the same for one).
 """
 
 import pytest
@@ -11,12 +15,15 @@ import torch
 
 from ltx_titan.codecs import load_text_encoder
 from ltx_titan.conditioning import Grid, audio_steps
+from ltx_titan.diffusion import Guidance
+from ltx_titan.model import Modality, Perturbations
 from ltx_titan.validation import (
     Contexts,
     PreparedSample,
     ValidationSection,
     audio_start,
     begin,
+    given_frames,
     guidance_of,
     sample_all,
     schedule_of,
@@ -106,3 +113,42 @@ def test_latents_equal_those_of_the_diffusers_pipeline(pack, pipeline, texts, vi
     theirs_audio = (theirs_audio - audio_codec.mean) / audio_codec.std
     assert_close_to_max(ours.video, theirs_video, 1e-5, "video")
     assert_close_to_max(ours.audio, theirs_audio, 1e-5, "audio")
+
+
+@torch.no_grad()
+def test_given_tokens_change_the_attention_between_the_streams_and_nothing_else(pack, pipeline, texts):
+    sigma, steps = 0.7, audio_steps(17 / FPS)
+    frame = torch.randn(1, 128, 1, GRID.height, GRID.width, generator=torch.Generator().manual_seed(0))
+    starts = given_frames(video_start(GRID, FPS, (8, 32, 32)), frame), audio_start(steps)
+    generator = torch.Generator().manual_seed(SEED)
+    streams = []
+    for start, context in zip(starts, texts[0][PROMPTS[0]], strict=True):
+        begun = begin(start, context, None, Guidance(), generator, sigma, "cpu")
+        timesteps = begun.denoise_mask[..., 0] * sigma
+        streams.append(Modality(begun.latent, torch.tensor([sigma]), timesteps, begun.positions, begun.context.float()))
+    video, audio = streams
+
+    def theirs(**options):
+        return pipeline.transformer(
+            hidden_states=video.latent,
+            audio_hidden_states=audio.latent,
+            encoder_hidden_states=video.context,
+            audio_encoder_hidden_states=audio.context,
+            timestep=video.timesteps * 1000,
+            audio_timestep=audio.timesteps * 1000,
+            sigma=video.sigma * 1000,
+            audio_sigma=audio.sigma * 1000,
+            video_coords=video.positions,
+            audio_coords=audio.positions,
+            return_dict=False,
+            **options,
+        )
+
+    apart = [{"type": kind, "blocks": None} for kind in ("skip_a2v_cross_attn", "skip_v2a_cross_attn")]
+    alone = pack.model(video, audio, Perturbations.from_lists([apart]))
+    for name, found, expected in zip(("video", "audio"), alone, theirs(isolate_modalities=True), strict=True):
+        assert_close_to_max(found, expected, 1e-5, f"{name}, streams apart")
+    together = pack.model(video, audio, None)
+    for use_cross_timestep in (False, True):
+        (found, _), (expected, _) = together, theirs(use_cross_timestep=use_cross_timestep)
+        assert (found - expected).abs().max() > 1e-4 * expected.abs().max()

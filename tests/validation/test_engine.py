@@ -1,5 +1,6 @@
 """Every condition on the miniature pack: what is given survives, and the files are what was asked for."""
 
+import gc
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
+from transformers import Gemma3TextModel
 
 from ltx_titan.media import (
     MediaError,
@@ -21,6 +23,7 @@ from ltx_titan.media import (
     to_uint8,
     write_wav,
 )
+from ltx_titan.model import TextConnectors
 from ltx_titan.validation import ValidationSection
 from ltx_titan.validation.engine import Validation, prepare_validation
 from tests.validation.conftest import CLIP
@@ -35,6 +38,9 @@ CONDITIONS = {
     "spatial_crop": [{"type": "spatial_crop", "spatial_region": [0, 32, 64, 64], **VIDEO}],
     "mask": [{"type": "mask", "mask": "mask.png", **VIDEO}, {"type": "mask", "mask": "mask.pt", **AUDIO}],
     "reference": [{"type": "reference", "include_in_output": True, **VIDEO}, {"type": "reference", **AUDIO}],
+    "smaller_reference": [
+        {"type": "reference", "downscale_factor": 2, "temporal_scale_factor": 2, "include_in_output": True, **VIDEO}
+    ],
     "video_to_audio": [{"type": "video_to_audio", **VIDEO}],
     "audio_to_video": [{"type": "audio_to_video", **AUDIO}],
 }
@@ -173,12 +179,22 @@ def test_a_reference_changes_the_result_and_is_no_part_of_it(run):
     assert not same(plain.audio, beside.audio)
 
 
+def test_a_reference_may_be_smaller_and_have_fewer_frames_as_in_training(run, video_codec):
+    index = list(CONDITIONS).index("smaller_reference")
+    start = run.validation.samples[index].video
+    # Frames 0, 1, 3, ... 15 at half the size: 9 frames of 32 x 32, one latent cell each.
+    pixels = read_clip(CLIP, FRAMES, WIDTH // 2, HEIGHT // 2)
+    given = video_codec.encode(torch.cat([pixels[:, :1], pixels[:, 1::2]], dim=1)[None])
+    assert same(start.clean[:, start.grid.num_tokens :], given.flatten(2).mT)
+    assert not same(run.latents["smaller_reference"].video, run.latents["none"].video)
+
+
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_files_have_the_length_size_and_rates_that_were_asked_for(run, name):
     info = probe_video(run.files[name])
     assert info.frames == FRAMES
     assert info.fps == Fraction(24)
-    assert (info.width, info.height) == (2 * WIDTH if name == "reference" else WIDTH, HEIGHT)
+    assert (info.width, info.height) == (2 * WIDTH if "reference" in name else WIDTH, HEIGHT)
     sound = read_sound(run.files[name])
     assert sound.sample_rate == 48000
     # 18 latent steps are 69 spectrogram frames of 10 ms; AAC works in blocks of 1,024 samples.
@@ -211,6 +227,14 @@ def test_prompts_are_encoded_once_and_need_no_encoder_afterwards(pack, run):
     unknown = section.model_copy(update={"negative_prompt": "noise"})
     with pytest.raises(ValueError, match=r"text_encoder_path is unset, but prompt 'noise'"):
         prepare(pack, unknown, run.folder)
+    before = text_encoders_in_memory()
+    prepare(pack, unknown.model_copy(update={"text_encoder_path": pack.text_encoder_path}), run.folder)
+    assert text_encoders_in_memory() <= before
+
+
+def text_encoders_in_memory():
+    gc.collect()
+    return sum(type(thing) in (Gemma3TextModel, TextConnectors) for thing in gc.get_objects())
 
 
 def test_a_run_is_in_tensorboard_under_its_step_and_prompt(pack, run, tmp_path):
@@ -219,8 +243,9 @@ def test_a_run_is_in_tensorboard_under_its_step_and_prompt(pack, run, tmp_path):
     (file,) = prepare(pack, only, run.folder).run(pack.model, tmp_path, 40, writer=writer)
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Images("sample-01/video")[0].step == 40
-    assert events.Audio("sample-01/audio")[0].sample_rate == 48000.0
+    for part in ("video", "frames", "audio"):
+        assert events.Tensors(f"sample-01/{part}")[0].step == 40
+        assert events.SummaryMetadata(f"sample-01/{part}").display_name == "a rabbit"
     assert file.prompt == "a rabbit"
 
 

@@ -12,9 +12,11 @@ class Halved(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.seen = []
+        self.perturbations = []
 
     def forward(self, video, audio, perturbations):
         self.seen.append((video, audio))
+        self.perturbations.append(perturbations)
         return video.latent / 2, audio.latent / 2
 
 
@@ -66,7 +68,10 @@ def test_a_sample_without_sound_does_not_count_for_sound():
             batch["audio_latents"]["present"] = torch.tensor([index != 1])
         return batch
 
-    losses = held_out_losses(Halved(), strategy, load, 2, (0.5,), 0, "cpu")
+    model = Halved()
+    losses = held_out_losses(model, strategy, load, 2, (0.5,), 0, "cpu")
+    # Nor does its stand-in reach the video: the two streams do not attend to each other.
+    assert [perturbations.has_both.tolist() for perturbations in model.perturbations] == [[True], [False]]
     alone = held_out_losses(Halved(), strategy, lambda index: load(index, marked=False), 1, (0.5,), 0, "cpu")
     assert losses["held_out/audio"] == pytest.approx(alone["held_out/audio"])
     assert losses["held_out/video"] != pytest.approx(alone["held_out/video"])

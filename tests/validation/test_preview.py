@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.media import Sound
 from ltx_titan.validation.decode import DecodedSample
-from ltx_titan.validation.preview import make_preview, write_contact_sheet, write_preview
+from ltx_titan.validation.preview import make_preview, wandb_media, write_contact_sheet, write_preview
 
 
 def decoded(count=49, sound=True):
@@ -21,19 +21,24 @@ def test_tensorboard_shows_clip_frames_sound_and_prompt_at_the_step(tmp_path):
     write_preview(writer, "sample-01", "a river", make_preview(decoded(), 24.0), 30)
     writer.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["images"]) == {"sample-01/video", "sample-01/frames"}
-    (moving,) = events.Images("sample-01/video")
+    (moving,) = events.Tensors("sample-01/video")
     assert moving.step == 30
-    picture = Image.open(io.BytesIO(moving.encoded_image_string))
+    width, height, encoded = moving.tensor_proto.string_val
+    assert (int(width), int(height)) == (320, 43)
+    picture = Image.open(io.BytesIO(encoded))
     assert picture.format == "GIF"
     assert picture.n_frames == 32
     assert max(picture.size) == 320
-    (sound,) = events.Audio("sample-01/audio")
-    assert (sound.sample_rate, sound.step) == (48000.0, 30)
-    with wave.open(io.BytesIO(sound.encoded_audio_string)) as file:
-        assert file.getnchannels() == 2
+    (sound,) = events.Tensors("sample-01/audio")
+    assert sound.step == 30
+    with wave.open(io.BytesIO(sound.tensor_proto.string_val[0])) as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 48000, 4800)
     (text,) = events.Tensors("sample-01/prompt/text_summary")
     assert text.tensor_proto.string_val == [b"a river"]
+    # Each card of the page is entitled with the prompt; the plugin's name decides on which page it is.
+    for part, plugin in (("video", "images"), ("frames", "images"), ("audio", "audio")):
+        about = events.SummaryMetadata(f"sample-01/{part}")
+        assert (about.display_name, about.plugin_data.plugin_name) == ("a river", plugin)
 
 
 def test_moving_pictures_last_as_long_as_the_clip():
@@ -50,18 +55,28 @@ def test_a_contact_sheet_has_one_row_per_clip_with_pictures(tmp_path):
     sound = make_preview(DecodedSample(None, Sound(torch.zeros(1, 100), 16000)), 24.0)
     path = write_contact_sheet(tmp_path / "sheet.png", [("a river", clip), ("wind", sound), ("a hill " * 40, still)])
     sheet = Image.open(path)
-    assert sheet.width == clip.size[0]
-    assert sheet.height > clip.size[1] + still.size[1]
-    # The first row is the clip's strip as it is in TensorBoard.
-    strip = Image.open(io.BytesIO(clip.strip))
-    assert sheet.crop((0, 16, strip.width, 16 + strip.height)).tobytes() == strip.convert("RGB").tobytes()
+    # First the clip's frames as they are in TensorBoard: eight of nine, in two rows of four.
+    frames = Image.open(io.BytesIO(clip.frames))
+    assert frames.size == (4 * 320, 2 * 43) == (sheet.width, 2 * 43)
+    assert sheet.crop((0, 16, frames.width, 16 + frames.height)).tobytes() == frames.convert("RGB").tobytes()
+    assert sheet.height > frames.height + Image.open(io.BytesIO(still.frames)).height
     assert write_contact_sheet(tmp_path / "none.png", [("wind", sound)]) is None
+
+
+def test_a_clip_on_another_machine_is_stood_in_for_by_its_preview(tmp_path):
+    path = tmp_path / "sample-01.mp4"
+    with wandb_media([("sample-01", "a river", path, make_preview(decoded(9), 24.0))]) as media:
+        assert set(media) == {"sample-01/video", "sample-01/frames", "sample-01/audio"}
+        assert media["sample-01/video"]._path.endswith(".gif")
+    path.touch()
+    with wandb_media([("sample-01", "a river", path, make_preview(decoded(9), 24.0))]) as media:
+        assert media["sample-01/video"]._path == str(path)
 
 
 def test_a_picture_does_not_move_and_sound_alone_has_no_picture():
     still = make_preview(decoded(1, sound=False), 24.0)
     assert still.moving is None
-    assert Image.open(io.BytesIO(still.strip)).size == still.size
+    assert Image.open(io.BytesIO(still.frames)).width == 320
     heard = make_preview(DecodedSample(None, Sound(torch.zeros(1, 100), 16000)), 24.0)
-    assert heard.strip is None
-    assert heard.channels == 1
+    assert heard.frames is None
+    assert heard.sound is not None

@@ -54,6 +54,12 @@ def test_sampling_leaves_the_model_sharded_and_in_training_mode(two_ranks):
 
 
 @pytest.mark.distributed
+def test_no_rank_ever_holds_more_than_two_of_six_blocks(two_ranks):
+    """The one that is computed, and the last one, which FSDP2 keeps from forward to forward."""
+    assert [rank["held"] for rank in two_ranks] == [2, 2]
+
+
+@pytest.mark.distributed
 def test_held_out_losses_do_not_depend_on_the_number_of_ranks(two_ranks, model):
     expected = sharded.held_out(model)
     for rank in two_ranks:

@@ -3,8 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ltx_titan.media import MediaError, Sound, write_video, write_wav
-from ltx_titan.validation.masks import read_audio_mask, read_video_mask
+from ltx_titan.media import MediaError, Sound, read_audio_mask, read_video_mask, write_video, write_wav
 
 FACTORS = (8, 32, 32)
 

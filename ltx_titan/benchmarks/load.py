@@ -1,0 +1,195 @@
+"""Times the streamed, sharded load of a checkpoint, beside reading its file once.
+
+    torchrun --nproc-per-node 4 -m ltx_titan.benchmarks.load FILE [--out rows.jsonl] [--tp 1] [--dp-replicate 1]
+
+Two rounds: with the file driven out of the page cache, then with as much of it in the cache as memory holds. In each,
+rank 0 first reads the file from one end to the other; then, from the same state of the cache, all ranks build the
+model, shard it and stream their slices into it, as a job does. `ltx-titan make-checkpoint` makes a file of the real
+size. Host memory is what no file backs (RssAnon), sampled while loading; mapped pages of the checkpoint are not in it,
+for the kernel takes them back at will.
+"""
+
+import argparse
+import ctypes
+import gc
+import mmap
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ltx_titan.benchmarks.measure import environment, write_rows
+from ltx_titan.build import load_transformer
+from ltx_titan.config import JobConfig, build_job
+from ltx_titan.parallel.mesh import build_mesh, init_distributed
+from ltx_titan.plan import Plan, plan_job
+from ltx_titan.quiet import quieten
+
+_GIB = 2**30
+_CHUNK = 16 * 2**20
+_SAMPLE_S = 0.02
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process that no file backs."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("/proc/self/status has no RssAnon; this benchmark needs Linux 4.5 or newer.")
+
+
+@contextmanager
+def peak_anonymous_bytes() -> Iterator[list[int]]:
+    """Yields a list whose one element is the peak of `anonymous_bytes` within the context."""
+    peak, done = [anonymous_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SAMPLE_S):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak[0] = max(peak[0], anonymous_bytes())
+
+
+def drop_from_cache(path: Path) -> None:
+    """Asks the kernel to forget its copy of a file; pages that are mapped or not yet written stay."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cached_share(path: Path) -> float:
+    """Share of a file's pages that are in the page cache."""
+    size = path.stat().st_size
+    pages = -(-size // mmap.PAGESIZE)
+    resident = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    # Private, so that Python lets ctypes take the address; the mapping is never touched.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
+        start = ctypes.c_char.from_buffer(mapped)
+        status = libc.mincore(ctypes.addressof(start), size, resident)
+        del start
+    if status:
+        raise OSError(ctypes.get_errno(), f"mincore of {path} failed")
+    return sum(page & 1 for page in resident) / pages
+
+
+def read_once(path: Path) -> float:
+    """Seconds to read a file from one end to the other."""
+    buffer = memoryview(bytearray(_CHUNK))
+    started = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - started
+
+
+def load_job_for(path: Path, arguments: argparse.Namespace, folder: str) -> JobConfig:
+    """A job that full fine-tunes the checkpoint on made-up data."""
+    axes = {"dp_replicate": arguments.dp_replicate, "tp": arguments.tp}
+    world = dist.get_world_size()
+    tables = {
+        "job": {"dump_folder": folder},
+        "model": {"checkpoint_path": str(path)},
+        "data": {"source": "synthetic"},
+        "video": {"is_generated": True, "latents_dir": "latents"},
+        "audio": {"is_generated": True, "latents_dir": "audio_latents"},
+        "training": {"global_batch_size": max(world // arguments.tp, 1)},
+        "parallelism": axes,
+    }
+    return build_job(tables, "load benchmark")
+
+
+def measure(plan: Plan, path: Path, cold: bool) -> dict[str, object]:
+    """One round, on every rank; the row is rank 0's."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    mesh = build_mesh(device.type, plan.degrees)
+    is_main, row = dist.get_rank() == 0, {"page_cache": "cold" if cold else "warm"}
+    if is_main:
+        if cold:
+            drop_from_cache(path)
+        row["cached_before_read"] = cached_share(path)
+        row["read_once_s"] = read_once(path)
+        if cold:
+            drop_from_cache(path)
+        row["cached_before_load"] = cached_share(path)
+    dist.barrier()
+    before = anonymous_bytes()
+    started = time.perf_counter()
+    with peak_anonymous_bytes() as peak:
+        model = load_transformer(plan, mesh, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        own_s = time.perf_counter() - started
+        dist.barrier()
+        load_s = time.perf_counter() - started
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, {"load_s": own_s, "host_gib": peak[0] / _GIB, "host_before_gib": before / _GIB})
+    row |= {
+        "load_s": load_s,
+        "peak_host_gib": max(rank["host_gib"] for rank in ranks),
+        "weights_per_rank_gib": sum(p.to_local().nbytes for p in model.parameters()) / _GIB,
+        "ranks": ranks,
+    }
+    if is_main:
+        row["load_over_read"] = load_s / row["read_once_s"]
+    del model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs both rounds; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="official checkpoint, or one that `ltx-titan make-checkpoint` wrote")
+    parser.add_argument("--out", type=Path, help="write rows as JSON lines")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (1)")
+    parser.add_argument("--dp-replicate", type=int, default=1, help="copies of the sharded model (1)")
+    arguments = parser.parse_args(argv)
+    quieten()
+    path = arguments.file.resolve()
+    device = init_distributed()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        plan = plan_job(load_job_for(path, arguments, folder), dist.get_world_size())
+        common = {
+            **environment(device),
+            "file_gb": path.stat().st_size / 1e9,
+            "mesh": vars(plan.degrees),
+            "host_memory_gb": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9,
+        }
+        for cold in (True, False):
+            rows.append({**common, **measure(plan, path, cold)})
+            if dist.get_rank() == 0:
+                print(_line(rows[-1]), flush=True)
+                write_rows(arguments.out, rows)
+    dist.destroy_process_group()
+    return 0
+
+
+def _line(row: dict) -> str:
+    return (
+        f"{row['page_cache']}: read once {row['read_once_s']:.1f} s ({row['cached_before_read']:.0%} cached), "
+        f"load {row['load_s']:.1f} s ({row['cached_before_load']:.0%} cached), {row['load_over_read']:.2f} x; "
+        f"host memory {row['peak_host_gib']:.2f} GiB a rank at most, {row['weights_per_rank_gib']:.2f} GiB of weights"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

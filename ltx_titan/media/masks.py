@@ -1,0 +1,92 @@
+"""Mask files to masks of latent tokens: True where a token is given.
+
+A video mask is scaled and cut as its clip is, so that it stays on what it covers. A latent cell takes the mean over
+its pixels and the maximum over its frames, and is given above one half. The first latent frame stands for one pixel
+frame, every later one for as many as the codec compresses.
+"""
+
+import pickle
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltx_titan.media.audio import read_sound
+from ltx_titan.media.errors import MediaError
+from ltx_titan.media.frames import CENTRE, fit_frames
+from ltx_titan.media.image import is_image, read_image
+from ltx_titan.media.video import iter_fitted
+
+
+def read_video_mask(
+    path: str | Path,
+    frames: int,
+    width: int,
+    height: int,
+    scale_factors: tuple[int, int, int],
+    fps: Fraction | None = None,
+    anchor: tuple[float, float] = CENTRE,
+) -> Tensor:
+    """Mask of a clip's latent cells [F', H', W'], from an image (for all frames) or a video.
+
+    Args:
+        path: the mask; white is given.
+        frames: pixel frames of the clip.
+        width: of the clip, pixels.
+        height: of the clip, pixels.
+        scale_factors: pixels per latent along (time, height, width).
+        fps: rate at which the clip is read, None for its own.
+        anchor: where the clip is cut.
+
+    Raises:
+        MediaError: the file cannot be read or is shorter than the clip.
+    """
+    if is_image(path):
+        mask = _grey(fit_frames(read_image(path), width, height, anchor)).expand(frames, -1, -1)
+    else:
+        decoded = [_grey(frame) for frame in islice(iter_fitted(path, width, height, fps, anchor), frames)]
+        if len(decoded) < frames:
+            raise MediaError(path, f"has {len(decoded)} frames, its clip {frames}; give a longer mask or an image")
+        mask = torch.cat(decoded)
+    time, down, right = scale_factors
+    cells = F.avg_pool2d(mask[:, None], (down, right))[:, 0]
+    groups = [cells[:1], *(cells[1:].split(time) if frames > 1 else ())]
+    return torch.stack([group.amax(0) for group in groups]) > 0.5
+
+
+def read_audio_mask(path: str | Path, steps: int) -> Tensor:
+    """Mask of latent steps [T], from a `.pt` file (a tensor, or a dict with `mask`) or a sound, given where it is loud.
+
+    Raises:
+        MediaError: the file cannot be read.
+    """
+    if Path(path).suffix == ".pt":
+        stored = _load_tensor(path)
+        values = stored.float().flatten()
+    else:
+        sound = read_sound(path)
+        if sound is None:
+            raise MediaError(path, "has no sound track")
+        values = sound.waveform.abs().mean(0)
+    return F.interpolate(values[None, None], steps, mode="nearest")[0, 0] > 0.5
+
+
+def _load_tensor(path: str | Path) -> Tensor:
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise MediaError(path, "no such file") from error
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise MediaError(path, f"not a readable PyTorch file ({str(error).splitlines()[0] or 'empty'})") from error
+    stored = stored.get("mask") if isinstance(stored, dict) else stored
+    if not isinstance(stored, Tensor) or stored.numel() == 0:
+        raise MediaError(path, "holds no mask; expected a tensor, or a dict with the key 'mask'")
+    return stored
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    """Pixels [3, F, H, W] in [-1, 1] -> mean over the colours [F, H, W] in [0, 1]."""
+    return (pixels.mean(0) + 1) / 2

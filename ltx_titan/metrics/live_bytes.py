@@ -1,0 +1,88 @@
+"""Counts the bytes that tensors hold while something runs, on any device and for fake tensors too.
+
+A CPU has no allocator to ask, and a fake tensor no memory, but both have storages: every operation's results are
+followed until their storage is freed. FSDP2 empties and refills storages in place, which is no operation; that is
+followed as well.
+"""
+
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within this context, `now` and `peak` are the bytes of all storages made in it (and of those given to `add`).
+
+    Attributes:
+        now: bytes that are held.
+        peak: most since the last `reset`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._resize: Callable | None = None
+
+    def add(self, *tensors: Tensor) -> None:
+        """Also counts tensors that were made outside."""
+        for tensor in tensors:
+            self._follow(tensor)
+
+    def reset(self) -> None:
+        """Starts a new peak."""
+        self.peak = self.now
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+        return out
+
+    def __enter__(self) -> Self:
+        counter, resize = self, torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            key = storage._cdata
+            if key in counter._sizes:
+                counter._set(key, storage.nbytes())
+
+        self._resize = resize
+        torch.UntypedStorage.resize_ = resize_and_count
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(kind, error, trace)
+
+    def _follow(self, tensor: Tensor) -> None:
+        inner = getattr(tensor, "_local_tensor", tensor)
+        try:
+            storage = inner.untyped_storage()
+        except NotImplementedError:  # a wrapper around other tensors, which come by themselves
+            return
+        key = storage._cdata
+        if key not in self._sizes:
+            weakref.finalize(storage, self._forget, key)
+            self._sizes[key] = 0
+        if self._sizes[key] != storage.nbytes():
+            self._set(key, storage.nbytes())
+
+    def _set(self, key: int, size: int) -> None:
+        self.now += size - self._sizes[key]
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)

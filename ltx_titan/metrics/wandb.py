@@ -1,0 +1,79 @@
+"""Weights & Biases beside TensorBoard: the same tags, for who keeps runs there.
+
+One job is one run: its id is kept in the dump folder, and a resumed job goes on in the run that it began. W&B drops
+what comes with a smaller step than before, as it does when a job goes on from an older checkpoint; so `step` is a value
+like any other here, and the axis of all others.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from ltx_titan.config.sections import MetricsSection
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+logger = logging.getLogger(__name__)
+
+_ID_FILE = "wandb-run-id"
+
+
+def start_wandb(settings: MetricsSection, folder: str | Path, config: Mapping[str, Any], notes: str = "") -> "Run":
+    """Starts the job's run, or goes on in it; on one rank only.
+
+    Args:
+        settings: `[metrics]`, with `wandb` other than "off".
+        folder: the dump folder: its name is the run's, and W&B's own files go below it.
+        config: the job, for W&B's table of runs.
+        notes: free text.
+
+    Raises:
+        ValueError: W&B refuses, with its reason.
+    """
+    import wandb
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run = wandb.init(
+            mode=settings.wandb,
+            project=settings.wandb_project,
+            entity=settings.wandb_entity,
+            tags=settings.wandb_tags,
+            id=_run_id(folder),
+            resume="allow",
+            name=folder.resolve().name,
+            notes=notes,
+            config=dict(config),
+            allow_val_change=True,
+            dir=folder,
+            settings=wandb.Settings(quiet=True, show_info=False),
+        )
+    except wandb.errors.Error as error:
+        raise ValueError(
+            f'metrics.wandb = "{settings.wandb}": Weights & Biases cannot start a run ({error}); set it to "offline" '
+            'to write below the dump folder, or to "off".'
+        ) from error
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    where = run.url if settings.wandb == "online" else f"offline; `wandb sync {Path(run.dir).parent}` uploads it"
+    logger.info("Weights & Biases: %s", where)
+    return run
+
+
+def end_wandb(run: "Run") -> None:
+    """Ends a run; one that an exception passes through is marked as failed there."""
+    run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
+
+
+def _run_id(folder: Path) -> str:
+    path = folder / _ID_FILE
+    if not path.exists():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(uuid4().hex[:16] + "\n")
+        temporary.rename(path)
+    return path.read_text().strip()

@@ -1,0 +1,184 @@
+"""What every command here does with files: find media, read and write tables, share work between processes.
+
+Nothing needs a process group. Under torchrun each rank takes every N-th item; what ends in one table is written by
+each rank when it is through, from what all ranks have left on disk by then, so that the last one writes the whole.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
+SOUND_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
+REFERENCE_KINDS = ("edges", "grey", "blur", "depth")
+TABLE_SUFFIXES = (".csv", ".json", ".jsonl")
+MEDIA_COLUMNS = ("video", "media_path", "audio")
+PATH_COLUMNS = (
+    *MEDIA_COLUMNS,
+    "reference_video",
+    "ref_media_path",
+    "reference_audio",
+    "video_mask",
+    "audio_mask",
+)
+
+Item = TypeVar("Item")
+Row = dict[str, Any]
+
+
+def find_media(folder: Path, suffixes: frozenset[str], recursive: bool = True) -> list[Path]:
+    """Media files of a folder by their suffix, in order of their names.
+
+    Hidden files and folders are left out, and so are references (`a_edges.mp4`) of clips that are there (`a.mp4`).
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such file or folder")
+    found = [
+        path
+        for path in (folder.rglob("*") if recursive else folder.iterdir())
+        if path.suffix.lower() in suffixes
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not found:
+        kinds = ", ".join(sorted(suffixes))
+        below = "" if recursive else "; subfolders are looked into with --recursive"
+        raise ValueError(f"{folder}: holds no media files ({kinds}){below}")
+    names = {path.with_suffix("") for path in found}
+    return sorted(path for path in found if not any(clip in names for clip in _clips_of(path)))
+
+
+def _clips_of(path: Path) -> list[Path]:
+    """The clip, without its suffix, that a file would be the reference of, going by its name."""
+    ends = [f"_{kind}" for kind in REFERENCE_KINDS]
+    return [path.with_name(path.stem.removesuffix(end)) for end in ends if path.stem.endswith(end)]
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path is a data set's table, by its suffix."""
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
+def read_table(path: Path) -> list[Row]:
+    """Rows of a .csv, .json (a list of objects) or .jsonl file, all columns kept.
+
+    Raises:
+        ValueError: there is no such file, or it is of another form.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a table, one of {', '.join(TABLE_SUFFIXES)}")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".csv":
+        return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+    try:
+        if path.suffix.lower() == ".json":
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects, one per sample")
+    return rows
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a table in the form that its suffix says; complete or not at all. Rows may lack columns."""
+    if path.suffix.lower() == ".csv":
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    elif path.suffix.lower() == ".json":
+        text = json.dumps(list(rows), ensure_ascii=False, indent=2) + "\n"
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file; complete or not at all. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_image(path: Path, frame: np.ndarray) -> None:
+    """Writes a frame [H, W, 3] as PNG; complete or not at all. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        Image.fromarray(frame).save(temporary, format="PNG")
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def media_of_row(row: Mapping[str, Any], table: Path) -> Path | None:
+    """The main file of a row: its video, or its sound where there is none; None for a row without either."""
+    value = next((row[column] for column in MEDIA_COLUMNS if row.get(column)), None)
+    return None if value is None else table.parent / str(value)
+
+
+def relative_name(path: Path, base: Path) -> str:
+    """How a table in `base` names a file: relative where the file lies below it, else the whole path."""
+    path, base = Path(os.path.abspath(path)), Path(os.path.abspath(base))
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
+
+
+def moved_row(row: Mapping[str, Any], old: Path, new: Path) -> Row:
+    """A row for a table in another folder: its paths start from there."""
+    if old.resolve() == new.resolve():
+        return dict(row)
+    return {
+        column: relative_name(old / str(value), new) if column in PATH_COLUMNS and value else value
+        for column, value in row.items()
+    }
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's place among those that torchrun started; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_share(items: Sequence[Item]) -> list[Item]:
+    """What this process does of a list: every N-th item under torchrun, all without it."""
+    rank, size = rank_and_size()
+    return list(items[rank::size])
+
+
+def own_device(device: str) -> str:
+    """The GPU of this process under torchrun: `cuda` becomes the one of its local rank."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lets one process at a time work on a file; others wait. The lock is a hidden file beside it, and stays there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def update_table(path: Path, change: Callable[[list[Row]], list[Row]]) -> None:
+    """Reads a table (none: no rows), changes it and writes it, while no other process does."""
+    with locked(path):
+        write_table(path, change(read_table(path) if path.is_file() else []))

@@ -1,0 +1,61 @@
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ltx_titan.benchmarks.random_checkpoint import make_checkpoint
+from ltx_titan.checkpoint import check_fits, read_metadata
+from ltx_titan.cli import main
+from ltx_titan.model import LTXTransformer
+from tests.benchmarks.test_block import TINY
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "tiny.json").write_text(json.dumps({"transformer": TINY | {"in_channels": 128, "num_layers": 2}}))
+    path = folder / "tiny.safetensors"
+    assert main(["make-checkpoint", "--shape", str(folder / "tiny.json"), str(path)]) == 0
+    return path
+
+
+def test_a_made_checkpoint_is_read_like_an_official_one(made):
+    metadata = read_metadata(made)
+    with torch.device("meta"):
+        model = LTXTransformer.from_config(metadata.transformer_config())
+    check_fits(model, made)
+    with safe_open(made, framework="pt") as file:
+        block = "model.diffusion_model.transformer_blocks"
+        q, k = (file.get_tensor(f"{block}.{n}.attn1.to_q.weight") for n in (0, 1))
+        assert q.dtype == torch.bfloat16
+        assert abs(q.float().std().item() * math.sqrt(q.shape[1]) - 1) < 0.2
+        assert not torch.equal(q, k)
+        assert (file.get_tensor(f"{block}.0.attn1.q_norm.weight") == 1).all()
+
+
+def test_the_full_size_has_the_official_names_and_bytes(tmp_path, monkeypatch):
+    """Of the whole 38 GB only the header is looked at: writing is stopped at the check of free space."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    with pytest.raises(ValueError, match=r"needs 37,97\d,\d{3},\d{3} bytes"):
+        make_checkpoint(tmp_path / "full.safetensors", "ltx-2.3-22b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_load_benchmark_writes_a_row_per_state_of_the_page_cache(made, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "ltx_titan.benchmarks.load", str(made), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cold, warm = (json.loads(line) for line in out.read_text().splitlines())
+    assert (cold["page_cache"], warm["page_cache"]) == ("cold", "warm")
+    assert warm["cached_before_load"] == 1.0
+    for row in (cold, warm):
+        assert row["load_s"] >= max(rank["load_s"] for rank in row["ranks"]) > 0
+        assert row["read_once_s"] > 0
+        assert 0 < row["ranks"][1]["host_gib"] < 8
+        assert row["weights_per_rank_gib"] * 2**30 == pytest.approx(made.stat().st_size, rel=0.3)  # 2 ranks, 4 bytes

@@ -1,0 +1,3 @@
+from tests.console import console, one_thread
+
+__all__ = ["console", "one_thread"]

@@ -1,0 +1,107 @@
+"""run_train.sh as a cluster uses it: two nodes on loopback, the signal before the end of a job's time, a dead node."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from ltx_titan.checkpoint import latest_complete
+from tests.jobs import curve, read_run, train, write_job
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT_S = 240
+
+pytestmark = pytest.mark.distributed
+
+
+def start(job: Path, *overrides: str, log: Path, **environment: object) -> subprocess.Popen:
+    """One node's launcher."""
+    settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": 1, **environment}
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [ROOT / "run_train.sh", job, *overrides],
+            env=os.environ | {key: str(value) for key, value in settings.items()},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@contextmanager
+def two_nodes(job: Path, *overrides: str) -> Iterator[list[subprocess.Popen]]:
+    """Two launchers of two ranks each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"NGPU": 2, "NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    nodes = [start(job, *overrides, log=log_of(job, n), NODE_RANK=n, **common) for n in (0, 1)]
+    try:
+        yield nodes
+    finally:
+        for node in nodes:
+            kill_all(node)
+
+
+def log_of(job: Path, node: int) -> Path:
+    return job.parent / f"node-{node}.log"
+
+
+def kill_all(node: subprocess.Popen) -> None:
+    """A node without power: launcher and workers end at once."""
+    try:
+        processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        processes = []
+    for process in processes:
+        process.kill()
+    node.wait()
+
+
+def wait_for_step(job: Path) -> None:
+    metrics, deadline = job.parent / "run" / "metrics.jsonl", time.monotonic() + TIMEOUT_S
+    while not (metrics.is_file() and metrics.read_text()):
+        assert time.monotonic() < deadline, log_of(job, 0).read_text()[-3000:]
+        time.sleep(0.2)
+
+
+def test_two_nodes_train_like_one(tmp_path, nano_path, data_root):
+    settings = {"training__steps": 3, "checkpoint__enable": False}
+    expected = curve(train(write_job(tmp_path / "one", nano_path, data_root, **settings), 4))
+    job = write_job(tmp_path / "two", nano_path, data_root, **settings)
+    with two_nodes(job) as nodes:
+        codes = [node.wait(TIMEOUT_S) for node in nodes]
+    assert codes == [0, 0], log_of(job, 0).read_text()[-3000:] + log_of(job, 1).read_text()[-3000:]
+    torch.testing.assert_close(torch.tensor(curve(read_run(job))), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_a_dead_node_ends_the_other_with_a_reason(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=100_000, checkpoint__enable=False)
+    with two_nodes(job) as nodes:
+        wait_for_step(job)
+        kill_all(nodes[1])
+        assert nodes[0].wait(TIMEOUT_S) != 0
+    log = log_of(job, 0).read_text()
+    assert "closed by peer" in log or "reset by peer" in log, log[-3000:]
+    assert "that one's node has the reason" in log
+
+
+def test_the_signal_before_the_end_saves_and_ends(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=100_000)
+    node = start(job, log=log_of(job, 0), NGPU=2)
+    try:
+        wait_for_step(job)
+        node.send_signal(signal.SIGUSR1)
+        assert node.wait(TIMEOUT_S) == 0, log_of(job, 0).read_text()[-3000:]
+    finally:
+        kill_all(node)
+    lines = read_run(job)
+    assert latest_complete(tmp_path / "run" / "checkpoint").name == f"step-{lines[-1]['step']}"
+    assert "stopped by a signal" in log_of(job, 0).read_text()
