@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ltx_titan.codecs import (
     AudioCodec,
+    TextEncoder,
     VideoCodec,
     load_audio_codec,
     load_feature_extractor,
@@ -25,7 +26,8 @@ from ltx_titan.codecs import (
 )
 from ltx_titan.data.layout import Fields
 from ltx_titan.media import Sound
-from ltx_titan.preprocess.captions import TextModels, text_fields
+from ltx_titan.model import FeatureExtractor
+from ltx_titan.preprocess.captions import text_fields
 from ltx_titan.preprocess.sounds import absent_audio_fields, audio_fields
 from ltx_titan.preprocess.videos import latent_fields
 
@@ -73,9 +75,9 @@ class Encoders:
     def text(self, caption: str) -> Fields:
         """Fields of `conditions/`: features, before the text connectors."""
         with self._turn():
-            models = self._text_models
-            with _on_device(models.encoder.model, self._device) if self._files.offload_text_encoder else nullcontext():
-                return text_fields(caption, models)
+            encoder, extractor = self._text_models
+            with _on_device(encoder.model, self._device) if self._files.offload_text_encoder else nullcontext():
+                return text_fields(caption, encoder, extractor)
 
     @cached_property
     def _device(self) -> torch.device:
@@ -101,11 +103,10 @@ class Encoders:
         return load_audio_codec(self._files.audio_vae or self._files.checkpoint, self._device, part="encoder")
 
     @cached_property
-    def _text_models(self) -> TextModels:
+    def _text_models(self) -> tuple[TextEncoder, FeatureExtractor]:
         home = torch.device("cpu") if self._files.offload_text_encoder else self._device
         encoder = load_text_encoder(self._files.text_encoder, home, self._dtype)
-        extractor = load_feature_extractor(self._files.checkpoint, encoder, self._device, self._dtype)
-        return TextModels(encoder, extractor, None)
+        return encoder, load_feature_extractor(self._files.checkpoint, encoder, self._device, self._dtype)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
