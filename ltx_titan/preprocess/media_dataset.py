@@ -73,12 +73,12 @@ class _Clip:
 
     row: Row
     bucket: Bucket
-    fps: float
+    fps: Fraction
     has_sound: bool
 
     @property
     def duration_s(self) -> float:
-        return self.bucket.frames / self.fps
+        return float(self.bucket.frames / self.fps)
 
 
 class MediaDataset:
@@ -206,7 +206,7 @@ class MediaDataset:
                 return self._encoders.text(self._caption(clip.row))
             case "video_latents":
                 pixels = _reading(path, lambda: _read_pixels(path, clip.bucket))
-                return self._encoders.video(pixels, clip.fps)
+                return self._encoders.video(pixels, float(clip.fps))
             case _:
                 own = clip.row.audio or path
                 sound = _reading(own, lambda: read_sound(own)) if clip.has_sound else None
@@ -224,7 +224,7 @@ class MediaDataset:
             made_from = (self._caption(clip.row),)
         else:
             path = clip.row.audio or clip.row.media if key == "audio_latents" else clip.row.media
-            made_from = (str(path.resolve()), _stamp(path), str(clip.bucket), clip.fps, clip.has_sound)
+            made_from = (str(path.resolve()), _stamp(path), str(clip.bucket), str(clip.fps), clip.has_sound)
         return hashlib.sha256(repr((key, made_from, self._stamps[key])).encode()).hexdigest()
 
     def _find_clips(self) -> list[_Clip]:
@@ -255,7 +255,7 @@ class MediaDataset:
             except MediaError as error:
                 rejected.append((str(row.media), error.reason))
                 continue
-            clips.append(_Clip(row, bucket, float(Fraction(header.fps)), header.has_sound or row.audio is not None))
+            clips.append(_Clip(row, bucket, Fraction(header.fps), header.has_sound or row.audio is not None))
         if rejected:
             examples = "; ".join(f"{item}: {reason}" for item, reason in rejected[:_EXAMPLES])
             more = "; ..." if len(rejected) > _EXAMPLES else ""
@@ -281,7 +281,7 @@ class MediaDataset:
             "video_latents": {
                 "latents": torch.empty(VIDEO_CHANNELS, *size, device="meta"),
                 **dict(zip(("num_frames", "height", "width"), size, strict=True)),
-                "fps": clip.fps,
+                "fps": float(clip.fps),
             },
             "audio_latents": sound if clip.has_sound else {**sound, "present": False},
             "conditions": {
