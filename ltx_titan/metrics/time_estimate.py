@@ -12,22 +12,23 @@ from ltx_titan.metrics.flops import layer_flops, outside_flops, training_flops
 from ltx_titan.metrics.hardware import Gpu, bus_bandwidth
 from ltx_titan.metrics.workload import Setup, Workload
 
-MEMORY_BOUND_UNITS = {True: 235.0, False: 1130.0}
+MEMORY_BOUND_UNITS = {True: 190.0, False: 1130.0}
 """Traffic of a block's memory-bound operations, forward and backward, in units of one value per token and column, read
-or written. Compiled: a lean compiled peer's layer without its products and attention took 2.6 ms at 4,032 and 10.3 ms
-at 16,128 tokens of 4,096 columns at 3.0 TB/s. Not compiled: counted over the operations of our block."""
+or written. Compiled, with the fused kernels: a layer without its products and attention took 2.3 ms at 4,032 and 8.2 ms
+at 16,128 tokens of 4,096 columns at 3.0 TB/s (docs/benchmarks). Not compiled: counted over the operations of our block.
+"""
 FLOAT8_UNITS = 190.0
 """Quantising for float8 products: 2.8 ms a layer more at 4,032 and 7.8 ms at 16,128 tokens (tensorwise)."""
 FORWARD_SHARE = 0.36
 """Of the memory-bound traffic."""
-HOST_CALL_S = 9e-3
-"""Host time for one compiled block's forward, recomputation or backward: a peer's on four H200s (with the next)."""
+HOST_CALL_S = 4e-3
+"""Host time for one compiled block's forward, recomputation or backward: 7.4 ms for two (docs/benchmarks, H100)."""
 HOST_FSDP_S = 12e-3
-"""Host time of FSDP2 per block and step. Both fit 30 ms without and 39 ms with checkpointing at 4,032 tokens."""
+"""Host time of FSDP2 per block and step: what 0.299 s for 12 layers of 4,032 tokens on two H100s leave."""
 EAGER_HOST_S = 11e-3
 """Host time for one block's pass that is not compiled: a few hundred launches. Assumed."""
-CONTENTION = 1.08
-"""Computation beside FSDP2's collectives: 5.96 s against 5.5 s from the same layers on one GPU (four H200s)."""
+CONTENTION = 1.04
+"""Computation beside FSDP2's collectives: none was seen on two H100s, 1.08 of a peer's on four H200s."""
 UPDATE_BYTES = {"adamw": 28.0, "adamw8bit": 18.0, "adamw4bit": 16.0, "muon": 60.0, "adafactor": 24.0}
 """Read and written per trained weight and step: weight, gradient and state."""
 CLIP_BYTES = 12.0
@@ -139,7 +140,8 @@ def _recomputed(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, ...]:
 
 def _host(setup: Setup) -> float:
     """Host seconds of one block and micro-batch."""
-    passes = 2 + setup.recomputed_share()
+    # Selective recomputation is part of the compiled backward pass, or of the eager one's launches.
+    passes = 2 + (0.0 if setup.recompute == "selective" and setup.compile else setup.recomputed_share())
     return passes * (HOST_CALL_S if setup.compile else EAGER_HOST_S) + (HOST_FSDP_S if setup.gpus > 1 else 0.0)
 
 
