@@ -14,6 +14,7 @@ import torch
 from ltx_titan.config import Degrees, JobConfig, build_job, read_tables
 from ltx_titan.data import ShapeKey, token_counts
 from ltx_titan.lora import apply_lora
+from ltx_titan.lora.quantized import QuantizedLinear
 from ltx_titan.metrics.estimate import Estimate, estimate, search
 from ltx_titan.metrics.hardware import GIB, GPUS, Gpu
 from ltx_titan.metrics.memory_estimate import RESERVE, SLACK
@@ -74,6 +75,7 @@ def make_workload(plan: Plan) -> Workload:
         largest=largest[:2],
         global_batch_size=job.training.global_batch_size,
         itemsize={"bfloat16": 2, "float32": 4}[job.training.dtype],
+        quantised=sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)),
         optimizer=job.optimizer.name,
         offload_state=job.optimizer.offload_state,
         in_backward=job.optimizer.in_backward,
@@ -185,6 +187,7 @@ def assumptions(gpu: Gpu, setup: Setup) -> list[str]:
         f"{gpu.gpus_per_node} GPUs a node, ranks filling one after the other; tp innermost, then FSDP2, then replicas",
         f"needed = {SLACK} x peak + {RESERVE / GIB:.1f} GiB for CUDA, NCCL and cuBLAS; validation is not counted",
         "samples are of the usual size for time, of the largest for memory; no data, checkpoint or logging stalls",
+        "against nine measured runs on H100s (docs/benchmarks): peak within 6 %, step time within 13 %",
     ]
     if not setup.compile:
         lines.append("blocks are not compiled: set compile.enable = true")

@@ -88,6 +88,7 @@ class Workload:
         largest: (video, audio) tokens of the largest sample, which decides memory.
         global_batch_size: samples in an optimizer step.
         itemsize: bytes of the compute dtype.
+        quantised: weights of a block that are kept in 8 or 4 bits.
         optimizer: name of the update rule.
         offload_state, in_backward, ema: as in `[optimizer]`.
     """
@@ -106,6 +107,7 @@ class Workload:
     largest: tuple[int, int]
     global_batch_size: int
     itemsize: int = 2
+    quantised: int = 0
     optimizer: str = "adamw"
     offload_state: bool = False
     in_backward: bool = False
