@@ -88,14 +88,16 @@ def model_layers(plan: Plan) -> int:
     return plan.source.config["transformer"].get("num_layers", 48)
 
 
-def make_setup(job: JobConfig, degrees: Degrees) -> Setup:
-    """How a job runs on a mesh."""
+def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
+    """How a job runs on a mesh of a kind of GPU."""
+    backend = job.kernels.backend
     return Setup(
         degrees=degrees,
         recompute=job.activation_checkpoint.mode,
         k=job.activation_checkpoint.k or 1,
         local_batch_size=job.training.local_batch_size,
         compile=job.compile.enable,
+        kernels=backend == "triton" or (backend == "auto" and gpu in ("h100", "h200")),
         float8=job.float8.recipe,
         float8_all_gather=job.float8.all_gather,
         offload_activations=job.activation_checkpoint.offload,
@@ -234,10 +236,14 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[
     if plan is None:
         # The mesh is what is searched for; one rank takes any batch.
         neutral = {**tables, "parallelism": {}, "training": {**tables.get("training", {}), "local_batch_size": 1}}
+        mesh = Degrees(dp_shard=arguments.gpus)
         neutral_plan = plan_job(build_job(neutral, str(arguments.job), origins), 1)
-        work, setup = make_workload(neutral_plan), make_setup(neutral_plan.job, Degrees(dp_shard=arguments.gpus))
+        work, setup = (
+            make_workload(neutral_plan),
+            make_setup(neutral_plan.job, mesh, gpu.name),
+        )
     else:
-        work, setup = make_workload(plan), make_setup(plan.job, plan.degrees)
+        work, setup = make_workload(plan), make_setup(plan.job, plan.degrees, gpu.name)
         found = estimate(work, setup, gpu)
         print(f"{arguments.job}: a prediction, not a measurement\n")
         print("\n".join(report(work, found)))

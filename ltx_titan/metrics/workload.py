@@ -151,6 +151,7 @@ class Setup:
         k: one block in `k` is recomputed (`every_k`).
         local_batch_size: samples in a forward.
         compile: blocks are compiled.
+        kernels: norms and modulation are fused kernels, which pick a token's timestep without writing it out.
         float8: recipe, or "none".
         float8_all_gather: weights travel as float8.
         offload_activations: inputs of recomputed blocks wait in host memory.
@@ -162,6 +163,7 @@ class Setup:
     k: int = 1
     local_batch_size: int = 1
     compile: bool = False
+    kernels: bool = False
     float8: str = "none"
     float8_all_gather: bool = False
     offload_activations: bool = False
