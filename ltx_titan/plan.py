@@ -6,10 +6,11 @@ Everything that can be wrong with a job is found here, before a process group is
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from ltx_titan.checkpoint import CONNECTORS, check_fits, scale_factors, unused_by
+from ltx_titan.checkpoint import CONNECTORS, check_fits, read_metadata, refuse_quantized, scale_factors, unused_by
 from ltx_titan.checkpoint.source import ModelSource, read_source
 from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
@@ -22,7 +23,10 @@ from ltx_titan.parallel.limits import check_parallelism
 
 logger = logging.getLogger(__name__)
 
-Dataset = PrecomputedDataset | SyntheticDataset
+if TYPE_CHECKING:
+    from ltx_titan.preprocess.media_dataset import MediaDataset
+
+Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset"
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     degrees = check_world(job, world_size)
     model = job.model
     source = read_source(model.checkpoint_path if model.init == "checkpoint" else None, model.shape, model.num_layers)
+    if source.path is not None and model.mode == "full":
+        refuse_quantized(read_metadata(source.path))
     modalities = _modalities(job)
     architecture = build_transformer(source, modalities).config  # on the meta device: names and shapes fit the file
     check_parallelism(
@@ -150,6 +156,11 @@ def _open_dataset(
 ) -> Dataset:
     if job.data.source == "precomputed":
         return PrecomputedDataset(job.data.root, strategy.sources)
+    if job.data.source == "media":
+        # Here, not above: it brings the encoders' libraries along, which other jobs do without.
+        from ltx_titan.preprocess.media_dataset import MediaDataset
+
+        return MediaDataset(job.data.media, strategy.sources, job.model.checkpoint_path)
     return SyntheticDataset(
         strategy.sources,
         **job.data.synthetic.model_dump(),

@@ -7,6 +7,7 @@ from ltx_titan.checkpoint.metadata import CheckpointMetadata, read_metadata, sca
 from ltx_titan.checkpoint.names import CONNECTORS, TEXT_PROJECTION, TRANSFORMER, Component, stream_of, unused_by
 from ltx_titan.checkpoint.shapes import released_config
 from ltx_titan.checkpoint.state import TrainingState, load_state, save_state
+from ltx_titan.checkpoint.stored import StoredWeight, quantized_forms, refuse_quantized, stored_weights
 from ltx_titan.checkpoint.tensors import module_tensors, official_name, plain_tensor
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointMetadata",
     "Component",
     "ExportTensor",
+    "StoredWeight",
     "TrainingState",
     "check_fits",
     "export_safetensors",
@@ -28,12 +30,15 @@ __all__ = [
     "module_tensors",
     "official_name",
     "plain_tensor",
+    "quantized_forms",
     "read_metadata",
     "read_trainer_state",
+    "refuse_quantized",
     "released_config",
     "save_state",
     "scale_factors",
     "step_folder",
+    "stored_weights",
     "stream_of",
     "unused_by",
 ]

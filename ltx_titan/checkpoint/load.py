@@ -3,7 +3,7 @@
 The model was built on the meta device, parallelised and materialised; its parameters are plain tensors or DTensors of
 any Shard and Replicate placements. Each rank reads only the box of each tensor that it holds, straight from the
 memory-mapped file, and casts it while copying. So no rank and no host ever holds the model twice, and starting on 64
-ranks reads the file once per replica.
+ranks reads the file once per replica. Quantised files (see `stored`) are dequantised on the way, on the device.
 
 Every mismatch is found from the header first and reported together, before any weight is read.
 """
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ltx_titan.checkpoint.metadata import CheckpointMetadata, TensorInfo, read_metadata
+from ltx_titan.checkpoint.metadata import CheckpointMetadata, read_metadata
 from ltx_titan.checkpoint.names import TRANSFORMER, Component
+from ltx_titan.checkpoint.stored import StoredWeight, stored_weights
 from ltx_titan.checkpoint.tensors import module_tensors
 
 Rename = Callable[[str], str | None]
-_LOADABLE = ("F64", "F32", "F16", "BF16")
 _LISTED = 10
 
 
@@ -31,8 +31,7 @@ _LISTED = 10
 class _Read:
     """One tensor to fill: where it is in the file and what receives it."""
 
-    key: str
-    info: TensorInfo
+    weight: StoredWeight
     target: Tensor
 
 
@@ -66,19 +65,16 @@ def load_parameters(
             `names.unused_by`.
 
     Raises:
-        ValueError: tensors are missing, left over, of another shape or of a dtype that cannot be cast; all are listed.
+        ValueError: tensors are missing, left over, of another shape or kept in a form that cannot be read; all are
+            listed.
     """
     reads = _plan(module, read_metadata(path), component, rename, allow_unused)
     with torch.no_grad(), safe_open(path, framework="pt", device="cpu") as file:
         # In file order: each rank then walks through the pages once, forwards.
-        for read in sorted(reads, key=lambda read: read.info.start):
+        for read in sorted(reads, key=lambda read: read.weight.start):
             local, box = _local_box(read.target)
-            if local.numel() == 0:
-                continue
-            if box:
-                local.copy_(file.get_slice(read.key)[box])
-            else:
-                local.copy_(file.get_tensor(read.key))
+            if local.numel() > 0:
+                local.copy_(read.weight.read(file, box, local.device))
 
 
 def check_fits(
@@ -106,37 +102,32 @@ def _plan(
     rename: Rename,
     allow_unused: Callable[[str], bool],
 ) -> list[_Read]:
-    in_file = {name: key for key in metadata.tensors if (name := component.module_name(key)) is not None}
+    stored = stored_weights(metadata)
+    in_file = {name: weight for key, weight in stored.items() if (name := component.module_name(key)) is not None}
     targets: dict[str, Tensor] = {}
     for name, tensor in module_tensors(module).items():
         if (official := rename(name)) is not None:
             assert official not in targets, f"two tensors of the model are called '{official}'"
             targets[official] = tensor
-    infos = {name: metadata.tensors[key] for name, key in in_file.items()}
 
     shared = [name for name in targets if name in in_file]
-    unsupported = [name for name in shared if infos[name].dtype not in _LOADABLE]
-    # A quantised file has scales beside its weights; they follow from the dtype and would only lengthen the list.
-    unexpected = [
-        name
-        for name in in_file
-        if name not in targets and not allow_unused(name) and not (unsupported and name.endswith("_scale"))
-    ]
     problems = (
         _listing("missing from the file", (name for name in targets if name not in in_file)),
-        _listing("in the file without a place in the model", unexpected),
+        _listing(
+            "in the file without a place in the model",
+            (name for name in in_file if name not in targets and not allow_unused(name)),
+        ),
         _listing(
             "of another shape",
             (
-                f"{name} (model {list(targets[name].shape)}, file {list(infos[name].shape)})"
+                f"{name} (model {list(targets[name].shape)}, file {list(in_file[name].shape)})"
                 for name in shared
-                if tuple(targets[name].shape) != infos[name].shape
+                if tuple(targets[name].shape) != in_file[name].shape and not in_file[name].problem
             ),
         ),
         _listing(
-            f"of an unsupported dtype; quantised files cannot be trained from, use the bf16 release (expected one of "
-            f"{', '.join(_LOADABLE)})",
-            (f"{name} ({infos[name].dtype})" for name in unsupported),
+            "in a form that cannot be read; use the official release",
+            (f"{name} {in_file[name].problem}" for name in shared if in_file[name].problem),
         ),
     )
     found = [problem for problem in problems if problem]
@@ -146,7 +137,7 @@ def _plan(
             + "\n".join(found)
             + "\nIs the model config the one in this file's metadata?"
         )
-    return [_Read(in_file[name], infos[name], targets[name]) for name in shared]
+    return [_Read(in_file[name], targets[name]) for name in shared]
 
 
 def _listing(what: str, names: Iterable[str]) -> str:

@@ -129,7 +129,7 @@ def scale_factors(config: dict[str, Any]) -> tuple[int, int, int]:
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header's JSON object and the offset at which tensor data starts."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint file. Check model.checkpoint_path.")
+        raise ValueError(f"{path}: no such file; expected a checkpoint (.safetensors), correct the path.")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

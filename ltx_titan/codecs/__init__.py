@@ -1,8 +1,15 @@
+from ltx_titan.checkpoint.metadata import scale_factors as video_scale_factors
 from ltx_titan.codecs.audio_vae import AudioCodec, load_audio_codec
 from ltx_titan.codecs.single_file import SingleFile, open_single_file
-from ltx_titan.codecs.text_encoder import TextEncoder, load_feature_extractor, load_text_encoder, text_encoder_config
+from ltx_titan.codecs.text_encoder import (
+    TextEncoder,
+    load_feature_extractor,
+    load_text_encoder,
+    text_encoder_config,
+    text_feature_widths,
+)
 from ltx_titan.codecs.text_precision import TextPrecision, quantize_text_encoder
-from ltx_titan.codecs.video_vae import VideoCodec, load_video_codec, video_scale_factors
+from ltx_titan.codecs.video_vae import VideoCodec, load_video_codec
 from ltx_titan.codecs.vocoder import Vocoder, load_vocoder
 
 __all__ = [
@@ -20,5 +27,6 @@ __all__ = [
     "open_single_file",
     "quantize_text_encoder",
     "text_encoder_config",
+    "text_feature_widths",
     "video_scale_factors",
 ]

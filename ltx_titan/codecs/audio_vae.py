@@ -136,7 +136,9 @@ def load_audio_codec(
     with torch.device("meta"):
         vae = AutoencoderKLLTX2Audio(**arguments)
     names = {key: f"{prefix}per_channel_statistics.{key}-of-means" for key in ("mean", "std")}
-    tensors = read_tensors(file, names.values())
+    bins = arguments["mel_bins"] // 2 ** (len(arguments["ch_mult"]) - 1)
+    packed = (arguments["latent_channels"] * bins,)
+    tensors = read_tensors(file, dict.fromkeys(names.values(), packed), device)
     statistics = {key: tensors[name].float() for key, name in names.items()}
     # The class sizes these buffers by its base width, which equals 128 in the published models only.
     vae.latents_mean, vae.latents_std = statistics["mean"], statistics["std"]
@@ -146,9 +148,9 @@ def load_audio_codec(
             continue
         module = getattr(vae, half)
         stored = {name: f"{prefix}{half}.{name}" for name in module.state_dict()}
-        load_strictly(module, file, stored, covers=(f"{prefix}{half}.",), dtype=torch.float32)
-    vae = vae.requires_grad_(False).eval().to(device)
-    mean, std = (packed_statistics(statistics[key], arguments["latent_channels"]).to(device) for key in ("mean", "std"))
+        load_strictly(module, file, stored, covers=(f"{prefix}{half}.",), dtype=torch.float32, device=device)
+    vae.requires_grad_(False).eval()
+    mean, std = (packed_statistics(statistics[key], arguments["latent_channels"]) for key in ("mean", "std"))
     return AudioCodec(vae, mean, std, mel_settings(section))
 
 

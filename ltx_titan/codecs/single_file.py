@@ -1,10 +1,10 @@
-"""The official single-file layout: one safetensors file whose metadata says what is in it.
+"""Codecs in the official layout: one safetensors file, or a split pack of several, whose metadata says what is in it.
 
 Every codec is loaded the same way. Its constructor arguments are derived from the metadata object `config`; the names
 of its parameters are translated into the names in the file (module to file, never the other way, so that one map
 serves loading, writing and checking); and the weights are loaded strictly. A misspelled prefix passes a non-strict
 load in silence and leaves layers at their random values, so missing and left-over tensors are one error that names
-them.
+them. All of that is found from the header, before any weight is read; on the device `meta` nothing else is done.
 """
 
 import json
@@ -15,23 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
+
+from ltx_titan.checkpoint.metadata import CheckpointMetadata, read_metadata
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What the header of a checkpoint file says.
+    """What the header of a checkpoint file says, as codecs ask for it.
 
     Attributes:
-        path: the file.
-        config: the metadata object `config`; a section that the file does not hold is absent or None.
+        metadata: the header.
         names: names of all tensors.
     """
 
-    path: Path
-    config: dict[str, Any]
+    metadata: CheckpointMetadata
     names: frozenset[str]
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.metadata.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The metadata object `config`; a section that the file does not hold is absent or empty."""
+        return self.metadata.config
 
     def section(self, name: str, component: str) -> dict[str, Any]:
         """Section `name` of the config, for instance `vae`.
@@ -53,42 +63,52 @@ class SingleFile:
         return prefix if any(name.startswith(prefix) for name in self.names) else ""
 
 
+def open_header(path: str | Path) -> SingleFile:
+    """Read the header of a file that need not have a `config`, such as a packed text encoder.
+
+    Raises:
+        ValueError: the path is no whole safetensors file.
+    """
+    metadata = read_metadata(path)
+    return SingleFile(metadata, frozenset(metadata.tensors))
+
+
 def open_single_file(path: str | Path) -> SingleFile:
     """Read the header of a checkpoint, no tensor.
 
     Raises:
-        ValueError: the path is no safetensors file, or its metadata has no readable `config`.
+        ValueError: the path is no whole safetensors file, or its metadata has no readable `config`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a .safetensors checkpoint in the official layout")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata, names = handle.metadata() or {}, frozenset(handle.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); download or write it again") from error
-    try:
-        config = json.loads(metadata["config"])
-    except (KeyError, json.JSONDecodeError) as error:
+    file = open_header(path)
+    if not file.config:
         raise ValueError(
-            f"{path}: its metadata has no JSON object 'config' (found keys {sorted(metadata)}); the sizes of a model "
-            "are read from there, so use the official file rather than a converted one"
-        ) from error
-    return SingleFile(path, config, names)
+            f"{path}: its metadata has no JSON object 'config' (found keys {sorted(file.metadata.raw)}); the sizes of "
+            "a model are read from there, so use the official file rather than a converted one"
+        )
+    return file
 
 
-def read_tensors(file: SingleFile, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read some tensors to the CPU, in the dtype they are stored in.
+def read_tensors(
+    file: SingleFile, shapes: Mapping[str, tuple[int, ...]], device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """Read some tensors in the dtype they are stored in.
+
+    Args:
+        file: the checkpoint.
+        shapes: name in the file -> the shape that it must have there.
+        device: where they go; on `meta` they have no values.
 
     Raises:
-        ValueError: one of them is not in the file.
+        ValueError: one of them is not in the file, or has another shape.
     """
-    names = list(names)
-    missing = sorted(set(names) - file.names)
+    missing = sorted(set(shapes) - file.names)
     if missing:
-        raise ValueError(f"{file.path}: lacks {_some(missing)}; the file is incomplete or of another layout")
+        raise ValueError(f"{file.path}: lacks {some(missing)}; the file is incomplete or of another layout")
+    check_shapes(file, shapes)
+    if torch.device(device).type == "meta":
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with safe_open(file.path, framework="pt") as handle:
-        return {name: handle.get_tensor(name) for name in names}
+        return {name: handle.get_tensor(name).to(device) for name in shapes}
 
 
 def load_strictly(
@@ -97,8 +117,9 @@ def load_strictly(
     names: Mapping[str, str],
     covers: tuple[str, ...],
     dtype: torch.dtype,
+    device: str | torch.device = "cpu",
 ) -> None:
-    """Fill `module`, which may sit on the meta device, with weights cast to `dtype`, on the CPU.
+    """Fill `module`, which may sit on the meta device, with weights cast to `dtype`.
 
     Args:
         module: receives the weights; they replace its own tensors.
@@ -106,34 +127,57 @@ def load_strictly(
         names: name in `module.state_dict()` -> name in the file, for every entry of the state dict.
         covers: prefixes of the file whose tensors must all be used.
         dtype: what floating-point weights are cast to.
+        device: where the weights go; `meta` checks the file and reads nothing.
 
     Raises:
         ValueError: a tensor is missing, left over, or of another shape than the metadata promises.
     """
     own = module.state_dict()
     assert own.keys() == names.keys()
-    expected = set(names.values())
-    missing = sorted(expected - file.names)
-    left_over = sorted(name for name in file.names - expected if name.startswith(covers))
-    if missing or left_over:
-        raise ValueError(
-            f"{file.path}: weights do not match the metadata: missing {_some(missing)}; not expected "
-            f"{_some(left_over)}; the file is damaged, or of a layout this version does not know"
-        )
+    check_names(file, set(names.values()), covers)
+    check_shapes(file, {stored: tuple(own[name].shape) for name, stored in names.items()})
+    if torch.device(device).type == "meta":
+        return
     weights = {}
     with safe_open(file.path, framework="pt") as handle:
         for name, stored in names.items():
             tensor = handle.get_tensor(stored)
-            if tensor.shape != own[name].shape:
-                raise ValueError(
-                    f"{file.path}: tensor {stored} has shape {list(tensor.shape)}, the metadata config asks for "
-                    f"{list(own[name].shape)}"
-                )
-            weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            weights[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     module.load_state_dict(weights, strict=True, assign=True)
 
 
-def _some(names: list[str], limit: int = 6) -> str:
+def check_names(file: SingleFile, expected: set[str], covers: tuple[str, ...]) -> None:
+    """Check that a file has all `expected` tensors and no other ones below the prefixes `covers`.
+
+    Raises:
+        ValueError: with the names.
+    """
+    missing = sorted(expected - file.names)
+    left_over = sorted(name for name in file.names - expected if name.startswith(covers))
+    if missing or left_over:
+        raise ValueError(
+            f"{file.path}: weights do not match the metadata: missing {some(missing)}; not expected "
+            f"{some(left_over)}; the file is damaged, or of a layout this version does not know"
+        )
+
+
+def check_shapes(file: SingleFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that tensors have the shapes that the metadata asks for.
+
+    Raises:
+        ValueError: with the first that has not.
+    """
+    for name, expected in shapes.items():
+        found = file.metadata.tensors[name].shape
+        if found != expected:
+            raise ValueError(
+                f"{file.path}: tensor {name} has shape {list(found)}, the metadata config asks for {list(expected)}"
+            )
+
+
+def some(names: Iterable[str], limit: int = 6) -> str:
+    """`names` for a message: how many, and the first few."""
+    names = list(names)
     if not names:
         return "none"
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

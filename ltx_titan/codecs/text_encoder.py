@@ -1,4 +1,7 @@
-"""Captions to text features: Gemma 3 through transformers, then the projection of the checkpoint.
+"""Captions to text features: Gemma through transformers, then the projection of the checkpoint.
+
+LTX-2 and LTX-2.3 go with Gemma 3, a folder; LTX-2.5 with a Gemma 4 of its own, one file that also holds the projection.
+A checkpoint says which; another model's features would mean nothing to it.
 
 Gemma runs as a bare language model. The states of all its layers are kept, L + 1 of them: the scaled token
 embeddings, the outputs of all layers but the last, and the output of the last after the final norm. The checkpoint's
@@ -10,8 +13,10 @@ on the left. Padding takes no compute here: a real token's states do not depend 
 caption of the batch and the padded rows are zeros, which the feature extractor ignores.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +26,13 @@ from transformers import (
     Gemma3Model,
     Gemma3TextModel,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from ltx_titan.codecs.single_file import load_strictly, open_single_file
+from ltx_titan.checkpoint.metadata import CheckpointMetadata
+from ltx_titan.codecs.packed_gemma import load_packed_model, load_packed_tokenizer, open_packed_gemma
+from ltx_titan.codecs.single_file import load_strictly, open_header, open_single_file
 from ltx_titan.model import FeatureExtractor
 
 MAX_TOKENS = 1024
@@ -38,11 +46,15 @@ class TextEncoder:
         model: the language model, without vision tower or head.
         tokenizer: its tokenizer.
         max_tokens: length that captions are cut and padded to.
+        version: which tuning of Gemma 4 it is; None for Gemma 3, and where its file does not say.
+        projection_path: the packed file that also holds the text projection; None where the checkpoint has it.
     """
 
-    model: Gemma3TextModel
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int = MAX_TOKENS
+    version: str | None = None
+    projection_path: Path | None = None
 
     @property
     def dimensions(self) -> dict[str, int]:
@@ -80,47 +92,124 @@ class TextEncoder:
         return hidden_states, torch.nn.functional.pad(mask, (before, 0))
 
 
-def text_encoder_config(folder: str | Path) -> PretrainedConfig:
-    """Read and check the configuration of a Gemma 3 folder, no weights.
+def text_encoder_config(path: str | Path) -> PretrainedConfig:
+    """Read and check the configuration of a text encoder, no weights.
+
+    Args:
+        path: a folder of Gemma 3, or the packed file of LTX-2.5.
 
     Raises:
-        ValueError: the folder holds no Gemma 3 model.
+        ValueError: it is neither.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    path = Path(path)
+    if path.is_file():
+        return open_packed_gemma(path).config
+    if not (path / "config.json").is_file():
         raise ValueError(
-            f"{folder}: no config.json in it; expected a local folder of Gemma 3 as transformers saves it "
-            "(the published one is google/gemma-3-12b-it-qat-q4_0-unquantized)"
+            f"{path}: no config.json in it; expected a local folder of Gemma 3 as transformers saves it (the published "
+            "one is google/gemma-3-12b-it-qat-q4_0-unquantized), or the packed text encoder file of LTX-2.5"
         )
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
     if config.model_type not in ("gemma3", "gemma3_text"):
         raise ValueError(
-            f"{folder}: model_type is {config.model_type!r}, expected 'gemma3' or 'gemma3_text': LTX-2 and LTX-2.3 "
-            "were trained with Gemma 3, and features of another model mean nothing to them"
+            f"{path}: model_type is {config.model_type!r}, expected 'gemma3' or 'gemma3_text': LTX-2 and LTX-2.3 "
+            "were trained with Gemma 3, LTX-2.5 with a Gemma 4 of its own, which comes as one packed file; features of "
+            "another model mean nothing to them"
         )
     return config
 
 
 def load_text_encoder(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> TextEncoder:
-    """Load Gemma 3 from a local folder in the transformers layout; nothing is downloaded.
+    """Load a text encoder from local files; nothing is downloaded.
 
     Args:
-        folder: with `config.json`, weights and tokenizer files; of the whole model or of its language model.
-        device: where it runs.
+        path: a folder of Gemma 3 in the transformers layout (`config.json`, weights and tokenizer files; of the whole
+            model or of its language model), or the packed text encoder file of LTX-2.5.
+        device: where it runs; on `meta` a packed file is checked and not read.
         dtype: of its weights.
 
     Raises:
-        ValueError: the folder holds no Gemma 3 model.
+        ValueError: it is neither, or its weights do not fit its configuration.
     """
-    config = text_encoder_config(folder)
+    path = Path(path)
+    if path.is_file():
+        packed = open_packed_gemma(path)
+        model = load_packed_model(packed, device, dtype).requires_grad_(False).eval()
+        tokenizer = load_packed_tokenizer(packed)
+        return TextEncoder(model, tokenizer, version=packed.version, projection_path=path)
+    config = text_encoder_config(path)
     if config.model_type == "gemma3":
-        model = Gemma3Model.from_pretrained(folder, dtype=dtype, local_files_only=True).language_model
+        model = Gemma3Model.from_pretrained(path, dtype=dtype, local_files_only=True).language_model
     else:
-        model = Gemma3TextModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = Gemma3TextModel.from_pretrained(path, dtype=dtype, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return TextEncoder(model.requires_grad_(False).eval().to(device), tokenizer)
+
+
+def check_text_encoder(checkpoint: CheckpointMetadata, text_encoder: TextEncoder) -> None:
+    """Check that a text encoder is the one that a checkpoint was trained with.
+
+    From LTX-2.4 on, checkpoints name it (`gemma_source_checkpoint`); before, it is Gemma 3.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    kind, version = text_encoder.model.config.model_type, text_encoder.version
+    source = checkpoint.raw.get("gemma_source_checkpoint")
+    if source is not None:
+        wanted = _gemma_version(source)
+        if wanted is None or wanted != version:
+            raise ValueError(
+                f"{checkpoint.path}: was trained with the text encoder {wanted or source!r}, found "
+                f"{version or f'a {kind} without a version'!r}; give the packed file that came with the checkpoint "
+                "(a stock Gemma 4 does not do)"
+            )
+        return
+    if _version_numbers(checkpoint.model_version) >= (2, 4):
+        raise ValueError(
+            f"{checkpoint.path}: is of version {checkpoint.model_version} and has no 'gemma_source_checkpoint' in its "
+            "metadata, which from 2.4 on names its text encoder; use the official file"
+        )
+    if not kind.startswith("gemma3"):
+        raise ValueError(
+            f"{checkpoint.path}: goes with Gemma 3 (version {checkpoint.model_version}), found a {kind}; give a folder "
+            "of Gemma 3"
+        )
+
+
+def _gemma_version(source: str) -> str | None:
+    try:
+        return json.loads(source).get("gemma_version")
+    except (ValueError, AttributeError):
+        return None
+
+
+def _version_numbers(version: str | None) -> tuple[int, ...]:
+    """`2.3.rc1` -> (2, 3): the leading numbers; none where there is no version."""
+    numbers = []
+    for part in (version or "").replace("-", ".").split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def text_feature_widths(config: dict[str, Any], encoder: PretrainedConfig) -> tuple[int, int]:
+    """Widths of the text features of the video and of the audio stream.
+
+    Args:
+        config: the metadata object `config` of a checkpoint, with the key `transformer`.
+        encoder: from `text_encoder_config`.
+    """
+    language = getattr(encoder, "text_config", encoder)
+    dimensions = {"hidden_size": language.hidden_size, "num_hidden_layers": language.num_hidden_layers}
+    with torch.device("meta"):
+        extractor = FeatureExtractor.from_config(config, dimensions)
+    if not extractor.per_stream:
+        return language.hidden_size, language.hidden_size
+    return extractor.video_aggregate_embed.out_features, extractor.audio_aggregate_embed.out_features
 
 
 def load_feature_extractor(
@@ -132,19 +221,21 @@ def load_feature_extractor(
     """Load the projection `text_embedding_projection.*` that goes with a transformer.
 
     Args:
-        path: the single-file checkpoint.
-        text_encoder: the encoder whose states it is to project; its sizes have to fit.
-        device: where it runs.
+        path: the checkpoint that holds the transformer; of a split pack, the transformer's file.
+        text_encoder: the encoder whose states it is to project. A packed one brings the projection's weights.
+        device: where it runs; `meta` checks the files and reads nothing.
         dtype: of its weights.
 
     Raises:
-        ValueError: the file holds no projection, or one for another text encoder.
+        ValueError: there is no projection, or the encoder is not the one that the checkpoint was trained with.
     """
     file = open_single_file(path)
     file.section("transformer", "transformer and no text projection")
+    check_text_encoder(file.metadata, text_encoder)
+    weights = file if text_encoder.projection_path is None else open_header(text_encoder.projection_path)
     prefix = "text_embedding_projection."
     with torch.device("meta"):
         extractor = FeatureExtractor.from_config(file.config, text_encoder.dimensions)
     names = {name: prefix + name for name in extractor.state_dict()}
-    load_strictly(extractor, file, names, covers=(prefix,), dtype=dtype)
-    return extractor.requires_grad_(False).eval().to(device)
+    load_strictly(extractor, weights, names, covers=(prefix,), dtype=dtype, device=device)
+    return extractor.requires_grad_(False).eval()

@@ -18,7 +18,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 from torch import Tensor
 
-from ltx_titan.codecs.single_file import SingleFile, load_strictly, open_single_file, read_tensors
+from ltx_titan.checkpoint.metadata import scale_factors
+from ltx_titan.codecs.single_file import load_strictly, open_single_file, read_tensors
 
 _ENCODER_STEPS = {
     "compress_space_res": "spatial",
@@ -93,21 +94,6 @@ class VideoVaeLayout:
     def _decoder_stage_name(self, stage: _Stage, parts: list[str]) -> str:
         head = ["res_blocks", *parts[1:]] if parts[0] == "resnets" else parts
         return ".".join(["up_blocks", str(self.decoder_length - 1 - stage.layers_at), *head])
-
-
-def video_scale_factors(config: dict[str, Any]) -> tuple[int, int, int]:
-    """Pixels per latent along (time, height, width), from the metadata `config`; (8, 32, 32) where it lists no blocks.
-
-    time = 2^(blocks that compress time or all), space = patch_size * 2^(blocks that compress space or all).
-    """
-    vae = config.get("vae") or {}
-    blocks = vae.get("encoder_blocks") or vae.get("decoder_blocks")
-    if not blocks:
-        return (8, 32, 32)
-    kinds = [block[0] for block in blocks]
-    time = 2 ** sum(kind.startswith(("compress_time", "compress_all")) for kind in kinds)
-    space = vae.get("patch_size", 4) * 2 ** sum(kind.startswith(("compress_space", "compress_all")) for kind in kinds)
-    return (time, space, space)
 
 
 def video_vae_layout(vae: dict[str, Any], timestep_conditioning: bool = False) -> VideoVaeLayout:
@@ -312,30 +298,28 @@ def load_video_codec(
     has_time_embedder = f"{prefix}decoder.last_scale_shift_table" in file.names
     layout = video_vae_layout(section, timestep_conditioning=has_time_embedder)
     if part != "encoder" and not layout.decoder:
+        # diffusers has the class, but its portable attention makes a mask of all pairs of tokens: 167 GiB for a clip of
+        # 137 frames of 768x512. What is practical is a kernel (NATTEN) that it downloads, which nothing here does.
         raise ValueError(
-            f"{path}: its decoder is a {section.get('_class_name')}, expected a CausalVideoAutoencoder; decode with "
-            "the pack's convolutional VAE file (its name has '-conv-'), whose encoder is the same"
+            f"{path}: its decoder is a {section.get('_class_name')}, expected a CausalVideoAutoencoder: diffusers' "
+            "LTX2VideoDiffusionDecoderModel needs a kernel from the network (NATTEN) for clips of useful size. Decode "
+            "with the pack's convolutional VAE file (its name has '-conv-'), whose encoder is the same"
         )
     with torch.device("meta"):
         vae = AutoencoderKLLTX2Video(**layout.arguments)
-    statistics = _statistics(file, prefix)
-    vae.latents_mean, vae.latents_std = statistics["mean"], statistics["std"]
+    stored = {key: f"{prefix}per_channel_statistics.{key}-of-means" for key in ("mean", "std")}
+    channels = layout.arguments["latent_channels"]
+    statistics = read_tensors(file, dict.fromkeys(stored.values(), (channels,)), device)
+    mean, std = (statistics[stored[key]].float() for key in ("mean", "std"))
+    vae.latents_mean, vae.latents_std = mean, std
     for half in ("encoder", "decoder"):
         if part not in ("both", half):
             setattr(vae, half, None)
             continue
         module = getattr(vae, half)
         names = {name: prefix + layout.stored_name(f"{half}.{name}") for name in module.state_dict()}
-        load_strictly(module, file, names, covers=(f"{prefix}{half}.",), dtype=dtype)
-    vae = vae.requires_grad_(False).eval().to(device)
+        load_strictly(module, file, names, covers=(f"{prefix}{half}.",), dtype=dtype, device=device)
+    vae.requires_grad_(False).eval()
     if tiling:
         vae.enable_tiling(512, 512, tile_sample_stride_height=384, tile_sample_stride_width=384)
-    mean, std = (statistics[key].to(device).view(-1, 1, 1, 1) for key in ("mean", "std"))
-    return VideoCodec(vae, mean, std, video_scale_factors(file.config))
-
-
-def _statistics(file: SingleFile, prefix: str) -> dict[str, Tensor]:
-    """Latent statistics `{mean, std}`, float32; files may hold further statistics, which nothing needs."""
-    names = {key: f"{prefix}per_channel_statistics.{key}-of-means" for key in ("mean", "std")}
-    tensors = read_tensors(file, names.values())
-    return {key: tensors[name].float() for key, name in names.items()}
+    return VideoCodec(vae, mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1), scale_factors(file.config))

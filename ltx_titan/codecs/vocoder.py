@@ -122,8 +122,12 @@ def load_vocoder(path: str | Path, device: str | torch.device = "cpu") -> Vocode
     section = file.section("vocoder", "vocoder")
     model = build_vocoder(section)
     extended = has_bandwidth_extension(section)
-    # Exactly one `vocoder.` is the component's prefix; the names of 2.3 go on with a second one.
-    names = {name: "vocoder." + stored_vocoder_name(name, extended) for name in model.state_dict()}
-    load_strictly(model, file, names, covers=("vocoder.",), dtype=torch.float32)
+    stored = {name: stored_vocoder_name(name, extended) for name in model.state_dict()}
+    # Exactly one `vocoder.` is the component's prefix; the names of 2.3 go on with a second one. A split pack's file
+    # may do without the first.
+    prefix = "vocoder." if any(f"vocoder.{name}" in file.names for name in stored.values()) else ""
+    covers = (prefix,) if prefix else tuple({name.partition(".")[0] + "." for name in stored.values()})
+    names = {name: prefix + own for name, own in stored.items()}
+    load_strictly(model, file, names, covers=covers, dtype=torch.float32, device=device)
     model = model.requires_grad_(False).eval().to(device)
     return Vocoder(model, model.config.output_sampling_rate)

@@ -204,15 +204,47 @@ def _data_rules(job: JobConfig) -> Iterator[Problem]:
         elif not Path(data.root).is_dir():
             yield Problem("data.root", data.root, "a folder that exists", "correct the path, or preprocess the data")
         return
+    if data.source == "media":
+        yield from _media_rules(job)
     for name, block in (("video", job.video), ("audio", job.audio)):
         for index, condition in enumerate(block.conditions if block is not None else ()):
             if condition.type in ("mask", "reference"):
                 yield Problem(
                     f"{name}.conditions[{index}].type",
                     condition.type,
-                    'a condition without files, because data.source = "synthetic" has none',
+                    f'a condition without files, because data.source = "{data.source}" has none',
                     'remove the condition, or set data.source = "precomputed"',
                 )
+
+
+def _media_rules(job: JobConfig) -> Iterator[Problem]:
+    media = job.data.media
+    for key, remedy in (
+        ("dataset_path", "set it to the table of clips and captions"),
+        ("text_encoder_path", "set it to a folder of Gemma 3, or to the packed text encoder of LTX-2.5"),
+        ("resolution_buckets", 'set it to the shapes that clips are brought to, as in "768x448x89"'),
+    ):
+        if getattr(media, key) is None:
+            yield Problem(f"data.media.{key}", MISSING, 'a value, because data.source = "media"', remedy)
+    for key in ("dataset_path", "video_vae_path", "audio_vae_path"):
+        if (path := getattr(media, key)) is not None:
+            yield from _must_be_file(f"data.media.{key}", path)
+    if media.text_encoder_path is not None and not Path(media.text_encoder_path).exists():
+        yield Problem("data.media.text_encoder_path", media.text_encoder_path, "a path that exists", "correct it")
+    if job.model.init == "random":
+        yield Problem(
+            "model.init",
+            "random",
+            '"checkpoint" with data.source = "media", whose encoders go with a checkpoint',
+            'set model.checkpoint_path, or set data.source = "synthetic"',
+        )
+    if job.video is None:
+        yield Problem(
+            "data.source",
+            "media",
+            '"precomputed" for a job without [video]: latents of sounds are small enough to keep',
+            "prepare the data with ltx-titan process-dataset",
+        )
 
 
 def _parameter_rules(job: JobConfig) -> Iterator[Problem]:

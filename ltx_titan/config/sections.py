@@ -39,7 +39,8 @@ class ModelSection(Section):
     """`[model]`: which weights are trained, and how."""
 
     checkpoint_path: PathText | None = None
-    """Official single-file checkpoint (.safetensors); its metadata decides the architecture."""
+    """Official checkpoint (.safetensors); its metadata decides the architecture. With `mode = "lora"` it may be an fp8
+    or NVFP4 file; of a split pack (LTX-2.5), give the transformer's."""
     mode: Literal["full", "lora"] = "full"
     """`full` trains every transformer weight (about 16 bytes each, sharded); `lora` small adapters on a frozen base."""
     modalities: Literal["auto", "av", "video", "audio"] = "auto"
@@ -75,11 +76,46 @@ class SyntheticSection(Section):
     """True yields finished text contexts, so that no connectors are needed; false yields features for them."""
 
 
+class MediaSection(Section):
+    """`[data.media]`: clips and captions that are encoded while training, for sets too large to keep encoded.
+
+    Each rank holds the encoders (with LTX-2.3 about 27 GB, 3 GB with an offloaded text encoder) and spends part of
+    every step on them, those of a tp or cp group on the same clip; where there is room on disk, `ltx-titan
+    process-dataset` and `precomputed` train faster.
+    """
+
+    dataset_path: PathText | None = None
+    """The table of clips and captions (.csv, .json, .jsonl), as `ltx-titan process-dataset` reads it."""
+    text_encoder_path: PathText | None = None
+    """Folder of Gemma 3, or the packed text encoder file of LTX-2.5."""
+    resolution_buckets: str | None = None
+    """Shapes that clips are brought to, `WxHxF;...` in pixels and frames; more of them make batches harder to fill."""
+    video_vae_path: PathText | None = None
+    """File of the video VAE (split packs); unset means `model.checkpoint_path`."""
+    audio_vae_path: PathText | None = None
+    """File of the audio VAE (split packs); unset means `model.checkpoint_path`."""
+    video_column: str | None = None
+    """Column of videos; unset means `video` or `media_path`."""
+    caption_column: str | None = None
+    """Column of captions; unset means `caption`."""
+    lora_trigger: str | None = None
+    """Word that is put in front of every caption."""
+    vae_tiling: bool = False
+    """Encode frames in tiles: less memory for large clips, faint seams."""
+    offload_text_encoder: bool = False
+    """Keep the text encoder in host memory and copy it to the GPU for each caption: 24 GB less between captions, about
+    a second more for each."""
+    cache_dir: PathText | None = None
+    """Folder that keeps what was encoded, for the next epoch or job; ranks may share it. Unset keeps nothing."""
+    cache_gib: float = Field(100.0, gt=0.0)
+    """Size of that folder; what was not used for longest makes room."""
+
+
 class DataSection(Section):
     """`[data]`: where samples come from and how far ahead they are read."""
 
-    source: Literal["precomputed", "synthetic"] = "precomputed"
-    """`synthetic` measures speed without a data set."""
+    source: Literal["precomputed", "media", "synthetic"] = "precomputed"
+    """`media` encodes clips while training; `synthetic` measures speed without a data set."""
     root: PathText | None = None
     """Folder with latents/, conditions/ and so on, or the folder that holds it as `.precomputed`."""
     caption_dropout: Share = 0.0
@@ -88,8 +124,10 @@ class DataSection(Section):
     """Threads that read ahead; 0 reads within the step, which is slower but simple to debug."""
     prefetch: Positive = 4
     """Micro-batches read ahead; each costs its size in (pinned) host memory."""
+    media: MediaSection = MediaSection()
+    """Clips that are encoded while training; unused otherwise."""
     synthetic: SyntheticSection = SyntheticSection()
-    """Shape of synthetic samples; unused for precomputed ones."""
+    """Shape of synthetic samples; unused otherwise."""
 
 
 class SigmaSection(Section):

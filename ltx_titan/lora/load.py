@@ -4,11 +4,15 @@ Weights that stay as they are go through the checkpoint package's streamed load.
 the file, quantised on the device and dropped, layer by layer: the bfloat16 model never exists in one place, and a rank
 reads and quantises only the rows it holds. A row is quantised as a whole also where tensor parallelism splits it, so
 every mesh holds the same numbers.
+
+A file that is quantised itself (fp8, NVFP4) is dequantised first, except where the layer keeps weights in the file's
+own form: then its bits are kept.
 """
 
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,12 +20,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ltx_titan.checkpoint import TRANSFORMER, load_parameters, read_metadata
+from ltx_titan.checkpoint import TRANSFORMER, StoredWeight, load_parameters, read_metadata, stored_weights
 from ltx_titan.lora.names import official_name
-from ltx_titan.lora.quantized import QuantizedLinear, quantize_rows
+from ltx_titan.lora.quantized import QuantizedLinear, keep_fp8_rows, keep_nvfp4_rows, quantize_rows
 from ltx_titan.model.init import init_random_
 
-_READABLE = ("F64", "F32", "F16", "BF16")
 _LISTED = 10
 
 
@@ -37,29 +40,29 @@ def load_base(model: nn.Module, path: str | Path, *, allow_unused: Callable[[str
         ValueError: weights are missing, left over, of another shape or of an unreadable dtype; nothing is loaded.
     """
     layers = quantized_layers(model)
-    header = read_metadata(path).tensors
+    stored = stored_weights(read_metadata(path))
     keys = {name: TRANSFORMER.file_key(f"{name}.weight") for name in layers}
     problems = []
     for name, layer in layers.items():
-        info, shape = header.get(keys[name]), (layer.out_features, layer.in_features)
-        if info is None:
+        weight, shape = stored.get(keys[name]), (layer.out_features, layer.in_features)
+        if weight is None:
             problems.append(f"{keys[name]} is missing")
-        elif info.shape != shape or info.dtype not in _READABLE:
-            problems.append(f"{keys[name]} is {info.dtype} {list(info.shape)}")
-            problems[-1] += f", expected one of {', '.join(_READABLE)} {list(shape)}"
+        elif weight.problem:
+            problems.append(f"{keys[name]} {weight.problem}")
+        elif weight.shape != shape:
+            problems.append(f"{keys[name]} is {list(weight.shape)}, expected {list(shape)}")
     if problems:
         more = f", and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError(
             f"{path}: {len(problems)} weights to be quantised do not fit the model; nothing was loaded: "
-            f"{'; '.join(problems[:_LISTED])}{more}. Use the bf16 release that the model was built from."
+            f"{'; '.join(problems[:_LISTED])}{more}. Use the release that the model was built from."
         )
     handled = {f"{name}.weight" for name in layers}
     load_parameters(model, path, rename=official_name, allow_unused=lambda name: name in handled or allow_unused(name))
     with safe_open(path, framework="pt", device="cpu") as file:
         # In file order: each rank then walks through the pages once, forwards.
-        for name in sorted(layers, key=lambda name: header[keys[name]].start):
-            stored = file.get_slice(keys[name])
-            _fill(layers[name], lambda rows, stored=stored: stored[rows])
+        for name in sorted(layers, key=lambda name: stored[keys[name]].start):
+            _fill(layers[name], _rows_of(stored[keys[name]], file, layers[name]))
 
 
 def init_base_(model: nn.Module, seed: int) -> None:
@@ -68,7 +71,8 @@ def init_base_(model: nn.Module, seed: int) -> None:
     for name, layer in quantized_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device=_local(layer.qdata).device)
         init_random_(linear, seed + zlib.crc32(name.encode()))
-        _fill(layer, linear.weight.detach().__getitem__)
+        weight = linear.weight.detach()
+        _fill(layer, lambda rows, _, form=layer.form, weight=weight: quantize_rows(weight[rows], form))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -77,13 +81,30 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: layer for name, layer in found.items() if name is not None}
 
 
+_QuantizedRows = Callable[[slice, torch.device], tuple[Tensor, Tensor]]
+"""(rows, device) -> data and scales of these rows, as the layer keeps them."""
+
+
+def _rows_of(weight: StoredWeight, file: Any, layer: QuantizedLinear) -> _QuantizedRows:
+    columns = slice(0, layer.in_features)
+
+    def rows_of(rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        if (weight.form, layer.form) == ("fp8", "float8"):
+            return keep_fp8_rows(*weight.read_fp8(file, (rows, columns), device))
+        if (weight.form, layer.form) == ("nvfp4", "nvfp4"):
+            return keep_nvfp4_rows(*weight.read_nvfp4(file, rows, device))
+        return quantize_rows(weight.read(file, (rows, columns), device).to(device), layer.form)
+
+    return rows_of
+
+
 @torch.no_grad()
-def _fill(layer: QuantizedLinear, read_rows: Callable[[slice], Tensor]) -> None:
+def _fill(layer: QuantizedLinear, rows_of: _QuantizedRows) -> None:
     data, (rows, columns) = _box(layer.qdata)
     if data.numel() == 0:
         return
     scale, (_, groups) = _box(layer.scale)
-    values, scales = quantize_rows(read_rows(rows).to(data.device), layer.form)
+    values, scales = rows_of(rows, data.device)
     data.copy_(values[:, columns])
     scale.copy_(scales[:, groups])
 

@@ -13,7 +13,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ltx_titan.checkpoint import TRANSFORMER, ExportTensor, export_safetensors, module_tensors, read_metadata
+from ltx_titan.checkpoint import (
+    TRANSFORMER,
+    ExportTensor,
+    StoredWeight,
+    export_safetensors,
+    module_tensors,
+    read_metadata,
+    stored_weights,
+)
 from ltx_titan.checkpoint.export import _DTYPES
 from ltx_titan.checkpoint.ranks import is_main_rank
 from ltx_titan.lora.apply import adapters
@@ -23,7 +31,8 @@ from ltx_titan.lora.linear import merged_weight
 def export_merged(model: nn.Module, base_path: str | Path, path: str | Path, *, carry_over: bool = True) -> None:
     """Writes the base checkpoint with every adapter merged in; every rank calls it.
 
-    One weight at a time is in memory, and all adapters on rank 0's host. Dtypes and header are those of the base file.
+    One weight at a time is in memory, and all adapters on rank 0's host. Dtypes and header are those of the base file,
+    except that a quantised transformer comes out in bfloat16: rounding the sum once more would undo small adapters.
 
     Args:
         model: the adapted model, sharded or not.
@@ -35,11 +44,12 @@ def export_merged(model: nn.Module, base_path: str | Path, path: str | Path, *, 
         ValueError: an adapted layer is not in the base file, or has another shape there.
     """
     metadata = read_metadata(base_path)
+    stored = stored_weights(metadata)
     pieces = _gather_adapters(model)
     for name, (a, b, _, _) in pieces.items():
-        info = metadata.tensors.get(TRANSFORMER.file_key(f"{name}.weight"))
-        if info is None or info.shape != (b.shape[0], a.shape[1]):
-            found = "no such weight" if info is None else f"shape {list(info.shape)}"
+        found_weight = stored.get(TRANSFORMER.file_key(f"{name}.weight"))
+        if found_weight is None or found_weight.shape != (b.shape[0], a.shape[1]):
+            found = "no such weight" if found_weight is None else f"shape {list(found_weight.shape)}"
             raise ValueError(
                 f"{base_path}: {name}: expected a weight of shape {[b.shape[0], a.shape[1]]}, found {found}. "
                 "Give the checkpoint that the adapter was trained on."
@@ -47,21 +57,24 @@ def export_merged(model: nn.Module, base_path: str | Path, path: str | Path, *, 
     with ExitStack() as stack:
         file = stack.enter_context(safe_open(base_path, framework="pt", device="cpu"))
         tensors = []
-        for key, info in metadata.tensors.items():
+        for key, weight in stored.items():
             official = TRANSFORMER.module_name(key)
             if official is None and not carry_over:
                 continue
             piece = pieces.get(official.removesuffix(".weight")) if official and official.endswith(".weight") else None
+            is_plain = weight.form == "plain"
+            dtype = _DTYPES[metadata.tensors[key].dtype] if is_plain else torch.bfloat16
 
-            def read(key: str = key, piece: tuple | None = piece) -> Tensor:
-                weight = file.get_tensor(key)
+            def read(weight: StoredWeight = weight, piece: tuple | None = piece, dtype: torch.dtype = dtype) -> Tensor:
+                tensor = weight.read(file, tuple(slice(0, size) for size in weight.shape), torch.device("cpu"))
                 if piece is None:
-                    return weight
+                    return tensor.to(dtype)
                 a, b, scaling, magnitude = piece
-                return merged_weight(weight, a, b, scaling, magnitude).to(weight.dtype)
+                return merged_weight(tensor, a, b, scaling, magnitude).to(dtype)
 
-            tensors.append(ExportTensor(key, info.shape, _DTYPES[info.dtype], read))
-        export_safetensors(path, tensors, metadata.raw)
+            tensors.append(ExportTensor(key, weight.shape, dtype, read))
+        raw = {key: value for key, value in metadata.raw.items() if key != "_quantization_metadata"}
+        export_safetensors(path, tensors, raw)
 
 
 @torch.no_grad()

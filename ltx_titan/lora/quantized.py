@@ -3,6 +3,7 @@
     int8     q in [-127, 127]      one scale per row                     1    byte per weight
     float8   e4m3                  one scale per row                     1    byte per weight
     int4     q in [-8, 7]          one scale per 128 weights of a row    0.52 bytes per weight
+    nvfp4    e2m1, +-{0 ... 6}     one scale per 16 weights of a row     0.63 bytes per weight
 
 torchao's primitives choose the scales and round. Its weight-only tensor subclasses are not used: in 0.18 FSDP2 cannot
 shard them (`aten.split` or `aten.new_zeros` is missing, int4 wants another library). Here data and scales are plain
@@ -14,6 +15,9 @@ compute dtype is only ever copied; and where the compute dtype is float32, a bfl
 
 The matrix product is done in the input's dtype after dequantisation, which torch.compile turns into one pass over the
 weight. Nothing but the quantised data is kept for the backward pass.
+
+An official fp8 or NVFP4 file keeps its bits in the form of its own kind; its scales, float32 in the file, are rounded
+to bfloat16, which moves a weight by no more than rounding that weight to bfloat16 would (2^-8).
 """
 
 import math
@@ -25,18 +29,23 @@ from torch.nn import functional as F
 
 from ltx_titan.lora.settings import BaseDtype
 
-QUANTIZED: tuple[BaseDtype, ...] = ("int8", "int4", "float8")
+QUANTIZED: tuple[BaseDtype, ...] = ("int8", "int4", "float8", "nvfp4")
 _SCALE_DTYPE = torch.bfloat16
 _BYTES_DTYPE = torch.bfloat16
 _INT4_GROUP = 128
 _INT4_SMALLEST_GROUP = 16
+_NVFP4_GROUP = 16
+_FOUR_BITS = ("int4", "nvfp4")
+_E2M1_LARGEST = 6.0
+# Halfway between two neighbours of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+_E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 class QuantizedLinear(nn.Module):
     """`y = W x + b` with a quantised W.
 
-    Parameters, all frozen and bfloat16: `qdata`, the bytes of a row two by two ([out, in / 2]; for int4, where a byte
-    holds an even column in its low half and the next in its high half, [out, in / 4]), `scale` [out, groups], and
+    Parameters, all frozen and bfloat16: `qdata`, the bytes of a row two by two ([out, in / 2]; of four bits, where a
+    byte holds an even column in its low half and the next in its high half, [out, in / 4]), `scale` [out, groups], and
     `bias` [out] if the layer has one.
     """
 
@@ -114,11 +123,13 @@ def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: [rows, in].
-        form: "int8", "int4" or "float8".
+        form: "int8", "int4", "float8" or "nvfp4".
 
     Returns:
         `qdata` [rows, packed width] and `scale` [rows, groups], as `QuantizedLinear` holds them.
     """
+    if form == "nvfp4":
+        return _quantize_nvfp4(weight)
     # Here, not above: importing torchao takes seconds, and most jobs do not quantise.
     from torchao.quantization.quant_primitives import (
         MappingType,
@@ -141,8 +152,26 @@ def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
     values = quantize_affine(weight, block, scale.float(), zero.view(-1, groups), torch.int8, low, high)
     if form == "int8":
         return _as_parameter(values), scale
-    nibbles = (values + 8).to(torch.uint8)
-    return _as_parameter(nibbles[:, 0::2] | nibbles[:, 1::2] << 4), scale
+    return _pack_nibbles((values + 8).to(torch.uint8)), scale
+
+
+def keep_fp8_rows(data: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Rows of a float8 weight [rows, in] with one scale for all, in the form of "float8", bits as they are."""
+    return _as_parameter(data), torch.full((data.shape[0], 1), scale, dtype=_SCALE_DTYPE, device=data.device)
+
+
+def keep_nvfp4_rows(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of 4-bit codes [rows, in], uint8, and scales [rows, in / 16] in the form of "nvfp4", codes as they are."""
+    return _pack_nibbles(codes), scales.to(_SCALE_DTYPE)
+
+
+def _quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = weight.float().unflatten(1, (_groups(weight.shape[1], "nvfp4"), -1))
+    smallest = torch.finfo(torch.float32).tiny
+    scale = (blocks.abs().amax(dim=2) / _E2M1_LARGEST).clamp(min=smallest).to(_SCALE_DTYPE)
+    values = (blocks / scale.float()[:, :, None]).flatten(1)
+    codes = torch.bucketize(values.abs(), torch.tensor(_E2M1_BOUNDS, device=values.device)).to(torch.uint8)
+    return _pack_nibbles(codes | (values < 0).to(torch.uint8) << 3), scale
 
 
 def dequantize(
@@ -152,7 +181,7 @@ def dequantize(
 
     Args:
         qdata, scale: as `quantize_rows` makes them, or gathered in float32.
-        form: "int8", "int4" or "float8".
+        form: "int8", "int4", "float8" or "nvfp4".
         dtype: of the result.
         is_second_use: set in the backward pass, where torch.compile sees both passes as one graph. Would it recognise
             the same computation, it would do it once and keep the result in between: for 22B parameters 38 GB of
@@ -169,19 +198,36 @@ def dequantize(
         case "float8":
             pairs = torch.stack((words & 255, words >> 8 & 255), dim=-1).to(torch.uint8)
             values = pairs.view(torch.float8_e4m3fn).float()
+        case "int4":
+            values = _nibbles(words).float() - 8
         case _:
-            values = torch.stack([words >> shift & 15 for shift in (0, 4, 8, 12)], dim=-1).float() - 8
+            values = _e2m1(_nibbles(words))
     grouped = values.flatten(1).unflatten(1, (scale.shape[1], -1)) * scale.float()[:, :, None]
     return grouped.flatten(1).to(dtype)
 
 
 def packed_width(columns: int, form: BaseDtype) -> int:
     """Width of `qdata` for `columns` columns of the weight."""
-    return columns // (4 if form == "int4" else 2)
+    return columns // (4 if form in _FOUR_BITS else 2)
 
 
 def _as_parameter(data: Tensor) -> Tensor:
     return data.contiguous().view(_BYTES_DTYPE)
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    return _as_parameter(codes[:, 0::2] | codes[:, 1::2] << 4)
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    return torch.stack([words >> shift & 15 for shift in (0, 4, 8, 12)], dim=-1)
+
+
+def _e2m1(codes: Tensor) -> Tensor:
+    """What 4-bit floats stand for, by arithmetic: a table would be a gather per weight."""
+    magnitude = codes & 7
+    doubled = torch.where(magnitude < 2, magnitude, (2 + (magnitude & 1)) << ((magnitude >> 1) - 1).clamp(min=0))
+    return doubled.float() * torch.where(codes < 8, 0.5, -0.5)
 
 
 def _as_words(qdata: Tensor) -> Tensor:
@@ -193,6 +239,13 @@ def _as_words(qdata: Tensor) -> Tensor:
 
 def _groups(in_features: int, form: BaseDtype) -> int:
     """Scales per row. Groups are as wide as divides the row, so that every shard of columns has whole groups."""
+    if form == "nvfp4":
+        if in_features % _NVFP4_GROUP:
+            raise ValueError(
+                f'lora.base_dtype = "nvfp4": expected input widths that are multiples of {_NVFP4_GROUP}, found '
+                f'{in_features}; use "int8" or "bfloat16".'
+            )
+        return in_features // _NVFP4_GROUP
     if form != "int4":
         if in_features % 2:
             raise ValueError(

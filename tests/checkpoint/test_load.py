@@ -82,19 +82,6 @@ def test_a_wrong_file_is_reported_on_the_meta_device(tmp_path):
         check_fits(meta_toy(), path)
 
 
-def test_a_float8_file_is_refused_with_the_way_out(tmp_path):
-    def quantise(tensors):
-        name = PREFIX + "transformer_blocks.0.attn1.to_q.weight"
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-        tensors[name + "_scale"] = torch.ones(())
-
-    path = write(tmp_path / "fp8.safetensors", toy(), quantise)
-    with pytest.raises(ValueError, match="use the bf16 release") as failure:
-        load_parameters(toy(), path)
-    assert "to_q.weight (F8_E4M3)" in str(failure.value)
-    assert "without a place" not in str(failure.value)
-
-
 def test_rename_leads_to_official_names_and_spares_adapters(tmp_path):
     class Adapted(torch.nn.Module):
         def __init__(self):

@@ -54,7 +54,7 @@ def test_other_files_are_not_taken_for_checkpoints(tmp_path, content):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.safetensors: no such checkpoint file"):
+    with pytest.raises(ValueError, match=r"nowhere\.safetensors: no such file"):
         read_metadata(tmp_path / "nowhere.safetensors")
 
 

@@ -70,7 +70,7 @@ def test_transformer_and_connectors_load_and_predict_calmly(nano, generator):
         ]
         velocities = model(*streams)
     for velocity in velocities:
-        assert 0.01 < velocity.std() < 1
+        assert 0.1 < velocity.std() < 10
 
 
 def test_latents_of_other_clips_and_sounds_are_about_standard(nano):

@@ -7,7 +7,7 @@ from ltx_titan.lora.quantized import QUANTIZED, dequantize, quantize_rows
 from tests.lora.adapted import golden_inputs, same_bits, settings, transformer
 
 # Half a step of the grid, for weights whose largest value in a group is 1, and the rounding of a bfloat16 scale.
-STEP = {"int8": 0.5 / 127, "int4": 0.5 / 7.5, "float8": 2**-4}
+STEP = {"int8": 0.5 / 127, "int4": 0.5 / 7.5, "float8": 2**-4, "nvfp4": 1 / 6}
 SCALE_ROUNDING = 2**-8
 
 
@@ -58,7 +58,7 @@ def test_a_quantised_model_is_close_to_the_exact_one(form):
         init_lora_(exact, 0)
         actual = exact(*golden_inputs())
     # Errors of two blocks of independent roundings; four bits of a random weight are one part in ten.
-    bound = 0.5 if form == "int4" else 0.1
+    bound = {"int4": 0.5, "nvfp4": 0.4}.get(form, 0.1)
     for one, two in zip(expected, actual, strict=True):
         assert (two.float() - one).norm() / one.norm() < bound
 
@@ -131,5 +131,6 @@ def test_every_byte_survives_being_gathered_in_float32(form):
 def test_rows_that_a_form_cannot_hold_are_refused():
     with pytest.raises(ValueError, match=r"even input widths, found 25"):
         QuantizedLinear.from_linear(nn.Linear(25, 8), "int8")
-    with pytest.raises(ValueError, match=r"multiples of 16, found 24; use \"int8\""):
-        QuantizedLinear.from_linear(nn.Linear(24, 8), "int4")
+    for form in ("int4", "nvfp4"):
+        with pytest.raises(ValueError, match=r"multiples of 16, found 24; use \"int8\""):
+            QuantizedLinear.from_linear(nn.Linear(24, 8), form)
