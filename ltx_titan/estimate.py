@@ -14,6 +14,7 @@ import torch
 from ltx_titan.config import Degrees, JobConfig, build_job, read_tables
 from ltx_titan.data import ShapeKey, token_counts
 from ltx_titan.lora import apply_lora
+from ltx_titan.lora.quantized import QuantizedLinear
 from ltx_titan.metrics.estimate import Estimate, estimate, search
 from ltx_titan.metrics.hardware import GIB, GPUS, Gpu
 from ltx_titan.metrics.memory_estimate import RESERVE, SLACK
@@ -74,6 +75,7 @@ def make_workload(plan: Plan) -> Workload:
         largest=largest[:2],
         global_batch_size=job.training.global_batch_size,
         itemsize={"bfloat16": 2, "float32": 4}[job.training.dtype],
+        quantised=sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)),
         optimizer=job.optimizer.name,
         offload_state=job.optimizer.offload_state,
         in_backward=job.optimizer.in_backward,
@@ -86,14 +88,16 @@ def model_layers(plan: Plan) -> int:
     return plan.source.config["transformer"].get("num_layers", 48)
 
 
-def make_setup(job: JobConfig, degrees: Degrees) -> Setup:
-    """How a job runs on a mesh."""
+def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
+    """How a job runs on a mesh of a kind of GPU."""
+    backend = job.kernels.backend
     return Setup(
         degrees=degrees,
         recompute=job.activation_checkpoint.mode,
         k=job.activation_checkpoint.k or 1,
         local_batch_size=job.training.local_batch_size,
         compile=job.compile.enable,
+        kernels=backend == "triton" or (backend == "auto" and gpu in ("h100", "h200")),
         float8=job.float8.recipe,
         float8_all_gather=job.float8.all_gather,
         offload_activations=job.activation_checkpoint.offload,
@@ -185,6 +189,7 @@ def assumptions(gpu: Gpu, setup: Setup) -> list[str]:
         f"{gpu.gpus_per_node} GPUs a node, ranks filling one after the other; tp innermost, then FSDP2, then replicas",
         f"needed = {SLACK} x peak + {RESERVE / GIB:.1f} GiB for CUDA, NCCL and cuBLAS; validation is not counted",
         "samples are of the usual size for time, of the largest for memory; no data, checkpoint or logging stalls",
+        "against nine measured runs on H100s (docs/benchmarks): peak within 6 %, step time within 13 %",
     ]
     if not setup.compile:
         lines.append("blocks are not compiled: set compile.enable = true")
@@ -231,10 +236,14 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[
     if plan is None:
         # The mesh is what is searched for; one rank takes any batch.
         neutral = {**tables, "parallelism": {}, "training": {**tables.get("training", {}), "local_batch_size": 1}}
+        mesh = Degrees(dp_shard=arguments.gpus)
         neutral_plan = plan_job(build_job(neutral, str(arguments.job), origins), 1)
-        work, setup = make_workload(neutral_plan), make_setup(neutral_plan.job, Degrees(dp_shard=arguments.gpus))
+        work, setup = (
+            make_workload(neutral_plan),
+            make_setup(neutral_plan.job, mesh, gpu.name),
+        )
     else:
-        work, setup = make_workload(plan), make_setup(plan.job, plan.degrees)
+        work, setup = make_workload(plan), make_setup(plan.job, plan.degrees, gpu.name)
         found = estimate(work, setup, gpu)
         print(f"{arguments.job}: a prediction, not a measurement\n")
         print("\n".join(report(work, found)))

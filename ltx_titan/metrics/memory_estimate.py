@@ -51,6 +51,8 @@ SAVED = {
     (False, "lora"): SavedUnits(26.3, 10.7, 15.4, 12.0, 4.0, 5.1),
     (True, "lora"): SavedUnits(20.7, 6.3, 10.2, 10.0, 4.0, 4.1),
 }
+KERNELS_TIMESTEP = 0.6
+"""Kept for a second timestep with the fused kernels: a block grew by 1.16 instead of 1.14 GiB (bench block, H100)."""
 SELECTIVE = {1: SavedUnits(4.0, 2.0, 1.0, 0.0, 0.0, 0.0), 2: SavedUnits(6.0, 1.5, 2.0, 0.0, 0.0, 0.0)}
 """Selective checkpointing, compiled: the block's input, results of attention, and without tensor parallelism (1,
 counted) products that narrow, the feed-forward's and the cross-modal ones; with it (2, reckoned) what reduce-scatters
@@ -161,8 +163,11 @@ def saved_per_block(work: Workload, setup: Setup, *, keeps_everything: bool = Fa
             gathered = (3 + 2 * both) * setup.degrees.tp
     per_video = units.own + gathered + both * units.video_cross
     per_audio = units.own + gathered + both * units.audio_cross
-    per_video += (work.video_timesteps > 1) * (units.own_timestep + both * units.cross_timestep)
-    per_audio += (work.audio_timesteps > 1) * (units.own_timestep + both * units.cross_timestep)
+    timestep = units.own_timestep + both * units.cross_timestep
+    if setup.kernels:
+        timestep = min(timestep, KERNELS_TIMESTEP)
+    per_video += (work.video_timesteps > 1) * timestep
+    per_audio += (work.audio_timesteps > 1) * timestep
     columns = video * per_video * work.video_width + audio * per_audio * work.audio_width
     widths = (work.video_tokens > 0) * work.video_width + (work.audio_tokens > 0) * work.audio_width
     columns += setup.local_batch_size * work.text_tokens * units.text * widths / setup.degrees.tp

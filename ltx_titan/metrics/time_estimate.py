@@ -20,14 +20,15 @@ FLOAT8_UNITS = 190.0
 """Quantising for float8 products: 2.8 ms a layer more at 4,032 and 7.8 ms at 16,128 tokens (tensorwise)."""
 FORWARD_SHARE = 0.36
 """Of the memory-bound traffic."""
-HOST_CALL_S = 9e-3
-"""Host time for one compiled block's forward, recomputation or backward: a peer's on four H200s (with the next)."""
-HOST_FSDP_S = 12e-3
-"""Host time of FSDP2 per block and step. Both fit 30 ms without and 39 ms with checkpointing at 4,032 tokens."""
+HOST_CALL_S = 6e-3
+"""Host time for one compiled block's forward, recomputation or backward (with the next)."""
+HOST_FSDP_S = 9e-3
+"""Host time of FSDP2 per block and step. Both from 21 ms a block at 4,032 tokens with selective checkpointing, where
+the host is the limit: two H100s, 12 layers, 2026-11-25."""
+LORA_UNITS = 200.0
+"""Traffic of adapters on all attention layers, in units as above: input, update and sum of 24 layers. Reckoned."""
 EAGER_HOST_S = 11e-3
 """Host time for one block's pass that is not compiled: a few hundred launches. Assumed."""
-CONTENTION = 1.08
-"""Computation beside FSDP2's collectives: 5.96 s against 5.5 s from the same layers on one GPU (four H200s)."""
 UPDATE_BYTES = {"adamw": 28.0, "adamw8bit": 18.0, "adamw4bit": 16.0, "muon": 60.0, "adafactor": 24.0}
 """Read and written per trained weight and step: weight, gradient and state."""
 CLIP_BYTES = 12.0
@@ -77,15 +78,14 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
     exposed = max(0.0, gather - busy_forward) + max(0.0, gather + reduce + replicate - busy_backward)
     busy = busy_forward + busy_backward + exposed
     host = max(0.0, _host(setup) - busy)
-    slower = CONTENTION if setup.fsdp > 1 else 1.0
 
     def all_blocks(seconds: float) -> float:
         return micro_batches * layers * seconds
 
     return StepTime(
-        matmul=all_blocks(forward[0] + backward[0] + again[0]) * slower,
-        attention=all_blocks(forward[1] + backward[1] + again[1]) * slower,
-        memory_bound=all_blocks(forward[2] + backward[2] + again[2]) * slower,
+        matmul=all_blocks(forward[0] + backward[0] + again[0]),
+        attention=all_blocks(forward[1] + backward[1] + again[1]),
+        memory_bound=all_blocks(forward[2] + backward[2] + again[2]),
         fsdp_copies=all_blocks(copies),
         exchange=all_blocks(exchange),
         outside=_outside(work, setup, gpu, micro_batches),
@@ -120,9 +120,12 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
         flops.attention * 2 / 3 * share / gpu.attention_backward,
     )
     units = MEMORY_BOUND_UNITS[setup.compile] + (FLOAT8_UNITS if setup.float8 != "none" else 0.0)
+    units += LORA_UNITS if work.trained == "lora" else 0.0
     columns = work.video_tokens * work.video_width + work.audio_tokens * work.audio_width
     moved = units * columns * work.itemsize * share / gpu.copy
-    memory = (moved * FORWARD_SHARE, moved * (1 - FORWARD_SHARE))
+    # A quantised base is read and written out in the compute dtype for every product.
+    widened = work.quantised / setup.degrees.tp * (1 + work.itemsize) / gpu.copy
+    memory = (moved * FORWARD_SHARE + widened, moved * (1 - FORWARD_SHARE) + widened)
     return (linear[0], attention[0], memory[0]), (linear[1], attention[1], memory[1])
 
 
@@ -139,8 +142,9 @@ def _recomputed(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, ...]:
 
 def _host(setup: Setup) -> float:
     """Host seconds of one block and micro-batch."""
-    passes = 2 + setup.recomputed_share()
-    return passes * (HOST_CALL_S if setup.compile else EAGER_HOST_S) + (HOST_FSDP_S if setup.gpus > 1 else 0.0)
+    # Selective recomputation is part of a compiled block's backward.
+    passes = 2.0 if setup.recompute == "selective" and setup.compile else 2 + setup.recomputed_share()
+    return passes * (HOST_CALL_S if setup.compile else EAGER_HOST_S) + HOST_FSDP_S
 
 
 def _fsdp_copies(work: Workload, setup: Setup) -> float:

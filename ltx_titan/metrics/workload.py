@@ -88,6 +88,7 @@ class Workload:
         largest: (video, audio) tokens of the largest sample, which decides memory.
         global_batch_size: samples in an optimizer step.
         itemsize: bytes of the compute dtype.
+        quantised: weights of a block that are kept in 8 or 4 bits.
         optimizer: name of the update rule.
         offload_state, in_backward, ema: as in `[optimizer]`.
     """
@@ -106,6 +107,7 @@ class Workload:
     largest: tuple[int, int]
     global_batch_size: int
     itemsize: int = 2
+    quantised: int = 0
     optimizer: str = "adamw"
     offload_state: bool = False
     in_backward: bool = False
@@ -149,6 +151,7 @@ class Setup:
         k: one block in `k` is recomputed (`every_k`).
         local_batch_size: samples in a forward.
         compile: blocks are compiled.
+        kernels: norms and modulation are fused kernels, which pick a token's timestep without writing it out.
         float8: recipe, or "none".
         float8_all_gather: weights travel as float8.
         offload_activations: inputs of recomputed blocks wait in host memory.
@@ -160,6 +163,7 @@ class Setup:
     k: int = 1
     local_batch_size: int = 1
     compile: bool = False
+    kernels: bool = False
     float8: str = "none"
     float8_all_gather: bool = False
     offload_activations: bool = False

@@ -315,5 +315,6 @@ def _dtype(device: str) -> torch.dtype:
 def report_and_status(report: Report, title: str, root: Path) -> int:
     """Prints a report; returns the exit status, 1 only where nothing at all could be prepared."""
     report.print(title)
-    report.console.print(f"prepared data: {root}", highlight=False, soft_wrap=True)
+    if not report.plans:
+        report.console.print(f"prepared data: {root}", highlight=False, soft_wrap=True)
     return 0 if report.succeeded() else 1

@@ -92,7 +92,7 @@ class Report:
         )
         table.title = f"{title}, dry run" if is_dry else title
         for stage, counts in self.counts.items():
-            last = f"{self.bytes[stage] / 2**30:.2f} GiB" if is_dry else self._speed(stage)
+            last = f"{self.bytes[stage] / 2**20:,.1f} MiB" if is_dry else self._speed(stage)
             table.add_row(stage, *(str(counts[outcome]) for outcome in _OUTCOMES), last)
         self.console.print(table)
         for stage, labels in self.plans.items():

