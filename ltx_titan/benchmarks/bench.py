@@ -8,19 +8,20 @@ DESCRIPTION = """\
 Measure the speed of this project's parts on the device at hand, beside the alternatives in the same run.
 
 `kernels` holds each fused kernel against torch.compile and the bandwidth of a copy; `attention` torch's attention
-back-ends against each other; `block` a training step per layer against diffusers.
+back-ends against each other; `block` a training step per layer against diffusers; `encode` the video VAE's encoder.
 
 examples:
   ltx-titan bench kernels --out rows.jsonl
   ltx-titan bench attention
   ltx-titan bench block --tokens 4032 16128 --providers triton torch diffusers
+  ltx-titan bench encode --clip 1280x704x121
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmarks as commands of their own."""
     subparsers = parser.add_subparsers(dest="benchmark", metavar="<benchmark>", required=True)
-    for name in ("kernels", "attention", "block"):
+    for name in ("kernels", "attention", "block", "encode"):
         if name == "kernels" and find_spec("triton") is None:
             subparsers.add_parser(name, help="needs triton, which is not installed").set_defaults(benchmark_run=_refuse)
             continue

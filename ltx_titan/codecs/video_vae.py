@@ -32,6 +32,9 @@ _DECODER_STEPS = {"compress_space": "spatial", "compress_time": "temporal", "com
 _DECODE_NOISE_SCALE = 0.025
 _DECODE_TIMESTEP = 0.05
 
+# Pixels of a tile of a frame, and from the start of one to that of the next.
+TILE, TILE_STRIDE = 512, 384
+
 
 @dataclass(frozen=True)
 class _Stage:
@@ -321,5 +324,5 @@ def load_video_codec(
         load_strictly(module, file, names, covers=(f"{prefix}{half}.",), dtype=dtype, device=device)
     vae.requires_grad_(False).eval()
     if tiling:
-        vae.enable_tiling(512, 512, tile_sample_stride_height=384, tile_sample_stride_width=384)
+        vae.enable_tiling(TILE, TILE, tile_sample_stride_height=TILE_STRIDE, tile_sample_stride_width=TILE_STRIDE)
     return VideoCodec(vae, mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1), scale_factors(file.config))

@@ -55,7 +55,8 @@ def test_the_load_benchmark_writes_a_row_per_state_of_the_page_cache(made, tmp_p
     assert (cold["page_cache"], warm["page_cache"]) == ("cold", "warm")
     assert warm["cached_before_load"] == 1.0
     for row in (cold, warm):
-        assert row["load_s"] >= max(rank["load_s"] for rank in row["ranks"]) > 0
+        # Two clocks: one begins and ends with the slowest rank, give or take a barrier.
+        assert row["load_s"] > 0.9 * max(rank["load_s"] for rank in row["ranks"]) > 0
         assert row["read_once_s"] > 0
         assert 0 < row["ranks"][1]["host_gib"] < 8
         assert row["weights_per_rank_gib"] * 2**30 == pytest.approx(made.stat().st_size, rel=0.3)  # 2 ranks, 4 bytes

@@ -1,0 +1,109 @@
+"""Times the video VAE's encoder at a released size, with random weights: speed and memory, whole and in tiles.
+
+    ltx-titan bench encode [--clip 1280x704x121] [--shape ltx-2.3-22b] [--out FILE]
+
+One clip of random pixels at a time, as `process-dataset` encodes. Medians of 5 after 2; reading and decoding the file
+are not in it.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from ltx_titan.benchmarks.measure import environment, write_rows
+from ltx_titan.checkpoint import released_config, scale_factors
+
+if TYPE_CHECKING:
+    from ltx_titan.codecs import VideoCodec
+
+DESCRIPTION = __doc__
+
+_WARMUP, _STEPS = 2, 5
+_GIB = 2**30
+
+
+def random_codec(shape: str, device: torch.device, *, tiling: bool) -> "VideoCodec":
+    """The encoder of a released VAE with random weights, in the dtype that `load_video_codec` would choose."""
+    # Here, not above: they bring diffusers along, which takes seconds and which the other benchmarks do without.
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
+
+    from ltx_titan.codecs.video_vae import TILE, TILE_STRIDE, VideoCodec, video_vae_layout
+
+    config = released_config(shape)
+    with torch.device("meta"):
+        vae = AutoencoderKLLTX2Video(**video_vae_layout(config["vae"]).arguments)
+    vae.decoder = None
+    vae.to(torch.float32 if device.type == "cpu" else torch.bfloat16).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in vae.parameters():
+        fan_in = max(1, parameter[0].numel())
+        parameter.data.normal_(std=fan_in**-0.5, generator=generator)
+    if tiling:
+        vae.enable_tiling(TILE, TILE, tile_sample_stride_height=TILE_STRIDE, tile_sample_stride_width=TILE_STRIDE)
+    channels = vae.config.latent_channels
+    mean, std = torch.zeros(channels, 1, 1, 1, device=device), torch.ones(channels, 1, 1, 1, device=device)
+    return VideoCodec(vae.requires_grad_(False).eval(), mean, std, scale_factors(config))
+
+
+def measure(codec: "VideoCodec", pixels: torch.Tensor) -> dict[str, object]:
+    """Seconds a clip, clips a second, and peak memory."""
+    on_gpu = pixels.is_cuda
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(_WARMUP + _STEPS):
+        started = time.perf_counter()
+        latents = codec.encode(pixels)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    times = times[_WARMUP:]
+    return {
+        "clip_s": median(times),
+        "clips_per_s": 1 / median(times),
+        "spread": (max(times) - min(times)) / median(times),
+        "latent": list(latents.shape[1:]),
+        "peak_gib": torch.cuda.max_memory_allocated() / _GIB if on_gpu else None,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--shape", default="ltx-2.3-22b", help="released shape, or metadata file")
+    parser.add_argument("--clip", default="1280x704x121", metavar="WxHxF", help="size of the clip")
+    parser.add_argument("--out", type=Path, help="write rows as JSON lines")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures whole clips and tiles; what does not fit in memory is reported, and the other still measured."""
+    parts = arguments.clip.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"--clip is {arguments.clip!r}; it is WxHxF, as in 1280x704x121.")
+    width, height, frames = map(int, parts)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pixels = torch.rand(1, 3, frames, height, width, device=device) * 2 - 1
+    rows, failures = [], 0
+    for tiling in (False, True):
+        row = {**environment(device), "shape": arguments.shape, "clip": arguments.clip, "tiling": tiling}
+        try:
+            row |= measure(random_codec(arguments.shape, device, tiling=tiling), pixels)
+        except torch.OutOfMemoryError as error:
+            failures += 1
+            row["error"] = str(error)[:300]
+        rows.append(row)
+        memory = f", {row['peak_gib']:.1f} GiB" if row.get("peak_gib") else ""
+        found = row.get("error") or f"{row['clip_s']:.2f} s a clip, {row['clips_per_s']:.2f} clips/s{memory}"
+        print(f"{arguments.clip} {'in tiles' if tiling else 'whole'}: {found}", flush=True)
+        write_rows(arguments.out, rows)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))
