@@ -19,6 +19,8 @@ export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # Fewer, larger blocks: long jobs with several shapes otherwise run out of memory to fragmentation.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
+GPUS=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then GPUS=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .); fi
 JOB=${CONFIG:-}
 if [[ $# -gt 0 && $1 != --* ]]; then JOB=$1; shift; fi
 if [[ -z $JOB ]]; then
@@ -31,10 +33,10 @@ if [[ -z $JOB ]]; then
     "$PYTHON" -m ltx_titan.cli process-dataset "$DATA/clips/dataset.jsonl" --resolution-buckets "256x160x25" \
         --model-path "$DATA/nano/ltx-2.3-nano.safetensors" --text-encoder-path "$DATA/nano/text_encoder" \
         --output-dir "$DATA/precomputed"
+    # Many CPUs multiply bfloat16 numbers one by one, fifty times slower than float32.
+    if [[ $GPUS -eq 0 ]]; then set -- --training.dtype=float32 "$@"; fi
 fi
 
-GPUS=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
-if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then GPUS=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .); fi
 NGPU=${NGPU:-$((GPUS > 0 ? GPUS : 1))}
 NNODES=${NNODES:-1}
 if [[ $NNODES -gt 1 ]]; then
