@@ -195,12 +195,17 @@ def test_what_costs_memory_and_time_is_seen():
     plan = plan_of(8, model={"num_layers": 48})
     work = make_workload(plan)
 
+    def memory(**changes: object) -> Memory:
+        return estimate(work, Setup(Degrees(dp_shard=8), **changes), GPUS["h100"]).memory
+
     def peak(**changes: object) -> float:
-        return estimate(work, Setup(Degrees(dp_shard=8), **changes), GPUS["h100"]).memory.peak
+        return memory(**changes).peak
 
     assert peak() > peak(recompute="every_k", k=2) > peak(recompute="full")
     assert peak(recompute="full") > peak(recompute="full", cpu_offload=True)
-    assert peak(recompute="full") > peak(recompute="full", offload_activations=True)
+    # At this length the peak comes at the end of the backward pass, when inputs of blocks are gone anyway.
+    kept, moved = memory(recompute="full"), memory(recompute="full", offload_activations=True)
+    assert kept.start_of_backward > moved.start_of_backward
     slow, fast = bus_bandwidth(GPUS["h100"], 8, 8), bus_bandwidth(GPUS["h100"], 1, 64)
     assert slow == GPUS["h100"].network
     assert slow < fast <= GPUS["h100"].nvlink
