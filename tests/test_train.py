@@ -211,12 +211,13 @@ def test_lora_trains_resumes_and_exports_an_adapter(tmp_path, nano_path, data_ro
 
 
 def test_a_sample_without_sound_trains_like_a_job_without_audio(tmp_path, nano_path):
-    root = write_dataset(tmp_path / "data", nano_path, clips=2)
+    # One clip: which of several meets which noise depends on the data set, and a data set without sound is another.
+    root = write_dataset(tmp_path / "data", nano_path, clips=1)
     for clip in (root / "audio_latents").glob("*.pt"):
         write_sample(clip, {**read_sample(clip, "audio"), "present": False})
-    with_silence = write_job(tmp_path / "silent", nano_path, root, training__steps=1, training__global_batch_size=2)
+    with_silence = write_job(tmp_path / "silent", nano_path, root, training__steps=1, training__global_batch_size=1)
     lines = train(with_silence)
-    job = write_job(tmp_path / "video", nano_path, root, training__steps=1, training__global_batch_size=2)
+    job = write_job(tmp_path / "video", nano_path, root, training__steps=1, training__global_batch_size=1)
     text = job.read_text().split("[audio]")
     job.write_text(text[0] + "[training]" + text[1].split("[training]")[1])
     assert lines[0]["loss_audio"] == 0
