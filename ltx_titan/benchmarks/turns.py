@@ -2,7 +2,8 @@
 
 Compiling takes most of a benchmark's time and no device. So everything that is measured has a process of its own: all
 prepare (build, compile, warm up) at once, then each has the device to itself for its turn. What one does wrong, a
-crash included, costs the others nothing. Benchmarks that were started beside each other also wait for one another.
+crash included, costs the others nothing. Benchmarks that were started beside each other also wait for one another: none
+measures while another prepares or measures.
 """
 
 import fcntl
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -61,10 +62,16 @@ def in_turns(works: Sequence[Callable[[Callable[[], None]], Any]], device: torch
 
 @contextmanager
 def device_alone() -> Iterator[None]:
-    """No other benchmark of this machine measures meanwhile."""
-    with (Path(tempfile.gettempdir()) / "ltx_titan_bench.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """No other benchmark of this machine measures or prepares meanwhile."""
+    with _locked(fcntl.LOCK_EX):
         yield
+
+
+@contextmanager
+def _locked(how: int) -> Iterator[TextIO]:
+    with (Path(tempfile.gettempdir()) / "ltx_titan_bench.lock").open("w") as lock:
+        fcntl.flock(lock, how)
+        yield lock
 
 
 def _receive(pipe: Connection) -> Any:
@@ -80,10 +87,13 @@ def _run(work: Callable, pipe: Connection) -> None:
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        fcntl.flock(preparing, fcntl.LOCK_UN)
         pipe.send(None)
         pipe.recv()
 
-    pipe.send(_attempt(work, take_turn))
+    # Many may prepare at once; whoever measures waits for all of them.
+    with _locked(fcntl.LOCK_SH) as preparing:
+        pipe.send(_attempt(work, take_turn))
 
 
 def _attempt(work: Callable, take_turn: Callable[[], None]) -> Any:
