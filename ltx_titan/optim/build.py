@@ -4,9 +4,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ltx_titan.optim.adafactor import Adafactor
+from ltx_titan.optim.adamw import ShardedAdamW
 from ltx_titan.optim.muon import Muon
 from ltx_titan.optim.offload import keep_state_on_host
 from ltx_titan.optim.settings import OptimizerSettings
@@ -128,7 +129,7 @@ def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings, seed: in
 
         rounding = settings.stochastic_rounding
         return LowBitAdamW(parameters, bits=bits, stochastic_rounding=rounding, seed=seed, **options)
-    return AdamW(parameters, fused=True, **options)
+    return ShardedAdamW(parameters, fused=True, **options)
 
 
 def _step_in_backward(optimizer: Optimizer) -> None:

@@ -5,8 +5,8 @@ from ltx_titan.model import Modality
 from ltx_titan.validation import ValidationSection, evaluating, guidance_of, sample_all, schedule_of, stand_in
 from tests.golden_cases import assert_close_to_max
 from tests.model.golden_transformer import build_transformer
+from tests.processes import run_ranks
 from tests.validation import sharded
-from tests.validation.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
