@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
+from ltx_titan.optim.adamw import ShardedAdamW
 from ltx_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8, precompute_float8_scales
@@ -115,7 +116,7 @@ def batch_of(scenario: str, rows: slice) -> dict[str, dict[str, Tensor]]:
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of all runs."""
-    return torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
+    return ShardedAdamW(model.parameters(), lr=LR, fused=True)
 
 
 def train(
