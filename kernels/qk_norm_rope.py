@@ -24,6 +24,7 @@ from torch import Tensor
 from ltx_titan.model import ops
 from ltx_titan.model.ops import HeadShare
 from ltx_titan.model.rope import PackedRotation
+from ltx_titan_kernels.angles import angles_of_first, angles_of_next, angles_of_one, cos_sin
 from ltx_titan_kernels.launches import Launch, divide_tokens, is_supported, operator, runnable, with_unit_stride
 from ltx_titan_kernels.modulation_rows import sum_partials
 
@@ -41,53 +42,6 @@ BACKWARD = Launch(warps=8, programs=1, stages=3)
 def forward_launch(width: int, rotations: int) -> Launch:
     """Launch of the forward kernel at this inner width; `rotations` is 0, 1 that queries and keys share, or 2."""
     return (FORWARD_WITHOUT_ROTATION, FORWARD_TOGETHER, FORWARD_APART)[rotations].at(width)
-
-
-@triton.jit
-def _angles(table_ptr, rows_ptr, rows_stride, axis, frequency, is_turned, ROW: tl.constexpr, AXES: tl.constexpr):
-    """Cosines and sines of one token's pairs [heads, K / 2], fetched whole, so that the fetch can be made ahead."""
-    row = tl.load(rows_ptr)
-    offset = frequency + row * ROW
-    for other in tl.static_range(1, AXES):
-        row = tl.load(rows_ptr + other * rows_stride)
-        offset = tl.where(axis == other, frequency + row * ROW, offset)
-    both = tl.arange(0, 2)[None, None, :]
-    pointers = table_ptr + offset[:, :, None] * 2 + both
-    cos, sin = tl.split(tl.load(pointers, mask=is_turned[:, :, None], other=0.0))
-    return tl.where(is_turned, cos, 1.0), sin
-
-
-@triton.jit
-def _angles_of_first(table_ptr, inside):
-    """What `_angles_of_next` starts from: pointers to pairs of cosine and sine, and pairs that turn nothing."""
-    return table_ptr.to(tl.pointer_type(tl.int64)), tl.where(inside, 0x3F800000, 0).to(tl.int64)
-
-
-@triton.jit
-def _angles_of_next(
-    angles, pairs_ptr, rows_ptr, rows_stride, is_first, axis, frequency, is_turned,
-    ROW: tl.constexpr, AXES: tl.constexpr,
-):  # fmt: skip
-    """Angles of a token [heads, K / 2], from those of the token before it: only axes along which it moved are fetched.
-
-    An angle is cosine (low half) and sine in 64 bits, so that one fetch brings both in the layout of the channels.
-    Neighbours in a row of a frame differ on one axis of three; against the sound, whole frames have the same angles.
-    """
-    row = tl.load(rows_ptr)
-    moved = (axis == 0) & (is_first | (row != tl.load(rows_ptr - 1, mask=is_first == 0, other=-1)))
-    offset = frequency + row * ROW
-    for other in tl.static_range(1, AXES):
-        other_ptr = rows_ptr + other * rows_stride
-        row = tl.load(other_ptr)
-        moved |= (axis == other) & (is_first | (row != tl.load(other_ptr - 1, mask=is_first == 0, other=-1)))
-        offset = tl.where(axis == other, frequency + row * ROW, offset)
-    return tl.load(pairs_ptr + offset, mask=is_turned & moved, other=angles)
-
-
-@triton.jit
-def _cos_sin(angles):
-    cos = angles.to(tl.int32).to(tl.float32, bitcast=True)
-    return cos, (angles >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -143,16 +97,16 @@ def _forward_alone(
     """A program's tokens of queries or of keys, where they do not share their angles."""
     w1, w2 = _load_halves(weight_ptr, cols, inside, HALF)
     cos, sin = w1, w2
-    pairs_ptr, angles = _angles_of_first(table_ptr, inside)
+    pairs_ptr, angles = angles_of_first(table_ptr, inside)
     rows_ptr += batch * AXES * tokens
     for token in tl.range(first, tl.minimum(first + tokens_per_program, tokens), num_stages=STAGES):
         at = batch * tokens + token
         x1, x2 = _load_halves(x_ptr + token * stride_s, cols, inside, HALF)
         if ROTATED:
-            angles = _angles_of_next(
+            angles = angles_of_next(
                 angles, pairs_ptr, rows_ptr + token, tokens, token == first, axis, frequency, is_turned, ROW, AXES
             )
-            cos, sin = _cos_sin(angles)
+            cos, sin = cos_sin(angles)
         squares = tl.load(sum_ptr + at) if SUMMED else _sum_of(x1 * x1 + x2 * x2)
         rstd = tl.rsqrt(squares / width + eps)
         _store_turned(out_ptr + at * D, x1, x2, rstd, w1, w2, cos, sin, cols, inside, HALF, ROTATED)
@@ -185,7 +139,7 @@ def _qk_norm_rope_forward_kernel(
         q_ptr += batch * q_stride_b
         k_ptr += batch * k_stride_b
         rows_ptr = q_rows_ptr + batch * AXES * q_tokens
-        pairs_ptr, angles = _angles_of_first(q_table_ptr, inside)
+        pairs_ptr, angles = angles_of_first(q_table_ptr, inside)
         next_x1, next_x2 = _load_stored(q_ptr + first * q_stride_s, cols, inside, HALF)
         next_y1, next_y2 = _load_stored(k_ptr + first * k_stride_s, cols, inside, HALF)
         # The next token is on its way, in its own narrow dtype, while this one is worked on. That leaves registers for
@@ -198,10 +152,10 @@ def _qk_norm_rope_forward_kernel(
             coming = tl.minimum(token + 1, last)
             next_x1, next_x2 = _load_stored(q_ptr + coming * q_stride_s, cols, inside, HALF)
             next_y1, next_y2 = _load_stored(k_ptr + coming * k_stride_s, cols, inside, HALF)
-            angles = _angles_of_next(
+            angles = angles_of_next(
                 angles, pairs_ptr, rows_ptr + token, q_tokens, token == first, axis, frequency, is_turned, ROW, AXES
             )
-            cos, sin = _cos_sin(angles)
+            cos, sin = cos_sin(angles)
             if SUMMED:
                 q_squares = tl.load(q_sum_ptr + at)
                 k_squares = tl.load(k_sum_ptr + at)
@@ -391,7 +345,7 @@ def _qk_norm_rope_backward_kernel(
     partial_ptr += (batch * tl.num_programs(0) + program) * 2 * D
     if SHARED or program < q_programs:
         first = program * tokens_per_program
-        pairs_ptr, angles = _angles_of_first(q_table_ptr, inside)
+        pairs_ptr, angles = angles_of_first(q_table_ptr, inside)
         rows_ptr = q_rows_ptr + batch * AXES * q_tokens
         w1 = tl.load(q_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         w2 = tl.load(q_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -404,12 +358,12 @@ def _qk_norm_rope_backward_kernel(
             at = batch * q_tokens + token
             if ROTATED and SHARED:
                 # Angles carried from token to token would stall the prefetch, which is deep here.
-                cos, sin = _angles(q_table_ptr, rows_ptr + token, q_tokens, axis, frequency, is_turned, ROW, AXES)
+                cos, sin = angles_of_one(q_table_ptr, rows_ptr + token, q_tokens, axis, frequency, is_turned, ROW, AXES)
             elif ROTATED:
-                angles = _angles_of_next(
+                angles = angles_of_next(
                     angles, pairs_ptr, rows_ptr + token, q_tokens, token == first, axis, frequency, is_turned, ROW, AXES
                 )
-                cos, sin = _cos_sin(angles)
+                cos, sin = cos_sin(angles)
             dw1, dw2 = _backward_token(
                 q_grad_ptr + batch * q_grad_stride_b + token * q_grad_stride_s,
                 q_ptr + batch * q_stride_b + token * q_stride_s, q_rstd_ptr + at, dq_ptr + at * D, q_dsum_ptr + at,
@@ -432,17 +386,17 @@ def _qk_norm_rope_backward_kernel(
             tl.store(partial_ptr + D + cols + HALF, nothing, mask=inside)
     else:
         first = (program - q_programs) * tokens_per_program
-        pairs_ptr, angles = _angles_of_first(k_table_ptr, inside)
+        pairs_ptr, angles = angles_of_first(k_table_ptr, inside)
         rows_ptr = k_rows_ptr + batch * AXES * k_tokens
         w1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         w2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
         for token in tl.range(first, tl.minimum(first + tokens_per_program, k_tokens), num_stages=STAGES):
             at = batch * k_tokens + token
             if ROTATED:
-                angles = _angles_of_next(
+                angles = angles_of_next(
                     angles, pairs_ptr, rows_ptr + token, k_tokens, token == first, axis, frequency, is_turned, ROW, AXES
                 )
-                cos, sin = _cos_sin(angles)
+                cos, sin = cos_sin(angles)
             dw1, dw2 = _backward_token(
                 k_grad_ptr + batch * k_grad_stride_b + token * k_grad_stride_s,
                 k_ptr + batch * k_stride_b + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D, k_dsum_ptr + at,

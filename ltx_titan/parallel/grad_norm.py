@@ -1,7 +1,6 @@
 """Gradient norms and clipping over sharded parameters.
 
-Everything is done on this rank's shards. As DTensors a few thousand gradients cost the host more than the device needs
-for their norms, and seconds when they come for the first time.
+Everything is done on this rank's shards: lists of thousands of DTensors would keep the host busy with bookkeeping.
 """
 
 from collections import defaultdict
@@ -62,8 +61,9 @@ def _shard_of(gradient: Tensor) -> tuple[_Split, Tensor]:
     if not isinstance(gradient, DTensor):
         return None, gradient
     assert not any(placement.is_partial() for placement in gradient.placements), gradient.placements
-    axes = tuple(axis for axis, placement in enumerate(gradient.placements) if not placement.is_replicate())
-    return (gradient.device_mesh, axes), gradient.to_local()
+    mesh = gradient.device_mesh
+    split = (axis for axis, placement in enumerate(gradient.placements) if not placement.is_replicate())
+    return (mesh, tuple(axis for axis in split if mesh.size(axis) > 1)), gradient.to_local()
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
