@@ -59,12 +59,23 @@ class Walk:
     tokens: int
 
 
-def divide_tokens(x: Tensor, programs_per_multiprocessor: int) -> Walk:
-    """Spreads the tokens of `x` [B, S, D] evenly over about as many programs as the device runs at once."""
+def divide_tokens(x: Tensor, programs_per_multiprocessor: int, beside: Tensor | None = None) -> Walk:
+    """Spreads the tokens of `x` [B, S, D] evenly over about as many programs as the device runs at once.
+
+    Args:
+        x: the tokens.
+        programs_per_multiprocessor: how many run at once.
+        beside: other tokens [B, T, D] that have programs of their own in the same launch, of as many tokens each. A
+            few programs more than run at once would take as long again as all that do.
+    """
     batch, tokens = x.shape[:2]
+    others = 0 if beside is None else beside.shape[1]
     multiprocessors = _multiprocessors(x.device)
-    wanted = max(1, multiprocessors * programs_per_multiprocessor // batch)
-    each = max(min(_LEAST_TOKENS, triton.cdiv(batch * tokens, multiprocessors)), triton.cdiv(tokens, wanted))
+    wanted = max(1 if beside is None else 2, multiprocessors * programs_per_multiprocessor // batch)
+    least = min(_LEAST_TOKENS, triton.cdiv(batch * max(tokens, others), multiprocessors))
+    each = max(least, triton.cdiv(tokens + others, wanted))
+    while triton.cdiv(tokens, each) + triton.cdiv(others, each) > wanted:
+        each += 1
     return Walk(triton.cdiv(tokens, each), each)
 
 

@@ -254,8 +254,8 @@ def _divide(
     width, half = q.shape[-1], head_dim // 2
     heads = width // head_dim
     is_shared = len(tables) == 1
-    walk = divide_tokens(q if q.shape[1] >= k.shape[1] else k, launch.programs)
-    q_programs, k_programs = (triton.cdiv(x.shape[1], walk.tokens) for x in (q, k))
+    walk = divide_tokens(q, launch.programs, beside=None if is_shared else k)
+    q_programs, k_programs = walk.programs, triton.cdiv(k.shape[1], walk.tokens)
     shape = (
         width,
         heads,

@@ -31,7 +31,7 @@ reference = ops.norm_modulate
 """The same in plain torch operations; given float32 or float64 it is what the kernel is held against."""
 
 
-FORWARD = Launch(warps=4, programs=32, stages=2)
+FORWARD = Launch(warps=4, programs=32, stages=3)
 BACKWARD = Launch(warps=8, programs=1, stages=3)
 """Launches at width 4096, the fastest measured on an H100 (docs/benchmarks)."""
 
