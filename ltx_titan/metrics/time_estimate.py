@@ -25,6 +25,9 @@ HOST_CALL_S = 6e-3
 HOST_FSDP_S = 9e-3
 """Host time of FSDP2 per block and step. Both from 21 ms a block at 4,032 tokens with selective checkpointing, where
 the host is the limit: two H100s, 12 layers, 2026-11-25."""
+HOST_FLOAT8_S = 4e-3
+"""Host time more of a compiled pass with float8 products: scales and casts are launches of their own. From 9 ms a block
+and step between bfloat16 and float8 at 4,032 tokens, where the host is the limit of both: two H100s, 2026-11-26."""
 LORA_UNITS = 200.0
 """Traffic of adapters on all attention layers, in units as above: input, update and sum of 24 layers. Reckoned."""
 EAGER_HOST_S = 11e-3
@@ -144,7 +147,8 @@ def _host(setup: Setup) -> float:
     """Host seconds of one block and micro-batch."""
     # Selective recomputation is part of a compiled block's backward.
     passes = 2.0 if setup.recompute == "selective" and setup.compile else 2 + setup.recomputed_share()
-    return passes * (HOST_CALL_S if setup.compile else EAGER_HOST_S) + HOST_FSDP_S
+    call = HOST_CALL_S if setup.compile else EAGER_HOST_S
+    return passes * (call + (HOST_FLOAT8_S if setup.float8 != "none" else 0.0)) + HOST_FSDP_S
 
 
 def _fsdp_copies(work: Workload, setup: Setup) -> float:
