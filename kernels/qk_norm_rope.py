@@ -36,12 +36,18 @@ FORWARD_TOGETHER = Launch(warps=4, programs=2, stages=1)
 FORWARD_APART = Launch(warps=4, programs=8, stages=2)
 FORWARD_WITHOUT_ROTATION = Launch(warps=4, programs=32, stages=2)
 BACKWARD = Launch(warps=8, programs=1, stages=3)
+BACKWARD_APART = Launch(warps=8, programs=2, stages=2)
 """Launches at inner width 4096, measured on an H100 (docs/benchmarks)."""
 
 
 def forward_launch(width: int, rotations: int) -> Launch:
     """Launch of the forward kernel at this inner width; `rotations` is 0, 1 that queries and keys share, or 2."""
     return (FORWARD_WITHOUT_ROTATION, FORWARD_TOGETHER, FORWARD_APART)[rotations].at(width)
+
+
+def backward_launch(width: int, rotations: int) -> Launch:
+    """The same of the backward kernel."""
+    return (BACKWARD, BACKWARD, BACKWARD_APART)[rotations].at(width)
 
 
 @triton.jit
@@ -428,7 +434,7 @@ def launch_backward(
         dq, dk, the weight gradients [2, D] of queries and of keys, and, where the sums of squares came from
         outside, their gradients [B, S] and [B, T] float32.
     """
-    launch = launch or BACKWARD.at(q.shape[-1])
+    launch = launch or backward_launch(q.shape[-1], len(tables))
     q, k = with_unit_stride(q), with_unit_stride(k)
     grads = [with_unit_stride(grad) for grad in grads]
     grid, programs, tokens, shape = _divide(q, k, tables, rows, head_dim, launch)

@@ -202,7 +202,7 @@ def _qk(inputs: _Inputs, axes: int, k_tokens: int | None) -> KernelCase:
             qk_norm_rope.launch_backward, grads, q, k, [q_rstd, k_rstd], weights, *rotation, False, *sizes
         ),
         default_forward=qk_norm_rope.forward_launch(inputs.width, len(packed)),
-        default_backward=qk_norm_rope.BACKWARD.at(inputs.width),
+        default_backward=qk_norm_rope.backward_launch(inputs.width, len(packed)),
         forward_bytes=2 * moved,
         backward_bytes=3 * moved,
     )
