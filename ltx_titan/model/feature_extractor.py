@@ -70,10 +70,13 @@ class FeatureExtractor(nn.Module):
 
 
 def _scale_by_range(states_BSDL: Tensor, valid_BS11: Tensor) -> Tensor:
-    """8 * (x - mean) / (max - min) per sample and layer, over prompt tokens and channels; 0 at padding."""
+    """8 * (x - mean) / (max - min) per sample and layer, over prompt tokens and channels; 0 at padding.
+
+    Reckoned in float32 at least (the number of tokens is), returned in the dtype of the states.
+    """
     count = valid_BS11.sum(dim=(1, 2), keepdim=True) * states_BSDL.shape[2]
     mean = torch.where(valid_BS11, states_BSDL, 0).sum(dim=(1, 2), keepdim=True) / (count + _EPS)
     highest = torch.where(valid_BS11, states_BSDL, -torch.inf).amax(dim=(1, 2), keepdim=True)
     lowest = torch.where(valid_BS11, states_BSDL, torch.inf).amin(dim=(1, 2), keepdim=True)
     scaled = 8 * (states_BSDL - mean) / (highest - lowest + _EPS)
-    return torch.where(valid_BS11, scaled, 0)
+    return torch.where(valid_BS11, scaled, 0).to(states_BSDL.dtype)

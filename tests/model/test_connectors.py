@@ -29,6 +29,20 @@ def test_features_and_contexts_equal_the_reference(name, variant):
     assert torch.equal(mask_out, expected["attention_mask"])
 
 
+@pytest.mark.parametrize(("name", "variant"), PIPELINES)
+def test_features_in_bfloat16_stay_near_the_reference(name, variant):
+    case = load_case(name)
+    prefix = "text_embedding_projection."
+    extractor = FeatureExtractor.from_config(case.entry["config"], case.entry["text_encoder"])
+    extractor.load_state_dict({k.removeprefix(prefix): v for k, v in case.weights.items() if k.startswith(prefix)})
+    states, mask = (case.tensors[f"input.{variant}.{key}"] for key in ("hidden_states", "attention_mask"))
+    with torch.no_grad():
+        video, _ = extractor.bfloat16()(states.bfloat16(), mask)
+    expected = case.tensors[f"output.{variant}.features.video"]
+    assert video.dtype == torch.bfloat16
+    assert (video.float() - expected).norm() <= 2e-2 * expected.norm()
+
+
 @pytest.mark.parametrize("variant", MODULE.entry["variants"], ids=lambda v: v["name"])
 def test_one_connector_equals_the_reference(variant):
     name = variant["name"]
