@@ -20,7 +20,7 @@ from ltx_titan.media import probe_video
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.preprocess import ProcessOptions, process_dataset
-from tests.jobs import train, write_job
+from tests.jobs import curve, train, write_job
 from tests.media.clips import write_clip
 
 TEXT_WIDTH = TEXT_ENCODER["hidden_size"]
@@ -118,3 +118,12 @@ def test_a_job_trains_exports_and_makes_clips(checkpoint, nano_path, prepared, t
         assert not torch.equal(exported[name].bfloat16(), base[name])
     else:
         assert all(".lora_" in name for name in exported)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("axis", ["tp", "cp"])
+def test_losses_do_not_depend_on_the_mesh(checkpoint, prepared, tmp_path, axis):
+    settings = {"training__steps": 2, "training__global_batch_size": 2}
+    single = train(write_job(tmp_path / "single", checkpoint, prepared, **settings))
+    lines = train(write_job(tmp_path / axis, checkpoint, prepared, **settings, **{f"parallelism__{axis}": 2}), 2)
+    torch.testing.assert_close(torch.tensor(curve(lines)), torch.tensor(curve(single)), rtol=1e-5, atol=0)
