@@ -67,6 +67,9 @@ def divide_tokens(x: Tensor, programs_per_multiprocessor: int, beside: Tensor | 
         programs_per_multiprocessor: how many run at once.
         beside: other tokens [B, T, D] that have programs of their own in the same launch, of as many tokens each. A
             few programs more than run at once would take as long again as all that do.
+
+    Returns:
+        The division of `x`; `beside` takes as many tokens a program.
     """
     batch, tokens = x.shape[:2]
     others = 0 if beside is None else beside.shape[1]

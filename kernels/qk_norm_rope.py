@@ -46,7 +46,7 @@ def forward_launch(width: int, rotations: int) -> Launch:
 
 
 def backward_launch(width: int, rotations: int) -> Launch:
-    """The same of the backward kernel."""
+    """Launch of the backward kernel at this inner width; `rotations` as in `forward_launch`."""
     return (BACKWARD, BACKWARD, BACKWARD_APART)[rotations].at(width)
 
 

@@ -55,6 +55,19 @@ def data_root(tmp_path_factory, nano_path) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"), nano_path)
 
 
+def small_validation(nano_path: Path, **more: object) -> dict[str, object]:
+    """Settings of `[validation]` for tiny clips in two steps, as `write_job` takes them; `more` adds to them."""
+    table = {
+        "interval": 2,
+        "video_dims": [64, 64, 9],
+        "inference_steps": 2,
+        "stg_blocks": [1],
+        "text_encoder_path": str(nano_path.parent / "text_encoder"),
+        **more,
+    }
+    return {f"validation__{key}": value for key, value in table.items()}
+
+
 def write_job(folder: Path, nano_path: Path, data_root: Path, **overrides: object) -> Path:
     """A float32 job file; `overrides` are `section__key=value`."""
     tables = {

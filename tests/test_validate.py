@@ -17,7 +17,7 @@ import ltx_titan
 from ltx_titan import sample
 from ltx_titan.media import probe_video, read_sound
 from ltx_titan.train import main
-from tests.jobs import read_run, train, write_job
+from tests.jobs import read_run, small_validation, train, write_job
 from tests.wandb_records import history, run_folders
 
 CLIP = str(Path(ltx_titan.__file__).parent / "assets" / "big_buck_bunny_5s.mp4")
@@ -40,18 +40,9 @@ def write(nano_path, data_root, contexts):
     """Writes a job with validation."""
 
     def write(folder, **overrides):
-        validation = {
-            "interval": 2,
-            "video_dims": [64, 64, 9],
-            "inference_steps": 2,
-            "stg_blocks": [1],
-            "text_encoder_path": str(nano_path.parent / "text_encoder"),
-            "held_out_root": str(data_root),
-            "held_out_samples": 3,
-            "held_out_sigmas": [0.5],
-            "samples": SAMPLES,
-        }
-        given = {f"validation__{key}": value for key, value in validation.items()}
+        given = small_validation(
+            nano_path, held_out_root=str(data_root), held_out_samples=3, held_out_sigmas=[0.5], samples=SAMPLES
+        )
         job = write_job(folder, nano_path, data_root, **{"training__steps": 2, **given, **overrides})
         (folder / "run").mkdir()
         (folder / "run/validation-cache").symlink_to(contexts)

@@ -6,17 +6,23 @@ from tests.golden_cases import case_names, load_case
 
 PIPELINES = [(n, v) for n in case_names("embeddings_connectors") for v in load_case(n).entry["variants"]]
 MODULE = load_case("connector_module")
+PREFIX = "text_embedding_projection."
+
+
+def extractor_of(case):
+    """The projection of a golden case, with its weights."""
+    extractor = FeatureExtractor.from_config(case.entry["config"], case.entry["text_encoder"])
+    extractor.load_state_dict({k.removeprefix(PREFIX): v for k, v in case.weights.items() if k.startswith(PREFIX)})
+    return extractor
 
 
 @pytest.mark.parametrize(("name", "variant"), PIPELINES)
 def test_features_and_contexts_equal_the_reference(name, variant):
     case = load_case(name)
     config, tolerance = case.entry["config"], case.entry["tolerance"]["output"]
-    prefix = "text_embedding_projection."
-    extractor = FeatureExtractor.from_config(config, case.entry["text_encoder"])
-    extractor.load_state_dict({k.removeprefix(prefix): v for k, v in case.weights.items() if k.startswith(prefix)})
+    extractor = extractor_of(case)
     connectors = TextConnectors.from_config(config)
-    connectors.load_state_dict({k: v for k, v in case.weights.items() if not k.startswith(prefix)})
+    connectors.load_state_dict({k: v for k, v in case.weights.items() if not k.startswith(PREFIX)})
     expected = case.under(f"output.{variant}.")
     mask = case.tensors[f"input.{variant}.attention_mask"]
     with torch.no_grad():
@@ -32,12 +38,9 @@ def test_features_and_contexts_equal_the_reference(name, variant):
 @pytest.mark.parametrize(("name", "variant"), PIPELINES)
 def test_features_in_bfloat16_stay_near_the_reference(name, variant):
     case = load_case(name)
-    prefix = "text_embedding_projection."
-    extractor = FeatureExtractor.from_config(case.entry["config"], case.entry["text_encoder"])
-    extractor.load_state_dict({k.removeprefix(prefix): v for k, v in case.weights.items() if k.startswith(prefix)})
     states, mask = (case.tensors[f"input.{variant}.{key}"] for key in ("hidden_states", "attention_mask"))
     with torch.no_grad():
-        video, _ = extractor.bfloat16()(states.bfloat16(), mask)
+        video, _ = extractor_of(case).bfloat16()(states.bfloat16(), mask)
     expected = case.tensors[f"output.{variant}.features.video"]
     assert video.dtype == torch.bfloat16
     assert (video.float() - expected).norm() <= 2e-2 * expected.norm()
