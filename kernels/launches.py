@@ -43,11 +43,13 @@ class Launch:
     programs: int
     stages: int
 
-    def at(self, width: int) -> "Launch":
-        """The same for another width, given that this is the launch at 4096: as many channels in each thread."""
+    def at(self, width: int, measured_at: int = 4096) -> "Launch":
+        """The same for another width than the one it was measured at: as many channels in each thread."""
         padded = triton.next_power_of_2(width)
         return Launch(
-            min(16, max(1, self.warps * padded // 4096)), max(1, self.programs * 4096 // max(padded, 512)), self.stages
+            min(16, max(1, self.warps * padded // measured_at)),
+            max(1, self.programs * measured_at // max(padded, 512)),
+            self.stages,
         )
 
 
@@ -59,27 +61,51 @@ class Walk:
     tokens: int
 
 
-def divide_tokens(x: Tensor, programs_per_multiprocessor: int, beside: Tensor | None = None) -> Walk:
-    """Spreads the tokens of `x` [B, S, D] evenly over about as many programs as the device runs at once.
+def divide_tokens(x: Tensor, programs_per_multiprocessor: int) -> Walk:
+    """Spreads the tokens of `x` [B, S, D] evenly over about as many programs as the device runs at once."""
+    batch, tokens = x.shape[:2]
+    each = max(_least_tokens(x), triton.cdiv(tokens, _programs_at_once(x, programs_per_multiprocessor)))
+    return Walk(triton.cdiv(tokens, each), each)
+
+
+def divide_tokens_of_two(
+    x: Tensor, y: Tensor, programs_per_multiprocessor: int, is_shorter_slower: bool = False
+) -> tuple[Walk, Walk]:
+    """The same for two tensors [B, S, D] and [B, T, D] whose programs share a launch.
+
+    Together they are no more than run at once: the few beyond would take as long again as all others.
 
     Args:
-        x: the tokens.
+        x, y: the tokens.
         programs_per_multiprocessor: how many run at once.
-        beside: other tokens [B, T, D] that have programs of their own in the same launch, of as many tokens each. A
-            few programs more than run at once would take as long again as all that do.
+        is_shorter_slower: whether a token of the shorter one takes longer. Its programs then take as few tokens as a
+            quarter of all programs allows, so that none is still at work when the longer one's are done.
 
     Returns:
-        The division of `x`; `beside` takes as many tokens a program.
+        The divisions of `x` and of `y`.
     """
-    batch, tokens = x.shape[:2]
-    others = 0 if beside is None else beside.shape[1]
-    multiprocessors = _multiprocessors(x.device)
-    wanted = max(1 if beside is None else 2, multiprocessors * programs_per_multiprocessor // batch)
-    least = min(_LEAST_TOKENS, triton.cdiv(batch * max(tokens, others), multiprocessors))
-    each = max(least, triton.cdiv(tokens + others, wanted))
-    while triton.cdiv(tokens, each) + triton.cdiv(others, each) > wanted:
+    short, long = sorted((x.shape[1], y.shape[1]))
+    wanted = max(2, _programs_at_once(x, programs_per_multiprocessor))
+    least = _least_tokens(x if x.shape[1] == long else y)
+    each = max(least, triton.cdiv(short + long, wanted))
+    while triton.cdiv(short, each) + triton.cdiv(long, each) > wanted:
         each += 1
-    return Walk(triton.cdiv(tokens, each), each)
+    each_short = each
+    if is_shorter_slower:
+        each_short = min(each, max(least, triton.cdiv(short, max(1, wanted // 4))))
+        each = max(least, triton.cdiv(long, wanted - triton.cdiv(short, each_short)))
+    walks = Walk(triton.cdiv(short, each_short), each_short), Walk(triton.cdiv(long, each), each)
+    return walks if x.shape[1] == short else walks[::-1]
+
+
+def _programs_at_once(x: Tensor, per_multiprocessor: int) -> int:
+    """Of each sample."""
+    return max(1, _multiprocessors(x.device) * per_multiprocessor // x.shape[0])
+
+
+def _least_tokens(x: Tensor) -> int:
+    """Fewest tokens that a program takes of `x`."""
+    return min(_LEAST_TOKENS, triton.cdiv(x.shape[0] * x.shape[1], _multiprocessors(x.device)))
 
 
 @cache

@@ -16,6 +16,11 @@ from torch import Tensor
 
 from ltx_titan_kernels.launches import runnable
 
+# Partial sums are added in blocks of so many programs and columns. Narrow columns: there must be enough of them to fill
+# the device, and each should fetch all that it adds at once.
+SUM_PROGRAMS = 64
+SUM_WIDTH = 16
+
 
 @triton.jit
 def load_row(row_ptr, table_ptr, offset, cols, inside):
@@ -49,6 +54,27 @@ def store_partial(slot_ptr, value, cols, inside, is_written):
 
 
 @triton.jit
+def sum_over_programs(
+    slots_ptr, written_ptr, first, last, stride, k, cols, inside,
+    BLOCK_PROGRAMS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Sum [BLOCK_WIDTH] of the slots of programs `first` to `last`, `stride` apart, or of those with bit k written."""
+    # One sum per lane and program of a block; adding them up, where threads wait for each other, is left to the end.
+    sums = tl.zeros([BLOCK_PROGRAMS, BLOCK_WIDTH], tl.float32)
+    for start in tl.range(first, last, BLOCK_PROGRAMS, num_stages=3):
+        program = start + tl.arange(0, BLOCK_PROGRAMS)
+        is_written = program < last
+        if MASKED:
+            is_written &= ((tl.load(written_ptr + program, mask=is_written, other=0) >> k) & 1) != 0
+        sums += tl.load(
+            slots_ptr + program[:, None] * stride + cols[None, :],
+            mask=is_written[:, None] & inside[None, :],
+            other=0.0,
+        )
+    return tl.sum(sums, 0)
+
+
+@triton.jit
 def _sum_partials_kernel(
     partial_ptr,
     written_ptr,
@@ -61,7 +87,6 @@ def _sum_partials_kernel(
     BLOCK_PROGRAMS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
-    WITH_ROWS: tl.constexpr,
 ):
     cols = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = cols < width
@@ -69,56 +94,44 @@ def _sum_partials_kernel(
     for row in range(0, batch * K):
         sample = row // K
         k = row % K
-        of_row = tl.zeros([BLOCK_WIDTH], tl.float32)
-        for start in range(0, programs, BLOCK_PROGRAMS):
-            program = start + tl.arange(0, BLOCK_PROGRAMS)
-            is_written = program < programs
-            if MASKED:
-                written = tl.load(written_ptr + sample * programs + program, mask=is_written, other=0)
-                is_written = ((written >> k) & 1) != 0
-            slots = ((sample * programs + program) * K + k) * width
-            values = tl.load(
-                partial_ptr + slots[:, None] + cols[None, :], mask=is_written[:, None] & inside[None, :], other=0.0
-            )
-            of_row += tl.sum(values, 0)
-        if WITH_ROWS:
-            tl.store(rows_ptr + row * width + cols, of_row.to(rows_ptr.dtype.element_ty), mask=inside)
+        of_row = sum_over_programs(
+            partial_ptr + (sample * programs * K + k) * width, written_ptr + sample * programs, 0, programs, K * width,
+            k, cols, inside, BLOCK_PROGRAMS, BLOCK_WIDTH, MASKED,
+        )  # fmt: skip
+        tl.store(rows_ptr + row * width + cols, of_row.to(rows_ptr.dtype.element_ty), mask=inside)
         of_table += of_row
     tl.store(table_ptr + cols, of_table.to(table_ptr.dtype.element_ty), mask=inside)
 
 
 def sum_partials(
-    partial: Tensor, written: Tensor | None, rows_dtype: torch.dtype | None, table_dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor]:
+    partial: Tensor, written: Tensor | None, rows_dtype: torch.dtype, table_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Adds partial sums over programs, in float32, to the gradients of embeddings and tables in their own dtypes.
 
     Args:
         partial: [B, programs, K, n, D] float32; slots that were not written hold anything.
         written: [B, programs] int32, bit k set where slot k was written; None where all were.
-        rows_dtype: of the embeddings; None where there are none.
+        rows_dtype: of the embeddings.
         table_dtype: of the tables.
 
     Returns:
-        Per sample and row [B, K, n, D], None where there are no embeddings, and in all [n, D].
+        Per sample and row [B, K, n, D], and in all [n, D].
     """
     batch, programs, k, n, width = partial.shape
-    rows = None if rows_dtype is None else partial.new_empty((batch, k, n, width), dtype=rows_dtype)
+    rows = partial.new_empty((batch, k, n, width), dtype=rows_dtype)
     table = partial.new_empty((n, width), dtype=table_dtype)
-    # Narrow columns: there must be enough programs to fill the device, and each should fetch all it adds at once.
-    block_width = 32
-    runnable(_sum_partials_kernel, partial)[(triton.cdiv(n * width, block_width),)](
+    runnable(_sum_partials_kernel, partial)[(triton.cdiv(n * width, SUM_WIDTH),)](
         partial,
         partial if written is None else written,
-        table if rows is None else rows,
+        rows,
         table,
         batch,
         programs,
         k,
         n * width,
-        min(128, triton.next_power_of_2(programs)),
-        block_width,
+        min(SUM_PROGRAMS, triton.next_power_of_2(programs)),
+        SUM_WIDTH,
         written is not None,
-        rows is not None,
         num_warps=4,
     )
     return rows, table

@@ -25,19 +25,31 @@ from ltx_titan.model import ops
 from ltx_titan.model.ops import HeadShare
 from ltx_titan.model.rope import PackedRotation
 from ltx_titan_kernels.angles import angles_of_first, angles_of_next, angles_of_one, cos_sin
-from ltx_titan_kernels.launches import Launch, divide_tokens, is_supported, operator, runnable, with_unit_stride
-from ltx_titan_kernels.modulation_rows import sum_partials
+from ltx_titan_kernels.launches import (
+    Launch,
+    Walk,
+    divide_tokens,
+    divide_tokens_of_two,
+    is_supported,
+    operator,
+    runnable,
+    with_unit_stride,
+)
+from ltx_titan_kernels.modulation_rows import SUM_PROGRAMS, SUM_WIDTH, sum_over_programs
 
 reference = ops.qk_norm_rope
 """The same in plain torch operations, with angles written out per token; what the kernel is held against."""
 
 
 FORWARD_TOGETHER = Launch(warps=4, programs=2, stages=1)
-FORWARD_APART = Launch(warps=4, programs=8, stages=2)
-FORWARD_WITHOUT_ROTATION = Launch(warps=4, programs=32, stages=2)
-BACKWARD = Launch(warps=8, programs=1, stages=3)
-BACKWARD_APART = Launch(warps=8, programs=2, stages=2)
+FORWARD_APART = Launch(warps=8, programs=16, stages=1)
+FORWARD_WITHOUT_ROTATION = Launch(warps=8, programs=32, stages=1)
+BACKWARD_TOGETHER = Launch(warps=8, programs=1, stages=3)
+BACKWARD_WITHOUT_ROTATION = Launch(warps=16, programs=2, stages=3)
 """Launches at inner width 4096, measured on an H100 (docs/benchmarks)."""
+
+BACKWARD_APART = Launch(warps=4, programs=3, stages=3)
+"""The same at 2048, the width of the attention between the streams, where queries and keys have angles of their own."""
 
 
 def forward_launch(width: int, rotations: int) -> Launch:
@@ -47,7 +59,9 @@ def forward_launch(width: int, rotations: int) -> Launch:
 
 def backward_launch(width: int, rotations: int) -> Launch:
     """Launch of the backward kernel at this inner width; `rotations` as in `forward_launch`."""
-    return (BACKWARD, BACKWARD, BACKWARD_APART)[rotations].at(width)
+    if rotations == 2:
+        return BACKWARD_APART.at(width, measured_at=2048)
+    return (BACKWARD_WITHOUT_ROTATION, BACKWARD_TOGETHER)[rotations].at(width)
 
 
 @triton.jit
@@ -98,39 +112,45 @@ def _forward_alone(
     x_ptr, weight_ptr, sum_ptr, table_ptr, rows_ptr, out_ptr, rstd_ptr,
     batch, first, tokens_per_program, tokens, stride_s, width, eps, cols, inside, axis, frequency, is_turned,
     D: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, AXES: tl.constexpr, ROTATED: tl.constexpr,
-    SUMMED: tl.constexpr, STAGES: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """A program's tokens of queries or of keys, where they do not share their angles."""
-    w1, w2 = _load_halves(weight_ptr, cols, inside, HALF)
-    cos, sin = w1, w2
+    """A program's tokens of queries or of keys, where they do not share their angles; prefetched as in the kernel."""
+    last = tl.minimum(first + tokens_per_program, tokens) - 1
+    next_x1, next_x2 = _load_stored(x_ptr + first * stride_s, cols, inside, HALF)
     pairs_ptr, angles = angles_of_first(table_ptr, inside)
     rows_ptr += batch * AXES * tokens
-    for token in tl.range(first, tl.minimum(first + tokens_per_program, tokens), num_stages=STAGES):
-        at = batch * tokens + token
-        x1, x2 = _load_halves(x_ptr + token * stride_s, cols, inside, HALF)
+    out_ptr += batch * tokens * D
+    rstd_ptr += batch * tokens
+    sum_ptr += batch * tokens
+    for token in tl.range(first, last + 1, num_stages=1):
+        x1, x2 = next_x1.to(tl.float32), next_x2.to(tl.float32)
+        next_x1, next_x2 = _load_stored(x_ptr + (token + 1) * stride_s, cols, inside & (token < last), HALF)
+        cos, sin = x1, x2
         if ROTATED:
             angles = angles_of_next(
                 angles, pairs_ptr, rows_ptr + token, tokens, token == first, axis, frequency, is_turned, ROW, AXES
             )
             cos, sin = cos_sin(angles)
-        squares = tl.load(sum_ptr + at) if SUMMED else _sum_of(x1 * x1 + x2 * x2)
+        squares = tl.load(sum_ptr + token) if SUMMED else _sum_of(x1 * x1 + x2 * x2)
         rstd = tl.rsqrt(squares / width + eps)
-        _store_turned(out_ptr + at * D, x1, x2, rstd, w1, w2, cos, sin, cols, inside, HALF, ROTATED)
-        tl.store(rstd_ptr + at, rstd)
+        w1, w2 = _load_halves(weight_ptr, cols, inside, HALF)
+        _store_turned(out_ptr + token * D, x1, x2, rstd, w1, w2, cos, sin, cols, inside, HALF, ROTATED)
+        tl.store(rstd_ptr + token, rstd)
 
 
 @triton.jit
 def _qk_norm_rope_forward_kernel(
     q_ptr, q_weight_ptr, q_sum_ptr, q_table_ptr, q_rows_ptr, q_out_ptr, q_rstd_ptr,
     k_ptr, k_weight_ptr, k_sum_ptr, k_table_ptr, k_rows_ptr, k_out_ptr, k_rstd_ptr,
-    q_tokens, k_tokens, q_programs, tokens_per_program,
+    q_tokens, k_tokens, first_program, q_programs, q_tokens_per_program, k_tokens_per_program,
     q_stride_b, q_stride_s, k_stride_b, k_stride_s, first_pair, pad, width, eps,
     D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
     ROW: tl.constexpr, AXES: tl.constexpr, ROTATED: tl.constexpr, SHARED: tl.constexpr, SUMMED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    program = tl.program_id(0)
+    # Programs that should start first are numbered last. No remainder: its code holds a tenth of the registers.
+    program = tl.program_id(0) + first_program
+    program = tl.where(program < tl.num_programs(0), program, program - tl.num_programs(0))
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     lane = tl.arange(0, BLOCK_HALF)[None, :]
     inside = (head < HEADS) & (lane < HALF)
@@ -140,8 +160,8 @@ def _qk_norm_rope_forward_kernel(
     axis = pair % AXES
     frequency = pair // AXES
     if SHARED:
-        first = program * tokens_per_program
-        last = tl.minimum(first + tokens_per_program, q_tokens) - 1
+        first = program * q_tokens_per_program
+        last = tl.minimum(first + q_tokens_per_program, q_tokens) - 1
         q_ptr += batch * q_stride_b
         k_ptr += batch * k_stride_b
         rows_ptr = q_rows_ptr + batch * AXES * q_tokens
@@ -179,14 +199,14 @@ def _qk_norm_rope_forward_kernel(
     elif program < q_programs:
         _forward_alone(
             q_ptr + batch * q_stride_b, q_weight_ptr, q_sum_ptr, q_table_ptr, q_rows_ptr, q_out_ptr, q_rstd_ptr,
-            batch, program * tokens_per_program, tokens_per_program, q_tokens, q_stride_s, width, eps,
-            cols, inside, axis, frequency, is_turned, D, HALF, ROW, AXES, ROTATED, SUMMED, STAGES,
+            batch, program * q_tokens_per_program, q_tokens_per_program, q_tokens, q_stride_s, width, eps,
+            cols, inside, axis, frequency, is_turned, D, HALF, ROW, AXES, ROTATED, SUMMED,
         )  # fmt: skip
     else:
         _forward_alone(
             k_ptr + batch * k_stride_b, k_weight_ptr, k_sum_ptr, k_table_ptr, k_rows_ptr, k_out_ptr, k_rstd_ptr,
-            batch, (program - q_programs) * tokens_per_program, tokens_per_program, k_tokens, k_stride_s, width, eps,
-            cols, inside, axis, frequency, is_turned, D, HALF, ROW, AXES, ROTATED, SUMMED, STAGES,
+            batch, (program - q_programs) * k_tokens_per_program, k_tokens_per_program, k_tokens, k_stride_s, width,
+            eps, cols, inside, axis, frequency, is_turned, D, HALF, ROW, AXES, ROTATED, SUMMED,
         )  # fmt: skip
 
 
@@ -223,7 +243,7 @@ def launch_forward(
     q, k = with_unit_stride(q), with_unit_stride(k)
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     rstds = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (q, k)]
-    grid, programs, tokens, shape = _divide(q, k, tables, rows, head_dim, launch)
+    q_walk, k_walk, grid, shape = _divide(q, k, tables, rows, head_dim, launch)
     inputs = zip(
         (q, k),
         [weight.contiguous() for weight in weights],
@@ -238,8 +258,10 @@ def launch_forward(
         *(tensor for tensors in inputs for tensor in tensors),
         q.shape[1],
         k.shape[1],
-        programs,
-        tokens,
+        q_walk.programs if k.shape[1] < q.shape[1] else 0,
+        q_walk.programs,
+        q_walk.tokens,
+        k_walk.tokens,
         *q.stride()[:2],
         *k.stride()[:2],
         *_first_pair_and_padding(tables, rows, head_dim, width, first_head),
@@ -247,7 +269,6 @@ def launch_forward(
         eps,
         *shape,
         bool(sums),
-        launch.stages,
         num_warps=launch.warps,
     )
     return [*outs, *rstds]
@@ -255,13 +276,17 @@ def launch_forward(
 
 def _divide(
     q: Tensor, k: Tensor, tables: list[Tensor], rows: list[Tensor], head_dim: int, launch: Launch
-) -> tuple[tuple[int, int], int, int, tuple[int | bool, ...]]:
-    """Grid, programs for queries, tokens of a program, and the constants from D to SHARED that both kernels take."""
+) -> tuple[Walk, Walk, tuple[int, int], tuple[int | bool, ...]]:
+    """Walks over queries and over keys, the grid, and the constants from D to SHARED that both kernels take."""
     width, half = q.shape[-1], head_dim // 2
     heads = width // head_dim
     is_shared = len(tables) == 1
-    walk = divide_tokens(q, launch.programs, beside=None if is_shared else k)
-    q_programs, k_programs = walk.programs, triton.cdiv(k.shape[1], walk.tokens)
+    if is_shared:
+        q_walk = k_walk = divide_tokens(q, launch.programs)
+    else:
+        # Every token of sound has angles of its own to wait for; those of video share them by the frame. So the shorter
+        # one's programs also start first.
+        q_walk, k_walk = divide_tokens_of_two(q, k, launch.programs, is_shorter_slower=bool(tables))
     shape = (
         width,
         heads,
@@ -273,8 +298,8 @@ def _divide(
         bool(tables),
         is_shared,
     )
-    grid = (q_programs if is_shared else q_programs + k_programs, q.shape[0])
-    return grid, q_programs, walk.tokens, shape
+    programs = q_walk.programs if is_shared else q_walk.programs + k_walk.programs
+    return q_walk, k_walk, (programs, q.shape[0]), shape
 
 
 def _both(tensors: list[Tensor], filler: Tensor) -> list[Tensor]:
@@ -322,11 +347,44 @@ def _backward_token(
 
 
 @triton.jit
+def _backward_alone(
+    grad_ptr, x_ptr, rstd_ptr, weight_ptr, table_ptr, rows_ptr, dx_ptr, dsum_ptr, partial_ptr,
+    batch, first, tokens_per_program, tokens, grad_stride_s, x_stride_s, width,
+    cols, inside, axis, frequency, is_turned,
+    D: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, AXES: tl.constexpr, ROTATED: tl.constexpr,
+    SUMMED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program's tokens of queries or of keys, where they do not share their angles."""
+    w1, w2 = _load_halves(weight_ptr, cols, inside, HALF)
+    dw1 = tl.zeros(cols.shape, tl.float32)
+    dw2 = tl.zeros(cols.shape, tl.float32)
+    cos, sin = w1, w2
+    pairs_ptr, angles = angles_of_first(table_ptr, inside)
+    rows_ptr += batch * AXES * tokens
+    dx_ptr += batch * tokens * D
+    rstd_ptr += batch * tokens
+    dsum_ptr += batch * tokens
+    for token in tl.range(first, tl.minimum(first + tokens_per_program, tokens), num_stages=STAGES):
+        if ROTATED:
+            angles = angles_of_next(
+                angles, pairs_ptr, rows_ptr + token, tokens, token == first, axis, frequency, is_turned, ROW, AXES
+            )
+            cos, sin = cos_sin(angles)
+        dw1, dw2 = _backward_token(
+            grad_ptr + token * grad_stride_s, x_ptr + token * x_stride_s, rstd_ptr + token, dx_ptr + token * D,
+            dsum_ptr + token,
+            w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
+        )  # fmt: skip
+    tl.store(partial_ptr + cols, dw1, mask=inside)
+    tl.store(partial_ptr + cols + HALF, dw2, mask=inside)
+
+
+@triton.jit
 def _qk_norm_rope_backward_kernel(
     q_grad_ptr, q_ptr, q_rstd_ptr, q_weight_ptr, q_table_ptr, q_rows_ptr, dq_ptr, q_dsum_ptr,
     k_grad_ptr, k_ptr, k_rstd_ptr, k_weight_ptr, k_table_ptr, k_rows_ptr, dk_ptr, k_dsum_ptr,
     partial_ptr,
-    q_tokens, k_tokens, q_programs, tokens_per_program,
+    q_tokens, k_tokens, first_program, q_programs, q_tokens_per_program, k_tokens_per_program, slots,
     q_grad_stride_b, q_grad_stride_s, k_grad_stride_b, k_grad_stride_s,
     q_stride_b, q_stride_s, k_stride_b, k_stride_s, first_pair, pad, width,
     D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -334,7 +392,9 @@ def _qk_norm_rope_backward_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    program = tl.program_id(0)
+    # Programs that should start first are numbered last. No remainder: its code holds a tenth of the registers.
+    program = tl.program_id(0) + first_program
+    program = tl.where(program < tl.num_programs(0), program, program - tl.num_programs(0))
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     lane = tl.arange(0, BLOCK_HALF)[None, :]
     inside = (head < HEADS) & (lane < HALF)
@@ -343,75 +403,71 @@ def _qk_norm_rope_backward_kernel(
     is_turned = inside & (pair >= 0)
     axis = pair % AXES
     frequency = pair // AXES
-    cos = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-    sin = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-    dw1 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-    dw2 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-    nothing = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-    partial_ptr += (batch * tl.num_programs(0) + program) * 2 * D
-    if SHARED or program < q_programs:
-        first = program * tokens_per_program
-        pairs_ptr, angles = angles_of_first(q_table_ptr, inside)
+    q_grad_ptr += batch * q_grad_stride_b
+    k_grad_ptr += batch * k_grad_stride_b
+    q_ptr += batch * q_stride_b
+    k_ptr += batch * k_stride_b
+    # Partial sums [B, slots, D]: those of programs that did queries, then those of programs that did keys.
+    partial_ptr += (batch * slots + program) * D
+    if SHARED:
+        first = program * q_tokens_per_program
         rows_ptr = q_rows_ptr + batch * AXES * q_tokens
-        w1 = tl.load(q_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        w2 = tl.load(q_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
-        if SHARED:
-            v1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-            v2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
-            dv1 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-            dv2 = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-        for token in tl.range(first, tl.minimum(first + tokens_per_program, q_tokens), num_stages=STAGES):
+        w1, w2 = _load_halves(q_weight_ptr, cols, inside, HALF)
+        v1, v2 = _load_halves(k_weight_ptr, cols, inside, HALF)
+        dw1 = tl.zeros(cols.shape, tl.float32)
+        dw2 = tl.zeros(cols.shape, tl.float32)
+        dv1 = tl.zeros(cols.shape, tl.float32)
+        dv2 = tl.zeros(cols.shape, tl.float32)
+        for token in tl.range(first, tl.minimum(first + q_tokens_per_program, q_tokens), num_stages=STAGES):
             at = batch * q_tokens + token
-            if ROTATED and SHARED:
-                # Angles carried from token to token would stall the prefetch, which is deep here.
-                cos, sin = angles_of_one(q_table_ptr, rows_ptr + token, q_tokens, axis, frequency, is_turned, ROW, AXES)
-            elif ROTATED:
-                angles = angles_of_next(
-                    angles, pairs_ptr, rows_ptr + token, q_tokens, token == first, axis, frequency, is_turned, ROW, AXES
-                )
-                cos, sin = cos_sin(angles)
+            # Angles carried from token to token would stall the prefetch, which is deep here.
+            cos, sin = angles_of_one(q_table_ptr, rows_ptr + token, q_tokens, axis, frequency, is_turned, ROW, AXES)
             dw1, dw2 = _backward_token(
-                q_grad_ptr + batch * q_grad_stride_b + token * q_grad_stride_s,
-                q_ptr + batch * q_stride_b + token * q_stride_s, q_rstd_ptr + at, dq_ptr + at * D, q_dsum_ptr + at,
-                w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
+                q_grad_ptr + token * q_grad_stride_s, q_ptr + token * q_stride_s, q_rstd_ptr + at, dq_ptr + at * D,
+                q_dsum_ptr + at, w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, True,
             )  # fmt: skip
-            if SHARED:
-                dv1, dv2 = _backward_token(
-                    k_grad_ptr + batch * k_grad_stride_b + token * k_grad_stride_s,
-                    k_ptr + batch * k_stride_b + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D, k_dsum_ptr + at,
-                    v1, v2, dv1, dv2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
-                )  # fmt: skip
+            dv1, dv2 = _backward_token(
+                k_grad_ptr + token * k_grad_stride_s, k_ptr + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D,
+                k_dsum_ptr + at, v1, v2, dv1, dv2, cos, sin, cols, inside, width, HALF, SUMMED, True,
+            )  # fmt: skip
         tl.store(partial_ptr + cols, dw1, mask=inside)
         tl.store(partial_ptr + cols + HALF, dw2, mask=inside)
-        if SHARED:
-            tl.store(partial_ptr + D + cols, dv1, mask=inside)
-            tl.store(partial_ptr + D + cols + HALF, dv2, mask=inside)
-        else:
-            # The other's part of the sums.
-            tl.store(partial_ptr + D + cols, nothing, mask=inside)
-            tl.store(partial_ptr + D + cols + HALF, nothing, mask=inside)
+        partial_ptr += q_programs * D
+        tl.store(partial_ptr + cols, dv1, mask=inside)
+        tl.store(partial_ptr + cols + HALF, dv2, mask=inside)
+    elif program < q_programs:
+        _backward_alone(
+            q_grad_ptr, q_ptr, q_rstd_ptr, q_weight_ptr, q_table_ptr, q_rows_ptr, dq_ptr, q_dsum_ptr, partial_ptr,
+            batch, program * q_tokens_per_program, q_tokens_per_program, q_tokens, q_grad_stride_s, q_stride_s, width,
+            cols, inside, axis, frequency, is_turned, D, HALF, ROW, AXES, ROTATED, SUMMED, STAGES,
+        )  # fmt: skip
     else:
-        first = (program - q_programs) * tokens_per_program
-        pairs_ptr, angles = angles_of_first(k_table_ptr, inside)
-        rows_ptr = k_rows_ptr + batch * AXES * k_tokens
-        w1 = tl.load(k_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        w2 = tl.load(k_weight_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
-        for token in tl.range(first, tl.minimum(first + tokens_per_program, k_tokens), num_stages=STAGES):
-            at = batch * k_tokens + token
-            if ROTATED:
-                angles = angles_of_next(
-                    angles, pairs_ptr, rows_ptr + token, k_tokens, token == first, axis, frequency, is_turned, ROW, AXES
-                )
-                cos, sin = cos_sin(angles)
-            dw1, dw2 = _backward_token(
-                k_grad_ptr + batch * k_grad_stride_b + token * k_grad_stride_s,
-                k_ptr + batch * k_stride_b + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D, k_dsum_ptr + at,
-                w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
-            )  # fmt: skip
-        tl.store(partial_ptr + D + cols, dw1, mask=inside)
-        tl.store(partial_ptr + D + cols + HALF, dw2, mask=inside)
-        tl.store(partial_ptr + cols, nothing, mask=inside)
-        tl.store(partial_ptr + cols + HALF, nothing, mask=inside)
+        _backward_alone(
+            k_grad_ptr, k_ptr, k_rstd_ptr, k_weight_ptr, k_table_ptr, k_rows_ptr, dk_ptr, k_dsum_ptr, partial_ptr,
+            batch, (program - q_programs) * k_tokens_per_program, k_tokens_per_program, k_tokens, k_grad_stride_s,
+            k_stride_s, width, cols, inside, axis, frequency, is_turned,
+            D, HALF, ROW, AXES, ROTATED, SUMMED, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_weights_kernel(
+    partial_ptr, weights_ptr, batch, q_programs, slots, D,
+    BLOCK_PROGRAMS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Weight gradients [2, D] of queries and keys, from the partial sums of the programs that did either."""
+    cols = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    inside = cols < D
+    of_keys = tl.program_id(1)
+    first = tl.where(of_keys == 1, q_programs, 0)
+    last = tl.where(of_keys == 1, slots, q_programs)
+    total = tl.zeros([BLOCK_WIDTH], tl.float32)
+    for sample in range(0, batch):
+        total += sum_over_programs(
+            partial_ptr + sample * slots * D, partial_ptr, first, last, D, 0, cols, inside,
+            BLOCK_PROGRAMS, BLOCK_WIDTH, False,
+        )  # fmt: skip
+    tl.store(weights_ptr + of_keys * D + cols, total.to(weights_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_backward(
@@ -437,10 +493,12 @@ def launch_backward(
     launch = launch or backward_launch(q.shape[-1], len(tables))
     q, k = with_unit_stride(q), with_unit_stride(k)
     grads = [with_unit_stride(grad) for grad in grads]
-    grid, programs, tokens, shape = _divide(q, k, tables, rows, head_dim, launch)
+    q_walk, k_walk, grid, shape = _divide(q, k, tables, rows, head_dim, launch)
+    slots = q_walk.programs + k_walk.programs
     dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     dsums = [torch.empty_like(rstd) for rstd in rstds] if is_summed else []
-    partial = q.new_empty((q.shape[0], grid[0], 1, 2, q.shape[-1]), dtype=torch.float32)
+    partial = q.new_empty((q.shape[0], slots, q.shape[-1]), dtype=torch.float32)
+    d_weights = weights[0].new_empty((2, q.shape[-1]))
     inputs = zip(
         grads,
         (q, k),
@@ -457,8 +515,11 @@ def launch_backward(
         partial,
         q.shape[1],
         k.shape[1],
-        programs,
-        tokens,
+        q_walk.programs if k.shape[1] < q.shape[1] else 0,
+        q_walk.programs,
+        q_walk.tokens,
+        k_walk.tokens,
+        slots,
         *(stride for x in (*grads, q, k) for stride in x.stride()[:2]),
         *_first_pair_and_padding(tables, rows, head_dim, width, first_head),
         width,
@@ -467,7 +528,17 @@ def launch_backward(
         launch.stages,
         num_warps=launch.warps,
     )
-    _, d_weights = sum_partials(partial, None, None, weights[0].dtype)
+    runnable(_sum_weights_kernel, q)[(triton.cdiv(q.shape[-1], SUM_WIDTH), 2)](
+        partial,
+        d_weights,
+        q.shape[0],
+        q_walk.programs,
+        slots,
+        q.shape[-1],
+        min(SUM_PROGRAMS, triton.next_power_of_2(slots)),
+        SUM_WIDTH,
+        num_warps=4,
+    )
     return [*dxs, d_weights, *dsums]
 
 

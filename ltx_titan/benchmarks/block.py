@@ -48,7 +48,7 @@ _KINDS = {
     "elementwise": ("triton_",),
     "attention": ("fmha", "flash", "sdpa", "cudnn"),
     "gemm": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
-    "fused": ("_forward_kernel", "_backward_kernel", "_sum_partials_kernel"),
+    "fused": ("_forward_kernel", "_backward_kernel", "_sum_partials_kernel", "_sum_weights_kernel"),
 }
 
 

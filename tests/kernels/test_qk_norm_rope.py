@@ -61,10 +61,13 @@ def test_self_attention_equals_the_reference(batch, tokens, axes, heads, head_di
     )
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
-def test_streams_of_different_length_and_angles_equal_the_reference(dtype):
-    leaves, generator = _case(2, 13, 5, 4, 8, dtype)
-    q_tables, k_tables = (_tables(2, 1, tokens, 32, 4, generator) for tokens in (13, 5))
+@pytest.mark.parametrize(
+    ("batch", "q_tokens", "k_tokens", "dtype"),
+    [(2, 13, 5, FLOAT32), (2, 5, 13, BFLOAT16), (1, 150, 9, FLOAT32), (1, 1, 40, FLOAT32), (1, 7, 7, BFLOAT16)],
+)
+def test_streams_of_any_lengths_and_angles_of_their_own_equal_the_reference(batch, q_tokens, k_tokens, dtype):
+    leaves, generator = _case(batch, q_tokens, k_tokens, 4, 8, dtype)
+    q_tables, k_tables = (_tables(batch, 1, tokens, 32, 4, generator) for tokens in (q_tokens, k_tokens))
     compare(
         _of(qk_norm_rope, q_tables.pack(), k_tables.pack(), 8),
         _of(reference, _wide(q_tables.expand()), _wide(k_tables.expand()), 8),
