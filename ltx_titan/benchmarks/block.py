@@ -9,7 +9,7 @@ plain operations; `diffusers` is LTX2VideoTransformer3DModel, compiled per block
 
 Every combination is built and compiled in a process of its own, all at once; then they are timed one by one.
 
-Medians of 6 steps after 2; the spread is (largest - smallest) / median of the four-layer step. `host_ms` is what the
+Medians of 16 steps after 4; the spread is (largest - smallest) / median of the four-layer step. `host_ms` is what the
 host takes to enqueue a layer's forward and backward: where it exceeds the kernels' sum, the device waits.
 """
 
@@ -37,7 +37,7 @@ from ltx_titan.metrics.flops import layer_flops
 DESCRIPTION = __doc__
 
 LAYERS = 4
-_WARMUP, _STEPS = 2, 6
+_WARMUP, _STEPS = 4, 16
 _GIB = 2**30
 
 # Dense bfloat16 of an H100 or H200 SXM.
