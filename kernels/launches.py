@@ -36,7 +36,8 @@ class Launch:
     Attributes:
         warps: warps per program; a program holds whole rows.
         programs: programs per multiprocessor.
-        stages: depth of the prefetch of coming tokens; 1 has none.
+        stages: depth of the compiler's prefetch of coming tokens; 1 has none, and where a kernel prefetches by itself it
+            is not read.
     """
 
     warps: int
