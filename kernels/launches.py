@@ -36,8 +36,8 @@ class Launch:
     Attributes:
         warps: warps per program; a program holds whole rows.
         programs: programs per multiprocessor.
-        stages: depth of the compiler's prefetch of coming tokens; 1 has none, and where a kernel prefetches by itself it
-            is not read.
+        stages: depth of the compiler's prefetch of coming tokens; 1 has none. Not read where a kernel prefetches by
+            itself.
     """
 
     warps: int

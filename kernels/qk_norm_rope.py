@@ -83,6 +83,32 @@ def _sum_of(a):
 
 
 @triton.jit
+def _number_of_program(first_program):
+    """Numbers that begin with `first_program`, so that those programs start first."""
+    # Not by a remainder: its code, which runs once, would hold a tenth of all registers throughout.
+    program = tl.program_id(0) + first_program
+    return tl.where(program < tl.num_programs(0), program, program - tl.num_programs(0))
+
+
+@triton.jit
+def _channels(
+    first_pair, pad, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    AXES: tl.constexpr,
+):  # fmt: skip
+    """Channels of the first halves of all heads [heads, K / 2] and whether they exist.
+
+    Of each one's angle also whether it turns anything, the axis and the frequency.
+    """
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    lane = tl.arange(0, BLOCK_HALF)[None, :]
+    inside = (head < HEADS) & (lane < HALF)
+    cols = head * (2 * HALF) + lane
+    pair = first_pair + head * HALF + lane - pad
+    is_turned = inside & (pair >= 0)
+    return cols, inside, is_turned, pair % AXES, pair // AXES
+
+
+@triton.jit
 def _load_stored(ptr, cols, inside, HALF: tl.constexpr):
     """First and second halves of all heads [heads, K / 2], as stored; `cols` are the channels of the first."""
     return tl.load(ptr + cols, mask=inside, other=0.0), tl.load(ptr + cols + HALF, mask=inside, other=0.0)
@@ -148,17 +174,8 @@ def _qk_norm_rope_forward_kernel(
     ROW: tl.constexpr, AXES: tl.constexpr, ROTATED: tl.constexpr, SHARED: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    # Programs that should start first are numbered last. No remainder: its code holds a tenth of the registers.
-    program = tl.program_id(0) + first_program
-    program = tl.where(program < tl.num_programs(0), program, program - tl.num_programs(0))
-    head = tl.arange(0, BLOCK_HEADS)[:, None]
-    lane = tl.arange(0, BLOCK_HALF)[None, :]
-    inside = (head < HEADS) & (lane < HALF)
-    cols = head * (2 * HALF) + lane
-    pair = first_pair + head * HALF + lane - pad
-    is_turned = inside & (pair >= 0)
-    axis = pair % AXES
-    frequency = pair // AXES
+    program = _number_of_program(first_program)
+    cols, inside, is_turned, axis, frequency = _channels(first_pair, pad, HEADS, HALF, BLOCK_HEADS, BLOCK_HALF, AXES)
     if SHARED:
         first = program * q_tokens_per_program
         last = tl.minimum(first + q_tokens_per_program, q_tokens) - 1
@@ -392,17 +409,8 @@ def _qk_norm_rope_backward_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
-    # Programs that should start first are numbered last. No remainder: its code holds a tenth of the registers.
-    program = tl.program_id(0) + first_program
-    program = tl.where(program < tl.num_programs(0), program, program - tl.num_programs(0))
-    head = tl.arange(0, BLOCK_HEADS)[:, None]
-    lane = tl.arange(0, BLOCK_HALF)[None, :]
-    inside = (head < HEADS) & (lane < HALF)
-    cols = head * (2 * HALF) + lane
-    pair = first_pair + head * HALF + lane - pad
-    is_turned = inside & (pair >= 0)
-    axis = pair % AXES
-    frequency = pair // AXES
+    program = _number_of_program(first_program)
+    cols, inside, is_turned, axis, frequency = _channels(first_pair, pad, HEADS, HALF, BLOCK_HEADS, BLOCK_HALF, AXES)
     q_grad_ptr += batch * q_grad_stride_b
     k_grad_ptr += batch * k_grad_stride_b
     q_ptr += batch * q_stride_b
