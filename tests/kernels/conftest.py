@@ -16,8 +16,11 @@ _NATIVE = ["test_long_sequences.py"]
 # Tries the command out, which on a GPU would be a benchmark.
 _INTERPRETED = ["test_benchmark.py"]
 
+# Compiles for a GPU that need not be there, which the interpreter does not.
+_COMPILED = ["test_compilation.py"]
+
 if IS_INTERPRETED:
-    collect_ignore = ["test_interpreted.py", *_NATIVE]
+    collect_ignore = ["test_interpreted.py", *_NATIVE, *_COMPILED]
 elif torch.cuda.is_available():
     collect_ignore = ["test_interpreted.py", *_INTERPRETED]
 else:
@@ -29,5 +32,5 @@ def pytest_collection_modifyitems(items):
     """Natively they need the GPU, and `-m gpu` is to run them."""
     if torch.cuda.is_available() and not IS_INTERPRETED:
         for item in items:
-            if Path(__file__).parent in item.path.parents and item.path.name != "test_import.py":
+            if Path(__file__).parent in item.path.parents and item.path.name not in ("test_import.py", *_COMPILED):
                 item.add_marker(pytest.mark.gpu)
