@@ -12,7 +12,7 @@ from ltx_titan.checkpoint import released_config
 from ltx_titan.cli import main
 from ltx_titan.config import build_job, load_job
 from ltx_titan.dry_run import DryRun, dry_run
-from ltx_titan.estimate import make_setup, make_workload, overrides_of
+from ltx_titan.estimate import PEAK_ERROR, TIME_ERROR, make_setup, make_workload, overrides_of
 from ltx_titan.metrics.estimate import candidates, estimate, search
 from ltx_titan.metrics.hardware import GIB, GPUS, bus_bandwidth
 from ltx_titan.metrics.memory_estimate import Memory, saved_per_block
@@ -164,15 +164,15 @@ def measured_rows() -> list[tuple[str, dict]]:
     ("job", "row"), measured_rows(), ids=lambda value: value["case"] if isinstance(value, dict) else ""
 )
 def test_estimate_agrees_with_a_measured_run(job, row):
-    """Peak memory within 10 %, step time within 20 %: what an estimate must be worth to rent machines by."""
+    """What an estimate must be worth to rent machines by, and what it says of itself."""
     common, *cases = row["command"].partition("--all=")[2].split("--case=")
     (own,) = {case.partition(":")[2] for case in cases if case.startswith(f"{row['case']}:")}
     overrides = [word for word in f"{common} {own}".split() if word.startswith("--") and "." in word.partition("=")[0]]
     plan = plan_job(load_job(BENCHMARKS / job, overrides), row["ranks"])
     found = estimate(make_workload(plan), make_setup(plan.job, plan.degrees), GPUS["h100"])
     assert "H100" in row["device"]
-    assert found.memory.peak / GIB == pytest.approx(row["peak_mem_gib"], rel=0.10)
-    assert found.time.total == pytest.approx(row["step_time_s"], rel=0.20)
+    assert found.memory.peak / GIB == pytest.approx(row["peak_mem_gib"], rel=PEAK_ERROR)
+    assert found.time.total == pytest.approx(row["step_time_s"], rel=TIME_ERROR)
 
 
 def test_a_search_only_proposes_what_can_be_planned_and_fits():
