@@ -36,13 +36,12 @@ class Launch:
     Attributes:
         warps: warps per program; a program holds whole rows.
         programs: programs per multiprocessor.
-        stages: depth of the compiler's prefetch of coming tokens; 1 has none. Not read where a kernel prefetches by
-            itself.
+        stages: depth of the compiler's prefetch of coming tokens; 1 has none. None where a kernel prefetches by itself.
     """
 
     warps: int
     programs: int
-    stages: int
+    stages: int | None
 
     def at(self, width: int, measured_at: int = 4096) -> "Launch":
         """The same for another width than the one it was measured at: as many channels in each thread."""
@@ -72,7 +71,7 @@ def divide_tokens(x: Tensor, programs_per_multiprocessor: int) -> Walk:
 def divide_tokens_of_two(
     x: Tensor, y: Tensor, programs_per_multiprocessor: int, is_shorter_slower: bool = False
 ) -> tuple[Walk, Walk]:
-    """The same for two tensors [B, S, D] and [B, T, D] whose programs share a launch.
+    """Spreads the tokens of two tensors [B, S, D] and [B, T, D] over the programs of one launch.
 
     Together they are no more than run at once: the few beyond would take as long again as all others.
 
@@ -87,7 +86,7 @@ def divide_tokens_of_two(
     """
     short, long = sorted((x.shape[1], y.shape[1]))
     wanted = max(2, _programs_at_once(x, programs_per_multiprocessor))
-    least = _least_tokens(x if x.shape[1] == long else y)
+    least = max(_least_tokens(x), _least_tokens(y))
     each = max(least, triton.cdiv(short + long, wanted))
     while triton.cdiv(short, each) + triton.cdiv(long, each) > wanted:
         each += 1
@@ -100,7 +99,7 @@ def divide_tokens_of_two(
 
 
 def _programs_at_once(x: Tensor, per_multiprocessor: int) -> int:
-    """Of each sample."""
+    """How many programs of each sample the device runs at once."""
     return max(1, _multiprocessors(x.device) * per_multiprocessor // x.shape[0])
 
 

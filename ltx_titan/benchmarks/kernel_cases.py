@@ -16,6 +16,8 @@ from ltx_titan.model.ops import Row
 from ltx_titan.model.rope import PackedRotation, Rotation, distinct_coordinates, rotary_tables
 from ltx_titan_kernels import gated_residual_norm, qk_norm_rope, rms_norm_modulate
 from ltx_titan_kernels.launches import Launch
+from ltx_titan_kernels.qk_norm_rope_backward import backward_launch, launch_backward
+from ltx_titan_kernels.qk_norm_rope_forward import forward_launch, launch_forward
 
 HEADS = 32
 EPS = 1e-6
@@ -191,18 +193,16 @@ def _qk(inputs: _Inputs, axes: int, k_tokens: int | None) -> KernelCase:
     grads = [inputs.like(q), inputs.like(k)]
     rotation = ([p.table for p in packed], [p.rows for p in packed])
     sizes = (head_dim, inputs.width, 0)
-    *_, q_rstd, k_rstd = qk_norm_rope.launch_forward(q, k, weights, *rotation, [], *sizes, EPS)
+    *_, q_rstd, k_rstd = launch_forward(q, k, weights, *rotation, [], *sizes, EPS)
     moved = inputs.bytes(1) + k.numel() * k.itemsize
     return KernelCase(
         kernel=of(qk_norm_rope.qk_norm_rope, (packed[0], packed[-1]) if packed else (None, None)),
         reference=of(qk_norm_rope.reference, expanded),
         leaves=leaves,
-        launch_forward=partial(qk_norm_rope.launch_forward, q, k, weights, *rotation, [], *sizes, EPS),
-        launch_backward=partial(
-            qk_norm_rope.launch_backward, grads, q, k, [q_rstd, k_rstd], weights, *rotation, False, *sizes
-        ),
-        default_forward=qk_norm_rope.forward_launch(inputs.width, len(packed)),
-        default_backward=qk_norm_rope.backward_launch(inputs.width, len(packed)),
+        launch_forward=partial(launch_forward, q, k, weights, *rotation, [], *sizes, EPS),
+        launch_backward=partial(launch_backward, grads, q, k, [q_rstd, k_rstd], weights, *rotation, False, *sizes),
+        default_forward=forward_launch(inputs.width, len(packed)),
+        default_backward=backward_launch(inputs.width, len(packed)),
         forward_bytes=2 * moved,
         backward_bytes=3 * moved,
     )
@@ -219,3 +219,6 @@ CASES: dict[str, Callable[[_Inputs], KernelCase]] = {
     "qk_norm_rope, audio keys": partial(_qk, axes=1, k_tokens=AUDIO_TOKENS),
     "qk_norm, text": partial(_qk, axes=0, k_tokens=TEXT_TOKENS),
 }
+
+WIDTHS = {**dict.fromkeys(CASES, 4096), "qk_norm_rope, audio keys": 2048}
+"""Of each operation where it is as long as the video: attention between the streams is as wide as the sound."""

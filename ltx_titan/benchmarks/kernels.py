@@ -1,6 +1,6 @@
 """Checks, tunes and times the fused kernels at the shapes of a block.
 
-    ltx-titan bench kernels [--out rows.jsonl] [--tokens 4032 8064 16128 32256] [--widths 4096 2048] [--parts time]
+    ltx-titan bench kernels [--out rows.jsonl] [--tokens 4032 8064 16128 32256] [--parts time]
 
 1. check: outputs and every gradient against float64, eager and inside torch.compile(fullgraph=True), on this device.
 2. sweep: each kernel under several launches at 4,032 and 16,128 tokens; the best serves the third part.
@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltx_titan.benchmarks.kernel_cases import CASES, KernelCase, make_case
+from ltx_titan.benchmarks.kernel_cases import CASES, WIDTHS, KernelCase, make_case
 from ltx_titan.benchmarks.measure import copy_bandwidth, environment, input_sets, time_ms, write_rows
 from ltx_titan.benchmarks.turns import device_alone, in_turns
 from ltx_titan_kernels.launches import Launch
@@ -31,11 +31,8 @@ from ltx_titan_kernels.launches import Launch
 DESCRIPTION = __doc__
 
 SWEEP_TOKENS = (4_032, 16_128)
-# Two timesteps take the launch of one; at 2048 only queries and keys between the streams are as long as the video.
-SWEPT = {
-    4096: ("norm_modulate", "residual_norm", "residual_norm, 2 norms", "residual", "qk_norm_rope", "qk_norm, text"),
-    2048: ("qk_norm_rope, audio keys",),
-}
+# Two timesteps take the launch of one.
+NOT_SWEPT = ("norm_modulate, 2 timesteps", "residual_norm, 2 timesteps")
 # At width 4096: warps, programs per multiprocessor, stages.
 LAUNCHES = {
     "forward": tuple(product((4, 8, 16), (2, 4, 8, 32), (1, 2))),
@@ -80,7 +77,7 @@ def _relative(actual: Tensor, exact: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked about one kernel at one width.
+    """What is asked about one kernel.
 
     Attributes:
         name: see `CASES`.
@@ -98,17 +95,16 @@ class Wish:
 
 
 def examine(wish: Wish, device: torch.device, take_turn: Callable[[], None]) -> list[dict]:
-    """All rows about one kernel at one width."""
+    """All rows about one kernel."""
     rows = []
     if "check" in wish.parts:
         # Compilation takes seconds and does not depend on the shape.
         shapes = [shape for shape in CHECK_SHAPES if device.type == "cuda"] or [(19, 256, torch.float32)]
         for number, (tokens, width, dtype) in enumerate(shapes):
-            if wish.width == max(SWEPT):
-                is_compiled = device.type == "cuda" and number == 0
-                found = check(wish.name, tokens, width, dtype, is_compiled, device)
-                rows.append({"part": "check", "tokens": tokens, "width": width, "dtype": str(dtype), **found})
-    sweeps = wish.name in SWEPT.get(wish.width, ()) and "sweep" in wish.parts
+            is_compiled = device.type == "cuda" and number == 0
+            found = check(wish.name, tokens, width, dtype, is_compiled, device)
+            rows.append({"part": "check", "tokens": tokens, "width": width, "dtype": str(dtype), **found})
+    sweeps = wish.name not in NOT_SWEPT and "sweep" in wish.parts
     candidates = _compilable(wish, device) if sweeps else {}
     compiled = {}
     if "time" in wish.parts and device.type == "cuda":
@@ -147,8 +143,11 @@ def _compilable(wish: Wish, device: torch.device) -> dict[str, list[Launch]]:
         run = getattr(case, f"launch_{direction}")
         # The interpreter, where this is tried out, takes the same time under all of them.
         wanted = [Launch(*of).at(wish.width) for of in (launches if device.type == "cuda" else launches[:1])]
+        default = getattr(case, f"default_{direction}")
+        if default.stages is None:
+            wanted = [replace(launch, stages=None) for launch in wanted]
         found[direction] = []
-        for launch in dict.fromkeys([getattr(case, f"default_{direction}"), *wanted]):
+        for launch in dict.fromkeys([default, *wanted]):
             try:
                 run(launch=launch)
                 found[direction].append(launch)
@@ -240,7 +239,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--out", type=Path, help="write rows as JSON lines")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4_032, 8_064, 16_128, 32_256])
-    parser.add_argument("--widths", type=int, nargs="+", default=[4096, 2048])
     parser.add_argument("--kernels", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
     parser.add_argument("--parts", nargs="+", choices=["check", "sweep", "time"], default=["check", "sweep", "time"])
 
@@ -254,9 +252,7 @@ def run(arguments: argparse.Namespace) -> int:
     common = {**environment(device), "copy_gb_s": copy / 1e9}
     print(f"{common['device']}, torch {common['torch']}: copy {copy / 1e12:.2f} TB/s", flush=True)
     wishes = [
-        Wish(name, width, tuple(arguments.tokens), tuple(_parts(name, width, arguments.parts)), copy)
-        for width, name in product(arguments.widths, arguments.kernels)
-        if width == max(SWEPT) or name in SWEPT.get(width, ())
+        Wish(name, WIDTHS[name], tuple(arguments.tokens), tuple(arguments.parts), copy) for name in arguments.kernels
     ]
     rows, failures = [], 0
     found = in_turns([partial(examine, wish, device) for wish in wishes], device)
@@ -271,12 +267,6 @@ def run(arguments: argparse.Namespace) -> int:
     _print_tables(rows)
     print(f"{time.monotonic() - started:.0f} s")
     return 1 if failures else 0
-
-
-def _parts(name: str, width: int, parts: Sequence[str]) -> list[str]:
-    """What is done of one kernel at one width: no time of a shape that no block has."""
-    narrow_only = width == max(SWEPT) and any(name in names for of, names in SWEPT.items() if of != width)
-    return [part for part in parts if part == "check" or not narrow_only]
 
 
 def _print_tables(rows: list[dict]) -> None:

@@ -11,14 +11,16 @@ from triton.backends.compiler import GPUTarget
 
 import ltx_titan_kernels.gated_residual_norm
 import ltx_titan_kernels.modulation_rows
-import ltx_titan_kernels.qk_norm_rope
+import ltx_titan_kernels.qk_norm_rope_backward
+import ltx_titan_kernels.qk_norm_rope_forward
 import ltx_titan_kernels.rms_norm_modulate
-from ltx_titan.benchmarks.kernel_cases import CASES, make_case
+from ltx_titan.benchmarks.kernel_cases import CASES, WIDTHS, make_case
 
 LAUNCHERS = (
     ltx_titan_kernels.gated_residual_norm,
     ltx_titan_kernels.modulation_rows,
-    ltx_titan_kernels.qk_norm_rope,
+    ltx_titan_kernels.qk_norm_rope_backward,
+    ltx_titan_kernels.qk_norm_rope_forward,
     ltx_titan_kernels.rms_norm_modulate,
 )
 H100 = GPUTarget("cuda", 90, 32)
@@ -59,7 +61,7 @@ def spilled_bytes(kernel, folder) -> int:
 
 
 def compile_case(name, dtype, compiled):
-    case = make_case(name, 129, 2048 if "audio" in name else 4096, dtype, torch.device("cpu"), seed=0)
+    case = make_case(name, 129, WIDTHS[name], dtype, torch.device("cpu"), seed=0)
     case.launch_forward()
     case.launch_backward()
     assert len(compiled) >= 3  # forward, backward, and the sums over programs
@@ -75,6 +77,5 @@ def test_every_kernel_compiles_and_has_the_shared_memory_it_wants(compiled, name
 @pytest.mark.parametrize("name", CASES)
 def test_no_kernel_spills_registers_in_the_dtype_of_training(compiled, tmp_path, name):
     compile_case(name, torch.bfloat16, compiled)
-    assert {kernel.metadata.name: spilled_bytes(kernel, tmp_path) for kernel in compiled} == {
-        kernel.metadata.name: 0 for kernel in compiled
-    }
+    spilled = {kernel.metadata.name: spilled_bytes(kernel, tmp_path) for kernel in compiled}
+    assert not any(spilled.values()), spilled
