@@ -11,17 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ltx_titan.checkpoint import CONNECTORS, export_transformer, load_parameters, unused_by
-from ltx_titan.lora import (
-    apply_lora,
-    export_lora,
-    export_merged,
-    init_base_,
-    init_lora_,
-    load_base,
-    load_lora,
-    reference_metadata,
-)
+from ltx_titan.lora import apply_lora, init_base_, init_lora_, load_base
 from ltx_titan.model import TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
@@ -29,6 +19,9 @@ from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import compute_dtype, parallelize
 from ltx_titan.plan import Plan, build_connectors, build_transformer
+from ltx_titan.weights import CONNECTORS, export_transformer, load_parameters, unused_by
+from ltx_titan.weights.lora_files import export_lora, load_lora, reference_metadata
+from ltx_titan.weights.lora_merge import export_merged
 
 logger = logging.getLogger(__name__)
 

@@ -10,28 +10,37 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ltx_titan.quiet import quieten
+from ltx_titan.common.logs import quieten
 
 # command: (module, what it does in one line)
 COMMANDS = {
-    "make-nano": ("ltx_titan.codecs.nano", "write a miniature LTX-2.3 pack with random weights, to try things on"),
-    "make-debug-dataset": ("ltx_titan.preprocess.debug_dataset", "write a small captioned data set, to try things on"),
+    "make-nano": ("ltx_titan.nano.pack", "write a miniature LTX-2.3 pack with random weights, to try things on"),
+    "make-debug-dataset": ("ltx_titan.nano.debug_dataset", "write a small captioned data set, to try things on"),
     "make-checkpoint": (
-        "ltx_titan.benchmarks.random_checkpoint",
+        "ltx_titan.nano.random_checkpoint",
         "write a checkpoint of a released model's size with random weights, to measure with",
     ),
-    "estimate": ("ltx_titan.estimate", "predict memory and step time of a job, find its fastest mesh, build it dry"),
+    "estimate": (
+        "ltx_titan.estimate.command",
+        "predict memory and step time of a job, find its fastest mesh, build it dry",
+    ),
     "bench": ("ltx_titan.benchmarks.bench", "measure kernels and the block on this device"),
-    "split-scenes": ("ltx_titan.tools.split_scenes", "cut long videos into clips of one scene each"),
-    "caption": ("ltx_titan.captioning.caption", "describe clips with a multimodal model"),
-    "compute-reference": ("ltx_titan.tools.compute_reference", "make reference videos: edges, grey, blur, depth"),
-    "process-dataset": ("ltx_titan.preprocess.process_dataset", "encode clips and captions for training"),
-    "process-videos": ("ltx_titan.preprocess.process_videos", "encode videos, images and sounds, without captions"),
-    "process-captions": ("ltx_titan.preprocess.process_captions", "encode captions, without their media"),
-    "inspect": ("ltx_titan.inspection.inspect_data", "look at clips or prepared data: a contact sheet and a table"),
-    "decode-latents": ("ltx_titan.tools.decode_latents", "turn prepared latents back into pictures and sound"),
-    "import-config": ("ltx_titan.config.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),
-    "sample": ("ltx_titan.sample", "sample clips with a checkpoint, or with a base and a LoRA"),
+    "split-scenes": ("ltx_titan.commands.split_scenes", "cut long videos into clips of one scene each"),
+    "caption": ("ltx_titan.commands.captioning.caption", "describe clips with a multimodal model"),
+    "compute-reference": ("ltx_titan.commands.compute_reference", "make reference videos: edges, grey, blur, depth"),
+    "process-dataset": ("ltx_titan.commands.process.process_dataset", "encode clips and captions for training"),
+    "process-videos": (
+        "ltx_titan.commands.process.process_videos",
+        "encode videos, images and sounds, without captions",
+    ),
+    "process-captions": ("ltx_titan.commands.process.process_captions", "encode captions, without their media"),
+    "inspect": (
+        "ltx_titan.commands.inspection.inspect_data",
+        "look at clips or prepared data: a contact sheet and a table",
+    ),
+    "decode-latents": ("ltx_titan.commands.decode_latents", "turn prepared latents back into pictures and sound"),
+    "import-config": ("ltx_titan.commands.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),
+    "sample": ("ltx_titan.commands.sample", "sample clips with a checkpoint, or with a base and a LoRA"),
 }
 
 

@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from ltx_titan.checkpoint import CONNECTORS, check_fits, read_metadata, refuse_quantized, scale_factors, unused_by
-from ltx_titan.checkpoint.source import ModelSource, read_source
 from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
-from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, SyntheticDataset, token_counts
-from ltx_titan.metrics import training_flops
+from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, token_counts
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
+from ltx_titan.model.flops import training_flops
 from ltx_titan.model.ops import TORCH, Operators
 from ltx_titan.model.transformer import Modalities
+from ltx_titan.nano.synthetic import SyntheticDataset
 from ltx_titan.parallel.limits import check_parallelism
+from ltx_titan.weights import CONNECTORS, check_fits, read_metadata, refuse_quantized, scale_factors, unused_by
+from ltx_titan.weights.source import ModelSource, read_source
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from ltx_titan.preprocess.media_dataset import MediaDataset
+    from ltx_titan.encode.media_dataset import MediaDataset
 
 Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset"
 
@@ -158,7 +159,7 @@ def _open_dataset(
         return PrecomputedDataset(job.data.root, strategy.sources)
     if job.data.source == "media":
         # Here, not above: it brings the encoders' libraries along, which other jobs do without.
-        from ltx_titan.preprocess.media_dataset import MediaDataset
+        from ltx_titan.encode.media_dataset import MediaDataset
 
         return MediaDataset(job.data.media, strategy.sources, job.model.checkpoint_path)
     return SyntheticDataset(

@@ -22,42 +22,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltx_titan.build import export_model, load_connectors, load_transformer
-from ltx_titan.checkpoint import (
-    BackgroundSaver,
-    TrainingState,
-    latest_complete,
-    load_state,
-    official_name,
-    save_state,
-    stream_of,
-)
+from ltx_titan.checkpoint import BackgroundSaver, TrainingState, latest_complete, load_state, save_state
 from ltx_titan.checkpoint.state import save_everything
+from ltx_titan.common.hardware import peak_flops
+from ltx_titan.common.logs import quieten
 from ltx_titan.conditioning import Loss, absent_streams
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
 from ltx_titan.lora import DropoutClock, is_adapter
-from ltx_titan.metrics import (
-    MetricsLogger,
-    StepMetrics,
-    peak_flops,
-    peak_memory_gib,
-    profile_steps,
-    reset_peak_memory,
-    start_wandb,
-)
+from ltx_titan.metrics import MetricsLogger, StepMetrics, peak_memory_gib, profile_steps, reset_peak_memory, start_wandb
+from ltx_titan.metrics.summary import is_finished, report
 from ltx_titan.metrics.sums import Sums, bucket_means
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.parallel.parallelize import compute_dtype
+from ltx_titan.parallel.stop import StopSignal
 from ltx_titan.plan import Plan, plan_job
-from ltx_titan.quiet import quieten
-from ltx_titan.report import is_finished, report
-from ltx_titan.stop import StopSignal
-from ltx_titan.validate import TrainingValidation, check_validation_files
+from ltx_titan.validation.training import TrainingValidation, check_validation_files
+from ltx_titan.weights import official_name, stream_of
 
 if TYPE_CHECKING:
     from wandb import Run

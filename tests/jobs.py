@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltx_titan.checkpoint import read_metadata
-from ltx_titan.codecs.nano import make_nano
 from ltx_titan.data import write_sample
+from ltx_titan.nano.pack import make_nano
+from ltx_titan.weights import read_metadata
 from tests.processes import run_ranks
 
 

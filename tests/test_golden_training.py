@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from ltx_titan.checkpoint import stream_of
 from ltx_titan.conditioning import FlexibleStrategy
+from ltx_titan.config import Degrees
 from ltx_titan.diffusion import StepDraws
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
-from ltx_titan.parallel.mesh import Degrees, build_mesh, init_distributed
+from ltx_titan.parallel.mesh import build_mesh, init_distributed
+from ltx_titan.weights import stream_of
 from tests.golden_cases import assert_close_to_max, load_case
 from tests.model.golden_transformer import build_transformer
 from tests.processes import run_ranks

@@ -13,13 +13,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ltx_titan.checkpoint import released_config
-from ltx_titan.codecs.nano_config import CONFIG, TEXT_ENCODER
-from ltx_titan.codecs.single_file import write_single_file
+from ltx_titan.commands.process import process_dataset
+from ltx_titan.commands.process.options import ProcessOptions
 from ltx_titan.media import probe_video
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
-from ltx_titan.preprocess import ProcessOptions, process_dataset
+from ltx_titan.nano.pack_config import CONFIG, TEXT_ENCODER
+from ltx_titan.weights import released_config
+from ltx_titan.weights.single_file import write_single_file
 from tests.jobs import curve, small_validation, train, write_job
 from tests.media.clips import write_clip
 

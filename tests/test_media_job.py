@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from ltx_titan.preprocess import ProcessOptions, process_dataset
+from ltx_titan.commands.process import process_dataset
+from ltx_titan.commands.process.options import ProcessOptions
 from tests.jobs import read_run, write_job
 from tests.media.clips import write_clip
 from tests.processes import run_ranks

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ltx_titan.build import build_transformer
-from ltx_titan.checkpoint import CONNECTORS, load_parameters, read_metadata, unused_by
 from ltx_titan.conditioning import ModelInputs, check_conditions, patchify_audio, patchify_video, reference_scale
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import load_job
@@ -21,6 +20,7 @@ from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, draw_step
 from ltx_titan.lora import apply_lora, init_lora_, is_adapter, load_base
 from ltx_titan.model import TextConnectors
 from ltx_titan.plan import Plan, build_connectors, plan_job
+from ltx_titan.weights import CONNECTORS, load_parameters, read_metadata, unused_by
 from tests.jobs import train_rank
 from tests.processes import run_ranks
 

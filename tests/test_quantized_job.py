@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from ltx_titan.config import load_job
 from ltx_titan.plan import plan_job
-from tests.checkpoint.quantized_file import FORMS, quantize
 from tests.jobs import read_run, train_rank, write_job
 from tests.processes import run_ranks
+from tests.weights.quantized_file import FORMS, quantize
 
 OWN = {"fp8": "float8", "nvfp4": "nvfp4"}
 

@@ -8,7 +8,7 @@ def test_import_leaves_the_process_as_it_was_and_knows_the_gpus():
 import gc, logging, torch
 import torch.distributed as dist
 state = torch.get_rng_state(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
-from ltx_titan.titan import get_peak_flops
+from ltx_titan.common.titan import get_peak_flops
 assert gc.isenabled() and not dist.is_initialized() and not logging.getLogger().handlers
 assert torch.equal(state[0], torch.get_rng_state())
 assert state[1:] == (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ltx_titan.checkpoint import load_parameters, read_metadata
 from ltx_titan.config import load_job
 from ltx_titan.data import read_sample, write_sample
 from ltx_titan.model import LTXTransformer
 from ltx_titan.plan import plan_job
 from ltx_titan.train import main
+from ltx_titan.weights import load_parameters, read_metadata
 from tests.jobs import curve, read_run, train, write_dataset, write_job
 
 EXPORT = "run/export/transformer-step-{}.safetensors"

@@ -2,7 +2,7 @@
 
     ltx-titan bench block [--providers triton torch diffusers] [--tokens 4032 16128] [--timesteps 1 2] [--out FILE]
 
-Reports ms, TFLOP/s and MFU a layer (formula: ltx_titan/metrics/flops.py), peak memory and its growth per layer
+Reports ms, TFLOP/s and MFU a layer (formula: ltx_titan/model/flops.py), peak memory and its growth per layer
 (activations and gradients; weights of all layers are there throughout), the kernels' time by kind, and the share of the
 step in which the device waits for the host. `triton` and `torch` are our blocks, compiled, with fused kernels and with
 plain operations; `diffusers` is LTX2VideoTransformer3DModel, compiled per block, in the same run.
@@ -31,8 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 from ltx_titan.benchmarks.block_models import AUDIO_TOKENS, TEXT_TOKENS, BlockModel, diffusers_model, our_model
 from ltx_titan.benchmarks.measure import environment, write_rows
 from ltx_titan.benchmarks.turns import in_turns
-from ltx_titan.checkpoint.shapes import released_config
-from ltx_titan.metrics.flops import layer_flops
+from ltx_titan.model.flops import layer_flops
+from ltx_titan.weights.shapes import released_config
 
 DESCRIPTION = __doc__
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ltx_titan.benchmarks.measure import environment, write_rows
-from ltx_titan.checkpoint import released_config, scale_factors
+from ltx_titan.weights import released_config, scale_factors
 
 if TYPE_CHECKING:
     from ltx_titan.codecs import VideoCodec

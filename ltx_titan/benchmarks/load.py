@@ -27,10 +27,10 @@ import torch.distributed as dist
 
 from ltx_titan.benchmarks.measure import environment, write_rows
 from ltx_titan.build import load_transformer
+from ltx_titan.common.logs import quieten
 from ltx_titan.config import JobConfig, build_job
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.plan import Plan, plan_job
-from ltx_titan.quiet import quieten
 
 _GIB = 2**30
 _CHUNK = 16 * 2**20

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltx_titan.checkpoint import released_config
 from ltx_titan.conditioning import FlexibleStrategy, ModelInputs
 from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.init import init_random_
+from ltx_titan.weights import released_config
 
 OUTPUT_BOUND = 0.05
 GRADIENT_BOUND = 0.10

@@ -26,11 +26,11 @@ import torch
 import torch.distributed as dist
 
 from ltx_titan.benchmarks.measure import environment, write_rows
+from ltx_titan.common.logs import quieten
 from ltx_titan.config import load_job
 from ltx_titan.metrics import read_metrics
 from ltx_titan.parallel.mesh import init_distributed
 from ltx_titan.plan import plan_job
-from ltx_titan.quiet import quieten
 from ltx_titan.train import Trainer
 
 # Compiling, and the allocator's first rounds.

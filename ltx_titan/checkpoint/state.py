@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from ltx_titan.checkpoint.export import sync_folder
 from ltx_titan.checkpoint.folders import (
     TRAINER_FILE,
     find_damage,
@@ -36,8 +35,9 @@ from ltx_titan.checkpoint.folders import (
     saved_steps,
     step_folder,
 )
-from ltx_titan.checkpoint.ranks import agree, is_main_rank
-from ltx_titan.checkpoint.tensors import module_tensors, parameter_names, plain_tensor
+from ltx_titan.common.ranks import agree, is_main_rank
+from ltx_titan.weights.export import sync_folder
+from ltx_titan.weights.tensors import module_tensors, parameter_names, plain_tensor
 
 _LISTED = 10
 

@@ -1,6 +1,4 @@
-from ltx_titan.checkpoint.metadata import scale_factors as video_scale_factors
 from ltx_titan.codecs.audio_vae import AudioCodec, load_audio_codec
-from ltx_titan.codecs.single_file import SingleFile, open_single_file
 from ltx_titan.codecs.text_encoder import (
     TextEncoder,
     load_feature_extractor,
@@ -14,7 +12,6 @@ from ltx_titan.codecs.vocoder import Vocoder, load_vocoder
 
 __all__ = [
     "AudioCodec",
-    "SingleFile",
     "TextEncoder",
     "TextPrecision",
     "VideoCodec",
@@ -24,9 +21,7 @@ __all__ = [
     "load_text_encoder",
     "load_video_codec",
     "load_vocoder",
-    "open_single_file",
     "quantize_text_encoder",
     "text_encoder_config",
     "text_feature_widths",
-    "video_scale_factors",
 ]

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderK
 from torch import Tensor
 
 from ltx_titan.codecs.mel import MelSettings, log_mel, resample
-from ltx_titan.codecs.single_file import load_strictly, open_single_file, read_tensors
+from ltx_titan.weights.single_file import load_strictly, open_single_file, read_tensors
 
 # Mel frames per latent step; the class has it as a constant as well.
 _MEL_FRAMES_PER_STEP = 4

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from ltx_titan.codecs.single_file import SingleFile, check_names, check_shapes, open_header
+from ltx_titan.weights.single_file import SingleFile, check_names, check_shapes, open_header
 
 _TOKENIZER = "tokenizer_json"
 _ASSET = "hf_asset__"

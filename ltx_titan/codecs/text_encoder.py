@@ -30,10 +30,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ltx_titan.checkpoint.metadata import CheckpointMetadata
 from ltx_titan.codecs.packed_gemma import load_packed_model, load_packed_tokenizer, open_packed_gemma
-from ltx_titan.codecs.single_file import load_strictly, open_header, open_single_file
 from ltx_titan.model import FeatureExtractor
+from ltx_titan.weights.metadata import CheckpointMetadata
+from ltx_titan.weights.single_file import load_strictly, open_header, open_single_file
 
 MAX_TOKENS = 1024
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ltx_titan.codecs.text_encoder import TextEncoder
-from ltx_titan.lora.quantized import QuantizedLinear
+from ltx_titan.weights.quantized import QuantizedLinear
 
 TextPrecision = Literal["full", "int8", "float8", "int4"]
 

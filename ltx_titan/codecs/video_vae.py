@@ -18,8 +18,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 from torch import Tensor
 
-from ltx_titan.checkpoint.metadata import scale_factors
-from ltx_titan.codecs.single_file import load_strictly, open_single_file, read_tensors
+from ltx_titan.weights.metadata import scale_factors
+from ltx_titan.weights.single_file import load_strictly, open_single_file, read_tensors
 
 _ENCODER_STEPS = {
     "compress_space_res": "spatial",

@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE, UpSample1d
 from torch import Tensor
 
-from ltx_titan.codecs.single_file import load_strictly, open_single_file
+from ltx_titan.weights.single_file import load_strictly, open_single_file
 
 _RENAMED = {"upsamplers": "ups", "resnets": "resblocks", "conv_in": "conv_pre", "conv_out": "conv_post"}
 _RENAMED_BANDWIDTH_EXTENSION = _RENAMED | {"act_out": "act_post"}

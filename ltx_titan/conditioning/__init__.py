@@ -1,4 +1,3 @@
-from ltx_titan.conditioning.blocks import AudioBlock, StrategyConfig, VideoBlock
 from ltx_titan.conditioning.checks import check_conditions, reference_scale
 from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights
 from ltx_titan.conditioning.references import reference_factors
@@ -17,14 +16,11 @@ from ltx_titan.conditioning.tokens import (
 )
 
 __all__ = [
-    "AudioBlock",
     "Coordinates",
     "FlexibleStrategy",
     "Grid",
     "Loss",
     "ModelInputs",
-    "StrategyConfig",
-    "VideoBlock",
     "absent_streams",
     "audio_coordinates",
     "audio_steps",

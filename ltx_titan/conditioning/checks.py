@@ -12,19 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ltx_titan.conditioning.blocks import AudioBlock, VideoBlock
-from ltx_titan.conditioning.conditions import (
-    IntrinsicCondition,
-    Mask,
-    Prefix,
-    Reference,
-    SpatialCrop,
-    Suffix,
-    given_tokens,
-)
+from ltx_titan.conditioning.conditions import given_tokens
 from ltx_titan.conditioning.references import reference_factors
 from ltx_titan.conditioning.strategy import FlexibleStrategy
 from ltx_titan.conditioning.tokens import Grid
+from ltx_titan.config.conditions import IntrinsicCondition, Mask, Prefix, Reference, SpatialCrop, Suffix
+from ltx_titan.config.streams import AudioBlock, VideoBlock
 
 ShapeKey = tuple[tuple[str, str, tuple[int, ...]], ...]
 """(source, field, shape) of everything in a sample, as the data package has it."""

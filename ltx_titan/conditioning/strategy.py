@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ltx_titan.conditioning.batch import Batch, read_clip, read_field, read_text, token_shape
-from ltx_titan.conditioning.blocks import AudioBlock, StrategyConfig, VideoBlock
-from ltx_titan.conditioning.conditions import Mask, Reference, SpatialCrop, crop_cells, given_tokens
+from ltx_titan.conditioning.conditions import crop_cells, given_tokens
 from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights
 from ltx_titan.conditioning.references import reference_factors, scale_reference
 from ltx_titan.conditioning.stream import Stream, build_stream
 from ltx_titan.conditioning.tokens import DEFAULT_SCALE_FACTORS, Coordinates
+from ltx_titan.config.conditions import Mask, Reference, SpatialCrop
+from ltx_titan.config.streams import AudioBlock, StrategyConfig, VideoBlock
 from ltx_titan.diffusion.draws import StepDraws, StreamPlan
 from ltx_titan.model import Modality, Perturbations
 

@@ -7,10 +7,12 @@ instead of raising, so that a user sees all of them at once. `check_world` holds
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from ltx_titan.conditioning import AudioBlock, VideoBlock
 from ltx_titan.config.errors import MISSING, ConfigError, Problem
+from ltx_titan.config.lora import LoRASettings
+from ltx_titan.config.optimizer import OptimizerSettings
 from ltx_titan.config.sections import (
     ActivationCheckpointSection,
     CheckpointSection,
@@ -29,10 +31,24 @@ from ltx_titan.config.sections import (
     SigmaSection,
     TrainingSection,
 )
-from ltx_titan.lora.settings import LoRASettings
-from ltx_titan.optim.settings import OptimizerSettings
-from ltx_titan.parallel.mesh import Degrees
-from ltx_titan.validation.section import ValidationSection
+from ltx_titan.config.streams import AudioBlock, VideoBlock
+from ltx_titan.config.validation import ValidationSection
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Size of each axis of the mesh; their product is the number of ranks."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def dp(self) -> int:
+        """Number of ranks that read different samples."""
+        return self.dp_replicate * self.dp_shard
+
 
 RELEASED_SHAPES = ("ltx-2-19b", "ltx-2.3-22b", "ltx-2.5-22b")
 

@@ -3,7 +3,6 @@ from ltx_titan.data.layout import read_sample, read_shapes, relative_sample_path
 from ltx_titan.data.loader import Batch, MicroBatch, StepBatches, StepLoader, collate, map_tensors
 from ltx_titan.data.plan import BatchPlan
 from ltx_titan.data.state import DataPosition, resume_step
-from ltx_titan.data.synthetic import SyntheticDataset
 
 __all__ = [
     "Batch",
@@ -15,7 +14,6 @@ __all__ = [
     "ShapeKey",
     "StepBatches",
     "StepLoader",
-    "SyntheticDataset",
     "collate",
     "map_tensors",
     "read_sample",

@@ -1,12 +1,8 @@
 from ltx_titan.lora.apply import adapters, apply_lora, init_lora_
 from ltx_titan.lora.dropout import DropoutClock
-from ltx_titan.lora.files import export_lora, load_lora, reference_metadata
 from ltx_titan.lora.linear import AdapterLinear, LoRALinear, merged_weight
 from ltx_titan.lora.load import init_base_, load_base
-from ltx_titan.lora.merge import export_merged
 from ltx_titan.lora.names import diffusers_name, is_adapter, official_name
-from ltx_titan.lora.quantized import QuantizedLinear
-from ltx_titan.lora.settings import LoRASettings
 from ltx_titan.lora.targets import PRESETS, find_targets
 
 __all__ = [
@@ -14,20 +10,14 @@ __all__ = [
     "AdapterLinear",
     "DropoutClock",
     "LoRALinear",
-    "LoRASettings",
-    "QuantizedLinear",
     "adapters",
     "apply_lora",
     "diffusers_name",
-    "export_lora",
-    "export_merged",
     "find_targets",
     "init_base_",
     "init_lora_",
     "is_adapter",
     "load_base",
-    "load_lora",
     "merged_weight",
     "official_name",
-    "reference_metadata",
 ]

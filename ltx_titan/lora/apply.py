@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ltx_titan.config.lora import BaseDtype, LoRASettings
 from ltx_titan.lora.linear import LoRALinear
 from ltx_titan.lora.names import official_name
-from ltx_titan.lora.quantized import QUANTIZED, QuantizedLinear, dequantize
-from ltx_titan.lora.settings import BaseDtype, LoRASettings
 from ltx_titan.lora.targets import PRESETS, find_targets
+from ltx_titan.weights.quantized import QUANTIZED, QuantizedLinear, dequantize
 
 _QUANTIZED_ENDINGS = PRESETS["all_attention"] + PRESETS["video_ffn"] + PRESETS["audio_ffn"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ltx_titan.config.lora import LoRASettings
 from ltx_titan.lora.dropout import drop
-from ltx_titan.lora.quantized import QuantizedLinear
-from ltx_titan.lora.settings import LoRASettings
+from ltx_titan.weights.quantized import QuantizedLinear
 
 
 class AdapterLinear(nn.Linear):

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ltx_titan.checkpoint import TRANSFORMER, StoredWeight, load_parameters, read_metadata, stored_weights
 from ltx_titan.lora.names import official_name
-from ltx_titan.lora.quantized import QuantizedLinear, keep_fp8_rows, keep_nvfp4_rows, quantize_rows
 from ltx_titan.model.init import init_random_
+from ltx_titan.weights import TRANSFORMER, StoredWeight, load_parameters, read_metadata, stored_weights
+from ltx_titan.weights.quantized import QuantizedLinear, keep_fp8_rows, keep_nvfp4_rows, quantize_rows
 
 _LISTED = 10
 

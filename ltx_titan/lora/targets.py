@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ltx_titan.lora.quantized import QuantizedLinear
+from ltx_titan.weights.quantized import QuantizedLinear
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("net.0.proj", "net.2")

@@ -1,4 +1,3 @@
-from ltx_titan.metrics.flops import Flops, layer_flops, outside_flops, peak_flops, training_flops
 from ltx_titan.metrics.loggers import MetricsLogger, StepMetrics, read_metrics
 from ltx_titan.metrics.memory import peak_memory_gib, reset_peak_memory
 from ltx_titan.metrics.plots import plot_loss
@@ -6,17 +5,12 @@ from ltx_titan.metrics.profiling import profile_steps
 from ltx_titan.metrics.wandb import start_wandb
 
 __all__ = [
-    "Flops",
     "MetricsLogger",
     "StepMetrics",
-    "layer_flops",
-    "outside_flops",
-    "peak_flops",
     "peak_memory_gib",
     "plot_loss",
     "profile_steps",
     "read_metrics",
     "reset_peak_memory",
     "start_wandb",
-    "training_flops",
 ]

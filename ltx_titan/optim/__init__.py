@@ -1,6 +1,5 @@
 from ltx_titan.optim.build import Optimizers, build_optimizers
 from ltx_titan.optim.ema import EMA
 from ltx_titan.optim.schedule import lr_factor
-from ltx_titan.optim.settings import OptimizerSettings
 
-__all__ = ["EMA", "OptimizerSettings", "Optimizers", "build_optimizers", "lr_factor"]
+__all__ = ["EMA", "Optimizers", "build_optimizers", "lr_factor"]

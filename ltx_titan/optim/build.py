@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ltx_titan.config.optimizer import OptimizerSettings
 from ltx_titan.optim.adafactor import Adafactor
 from ltx_titan.optim.adamw import ShardedAdamW
 from ltx_titan.optim.muon import Muon
 from ltx_titan.optim.offload import keep_state_on_host
-from ltx_titan.optim.settings import OptimizerSettings
 
 Named = list[tuple[str, nn.Parameter]]
 

@@ -3,10 +3,10 @@
 Everything here follows from the transformer's sizes and the degrees of the mesh; the remedies are keys of a job file.
 """
 
+from ltx_titan.config import Degrees
 from ltx_titan.model import TransformerConfig
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.parallel.activation_checkpoint import Mode
-from ltx_titan.parallel.mesh import Degrees
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
 
 

@@ -18,20 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-
-@dataclass(frozen=True)
-class Degrees:
-    """Size of each axis of the mesh; their product is the number of ranks."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    cp: int = 1
-    tp: int = 1
-
-    @property
-    def dp(self) -> int:
-        """Number of ranks that read different samples."""
-        return self.dp_replicate * self.dp_shard
+from ltx_titan.config import Degrees
 
 
 @dataclass(frozen=True)

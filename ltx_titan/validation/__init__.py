@@ -13,7 +13,6 @@ from ltx_titan.validation.sampling import (
     schedule_of,
     stand_in,
 )
-from ltx_titan.validation.section import SampleCondition, ValidationSample, ValidationSection
 from ltx_titan.validation.start import (
     StreamStart,
     audio_start,
@@ -31,12 +30,9 @@ __all__ = [
     "Contexts",
     "FixedSigma",
     "PreparedSample",
-    "SampleCondition",
     "SampleGroups",
     "SampledLatents",
     "StreamStart",
-    "ValidationSample",
-    "ValidationSection",
     "as_batch",
     "audio_start",
     "begin",

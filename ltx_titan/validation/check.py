@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ltx_titan.conditioning import Grid, video_grid
-from ltx_titan.diffusion import distilled_schedule
-from ltx_titan.validation.section import (
+from ltx_titan.config.validation import (
     AudioToVideo,
     GivenFirstFrame,
     GivenMask,
@@ -19,6 +18,7 @@ from ltx_titan.validation.section import (
     ValidationSample,
     ValidationSection,
 )
+from ltx_titan.diffusion import distilled_schedule
 
 
 def check_validation(

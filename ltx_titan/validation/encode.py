@@ -14,7 +14,20 @@ from torch import Tensor
 
 from ltx_titan.codecs import AudioCodec, VideoCodec
 from ltx_titan.conditioning import audio_steps, video_grid
-from ltx_titan.conditioning.conditions import SpatialCrop, given_tokens
+from ltx_titan.conditioning.conditions import given_tokens
+from ltx_titan.config.conditions import SpatialCrop
+from ltx_titan.config.validation import (
+    AudioToVideo,
+    GivenCrop,
+    GivenFirstFrame,
+    GivenMask,
+    GivenPrefix,
+    GivenReference,
+    GivenSuffix,
+    SampleCondition,
+    ValidationSample,
+    VideoToAudio,
+)
 from ltx_titan.media import (
     MediaError,
     Sound,
@@ -28,18 +41,6 @@ from ltx_titan.media import (
     to_duration,
     to_stereo,
     to_uint8,
-)
-from ltx_titan.validation.section import (
-    AudioToVideo,
-    GivenCrop,
-    GivenFirstFrame,
-    GivenMask,
-    GivenPrefix,
-    GivenReference,
-    GivenSuffix,
-    SampleCondition,
-    ValidationSample,
-    VideoToAudio,
 )
 from ltx_titan.validation.start import (
     StreamStart,

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from ltx_titan.codecs import load_audio_codec, load_video_codec, video_scale_factors
+from ltx_titan.codecs import load_audio_codec, load_video_codec
+from ltx_titan.config.validation import ValidationSample, ValidationSection
 from ltx_titan.diffusion import StepReport
 from ltx_titan.model import TransformerConfig
 from ltx_titan.validation.check import check_validation, generated_streams
@@ -37,7 +38,7 @@ from ltx_titan.validation.sampling import (
     reshard,
     sample_all,
 )
-from ltx_titan.validation.section import ValidationSample, ValidationSection
+from ltx_titan.weights import scale_factors
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -204,7 +205,7 @@ def prepare_validation(
     groups = groups or SampleGroups()
     architecture = TransformerConfig.from_metadata(config["transformer"])
     has_video, has_audio = modalities != "audio", modalities != "video"
-    factors = video_scale_factors(dict(config))
+    factors = scale_factors(dict(config))
     check_validation(
         section,
         has_video=has_video,

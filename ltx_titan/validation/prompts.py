@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltx_titan.checkpoint import load_text_connectors
 from ltx_titan.codecs import load_feature_extractor, load_text_encoder
 from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.weights import load_text_connectors
 
 logger = logging.getLogger(__name__)
 

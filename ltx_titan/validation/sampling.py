@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ltx_titan.config.validation import ValidationSection
 from ltx_titan.diffusion import (
     Guidance,
     SampledStream,
@@ -25,7 +26,6 @@ from ltx_titan.diffusion import (
     sigma_schedule,
 )
 from ltx_titan.model import LTXTransformer, Modality
-from ltx_titan.validation.section import ValidationSection
 from ltx_titan.validation.start import StreamStart, begin, target_latents
 
 # What the released pipelines take for LTX-2.3 and later.

@@ -1,7 +1,7 @@
 import json
 
 from ltx_titan.cli import main
-from ltx_titan.codecs.nano_config import CONFIG
+from ltx_titan.nano.pack_config import CONFIG
 
 
 def test_whole_and_in_tiles_are_timed_at_the_size_asked_for(tmp_path):

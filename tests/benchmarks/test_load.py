@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ltx_titan.benchmarks.random_checkpoint import make_checkpoint
-from ltx_titan.checkpoint import check_fits, read_metadata
 from ltx_titan.cli import main
 from ltx_titan.model import LTXTransformer
+from ltx_titan.nano.random_checkpoint import make_checkpoint
+from ltx_titan.weights import check_fits, read_metadata
 from tests.benchmarks.test_block import TINY
 
 

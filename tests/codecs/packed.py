@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel
 
-from ltx_titan.codecs.nano_config import CONFIG
 from ltx_titan.model import FeatureExtractor
 from ltx_titan.model.init import init_random_
+from ltx_titan.nano.pack_config import CONFIG
 
 VERSION = "gemma4-12b-ltx-v1"
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from ltx_titan.codecs import load_audio_codec, load_video_codec, load_vocoder
 from ltx_titan.codecs.mel import log_mel, resample
-from ltx_titan.codecs.nano_config import CONFIG
 from ltx_titan.codecs.video_vae import video_vae_layout
 from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name
+from ltx_titan.nano.pack_config import CONFIG
 from tests.codecs.equations import AudioVae, VideoVae, Vocoder
 
 # Sums in another order, through a dozen layers of float32.

@@ -6,16 +6,9 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
-from ltx_titan.checkpoint import (
-    CONNECTORS,
-    check_fits,
-    quantized_forms,
-    read_metadata,
-    refuse_quantized,
-    released_config,
-)
 from ltx_titan.codecs import TextEncoder, load_audio_codec, load_feature_extractor, load_video_codec, load_vocoder
 from ltx_titan.model import LTXTransformer, TextConnectors
+from ltx_titan.weights import CONNECTORS, check_fits, quantized_forms, read_metadata, refuse_quantized, released_config
 from tests.codecs import released_files as files
 from tests.codecs.full_size import AUDIO_VAE, VIDEO_VAE_19B, VIDEO_VAE_23, VOCODER_19B, VOCODER_23
 

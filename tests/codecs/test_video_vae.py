@@ -5,10 +5,11 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 from safetensors.torch import load_file
 
-from ltx_titan.codecs import load_video_codec, video_scale_factors
-from ltx_titan.codecs.nano_config import CONFIG
-from ltx_titan.codecs.single_file import write_single_file
+from ltx_titan.codecs import load_video_codec
 from ltx_titan.codecs.video_vae import video_vae_layout
+from ltx_titan.nano.pack_config import CONFIG
+from ltx_titan.weights import scale_factors
+from ltx_titan.weights.single_file import write_single_file
 from tests.codecs.full_size import VIDEO_VAE_19B, VIDEO_VAE_23
 
 
@@ -71,9 +72,9 @@ def test_unknown_block_is_named():
 
 
 def test_scale_factors():
-    assert video_scale_factors({"vae": VIDEO_VAE_23}) == (8, 32, 32)
-    assert video_scale_factors({"vae": {"decoder_blocks": [["compress_time", {}]], "patch_size": 2}}) == (2, 2, 2)
-    assert video_scale_factors({"vae": None}) == (8, 32, 32)
+    assert scale_factors({"vae": VIDEO_VAE_23}) == (8, 32, 32)
+    assert scale_factors({"vae": {"decoder_blocks": [["compress_time", {}]], "patch_size": 2}}) == (2, 2, 2)
+    assert scale_factors({"vae": None}) == (8, 32, 32)
 
 
 def test_encode_and_decode_shapes(nano, generator):

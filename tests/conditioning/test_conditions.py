@@ -3,7 +3,8 @@ import torch
 from pydantic import TypeAdapter
 
 from ltx_titan.conditioning import Grid
-from ltx_titan.conditioning.conditions import VideoCondition, given_tokens
+from ltx_titan.conditioning.conditions import given_tokens
+from ltx_titan.config.conditions import VideoCondition
 
 GRID = Grid(4, 3, 5)
 ADAPTER = TypeAdapter(VideoCondition)

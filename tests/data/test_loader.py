@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltx_titan.data import BatchPlan, PrecomputedDataset, StepLoader, SyntheticDataset, collate, map_tensors
+from ltx_titan.data import BatchPlan, PrecomputedDataset, StepLoader, collate, map_tensors
+from ltx_titan.nano.synthetic import SyntheticDataset
 from tests.data.files import AV_SOURCES, write_data_set
 
 

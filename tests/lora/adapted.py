@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ltx_titan.lora import LoRASettings, adapters, apply_lora, init_lora_
+from ltx_titan.config import LoRASettings
+from ltx_titan.lora import adapters, apply_lora, init_lora_
 from ltx_titan.model import LTXTransformer, Modality
 from ltx_titan.model.init import init_random_
 from tests.golden_cases import load_case

@@ -7,10 +7,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, module_tensors, save_state
-from ltx_titan.lora import apply_lora, export_lora, export_merged, init_lora_, is_adapter, load_base, load_lora
+from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, save_state
+from ltx_titan.config import Degrees
+from ltx_titan.lora import apply_lora, init_lora_, is_adapter, load_base
 from ltx_titan.parallel.fsdp import apply_fsdp
-from ltx_titan.parallel.mesh import Degrees, build_mesh
+from ltx_titan.parallel.mesh import build_mesh
+from ltx_titan.weights import module_tensors
+from ltx_titan.weights.lora_files import export_lora, load_lora
+from ltx_titan.weights.lora_merge import export_merged
 from tests.lora.adapted import loss_of, same_bits, settings, transformer, write_checkpoint
 
 LR = 1e-2

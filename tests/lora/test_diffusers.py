@@ -9,8 +9,9 @@ from diffusers.loaders import peft as diffusers_peft
 from diffusers.loaders.lora_pipeline import LTX2LoraLoaderMixin
 from torch import nn
 
-from ltx_titan.lora import apply_lora, diffusers_name, export_lora, init_lora_
+from ltx_titan.lora import apply_lora, diffusers_name, init_lora_
 from ltx_titan.model import LTXTransformer
+from ltx_titan.weights.lora_files import export_lora
 from tests.golden_cases import load_case
 from tests.lora.adapted import CASE, config, golden_inputs, settings, stir
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from ltx_titan.conditioning import FlexibleStrategy
+from ltx_titan.config import OptimizerSettings
 from ltx_titan.diffusion import StepDraws
 from ltx_titan.lora import adapters, apply_lora
-from ltx_titan.optim import OptimizerSettings, build_optimizers
+from ltx_titan.optim import build_optimizers
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from tests.golden_cases import assert_close_to_max, load_case
 from tests.lora.adapted import settings

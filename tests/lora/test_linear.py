@@ -4,7 +4,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from ltx_titan.lora import DropoutClock, LoRALinear, QuantizedLinear, init_lora_, is_adapter, merged_weight
+from ltx_titan.lora import DropoutClock, LoRALinear, init_lora_, is_adapter, merged_weight
+from ltx_titan.weights.quantized import QuantizedLinear
 from tests.lora.adapted import adapted, loss_of, settings, stir
 
 X = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(5))

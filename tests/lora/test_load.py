@@ -4,12 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ltx_titan.checkpoint import load_parameters
-from ltx_titan.lora import adapters, apply_lora, export_merged, init_base_, init_lora_, load_base
-from ltx_titan.lora.quantized import QUANTIZED, dequantize, quantize_rows
-from tests.checkpoint.quantized_file import FORMS, quantize
+from ltx_titan.lora import adapters, apply_lora, init_base_, init_lora_, load_base
+from ltx_titan.weights import load_parameters
+from ltx_titan.weights.lora_merge import export_merged
+from ltx_titan.weights.quantized import QUANTIZED, dequantize, quantize_rows
 from tests.golden_cases import load_case
 from tests.lora.adapted import CASE, same_bits, settings, stir, transformer, write_checkpoint
+from tests.weights.quantized_file import FORMS, quantize
 
 
 def empty(**fields):

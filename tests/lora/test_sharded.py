@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ltx_titan.parallel.mesh import Degrees
+from ltx_titan.config import Degrees
 from tests.lora.runs import FORMS, check_equal, check_resumed, prepare, resume, work
 from tests.processes import run_ranks
 

@@ -1,7 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from ltx_titan.lora import PRESETS, LoRASettings, find_targets
+from ltx_titan.config import LoRASettings
+from ltx_titan.lora import PRESETS, find_targets
 from tests.lora.adapted import transformer
 
 MODEL = transformer("meta")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ltx_titan.checkpoint import released_config
-from ltx_titan.metrics import training_flops
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
+from ltx_titan.model.flops import training_flops
+from ltx_titan.weights import released_config
 from tests.golden_cases import load_case
 from tests.model.golden_transformer import build_inputs
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ltx_titan.optim import OptimizerSettings, build_optimizers
+from ltx_titan.config import OptimizerSettings
+from ltx_titan.optim import build_optimizers
 from ltx_titan.optim.build import is_matrix
 from ltx_titan.optim.muon import Muon
 from tests.optim.toy import loss_of, toy

@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, module_tensors, save_state
-from ltx_titan.optim import EMA, OptimizerSettings, build_optimizers
+from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, save_state
+from ltx_titan.config import OptimizerSettings
+from ltx_titan.optim import EMA, build_optimizers
 from ltx_titan.parallel.fsdp import apply_fsdp
+from ltx_titan.weights import module_tensors
 from tests.optim.toy import loss_of, toy
 from tests.processes import run_ranks
 

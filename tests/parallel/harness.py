@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ltx_titan.conditioning import FlexibleStrategy
+from ltx_titan.config import Degrees
 from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
 from ltx_titan.optim.adamw import ShardedAdamW
@@ -26,7 +27,7 @@ from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8, precompute_float8_scales
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
-from ltx_titan.parallel.mesh import Degrees, Mesh, build_mesh
+from ltx_titan.parallel.mesh import Mesh, build_mesh
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 from tests.golden_cases import load_case

@@ -23,8 +23,8 @@ from torch.distributed.tensor import distribute_tensor
 
 from ltx_titan.benchmarks.measure import environment
 from ltx_titan.benchmarks.precision import make_inputs, relative_error
-from ltx_titan.checkpoint import released_config
 from ltx_titan.conditioning import FlexibleStrategy, ModelInputs
+from ltx_titan.config import Degrees
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
@@ -33,9 +33,10 @@ from ltx_titan.parallel.compile import apply_compile
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8
 from ltx_titan.parallel.fsdp import apply_fsdp
-from ltx_titan.parallel.mesh import Degrees, build_mesh, init_distributed
+from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
+from ltx_titan.weights import released_config
 from tests.parallel.harness import named, whole
 
 _LATENT = (5, 11, 17)  # 935 tokens: divides by nothing

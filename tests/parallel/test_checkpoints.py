@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltx_titan.checkpoint import TRANSFORMER, TrainingState, load_parameters, load_state, save_state
-from ltx_titan.parallel.mesh import Degrees, build_mesh
+from ltx_titan.checkpoint import TrainingState, load_state, save_state
+from ltx_titan.config import Degrees
+from ltx_titan.parallel.mesh import build_mesh
+from ltx_titan.weights import TRANSFORMER, load_parameters
 from tests.golden_cases import load_case
 from tests.parallel.harness import Case, adamw, build, fill, named, single, train_on, whole
 from tests.processes import run_ranks

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ltx_titan.parallel.mesh import Degrees
+from ltx_titan.config import Degrees
 from tests.golden_cases import assert_close_to_max
 from tests.parallel.harness import LR, SCENARIOS, STEPS, Case, records, selected, single
 

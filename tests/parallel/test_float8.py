@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from ltx_titan.config import Degrees
 from ltx_titan.model import LTXTransformer
 from ltx_titan.parallel.float8 import apply_float8
-from ltx_titan.parallel.mesh import Degrees
 from tests.parallel.harness import Case, model_config, records, selected, single
 
 FSDP2, TP2, CP2 = Degrees(dp_shard=2), Degrees(tp=2), Degrees(cp=2)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from ltx_titan.config import Degrees
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.fsdp import apply_fsdp
-from ltx_titan.parallel.mesh import Degrees, build_mesh
+from ltx_titan.parallel.mesh import build_mesh
 from ltx_titan.parallel.tokens import shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 from tests.golden_cases import Case, assert_close_to_max, case_names, load_case

@@ -1,8 +1,8 @@
 import pytest
 
+from ltx_titan.config import Degrees
 from ltx_titan.model import TransformerConfig
 from ltx_titan.parallel.limits import check_parallelism
-from ltx_titan.parallel.mesh import Degrees
 
 CONFIG = TransformerConfig.from_metadata({})
 

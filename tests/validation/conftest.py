@@ -5,17 +5,11 @@ import pytest
 import torch
 
 import ltx_titan
-from ltx_titan.checkpoint import load_parameters, read_metadata
 from ltx_titan.codecs import load_audio_codec, load_video_codec
 from ltx_titan.model import LTXTransformer
-from tests.codecs.conftest import nano  # noqa: F401
+from ltx_titan.weights import load_parameters, read_metadata
 
 CLIP = Path(ltx_titan.__file__).parent / "assets" / "big_buck_bunny_5s.mp4"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,7 @@ class Pack:
 
 
 @pytest.fixture(scope="session")
-def pack(nano):  # noqa: F811
+def pack(nano):
     config = read_metadata(nano).config
     model = LTXTransformer.from_config(config["transformer"])
     load_parameters(model, nano)

@@ -8,18 +8,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ltx_titan.conditioning import FlexibleStrategy, Grid
+from ltx_titan.config import Degrees, ValidationSection
 from ltx_titan.diffusion import sample
 from ltx_titan.model import LTXTransformer
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.fsdp import apply_fsdp
-from ltx_titan.parallel.mesh import Degrees, build_mesh
+from ltx_titan.parallel.mesh import build_mesh
 from ltx_titan.parallel.tokens import shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 from ltx_titan.validation import (
     Contexts,
     PreparedSample,
     SampleGroups,
-    ValidationSection,
     audio_start,
     evaluating,
     frozen,

@@ -15,12 +15,12 @@ import torch
 
 from ltx_titan.codecs import load_text_encoder
 from ltx_titan.conditioning import Grid, audio_steps
+from ltx_titan.config import ValidationSection
 from ltx_titan.diffusion import Guidance
 from ltx_titan.model import Modality, Perturbations
 from ltx_titan.validation import (
     Contexts,
     PreparedSample,
-    ValidationSection,
     audio_start,
     begin,
     given_frames,

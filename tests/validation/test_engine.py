@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Gemma3TextModel
 
+from ltx_titan.config import ValidationSection
 from ltx_titan.media import (
     MediaError,
     Sound,
@@ -24,7 +25,6 @@ from ltx_titan.media import (
     write_wav,
 )
 from ltx_titan.model import TextConnectors
-from ltx_titan.validation import ValidationSection
 from ltx_titan.validation.engine import Validation, prepare_validation
 from tests.validation.conftest import CLIP
 

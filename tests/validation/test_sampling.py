@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from ltx_titan.config import ValidationSection
 from ltx_titan.model import Modality
-from ltx_titan.validation import ValidationSection, evaluating, guidance_of, sample_all, schedule_of, stand_in
+from ltx_titan.validation import evaluating, guidance_of, sample_all, schedule_of, stand_in
 from tests.golden_cases import assert_close_to_max
 from tests.model.golden_transformer import build_transformer
 from tests.processes import run_ranks

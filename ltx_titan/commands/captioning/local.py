@@ -1,0 +1,101 @@
+"""A captioning model run here, with transformers: any chat model of its kind that takes pictures, and maybe sound."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltx_titan.commands.captioning.parts import ClipParts
+from ltx_titan.commands.captioning.server import Captioner, CaptionError
+
+# Models that also speak: the part that answers in text is loaded alone, it is all a caption needs.
+_TEXT_PARTS = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+
+
+def local_captioner(
+    folder: Path, device: str = "cpu", max_tokens: int = 1024, load_in_8bit: bool = False, with_sound: bool = True
+) -> Captioner:
+    """Load a model and its processor.
+
+    Args:
+        folder: local folder of a multimodal chat model, with its processor and chat template.
+        device: where it runs; `auto` spreads it over all GPUs (needs accelerate).
+        max_tokens: length of an answer.
+        load_in_8bit: weights in int8 (torchao), about half the memory.
+        with_sound: whether it will get sound.
+
+    Raises:
+        ValueError: the folder holds no such model, or the model cannot hear what it will get.
+    """
+    model, processor = _load(folder, device, load_in_8bit)
+    # Processors drop sound they have no use for without a word, and the question would speak of it all the same.
+    if with_sound and not any(getattr(processor, name, None) for name in ("feature_extractor", "audio_processor")):
+        raise ValueError(f"--local-model: {folder} cannot hear (its processor takes no sound); give --skip-audio")
+    tokenizer = getattr(processor, "tokenizer", processor)
+
+    @torch.inference_mode()
+    def caption(parts: ClipParts, instruction: str) -> str:
+        messages = [{"role": "user", "content": _content(parts, instruction)}]
+        options = {"sampling_rate": parts.sound.sample_rate} if parts.sound is not None else {}
+        try:
+            inputs = processor.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs=options,
+            )
+            inputs = inputs.to(model.device, dtype=model.dtype)
+            found = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise CaptionError("out of GPU memory; send less (--fps, --max-frames, --max-side)") from error
+        except (ValueError, TypeError, IndexError, KeyError) as error:
+            raise CaptionError(f"the model cannot take it ({type(error).__name__}: {error})") from error
+        return tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return caption
+
+
+def _load(folder: Path, device: str, load_in_8bit: bool) -> tuple[Any, Any]:
+    # Here, because transformers takes seconds to import and a server needs none of it.
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--local-model: {folder} has no config.json; expected a local folder of a multimodal model")
+    options: dict[str, Any] = {"local_files_only": True}
+    on_cpu = device != "auto" and torch.device(device).type == "cpu"
+    options["dtype"] = torch.float32 if on_cpu else torch.bfloat16
+    if load_in_8bit:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        options["quantization_config"] = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    if device == "auto":
+        options["device_map"] = "auto"
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        name = _TEXT_PARTS.get(config.model_type)
+        loader = getattr(transformers, name) if name else transformers.AutoModelForMultimodalLM
+        model = loader.from_pretrained(folder, **options)
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise ValueError(f"--local-model: transformers cannot load {folder}: {error}") from error
+    if not hasattr(processor, "apply_chat_template") or not getattr(processor, "chat_template", None):
+        raise ValueError(f"--local-model: {folder} has no chat template; expected an instruction-tuned model")
+    return (model if device == "auto" else model.to(device)).eval(), processor
+
+
+def _content(parts: ClipParts, instruction: str) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = []
+    for time_s, picture in parts.frames:
+        if parts.kind == "video":
+            content.append({"type": "text", "text": f"{time_s:.1f} s:"})
+        content.append({"type": "image", "image": picture})
+    if parts.sound is not None:
+        content.append({"type": "audio", "audio": parts.sound.waveform[0].numpy()})
+    content.append({"type": "text", "text": instruction})
+    return content

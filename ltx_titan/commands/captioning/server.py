@@ -1,0 +1,174 @@
+"""A captioning model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, LM Studio, a vendor's.
+
+Frames go as pictures with their times between them, which every server with a vision model takes; whole videos only
+some take, and each samples them in its own way.
+"""
+
+import base64
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from ltx_titan.commands.captioning.parts import ClipParts, jpeg_url, wav_base64
+
+LAUNCH = """\
+vllm serve Qwen/Qwen3-Omni-30B-A3B-Instruct --port 8001 --max-model-len 32768 \\
+      --limit-mm-per-prompt '{"image": 64, "audio": 1, "video": 1}'"""
+
+Captioner = Callable[[ClipParts, str], str]
+"""(a file, the instruction) -> the model's answer."""
+
+
+class CaptionError(Exception):
+    """A model did not caption one file; others may work."""
+
+
+class ServerGone(Exception):
+    """The server does not answer any more: no further file can be captioned."""
+
+
+def server_captioner(
+    url: str,
+    model: str | None = None,
+    api_key: str | None = None,
+    *,
+    max_tokens: int = 4096,
+    temperature: float = 0.0,
+    timeout_s: float = 600.0,
+    retries: int = 3,
+    send: Literal["frames", "video"] = "frames",
+    extra_body: Mapping[str, Any] | None = None,
+) -> Captioner:
+    """Connect to a server; may be called from several threads at once.
+
+    Args:
+        url: base address, as in http://127.0.0.1:8001/v1.
+        model: name on the server; None: the first that it lists.
+        api_key: None: the variable OPENAI_API_KEY, if there is one.
+        max_tokens: length of an answer, reasoning included.
+        temperature: 0 gives the same caption again.
+        timeout_s: of one request.
+        retries: of a request that the server could not take or answer, with growing pauses.
+        send: sampled frames with their times, or the file itself.
+        extra_body: further fields of the request, for what single servers offer.
+
+    Raises:
+        ValueError: there is no server, or it has no such model.
+    """
+    openai = _library()
+    client = openai.OpenAI(base_url=url, api_key=api_key or _key(), timeout=timeout_s, max_retries=retries)
+    model = _check(client, openai, url, model)
+    failures = _Consecutive()
+
+    def caption(parts: ClipParts, instruction: str) -> str:
+        content = [*(_file(parts) if send == "video" else _frames(parts)), *_sound(parts)]
+        content.append({"type": "text", "text": instruction})
+        try:
+            answer = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": content}],
+                max_tokens=max_tokens,
+                temperature=temperature,
+                extra_body=dict(extra_body or {}),
+            )
+        except openai.APITimeoutError as error:
+            raise CaptionError(f"no answer within {timeout_s:g} s (--timeout)") from error
+        except openai.APIConnectionError as error:
+            if failures.add() >= _GIVE_UP_AFTER:
+                raise ServerGone(f"{url} does not answer any more ({error})") from error
+            raise CaptionError(f"the server cannot be reached ({error})") from error
+        except openai.APIStatusError as error:
+            raise CaptionError(f"the server answers {error.status_code}: {_message(error)}") from error
+        except openai.OpenAIError as error:
+            raise CaptionError(f"the server's answer cannot be read ({error})") from error
+        failures.clear()
+        if not answer.choices:
+            raise CaptionError("the server's answer holds no choice")
+        return answer.choices[0].message.content or ""
+
+    return caption
+
+
+# One request may meet a restart; several in a row mean that nobody is there.
+_GIVE_UP_AFTER = 3
+
+
+class _Consecutive:
+    def __init__(self) -> None:
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def add(self) -> int:
+        with self._lock:
+            self._count += 1
+            return self._count
+
+    def clear(self) -> None:
+        with self._lock:
+            self._count = 0
+
+
+def _library() -> Any:
+    try:
+        import openai
+    except ModuleNotFoundError as error:
+        raise ValueError('--server needs the package openai: pip install "ltx-titan[tools]"') from error
+    return openai
+
+
+def _key() -> str:
+    # The client insists on some key; local servers look at none.
+    return os.environ.get("OPENAI_API_KEY") or "none"
+
+
+def _check(client: Any, openai: Any, url: str, model: str | None) -> str:
+    """The model's name, after a look at what the server has."""
+    try:
+        names = [entry.id for entry in client.with_options(timeout=20, max_retries=0).models.list()]
+    except openai.APIConnectionError as error:
+        raise ValueError(f"--server {url}: nobody answers. A local server is started with\n  {LAUNCH}") from error
+    except openai.APIStatusError as error:
+        if model is not None and error.status_code == 404:
+            return model  # Not every server lists its models.
+        raise ValueError(f"--server {url}: answers {error.status_code}: {_message(error)}") from error
+    except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"--server {url}: is no OpenAI-compatible server ({error}); the address ends in /v1"
+        ) from error
+    if model is None and not names:
+        raise ValueError(f"--server {url}: lists no model; name it with --model")
+    if model is not None and names and model not in names:
+        raise ValueError(f"--server {url}: has no model {model!r}, it has {names}; correct --model")
+    return model or names[0]
+
+
+def _message(error: Any) -> str:
+    body = error.body
+    if isinstance(body, dict):
+        inner = body.get("error", body)
+        body = inner.get("message", inner) if isinstance(inner, dict) else inner
+    return " ".join(str(body or error.message).split())[:500]
+
+
+def _frames(parts: ClipParts) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = []
+    for time_s, picture in parts.frames:
+        if parts.kind == "video":
+            content.append({"type": "text", "text": f"{time_s:.1f} s:"})
+        content.append({"type": "image_url", "image_url": {"url": jpeg_url(picture)}})
+    return content
+
+
+def _file(parts: ClipParts) -> list[dict[str, Any]]:
+    if parts.kind != "video":
+        return _frames(parts)
+    encoded = base64.b64encode(parts.path.read_bytes()).decode()
+    kind = {".webm": "webm", ".mov": "quicktime", ".mkv": "x-matroska"}.get(parts.path.suffix.lower(), "mp4")
+    return [{"type": "video_url", "video_url": {"url": f"data:video/{kind};base64,{encoded}"}}]
+
+
+def _sound(parts: ClipParts) -> list[dict[str, Any]]:
+    if parts.sound is None:
+        return []
+    return [{"type": "input_audio", "input_audio": {"data": wav_base64(parts.sound), "format": "wav"}}]

@@ -1,0 +1,162 @@
+"""The table that captions go into: what it has, what it gets, and the journal in between.
+
+Several processes may work on one table. All write to one journal, line by line, and each puts the journal into the
+table when it is through; both under one lock.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ltx_titan.commands.files import (
+    SOUND_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Row,
+    find_media,
+    is_table,
+    locked,
+    media_of_row,
+    moved_row,
+    read_table,
+    relative_name,
+    write_table,
+    write_text,
+)
+from ltx_titan.media import is_image
+
+
+class CaptionTable:
+    """Files to be captioned, and their captions."""
+
+    def __init__(self, source: Path, output: Path | None, suffixes: frozenset[str], recursive: bool) -> None:
+        """Find the files.
+
+        Args:
+            source: a file, a folder, or a table.
+            output: the table to write, of .csv, .json, .jsonl or .txt; None: the source, or a file in its folder.
+            suffixes: of files in a folder.
+            recursive: look into subfolders.
+
+        Raises:
+            ValueError: there are no files, or the output is of another form.
+        """
+        self._source = source if is_table(source) else None
+        self.path = output or _default_output(source)
+        if not is_table(self.path) and self.path.suffix != ".txt":
+            raise ValueError(f"--output: {self.path} is no table; expected .csv, .json, .jsonl or .txt")
+        self._journal = self.path.with_name(f".{self.path.name}.journal")
+        self.rows_without_file: list[int] = []
+        if self._source is not None:
+            found = [media_of_row(row, source) for row in read_table(source)]
+            self.rows_without_file = [number for number, path in enumerate(found, start=1) if path is None]
+            self.files = list(dict.fromkeys(path for path in found if path is not None))
+        elif source.is_file():
+            self.files = [source]
+        else:
+            self.files = _without_sounds_of_videos(find_media(source, suffixes, recursive))
+        self._captions = self._known()
+
+    def has(self, path: Path) -> bool:
+        """Whether a file has a caption."""
+        return bool(self._captions.get(self._key(path)))
+
+    def add(self, path: Path, caption: str) -> None:
+        """Keep a caption; it is safe on disk when this returns."""
+        line = json.dumps({"media": self._key(path), "caption": caption}, ensure_ascii=False)
+        with locked(self.path), self._journal.open("a", encoding="utf-8") as journal:
+            # The line break in front ends what a killed run may have left unfinished.
+            journal.write(f"\n{line}\n")
+
+    def save(self) -> None:
+        """Put the journal into the table."""
+        with locked(self.path):
+            captions = self._known()
+            rows = self._rows(captions)
+            if rows and (self._journal.is_file() or not _read(self.path)):
+                _write(self.path, rows)
+            self._journal.unlink(missing_ok=True)
+
+    def _key(self, path: Path) -> str:
+        return relative_name(path, self.path.parent)
+
+    def _known(self) -> dict[str, str]:
+        """Captions of the source, the output and the journal, by file; the latest counts."""
+        captions: dict[str, str] = {}
+        for table in dict.fromkeys(path for path in (self._source, self.path) if path is not None):
+            for row in _read(table):
+                media = media_of_row(row, table)
+                if media is not None and row.get("caption"):
+                    captions[self._key(media)] = str(row["caption"])
+        if self._journal.is_file():
+            for line in self._journal.read_text(encoding="utf-8").split("\n"):
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # The end of a line that a killed run could not finish; its file is captioned again.
+                captions[entry["media"]] = entry["caption"]
+        return captions
+
+    def _rows(self, captions: Mapping[str, str]) -> list[Row]:
+        """The whole table: the source's rows, or one for each captioned file after rows that are none of ours."""
+        if self._source is not None:
+            return [self._moved(row, captions) for row in read_table(self._source)]
+        own = {self._key(path): path for path in self.files}
+        before = {}
+        others = []
+        for row in _read(self.path):
+            media = media_of_row(row, self.path)
+            key = None if media is None else self._key(media)
+            if key in own:
+                before[key] = row
+            else:
+                others.append(row)
+        rows = []
+        for key, path in own.items():
+            if captions.get(key):
+                column = "audio" if path.suffix.lower() in SOUND_SUFFIXES else "video"
+                rows.append({**before.get(key, {column: key}), "caption": captions[key]})
+        return others + rows
+
+    def _moved(self, row: Row, captions: Mapping[str, str]) -> Row:
+        """A row of the source with its caption, and with paths that start from the output's folder."""
+        assert self._source is not None
+        media = media_of_row(row, self._source)
+        caption = None if media is None else captions.get(self._key(media))
+        row = moved_row(row, self._source.parent, self.path.parent)
+        return {**row, "caption": caption or row.get("caption")}
+
+
+def _default_output(source: Path) -> Path:
+    if is_table(source):
+        return source
+    return source / "dataset.jsonl" if source.is_dir() else source.with_name(f"{source.stem}.dataset.jsonl")
+
+
+def _without_sounds_of_videos(files: list[Path]) -> list[Path]:
+    """Sounds count only in a folder of sounds: beside videos they are something else's, such as their own."""
+    pictures = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES or is_image(path)]
+    return pictures or files
+
+
+def _read(path: Path) -> list[Row]:
+    if path.suffix != ".txt":
+        return read_table(path) if path.is_file() else []
+    captions, paths = _text_files(path)
+    if not (captions.is_file() and paths.is_file()):
+        return []
+    lines = [file.read_text(encoding="utf-8").splitlines() for file in (paths, captions)]
+    return [{"video": media, "caption": caption} for media, caption in zip(*lines, strict=False)]
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    if path.suffix != ".txt":
+        write_table(path, rows)
+        return
+    captions, paths = _text_files(path)
+    named = [(row.get("video") or row.get("media_path") or row.get("audio"), row.get("caption")) for row in rows]
+    write_text(captions, "".join(f"{' '.join((caption or '').split())}\n" for _, caption in named))
+    write_text(paths, "".join(f"{media}\n" for media, _ in named))
+
+
+def _text_files(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f"{path.stem}_captions.txt"), path.with_name(f"{path.stem}_paths.txt")

@@ -1,0 +1,1 @@
+"""`process-dataset`, `process-videos` and `process-captions`."""

@@ -1,0 +1,1 @@
+"""Media and captions to latents and text features."""

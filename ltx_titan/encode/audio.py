@@ -1,0 +1,152 @@
+"""Stages: the column `audio` to `audio_latents/`, and `reference_audio` to `reference_audio_latents/`.
+
+Beside a video, a separate sound file is brought to the length of the encoded clip, by the clip's own frame rate: cut,
+or filled up with silence. A reference is cut to it but not filled up. Without videos the whole file is encoded, or as
+much of it as the longest of some given durations that it reaches, so that batches can be formed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ltx_titan.codecs import AudioCodec
+from ltx_titan.commands.process.stage import Output, Plan, Stage
+from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND, Value
+from ltx_titan.media import MediaError, Sound, open_media, read_sound, to_duration, to_stereo
+from ltx_titan.media.tables import Sample
+
+_BYTES_PER_STEP = 8 * 16 * 4
+
+
+@dataclass(frozen=True)
+class SoundColumn:
+    """A column of sound files.
+
+    Attributes:
+        name: of the stage.
+        folder: where its latents go.
+        file: the file of a sample.
+        fills_up: whether a sound shorter than its clip gets silence behind it.
+    """
+
+    name: str
+    folder: str
+    file: Callable[[Sample], Path | None]
+    fills_up: bool
+
+
+SOUNDS = SoundColumn("sounds", "audio_latents", lambda sample: sample.audio, fills_up=True)
+REFERENCE_SOUNDS = SoundColumn(
+    "reference sounds",
+    "reference_audio_latents",
+    lambda sample: sample.extras.get("reference_audio"),
+    fills_up=False,
+)
+
+
+def sound_stage(
+    column: SoundColumn,
+    load_codec: Callable[[], AudioCodec],
+    clip_duration_s: Callable[[Sample], float] | None,
+    durations_s: Sequence[float],
+) -> Stage:
+    """The stage that encodes a column of sound files.
+
+    Args:
+        column: which.
+        load_codec: loads an audio codec with an encoder.
+        clip_duration_s: seconds of a sample's clip; None in a data set without videos.
+        durations_s: lengths to cut sounds to where there are no videos; empty to take each as long as it is.
+    """
+
+    def path_of(sample: Sample) -> Path:
+        path = column.file(sample)
+        assert path is not None
+        return path
+
+    def length_s(sample: Sample, own_s: float) -> float:
+        if clip_duration_s is not None:
+            clip_s = clip_duration_s(sample)
+            return clip_s if column.fills_up else min(own_s, clip_s)
+        if not durations_s:
+            return own_s
+        fitting = [duration for duration in durations_s if duration <= own_s]
+        if not fitting:
+            reason = (
+                f"lasts {own_s:.2f} s, the shortest of --audio-durations is {min(durations_s):g} s; add a shorter one"
+            )
+            raise MediaError(path_of(sample), reason)
+        return max(fitting)
+
+    def plan(sample: Sample) -> Plan:
+        seconds = length_s(sample, _probe_duration_s(path_of(sample)))
+        return Plan(f"{seconds:.2f} s", _BYTES_PER_STEP * max(1, round(AUDIO_STEPS_PER_SECOND * seconds)))
+
+    def read(sample: Sample) -> tuple[Sound, float]:
+        sound = read_sound(path_of(sample))
+        if sound is None:
+            raise MediaError(path_of(sample), "has no sound track")
+        return sound, length_s(sample, sound.duration_s)
+
+    def load() -> Callable[[Sample, tuple[Sound, float]], Output]:
+        codec = load_codec()
+        return lambda sample, item: {column.folder: audio_fields(*item, codec)}
+
+    return Stage(column.name, (column.folder,), lambda sample: str(column.file(sample)), plan, read, load)
+
+
+def audio_fields(sound: Sound, duration_s: float, codec: AudioCodec) -> dict[str, Value]:
+    """Fields of an audio sample.
+
+    Args:
+        sound: cut, or filled up with silence, to the duration.
+        duration_s: seconds.
+        codec: with an encoder.
+
+    Returns:
+        `latents` [8, round(25 * seconds), 16] in float32, their sizes, and the duration.
+    """
+    # One spectrogram frame is the least that can be encoded; a single video frame may be shorter.
+    shortest_s = codec.mel.filter_length / codec.mel.sample_rate
+    sound = to_duration(sound, max(duration_s, shortest_s))
+    latents = codec.encode(to_stereo(sound.waveform)[None], sound.sample_rate)[0].cpu()
+    steps = codec.steps_for(duration_s)
+    # Centred frames make the encoder return at least as many steps, often one more.
+    assert latents.shape[1] >= steps
+    return {
+        "latents": latents[:, :steps].contiguous(),
+        "num_time_steps": steps,
+        "frequency_bins": latents.shape[2],
+        "duration": duration_s,
+    }
+
+
+def absent_audio_fields(duration_s: float, codec: AudioCodec) -> dict[str, Value]:
+    """Fields that say that a sample has no sound, as opposed to silence.
+
+    The zeros are a stand-in of the right size, marked `present = False`: in training on video and sound together they
+    have no loss and nothing attends to them, and the sample's video is not lost to it.
+    """
+    steps, channels, bins = codec.steps_for(duration_s), codec.mean.shape[0], codec.mean.shape[2]
+    return {
+        "latents": torch.zeros(channels, steps, bins),
+        "num_time_steps": steps,
+        "frequency_bins": bins,
+        "duration": duration_s,
+        "present": False,
+    }
+
+
+def _probe_duration_s(path: Path) -> float:
+    """Length of a sound by its header; by decoding it where that does not tell."""
+    with open_media(path) as container:
+        if not container.streams.audio:
+            raise MediaError(path, "has no sound track")
+        stream = container.streams.audio[0]
+        if stream.duration is not None and stream.time_base is not None:
+            return float(stream.duration * stream.time_base)
+    sound = read_sound(path)
+    assert sound is not None
+    return sound.duration_s

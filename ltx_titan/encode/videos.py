@@ -1,0 +1,106 @@
+"""Stage: videos and still images to `latents/`, and their sound to `audio_latents/`.
+
+A clip gives its first F frames, where F comes from the bucket that suits it; its frame rate is kept unless another is
+asked for. Its sound is cut, or filled up with silence, to F / fps seconds, and its latents to the round(25 * F / fps)
+steps that sampling would make for such a clip, so that all clips of one bucket and rate have one audio shape.
+"""
+
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ltx_titan.codecs import AudioCodec, VideoCodec
+from ltx_titan.commands.process.stage import Output, Plan, Stage
+from ltx_titan.commands.report import Report
+from ltx_titan.data.layout import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_STEPS_PER_SECOND, VIDEO_CHANNELS, Value
+from ltx_titan.encode.audio import absent_audio_fields, audio_fields
+from ltx_titan.encode.clips import Clip, ClipRules, plan_clip, read_pixels
+from ltx_titan.media import Sound, is_image, read_sound
+from ltx_titan.media.tables import Sample
+
+
+def video_stage(
+    rules: ClipRules,
+    report: Report,
+    load_video: Callable[[], VideoCodec],
+    load_audio: Callable[[], AudioCodec] | None,
+) -> Stage:
+    """The stage that encodes videos and images.
+
+    Args:
+        rules: how clips are brought to a shape.
+        report: told what is out of the ordinary.
+        load_video: loads a video codec with an encoder.
+        load_audio: loads an audio codec with an encoder; None leaves the sound of videos alone.
+    """
+
+    def plan(sample: Sample) -> Plan:
+        clip = plan_clip(_video(sample), rules)
+        steps = max(1, round(AUDIO_STEPS_PER_SECOND * clip.duration_s)) if load_audio else 0
+        size = latent_bytes(clip, rules) + audio_bytes(steps)
+        return Plan(str(clip), size)
+
+    def read(sample: Sample) -> tuple[Clip, Tensor, Sound | None]:
+        path = _video(sample)
+        clip = plan_clip(path, rules)
+        pixels = read_pixels(path, clip, rules, sample.key)
+        sound = read_sound(path) if load_audio and not is_image(path) else None
+        return clip, pixels, sound
+
+    def load() -> Callable[[Sample, tuple[Clip, Tensor, Sound | None]], Output]:
+        video_codec, audio_codec = load_video(), load_audio() if load_audio else None
+
+        def encode(sample: Sample, item: tuple[Clip, Tensor, Sound | None]) -> Output:
+            clip, pixels, sound = item
+            if clip.repeats_frames:
+                report.notes["videos slower than the frame rate asked for, whose frames were repeated"] += 1
+            latents = latent_fields(pixels, float(clip.fps), video_codec)
+            if audio_codec is None:
+                return {"latents": latents}
+            # Sound first: latents without their sound would look finished to a run with --skip-audio.
+            return {"audio_latents": _sound(clip, sound, audio_codec, report), "latents": latents}
+
+        return encode
+
+    folders = ("latents", "audio_latents") if load_audio else ("latents",)
+    return Stage("videos", folders, lambda sample: str(sample.media), plan, read, load)
+
+
+def latent_fields(pixels: Tensor, fps: float, codec: VideoCodec) -> dict[str, Value]:
+    """Fields of a video sample.
+
+    Args:
+        pixels: [3, F, H, W] in [-1, 1].
+        fps: frames per second of these frames.
+        codec: with an encoder.
+    """
+    latents = codec.encode(pixels[None])[0].to(torch.bfloat16).cpu()
+    frames, height, width = latents.shape[1:]
+    return {"latents": latents, "num_frames": frames, "height": height, "width": width, "fps": fps}
+
+
+def latent_bytes(clip: Clip, rules: ClipRules) -> int:
+    """Size of a video sample on disk, about."""
+    return VIDEO_CHANNELS * prod(clip.latent_size(rules.scale_factors)) * 2
+
+
+def audio_bytes(steps: int) -> int:
+    """Size of an audio sample on disk, about."""
+    return AUDIO_CHANNELS * AUDIO_BINS * steps * 4
+
+
+def _video(sample: Sample) -> Path:
+    assert sample.video is not None
+    return sample.video
+
+
+def _sound(clip: Clip, sound: Sound | None, codec: AudioCodec, report: Report) -> dict[str, Value]:
+    if sound is None:
+        report.notes["videos and images without sound"] += 1
+        return absent_audio_fields(clip.duration_s, codec)
+    if sound.duration_s < clip.duration_s - 1 / clip.fps:
+        report.notes["sounds shorter than their video, filled up with silence"] += 1
+    return audio_fields(sound, clip.duration_s, codec)

@@ -1,0 +1,175 @@
+"""Builds a job as its trainer would, on one fake rank of as many as wanted, and runs its steps without arithmetic.
+
+The process group is torch's fake one, which answers every collective at once, and all tensors are fake: they have
+shapes, dtypes and storages of a size, but no memory. Everything else is real: the transformer, its adapters, the
+parallel plan, FSDP2, the optimizer, a micro-batch as the strategy prepares it, forward, backward, clipping and update.
+So a mesh, shapes or an option that would fail on a cluster fails here, and the bytes that tensors hold are counted.
+
+Not part of it: compilation (blocks run operation by operation, which also keeps more), kernels in Triton, text
+connectors, reading checkpoints, validation.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ltx_titan.build import give_storage, shape_transformer
+from ltx_titan.conditioning import ModelInputs
+from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.config import CompileSection, JobConfig, KernelsSection
+from ltx_titan.data import collate
+from ltx_titan.diffusion import UniformSigma, draw_step
+from ltx_titan.estimate.live_bytes import LiveBytes
+from ltx_titan.model import TransformerConfig
+from ltx_titan.optim import EMA, build_optimizers
+from ltx_titan.optim.build import Optimizers
+from ltx_titan.parallel.grad_norm import clip_grad_norm_
+from ltx_titan.parallel.mesh import build_mesh
+from ltx_titan.parallel.parallelize import compute_dtype
+from ltx_titan.plan import Plan
+from ltx_titan.train import absent_streams, weigh
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was counted on rank 0, bytes.
+
+    Attributes:
+        resident: weights, optimizer state and moving average between steps.
+        after_forward: held when the backward pass starts.
+        peak_backward: most in forward and backward.
+        peak_update: most in clipping and update.
+        seconds: that the dry run took.
+    """
+
+    resident: int
+    after_forward: int
+    peak_backward: int
+    peak_update: int
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Most in a step."""
+        return max(self.peak_backward, self.peak_update)
+
+
+def dry_run(plan: Plan) -> DryRun:
+    """Builds and steps a planned job; the process must not have a process group.
+
+    Args:
+        plan: for as many ranks as its degrees say.
+
+    Raises:
+        Exception: whatever the real job would raise.
+    """
+    started = time.perf_counter()
+    plan = dataclasses.replace(plan, job=_without_compilation(plan.job))
+    with _fake_ranks(plan):
+        # Meshes are tensors of ranks, and what a strategy prepares depends on values: both are made for real.
+        device = torch.device("cpu")
+        model = shape_transformer(plan, build_mesh(device.type, plan.degrees), device).train()
+        inputs = _inputs(plan)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as live:
+            give_storage(model, device, offloaded=False)
+            return _steps(plan, model, _as_fake(inputs, fake), live, started)
+
+
+def _steps(plan: Plan, model: nn.Module, inputs: ModelInputs, live: LiveBytes, started: float) -> DryRun:
+    job = plan.job
+    optimizers = build_optimizers(model.named_parameters(), job.optimizer, seed=job.training.seed)
+    ema = EMA(model.parameters(), job.optimizer.ema_decay) if job.optimizer.ema_decay is not None else None
+    _make_state(optimizers)
+    if job.training.global_batch_size == job.training.local_batch_size * plan.degrees.dp:
+        optimizers.zero_grad()
+    # Otherwise gradients are there already, as in the last of several micro-batches.
+    resident = live.now
+    live.reset()
+    video, audio = model(inputs.video, inputs.audio, absent_streams(inputs))
+    loss = plan.strategy.loss(video, audio, inputs)
+    total = weigh(loss, job.loss.video_weight, job.loss.audio_weight).sum() / job.training.global_batch_size
+    del video, audio, loss
+    after_forward = live.now
+    total.backward()
+    peak_backward = live.peak
+    live.reset()
+    clip_grad_norm_(model.named_parameters(), job.training.max_grad_norm)
+    optimizers.step()
+    optimizers.zero_grad()
+    if ema is not None:
+        ema.update(1)
+    return DryRun(resident, after_forward, peak_backward, live.peak, time.perf_counter() - started)
+
+
+def _make_state(optimizers: Optimizers) -> None:
+    """Steps once on gradients of nothing, for what optimizers make in their first step."""
+    for part in optimizers.parts:
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        part.step()
+
+
+def _without_compilation(job: JobConfig) -> JobConfig:
+    return job.model_copy(update={"compile": CompileSection(), "kernels": KernelsSection(backend="torch")})
+
+
+@contextmanager
+def _fake_ranks(plan: Plan) -> Iterator[None]:
+    # Private to torch's tests by its path, and the way torch's own tools make one.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    degrees = plan.degrees
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=degrees.dp * degrees.cp * degrees.tp)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _inputs(plan: Plan) -> ModelInputs:
+    """A micro-batch of the dearest sample."""
+    index = max(range(len(plan.dataset)), key=plan.sample_flops)
+    count = plan.job.training.local_batch_size
+    batch = collate([plan.dataset.load(index)] * count)
+    if plan.connectors_path is None:
+        batch["conditions"] = to_contexts(batch["conditions"], None, compute_dtype(plan.job))
+    else:
+        batch["conditions"] = _contexts(plan, batch["conditions"]["video_prompt_embeds"])
+    draws = draw_step(
+        *plan.strategy.draw_plan(batch), sampler=UniformSigma(), seed=0, step=1, indices=tuple(range(count))
+    )
+    return plan.strategy.prepare(batch, draws)
+
+
+def _contexts(plan: Plan, features: Tensor) -> dict[str, Tensor]:
+    """What the text connectors would make of features [B, T, D]; they are not built here."""
+    config = TransformerConfig.from_metadata(plan.source.config["transformer"])
+    streams = {"video_prompt_embeds": config.video, "audio_prompt_embeds": config.audio}
+    return {
+        name: torch.zeros(*features.shape[:2], stream.caption_dim or stream.context_dim, dtype=compute_dtype(plan.job))
+        for name, stream in streams.items()
+    }
+
+
+def _as_fake(value: Any, fake: FakeTensorMode) -> Any:
+    """`value` with every tensor in it made fake, through dataclasses and tuples."""
+    if isinstance(value, Tensor):
+        return fake.from_tensor(value)
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: _as_fake(getattr(value, field.name), fake) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, tuple):
+        return tuple(_as_fake(item, fake) for item in value)
+    return value

@@ -1,0 +1,256 @@
+"""A miniature, complete LTX-2.3 pack with seeded random weights, in the official layout.
+
+It stands in for the real 46 GB wherever the way matters and not the picture: trying a job, teaching, tests. All tools
+read it as they would the real pack. The statistics of its VAEs are measured here on made-up clips and sounds, so that
+latents of natural ones come out with a mean near 0 and a deviation near 1, as the diffusion process expects.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
+from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderKLLTX2Audio
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
+
+from ltx_titan.codecs.audio_vae import audio_vae_arguments, mel_settings
+from ltx_titan.codecs.mel import log_mel, slaney_filters
+from ltx_titan.codecs.video_vae import video_vae_layout
+from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name
+from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
+from ltx_titan.model.init import init_random_
+from ltx_titan.nano.pack_config import CONFIG, MODEL_VERSION, TEXT_ENCODER
+from ltx_titan.weights.single_file import write_single_file
+
+CHECKPOINT_NAME = "ltx-2.3-nano.safetensors"
+TEXT_ENCODER_NAME = "text_encoder"
+
+_SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
+
+
+def make_nano(folder: str | Path, seed: int = 0) -> Path:
+    """Write the pack: `ltx-2.3-nano.safetensors` and `text_encoder/`, the same bytes for the same seed.
+
+    Returns:
+        The path of the checkpoint file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        **_transformer_tensors(seed),
+        **_video_vae_tensors(seed + 1),
+        **_audio_vae_tensors(seed + 2),
+        **_vocoder_tensors(seed + 3),
+    }
+    path = folder / CHECKPOINT_NAME
+    metadata = {"config": json.dumps(CONFIG), "model_version": MODEL_VERSION}
+    write_single_file(path, tensors, metadata)
+    _write_text_encoder(folder / TEXT_ENCODER_NAME, seed + 4)
+    return path
+
+
+def _transformer_tensors(seed: int) -> dict[str, Tensor]:
+    """Transformer, connectors and text projection under their official names, bfloat16."""
+    parts = (
+        ("model.diffusion_model.", LTXTransformer.from_config(CONFIG["transformer"])),
+        ("model.diffusion_model.", TextConnectors.from_config(CONFIG)),
+        ("text_embedding_projection.", FeatureExtractor.from_config(CONFIG, TEXT_ENCODER)),
+    )
+    tensors = {}
+    for prefix, module in parts:
+        init_random_(module, seed)
+        # Plain zeros and ones would hide a bias or a norm weight that is never used.
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in sorted(module.state_dict().items()):
+            if tensor.ndim == 1:
+                tensor = tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
+            if name in ("proj_out.weight", "audio_proj_out.weight"):
+                # As large as a trained model's: through the small heads of a fresh one, adapters below hardly show.
+                tensor = 10 * tensor
+            tensors[prefix + name] = tensor.to(torch.bfloat16)
+    return tensors
+
+
+def _video_vae_tensors(seed: int) -> dict[str, Tensor]:
+    layout = video_vae_layout(CONFIG["vae"])
+    generator = torch.Generator().manual_seed(seed)
+    vae = _random_codec(AutoencoderKLLTX2Video(**layout.arguments), generator)
+    tensors = {
+        f"vae.{layout.stored_name(name)}": tensor.to(torch.bfloat16)
+        for name, tensor in vae.state_dict().items()
+        if not name.startswith("latents_")
+    }
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(clip[None]).latent_dist.mode() for clip in _made_up_clips(generator)])
+    return tensors | _statistics("vae.", latents.transpose(0, 1).flatten(1))
+
+
+def _audio_vae_tensors(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    vae = _random_codec(AutoencoderKLLTX2Audio(**audio_vae_arguments(CONFIG["audio_vae"])), generator)
+    tensors = {
+        f"audio_vae.{name}": tensor.to(torch.bfloat16)
+        for name, tensor in vae.state_dict().items()
+        if not name.startswith("latents_")
+    }
+    settings = mel_settings(CONFIG["audio_vae"])
+    with torch.no_grad():
+        spectrograms = log_mel(_made_up_sounds(generator, settings.sample_rate), settings)
+        latents = vae.encode(spectrograms).latent_dist.mode()
+    # Statistics are kept on the packed layout: one entry per (channel, frequency).
+    return tensors | _statistics("audio_vae.", latents.permute(1, 3, 0, 2).flatten(0, 1).flatten(1))
+
+
+def _vocoder_tensors(seed: int) -> dict[str, Tensor]:
+    section = CONFIG["vocoder"]
+    model = build_vocoder(section, device="cpu")
+    _random_codec(model, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        # Random layers are loud: unscaled, the sum would be clipped almost everywhere.
+        model.vocoder.conv_out.weight *= 0.1
+        model.bwe_generator.conv_out.weight *= 0.02
+    stft = model.mel_stft.stft_fn
+    stft.forward_basis.copy_(_causal_stft_basis(stft.window_length))
+    stft.inverse_basis.copy_(stft.forward_basis / stft.window_length)
+    bwe = section["bwe"]
+    filters = slaney_filters(bwe["n_fft"], bwe["num_mels"], bwe["input_sampling_rate"], 0.0, 8000.0)
+    model.mel_stft.mel_basis.copy_(filters)
+    parameters = {name for name, _ in model.named_parameters()}
+    # Filters and bases are no random weights; rounding them would only blur the sound.
+    return {
+        "vocoder." + stored_vocoder_name(name, True): tensor.to(torch.bfloat16) if name in parameters else tensor
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _causal_stft_basis(length: int) -> Tensor:
+    """Real and imaginary rows of the windowed DFT [2 * (length // 2 + 1), 1, length]."""
+    time = torch.arange(length, dtype=torch.float64)
+    frequency = torch.arange(length // 2 + 1, dtype=torch.float64)
+    angle = 2 * math.pi * frequency[:, None] * time / length
+    window = torch.hann_window(length, periodic=True, dtype=torch.float64)
+    return (torch.cat([angle.cos(), -angle.sin()]) * window)[:, None].float()
+
+
+@torch.no_grad()
+def _random_codec(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Fill convolutions with N(0, 1 / fan_in) and everything one-dimensional with values near zero."""
+    for _, parameter in sorted(module.named_parameters()):
+        fan_in = parameter[0].numel()
+        std = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(fan_in)
+        # The codec computes with what the file will hold.
+        parameter.copy_((std * torch.randn(parameter.shape, generator=generator)).to(torch.bfloat16))
+    return module.eval()
+
+
+def _made_up_clips(generator: torch.Generator, clips: int = 8, frames: int = 17, size: int = 128) -> Tensor:
+    """Clouds of all sizes, with about the spectrum of photographs: [clips, 3, frames, size, size] in [-1, 1]."""
+    total = torch.zeros(clips, 3, frames, size, size)
+    cells = 1
+    while cells <= size:
+        noise = torch.randn(clips, 3, 3, cells, cells, generator=generator)
+        cloud = F.interpolate(noise, (frames, size, size), mode="trilinear", align_corners=True)
+        total += cloud / math.sqrt(cells)
+        cells *= 2
+    return (0.4 * total).clamp(-1, 1)
+
+
+def _made_up_sounds(generator: torch.Generator, sample_rate: int, sounds: int = 8, seconds: float = 3.0) -> Tensor:
+    """Chords over noise, swelling and fading, some of it near silence [sounds, 2, N]."""
+    time = torch.arange(int(seconds * sample_rate)) / sample_rate
+    result = torch.zeros(sounds, 2, len(time))
+    for sound in result:
+        for _ in range(6):
+            hertz, phase, rate, pan = torch.rand(4, generator=generator).tolist()
+            envelope = torch.sin(math.pi * (0.3 + 1.5 * rate) * time + 6.3 * phase).clamp(min=0) ** 2
+            tone = torch.sin(2 * math.pi * 80 * 50**hertz * time) * envelope
+            sound += 0.2 * tone * torch.tensor([[pan], [1 - pan]])
+        noise = torch.randn(2, len(time), generator=generator).cumsum(-1)
+        noise = noise - F.avg_pool1d(noise[None], 255, 1, 127)[0]
+        sound += 0.01 * noise
+        sound *= 10 ** (-2 * torch.rand(1, generator=generator))
+    return result
+
+
+def _statistics(prefix: str, values: Tensor) -> dict[str, Tensor]:
+    """Mean and deviation of raw latents [C, samples] under the names in which checkpoints keep them."""
+    return {
+        # Rounded, so that the order in which a machine sums does not reach the file.
+        f"{prefix}per_channel_statistics.mean-of-means": values.mean(1).to(torch.bfloat16),
+        f"{prefix}per_channel_statistics.std-of-means": values.std(1).to(torch.bfloat16),
+    }
+
+
+def _write_text_encoder(folder: Path, seed: int) -> None:
+    """Save a tiny Gemma 3 language model and a tokenizer of single bytes, as transformers keeps them."""
+    vocabulary = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    config = Gemma3TextConfig(
+        vocab_size=len(vocabulary),
+        pad_token_id=ids["<pad>"],
+        eos_token_id=ids["<eos>"],
+        bos_token_id=ids["<bos>"],
+        dtype="bfloat16",
+        **TEXT_ENCODER,
+    )
+    model = Gemma3TextModel(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            # Gemma scales embeddings by the root of the width and norms by one plus their weight.
+            std = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(parameter.shape[-1])
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+    temporary = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(temporary)
+    write_single_file(temporary / "model.safetensors", model.to(torch.bfloat16).state_dict(), {"format": "pt"})
+    _byte_tokenizer(ids).save_pretrained(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def _byte_tokenizer(ids: dict[str, int]) -> PreTrainedTokenizerFast:
+    """One token per UTF-8 byte, BOS in front: any caption in any script, no training text needed."""
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", ids["<bos>"])]
+    )
+    names = {f"{token.strip('<>')}_token": token for token in _SPECIAL_TOKENS}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+DESCRIPTION = """\
+Write a miniature LTX-2.3 pack: transformer, connectors, text projection, video and audio VAE, vocoder in one
+safetensors file of a few MB in the official layout, and a tiny Gemma text encoder beside it. The weights are random, so
+its clips show nothing, but every command works on it as on the real pack. Use it to try a job before downloading 46 GB.
+
+example:
+  ltx-titan make-nano nano/
+  ltx-titan process-dataset clips/dataset.jsonl --resolution-buckets "256x160x25" \\
+      --model-path nano/ltx-2.3-nano.safetensors --text-encoder-path nano/text_encoder
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `ltx-titan make-nano`."""
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to; made if it does not exist")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights; the same seed gives the same bytes (0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `ltx-titan make-nano`; returns the exit status."""
+    path = make_nano(arguments.out, arguments.seed)
+    print(f"checkpoint    {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    print(f"text encoder  {path.parent / TEXT_ENCODER_NAME}")
+    return 0

@@ -1,0 +1,156 @@
+"""Validation of a job while it trains: sampled clips, and the loss on held-out data at fixed noise."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.data import Batch, PrecomputedDataset
+from ltx_titan.model import TextConnectors
+from ltx_titan.optim import EMA, Optimizers
+from ltx_titan.parallel.float8 import precompute_float8_scales
+from ltx_titan.parallel.mesh import Mesh
+from ltx_titan.parallel.parallelize import compute_dtype
+from ltx_titan.plan import Plan
+from ltx_titan.validation.check import check_validation
+from ltx_titan.validation.held_out import as_batch, held_out_losses
+from ltx_titan.validation.sampling import SampleGroups
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingValidation:
+    """What `[validation]` asks for, prepared before the model takes its memory: prompts and media are encoded by then.
+
+    Args:
+        plan: the job; `validation.interval` is set.
+        mesh: samples are divided over its data-parallel groups.
+        device: of the model.
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh, device: torch.device) -> None:
+        self.plan, self.device, self.section = plan, device, plan.job.validation
+        data = mesh.data
+        self.groups = SampleGroups(
+            mesh.dp_rank,
+            mesh.degrees.dp,
+            data.get_group("dp") if mesh.degrees.dp > 1 else None,
+            is_first=data.get_local_rank("cp") == 0 and data.get_local_rank("tp") == 0,
+        )
+        self.sampler = None
+        if self.section.samples:
+            # Here, because it brings diffusers and transformers along, which a job without samples does not need.
+            from ltx_titan.validation.engine import prepare_validation
+
+            self.sampler = prepare_validation(
+                self.section,
+                checkpoint_path=plan.source.path,
+                config=plan.source.config,
+                modalities=plan.modalities,
+                device=device,
+                cache_folder=plan.folder / "validation-cache",
+                groups=self.groups,
+            )
+        root = self.section.held_out_root
+        self.held_out = None if root is None else PrecomputedDataset(root, plan.strategy.sources)
+
+    def run(
+        self,
+        step: int,
+        model: nn.Module,
+        connectors: TextConnectors | None,
+        *,
+        writer: SummaryWriter | None,
+        wandb_run: "Run | None",
+        ema: EMA | None,
+        optimizers: Optimizers,
+    ) -> dict[str, float]:
+        """Samples and measures; every rank calls it.
+
+        Args:
+            step: optimizer steps taken.
+            model: the transformer as it is trained; in training mode again afterwards.
+            connectors: for held-out text features.
+            writer: TensorBoard, on rank 0.
+            wandb_run: Weights & Biases, on rank 0, where clips are to be uploaded.
+            ema: averaged weights, if the job keeps them.
+            optimizers: whose state leaves the device meanwhile, where asked.
+
+        Returns:
+            Held-out losses by TensorBoard tag.
+        """
+        started = time.perf_counter()
+        folder = self.plan.folder / "samples" / f"step-{step}"
+        if self.sampler is not None:
+            self.sampler.run(
+                model,
+                folder,
+                step,
+                writer=writer,
+                wandb_run=wandb_run,
+                averaged_weights=None if ema is None else lambda: self._averaged(ema, model),
+                optimizers=optimizers.parts,
+            )
+        losses = self._held_out_losses(model, connectors) if self.held_out is not None else {}
+        where = f", clips in {folder}" if self.sampler is not None else ""
+        figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if "sigma" not in name)
+        logger.info("validation after step %d: %.1f s%s%s", step, time.perf_counter() - started, figures, where)
+        return losses
+
+    @contextmanager
+    def _averaged(self, ema: EMA, model: nn.Module) -> Iterator[None]:
+        gathers_float8 = self.plan.job.float8.all_gather
+        with ema.swapped_in(model):
+            if gathers_float8:  # scales belong to the weights that they were found for
+                precompute_float8_scales(model)
+            yield
+        if gathers_float8:
+            precompute_float8_scales(model)
+
+    def _held_out_losses(self, model: nn.Module, connectors: TextConnectors | None) -> dict[str, float]:
+        def load(index: int) -> Batch:
+            batch = as_batch(self.held_out.load(index), self.device)
+            return {**batch, "conditions": to_contexts(batch["conditions"], connectors, compute_dtype(self.plan.job))}
+
+        return held_out_losses(
+            model,
+            self.plan.strategy,
+            load,
+            min(self.section.held_out_samples, len(self.held_out)),
+            self.section.held_out_sigmas,
+            self.section.seed,
+            self.device,
+            self.groups,
+        )
+
+
+def check_validation_files(plan: Plan) -> None:
+    """Checks `[validation]` on the host, before anything is started.
+
+    Raises:
+        ValueError: samples without a checkpoint to decode with, a file or folder that is missing, or a section that
+            does not fit the model.
+    """
+    section = plan.job.validation
+    if section.interval is None:
+        return
+    if section.samples and plan.source.path is None:
+        raise ValueError('validation.samples needs a checkpoint with codecs; remove them while model.init = "random".')
+    if section.held_out_root is not None:
+        PrecomputedDataset(section.held_out_root, plan.strategy.sources)
+    check_validation(
+        section,
+        has_video=plan.modalities != "audio",
+        has_audio=plan.modalities != "video",
+        num_blocks=plan.source.config["transformer"].get("num_layers", 48),
+        scale_factors=plan.strategy.scale_factors,
+    )

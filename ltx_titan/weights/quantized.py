@@ -1,0 +1,265 @@
+"""Frozen linear layers whose weight is kept in 8 or 4 bits.
+
+    int8     q in [-127, 127]      one scale per row                     1    byte per weight
+    float8   e4m3                  one scale per row                     1    byte per weight
+    int4     q in [-8, 7]          one scale per 128 weights of a row    0.52 bytes per weight
+    nvfp4    e2m1, +-{0 ... 6}     one scale per 16 weights of a row     0.63 bytes per weight
+
+torchao's primitives choose the scales and round. Its weight-only tensor subclasses are not used: in 0.18 FSDP2 cannot
+shard them (`aten.split` or `aten.new_zeros` is missing, int4 wants another library). Here data and scales are plain
+frozen parameters, which shard, gather and move like any other.
+
+FSDP2 of torch 2.11 refuses integer parameters and gathers floating-point ones in the compute dtype. Bytes are therefore
+kept as the bits of bfloat16 numbers, two to a number. As values they are nonsense, but a parameter already in the
+compute dtype is only ever copied; and where the compute dtype is float32, a bfloat16 is its upper half, bit for bit.
+
+The matrix product is done in the input's dtype after dequantisation, which torch.compile turns into one pass over the
+weight. Nothing but the quantised data is kept for the backward pass.
+
+An official fp8 or NVFP4 file keeps its bits in the form of its own kind; its scales, float32 in the file, are rounded
+to bfloat16, which moves a weight by no more than rounding that weight to bfloat16 would (2^-8).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ltx_titan.config.lora import BaseDtype
+
+QUANTIZED: tuple[BaseDtype, ...] = ("int8", "int4", "float8", "nvfp4")
+_SCALE_DTYPE = torch.bfloat16
+_BYTES_DTYPE = torch.bfloat16
+_INT4_GROUP = 128
+_INT4_SMALLEST_GROUP = 16
+_NVFP4_GROUP = 16
+_FOUR_BITS = ("int4", "nvfp4")
+_E2M1_LARGEST = 6.0
+# Halfway between two neighbours of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+_E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+
+
+class QuantizedLinear(nn.Module):
+    """`y = W x + b` with a quantised W.
+
+    Parameters, all frozen and bfloat16: `qdata`, the bytes of a row two by two ([out, in / 2]; of four bits, where a
+    byte holds an even column in its low half and the next in its high half, [out, in / 4]), `scale` [out, groups], and
+    `bias` [out] if the layer has one.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        form: BaseDtype,
+        *,
+        bias: bool,
+        bias_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.form = in_features, out_features, form
+        width, groups = packed_width(in_features, form), _groups(in_features, form)
+        self.qdata = _frozen(torch.empty(out_features, width, dtype=_BYTES_DTYPE, device=device))
+        self.scale = _frozen(torch.empty(out_features, groups, dtype=_SCALE_DTYPE, device=device))
+        self.bias = _frozen(torch.empty(out_features, dtype=bias_dtype, device=device)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, form: BaseDtype) -> "QuantizedLinear":
+        """Quantises a layer; one on the meta device only in form, to be filled by `load_base`.
+
+        Raises:
+            ValueError: the form cannot hold rows of this length.
+        """
+        weight = linear.weight
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            form,
+            bias=linear.bias is not None,
+            bias_dtype=weight.dtype,
+            device=weight.device,
+        )
+        if not weight.is_meta:
+            with torch.no_grad():
+                qdata, scale = quantize_rows(weight, form)
+                layer.qdata.copy_(qdata)
+                layer.scale.copy_(scale)
+                if linear.bias is not None:
+                    layer.bias.copy_(linear.bias)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weight [out, in], made anew on every access, in the dtype of the scales."""
+        return dequantize(self.qdata, self.scale, self.form, self.scale.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the dtype of `x`."""
+        return _FrozenMatmul.apply(x, self.qdata, self.scale, self.bias, self.form)
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """Product with a quantised weight; the gradient is that of the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, form: BaseDtype) -> Tensor:
+        ctx.save_for_backward(qdata, scale)
+        ctx.form = form
+        weight = dequantize(qdata, scale, form, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        qdata, scale = ctx.saved_tensors
+        weight = dequantize(qdata, scale, ctx.form, grad.dtype, is_second_use=True)
+        return grad @ weight, None, None, None, None
+
+
+def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
+    """Quantises whole rows; a row's result depends on that row alone, so ranks may each do their own.
+
+    Args:
+        weight: [rows, in].
+        form: "int8", "int4", "float8" or "nvfp4".
+
+    Returns:
+        `qdata` [rows, packed width] and `scale` [rows, groups], as `QuantizedLinear` holds them.
+    """
+    if form == "nvfp4":
+        return _quantize_nvfp4(weight)
+    # Here, not above: importing torchao takes seconds, and most jobs do not quantise.
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        _choose_scale_float8,
+        _quantize_affine_float8,
+        choose_qparams_affine,
+        quantize_affine,
+    )
+
+    groups = _groups(weight.shape[1], form)
+    block = (1, weight.shape[1] // groups)
+    weight = weight.float()
+    if form == "float8":
+        scale = _choose_scale_float8(weight, block).clamp(min=torch.finfo(torch.float32).tiny).to(_SCALE_DTYPE)
+        # The largest value may lie a rounding of its scale beyond the format's end: saturate, do not overflow.
+        return _as_parameter(_quantize_affine_float8(weight, scale.float())), scale
+    low, high = (-127, 127) if form == "int8" else (-8, 7)
+    scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, torch.int8, low, high)
+    scale = scale.view(-1, groups).to(_SCALE_DTYPE)
+    values = quantize_affine(weight, block, scale.float(), zero.view(-1, groups), torch.int8, low, high)
+    if form == "int8":
+        return _as_parameter(values), scale
+    return _pack_nibbles((values + 8).to(torch.uint8)), scale
+
+
+def keep_fp8_rows(data: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Rows of a float8 weight [rows, in] with one scale for all, in the form of "float8", bits as they are."""
+    return _as_parameter(data), torch.full((data.shape[0], 1), scale, dtype=_SCALE_DTYPE, device=data.device)
+
+
+def keep_nvfp4_rows(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of 4-bit codes [rows, in], uint8, and scales [rows, in / 16] in the form of "nvfp4", codes as they are."""
+    return _pack_nibbles(codes), scales.to(_SCALE_DTYPE)
+
+
+def _quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = weight.float().unflatten(1, (_groups(weight.shape[1], "nvfp4"), -1))
+    smallest = torch.finfo(torch.float32).tiny
+    scale = (blocks.abs().amax(dim=2) / _E2M1_LARGEST).clamp(min=smallest).to(_SCALE_DTYPE)
+    values = (blocks / scale.float()[:, :, None]).flatten(1)
+    codes = torch.bucketize(values.abs(), torch.tensor(_E2M1_BOUNDS, device=values.device)).to(torch.uint8)
+    return _pack_nibbles(codes | (values < 0).to(torch.uint8) << 3), scale
+
+
+def dequantize(
+    qdata: Tensor, scale: Tensor, form: BaseDtype, dtype: torch.dtype, *, is_second_use: bool = False
+) -> Tensor:
+    """The weight [rows, in] that `qdata` and `scale` stand for, computed in float32 and rounded to `dtype`.
+
+    Args:
+        qdata, scale: as `quantize_rows` makes them, or gathered in float32.
+        form: "int8", "int4", "float8" or "nvfp4".
+        dtype: of the result.
+        is_second_use: set in the backward pass, where torch.compile sees both passes as one graph. Would it recognise
+            the same computation, it would do it once and keep the result in between: for 22B parameters 38 GB of
+            bfloat16 weights, or 19 GB of unpacked bytes.
+    """
+    # Taken apart by arithmetic on 16-bit words: a view as bytes is opaque to Inductor, whose kernel then loads single
+    # unaligned bytes and takes 1.6 times as long.
+    words = _as_words(qdata)
+    if is_second_use:
+        words = words ^ 0
+    match form:
+        case "int8":
+            values = torch.stack(((words << 8) >> 8, words >> 8), dim=-1).float()
+        case "float8":
+            pairs = torch.stack((words & 255, words >> 8 & 255), dim=-1).to(torch.uint8)
+            values = pairs.view(torch.float8_e4m3fn).float()
+        case "int4":
+            values = _nibbles(words).float() - 8
+        case _:
+            values = _e2m1(_nibbles(words))
+    grouped = values.flatten(1).unflatten(1, (scale.shape[1], -1)) * scale.float()[:, :, None]
+    return grouped.flatten(1).to(dtype)
+
+
+def packed_width(columns: int, form: BaseDtype) -> int:
+    """Width of `qdata` for `columns` columns of the weight."""
+    return columns // (4 if form in _FOUR_BITS else 2)
+
+
+def _as_parameter(data: Tensor) -> Tensor:
+    return data.contiguous().view(_BYTES_DTYPE)
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    return _as_parameter(codes[:, 0::2] | codes[:, 1::2] << 4)
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    return torch.stack([words >> shift & 15 for shift in (0, 4, 8, 12)], dim=-1)
+
+
+def _e2m1(codes: Tensor) -> Tensor:
+    """What 4-bit floats stand for, by arithmetic: a table would be a gather per weight."""
+    magnitude = codes & 7
+    doubled = torch.where(magnitude < 2, magnitude, (2 + (magnitude & 1)) << ((magnitude >> 1) - 1).clamp(min=0))
+    return doubled.float() * torch.where(codes < 8, 0.5, -0.5)
+
+
+def _as_words(qdata: Tensor) -> Tensor:
+    """The bits as int16, whether FSDP2 gathered the parameter as it is or in float32."""
+    if qdata.dtype == torch.float32:
+        return (qdata.view(torch.int32) >> 16).to(torch.int16)
+    return qdata.view(torch.int16)
+
+
+def _groups(in_features: int, form: BaseDtype) -> int:
+    """Scales per row. Groups are as wide as divides the row, so that every shard of columns has whole groups."""
+    if form == "nvfp4":
+        if in_features % _NVFP4_GROUP:
+            raise ValueError(
+                f'lora.base_dtype = "nvfp4": expected input widths that are multiples of {_NVFP4_GROUP}, found '
+                f'{in_features}; use "int8" or "bfloat16".'
+            )
+        return in_features // _NVFP4_GROUP
+    if form != "int4":
+        if in_features % 2:
+            raise ValueError(
+                f'lora.base_dtype = "{form}": expected even input widths, found {in_features}; use "bfloat16".'
+            )
+        return 1
+    width = math.gcd(in_features, _INT4_GROUP)
+    if width < _INT4_SMALLEST_GROUP:
+        raise ValueError(
+            f'lora.base_dtype = "int4": expected input widths that are multiples of {_INT4_SMALLEST_GROUP}, found '
+            f'{in_features}; use "int8" or "bfloat16".'
+        )
+    return in_features // width
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,3 +1,0 @@
-from tests.console import console, one_thread
-
-__all__ = ["console", "one_thread"]

@@ -1,0 +1,3 @@
+from tests.console import console
+
+__all__ = ["console"]

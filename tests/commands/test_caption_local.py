@@ -1,0 +1,62 @@
+import json
+
+import pytest
+import torch
+
+from ltx_titan.commands.captioning.caption import CaptionOptions, caption_files
+from ltx_titan.media import Sound, write_wav
+from tests.commands.caption_models import write_hearing_model, write_seeing_model
+from tests.media.clips import tone, write_clip
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    torch.manual_seed(0)
+    return write_seeing_model(tmp_path_factory.mktemp("seeing"))
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory):
+    torch.manual_seed(1)
+    return write_hearing_model(tmp_path_factory.mktemp("hearing"))
+
+
+def test_a_model_that_sees_captions_clips(seeing, tmp_path, console):
+    write_clip(tmp_path / "a.mp4", frames=25)
+    write_clip(tmp_path / "b.mp4", frames=12, channels=0)
+    (tmp_path / "zero.mp4").touch()
+    options = CaptionOptions(tmp_path, local_model=seeing, skip_audio=True, fps=2, max_tokens=12, instruction="Go.")
+    report = caption_files(options, console)
+    assert report.counts["caption"] == {"done": 2, "failed": 1}
+    rows = [json.loads(line) for line in (tmp_path / "dataset.jsonl").read_text().splitlines()]
+    assert [row["video"] for row in rows] == ["a.mp4", "b.mp4"]
+    assert all(row["caption"] for row in rows)
+    # Greedy: the same caption again.
+    again = CaptionOptions(**{**vars(options), "output": tmp_path / "again.jsonl"})
+    caption_files(again, console)
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "dataset.jsonl").read_bytes()
+
+
+def test_a_model_that_hears_gets_the_sound(hearing, tmp_path, console):
+    captions = []
+    for name, hertz in (("low", 220.0), ("high", 3520.0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_wav(folder / "tone.wav", Sound(tone(0.5, 44100, hertz=hertz), 44100))
+        options = CaptionOptions(folder, local_model=hearing, max_tokens=12, instruction="Go.")
+        assert caption_files(options, console).counts["caption"] == {"done": 1}
+        captions.append(json.loads((folder / "dataset.jsonl").read_text())["caption"])
+    assert captions[0] != captions[1]
+
+
+def test_weights_in_8_bit(seeing, tmp_path, console):
+    write_clip(tmp_path / "a.mp4")
+    options = CaptionOptions(tmp_path, local_model=seeing, load_in_8bit=True, skip_audio=True, max_tokens=4)
+    assert caption_files(options, console).counts["caption"] == {"done": 1}
+
+
+def test_sound_is_not_sent_to_a_model_that_cannot_hear(seeing, tmp_path, console):
+    write_clip(tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match=r"cannot hear.*--skip-audio"):
+        caption_files(CaptionOptions(tmp_path, local_model=seeing), console)
+    assert not (tmp_path / "dataset.jsonl").exists()

@@ -1,0 +1,146 @@
+import tomllib
+
+import pytest
+import tomli_w
+from pydantic import ValidationError
+
+from ltx_titan.config import ValidationSection
+from ltx_titan.validation import check_validation
+
+SHAPES = {"has_video": True, "has_audio": True, "num_blocks": 48, "scale_factors": (8, 32, 32)}
+
+
+def section(*conditions, **fields):
+    sample = {"prompt": "a river", "conditions": list(conditions)}
+    return ValidationSection.model_validate({"samples": [sample], **fields})
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.touch()
+    return str(path)
+
+
+def problems(made, **shapes):
+    with pytest.raises(ValueError) as error:
+        check_validation(made, **(SHAPES | shapes))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ({"type": "prefix"}, "exactly one of video and audio, found neither"),
+        ({"type": "mask", "video": "a", "audio": "b", "mask": "m"}, "found both"),
+        ({"type": "prefix", "video": "a", "duration": 1.0}, "has num_frames, not duration"),
+        ({"type": "suffix", "audio": "a", "num_frames": 8}, "has duration, not num_frames"),
+        ({"type": "reference", "audio": "a", "downscale_factor": 2}, "belongs to a video reference"),
+        ({"type": "spatial_crop", "video": "a", "spatial_region": [9, 0, 8, 8]}, "0 <= top < bottom"),
+        ({"type": "first_frame", "video": "a"}, "image_or_video"),
+        ({"type": "no_such_thing"}, "no_such_thing"),
+    ],
+)
+def test_a_condition_that_cannot_be_meant_is_refused(condition, message):
+    with pytest.raises(ValidationError, match=message):
+        section(condition)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        (
+            [{"type": "video_to_audio", "video": "a"}, {"type": "audio_to_video", "audio": "a"}],
+            "a whole stream 2 times",
+        ),
+        (
+            [{"type": "video_to_audio", "video": "a"}, {"type": "first_frame", "image_or_video": "a"}],
+            "first_frame gives",
+        ),
+        (
+            [{"type": "audio_to_video", "audio": "a"}, {"type": "prefix", "audio": "a"}],
+            "prefix gives part of the audio",
+        ),
+    ],
+)
+def test_a_stream_that_is_given_altogether_takes_no_further_condition(conditions, message):
+    with pytest.raises(ValidationError, match=message):
+        section(*conditions)
+
+
+def test_a_section_without_anything_to_do_is_refused():
+    with pytest.raises(ValidationError, match="nothing to do"):
+        ValidationSection(interval=10)
+    with pytest.raises(ValidationError, match="are both false"):
+        section(generate_video=False, generate_audio=False)
+
+
+def test_a_section_as_resolved_reads_back_as_itself():
+    """Jobs are written out with all defaults, and read again when they are resumed."""
+    conditions = [
+        {"type": "spatial_crop", "video": "a", "spatial_region": [0, 0, 32, 32]},
+        {"type": "reference", "audio": "a"},
+        {"type": "suffix", "video": "a", "num_frames": 8},
+    ]
+    made = section(*conditions, schedule="distilled", stg_blocks=[1], interval=3)
+    read = ValidationSection.model_validate(tomllib.loads(tomli_w.dumps(made.model_dump(exclude_none=True))))
+    assert read == made
+    for one in (made, read):
+        assert "steps" not in problems(one)
+
+
+def test_a_seed_of_zero_is_a_seed():
+    made = ValidationSection(seed=5, samples=[{"prompt": "a", "seed": 0}, {"prompt": "b"}])
+    assert [made.seed_of(sample) for sample in made.samples] == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "shapes", "message"),
+    [
+        ({"video_dims": [960, 540, 89]}, {}, r"samples\[0\]\.video_dims: .*960x540"),
+        ({"video_dims": [960, 544, 88]}, {}, "88 frames"),
+        ({"stg_blocks": [28, 4]}, {"num_blocks": 4}, r"\[28, 4\], but the model's blocks are 0 to 3"),
+        ({"generate_audio": True}, {"has_audio": False}, "built without audio"),
+        ({"schedule": "distilled", "inference_steps": 30}, {}, "distilled schedule has 8"),
+        ({"held_out_root": "/nowhere/at/all"}, {}, "no folder"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_named(fields, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        check_validation(section(**fields), **(SHAPES | shapes))
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ({"type": "prefix", "num_frames": 56}, "a prefix has 1 . a multiple of 8"),
+        ({"type": "prefix", "num_frames": 97}, "at most 89"),
+        ({"type": "suffix", "num_frames": 57}, "a suffix has a multiple of 8"),
+        ({"type": "reference", "downscale_factor": 3}, "downscale_factor 3 makes 960x544 pixels 320x181"),
+        ({"type": "reference", "temporal_scale_factor": 3}, "temporal_scale_factor 3 leaves"),
+    ],
+)
+def test_sizes_that_the_codec_cannot_encode_are_named_before_training(condition, message, clip):
+    with pytest.raises(ValueError, match=message):
+        check_validation(section(condition | {"video": clip}), **SHAPES)
+
+
+def test_every_problem_is_named_at_once(clip):
+    made = section(
+        {"type": "first_frame", "image_or_video": "missing.png"},
+        {"type": "prefix", "audio": clip},
+        video_dims=[960, 544, 89],
+        generate_audio=False,
+        stg_blocks=[99],
+    )
+    lines = problems(made).splitlines()
+    assert len(lines) == 3
+    assert "stg_blocks" in lines[0]
+    assert "conditions[0] (first_frame): 'missing.png' is no file" in lines[1]
+    assert "conditions[1] (prefix) gives part of the audio, which is not generated" in lines[2]
+
+
+def test_a_model_of_one_stream_samples_it_without_being_told(clip):
+    check_validation(section(stg_blocks=[0]), **(SHAPES | {"has_audio": False}))
+    found = problems(section({"type": "audio_to_video", "audio": clip}), has_audio=False)
+    assert "gives audio, but the model is built without it" in found

@@ -1,0 +1,214 @@
+import io
+import json
+import logging
+from fractions import Fraction
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from ltx_titan.commands.process import process_dataset
+from ltx_titan.commands.process.options import ProcessOptions
+from ltx_titan.config import ConfigError, load_job
+from ltx_titan.config.sections import MediaSection
+from ltx_titan.data import BatchPlan, PrecomputedDataset, StepLoader, write_sample
+from ltx_titan.encode.disk_cache import DiskCache
+from ltx_titan.encode.media_dataset import MediaDataset
+from ltx_titan.media import write_video, write_wav
+from ltx_titan.media.audio import Sound
+from tests.media.clips import tone, write_clip
+
+BUCKETS = "64x32x17;32x64x1"
+SOURCES = {"latents": "video_latents", "audio_latents": "audio_latents", "conditions": "conditions"}
+
+
+def write_table(folder, names, **columns):
+    rows = [{"video": name, "caption": f"a caption of {name}"} for name in names]
+    for name, values in columns.items():
+        rows = [row | {name: value} for row, value in zip(rows, values, strict=True)]
+    path = folder / "dataset.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def section(nano, table, **fields):
+    return MediaSection(
+        dataset_path=str(table),
+        text_encoder_path=str(nano.parent / "text_encoder"),
+        resolution_buckets=BUCKETS,
+        **fields,
+    )
+
+
+def prepare(nano, table):
+    options = ProcessOptions(table, nano, nano.parent / "text_encoder", resolution_buckets=BUCKETS)
+    process_dataset(options, Console(file=io.StringIO()))
+    return PrecomputedDataset(table.parent, SOURCES)
+
+
+def same(one, two):
+    """Equality of samples to the bit, types included."""
+    assert one.keys() == two.keys()
+    for source, fields in one.items():
+        assert fields.keys() == two[source].keys()
+        for name, value in fields.items():
+            other = two[source][name]
+            assert type(value) is type(other), (source, name)
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == other.dtype
+                assert torch.equal(value, other), (source, name)
+            else:
+                assert value == other, (source, name)
+    return True
+
+
+@pytest.fixture(scope="module")
+def mixed(nano, tmp_path_factory):
+    """A table of everything one meets, and what process-dataset makes of it."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "sub").mkdir()
+    write_clip(folder / "stereo.mp4", frames=20, fps=Fraction(24000, 1001), channels=2)
+    write_clip(folder / "sub" / "mönö ☃.mp4", frames=17, channels=1, rate=24000)
+    write_clip(folder / "silent.mp4", frames=17, channels=0)
+    write_clip(folder / "short.mp4", frames=3)
+    Image.new("RGB", (90, 50), "orange").save(folder / "still.png")
+    (folder / "zero.mp4").touch()
+    (folder / "text.mp4").write_text("this is no video")
+    names = ["stereo.mp4", "sub/mönö ☃.mp4", "silent.mp4", "short.mp4", "still.png", "zero.mp4", "text.mp4"]
+    table = write_table(folder, [*names, "missing.mp4"])
+    return table, prepare(nano, table)
+
+
+def test_samples_and_shapes_are_those_of_prepared_data(nano, mixed, caplog):
+    table, prepared = mixed
+    with caplog.at_level(logging.WARNING):
+        media = MediaDataset(section(nano, table), SOURCES, nano)
+    assert "3 rows are left out" in caplog.text
+    assert "zero.mp4: is empty" in caplog.text
+    assert "missing.mp4: no such file" in caplog.text
+    places = {prepared.name(index): index for index in range(len(prepared))}
+    assert {media.name(index) for index in range(len(media))} == places.keys()
+    for index in range(len(media)):
+        other = places[media.name(index)]
+        assert media.shape_key(index) == prepared.shape_key(other)
+        assert same(media.load(index), prepared.load(other))
+
+
+def test_the_loader_s_threads_give_the_same_batches(nano, mixed):
+    table, _ = mixed
+    media = MediaDataset(section(nano, table), SOURCES, nano)
+    keys = [media.shape_key(index) for index in range(len(media))]
+    plan = BatchPlan(keys, [1.0] * len(keys), 0, 2, media.fingerprint)
+
+    def batches(workers):
+        with StepLoader(media, plan, stop_step=2, num_workers=workers) as loader:
+            return [part.batch for step in loader for part in step.micro_batches]
+
+    for one, two in zip(batches(0), batches(3), strict=True):
+        assert all(torch.equal(one[s][f], two[s][f]) for s in one for f in one[s])
+
+
+def test_a_separate_sound_is_used_instead_of_the_clip_s_own(nano, tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(tmp_path / name, frames=17)
+    write_wav(tmp_path / "a.wav", Sound(tone(0.3, 22050, hertz=300.0), 22050))
+    table = write_table(tmp_path, ["a.mp4", "b.mp4"], audio=["a.wav", ""])
+    prepared = prepare(nano, table)
+    media = MediaDataset(section(nano, table), SOURCES, nano)
+    assert [media.name(index) for index in range(len(media))] == ["a.pt"]
+    assert same(media.load(0), prepared.load(0))
+
+
+def test_a_clip_that_breaks_off_is_replaced_by_one_of_its_shape(nano, tmp_path, caplog):
+    for name in ("good.mp4", "broken.mp4"):
+        noise = torch.randint(0, 256, (20, 64, 96, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        write_video(tmp_path / name, noise, Fraction(25))
+    broken = tmp_path / "broken.mp4"
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])  # the header, in front, still promises 20 frames
+    table = write_table(tmp_path, ["broken.mp4", "good.mp4"])
+    media = MediaDataset(section(nano, table), SOURCES, nano)
+    assert len(media) == 2
+    with caplog.at_level(logging.WARNING):
+        assert same(media.load(0), media.load(1))
+    assert "broken.pt: left out, another clip of its shape takes its place" in caplog.text
+    alone = MediaDataset(section(nano, write_table(tmp_path, ["broken.mp4"])), SOURCES, nano)
+    with pytest.raises(ValueError, match=r"broken\.pt and the next 0 clips of its shape cannot be read"):
+        alone.load(0)
+
+
+def test_what_was_encoded_is_kept_and_known_again(nano, mixed, tmp_path):
+    table, prepared = mixed
+    cached = section(nano, table, cache_dir=str(tmp_path / "cache"), lora_trigger="SKS")
+    first = MediaDataset(cached, SOURCES, nano).load(0)
+    files = list((tmp_path / "cache").glob("*/*.pt"))
+    assert len(files) == 3
+    again = MediaDataset(cached, SOURCES, nano)
+    assert same(again.load(0), first)
+    # What lies in the cache is what is given, and it depends on the caption as it is encoded.
+    changed = {"mask": torch.ones(3)}
+    for file in files:
+        if "prompt_attention_mask" in torch.load(file, weights_only=True):
+            changed = dict(torch.load(file, weights_only=True))
+            changed["video_prompt_embeds"] = torch.zeros_like(changed["video_prompt_embeds"])
+            write_sample(file, changed)
+    assert not again.load(0)["conditions"]["video_prompt_embeds"].any()
+    other = MediaDataset(cached.model_copy(update={"lora_trigger": None}), SOURCES, nano)
+    assert same(other.load(0), prepared.load(other_index(prepared, other.name(0))))
+
+
+def other_index(dataset, name):
+    return next(index for index in range(len(dataset)) if dataset.name(index) == name)
+
+
+def test_the_cache_drops_what_was_not_used_for_longest(tmp_path):
+    fields = {"mask": torch.zeros(4096)}
+    probe = tmp_path / "probe.pt"
+    write_sample(probe, fields)
+    size = probe.stat().st_size
+    cache = DiskCache(tmp_path / "cache", 3.5 * size)
+    for key in ("aa1", "bb2", "cc3"):
+        cache.put(key, fields)
+    assert cache.get("aa1", "mask") is not None
+    cache.put("dd4", fields)
+    assert cache.get("bb2", "mask") is None
+    assert all(cache.get(key, "mask") is not None for key in ("aa1", "cc3", "dd4"))
+    # Another process knows what is there already.
+    DiskCache(tmp_path / "cache", 2.5 * size).put("ee5", fields)
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.pt")) <= 2.5 * size
+
+
+def test_an_offloaded_text_encoder_gives_the_same_features(nano, mixed):
+    table, _ = mixed
+    here = MediaDataset(section(nano, table), {"conditions": "conditions"}, nano)
+    lent = MediaDataset(section(nano, table, offload_text_encoder=True), {"conditions": "conditions"}, nano)
+    for index in (0, 1):
+        assert same(lent.load(index), here.load(index))
+
+
+def test_what_is_missing_is_said_before_anything_is_loaded(nano, mixed, tmp_path):
+    table, _ = mixed
+    job = tmp_path / "job.toml"
+    conditions = '[{type = "mask", probability = 0.5, mask_dir = "masks"}]'
+    job.write_text(
+        f'[model]\ncheckpoint_path = "{nano}"\n[data]\nsource = "media"\n[data.media]\ndataset_path = "{table}"\n'
+        f'[video]\nis_generated = true\nlatents_dir = "latents"\nconditions = {conditions}\n'
+    )
+    with pytest.raises(ConfigError) as failure:
+        load_job(job)
+    for key in ("data.media.text_encoder_path", "data.media.resolution_buckets", "video.conditions[0].type"):
+        assert key in str(failure.value)
+    with pytest.raises(ValueError, match="audio_vae"):
+        MediaDataset(section(nano, table, audio_vae_path=str(write_video_only(nano, tmp_path))), SOURCES, nano)
+
+
+def write_video_only(nano, folder):
+    """A file of a split pack without an audio VAE."""
+    from safetensors.torch import save_file
+
+    from ltx_titan.nano.pack_config import CONFIG
+
+    path = folder / "vae.safetensors"
+    save_file({"encoder.x": torch.zeros(1)}, path, {"config": json.dumps({"vae": CONFIG["vae"], "audio_vae": None})})
+    return path

@@ -1,0 +1,253 @@
+"""The estimate against counts: bytes that autograd saves, shards and peaks of real builds on fake ranks."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltx_titan.cli import main
+from ltx_titan.common.hardware import GIB, GPUS, bus_bandwidth
+from ltx_titan.config import Degrees, build_job, load_job
+from ltx_titan.estimate.command import PEAK_ERROR, TIME_ERROR, make_setup, make_workload, overrides_of
+from ltx_titan.estimate.dry_run import DryRun, dry_run
+from ltx_titan.estimate.memory import Memory, saved_per_block
+from ltx_titan.estimate.prediction import candidates, estimate, search
+from ltx_titan.estimate.workload import Setup
+from ltx_titan.model import LTXTransformer, Modality
+from ltx_titan.model.init import init_random_
+from ltx_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from ltx_titan.parallel.compile import apply_compile
+from ltx_titan.plan import Plan, plan_job
+from ltx_titan.weights import released_config
+
+LAYERS = 2
+CONFIGS = Path(__file__).parents[2] / "train_configs"
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
+SYNTHETIC = {"source": "synthetic", "synthetic": {"num_samples": 2}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def plan_of(gpus: int, **sections: dict) -> Plan:
+    """The LTX-2.3 shape cut to a few layers, on clips of 4,032 tokens."""
+    tables = {
+        "job": {"dump_folder": "outputs/none"},
+        "model": {"init": "random", "shape": "ltx-2.3-22b", "num_layers": LAYERS, **sections.pop("model", {})},
+        "data": SYNTHETIC,
+        "video": {"is_generated": True, "latents_dir": "latents"},
+        "audio": {"is_generated": True, "latents_dir": "audio_latents"},
+        "training": {"global_batch_size": gpus},
+        **sections,
+    }
+    return plan_job(build_job(tables, "test"), gpus)
+
+
+def predict(plan: Plan) -> Memory:
+    return estimate(make_workload(plan), make_setup(plan.job, plan.degrees), GPUS["h100"]).memory
+
+
+# Mesh and checkpointing -> the job's sections.
+BUILDS = {
+    "fsdp 8": (8, {}),
+    "hsdp 2 x 2, full": (4, {"parallelism": {"dp_replicate": 2}, "activation_checkpoint": {"mode": "full"}}),
+    "tp 2 x cp 2, batch 2": (
+        8,
+        {"parallelism": {"tp": 2, "cp": 2}, "training": {"global_batch_size": 4, "local_batch_size": 2}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, tuple[Plan, DryRun]]:
+    """Real builds and steps, counted byte by byte."""
+    plans = {name: plan_of(gpus, **sections) for name, (gpus, sections) in BUILDS.items()}
+    return {name: (plan, dry_run(plan)) for name, plan in plans.items()}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_shards_and_optimizer_state_equal_a_real_build(counted, name):
+    plan, run = counted[name]
+    memory = predict(plan)
+    assert memory.parameters + memory.optimizer == pytest.approx(run.resident, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_peak_is_within_a_tenth_of_a_real_build(counted, name):
+    plan, run = counted[name]
+    assert predict(plan).peak == pytest.approx(run.peak, rel=0.10)
+
+
+VIDEO, AUDIO, TEXT = 311, 53, 29
+HEADS = 2
+
+
+def saved_bytes(recompute: str, backend: str | None, timesteps: int) -> int:
+    """Bytes that autograd keeps of one block more, in a small model of the released proportions."""
+    config = released_config("ltx-2.3-22b")["transformer"] | {"num_layers": 2}
+    for prefix, size in (("", 128), ("audio_", 64)):
+        config |= {f"{prefix}num_attention_heads": HEADS, f"{prefix}cross_attention_dim": HEADS * size}
+    model = LTXTransformer.from_config(config)
+    init_random_(model, 0)
+    model = model.to(torch.bfloat16)
+    if backend is not None:
+        apply_compile([])  # what it tells the partitioner counts here, not the code that Inductor would make
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True, dynamic=False, backend=backend)
+    apply_activation_checkpointing(model.transformer_blocks, recompute)
+    blocks = list(model.transformer_blocks)
+
+    def stream(tokens: int, axes: int, width: int) -> Modality:
+        values = torch.tensor([[0.0, 0.5][-timesteps:]])
+        return Modality(
+            latent=torch.randn(1, tokens, 128),
+            sigma=torch.tensor([0.5]),
+            timesteps=torch.full((1, tokens), 0.5),
+            positions=torch.rand(1, axes, tokens, 2),
+            context=torch.randn(1, TEXT, width),
+            timestep_values=values,
+            timestep_index=torch.zeros(1, tokens, dtype=torch.int64),
+        )
+
+    streams = stream(VIDEO, 3, HEADS * 128), stream(AUDIO, 1, HEADS * 64)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    totals = []
+    for count in (2, 1):
+        model.transformer_blocks = torch.nn.ModuleList(blocks[:count])
+        kept = {}
+
+        def keep(tensor: torch.Tensor, kept: dict = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(*streams)
+        totals.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    return totals[0] - totals[1]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "backend", "timesteps"),
+    [("none", None, 1), ("none", None, 2), ("full", None, 1), ("none", "aot_eager_decomp_partition", 1)],
+)
+def test_saved_activations_equal_what_autograd_keeps(recompute, backend, timesteps):
+    work = make_workload(plan_of(1))
+    work = replace(
+        work,
+        transformer={**work.transformer, "num_attention_heads": HEADS, "audio_num_attention_heads": HEADS},
+        largest=(VIDEO, AUDIO),
+        text_tokens=TEXT,
+        video_timesteps=timesteps,
+        audio_timesteps=timesteps,
+    )
+    setup = Setup(Degrees(), recompute=recompute, compile=backend is not None)
+    assert saved_per_block(work, setup) == pytest.approx(saved_bytes(recompute, backend, timesteps), rel=0.02)
+
+
+def measured_rows() -> list[tuple[str, dict]]:
+    """Rows of whole steps in docs/benchmarks, each with the job that was run."""
+    found = []
+    for name, job in (("full_step.jsonl", "ltx23_full_step.toml"), ("lora_step.jsonl", "ltx23_lora_step.toml")):
+        found += [(job, json.loads(line)) for line in (BENCHMARKS / name).read_text().splitlines()]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("job", "row"), measured_rows(), ids=lambda value: value["case"] if isinstance(value, dict) else ""
+)
+def test_estimate_agrees_with_a_measured_run(job, row):
+    """What an estimate must be worth to rent machines by, and what it says of itself."""
+    common, *cases = row["command"].partition("--all=")[2].split("--case=")
+    (own,) = {case.partition(":")[2] for case in cases if case.startswith(f"{row['case']}:")}
+    overrides = [word for word in f"{common} {own}".split() if word.startswith("--") and "." in word.partition("=")[0]]
+    plan = plan_job(load_job(BENCHMARKS / job, overrides), row["ranks"])
+    found = estimate(make_workload(plan), make_setup(plan.job, plan.degrees), GPUS["h100"])
+    assert "H100" in row["device"]
+    assert found.memory.peak / GIB == pytest.approx(row["peak_mem_gib"], rel=PEAK_ERROR)
+    assert found.time.total == pytest.approx(row["step_time_s"], rel=TIME_ERROR)
+
+
+def test_a_search_only_proposes_what_can_be_planned_and_fits():
+    plan = plan_of(16, model={"num_layers": 48}, training={"global_batch_size": 8}, parallelism={"cp": 2})
+    work, setup = make_workload(plan), make_setup(plan.job, plan.degrees)
+    found = search(work, setup, GPUS["h100"])
+    assert found
+    assert all(one.memory.needed <= GPUS["h100"].memory for one in found)
+    times = [one.time.total for one in found]
+    assert all(later >= earlier * 0.98 for earlier, later in itertools.pairwise(times))
+    for one in {one.setup.degrees: one for one in found}.values():
+        table = dict(part.removeprefix("--").split("=") for part in overrides_of(one.setup).split())
+        mesh = {key.partition(".")[2]: int(value) for key, value in table.items() if "parallelism" in key}
+        batch = {"global_batch_size": 8, "local_batch_size": one.setup.local_batch_size}
+        assert plan_of(16, model={"num_layers": 1}, parallelism=mesh, training=batch).degrees == one.setup.degrees
+    assert {setup.degrees.cp * setup.degrees.tp for setup in candidates(work, setup, 8)} >= {2, 4, 8, 16}
+
+
+def test_what_costs_memory_and_time_is_seen():
+    plan = plan_of(8, model={"num_layers": 48})
+    work = make_workload(plan)
+
+    def memory(**changes: object) -> Memory:
+        return estimate(work, Setup(Degrees(dp_shard=8), **changes), GPUS["h100"]).memory
+
+    def peak(**changes: object) -> float:
+        return memory(**changes).peak
+
+    assert peak() > peak(recompute="every_k", k=2) > peak(recompute="full")
+    assert peak(recompute="full") > peak(recompute="full", cpu_offload=True)
+    # At this length the peak comes at the end of the backward pass, when inputs of blocks are gone anyway.
+    kept, moved = memory(recompute="full"), memory(recompute="full", offload_activations=True)
+    assert kept.start_of_backward > moved.start_of_backward
+    slow, fast = bus_bandwidth(GPUS["h100"], 8, 8), bus_bandwidth(GPUS["h100"], 1, 64)
+    assert slow == GPUS["h100"].network
+    assert slow < fast <= GPUS["h100"].nvlink
+
+
+def test_a_job_whose_files_are_elsewhere_is_estimated_and_its_stand_ins_named(tmp_path, capsys):
+    out = tmp_path / "estimate.json"
+    job = CONFIGS / "ltx23_lora_ic_v2v.toml"
+    status = main(["estimate", str(job), "--gpus", "1", "--clip", "1280x704x49", "--json", str(out), "--lora.rank=16"])
+    text = capsys.readouterr().out
+    assert status == 0
+    assert "12,320 video" in text  # 7 x 22 x 40 of the target, and as many of its reference
+    assert "taken as ltx-2.3-22b" in text
+    assert "clips of 1280x704x49" in text
+    row = json.loads(out.read_text())
+    assert 20 < row["peak_mem_gib"] < row["needed_gib"] < 79
+    assert row["step_time_s"] > 0
+
+
+def test_what_does_not_fit_says_so_and_a_search_finds_what_does(capsys):
+    job = str(CONFIGS / "ltx23_full_av_8gpu.toml")
+    assert main(["estimate", job, "--gpus", "4", "--training.global_batch_size=4"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    options = ["--training.global_batch_size=4", "--optimizer.name=adamw8bit", "--search"]
+    assert main(["estimate", job, "--gpus", "4", *options]) == 0
+    assert "--parallelism.dp_shard=" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_512_ranks_passes_or_says_what_would_fail(tmp_path, capsys):
+    job = tmp_path / "job.toml"
+    job.write_text(
+        '[model]\ninit = "random"\nshape = "ltx-2.3-22b"\nnum_layers = 1\n[data]\nsource = "synthetic"\n'
+        '[audio]\nis_generated = true\nlatents_dir = "audio_latents"\n[training]\nglobal_batch_size = 256\n'
+    )
+    options = ["--gpus", "512", "--dry-run", "--parallelism.tp=2"]
+    assert main(["estimate", str(job), *options]) == 0
+    assert "dry run: 512 ranks" in capsys.readouterr().out
+    # What ranks of a cluster would meet in their first update.
+    assert main(["estimate", str(job), *options, "--parallelism.tp=32", "--optimizer.name=adamw8bit"]) == 1
+    assert "rows are split" in capsys.readouterr().err
+
+
+def test_unknown_options_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["estimate", "job.toml", "--gpuz", "8"])
+    assert "--gpuz" in capsys.readouterr().err
