@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ltx_titan.common.logs import quieten
+from ltx_titan.common.logs import quiet_libraries
 
 # command: (module, what it does in one line)
 COMMANDS = {
@@ -31,14 +31,14 @@ COMMANDS = {
     "process-dataset": ("ltx_titan.commands.process.process_dataset", "encode clips and captions for training"),
     "process-videos": (
         "ltx_titan.commands.process.process_videos",
-        "encode videos, images and sounds, without captions",
+        "encode videos, images and audio, without captions",
     ),
     "process-captions": ("ltx_titan.commands.process.process_captions", "encode captions, without their media"),
     "inspect": (
         "ltx_titan.commands.inspection.inspect_data",
         "look at clips or prepared data: a contact sheet and a table",
     ),
-    "decode-latents": ("ltx_titan.commands.decode_latents", "turn prepared latents back into pictures and sound"),
+    "decode-latents": ("ltx_titan.commands.decode_latents", "turn prepared latents back into pictures and audio"),
     "import-config": ("ltx_titan.commands.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),
     "sample": ("ltx_titan.commands.sample", "sample clips with a checkpoint, or with a base and a LoRA"),
 }
@@ -47,7 +47,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. What a user can fix is printed as one line, without a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    quieten()
+    quiet_libraries()
     parser = argparse.ArgumentParser(
         prog="ltx-titan",
         description="Fine-tuning of the LTX-2 audio-video diffusion transformers: tools around training. "

@@ -25,7 +25,7 @@ from ltx_titan.build import export_model, load_connectors, load_transformer
 from ltx_titan.checkpoint import BackgroundSaver, TrainingState, latest_complete, load_state, save_state
 from ltx_titan.checkpoint.state import save_everything
 from ltx_titan.common.hardware import peak_flops
-from ltx_titan.common.logs import quieten
+from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.conditioning import Loss, absent_streams
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
@@ -78,7 +78,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model.named_parameters(), job.optimizer, seed=job.training.seed)
         decay = job.optimizer.ema_decay
         self.ema = None if decay is None else EMA(self.model.parameters(), decay)
-        # One mask for all ranks of a cp or tp group: they must agree on the sound, which each of them has in full.
+        # One mask for all ranks of a cp or tp group: they must agree on the audio, which each of them has in full.
         self.dropout = DropoutClock(self.model, job.training.seed, self.mesh.dp_rank)
         self.saver = self._make_saver()
         self.step, self.next_batch = self._resume()
@@ -369,7 +369,7 @@ def weigh(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a job from the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    quieten()
+    quiet_libraries()
     _set_up_logging()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)

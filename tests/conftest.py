@@ -16,3 +16,8 @@ def one_thread():
 def nano(nano_path):
     """Path of the nano checkpoint; its text encoder is in the same folder."""
     return nano_path
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)

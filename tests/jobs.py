@@ -21,7 +21,7 @@ def nano_path(tmp_path_factory) -> Path:
 
 
 def write_dataset(root: Path, nano_path: Path, clips: int = 6, frames: int = 3, text_tokens: int = 128) -> Path:
-    """Random latents with sound and text features of the nano pack's widths; returns the data root."""
+    """Random latents with audio and text features of the nano pack's widths; returns the data root."""
     config = read_metadata(nano_path).transformer_config()
     generator = torch.Generator().manual_seed(7)
 

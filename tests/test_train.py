@@ -210,8 +210,8 @@ def test_lora_trains_resumes_and_exports_an_adapter(tmp_path, nano_path, data_ro
     assert any(key.endswith("lora_B.weight") and tensor.abs().max() > 0 for key, tensor in tensors.items())
 
 
-def test_a_sample_without_sound_trains_like_a_job_without_audio(tmp_path, nano_path):
-    # One clip: which of several meets which noise depends on the data set, and a data set without sound is another.
+def test_a_sample_without_audio_trains_like_a_job_without_audio(tmp_path, nano_path):
+    # One clip: which of several meets which noise depends on the data set, and a data set without audio is another.
     root = write_dataset(tmp_path / "data", nano_path, clips=1)
     for clip in (root / "audio_latents").glob("*.pt"):
         write_sample(clip, {**read_sample(clip, "audio"), "present": False})

@@ -1,6 +1,6 @@
 """The models that `bench block` compares, each as a step (forward and backward) over a chosen number of its layers.
 
-All have random bfloat16 weights of the same released shape and see one clip with sound: S video tokens, 126 audio
+All have random bfloat16 weights of the same released shape and see one clip with audio: S video tokens, 126 audio
 tokens, 1,024 text tokens. diffusers gets what a trainer gives it, a timestep for every token and a text mask of ones;
 ours gets the distinct timesteps and no mask, which masks the same.
 """

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from ltx_titan.benchmarks.measure import environment, write_rows
 from ltx_titan.build import load_transformer
-from ltx_titan.common.logs import quieten
+from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.config import JobConfig, build_job
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.plan import Plan, plan_job
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (1)")
     parser.add_argument("--dp-replicate", type=int, default=1, help="copies of the sharded model (1)")
     arguments = parser.parse_args(argv)
-    quieten()
+    quiet_libraries()
     path = arguments.file.resolve()
     device = init_distributed()
     rows = []

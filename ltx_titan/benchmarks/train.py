@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from ltx_titan.benchmarks.measure import environment, write_rows
-from ltx_titan.common.logs import quieten
+from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.config import load_job
 from ltx_titan.metrics import read_metrics
 from ltx_titan.parallel.mesh import init_distributed
@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write rows as JSON lines")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further case starts")
     arguments = parser.parse_args()
-    quieten()
+    quiet_libraries()
     device = init_distributed()
     is_main = dist.get_rank() == 0
     logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)

@@ -35,8 +35,8 @@ from ltx_titan.checkpoint.folders import (
     saved_steps,
     step_folder,
 )
+from ltx_titan.common.files import sync_folder
 from ltx_titan.common.ranks import agree, is_main_rank
-from ltx_titan.weights.export import sync_folder
 from ltx_titan.weights.tensors import module_tensors, parameter_names, plain_tensor
 
 _LISTED = 10

@@ -83,11 +83,11 @@ class AudioCodec:
 
     @property
     def steps_per_second(self) -> float:
-        """Latent steps per second of sound (25)."""
+        """Latent steps per second of audio (25)."""
         return self.mel.sample_rate / self.mel.hop_length / _MEL_FRAMES_PER_STEP
 
     def steps_for(self, duration_s: float) -> int:
-        """Latent steps that stand for a sound of some length: round(25 * duration), what sampling generates for it."""
+        """Latent steps that stand for an audio of some length: round(25 * duration), what sampling generates for it."""
         return max(1, round(duration_s * self.steps_per_second))
 
     @torch.no_grad()
@@ -97,11 +97,11 @@ class AudioCodec:
         T = ceil(mel / 4) of mel = 1 + floor(N' / 160) frames at 16 kHz, often one more than `steps_for`.
 
         Raises:
-            ValueError: more than two channels, or a sound too short for one frame.
+            ValueError: more than two channels, or an audio too short for one frame.
         """
         channels = waveform.shape[1]
         if channels not in (1, 2):
-            raise ValueError(f"sound has {channels} channels, expected 1 or 2; mix it down to stereo first")
+            raise ValueError(f"audio has {channels} channels, expected 1 or 2; mix it down to stereo first")
         waveform = waveform.to(self.vae.device, torch.float32).expand(-1, 2, -1)
         spectrogram = log_mel(resample(waveform, sample_rate, self.mel.sample_rate), self.mel)
         raw = self.vae.encode(spectrogram).latent_dist.mode()

@@ -55,7 +55,7 @@ def log_mel(waveform: Tensor, settings: MelSettings) -> Tensor:
     """
     needed = settings.filter_length // 2 + 1
     if waveform.shape[-1] < needed:
-        raise ValueError(f"sound of {waveform.shape[-1]} samples is too short to encode, at least {needed} are needed")
+        raise ValueError(f"audio of {waveform.shape[-1]} samples is too short to encode, at least {needed} are needed")
     flat = waveform.float().reshape(-1, waveform.shape[-1])
     spectrum = torch.stft(
         flat,

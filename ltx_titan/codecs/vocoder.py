@@ -1,6 +1,6 @@
 """Vocoder: mel spectrogram to waveform, with diffusers' `LTX2Vocoder` (19B) and `LTX2VocoderWithBWE` (2.3 and later).
 
-The second one makes sound at 16 kHz and extends its bandwidth to 48 kHz. It runs in float32 whatever its weights are
+The second one makes audio at 16 kHz and extends its bandwidth to 48 kHz. It runs in float32 whatever its weights are
 stored in, bfloat16 is audible; and the 16 kHz stage is clamped to [-1, 1] before the extension, as it was in training.
 """
 
@@ -100,7 +100,7 @@ class Vocoder:
 
     Attributes:
         model: the diffusers model, float32.
-        sample_rate: of the sound it makes, Hz.
+        sample_rate: of the audio it makes, Hz.
     """
 
     model: LTX2Vocoder | LTX2VocoderWithBWE
@@ -108,7 +108,7 @@ class Vocoder:
 
     @torch.no_grad()
     def __call__(self, mel: Tensor) -> Tensor:
-        """Turn a log-mel spectrogram [B, 2, T, 64] into stereo sound [B, 2, N] in [-1, 1], float32."""
+        """Turn a log-mel spectrogram [B, 2, T, 64] into stereo audio [B, 2, N] in [-1, 1], float32."""
         return self.model(mel.to(self.model.device, torch.float32))
 
 

@@ -16,11 +16,8 @@ from ltx_titan.commands.files import (
     Row,
     find_media,
     is_table,
-    locked,
     media_of_row,
     moved_row,
-    own_device,
-    own_share,
     read_table,
     relative_name,
     write_image,
@@ -28,6 +25,8 @@ from ltx_titan.commands.files import (
 )
 from ltx_titan.commands.filters import Filter, blur, depth, edges, grey
 from ltx_titan.commands.report import Report
+from ltx_titan.common.files import locked
+from ltx_titan.common.ranks import own_device, own_share
 from ltx_titan.media import MediaError, is_image, iter_frames, probe_video, read_image, video_writer
 
 _COLUMN = "reference_video"
@@ -150,7 +149,7 @@ def _filter(options: ReferenceOptions) -> Filter:
 
 
 def write_reference(clip: Path, target: Path, apply: Filter) -> None:
-    """Write what a filter makes of a clip or a still image: as many frames, at the same rate, without sound.
+    """Write what a filter makes of a clip or a still image: as many frames, at the same rate, without audio.
 
     Raises:
         MediaError: the clip cannot be read to its end.

@@ -1,7 +1,7 @@
-"""`ltx-titan decode-latents`: prepared latents back to pictures and sound, to see and hear what a job trains on.
+"""`ltx-titan decode-latents`: prepared latents back to pictures and audio, to see and hear what a job trains on.
 
-A clip and its sound become one mp4. That is what makes a shift between them, a wrong frame rate, a bad crop or a
-missing sound track show at once, which separate files do not.
+A clip and its audio become one mp4. That is what makes a shift between them, a wrong frame rate, a bad crop or a
+missing audio track show at once, which separate files do not.
 """
 
 import argparse
@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ltx_titan.commands.files import own_device, own_share
 from ltx_titan.commands.report import Report
 from ltx_titan.commands.stored import Stored, stored_samples
+from ltx_titan.common.ranks import own_device, own_share
 from ltx_titan.data import resolve_root
 from ltx_titan.media import MediaError
 from ltx_titan.validation.decode import Decoders, decode_sample, load_decoders, write_sample
 from ltx_titan.validation.sampling import SampledLatents
 
-# Folder of latents -> folder of the sound that goes with it in one file.
-_SOUND_OF = {"latents": "audio_latents", "reference_latents": "reference_audio_latents"}
+# Folder of latents -> folder of the audio that goes with it in one file.
+_AUDIO_OF = {"latents": "audio_latents", "reference_latents": "reference_audio_latents"}
 _STAGE = "decode"
 
 
@@ -35,8 +35,8 @@ class DecodeOptions:
         model_path: checkpoint with the VAEs and the vocoder, unless they are given.
         video_vae_path: file of the video VAE; None: the checkpoint.
         audio_vae_path: file of the audio VAE and the vocoder; None: the checkpoint.
-        audio_latents_dir: sound to go with the clips; None: `audio_latents` beside their folder.
-        skip_audio: leave sound away.
+        audio_latents_dir: audio to go with the clips; None: `audio_latents` beside their folder.
+        skip_audio: leave audio away.
         vae_tiling: decode frames in tiles.
         seed: of the noise that some decoders add.
         limit: number of samples, spread over all of them; None: all.
@@ -66,13 +66,13 @@ class _Clip:
 
     Attributes:
         target: the output without its suffix, which the contents decide.
-        latents: the clip, or a sound without one.
-        sound: the sound that goes with a clip; None where there is none.
+        latents: the clip, or an audio without one.
+        audio: the audio that goes with a clip; None where there is none.
     """
 
     target: Path
     latents: Stored
-    sound: Stored | None
+    audio: Stored | None
 
 
 class _Loaded:
@@ -89,14 +89,14 @@ class _Loaded:
         return load_decoders(path, None, self._device, self._options.vae_tiling)
 
     @cached_property
-    def sound(self) -> Decoders:
-        """Decoder and vocoder of sound."""
+    def audio(self) -> Decoders:
+        """Decoder and vocoder of audio."""
         return load_decoders(None, self._options.audio_vae_path or self._options.model_path, self._device)
 
     def of(self, latents: SampledLatents) -> Decoders:
         """What a sample needs."""
         video = None if latents.video is None else self.video.video
-        audio = None if latents.audio is None else self.sound
+        audio = None if latents.audio is None else self.audio
         return Decoders(video, audio and audio.audio, audio and audio.vocoder)
 
 
@@ -131,38 +131,38 @@ def decode_latents(options: DecodeOptions, console: Console | None = None) -> Re
 
 
 def _find(options: DecodeOptions) -> list[_Clip]:
-    """Every clip and every sound without a clip, in order of their names."""
+    """Every clip and every audio without a clip, in order of their names."""
     place = options.latents
     if place.is_file():
-        sounds = {} if options.skip_audio else stored_samples(_sound_folder(place.parent, options))
-        return [_Clip(options.output_dir / place.stem, Stored(place), sounds.get(place.name))]
+        audios = {} if options.skip_audio else stored_samples(_audio_folder(place.parent, options))
+        return [_Clip(options.output_dir / place.stem, Stored(place), audios.get(place.name))]
     if not place.is_dir():
         raise ValueError(f"{place}: no such file or folder; expected prepared data, or a folder of latents")
     root = resolve_root(place)
-    names = [name for name in (*_SOUND_OF, *_SOUND_OF.values()) if (root / name).is_dir()]
+    names = [name for name in (*_AUDIO_OF, *_AUDIO_OF.values()) if (root / name).is_dir()]
     clips: list[_Clip] = []
     heard: set[Stored] = set()
     for name in names or [""]:
         folder = root / name
-        is_sound = folder.name in _SOUND_OF.values()
-        if is_sound and options.skip_audio:
+        is_audio = folder.name in _AUDIO_OF.values()
+        if is_audio and options.skip_audio:
             continue
-        sounds = {} if is_sound or options.skip_audio else stored_samples(_sound_folder(folder, options))
+        audios = {} if is_audio or options.skip_audio else stored_samples(_audio_folder(folder, options))
         for key, stored in stored_samples(folder).items():
             if stored in heard:
                 continue
-            clip = _Clip(options.output_dir / name / Path(key).with_suffix(""), stored, sounds.get(key))
+            clip = _Clip(options.output_dir / name / Path(key).with_suffix(""), stored, audios.get(key))
             clips.append(clip)
-            if clip.sound is not None:
-                heard.add(clip.sound)
+            if clip.audio is not None:
+                heard.add(clip.audio)
     if not clips:
         raise ValueError(f"{place}: holds no latents (.pt); expected prepared data, or a folder of latents")
     return clips
 
 
-def _sound_folder(folder: Path, options: DecodeOptions) -> Path:
-    """Where the sound of a folder's clips is."""
-    return options.audio_latents_dir or folder.parent / _SOUND_OF.get(folder.name, "audio_latents")
+def _audio_folder(folder: Path, options: DecodeOptions) -> Path:
+    """Where the audio of a folder's clips is."""
+    return options.audio_latents_dir or folder.parent / _AUDIO_OF.get(folder.name, "audio_latents")
 
 
 def _spread(clips: list[_Clip], limit: int | None) -> list[_Clip]:
@@ -178,20 +178,20 @@ def _done(target: Path) -> bool:
 def _decode(clip: _Clip, decoders: _Loaded, seed: int, report: Report) -> None:
     try:
         fields = clip.latents.read("latents")
-        sound = None if clip.sound is None else clip.sound.read("audio")
+        audio = None if clip.audio is None else clip.audio.read("audio")
     except ValueError as error:
         raise MediaError(clip.latents.path, str(error).removeprefix(f"{clip.latents}: ")) from error
     is_video = "num_frames" in fields
     if not is_video:
-        fields, sound = {}, fields
-    if sound is not None and not sound.get("present", True):
-        report.notes["without sound (marked as absent)"] += 1
-        sound = None
-    if not is_video and sound is None:
+        fields, audio = {}, fields
+    if audio is not None and not audio.get("present", True):
+        report.notes["without audio (marked as absent)"] += 1
+        audio = None
+    if not is_video and audio is None:
         report.add(_STAGE, "done")
         return
     latents = SampledLatents(
-        fields["latents"][None] if is_video else None, None if sound is None else sound["latents"][None]
+        fields["latents"][None] if is_video else None, None if audio is None else audio["latents"][None]
     )
     decoded = decode_sample(latents, decoders.of(latents), seed)
     write_sample(clip.target.parent, clip.target.name, decoded, float(fields.get("fps", 1.0)))
@@ -199,11 +199,11 @@ def _decode(clip: _Clip, decoders: _Loaded, seed: int, report: Report) -> None:
 
 
 DESCRIPTION = """\
-Decode prepared latents to files to look at and listen to: mp4 with sound for clips, png for stills, wav for sound
-alone. Look at some before you train on all of them: a wrong crop, frame rate or sound track shows here.
+Decode prepared latents to files to look at and listen to: mp4 with audio for clips, png for stills, wav for audio
+alone. Look at some before you train on all of them: a wrong crop, frame rate or audio track shows here.
 
 LATENTS is the root of prepared data (the folder that has latents/, audio_latents/, reference_latents/, ...), one folder
-of .pt files, or one file. Clips get their sound from audio_latents/ beside their folder. What is decoded already is
+of .pt files, or one file. Clips get their audio from audio_latents/ beside their folder. What is decoded already is
 skipped; files that cannot be read are named at the end.
 
 examples:
@@ -223,7 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--audio-vae-path", type=Path, help="file of a split pack with audio VAE and vocoder (default: the checkpoint)"
     )
     parser.add_argument(
-        "--audio-latents-dir", type=Path, help="sound for the clips (default: audio_latents beside their folder)"
+        "--audio-latents-dir", type=Path, help="audio for the clips (default: audio_latents beside their folder)"
     )
     parser.add_argument("--skip-audio", action="store_true", help="pictures only; the vocoder is not loaded")
     parser.add_argument(

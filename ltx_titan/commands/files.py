@@ -5,20 +5,20 @@ each rank when it is through, from what all ranks have left on disk by then, so 
 """
 
 import csv
-import fcntl
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from ltx_titan.common.files import atomic_write, write_text
+
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
-SOUND_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
 REFERENCE_KINDS = ("edges", "grey", "blur", "depth")
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl")
 MEDIA_COLUMNS = ("video", "media_path", "audio")
@@ -109,30 +109,14 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, text)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file; complete or not at all. Its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_image(path: Path, frame: np.ndarray) -> None:
     """Writes a frame [H, W, 3] as PNG; complete or not at all. Its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
+    with atomic_write(path) as temporary:
         Image.fromarray(frame).save(temporary, format="PNG")
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def media_of_row(row: Mapping[str, Any], table: Path) -> Path | None:
-    """The main file of a row: its video, or its sound where there is none; None for a row without either."""
+    """The main file of a row: its video, or its audio where there is none; None for a row without either."""
     value = next((row[column] for column in MEDIA_COLUMNS if row.get(column)), None)
     return None if value is None else table.parent / str(value)
 
@@ -151,34 +135,3 @@ def moved_row(row: Mapping[str, Any], old: Path, new: Path) -> Row:
         column: relative_name(old / str(value), new) if column in PATH_COLUMNS and value else value
         for column, value in row.items()
     }
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process's place among those that torchrun started; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def own_share(items: Sequence[Item]) -> list[Item]:
-    """What this process does of a list: every N-th item under torchrun, all without it."""
-    rank, size = rank_and_size()
-    return list(items[rank::size])
-
-
-def own_device(device: str) -> str:
-    """The GPU of this process under torchrun: `cuda` becomes the one of its local rank."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Lets one process at a time work on a file; others wait. The lock is a hidden file beside it, and stays there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def update_table(path: Path, change: Callable[[list[Row]], list[Row]]) -> None:
-    """Reads a table (none: no rows), changes it and writes it, while no other process does."""
-    with locked(path):
-        write_table(path, change(read_table(path) if path.is_file() else []))

@@ -182,7 +182,7 @@ def _streams(source: LtxJob, result: Imported) -> Iterable[Problem]:
         result.job["video"]["conditions"] = conditions
     if strategy.get("with_audio"):
         result.job["audio"] = {"is_generated": True, "latents_dir": strategy["audio_latents_dir"]}
-        result.note(f"{where}.name", strategy["name"], "video and sound now draw their noise levels independently")
+        result.note(f"{where}.name", strategy["name"], "video and audio now draw their noise levels independently")
 
 
 def _lora(source: LtxJob, result: Imported) -> None:

@@ -20,7 +20,7 @@ from ltx_titan.weights import load_parameters, read_metadata, unused_by
 from ltx_titan.weights.fuse import fuse_lora
 
 DESCRIPTION = """\
-Sample clips: mp4 with sound, png for a single frame, wav for sound alone.
+Sample clips: mp4 with audio, png for a single frame, wav for audio alone.
 
 Prompts come from --prompt, or the samples from the [validation] table of a job (--job job.toml), with all of its
 conditions; see [[validation.samples]] there. Options win over the table.

@@ -15,20 +15,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ltx_titan.commands.files import (
-    VIDEO_SUFFIXES,
-    find_media,
-    locked,
-    own_share,
-    relative_name,
-    write_image,
-    write_table,
-    write_text,
-)
+from ltx_titan.commands.files import VIDEO_SUFFIXES, find_media, relative_name, write_image, write_table
 from ltx_titan.commands.report import Report
 from ltx_titan.commands.scenes import DETECTORS, Detection, arrange, find_scenes, parse_time
+from ltx_titan.common.files import locked, write_text
+from ltx_titan.common.ranks import own_share
 from ltx_titan.media import MediaError, iter_frames, probe_video, video_writer
-from ltx_titan.media.sound_parts import iter_sound_parts
+from ltx_titan.media.audio_parts import iter_audio_parts
 
 _NOTES = ".scenes"
 _TABLE = "scenes.jsonl"
@@ -179,17 +172,17 @@ def _cut(video: Path, scenes: list[Scene], fps: Fraction, options: SplitOptions,
             todo.append(scene)
     if not todo:
         return
-    sounds = iter_sound_parts(video, [(float(s.first / fps), float((s.end - s.first) / fps)) for s in todo])
+    audios = iter_audio_parts(video, [(float(s.first / fps), float((s.end - s.first) / fps)) for s in todo])
     info = probe_video(video)
     width, height = info.width // 2 * 2, info.height // 2 * 2
     frames = enumerate(iter_frames(video))
     position = 0
     with report.progress(f"{label}: cutting", sum(scene.end - scene.first for scene in todo)) as bar:
         for scene in todo:
-            sound = next(sounds)
-            if sound is None:
-                report.notes["clips without sound"] += 1
-            audio = (None, None) if sound is None else (sound.waveform, sound.sample_rate)
+            part = next(audios)
+            if part is None:
+                report.notes["clips without audio"] += 1
+            audio = (None, None) if part is None else (part.waveform, part.sample_rate)
             pictures = _pictures(scene, options.save_images)
             with video_writer(scene.path, width, height, fps, *audio, crf=options.crf) as write:
                 for index, frame in islice(frames, scene.first - position, scene.end - position):
@@ -245,7 +238,7 @@ def _write_table(folder: Path) -> None:
 
 
 DESCRIPTION = """\
-Cut long videos into clips of one scene each, with their sound: <name>-scene-001.mp4, -002, ... and a table of them,
+Cut long videos into clips of one scene each, with their audio: <name>-scene-001.mp4, -002, ... and a table of them,
 scenes.jsonl, which 'ltx-titan caption' takes next.
 
 Detectors: content (hard cuts), adaptive (hard cuts despite fast camera movement), threshold (fades to black),

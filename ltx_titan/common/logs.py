@@ -5,7 +5,7 @@ import os
 import warnings
 
 
-def quieten() -> None:
+def quiet_libraries() -> None:
     """Sets the libraries' own switches, where the user has not."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,9 +1,22 @@
-"""Agreement between ranks about success, so that one rank's full disk is an error on all of them instead of a hang.
+"""Ranks of a job: their numbers, their device, and agreement among them about success.
 
 Without a process group, or with one process, everything here is free.
 """
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
 import torch.distributed as dist
+
+Item = TypeVar("Item")
+
+# A command's ranks share no work, so one may finish hours before the slowest.
+_COMMAND_TIMEOUT = timedelta(days=14)
 
 
 def is_distributed() -> bool:
@@ -14,6 +27,26 @@ def is_distributed() -> bool:
 def is_main_rank() -> bool:
     """Whether this rank does what one rank does for all: write headers, rename, clean up."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Rank and world size as torchrun sets them in the environment; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_share(items: Sequence[Item]) -> list[Item]:
+    """Every N-th item under torchrun, all items without it."""
+    rank, size = rank_and_size()
+    return list(items[rank::size])
+
+
+def own_device(device: str) -> str:
+    """Turns `cuda` into the GPU of this process's local rank and makes it current; other devices are returned as is."""
+    if device != "cuda":
+        return device
+    device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+    torch.cuda.set_device(device)
+    return device
 
 
 def agree(error: Exception | None, what: str, group: dist.ProcessGroup | None = None) -> None:
@@ -38,3 +71,47 @@ def agree(error: Exception | None, what: str, group: dist.ProcessGroup | None = 
         raise RuntimeError(
             f"{what} failed on rank " + "; rank ".join(f"{rank}: {text}" for rank, text in failed.items())
         )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that run one command together.
+
+    Attributes:
+        rank: number of this process.
+        world_size: number of processes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process does what is done once: printing, cleaning up."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Returns when all processes have called it."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes by rank, on every one of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Joins the processes that torchrun started, over gloo; a process started alone is rank 0 of 1."""
+    is_ours = rank_and_size()[1] > 1 and not dist.is_initialized()
+    if is_ours:
+        dist.init_process_group("gloo", timeout=_COMMAND_TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
+    finally:
+        if is_ours:
+            dist.destroy_process_group()

@@ -80,7 +80,7 @@ def video_grid(frames: int, height: int, width: int, scale_factors: tuple[int, i
 
 
 def audio_steps(duration: float, *, sample_rate: int = 16000, hop_length: int = 160, downsample: int = 4) -> int:
-    """Latent steps of a sound of `duration` seconds: rounded to the nearest."""
+    """Latent steps of an audio of `duration` seconds: rounded to the nearest."""
     return round(duration * sample_rate / hop_length / downsample)
 
 
@@ -165,7 +165,7 @@ def audio_coordinates(
         num_steps: latent steps.
         batch: number of samples; all have the same coordinates.
         device: device of the result.
-        sample_rate: samples per second of the spectrogram's sound.
+        sample_rate: samples per second of the spectrogram's audio.
         hop_length: samples per spectrogram frame.
         downsample: spectrogram frames per latent step.
         causal: whether the codec is causal in time.

@@ -121,7 +121,7 @@ class JobConfig(Section):
 
 
 def rule_problems(job: JobConfig) -> list[Problem]:
-    """Everything that the fields of `job` get wrong together; empty for a sound job."""
+    """Everything that the fields of `job` get wrong together; empty for an audio job."""
     return [problem for rule in _RULES for problem in rule(job)]
 
 
@@ -258,7 +258,7 @@ def _media_rules(job: JobConfig) -> Iterator[Problem]:
         yield Problem(
             "data.source",
             "media",
-            '"precomputed" for a job without [video]: latents of sounds are small enough to keep',
+            '"precomputed" for a job without [video]: latents of audio are small enough to keep',
             "prepare the data with ltx-titan process-dataset",
         )
 

@@ -67,7 +67,7 @@ class SyntheticSection(Section):
     num_frames: Positive = 89
     """Pixel frames, 1 more than a multiple of 8; tokens grow with width x height x frames."""
     fps: float = Field(24.0, gt=0.0)
-    """Frames per second; with `num_frames` it decides the length of the sound."""
+    """Frames per second; with `num_frames` it decides the length of the audio."""
     num_samples: Positive = 64
     """Distinct samples; a small number is quick to overfit, which is a useful check."""
     text_tokens: Positive = 1024
@@ -223,7 +223,7 @@ class LossSection(Section):
     video_weight: float = Field(1.0, ge=0.0)
     """Factor on the video loss; the two losses are added."""
     audio_weight: float = Field(1.0, ge=0.0)
-    """Factor on the audio loss, which is usually the larger one; lower it where sound learns at the video's expense."""
+    """Factor on the audio loss, which is usually the larger one; lower it where audio learns at the video's expense."""
 
 
 class SchedulerSection(Section):

@@ -45,7 +45,7 @@ class AudioBlock(_Block):
     """The `[audio]` section."""
 
     conditions: Annotated[tuple[AudioCondition, ...], Field(strict=False)] = Field(
-        default=(), description="What part of the sound is given; the union of all that apply to a sample."
+        default=(), description="What part of the audio is given; the union of all that apply to a sample."
     )
 
     @field_validator("conditions", mode="before")

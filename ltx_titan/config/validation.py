@@ -26,12 +26,12 @@ class _Table(BaseModel):
 
 
 class _EitherStream(_Table):
-    """A condition that gives a video or a sound."""
+    """A condition that gives a video or an audio."""
 
     video: PathText | None = None
     """Video file."""
     audio: PathText | None = None
-    """Sound file, or a video file for its sound."""
+    """Audio file, or a video file for its audio."""
 
     @property
     def stream(self) -> Literal["video", "audio"]:
@@ -110,7 +110,7 @@ class GivenMask(_EitherStream):
 
     type: Literal["mask"]
     mask: PathText
-    """Image or video (bright is given) for video; `.pt` or sound (loud is given) for audio."""
+    """Image or video (bright is given) for video; `.pt` or audio (loud is given) for audio."""
 
 
 class GivenReference(_EitherStream):
@@ -125,7 +125,7 @@ class GivenReference(_EitherStream):
     """Video: show the reference to the left of the result."""
 
     @model_validator(mode="after")
-    def _sound_has_no_size(self) -> Self:
+    def _audio_has_no_size(self) -> Self:
         if self.stream == "audio":
             # Compared with defaults, not with what was written: a job as resolved spells defaults out.
             for name in ("downscale_factor", "temporal_scale_factor", "include_in_output"):
@@ -135,7 +135,7 @@ class GivenReference(_EitherStream):
 
 
 class VideoToAudio(_Table):
-    """The whole video is given, its sound is generated."""
+    """The whole video is given, its audio is generated."""
 
     type: Literal["video_to_audio"]
     video: PathText
@@ -145,11 +145,11 @@ class VideoToAudio(_Table):
 
 
 class AudioToVideo(_Table):
-    """The whole sound is given, its video is generated."""
+    """The whole audio is given, its video is generated."""
 
     type: Literal["audio_to_video"]
     audio: PathText
-    """Sound file, or a video file for its sound; its length, up to that of the clip, is the sound's."""
+    """Audio file, or a video file for its audio; its length, up to that of the clip, is the audio's."""
 
     stream: ClassVar[str] = "audio"
 
@@ -219,23 +219,23 @@ class ValidationSection(_Table):
     video_cfg_scale: Scale = 3.0
     """How closely the video follows the prompt; 1 leaves the unconditional pass out."""
     audio_cfg_scale: Scale = 7.0
-    """The same for the sound."""
+    """The same for the audio."""
     video_stg_scale: Weight = 1.0
     """Weight of the difference from a model with skipped self-attentions; 0 leaves that pass out."""
     audio_stg_scale: Weight = 1.0
-    """The same for the sound."""
+    """The same for the audio."""
     stg_blocks: Annotated[tuple[int, ...], Field(strict=False)] | Literal["all"] = (28,)
     """Blocks whose self-attention is skipped: [29] for LTX-2, [28] for later models."""
     guidance_rescale: Share = 0.7
     """Pulls the contrast of a guided result back to that of the plain one; 0 leaves it."""
     video_modality_guidance_scale: Scale = 3.0
-    """How closely the video follows the sound; 1 leaves the pass with separate streams out."""
+    """How closely the video follows the audio; 1 leaves the pass with separate streams out."""
     audio_modality_guidance_scale: Scale = 3.0
-    """How closely the sound follows the video."""
+    """How closely the audio follows the video."""
     generate_video: bool | None = None
     """Unset generates video if the job has a [video] block."""
     generate_audio: bool | None = None
-    """Unset generates sound if the job has an [audio] block."""
+    """Unset generates audio if the job has an [audio] block."""
     tokens_at_once: Positive = 65536
     """Most tokens in one forward: guided passes run together as far as they fit; less needs less memory."""
     use_ema: bool = False

@@ -227,7 +227,7 @@ def shape_key_of(sample: Sample) -> ShapeKey:
 
 
 def token_counts(key: ShapeKey) -> dict[str, int]:
-    """Tokens of each clip in a sample, references included: frames x rows x columns of a video, time steps of sound."""
+    """Tokens of each clip in a sample, references included: frames x rows x columns of a video, time steps of audio."""
     counts = {}
     for source, field, shape in key:
         if field == "latents":

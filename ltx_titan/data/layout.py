@@ -4,7 +4,7 @@ The forms are those of the public LTX-2 trainer, so data prepared for it can be 
 included; they leave this module in one form:
 
 - latents of a video or image: `latents` [128, F', H', W'], `num_frames`, `height`, `width` (latent sizes), `fps`
-- latents of sound: `latents` [8, T, 16], `num_time_steps`, `frequency_bins`, `duration` (seconds)
+- latents of audio: `latents` [8, T, 16], `num_time_steps`, `frequency_bins`, `duration` (seconds)
 - text features, which still pass the text connectors: `video_prompt_embeds` [N, D_v], optionally `audio_prompt_embeds`
   [N, D_a], `prompt_attention_mask` [N] int64
 - text contexts, which have passed them: on disk `video_context`, `audio_context`, so that no other reader takes them
@@ -43,7 +43,7 @@ def relative_sample_path(media: str | Path, base: str | Path) -> Path:
     Media outside `base` are mirrored with their whole path, so that no two of them meet.
 
     Args:
-        media: the video, or the sound where there is none.
+        media: the video, or the audio where there is none.
         base: folder of the metadata file.
     """
     media, base = Path(os.path.abspath(media)), Path(os.path.abspath(base))
@@ -198,7 +198,7 @@ def _latents(path: Path, data: dict) -> Fields:
     elif latents.ndim == 3:
         fields = _audio(path, data, latents)
     else:
-        raise _error(path, "latents", "[128, F', H', W'] for video or [8, T, 16] for sound", list(latents.shape))
+        raise _error(path, "latents", "[128, F', H', W'] for video or [8, T, 16] for audio", list(latents.shape))
     if "present" in data:
         if not isinstance(data["present"], bool):
             raise _error(path, "present", "true or false", data["present"])
@@ -207,7 +207,7 @@ def _latents(path: Path, data: dict) -> Fields:
 
 
 def _unpatchified(path: Path, data: dict, tokens: Tensor) -> Tensor:
-    """Older files hold tokens: [F' * H' * W', 128] of a video, or [T, 8 * 16] of sound, feature `16 * c + m`."""
+    """Older files hold tokens: [F' * H' * W', 128] of a video, or [T, 8 * 16] of audio, feature `16 * c + m`."""
     if "num_frames" not in data and "num_time_steps" in data:
         expected = [data["num_time_steps"], AUDIO_CHANNELS * AUDIO_BINS]
         if list(tokens.shape) != expected:

@@ -28,7 +28,7 @@ from ltx_titan.data.layout import Fields
 from ltx_titan.encode.audio import absent_audio_fields, audio_fields
 from ltx_titan.encode.captions import text_fields
 from ltx_titan.encode.videos import latent_fields
-from ltx_titan.media import Sound
+from ltx_titan.media import Audio
 from ltx_titan.model import FeatureExtractor
 
 
@@ -65,12 +65,12 @@ class Encoders:
         with self._turn():
             return latent_fields(pixels, fps, self._video_codec)
 
-    def sound(self, sound: Sound | None, duration_s: float) -> Fields:
-        """Fields of `audio_latents/` from a sound, cut or filled up to its clip's length, or from the lack of one."""
+    def audio(self, audio: Audio | None, duration_s: float) -> Fields:
+        """Fields of `audio_latents/` from an audio, cut or filled up to its clip's length, or from the lack of one."""
         with self._turn():
-            if sound is None:
+            if audio is None:
                 return absent_audio_fields(duration_s, self._audio_codec)
-            return audio_fields(sound, duration_s, self._audio_codec)
+            return audio_fields(audio, duration_s, self._audio_codec)
 
     def text(self, caption: str) -> Fields:
         """Fields of `conditions/`: features, before the text connectors."""

@@ -41,19 +41,19 @@ def audio_mask_stage(steps_of: Callable[[Sample], int | None]) -> Stage:
     """The stage that brings audio masks to the steps of audio latents.
 
     Args:
-        steps_of: latent steps of a sample's sound; None where that is not known before it is encoded.
+        steps_of: latent steps of a sample's audio; None where that is not known before it is encoded.
     """
 
     def read(sample: Sample) -> Tensor:
         steps = steps_of(sample)
         if steps is None:
-            raise ValueError("its sample has no sound in audio_latents/, which the mask would belong to")
+            raise ValueError("its sample has no audio in audio_latents/, which the mask would belong to")
         return read_audio_mask(sample.extras["audio_mask"], steps)
 
     def plan(sample: Sample) -> Plan:
         _must_exist(sample, "audio_mask")
         steps = steps_of(sample)
-        return Plan("as its sound" if steps is None else f"{steps} steps", 4 * (steps or 0))
+        return Plan("as its audio" if steps is None else f"{steps} steps", 4 * (steps or 0))
 
     return _mask_stage("audio masks", "audio_mask", "audio_masks", plan, read)
 

@@ -39,7 +39,7 @@ from ltx_titan.encode.buckets import Bucket, choose_bucket, parse_buckets
 from ltx_titan.encode.captions import with_trigger
 from ltx_titan.encode.disk_cache import DiskCache
 from ltx_titan.encode.encoders import EncoderFiles, Encoders
-from ltx_titan.media import MediaError, fit_frames, is_image, probe_video, read_clip, read_image, read_sound
+from ltx_titan.media import MediaError, fit_frames, is_image, probe_video, read_audio, read_clip, read_image
 from ltx_titan.media.tables import Sample as Row
 from ltx_titan.media.tables import read_dataset
 from ltx_titan.weights.metadata import read_metadata, scale_factors
@@ -64,7 +64,7 @@ class _Header:
     height: int
     frames: int
     fps: str
-    has_sound: bool
+    has_audio: bool
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Clip:
     row: Row
     bucket: Bucket
     fps: Fraction
-    has_sound: bool
+    has_audio: bool
 
     @property
     def duration_s(self) -> float:
@@ -111,7 +111,7 @@ class MediaDataset:
         video_vae, audio_vae = files.video_vae or files.checkpoint, files.audio_vae or files.checkpoint
         # On the meta device: every name and shape is checked, nothing is read.
         load_video_codec(video_vae, "meta", part="encoder")
-        if self._has_sound:
+        if self._has_audio:
             load_audio_codec(audio_vae, "meta", part="encoder")
         self._text_widths = text_feature_widths(config, text_encoder_config(files.text_encoder))
         self._scale_factors = scale_factors(read_metadata(video_vae).config)
@@ -164,7 +164,7 @@ class MediaDataset:
         )
 
     @property
-    def _has_sound(self) -> bool:
+    def _has_audio(self) -> bool:
         return "audio_latents" in self.sources.values()
 
     def _load(self, index: int) -> Sample:
@@ -209,10 +209,10 @@ class MediaDataset:
                 return self._encoders.video(pixels, float(clip.fps))
             case _:
                 own = clip.row.audio or path
-                sound = _reading(own, lambda: read_sound(own)) if clip.has_sound else None
-                if clip.has_sound and sound is None:
-                    raise MediaError(own, "has no sound track")
-                return self._encoders.sound(sound, clip.duration_s)
+                audio = _reading(own, lambda: read_audio(own)) if clip.has_audio else None
+                if clip.has_audio and audio is None:
+                    raise MediaError(own, "has no audio track")
+                return self._encoders.audio(audio, clip.duration_s)
 
     def _caption(self, row: Row) -> str:
         assert row.caption is not None
@@ -224,7 +224,7 @@ class MediaDataset:
             made_from = (self._caption(clip.row),)
         else:
             path = clip.row.audio or clip.row.media if key == "audio_latents" else clip.row.media
-            made_from = (str(path.resolve()), _stamp(path), str(clip.bucket), str(clip.fps), clip.has_sound)
+            made_from = (str(path.resolve()), _stamp(path), str(clip.bucket), str(clip.fps), clip.has_audio)
         return hashlib.sha256(repr((key, made_from, self._stamps[key])).encode()).hexdigest()
 
     def _find_clips(self) -> list[_Clip]:
@@ -232,7 +232,7 @@ class MediaDataset:
         table = read_dataset(section.dataset_path, section.video_column, section.caption_column)
         if not table.has_video:
             raise ValueError(
-                f"{section.dataset_path}: has sounds only, whose latents are small enough to keep; prepare it with "
+                f"{section.dataset_path}: has audio only, whose latents are small enough to keep; prepare it with "
                 'ltx-titan process-dataset and set data.source = "precomputed".'
             )
         buckets = parse_buckets(section.resolution_buckets or "", self._scale_factors)
@@ -246,7 +246,7 @@ class MediaDataset:
                     raise MediaError(row.media, header)
                 if row.caption is None:
                     raise MediaError(row.media, "has no caption")
-                if self._has_sound and table.has_audio and (row.audio is None or not row.audio.is_file()):
+                if self._has_audio and table.has_audio and (row.audio is None or not row.audio.is_file()):
                     raise MediaError(row.media, f"has no file in the column 'audio' ({row.audio})")
                 bucket = choose_bucket(buckets, header.width, header.height, header.frames)
                 if bucket is None:
@@ -255,7 +255,7 @@ class MediaDataset:
             except MediaError as error:
                 rejected.append((str(row.media), error.reason))
                 continue
-            clips.append(_Clip(row, bucket, Fraction(header.fps), header.has_sound or row.audio is not None))
+            clips.append(_Clip(row, bucket, Fraction(header.fps), header.has_audio or row.audio is not None))
         if rejected:
             examples = "; ".join(f"{item}: {reason}" for item, reason in rejected[:_EXAMPLES])
             more = "; ..." if len(rejected) > _EXAMPLES else ""
@@ -271,7 +271,7 @@ class MediaDataset:
         size = ((bucket.frames - 1) // time + 1, bucket.height // down, bucket.width // right)
         steps = max(1, round(clip.duration_s * AUDIO_STEPS_PER_SECOND))
         video_width, audio_width = self._text_widths
-        sound: Fields = {
+        audio: Fields = {
             "latents": torch.empty(AUDIO_CHANNELS, steps, AUDIO_BINS, device="meta"),
             "num_time_steps": steps,
             "frequency_bins": AUDIO_BINS,
@@ -283,7 +283,7 @@ class MediaDataset:
                 **dict(zip(("num_frames", "height", "width"), size, strict=True)),
                 "fps": float(clip.fps),
             },
-            "audio_latents": sound if clip.has_sound else {**sound, "present": False},
+            "audio_latents": audio if clip.has_audio else {**audio, "present": False},
             "conditions": {
                 "video_prompt_embeds": torch.empty(MAX_TOKENS, video_width, device="meta"),
                 "audio_prompt_embeds": torch.empty(MAX_TOKENS, audio_width, device="meta"),
@@ -350,7 +350,7 @@ def _read_headers(table: Path, paths: list[Path]) -> dict[Path, _Header | str]:
 def _read_header(path: Path) -> _Header:
     if is_image(path):
         image = read_image(path)
-        return _Header(image.shape[2], image.shape[1], 1, _IMAGE_FPS, has_sound=False)
+        return _Header(image.shape[2], image.shape[1], 1, _IMAGE_FPS, has_audio=False)
     info = probe_video(path)
     return _Header(info.width, info.height, info.frames, str(info.fps), info.has_audio)
 

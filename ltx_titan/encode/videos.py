@@ -1,7 +1,7 @@
-"""Stage: videos and still images to `latents/`, and their sound to `audio_latents/`.
+"""Stage: videos and still images to `latents/`, and their audio to `audio_latents/`.
 
 A clip gives its first F frames, where F comes from the bucket that suits it; its frame rate is kept unless another is
-asked for. Its sound is cut, or filled up with silence, to F / fps seconds, and its latents to the round(25 * F / fps)
+asked for. Its audio is cut, or filled up with silence, to F / fps seconds, and its latents to the round(25 * F / fps)
 steps that sampling would make for such a clip, so that all clips of one bucket and rate have one audio shape.
 """
 
@@ -18,7 +18,7 @@ from ltx_titan.commands.report import Report
 from ltx_titan.data.layout import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_STEPS_PER_SECOND, VIDEO_CHANNELS, Value
 from ltx_titan.encode.audio import absent_audio_fields, audio_fields
 from ltx_titan.encode.clips import Clip, ClipRules, plan_clip, read_pixels
-from ltx_titan.media import Sound, is_image, read_sound
+from ltx_titan.media import Audio, is_image, read_audio
 from ltx_titan.media.tables import Sample
 
 
@@ -34,7 +34,7 @@ def video_stage(
         rules: how clips are brought to a shape.
         report: told what is out of the ordinary.
         load_video: loads a video codec with an encoder.
-        load_audio: loads an audio codec with an encoder; None leaves the sound of videos alone.
+        load_audio: loads an audio codec with an encoder; None leaves the audio of videos alone.
     """
 
     def plan(sample: Sample) -> Plan:
@@ -43,25 +43,25 @@ def video_stage(
         size = latent_bytes(clip, rules) + audio_bytes(steps)
         return Plan(str(clip), size)
 
-    def read(sample: Sample) -> tuple[Clip, Tensor, Sound | None]:
+    def read(sample: Sample) -> tuple[Clip, Tensor, Audio | None]:
         path = _video(sample)
         clip = plan_clip(path, rules)
         pixels = read_pixels(path, clip, rules, sample.key)
-        sound = read_sound(path) if load_audio and not is_image(path) else None
-        return clip, pixels, sound
+        audio = read_audio(path) if load_audio and not is_image(path) else None
+        return clip, pixels, audio
 
-    def load() -> Callable[[Sample, tuple[Clip, Tensor, Sound | None]], Output]:
+    def load() -> Callable[[Sample, tuple[Clip, Tensor, Audio | None]], Output]:
         video_codec, audio_codec = load_video(), load_audio() if load_audio else None
 
-        def encode(sample: Sample, item: tuple[Clip, Tensor, Sound | None]) -> Output:
-            clip, pixels, sound = item
+        def encode(sample: Sample, item: tuple[Clip, Tensor, Audio | None]) -> Output:
+            clip, pixels, audio = item
             if clip.repeats_frames:
                 report.notes["videos slower than the frame rate asked for, whose frames were repeated"] += 1
             latents = latent_fields(pixels, float(clip.fps), video_codec)
             if audio_codec is None:
                 return {"latents": latents}
-            # Sound first: latents without their sound would look finished to a run with --skip-audio.
-            return {"audio_latents": _sound(clip, sound, audio_codec, report), "latents": latents}
+            # Audio first: latents without their audio would look finished to a run with --skip-audio.
+            return {"audio_latents": _audio(clip, audio, audio_codec, report), "latents": latents}
 
         return encode
 
@@ -97,10 +97,10 @@ def _video(sample: Sample) -> Path:
     return sample.video
 
 
-def _sound(clip: Clip, sound: Sound | None, codec: AudioCodec, report: Report) -> dict[str, Value]:
-    if sound is None:
-        report.notes["videos and images without sound"] += 1
+def _audio(clip: Clip, audio: Audio | None, codec: AudioCodec, report: Report) -> dict[str, Value]:
+    if audio is None:
+        report.notes["videos and images without audio"] += 1
         return absent_audio_fields(clip.duration_s, codec)
-    if sound.duration_s < clip.duration_s - 1 / clip.fps:
-        report.notes["sounds shorter than their video, filled up with silence"] += 1
-    return audio_fields(sound, clip.duration_s, codec)
+    if audio.duration_s < clip.duration_s - 1 / clip.fps:
+        report.notes["audio shorter than their video, filled up with silence"] += 1
+    return audio_fields(audio, clip.duration_s, codec)

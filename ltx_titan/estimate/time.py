@@ -185,7 +185,7 @@ def _exchange(work: Workload, setup: Setup, gpu: Gpu) -> float:
         again = {"selective": 3.0 + 2 * both}.get(setup.recompute, once * setup.recomputed_share())
         seconds += (2 * once + again) * columns * size * (tp - 1) / tp / bus_bandwidth(gpu, 1, tp)
     if cp > 1:
-        # Queries, keys, values and results of self-attention; keys and values of the sound's attention to the video.
+        # Queries, keys, values and results of self-attention; keys and values of the audio's attention to the video.
         columns = work.video_tokens / cp / tp * batch * (4 * work.video_width + 2 * both * work.audio_width)
         passes = 2 + setup.recomputed_share()
         seconds += passes * columns * size * (cp - 1) / cp / bus_bandwidth(gpu, tp, cp)

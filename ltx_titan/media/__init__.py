@@ -1,4 +1,4 @@
-from ltx_titan.media.audio import Sound, read_sound, to_duration, to_stereo, write_wav
+from ltx_titan.media.audio import Audio, read_audio, to_duration, to_stereo, write_wav
 from ltx_titan.media.errors import MediaError
 from ltx_titan.media.frames import fit_frames, to_uint8
 from ltx_titan.media.image import IMAGE_SUFFIXES, is_image, read_image
@@ -18,8 +18,8 @@ from ltx_titan.media.writer import video_writer
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "Audio",
     "MediaError",
-    "Sound",
     "VideoInfo",
     "cut_windows",
     "fit_frames",
@@ -29,10 +29,10 @@ __all__ = [
     "iter_frames",
     "open_media",
     "probe_video",
+    "read_audio",
     "read_audio_mask",
     "read_clip",
     "read_image",
-    "read_sound",
     "read_video_mask",
     "to_duration",
     "to_stereo",

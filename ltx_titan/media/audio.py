@@ -1,4 +1,4 @@
-"""Sound of audio and video files through PyAV: float waveforms, mixed down to stereo, cut to a length."""
+"""Audio of audio and video files through PyAV: float waveforms, mixed down to stereo, cut to a length."""
 
 import os
 import wave
@@ -24,8 +24,8 @@ _STEREO_WEIGHTS = {
 
 
 @dataclass(frozen=True)
-class Sound:
-    """A piece of sound.
+class Audio:
+    """A piece of audio.
 
     Attributes:
         waveform: float32 [channels, N], about [-1, 1].
@@ -41,13 +41,13 @@ class Sound:
         return self.waveform.shape[1] / self.sample_rate
 
 
-def read_sound(path: str | Path) -> Sound | None:
-    """Decode the first sound track of a file at its own rate, with all its channels; None where there is none.
+def read_audio(path: str | Path) -> Audio | None:
+    """Decode the first audio track of a file at its own rate, with all its channels; None where there is none.
 
-    In a video, time 0 is that of its first frame: sound that begins earlier is cut, later sound has silence in front.
+    In a video, time 0 is that of its first frame: audio that begins earlier is cut, later audio has silence in front.
 
     Raises:
-        MediaError: the file is not a readable media file, or its sound cannot be decoded.
+        MediaError: the file is not a readable media file, or its audio cannot be decoded.
     """
     with open_media(path) as container:
         if not container.streams.audio:
@@ -61,7 +61,7 @@ def read_sound(path: str | Path) -> Sound | None:
                 start_s = float(frame.pts * frame.time_base)
             chunks += [converted.to_ndarray() for converted in to_float.resample(frame)]
         if not chunks:
-            raise MediaError(path, "no sound can be decoded from its sound track")
+            raise MediaError(path, "no audio can be decoded from its audio track")
         rate = stream.codec_context.sample_rate
         video = container.streams.video[0] if container.streams.video else None
         if video is not None and video.start_time is not None:
@@ -71,7 +71,7 @@ def read_sound(path: str | Path) -> Sound | None:
     # One AAC frame is 1,024 samples; smaller shifts than a millisecond are rounding of the container's clock.
     if abs(shift) > rate // 1000:
         waveform = F.pad(waveform, (shift, 0))
-    return Sound(waveform, rate)
+    return Audio(waveform, rate)
 
 
 def to_stereo(waveform: Tensor) -> Tensor:
@@ -89,21 +89,21 @@ def to_stereo(waveform: Tensor) -> Tensor:
     return waveform.mean(0, keepdim=True).expand(2, -1)
 
 
-def to_duration(sound: Sound, duration_s: float) -> Sound:
-    """Cut sound to a length from its start, or fill it up with silence at its end."""
-    samples = round(duration_s * sound.sample_rate)
-    return Sound(F.pad(sound.waveform, (0, samples - sound.waveform.shape[1])), sound.sample_rate)
+def to_duration(audio: Audio, duration_s: float) -> Audio:
+    """Cut audio to a length from its start, or fill it up with silence at its end."""
+    samples = round(duration_s * audio.sample_rate)
+    return Audio(F.pad(audio.waveform, (0, samples - audio.waveform.shape[1])), audio.sample_rate)
 
 
-def write_wav(path: str | Path, sound: Sound) -> None:
+def write_wav(path: str | Path, audio: Audio) -> None:
     """Write a 16-bit WAV file; complete or not there at all. The folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    samples = (sound.waveform.detach().float().cpu().clamp(-1, 1) * 32767).round().to(torch.int16)
+    samples = (audio.waveform.detach().float().cpu().clamp(-1, 1) * 32767).round().to(torch.int16)
     with temporary.open("wb") as raw, wave.open(raw, "wb") as file:
         file.setnchannels(samples.shape[0])
         file.setsampwidth(2)
-        file.setframerate(sound.sample_rate)
+        file.setframerate(audio.sample_rate)
         file.writeframes(samples.T.contiguous().numpy().tobytes())
     temporary.rename(path)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltx_titan.media.audio import read_sound
+from ltx_titan.media.audio import read_audio
 from ltx_titan.media.errors import MediaError
 from ltx_titan.media.frames import CENTRE, fit_frames
 from ltx_titan.media.image import is_image, read_image
@@ -58,7 +58,9 @@ def read_video_mask(
 
 
 def read_audio_mask(path: str | Path, steps: int) -> Tensor:
-    """Mask of latent steps [T], from a `.pt` file (a tensor, or a dict with `mask`) or a sound, given where it is loud.
+    """Reads a mask of latent steps [T] from a `.pt` file (a tensor, or a dict with `mask`) or an audio file.
+
+    In an audio file the loud steps are conditioned.
 
     Raises:
         MediaError: the file cannot be read.
@@ -67,10 +69,10 @@ def read_audio_mask(path: str | Path, steps: int) -> Tensor:
         stored = _load_tensor(path)
         values = stored.float().flatten()
     else:
-        sound = read_sound(path)
-        if sound is None:
-            raise MediaError(path, "has no sound track")
-        values = sound.waveform.abs().mean(0)
+        audio = read_audio(path)
+        if audio is None:
+            raise MediaError(path, "has no audio track")
+        values = audio.waveform.abs().mean(0)
     return F.interpolate(values[None, None], steps, mode="nearest")[0, 0] > 0.5
 
 

@@ -34,8 +34,8 @@ class Sample:
     Attributes:
         row: number in the file, from 1.
         key: path of the outputs below each output folder, ending in `.pt`.
-        video: video or still image, None in a data set of sound only.
-        audio: separate sound file, None where there is none.
+        video: video or still image, None in a data set of audio only.
+        audio: separate audio file, None where there is none.
         caption: the text; None where the row has none.
         extras: further files by column (`reference_video`, `reference_audio`, `video_mask`, `audio_mask`), those that
             the row names.
@@ -64,7 +64,7 @@ class Dataset:
         samples: usable rows.
         rejected: (what, why) of rows that cannot be used.
         has_video: whether there is a column of videos.
-        has_audio: whether there is a column of sounds.
+        has_audio: whether there is a column of audio.
         extras: columns of further files that there are.
     """
 

@@ -1,4 +1,4 @@
-"""Video files through PyAV: frames as tensors, exact frame rates, and mp4 files with sound.
+"""Video files through PyAV: frames as tensors, exact frame rates, and mp4 files with audio.
 
 Frames are counted while decoding from the start rather than sought by time, so the first F frames are exactly those
 whatever the container says. A frame rate is a fraction (24000/1001 stays that): positions of tokens are seconds.
@@ -35,7 +35,7 @@ class VideoInfo:
         width: pixels, as displayed (after rotation).
         height: pixels, as displayed.
         fps: frames per second.
-        has_audio: whether there is a sound track.
+        has_audio: whether there is an audio track.
     """
 
     frames: int

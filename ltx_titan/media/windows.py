@@ -3,7 +3,7 @@
 from fractions import Fraction
 from pathlib import Path
 
-from ltx_titan.media.audio import Sound, read_sound, to_duration, to_stereo
+from ltx_titan.media.audio import Audio, read_audio, to_duration, to_stereo
 from ltx_titan.media.errors import MediaError
 from ltx_titan.media.frames import to_uint8
 from ltx_titan.media.video import probe_video, read_clip, write_video
@@ -22,7 +22,7 @@ def window_starts(frames: int, window: int, count: int) -> list[int]:
 
 
 def cut_windows(source: str | Path, folder: str | Path, window: int, count: int, width: int, height: int) -> list[Path]:
-    """Cut a video with its sound into windows `<folder>/<stem>_<first frame>.mp4`.
+    """Cut a video with its audio into windows `<folder>/<stem>_<first frame>.mp4`.
 
     Args:
         source: the video.
@@ -42,19 +42,19 @@ def cut_windows(source: str | Path, folder: str | Path, window: int, count: int,
     if info.frames < window:
         raise MediaError(source, f"has {info.frames} frames, a window needs {window}")
     pixels = to_uint8(read_clip(source, info.frames, width, height))
-    sound = read_sound(source)
+    audio = read_audio(source)
     paths = []
     for start in window_starts(info.frames, window, count):
         path = Path(folder) / f"{Path(source).stem}_{start:05d}.mp4"
-        part = _part(sound, start / info.fps, window / info.fps)
+        part = _part(audio, start / info.fps, window / info.fps)
         rate = part.sample_rate if part else None
         write_video(path, pixels[start : start + window], info.fps, part.waveform if part else None, rate)
         paths.append(path)
     return paths
 
 
-def _part(sound: Sound | None, start_s: Fraction, duration_s: Fraction) -> Sound | None:
-    if sound is None:
+def _part(audio: Audio | None, start_s: Fraction, duration_s: Fraction) -> Audio | None:
+    if audio is None:
         return None
-    rest = to_stereo(sound.waveform)[:, round(start_s * sound.sample_rate) :]
-    return to_duration(Sound(rest, sound.sample_rate), float(duration_s))
+    rest = to_stereo(audio.waveform)[:, round(start_s * audio.sample_rate) :]
+    return to_duration(Audio(rest, audio.sample_rate), float(duration_s))

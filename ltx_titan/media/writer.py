@@ -47,20 +47,20 @@ def video_writer(
             rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(100_000)
             video = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
             video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-            sound = None
+            audio_stream = None
             if audio is not None:
                 assert sample_rate is not None
                 assert audio.shape[0] in (1, 2)
                 layout = "stereo" if audio.shape[0] == 2 else "mono"
-                sound = container.add_stream("aac", rate=sample_rate, layout=layout)
+                audio_stream = container.add_stream("aac", rate=sample_rate, layout=layout)
             yield lambda pixels: container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(video.encode())
-            if sound is not None:
+            if audio_stream is not None:
                 samples = np.ascontiguousarray(audio.detach().float().clamp(-1, 1).cpu().numpy())
                 frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
                 frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
-                container.mux(sound.encode(frame))
-                container.mux(sound.encode())
+                container.mux(audio_stream.encode(frame))
+                container.mux(audio_stream.encode())
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)

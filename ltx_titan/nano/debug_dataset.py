@@ -1,4 +1,4 @@
-"""A small captioned data set from the clip that comes with the package: eight short windows with sound.
+"""A small captioned data set from the clip that comes with the package: eight short windows with audio.
 
 It is what a first job trains on, on any machine, before there are clips of one's own.
 """
@@ -32,7 +32,7 @@ _ACTIONS = (
 
 
 def make_debug_dataset(folder: str | Path) -> Path:
-    """Write eight windows of 25 frames (384x216, 25 fps, with sound) and `dataset.jsonl`; returns the latter's path.
+    """Write eight windows of 25 frames (384x216, 25 fps, with audio) and `dataset.jsonl`; returns the latter's path.
 
     The clip's licence asks for its attribution, which goes into the folder as well.
     """
@@ -53,7 +53,7 @@ def make_debug_dataset(folder: str | Path) -> Path:
 
 
 DESCRIPTION = """\
-Write a small data set to try a job on: eight captioned windows of one second, with sound, cut from the five seconds of
+Write a small data set to try a job on: eight captioned windows of one second, with audio, cut from the five seconds of
 "Big Buck Bunny" (Blender Foundation, CC BY 3.0) that come with this package.
 
 example:

@@ -1,7 +1,7 @@
 """A miniature, complete LTX-2.3 pack with seeded random weights, in the official layout.
 
 It stands in for the real 46 GB wherever the way matters and not the picture: trying a job, teaching, tests. All tools
-read it as they would the real pack. The statistics of its VAEs are measured here on made-up clips and sounds, so that
+read it as they would the real pack. The statistics of its VAEs are measured here on made-up clips and audio, so that
 latents of natural ones come out with a mean near 0 and a deviation near 1, as the diffusion process expects.
 """
 
@@ -102,7 +102,7 @@ def _audio_vae_tensors(seed: int) -> dict[str, Tensor]:
     }
     settings = mel_settings(CONFIG["audio_vae"])
     with torch.no_grad():
-        spectrograms = log_mel(_made_up_sounds(generator, settings.sample_rate), settings)
+        spectrograms = log_mel(_synthetic_audio(generator, settings.sample_rate), settings)
         latents = vae.encode(spectrograms).latent_dist.mode()
     # Statistics are kept on the packed layout: one entry per (channel, frequency).
     return tensors | _statistics("audio_vae.", latents.permute(1, 3, 0, 2).flatten(0, 1).flatten(1))
@@ -123,7 +123,7 @@ def _vocoder_tensors(seed: int) -> dict[str, Tensor]:
     filters = slaney_filters(bwe["n_fft"], bwe["num_mels"], bwe["input_sampling_rate"], 0.0, 8000.0)
     model.mel_stft.mel_basis.copy_(filters)
     parameters = {name for name, _ in model.named_parameters()}
-    # Filters and bases are no random weights; rounding them would only blur the sound.
+    # Filters and bases are no random weights; rounding them would only blur the audio.
     return {
         "vocoder." + stored_vocoder_name(name, True): tensor.to(torch.bfloat16) if name in parameters else tensor
         for name, tensor in model.state_dict().items()
@@ -162,20 +162,20 @@ def _made_up_clips(generator: torch.Generator, clips: int = 8, frames: int = 17,
     return (0.4 * total).clamp(-1, 1)
 
 
-def _made_up_sounds(generator: torch.Generator, sample_rate: int, sounds: int = 8, seconds: float = 3.0) -> Tensor:
-    """Chords over noise, swelling and fading, some of it near silence [sounds, 2, N]."""
+def _synthetic_audio(generator: torch.Generator, sample_rate: int, audios: int = 8, seconds: float = 3.0) -> Tensor:
+    """Chords over noise, swelling and fading, some of it near silence [audio, 2, N]."""
     time = torch.arange(int(seconds * sample_rate)) / sample_rate
-    result = torch.zeros(sounds, 2, len(time))
-    for sound in result:
+    result = torch.zeros(audios, 2, len(time))
+    for audio in result:
         for _ in range(6):
             hertz, phase, rate, pan = torch.rand(4, generator=generator).tolist()
             envelope = torch.sin(math.pi * (0.3 + 1.5 * rate) * time + 6.3 * phase).clamp(min=0) ** 2
             tone = torch.sin(2 * math.pi * 80 * 50**hertz * time) * envelope
-            sound += 0.2 * tone * torch.tensor([[pan], [1 - pan]])
+            audio += 0.2 * tone * torch.tensor([[pan], [1 - pan]])
         noise = torch.randn(2, len(time), generator=generator).cumsum(-1)
         noise = noise - F.avg_pool1d(noise[None], 255, 1, 127)[0]
-        sound += 0.01 * noise
-        sound *= 10 ** (-2 * torch.rand(1, generator=generator))
+        audio += 0.01 * noise
+        audio *= 10 ** (-2 * torch.rand(1, generator=generator))
     return result
 
 

@@ -44,7 +44,7 @@ class SyntheticDataset:
             width: pixels.
             height: pixels.
             num_frames: pixel frames.
-            fps: frames per second; sound has round(25 * num_frames / fps) steps.
+            fps: frames per second; audio has round(25 * num_frames / fps) steps.
             num_samples: distinct samples.
             text_tokens: tokens per caption.
             video_text_dim: width of the video's text contexts, or of its features where `contexts` is False.
@@ -101,7 +101,7 @@ class SyntheticDataset:
         digest = hashlib.sha256(f"{self._seed}\0{index}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
         makers = {"conditions": self._text, "video_latents": self._video, "audio_latents": self._audio}
-        # One order for every job, so that a sample's video is the same with and without sound.
+        # One order for every job, so that a sample's video is the same with and without audio.
         sample = {key: makers[key](generator) for key in _STREAMS if key in self.sources.values()}
         return {key: sample[key] for key in self.sources.values()}
 

@@ -1,6 +1,6 @@
-"""From sampled latents to pixels and sound, and to files to watch and hear.
+"""From sampled latents to pixels and audio, and to files to watch and hear.
 
-A clip with frames becomes an mp4, with sound if there is any; a single frame a png; sound alone a wav.
+A clip with frames becomes an mp4, with audio if there is any; a single frame a png; audio alone a wav.
 """
 
 import os
@@ -21,7 +21,7 @@ from ltx_titan.codecs import (
     load_video_codec,
     load_vocoder,
 )
-from ltx_titan.media import Sound, to_uint8, write_video, write_wav
+from ltx_titan.media import Audio, to_uint8, write_video, write_wav
 from ltx_titan.validation.sampling import SampledLatents
 
 # Tiles of the released pipelines: 768 pixels of a side, of which 64 are in the next tile too, and 81 frames, of which
@@ -32,7 +32,7 @@ _TIME_TILES = (11, 7)
 
 @dataclass(frozen=True)
 class Decoders:
-    """What turns latents into pixels and sound; None where no sample needs it."""
+    """What turns latents into pixels and audio; None where no sample needs it."""
 
     video: VideoCodec | None
     audio: AudioCodec | None
@@ -41,20 +41,20 @@ class Decoders:
 
 @dataclass(frozen=True)
 class DecodedSample:
-    """Frames uint8 [F, H, W, 3] and sound of one sample; None where it has none."""
+    """Frames uint8 [F, H, W, 3] and audio of one sample; None where it has none."""
 
     frames: Tensor | None
-    sound: Sound | None
+    audio: Audio | None
 
 
 def load_decoders(
     video_path: str | Path | None, audio_path: str | Path | None, device: str | torch.device, tiling: bool = True
 ) -> Decoders:
-    """Loads the decoders: bfloat16 on a GPU, float32 on a CPU; those of sound always in float32.
+    """Loads the decoders: bfloat16 on a GPU, float32 on a CPU; those of audio always in float32.
 
     Args:
         video_path: file with the video VAE, None where no video is decoded.
-        audio_path: file with the audio VAE and the vocoder, None where no sound is decoded.
+        audio_path: file with the audio VAE and the vocoder, None where no audio is decoded.
         device: where they run.
         tiling: decode video in overlapping tiles.
     """
@@ -84,17 +84,17 @@ def decode_sample(latents: SampledLatents, decoders: Decoders, seed: int = 0) ->
         decoders: of the streams that it has.
         seed: of the noise that decoders with timestep conditioning add.
     """
-    frames = sound = None
+    frames = audio = None
     if latents.video is not None:
         assert decoders.video is not None, "a video needs a video decoder"
         generator = torch.Generator().manual_seed(seed)
         frames = to_uint8(decoders.video.decode(latents.video, generator)[0]).cpu()
     if latents.audio is not None:
-        assert decoders.audio is not None, "sound needs an audio decoder"
-        assert decoders.vocoder is not None, "sound needs a vocoder"
+        assert decoders.audio is not None, "audio needs an audio decoder"
+        assert decoders.vocoder is not None, "audio needs a vocoder"
         waveform = decoders.vocoder(decoders.audio.decode(latents.audio))[0].cpu()
-        sound = Sound(waveform, decoders.vocoder.sample_rate)
-    return DecodedSample(frames, sound)
+        audio = Audio(waveform, decoders.vocoder.sample_rate)
+    return DecodedSample(frames, audio)
 
 
 def put_beside(reference: Tensor, frames: Tensor, every: int = 1) -> Tensor:
@@ -131,11 +131,11 @@ def write_sample(folder: str | Path, name: str, decoded: DecodedSample, fps: flo
     """Writes a sample as `<name>.mp4`, `.png` or `.wav` and returns the file; complete or not there at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    frames, sound = decoded.frames, decoded.sound
+    frames, audio = decoded.frames, decoded.audio
     if frames is None:
-        assert sound is not None, "a sample without any stream"
+        assert audio is not None, "a sample without any stream"
         path = folder / f"{name}.wav"
-        write_wav(path, sound)
+        write_wav(path, audio)
     elif frames.shape[0] == 1:
         path = folder / f"{name}.png"
         temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -145,6 +145,6 @@ def write_sample(folder: str | Path, name: str, decoded: DecodedSample, fps: flo
         path = folder / f"{name}.mp4"
         rate = Fraction(fps).limit_denominator(100_000)
         write_video(
-            path, frames, rate, None if sound is None else sound.waveform, None if sound is None else sound.sample_rate
+            path, frames, rate, None if audio is None else audio.waveform, None if audio is None else audio.sample_rate
         )
     return path

@@ -29,14 +29,14 @@ from ltx_titan.config.validation import (
     VideoToAudio,
 )
 from ltx_titan.media import (
+    Audio,
     MediaError,
-    Sound,
     fit_frames,
     is_image,
     iter_frames,
+    read_audio,
     read_audio_mask,
     read_image,
-    read_sound,
     read_video_mask,
     to_duration,
     to_stereo,
@@ -194,40 +194,40 @@ def _with_audio(
     start: StreamStart, condition: SampleCondition, shape: ClipShape, codec: AudioCodec | None
 ) -> StreamStart:
     assert codec is not None, f"{condition.type} needs an audio encoder"
-    sound = _read_sound(condition.audio)
-    longest_s = min(sound.duration_s, shape.duration_s)
+    audio = _read_audio(condition.audio)
+    longest_s = min(audio.duration_s, shape.duration_s)
     match condition:
         case GivenPrefix(duration=wanted_s):
-            return given_frames(start, _encode_sound(codec, sound, min(wanted_s or longest_s, longest_s)))
+            return given_frames(start, _encode_audio(codec, audio, min(wanted_s or longest_s, longest_s)))
         case GivenSuffix(duration=wanted_s):
             length_s = min(wanted_s or longest_s, longest_s)
-            first = sound.waveform.shape[1] - round(length_s * sound.sample_rate)
-            end = Sound(sound.waveform[:, first:], sound.sample_rate)
-            return given_frames(start, _encode_sound(codec, end, length_s), at_end=True)
+            first = audio.waveform.shape[1] - round(length_s * audio.sample_rate)
+            end = Audio(audio.waveform[:, first:], audio.sample_rate)
+            return given_frames(start, _encode_audio(codec, end, length_s), at_end=True)
         case GivenMask(mask=mask_path):
-            if sound.duration_s < shape.duration_s - 1 / codec.steps_per_second:
+            if audio.duration_s < shape.duration_s - 1 / codec.steps_per_second:
                 raise MediaError(
                     condition.audio,
-                    f"lasts {sound.duration_s:.2f} s, the sample {shape.duration_s:.2f} s; give a longer one",
+                    f"lasts {audio.duration_s:.2f} s, the sample {shape.duration_s:.2f} s; give a longer one",
                 )
-            latents = _encode_sound(codec, sound, shape.duration_s)
+            latents = _encode_audio(codec, audio, shape.duration_s)
             return given_where(start, latents, read_audio_mask(mask_path, start.grid.frames))
         case AudioToVideo():
-            latents = _encode_sound(codec, sound, longest_s)
+            latents = _encode_audio(codec, audio, longest_s)
             return frozen(audio_start(latents.shape[2]), latents)
     assert isinstance(condition, GivenReference)
-    return with_audio_reference(start, _encode_sound(codec, sound, longest_s))
+    return with_audio_reference(start, _encode_audio(codec, audio, longest_s))
 
 
 def _encode(codec: VideoCodec, pixels: Tensor) -> Tensor:
     return codec.encode(pixels[None]).float().cpu()
 
 
-def _encode_sound(codec: AudioCodec, sound: Sound, duration_s: float) -> Tensor:
+def _encode_audio(codec: AudioCodec, audio: Audio, duration_s: float) -> Tensor:
     """Latents [1, 8, round(25 * seconds), 16] of the first seconds, as training data has them."""
     shortest_s = codec.mel.filter_length / codec.mel.sample_rate
-    sound = to_duration(sound, max(duration_s, shortest_s))
-    latents = codec.encode(to_stereo(sound.waveform)[None], sound.sample_rate)
+    audio = to_duration(audio, max(duration_s, shortest_s))
+    latents = codec.encode(to_stereo(audio.waveform)[None], audio.sample_rate)
     return latents[:, :, : codec.steps_for(duration_s)].cpu()
 
 
@@ -255,8 +255,8 @@ def _must_have(path: str, pixels: Tensor, count: int) -> None:
         raise MediaError(path, f"has {pixels.shape[1]} frames, {count} are needed; give a longer one or fewer frames")
 
 
-def _read_sound(path: str) -> Sound:
-    sound = read_sound(path)
-    if sound is None:
-        raise MediaError(Path(path), "has no sound track")
-    return sound
+def _read_audio(path: str) -> Audio:
+    audio = read_audio(path)
+    if audio is None:
+        raise MediaError(Path(path), "has no audio track")
+    return audio

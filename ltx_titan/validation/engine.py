@@ -167,7 +167,7 @@ class Validation:
         decoded = decode_sample(latents, decoders, self.section.seed_of(sample))
         if encoded is not None and encoded.beside is not None and decoded.frames is not None:
             frames = put_beside(encoded.beside, decoded.frames, encoded.beside_every)
-            decoded = DecodedSample(frames, decoded.sound)
+            decoded = DecodedSample(frames, decoded.audio)
         path = write_sample(folder, f"sample-{index + 1:02d}", decoded, shape.fps)
         return SampledFile(index, sample.prompt, path, make_preview(decoded, shape.fps))
 

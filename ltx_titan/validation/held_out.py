@@ -80,7 +80,7 @@ def held_out_losses(
                 for column, (part, present) in enumerate(parts):
                     if part is not None:
                         sums[place, column] += part.sum()
-                        # A sample without sound has an audio loss of 0, which is no reason to praise the model.
+                        # A sample without audio has an audio loss of 0, which is no reason to praise the model.
                         counts[column] += (1 if present is None else present.sum()) / len(sigmas)
     if groups.size > 1:
         dist.all_reduce(sums, group=groups.process_group)

@@ -1,4 +1,4 @@
-"""Sampled clips in TensorBoard and W&B: moving pictures, a sheet of frames and sound, each with its prompt and step.
+"""Sampled clips in TensorBoard and W&B: moving pictures, a sheet of frames and audio, each with its prompt and step.
 
 A preview is made where the clip was decoded and is small enough to be sent to the rank that writes. TensorBoard has no
 video player; an animated GIF in an image summary plays in every browser. W&B has one and gets the clip itself.
@@ -41,16 +41,16 @@ class Preview:
     Attributes:
         moving: animated GIF.
         frames: PNG of frames in rows, in order of time.
-        sound: WAV file.
+        audio: WAV file.
     """
 
     moving: bytes | None = None
     frames: bytes | None = None
-    sound: bytes | None = None
+    audio: bytes | None = None
 
 
 def make_preview(decoded: DecodedSample, fps: float) -> Preview:
-    """Encodes a preview of at most 320 pixels a side and 32 moving frames; sound is whole."""
+    """Encodes a preview of at most 320 pixels a side and 32 moving frames; audio is whole."""
     fields: dict[str, bytes] = {}
     if decoded.frames is not None:
         frames = [_small(Image.fromarray(frame)) for frame in decoded.frames.numpy()]
@@ -61,8 +61,8 @@ def make_preview(decoded: DecodedSample, fps: float) -> Preview:
             fields["moving"] = _encoded(
                 moving[0], "GIF", save_all=True, append_images=moving[1:], duration=duration_ms, loop=0
             )
-    if decoded.sound is not None:
-        fields["sound"] = _wav(decoded.sound.waveform, decoded.sound.sample_rate)
+    if decoded.audio is not None:
+        fields["audio"] = _wav(decoded.audio.waveform, decoded.audio.sample_rate)
     return Preview(**fields)
 
 
@@ -78,11 +78,11 @@ def write_preview(writer: SummaryWriter, tag: str, prompt: str, preview: Preview
             size = [str(side).encode() for side in Image.open(io.BytesIO(encoded)).size]
             about = image_metadata.create_summary_metadata(title, prompt)
             values.append(Summary.Value(tag=f"{tag}/{name}", tensor=_strings([*size, encoded], 3), metadata=about))
-    if preview.sound is not None:
+    if preview.audio is not None:
         about = audio_metadata.create_summary_metadata(title, prompt, audio_metadata.Encoding.Value("WAV"))
-        sound = _strings([preview.sound, b""], 1, 2)
-        values.append(Summary.Value(tag=f"{tag}/audio", tensor=sound, metadata=about))
-    # The writer's own methods re-encode: no moving pictures without a further package, sound in mono, and no titles.
+        audio = _strings([preview.audio, b""], 1, 2)
+        values.append(Summary.Value(tag=f"{tag}/audio", tensor=audio, metadata=about))
+    # The writer's own methods re-encode: no moving pictures without a further package, audio in mono, and no titles.
     writer._get_file_writer().add_summary(Summary(value=values), step)
     writer.add_text(f"{tag}/prompt", prompt, step)
 
@@ -108,10 +108,10 @@ def wandb_media(clips: Iterable[tuple[str, str, Path, Preview]]) -> Iterator[dic
                 media[f"{tag}/video"] = wandb.Video(io.BytesIO(preview.moving), caption=prompt, format="gif")
             if preview.frames is not None:
                 media[f"{tag}/frames"] = wandb.Image(Image.open(io.BytesIO(preview.frames)), caption=prompt)
-            if preview.sound is not None:
-                sound = Path(folder) / f"{tag}.wav"
-                sound.write_bytes(preview.sound)
-                media[f"{tag}/audio"] = wandb.Audio(str(sound), caption=prompt)
+            if preview.audio is not None:
+                audio = Path(folder) / f"{tag}.wav"
+                audio.write_bytes(preview.audio)
+                media[f"{tag}/audio"] = wandb.Audio(str(audio), caption=prompt)
         yield media
 
 

@@ -70,7 +70,7 @@ def video_start(
 
 
 def audio_start(steps: int, *, width: int = AUDIO_CHANNELS * AUDIO_BINS) -> StreamStart:
-    """A sound of so many latent steps that is generated altogether, in tokens of `width` channels."""
+    """An audio of so many latent steps that is generated altogether, in tokens of `width` channels."""
     return _all_generated(Grid(steps, 1, 1), width, audio_coordinates(steps, 1))
 
 
@@ -140,7 +140,7 @@ def with_video_reference(
 
 
 def with_audio_reference(start: StreamStart, latents: Tensor) -> StreamStart:
-    """The stream with a reference sound [1, 8, T, 16] beside it, whose time starts where the target's does."""
+    """The stream with a reference audio [1, 8, T, 16] beside it, whose time starts where the target's does."""
     tokens, grid = _tokens(latents)
     return _with_reference(start, tokens, audio_coordinates(grid.frames, 1))
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ltx_titan.common.files import sync_folder
 from ltx_titan.common.ranks import agree, is_main_rank
 from ltx_titan.weights.metadata import DTYPE_BITS, CheckpointMetadata
 from ltx_titan.weights.names import TRANSFORMER
@@ -159,15 +160,6 @@ def export_transformer(
                 read = partial(file.get_tensor, key)
                 tensors.append(ExportTensor(key, info.shape, _DTYPES[info.dtype], read))
         export_safetensors(path, tensors, header)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _header(path: Path, tensors: list[ExportTensor], metadata: Mapping[str, str]) -> bytes:

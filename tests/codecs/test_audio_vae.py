@@ -45,9 +45,9 @@ def test_statistics_stand_on_the_packed_layout(nano, generator):
     stored = load_file(nano)
     mean = stored["audio_vae.per_channel_statistics.mean-of-means"].float()
     std = stored["audio_vae.per_channel_statistics.std-of-means"].float()
-    sound = torch.randn(1, 2, 24000, generator=generator) * 0.1
+    audio = torch.randn(1, 2, 24000, generator=generator) * 0.1
     with torch.no_grad():
-        raw = codec.vae.encode(log_mel(resample(sound, 24000, 16000), codec.mel)).latent_dist.mode()
+        raw = codec.vae.encode(log_mel(resample(audio, 24000, 16000), codec.mel)).latent_dist.mode()
     tokens = raw.permute(0, 2, 1, 3).flatten(2)
     expected = ((tokens - mean) / std).unflatten(2, (8, 16)).permute(0, 2, 1, 3)
-    torch.testing.assert_close(codec.encode(sound, 24000), expected)
+    torch.testing.assert_close(codec.encode(audio, 24000), expected)

@@ -78,9 +78,9 @@ def test_audio_vae(nano, tensors, generator):
     network = CONFIG["audio_vae"]["model"]["params"]["ddconfig"]
     expected = AudioVae(part(tensors, "audio_vae."), len(network["ch_mult"]), network["num_res_blocks"])
     codec = load_audio_codec(nano)
-    sound = torch.randn(1, 2, 12000, generator=generator) * 0.1
-    latents = codec.encode(sound, 24000)
-    spectrogram = log_mel(resample(sound, 24000, 16000), codec.mel)
+    audio = torch.randn(1, 2, 12000, generator=generator) * 0.1
+    latents = codec.encode(audio, 24000)
+    spectrogram = log_mel(resample(audio, 24000, 16000), codec.mel)
     torch.testing.assert_close(latents, expected.encode(spectrogram), **CLOSE)
     torch.testing.assert_close(codec.decode(latents), expected.decode(latents), **CLOSE)
 
@@ -107,7 +107,7 @@ def test_vocoder_of_19b(tmp_path, generator):
     save_file({f"vocoder.{name}": t for name, t in stored.items()}, path, {"config": json.dumps({"vocoder": section})})
     vocoder = load_vocoder(path)
     mel = torch.randn(1, 2, 5, 64, generator=generator)
-    sound = vocoder(mel)
+    audio = vocoder(mel)
     assert vocoder.sample_rate == 24000
-    assert sound.shape == (1, 2, 5 * 240)
-    torch.testing.assert_close(sound, Vocoder(stored, section)(mel), **CLOSE)
+    assert audio.shape == (1, 2, 5 * 240)
+    torch.testing.assert_close(audio, Vocoder(stored, section)(mel), **CLOSE)

@@ -56,7 +56,7 @@ def test_filters_have_unit_area_where_the_grid_resolves_them():
     assert torch.allclose(area_hz[40:], torch.ones(24), atol=0.02)
 
 
-def test_too_short_sound_is_refused():
+def test_too_short_audio_is_refused():
     with pytest.raises(ValueError, match="too short"):
         log_mel(torch.zeros(500), MelSettings())
 

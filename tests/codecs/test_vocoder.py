@@ -45,14 +45,14 @@ def test_first_stage_is_clamped_and_second_is_not():
     assert vocoder_arguments(VOCODER_19B)["final_act_fn"] == "tanh"
 
 
-def test_sound_of_48_khz_stereo(nano, generator):
+def test_audio_of_48_khz_stereo(nano, generator):
     vocoder = load_vocoder(nano)
-    sound = vocoder(torch.randn(1, 2, 10, 64, generator=generator))
+    audio = vocoder(torch.randn(1, 2, 10, 64, generator=generator))
     assert vocoder.sample_rate == 48000
     # 10 ms per mel frame.
-    assert sound.shape == (1, 2, 10 * 480)
-    assert sound.dtype == torch.float32
-    assert 0.01 < sound.std() < 0.5
+    assert audio.shape == (1, 2, 10 * 480)
+    assert audio.dtype == torch.float32
+    assert 0.01 < audio.std() < 0.5
 
 
 def test_resampler_has_its_filter_although_no_file_stores_it(nano):

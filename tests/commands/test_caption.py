@@ -11,7 +11,7 @@ from PIL import Image
 
 from ltx_titan.cli import main
 from ltx_titan.commands.captioning.caption import CaptionOptions, caption_files
-from ltx_titan.media import Sound, write_wav
+from ltx_titan.media import Audio, write_wav
 from tests.media.clips import tone, write_clip
 
 
@@ -197,7 +197,7 @@ def test_a_table_gets_a_column_and_keeps_the_others(clips, console):
 
 
 def test_sounds_alone_and_text_files(tmp_path, console):
-    write_wav(tmp_path / "rain.wav", Sound(tone(1.0, 44100), 44100))
+    write_wav(tmp_path / "rain.wav", Audio(tone(1.0, 44100), 44100))
     options = CaptionOptions(tmp_path, tmp_path / "out.txt")
     for requests in (1, 0):
         with Server() as server:

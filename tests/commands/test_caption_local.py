@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ltx_titan.commands.captioning.caption import CaptionOptions, caption_files
-from ltx_titan.media import Sound, write_wav
+from ltx_titan.media import Audio, write_wav
 from tests.commands.caption_models import write_hearing_model, write_seeing_model
 from tests.media.clips import tone, write_clip
 
@@ -42,7 +42,7 @@ def test_a_model_that_hears_gets_the_sound(hearing, tmp_path, console):
     for name, hertz in (("low", 220.0), ("high", 3520.0)):
         folder = tmp_path / name
         folder.mkdir()
-        write_wav(folder / "tone.wav", Sound(tone(0.5, 44100, hertz=hertz), 44100))
+        write_wav(folder / "tone.wav", Audio(tone(0.5, 44100, hertz=hertz), 44100))
         options = CaptionOptions(folder, local_model=hearing, max_tokens=12, instruction="Go.")
         assert caption_files(options, console).counts["caption"] == {"done": 1}
         captions.append(json.loads((folder / "dataset.jsonl").read_text())["caption"])

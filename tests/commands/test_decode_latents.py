@@ -8,24 +8,24 @@ from ltx_titan.cli import main
 from ltx_titan.codecs import load_audio_codec, load_video_codec
 from ltx_titan.commands.decode_latents import DecodeOptions, decode_latents
 from ltx_titan.data import write_sample
-from ltx_titan.media import probe_video, read_image, read_sound, to_uint8
+from ltx_titan.media import probe_video, read_audio, read_image, to_uint8
 from tests.media.clips import tone
 
 
 @pytest.fixture(scope="module")
 def root(nano, tmp_path_factory):
-    """A clip with sound, one marked as without, a still, a lone sound, references, and a broken file."""
+    """A clip with audio, one marked as without, a still, a lone audio, references, and a broken file."""
     root = tmp_path_factory.mktemp("prepared")
     video, audio = load_video_codec(nano, dtype=torch.float32, part="encoder"), load_audio_codec(nano, part="encoder")
     pixels = torch.linspace(-1, 1, 9 * 64).view(1, 1, 9, 1, 64).expand(1, 3, 9, 32, 64)
     clip = video.encode(pixels)[0]
-    sound = audio.encode(tone(9 / 24, 16000)[None], 16000)[0][:, :9].contiguous()
+    audio_latents = audio.encode(tone(9 / 24, 16000)[None], 16000)[0][:, :9].contiguous()
 
     def fields(latents, fps):
         _, frames, height, width = latents.shape
         return {"latents": latents, "num_frames": frames, "height": height, "width": width, "fps": fps}
 
-    heard = {"latents": sound, "num_time_steps": 9, "frequency_bins": 16, "duration": 9 / 24}
+    heard = {"latents": audio_latents, "num_time_steps": 9, "frequency_bins": 16, "duration": 9 / 24}
     write_sample(root / "latents" / "a.pt", fields(clip, 24.0))
     write_sample(root / "latents" / "sub" / "mönö ☃.pt", fields(clip, 24.0))
     write_sample(root / "latents" / "still.pt", fields(clip[:, :1], 1.0))
@@ -52,12 +52,12 @@ def test_everything_is_decoded_and_a_second_run_has_nothing_to_do(root, nano, tm
     ]
     info = probe_video(tmp_path / "latents" / "a.mp4")
     assert (info.frames, info.width, info.height, info.fps, info.has_audio) == (9, 64, 32, 24, True)
-    sound = read_sound(tmp_path / "latents" / "a.mp4")
-    assert sound.sample_rate == 48000
-    assert sound.duration_s == pytest.approx(9 / 24, abs=0.06)
+    audio_latents = read_audio(tmp_path / "latents" / "a.mp4")
+    assert audio_latents.sample_rate == 48000
+    assert audio_latents.duration_s == pytest.approx(9 / 24, abs=0.06)
     assert not probe_video(tmp_path / "latents" / "sub" / "mönö ☃.mp4").has_audio
     assert probe_video(tmp_path / "reference_latents" / "a.mp4").frames == 9
-    assert read_sound(tmp_path / "audio_latents" / "rain.wav").waveform.shape[0] == 2
+    assert read_audio(tmp_path / "audio_latents" / "rain.wav").waveform.shape[0] == 2
     with Image.open(tmp_path / "latents" / "still.png") as still:
         assert still.size == (64, 32)
     assert report.counts["decode"] == {"done": 5, "failed": 1}
@@ -77,7 +77,7 @@ def test_a_still_is_what_the_decoder_gives(root, nano, tmp_path, console):
     assert torch.equal(read_image(tmp_path / "still.png"), to_uint8(codec.decode(latents[None])[0]))
 
 
-def test_one_folder_some_samples_no_sound(root, nano, tmp_path, console):
+def test_one_folder_some_samples_no_audio(root, nano, tmp_path, console):
     options = DecodeOptions(root / "latents", tmp_path, nano, skip_audio=True, limit=2)
     report = decode_latents(options, console)
     # Of a, broken, still and sub/...: the first and the last.

@@ -8,7 +8,7 @@ from PIL import Image
 from ltx_titan.cli import main
 from ltx_titan.commands.inspection.inspect_data import InspectOptions, inspect_data
 from ltx_titan.data import write_sample
-from ltx_titan.media import Sound, write_wav
+from ltx_titan.media import Audio, write_wav
 from ltx_titan.model.flops import training_flops
 from ltx_titan.weights import read_metadata
 from tests.media.clips import tone, write_clip
@@ -21,7 +21,7 @@ def clips(tmp_path_factory):
     write_clip(folder / "b ☃.mp4", frames=20, channels=1, rate=24000, height=96, width=64)
     write_clip(folder / "silent.mp4", frames=20, channels=0)
     write_clip(folder / "short.mp4", frames=3)
-    write_wav(folder / "rain.wav", Sound(tone(1.0, 32000), 32000))
+    write_wav(folder / "rain.wav", Audio(tone(1.0, 32000), 32000))
     Image.new("RGB", (90, 50), "orange").save(folder / "still.png")
     (folder / "zero.mp4").touch()
     cut = write_clip(folder / "cut.mp4", frames=20)
@@ -31,7 +31,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Three samples: one whole, one without sound, one whose text is missing; and a file of noise."""
+    """Three samples: one whole, one without audio, one whose text is missing; and a file of noise."""
     root = tmp_path_factory.mktemp("clips") / ".precomputed"
     generator = torch.Generator().manual_seed(0)
     for name, present in (("a.pt", True), ("sub/b.pt", False), ("c.pt", True)):
@@ -39,8 +39,8 @@ def prepared(tmp_path_factory):
         write_sample(
             root / "latents" / name, {"latents": latents, "num_frames": 3, "height": 2, "width": 3, "fps": 25.0}
         )
-        sound = {"latents": torch.randn(8, 17, 16, generator=generator), "num_time_steps": 17, "frequency_bins": 16}
-        write_sample(root / "audio_latents" / name, {**sound, "duration": 0.68, "present": present})
+        audio = {"latents": torch.randn(8, 17, 16, generator=generator), "num_time_steps": 17, "frequency_bins": 16}
+        write_sample(root / "audio_latents" / name, {**audio, "duration": 0.68, "present": present})
     mask = torch.ones(16, dtype=torch.int64)
     for name, text in (("a.pt", mask), ("sub/b.pt", torch.cat([mask[:6] * 0, mask[:10]]))):
         features = {"video_prompt_embeds": torch.randn(16, 8), "prompt_attention_mask": text}
@@ -67,7 +67,7 @@ def test_clips_in_numbers_and_pictures(clips, tmp_path, console):
     assert (found["silent.mp4"]["audio_tokens"], found["rain.wav"]["audio_tokens"]) == (0, 25)
     assert {name for name, record in found.items() if record["problem"]} == {"zero.mp4", "cut.mp4"}
     assert report.counts["files"] == {"done": 6, "failed": 2}
-    assert report.notes["videos without sound beside others with it"] == 1
+    assert report.notes["videos without audio beside others with it"] == 1
     with Image.open(sheet) as picture:
         # Every clip is there, two a row, below the header.
         assert picture.width > 1900
@@ -106,7 +106,7 @@ def test_prepared_data_in_numbers_and_false_colours(prepared, tmp_path, console)
     assert whole["bucket"] == "96x64x17"
     assert (whole["video_tokens"], whole["audio_tokens"], whole["text_tokens"]) == (18, 17, 16)
     assert whole["duration_s"] == pytest.approx(17 / 25)
-    assert not found["sub/b.pt"]["has_sound"]
+    assert not found["sub/b.pt"]["has_audio"]
     assert report.counts["samples"]["done"] == 2
     reasons = {item: reason for _, item, reason in report.failures}
     assert reasons["conditions/c.pt"] == "is missing"

@@ -11,7 +11,7 @@ from ltx_titan.codecs import load_text_encoder, load_video_codec
 from ltx_titan.commands.process import process_dataset
 from ltx_titan.commands.process.options import ProcessOptions
 from ltx_titan.data import PrecomputedDataset
-from ltx_titan.media import Sound, read_clip, write_wav
+from ltx_titan.media import Audio, read_clip, write_wav
 from tests.commands.process_helpers import load, run, write_rows
 from tests.media.clips import tone, write_clip
 
@@ -38,7 +38,7 @@ def mixed(nano, tmp_path_factory):
     return folder, path, report, printed
 
 
-def test_fields_of_a_clip_with_sound(mixed):
+def test_fields_of_a_clip_with_audio(mixed):
     folder = mixed[0]
     video = load(folder, "latents", "stereo.pt")
     assert set(video) == {"latents", "num_frames", "height", "width", "fps"}
@@ -87,14 +87,14 @@ def test_still_image(mixed):
     assert load(folder, "audio_latents", "still.pt")["present"] is False
 
 
-def test_clip_without_sound_says_so_and_stays_usable_beside_others(mixed):
+def test_clip_without_audio_says_so_and_stays_usable_beside_others(mixed):
     folder, _, report, printed = mixed
     stand_in = load(folder, "audio_latents", "silent.pt")
     assert stand_in["present"] is False
     assert stand_in["latents"].shape == (8, round(25 * 17 / 25), 16)
     assert "present" not in load(folder, "audio_latents", "stereo.pt")
-    assert report.notes["videos and images without sound"] == 2
-    assert "videos and images without sound: 2" in printed
+    assert report.notes["videos and images without audio"] == 2
+    assert "videos and images without audio: 2" in printed
 
 
 def test_training_reads_what_was_written(mixed):
@@ -136,10 +136,10 @@ def test_second_run_skips_what_is_there_and_redoes_what_is_damaged(mixed, nano):
     assert changed == {root / "audio_latents" / "stereo.pt"}
 
 
-def test_separate_sounds_follow_their_video(nano, tmp_path):
+def test_separate_audios_follow_their_video(nano, tmp_path):
     write_clip(tmp_path / "a.mp4", frames=17, fps=Fraction(10))
     write_clip(tmp_path / "b.mp4", frames=17, fps=Fraction(10))
-    write_wav(tmp_path / "a.wav", Sound(tone(0.5, 16000, 1), 16000))
+    write_wav(tmp_path / "a.wav", Audio(tone(0.5, 16000, 1), 16000))
     path = write_rows(
         tmp_path,
         [{"video": "a.mp4", "audio": "a.wav", "caption": "x"}, {"video": "b.mp4", "audio": None, "caption": "y"}],
@@ -148,17 +148,17 @@ def test_separate_sounds_follow_their_video(nano, tmp_path):
     audio = load(tmp_path, "audio_latents", "a.pt")
     assert audio["duration"] == pytest.approx(1.7)
     assert audio["num_time_steps"] == round(25 * 1.7)
-    # The column is a choice against the videos' own sound.
+    # The column is a choice against the videos' own audio.
     assert not (tmp_path / ".precomputed" / "audio_latents" / "b.pt").exists()
-    assert report.counts["sounds"] == {"done": 1}
+    assert report.counts["audio"] == {"done": 1}
 
 
-def test_sound_only_needs_no_buckets(nano, tmp_path):
-    write_wav(tmp_path / "a.wav", Sound(tone(1.5, 44100), 44100))
+def test_audio_only_needs_no_buckets(nano, tmp_path):
+    write_wav(tmp_path / "a.wav", Audio(tone(1.5, 44100), 44100))
     path = write_rows(tmp_path, [{"audio": "a.wav", "caption": "a tone"}])
     report, _ = run(nano, path, buckets=None)
     assert load(tmp_path, "audio_latents", "a.pt")["num_time_steps"] == round(25 * 1.5)
-    assert report.counts == {"sounds": {"done": 1}, "captions": {"done": 1}}
+    assert report.counts == {"audio": {"done": 1}, "captions": {"done": 1}}
 
 
 def test_trigger_skip_audio_and_output_dir(nano, tmp_path):

@@ -10,7 +10,7 @@ from ltx_titan.codecs import load_text_encoder, load_video_codec, quantize_text_
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.data import PrecomputedDataset, read_sample
 from ltx_titan.encode.captions import without_prefix
-from ltx_titan.media import Sound, read_clip, write_video, write_wav
+from ltx_titan.media import Audio, read_clip, write_video, write_wav
 from ltx_titan.weights import load_text_connectors
 from tests.commands.process_helpers import contents, load, run, write_rows
 from tests.media.clips import tone, write_clip
@@ -30,14 +30,14 @@ def extras(nano, tmp_path_factory):
     for name in ("a", "b"):
         write_clip(folder / f"{name}.mp4", frames=40, fps=Fraction(10), width=128, height=64)
         write_clip(folder / f"{name}_edges.mp4", frames=33, fps=Fraction(10), channels=0, width=128, height=64)
-    write_wav(folder / "voice.wav", Sound(tone(1.0, 16000, 1), 16000))
+    write_wav(folder / "voice.wav", Audio(tone(1.0, 16000, 1), 16000))
     half_white(folder / "mask.png", 128, 64)
     mask = torch.zeros(33, 64, 128, 3, dtype=torch.uint8)
     mask[1:9, :, :64] = 255
     write_video(folder / "mask.mp4", mask, 10)
-    torch.save(torch.tensor([1.0, 0.0]), folder / "sound_mask.pt")
+    torch.save(torch.tensor([1.0, 0.0]), folder / "audio_mask.pt")
     (folder / "empty.png").touch()
-    same = {"reference_audio": "voice.wav", "audio_mask": "sound_mask.pt"}
+    same = {"reference_audio": "voice.wav", "audio_mask": "audio_mask.pt"}
     rows = [
         {"video": "a.mp4", "caption": "x", "reference_video": "a_edges.mp4", "video_mask": "mask.png", **same},
         {"video": "b.mp4", "caption": "y", "reference_video": "b_edges.mp4", "video_mask": "mask.mp4", **same},
@@ -64,7 +64,7 @@ def test_reference_video_is_smaller_and_slower(extras, nano):
     torch.testing.assert_close(reference["latents"], expected.to(torch.bfloat16))
 
 
-def test_reference_sound_is_cut_but_not_filled_up(extras):
+def test_reference_audio_is_cut_but_not_filled_up(extras):
     reference = load(extras[0], "reference_audio_latents", "a.pt")
     assert set(reference) == {"latents", "num_time_steps", "frequency_bins", "duration"}
     assert reference["latents"].shape == (8, 25, 16)
@@ -79,11 +79,11 @@ def test_masks_have_the_shape_of_their_latents(extras):
     assert torch.equal(image, torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(5, 2, 4))
     # Pixel frames 1 to 8 are the second latent frame.
     assert video[:, 0].tolist() == [[0] * 4, [1, 1, 0, 0], [0] * 4, [0] * 4, [0] * 4]
-    sound = load(folder, "audio_masks", "a.pt")["mask"]
+    audio = load(folder, "audio_masks", "a.pt")["mask"]
     steps = load(folder, "audio_latents", "a.pt")["num_time_steps"]
-    assert (sound.shape, sound.dtype) == ((steps,), torch.float32)
-    assert sound[: steps // 2 - 1].all()
-    assert not sound[steps // 2 + 1 :].any()
+    assert (audio.shape, audio.dtype) == ((steps,), torch.float32)
+    assert audio[: steps // 2 - 1].all()
+    assert not audio[steps // 2 + 1 :].any()
 
 
 def test_a_bad_extra_file_is_named_and_its_sample_still_of_use(extras):
@@ -179,9 +179,9 @@ def test_random_cuts_differ_between_samples_and_not_between_runs(nano, tmp_path)
     assert not torch.equal(a, b)
 
 
-def test_sounds_of_equal_length_without_videos(nano, tmp_path):
+def test_audios_of_equal_length_without_videos(nano, tmp_path):
     for name, seconds in (("long", 1.3), ("short", 0.6), ("tiny", 0.2)):
-        write_wav(tmp_path / f"{name}.wav", Sound(tone(seconds, 24000, 1), 24000))
+        write_wav(tmp_path / f"{name}.wav", Audio(tone(seconds, 24000, 1), 24000))
     path = write_rows(tmp_path, [{"audio": f"{name}.wav", "caption": "x"} for name in ("long", "short", "tiny")])
     report, printed = run(nano, path, buckets=None, audio_durations="0.4; 1.0", captions=False)
     assert load(tmp_path, "audio_latents", "long.pt")["num_time_steps"] == 25

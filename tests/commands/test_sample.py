@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_titan.commands import sample
-from ltx_titan.media import probe_video, read_clip, read_sound
+from ltx_titan.media import probe_video, read_audio, read_clip
 from ltx_titan.model import LTXTransformer
 from ltx_titan.weights import load_parameters, read_metadata
 from ltx_titan.weights.fuse import fuse_lora
@@ -66,7 +66,7 @@ def test_prompts_become_clips(nano, cache, tmp_path):
     assert [file.path.name for file in (first, second)] == ["sample-01.mp4", "sample-02.mp4"]
     info = probe_video(first.path)
     assert (info.frames, info.width, info.height, float(info.fps)) == (9, 64, 64, 12.5)
-    assert read_sound(second.path).sample_rate == 48000
+    assert read_audio(second.path).sample_rate == 48000
 
 
 def test_an_adapter_changes_the_clip_and_an_empty_one_does_not(nano, cache, tmp_path):
@@ -110,8 +110,8 @@ def test_a_jobs_samples_are_sampled_and_options_win_over_them(nano, cache, tmp_p
     (file,) = run(nano, cache, tmp_path, "--job", job, "--seed", "4")
     assert file.prompt == "a hill"
     assert probe_video(file.path).frames == 9
-    # The job trains no sound, and its model was built without.
-    assert read_sound(file.path) is None
+    # The job trains no audio, and its model was built without.
+    assert read_audio(file.path) is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from ltx_titan.cli import main
 from ltx_titan.commands import split_scenes as command
 from ltx_titan.commands.scenes import Detection, arrange, parse_time
 from ltx_titan.commands.split_scenes import SplitOptions, split_scenes
-from ltx_titan.media import iter_frames, probe_video, read_sound, write_video
+from ltx_titan.media import iter_frames, probe_video, read_audio, write_video
 from tests.media.clips import tone, write_clip
 
 FPS = Fraction(30000, 1001)
@@ -20,7 +20,7 @@ _HERTZ = (440.0, 880.0, 1320.0)
 _LENGTHS = (30, 45, 24)
 
 
-def write_film(path, sound=True):
+def write_film(path, with_audio=True):
     """Three scenes of one colour and one tone each, with a moving bar; even its frame numbers can be told."""
     frames = []
     for colour, length in zip(_COLOURS, _LENGTHS, strict=True):
@@ -29,8 +29,8 @@ def write_film(path, sound=True):
             frame[:, index : index + 4] = 255
             frames.append(frame)
     parts = [tone(float(n / FPS), 48000, 2, hertz) for n, hertz in zip(_LENGTHS, _HERTZ, strict=True)]
-    audio = torch.cat(parts, dim=1) if sound else None
-    write_video(path, torch.stack(frames), FPS, audio, 48000 if sound else None)
+    audio = torch.cat(parts, dim=1) if with_audio else None
+    write_video(path, torch.stack(frames), FPS, audio, 48000 if with_audio else None)
     return path
 
 
@@ -39,7 +39,7 @@ def films(tmp_path_factory):
     folder = tmp_path_factory.mktemp("films")
     write_film(folder / "fílm ☃.mp4")
     (folder / "sub").mkdir()
-    write_film(folder / "sub" / "silent.mp4", sound=False)
+    write_film(folder / "sub" / "silent.mp4", with_audio=False)
     (folder / "zero.mp4").touch()
     (folder / "text.mkv").write_text("no video")
     return folder
@@ -58,12 +58,12 @@ def rows_of(folder):
 
 
 def hertz_of(path):
-    sound = read_sound(path)
-    middle = sound.waveform[0, 4800 : 4800 + 24000]
+    with_audio = read_audio(path)
+    middle = with_audio.waveform[0, 4800 : 4800 + 24000]
     return float(torch.fft.rfft(middle).abs().argmax()) * 2
 
 
-def test_clips_are_cut_to_the_frame_with_their_sound(cut):
+def test_clips_are_cut_to_the_frame_with_their_audio(cut):
     out, _, report = cut
     assert [(row["video"], row["frames"]) for row in rows_of(out)] == [
         ("fílm ☃-scene-001.mp4", 30),
@@ -87,8 +87,8 @@ def test_clips_are_cut_to_the_frame_with_their_sound(cut):
                 < 12
             )
         assert hertz_of(path) == pytest.approx(hertz, abs=4)
-        assert read_sound(path).duration_s == pytest.approx(row["frames"] / float(FPS), abs=0.05)
-    assert report.notes["clips without sound"] == 3
+        assert read_audio(path).duration_s == pytest.approx(row["frames"] / float(FPS), abs=0.05)
+    assert report.notes["clips without audio"] == 3
     assert (out / "images" / "fílm ☃-scene-002-1.png").is_file()
     assert "content_val" in (out / "fílm ☃.stats.csv").read_text()
 

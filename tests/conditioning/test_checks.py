@@ -43,7 +43,7 @@ def test_a_condition_that_cannot_do_what_it_says_is_named_once(conditions, words
     assert all(word in found[0] for word in words), found
 
 
-def test_sound_conditions_count_latent_steps():
+def test_audio_conditions_count_latent_steps():
     found = check_conditions(strategy(audio=[prefix(8)]), [sample(), sample(steps=8)])
     assert len(found) == 1
     assert "audio.conditions[0] (prefix, temporal_boundary = 8)" in found[0]
@@ -72,7 +72,7 @@ def test_a_mask_of_another_size_is_named_before_training():
     video = strategy([{"type": "mask", "mask_dir": "video_masks"}])
     assert check_conditions(video, [sample(video_masks=(4, 2, 3)), sample(video_masks=(24,))]) == []
     with pytest.raises(ValueError, match=r"video_masks: clip_1: .*24 video tokens.*found \[9\]"):
-        # The sound has as many tokens as this mask has elements, which makes it no mask of the video.
+        # The audio has as many tokens as this mask has elements, which makes it no mask of the video.
         check_conditions(video, [sample(video_masks=(24,)), sample(video_masks=(9,))], "clip_{}".format)
 
 

@@ -195,7 +195,7 @@ def test_changes_between_jobs_are_named(write):
     ]
 
 
-def test_loading_a_sound_job_warns_of_nothing(write):
+def test_loading_a_audio_job_warns_of_nothing(write):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_job(write(MINIMAL))

@@ -77,8 +77,8 @@ def test_legacy_prompt_embeds_serve_as_video_features(tmp_path):
 def test_fields_that_older_files_lack_take_their_defaults(tmp_path):
     old = {"latents": video()["latents"]}
     assert_equal_fields(read_sample(save(tmp_path / "old.pt", old)), video(fps=24.0))
-    sound = {"latents": audio()["latents"]}
-    assert_equal_fields(read_sample(save(tmp_path / "sound.pt", sound)), audio(duration=5 / 25))
+    bare = {"latents": audio()["latents"]}
+    assert_equal_fields(read_sample(save(tmp_path / "audio.pt", bare)), audio(duration=5 / 25))
 
 
 def test_boolean_prompt_mask_becomes_integers(tmp_path):

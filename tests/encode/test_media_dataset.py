@@ -16,7 +16,7 @@ from ltx_titan.data import BatchPlan, PrecomputedDataset, StepLoader, write_samp
 from ltx_titan.encode.disk_cache import DiskCache
 from ltx_titan.encode.media_dataset import MediaDataset
 from ltx_titan.media import write_video, write_wav
-from ltx_titan.media.audio import Sound
+from ltx_titan.media.audio import Audio
 from tests.media.clips import tone, write_clip
 
 BUCKETS = "64x32x17;32x64x1"
@@ -109,10 +109,10 @@ def test_the_loader_s_threads_give_the_same_batches(nano, mixed):
         assert all(torch.equal(one[s][f], two[s][f]) for s in one for f in one[s])
 
 
-def test_a_separate_sound_is_used_instead_of_the_clip_s_own(nano, tmp_path):
+def test_a_separate_audio_is_used_instead_of_the_clip_s_own(nano, tmp_path):
     for name in ("a.mp4", "b.mp4"):
         write_clip(tmp_path / name, frames=17)
-    write_wav(tmp_path / "a.wav", Sound(tone(0.3, 22050, hertz=300.0), 22050))
+    write_wav(tmp_path / "a.wav", Audio(tone(0.3, 22050, hertz=300.0), 22050))
     table = write_table(tmp_path, ["a.mp4", "b.mp4"], audio=["a.wav", ""])
     prepared = prepare(nano, table)
     media = MediaDataset(section(nano, table), SOURCES, nano)

@@ -20,24 +20,24 @@ def tone(seconds, rate, channels=2, hertz=440.0):
 
 
 def write_clip(path, frames=20, fps=Fraction(25), channels=2, height=64, width=96, rate=48000):
-    """A ramp with a tone of its length; `channels=0` for no sound."""
+    """A ramp with a tone of its length; `channels=0` for no audio."""
     audio = tone(frames / fps, rate, channels) if channels else None
     write_video(path, ramp(frames, height, width), fps, audio, rate if channels else None)
     return path
 
 
-def write_late_sound(path, delay_s, rate=48000, seconds=1.0):
-    """A video of one second whose sound begins later, as cameras write."""
+def write_late_audio(path, delay_s, rate=48000, seconds=1.0):
+    """A video of one second whose audio begins later, as cameras write."""
     with av.open(str(path), "w", format="matroska") as container:
         video = container.add_stream("libx264", rate=25)
         video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
-        sound = container.add_stream("pcm_s16le", rate=rate, layout="mono")
+        audio = container.add_stream("pcm_s16le", rate=rate, layout="mono")
         for pixels in ramp(25, 64, 64).numpy():
             container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(video.encode())
         samples = (tone(seconds, rate, 1) * 32767).to(torch.int16).numpy()
         frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
         frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), int(delay_s * rate)
-        container.mux(sound.encode(frame))
-        container.mux(sound.encode())
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode())
     return path

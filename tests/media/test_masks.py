@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ltx_titan.media import MediaError, Sound, read_audio_mask, read_video_mask, write_video, write_wav
+from ltx_titan.media import Audio, MediaError, read_audio_mask, read_video_mask, write_video, write_wav
 
 FACTORS = (8, 32, 32)
 
@@ -52,7 +52,7 @@ def test_audio_masks_from_tensors_and_from_loudness(tmp_path):
     assert read_audio_mask(tmp_path / "m.pt", 8).tolist() == [True] * 4 + [False] * 4
     waveform = torch.zeros(1, 800)
     waveform[:, 400:] = 0.9
-    write_wav(tmp_path / "m.wav", Sound(waveform, 16000))
+    write_wav(tmp_path / "m.wav", Audio(waveform, 16000))
     assert read_audio_mask(tmp_path / "m.wav", 4).tolist() == [False, False, True, True]
 
 

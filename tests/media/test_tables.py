@@ -29,7 +29,7 @@ def test_all_forms_give_the_same_rows(tmp_path, name, text):
     assert (dataset.has_video, dataset.has_audio) == (True, False)
 
 
-def test_sound_only(tmp_path):
+def test_audio_only(tmp_path):
     dataset = read_dataset(write(tmp_path, "d.json", json.dumps([{"audio": "a.wav", "caption": "x"}])))
     assert dataset.samples[0].video is None
     assert str(dataset.samples[0].key) == "a.pt"

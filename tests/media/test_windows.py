@@ -1,6 +1,6 @@
 import pytest
 
-from ltx_titan.media import MediaError, cut_windows, probe_video, read_clip, read_sound, window_starts
+from ltx_titan.media import MediaError, cut_windows, probe_video, read_audio, read_clip, window_starts
 from tests.media.clips import write_clip
 
 
@@ -11,7 +11,7 @@ def test_starts_reach_from_the_first_to_the_last_frame():
         window_starts(24, 25, 2)
 
 
-def test_windows_hold_their_frames_and_sound(tmp_path):
+def test_windows_hold_their_frames_and_audio(tmp_path):
     source = write_clip(tmp_path / "clip.mp4", frames=25)
     paths = cut_windows(source, tmp_path / "windows", window=9, count=3, width=96, height=64)
     assert [path.name for path in paths] == ["clip_00000.mp4", "clip_00008.mp4", "clip_00016.mp4"]
@@ -19,7 +19,7 @@ def test_windows_hold_their_frames_and_sound(tmp_path):
         assert probe_video(path).frames == 9
         first = read_clip(path, 1, 96, 64)
         assert ((first.mean() + 1) * 127.5).item() == pytest.approx(8 * start, abs=4)
-        assert read_sound(path).duration_s == pytest.approx(9 / 25, abs=0.05)
+        assert read_audio(path).duration_s == pytest.approx(9 / 25, abs=0.05)
 
 
 def test_short_sources_are_named(tmp_path):

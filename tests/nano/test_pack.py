@@ -73,7 +73,7 @@ def test_transformer_and_connectors_load_and_predict_calmly(nano, generator):
         assert 0.1 < velocity.std() < 10
 
 
-def test_latents_of_other_clips_and_sounds_are_about_standard(nano):
+def test_latents_of_other_clips_and_audios_are_about_standard(nano):
     generator = torch.Generator().manual_seed(99)
     edges = torch.rand(1, 3, 3, 6, 8, generator=generator) * 2 - 1
     pixels = torch.nn.functional.interpolate(edges, (17, 96, 128), mode="trilinear")

@@ -79,10 +79,10 @@ def prepared_samples() -> list[PreparedSample]:
     video = video_start(Grid(3, 2, 2), 24.0, (8, 32, 32), channels=VIDEO_CHANNELS)
     audio = audio_start(6, width=AUDIO_WIDTH)
     first = given_frames(video, draw(1, VIDEO_CHANNELS, 1, 2, 2))
-    sound = frozen(audio, draw(1, AUDIO_WIDTH, 6, 1))
+    frozen_audio = frozen(audio, draw(1, AUDIO_WIDTH, 6, 1))
     return [
         PreparedSample(first, audio, text(), 0),
-        PreparedSample(video, sound, text(), 1),
+        PreparedSample(video, frozen_audio, text(), 1),
         PreparedSample(video, None, text(), 2),
     ]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ltx_titan.media import Sound, probe_video, read_sound
+from ltx_titan.media import Audio, probe_video, read_audio
 from ltx_titan.validation.decode import DecodedSample, load_decoders, put_beside, write_sample
 
 
@@ -12,20 +12,20 @@ def frames(count, height=32, width=48):
     return torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, height, width, 3).contiguous()
 
 
-def test_a_clip_with_sound_is_one_file_of_its_length_and_rates(tmp_path):
-    sound = Sound(torch.zeros(2, 24000), 48000)
-    path = write_sample(tmp_path, "sample-01", DecodedSample(frames(12, 64, 64), sound), 24000 / 1001)
+def test_a_clip_with_audio_is_one_file_of_its_length_and_rates(tmp_path):
+    audio = Audio(torch.zeros(2, 24000), 48000)
+    path = write_sample(tmp_path, "sample-01", DecodedSample(frames(12, 64, 64), audio), 24000 / 1001)
     info = probe_video(path)
     assert (path.name, info.frames, info.width, info.height) == ("sample-01.mp4", 12, 64, 64)
     assert info.fps == Fraction(24000, 1001)
-    assert read_sound(path).sample_rate == 48000
+    assert read_audio(path).sample_rate == 48000
 
 
-def test_one_frame_is_a_picture_and_sound_alone_a_wav(tmp_path):
+def test_one_frame_is_a_picture_and_audio_alone_a_wav(tmp_path):
     picture = write_sample(tmp_path, "a", DecodedSample(frames(1), None), 24)
     assert Image.open(picture).size == (48, 32)
-    sound = write_sample(tmp_path, "b", DecodedSample(None, Sound(torch.zeros(2, 100), 24000)), 24)
-    assert read_sound(sound).waveform.shape == (2, 100)
+    audio = write_sample(tmp_path, "b", DecodedSample(None, Audio(torch.zeros(2, 100), 24000)), 24)
+    assert read_audio(audio).waveform.shape == (2, 100)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.wav"]
 
 

@@ -14,11 +14,11 @@ from transformers import Gemma3TextModel
 
 from ltx_titan.config import ValidationSection
 from ltx_titan.media import (
+    Audio,
     MediaError,
-    Sound,
     probe_video,
+    read_audio,
     read_clip,
-    read_sound,
     to_duration,
     to_stereo,
     to_uint8,
@@ -114,14 +114,14 @@ def clip_latents(video_codec):
 
 
 @pytest.fixture(scope="module")
-def sound_latents(audio_codec):
-    """Of the first `seconds` of the clip's sound, or of another part of it."""
+def audio_latents(audio_codec):
+    """Of the first `seconds` of the clip's audio, or of another part of it."""
 
     def encode(seconds, start_s=0.0):
-        sound = read_sound(CLIP)
-        first = round(start_s * sound.sample_rate)
-        part = to_duration(Sound(to_stereo(sound.waveform[:, first:]), sound.sample_rate), seconds)
-        return audio_codec.encode(part.waveform[None], sound.sample_rate)[:, :, : audio_codec.steps_for(seconds)]
+        audio = read_audio(CLIP)
+        first = round(start_s * audio.sample_rate)
+        part = to_duration(Audio(to_stereo(audio.waveform[:, first:]), audio.sample_rate), seconds)
+        return audio_codec.encode(part.waveform[None], audio.sample_rate)[:, :, : audio_codec.steps_for(seconds)]
 
     return encode
 
@@ -138,17 +138,17 @@ def test_a_first_frame_survives(run, video_codec):
     assert same(run.latents["first_frame"].video[:, :, :1], given)
 
 
-def test_a_prefix_survives_in_both_streams(run, video_codec, sound_latents):
+def test_a_prefix_survives_in_both_streams(run, video_codec, audio_latents):
     given = video_codec.encode(read_clip(CLIP, 9, WIDTH, HEIGHT)[None])
     assert same(run.latents["prefix"].video[:, :, :2], given)
-    assert same(run.latents["prefix"].audio[:, :, :5], sound_latents(0.2))
+    assert same(run.latents["prefix"].audio[:, :, :5], audio_latents(0.2))
 
 
-def test_a_suffix_survives_in_both_streams(run, clip_latents, sound_latents):
+def test_a_suffix_survives_in_both_streams(run, clip_latents, audio_latents):
     assert same(run.latents["suffix"].video[:, :, -1:], clip_latents[:, :, -1:])
-    whole = read_sound(CLIP)
+    whole = read_audio(CLIP)
     start_s = whole.duration_s - 0.2
-    assert same(run.latents["suffix"].audio[:, :, -5:], sound_latents(0.2, start_s))
+    assert same(run.latents["suffix"].audio[:, :, -5:], audio_latents(0.2, start_s))
 
 
 def test_a_crop_survives(run, clip_latents):
@@ -156,18 +156,18 @@ def test_a_crop_survives(run, clip_latents):
     assert not same(run.latents["spatial_crop"].video[..., :1], clip_latents[..., :1])
 
 
-def test_masked_parts_survive_in_both_streams(run, clip_latents, sound_latents):
+def test_masked_parts_survive_in_both_streams(run, clip_latents, audio_latents):
     assert same(run.latents["mask"].video[:, :, :, :1], clip_latents[:, :, :, :1])
     assert not same(run.latents["mask"].video[:, :, :, 1:], clip_latents[:, :, :, 1:])
-    audio, given = run.latents["mask"].audio, sound_latents(DURATION)
+    audio, given = run.latents["mask"].audio, audio_latents(DURATION)
     half = audio.shape[2] // 2
     assert same(audio[:, :, :half], given[:, :, :half])
     assert not same(audio[:, :, half:], given[:, :, half:])
 
 
-def test_a_frozen_stream_survives_and_the_other_is_generated(run, clip_latents, sound_latents):
+def test_a_frozen_stream_survives_and_the_other_is_generated(run, clip_latents, audio_latents):
     assert same(run.latents["video_to_audio"].video, clip_latents)
-    assert same(run.latents["audio_to_video"].audio, sound_latents(DURATION))
+    assert same(run.latents["audio_to_video"].audio, audio_latents(DURATION))
     assert not same(run.latents["video_to_audio"].audio, run.latents["none"].audio)
 
 
@@ -195,10 +195,10 @@ def test_files_have_the_length_size_and_rates_that_were_asked_for(run, name):
     assert info.frames == FRAMES
     assert info.fps == Fraction(24)
     assert (info.width, info.height) == (2 * WIDTH if "reference" in name else WIDTH, HEIGHT)
-    sound = read_sound(run.files[name])
-    assert sound.sample_rate == 48000
+    audio = read_audio(run.files[name])
+    assert audio.sample_rate == 48000
     # 18 latent steps are 69 spectrogram frames of 10 ms; AAC works in blocks of 1,024 samples.
-    assert abs(sound.duration_s - 0.69) < 2 * 1024 / 48000
+    assert abs(audio.duration_s - 0.69) < 2 * 1024 / 48000
 
 
 def test_a_reference_is_shown_beside_the_result(run):
@@ -208,13 +208,13 @@ def test_a_reference_is_shown_beside_the_result(run):
     assert (shown - frame).abs().mean() < 12
 
 
-def test_sound_alone_is_a_wav_and_a_single_frame_a_picture(pack, tmp_path, run):
+def test_audio_alone_is_a_wav_and_a_single_frame_a_picture(pack, tmp_path, run):
     contexts = run.validation.samples[0].contexts
     known = {"a rabbit": (contexts.video, contexts.audio)}
     section = section_of(pack, [{"prompt": "a rabbit"}], generate_video=False, video_cfg_scale=1.0)
     (file,) = prepare(pack, section, tmp_path, contexts=known).run(pack.model, tmp_path, 1)
     assert file.path.name == "sample-01.wav"
-    assert read_sound(file.path).sample_rate == 48000
+    assert read_audio(file.path).sample_rate == 48000
     section = section_of(pack, [{"prompt": "a rabbit"}], video_dims=[64, 96, 1], video_cfg_scale=1.0)
     (file,) = prepare(pack, section, tmp_path, contexts=known).run(pack.model, tmp_path, 1)
     assert file.path.name == "sample-01.png"
@@ -270,7 +270,7 @@ def test_averaged_weights_are_used_where_asked_for(pack, run, tmp_path):
 
 
 def test_media_that_is_too_short_is_named_before_training(pack, run, tmp_path):
-    write_wav(tmp_path / "short.wav", to_duration(read_sound(CLIP), 0.1))
+    write_wav(tmp_path / "short.wav", to_duration(read_audio(CLIP), 0.1))
     mask = {"type": "mask", "audio": str(tmp_path / "short.wav"), "mask": str(run.folder / "mask.pt")}
     section = section_of(pack, [{"prompt": "a rabbit", "conditions": [mask]}])
     with pytest.raises(MediaError, match=r"short\.wav: lasts 0\.10 s, the sample 0\.71 s"):

@@ -53,7 +53,7 @@ def test_a_stream_that_is_not_generated_has_no_loss():
     assert set(losses) == {"held_out/total", "held_out/video", "held_out/total_sigma_0.5", "held_out/video_sigma_0.5"}
 
 
-def test_a_sample_without_sound_does_not_count_for_sound():
+def test_a_sample_without_audio_does_not_count_for_audio():
     blocks = {"is_generated": True}
     strategy = FlexibleStrategy.from_config(
         {

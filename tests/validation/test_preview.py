@@ -6,17 +6,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from ltx_titan.media import Sound
+from ltx_titan.media import Audio
 from ltx_titan.validation.decode import DecodedSample
 from ltx_titan.validation.preview import make_preview, wandb_media, write_contact_sheet, write_preview
 
 
-def decoded(count=49, sound=True):
+def decoded(count=49, audio=True):
     pixels = torch.randint(0, 255, (count, 64, 480, 3), generator=torch.Generator().manual_seed(0))
-    return DecodedSample(pixels.to(torch.uint8), Sound(torch.zeros(2, 4800), 48000) if sound else None)
+    return DecodedSample(pixels.to(torch.uint8), Audio(torch.zeros(2, 4800), 48000) if audio else None)
 
 
-def test_tensorboard_shows_clip_frames_sound_and_prompt_at_the_step(tmp_path):
+def test_tensorboard_shows_clip_frames_audio_and_prompt_at_the_step(tmp_path):
     writer = SummaryWriter(tmp_path)
     write_preview(writer, "sample-01", "a river", make_preview(decoded(), 24.0), 30)
     writer.close()
@@ -29,9 +29,9 @@ def test_tensorboard_shows_clip_frames_sound_and_prompt_at_the_step(tmp_path):
     assert picture.format == "GIF"
     assert picture.n_frames == 32
     assert max(picture.size) == 320
-    (sound,) = events.Tensors("sample-01/audio")
-    assert sound.step == 30
-    with wave.open(io.BytesIO(sound.tensor_proto.string_val[0])) as file:
+    (audio,) = events.Tensors("sample-01/audio")
+    assert audio.step == 30
+    with wave.open(io.BytesIO(audio.tensor_proto.string_val[0])) as file:
         assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 48000, 4800)
     (text,) = events.Tensors("sample-01/prompt/text_summary")
     assert text.tensor_proto.string_val == [b"a river"]
@@ -42,7 +42,7 @@ def test_tensorboard_shows_clip_frames_sound_and_prompt_at_the_step(tmp_path):
 
 
 def test_moving_pictures_last_as_long_as_the_clip():
-    picture = Image.open(io.BytesIO(make_preview(decoded(48, sound=False), 24.0).moving))
+    picture = Image.open(io.BytesIO(make_preview(decoded(48, audio=False), 24.0).moving))
     durations = []
     for place in range(picture.n_frames):
         picture.seek(place)
@@ -52,15 +52,15 @@ def test_moving_pictures_last_as_long_as_the_clip():
 
 def test_a_contact_sheet_has_one_row_per_clip_with_pictures(tmp_path):
     clip, still = make_preview(decoded(9), 24.0), make_preview(decoded(1), 24.0)
-    sound = make_preview(DecodedSample(None, Sound(torch.zeros(1, 100), 16000)), 24.0)
-    path = write_contact_sheet(tmp_path / "sheet.png", [("a river", clip), ("wind", sound), ("a hill " * 40, still)])
+    audio = make_preview(DecodedSample(None, Audio(torch.zeros(1, 100), 16000)), 24.0)
+    path = write_contact_sheet(tmp_path / "sheet.png", [("a river", clip), ("wind", audio), ("a hill " * 40, still)])
     sheet = Image.open(path)
     # First the clip's frames as they are in TensorBoard: eight of nine, in two rows of four.
     frames = Image.open(io.BytesIO(clip.frames))
     assert frames.size == (4 * 320, 2 * 43) == (sheet.width, 2 * 43)
     assert sheet.crop((0, 16, frames.width, 16 + frames.height)).tobytes() == frames.convert("RGB").tobytes()
     assert sheet.height > frames.height + Image.open(io.BytesIO(still.frames)).height
-    assert write_contact_sheet(tmp_path / "none.png", [("wind", sound)]) is None
+    assert write_contact_sheet(tmp_path / "none.png", [("wind", audio)]) is None
 
 
 def test_a_clip_on_another_machine_is_stood_in_for_by_its_preview(tmp_path):
@@ -73,10 +73,10 @@ def test_a_clip_on_another_machine_is_stood_in_for_by_its_preview(tmp_path):
         assert media["sample-01/video"]._path == str(path)
 
 
-def test_a_picture_does_not_move_and_sound_alone_has_no_picture():
-    still = make_preview(decoded(1, sound=False), 24.0)
+def test_a_picture_does_not_move_and_audio_alone_has_no_picture():
+    still = make_preview(decoded(1, audio=False), 24.0)
     assert still.moving is None
     assert Image.open(io.BytesIO(still.frames)).width == 320
-    heard = make_preview(DecodedSample(None, Sound(torch.zeros(1, 100), 16000)), 24.0)
+    heard = make_preview(DecodedSample(None, Audio(torch.zeros(1, 100), 16000)), 24.0)
     assert heard.frames is None
-    assert heard.sound is not None
+    assert heard.audio is not None

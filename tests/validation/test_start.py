@@ -24,7 +24,7 @@ def latents(grid=GRID, channels=5, seed=0):
     return torch.randn(1, channels, *grid, generator=torch.Generator().manual_seed(seed))
 
 
-def sound(steps, seed=0):
+def audio(steps, seed=0):
     return torch.randn(1, 8, steps, 16, generator=torch.Generator().manual_seed(seed))
 
 
@@ -70,8 +70,8 @@ def test_a_frozen_stream_is_its_latents():
 
 
 def test_audio_latents_come_back_in_their_layout():
-    made = frozen(audio_start(6), sound(6))
-    assert torch.equal(target_latents(begun(made).latent, made, "audio"), sound(6))
+    made = frozen(audio_start(6), audio(6))
+    assert torch.equal(target_latents(begun(made).latent, made, "audio"), audio(6))
 
 
 @pytest.mark.parametrize(("grid", "fps"), [(Grid(4, 2, 3), 24.0), (Grid(4, 1, 3), 24.0), (Grid(2, 2, 3), 8.0)])
@@ -105,9 +105,9 @@ def test_references_are_cut_off_and_move_no_noise():
     plain, beside = start(), with_video_reference(start(), latents(), 24.0, FACTORS)
     assert torch.equal(begun(plain).latent, begun(beside).latent[:, : GRID.num_tokens])
     assert target_latents(begun(beside).latent, beside, "video").shape == (1, 5, *GRID)
-    sounds = with_audio_reference(audio_start(6), sound(4))
-    assert torch.equal(begun(audio_start(6)).latent, begun(sounds).latent[:, :6])
-    assert torch.equal(sounds.coordinates.positions[:, :, 6:], audio_start(4).coordinates.positions)
+    audios = with_audio_reference(audio_start(6), audio(4))
+    assert torch.equal(begun(audio_start(6)).latent, begun(audios).latent[:, :6])
+    assert torch.equal(audios.coordinates.positions[:, :, 6:], audio_start(4).coordinates.positions)
 
 
 def test_only_the_first_latent_frame_of_the_target_is_marked():

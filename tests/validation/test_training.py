@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ltx_titan
 from ltx_titan.commands import sample
-from ltx_titan.media import probe_video, read_sound
+from ltx_titan.media import probe_video, read_audio
 from ltx_titan.train import main
 from tests.jobs import read_run, small_validation, train, write_job
 from tests.wandb_records import history, run_folders
@@ -92,7 +92,7 @@ def test_clips_have_the_sizes_and_rates_that_were_asked_for_before_training_and_
         for name, size in (("sample-01.mp4", (64, 64, 9)), ("sample-02.mp4", (96, 64, 17))):
             clip = probe_video(folder / name)
             assert (clip.width, clip.height, clip.frames, clip.fps) == (*size, 24)
-            assert read_sound(folder / name).sample_rate == 48000
+            assert read_audio(folder / name).sample_rate == 48000
         assert Image.open(folder / "sample-03.png").size == (64, 96)
     untrained, trained = sheet(samples / "step-0"), sheet(samples / "step-2")
     assert not same_pictures(untrained, trained)
@@ -109,7 +109,7 @@ def test_clips_and_held_out_curve_are_in_tensorboard_from_the_untrained_model_on
         assert [line[tag] for line in read_run(single)] == pytest.approx([curve[1], curve[2]])
 
 
-def test_clips_sound_and_frames_are_in_wandb_with_prompt_and_step(single):
+def test_clips_audio_and_frames_are_in_wandb_with_prompt_and_step(single):
     (run,) = run_folders(single.parent / "run")
     rows = history(run)
     clips = [row for row in rows if "sample-01/video.path" in row]

@@ -22,8 +22,9 @@ from ltx_titan.commands.captioning.parts import read_parts
 from ltx_titan.commands.captioning.server import LAUNCH, Captioner, CaptionError, ServerGone, server_captioner
 from ltx_titan.commands.captioning.table import CaptionTable
 from ltx_titan.commands.captioning.text import instruction, read_answer
-from ltx_titan.commands.files import SOUND_SUFFIXES, VIDEO_SUFFIXES, own_device, own_share
+from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from ltx_titan.commands.report import Report
+from ltx_titan.common.ranks import own_device, own_share
 from ltx_titan.media import IMAGE_SUFFIXES, MediaError
 
 DEFAULT_SERVER = "http://127.0.0.1:8001/v1"
@@ -45,7 +46,7 @@ class CaptionOptions:
         load_in_8bit: weights of the local model in int8.
         device: where the local model runs.
         instruction: the user's own, in place of ours.
-        skip_audio: do not send sound.
+        skip_audio: do not send audio.
         send: frames, or the video file itself (servers that take it).
         fps: frames for each second of video.
         max_frames: at most.
@@ -57,7 +58,7 @@ class CaptionOptions:
         extra_body: further fields of the request, as JSON.
         num_workers: files at once.
         recursive: look into subfolders.
-        extensions: of the files that are captioned; None: videos and images, in a folder without any also sounds.
+        extensions: of the files that are captioned; None: videos and images, in a folder without any also audio.
         overwrite: caption again what has a caption.
         dry_run: only say what would be done.
     """
@@ -91,7 +92,7 @@ class CaptionOptions:
     def suffixes(self) -> frozenset[str]:
         """Suffixes of the files that are captioned."""
         if self.extensions is None:
-            return VIDEO_SUFFIXES | IMAGE_SUFFIXES | SOUND_SUFFIXES
+            return VIDEO_SUFFIXES | IMAGE_SUFFIXES | AUDIO_SUFFIXES
         return frozenset(f".{extension.strip().lower().lstrip('.')}" for extension in self.extensions)
 
 
@@ -182,7 +183,7 @@ def _captioner(options: CaptionOptions, extra_body: Mapping[str, Any]) -> Captio
         own_device(options.device),
         options.max_tokens,
         options.load_in_8bit,
-        with_sound=not options.skip_audio,
+        with_audio=not options.skip_audio,
     )
     lock = threading.Lock()
 
@@ -216,16 +217,16 @@ def _print_plan(todo: list[Path], options: CaptionOptions, report: Report) -> No
             parts = read_parts(path, options.fps, options.max_frames, options.max_side, not options.skip_audio)
         except (MediaError, OSError):
             continue
-        sound = "no sound" if parts.sound is None else f"{parts.sound.duration_s:.1f} s of sound"
+        audio = "no audio" if parts.audio is None else f"{parts.audio.duration_s:.1f} s of audio"
         size = parts.frames[0][1].size if parts.frames else (0, 0)
-        say(f"\nof {path.name} would be sent: {len(parts.frames)} frame(s) of {size[0]}x{size[1]}, {sound}, and:\n")
+        say(f"\nof {path.name} would be sent: {len(parts.frames)} frame(s) of {size[0]}x{size[1]}, {audio}, and:\n")
         say(instruction(parts.kind, parts.heard, options.instruction))
         break
 
 
 DESCRIPTION = f"""\
-Describe clips, images or sounds with a multimodal model: frames with their times and the sound go to the model, and
-the captions into a table that process-dataset reads. The model is told whether there is sound, so that captions
+Describe clips, images or audio with a multimodal model: frames with their times and the audio go to the model, and
+the captions into a table that process-dataset reads. The model is told whether there is audio, so that captions
 describe what is heard, and only that.
 
 INPUT is a file, a folder, or a table (such as scenes.jsonl of split-scenes), which gets the column caption. Rows that
@@ -262,7 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the files and what one request holds, and stop")
     ask = parser.add_argument_group("what the model gets")
     ask.add_argument("--instruction", "-i", help="your own in place of ours")
-    ask.add_argument("--skip-audio", action="store_true", help="do not send sound: for models that cannot hear")
+    ask.add_argument("--skip-audio", action="store_true", help="do not send audio: for models that cannot hear")
     ask.add_argument("--fps", "-f", type=float, default=2.0, help="frames for each second of video (default: 2)")
     ask.add_argument("--max-frames", type=int, default=32, help="at most, spread evenly (default: 32)")
     ask.add_argument("--max-side", type=int, default=768, help="pixels of the frames' longer side (default: 768)")

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from ltx_titan.commands.captioning.text import Heard
-from ltx_titan.commands.files import SOUND_SUFFIXES
-from ltx_titan.media import MediaError, Sound, is_image, iter_frames, probe_video, read_image, read_sound, to_stereo
+from ltx_titan.commands.files import AUDIO_SUFFIXES
+from ltx_titan.media import Audio, MediaError, is_image, iter_frames, probe_video, read_audio, read_image, to_stereo
 
 # What the audio encoders of multimodal models work at.
 _SOUND_RATE = 16000
@@ -36,7 +36,7 @@ class ClipParts:
     path: Path
     kind: Literal["video", "image", "sound"]
     frames: tuple[tuple[float, Image.Image], ...]
-    sound: Sound | None
+    sound: Audio | None
     heard: Heard
 
 
@@ -55,13 +55,13 @@ def read_parts(path: Path, fps: float, max_frames: int, max_side: int, with_soun
     """
     if is_image(path):
         return ClipParts(path, "image", ((0.0, _picture(read_image(path)[0].numpy(), max_side)),), None, "silence")
-    if path.suffix.lower() in SOUND_SUFFIXES:
-        sound = read_sound(path) if with_sound else None
+    if path.suffix.lower() in AUDIO_SUFFIXES:
+        sound = read_audio(path) if with_sound else None
         if sound is None:
             raise MediaError(path, "has no sound track" if with_sound else "is a sound, and sound is not sent")
         return ClipParts(path, "sound", (), _mono(sound), "sound")
     info = probe_video(path)
-    sound = read_sound(path) if with_sound and info.has_audio else None
+    sound = read_audio(path) if with_sound and info.has_audio else None
     heard: Heard = "sound" if sound is not None else "unknown" if info.has_audio else "silence"
     duration_s = info.frames / info.fps
     count = max(1, min(info.frames, max_frames, math.ceil(duration_s * fps)))
@@ -84,7 +84,7 @@ def jpeg_url(picture: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def wav_base64(sound: Sound) -> str:
+def wav_base64(sound: Audio) -> str:
     """A sound as a 16-bit WAV file, in base64."""
     buffer = io.BytesIO()
     samples = (sound.waveform.clamp(-1, 1) * 32767).round().to(torch.int16)
@@ -102,11 +102,11 @@ def _picture(frame: np.ndarray, max_side: int) -> Image.Image:
     return picture
 
 
-def _mono(sound: Sound) -> Sound:
+def _mono(sound: Audio) -> Audio:
     # FFmpeg's resampler: ours comes with the audio VAE's libraries, which a captioner behind a server needs none of.
     mixed = to_stereo(sound.waveform).mean(0, keepdim=True).contiguous().numpy()
     frame = av.AudioFrame.from_ndarray(mixed, format="fltp", layout="mono")
     frame.sample_rate = sound.sample_rate
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=_SOUND_RATE)
     chunks = [part.to_ndarray() for part in (*resampler.resample(frame), *resampler.resample(None))]
-    return Sound(torch.from_numpy(np.concatenate(chunks, axis=1)), _SOUND_RATE)
+    return Audio(torch.from_numpy(np.concatenate(chunks, axis=1)), _SOUND_RATE)

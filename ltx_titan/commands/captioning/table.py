@@ -9,19 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ltx_titan.commands.files import (
-    SOUND_SUFFIXES,
+    AUDIO_SUFFIXES,
     VIDEO_SUFFIXES,
     Row,
     find_media,
     is_table,
-    locked,
     media_of_row,
     moved_row,
     read_table,
     relative_name,
     write_table,
-    write_text,
 )
+from ltx_titan.common.files import locked, write_text
 from ltx_titan.media import is_image
 
 
@@ -53,7 +52,7 @@ class CaptionTable:
         elif source.is_file():
             self.files = [source]
         else:
-            self.files = _without_sounds_of_videos(find_media(source, suffixes, recursive))
+            self.files = _without_audio_of_videos(find_media(source, suffixes, recursive))
         self._captions = self._known()
 
     def has(self, path: Path) -> bool:
@@ -113,7 +112,7 @@ class CaptionTable:
         rows = []
         for key, path in own.items():
             if captions.get(key):
-                column = "audio" if path.suffix.lower() in SOUND_SUFFIXES else "video"
+                column = "audio" if path.suffix.lower() in AUDIO_SUFFIXES else "video"
                 rows.append({**before.get(key, {column: key}), "caption": captions[key]})
         return others + rows
 
@@ -132,8 +131,8 @@ def _default_output(source: Path) -> Path:
     return source / "dataset.jsonl" if source.is_dir() else source.with_name(f"{source.stem}.dataset.jsonl")
 
 
-def _without_sounds_of_videos(files: list[Path]) -> list[Path]:
-    """Sounds count only in a folder of sounds: beside videos they are something else's, such as their own."""
+def _without_audio_of_videos(files: list[Path]) -> list[Path]:
+    """Audio count only in a folder of audio: beside videos they are something else's, such as their own."""
     pictures = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES or is_image(path)]
     return pictures or files
 

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ltx_titan.commands.files import SOUND_SUFFIXES, VIDEO_SUFFIXES, is_table, write_text
+from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES, is_table
 from ltx_titan.commands.inspection import prepared, raw
 from ltx_titan.commands.inspection.prepared import Folders, PreparedSample
 from ltx_titan.commands.inspection.raw import RawClip
 from ltx_titan.commands.inspection.sheet import Entry, write_sheet
 from ltx_titan.commands.report import Report
+from ltx_titan.common.files import write_text
 from ltx_titan.data import resolve_root
 from ltx_titan.encode.buckets import parse_buckets
 from ltx_titan.estimate.step_time import StepTimes, step_times
@@ -95,7 +96,7 @@ def _prepared_root(source: Path) -> Path | None:
         return None
     root = resolve_root(source)
     has_media = any(
-        path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES | SOUND_SUFFIXES for path in source.iterdir()
+        path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES | AUDIO_SUFFIXES for path in source.iterdir()
     )
     return None if root != source and has_media else root
 
@@ -118,7 +119,7 @@ def _raw(options: InspectOptions, times: StepTimes, report: Report) -> None:
         _sentence("sizes", Counter(f"{clip.width}x{clip.height}" for clip in good if clip.width)),
         _sentence("frames per second", Counter(f"{clip.fps:.6g}" for clip in good if clip.fps)),
         _spread_sentence("seconds", [clip.duration_s for clip in good if clip.duration_s]),
-        _sentence("sound", Counter(_sound(clip) for clip in good if clip.kind != "image")),
+        _sentence("audio", Counter(_audio(clip) for clip in good if clip.kind != "image")),
     ]
     if buckets:
         header.append(_sentence("buckets", Counter(str(clip.bucket) for clip in good if clip.bucket)))
@@ -148,7 +149,7 @@ def _prepared(root: Path, folders: Folders, options: InspectOptions, times: Step
         f"folders: {', '.join(folders)}",
         _sentence("frames per second", Counter(f"{sample.fps:.6g}" for sample in good if sample.fps)),
         _spread_sentence("seconds", [sample.duration_s for sample in good]),
-        _sentence("sound", Counter("with" if sample.has_sound else "without" for sample in good)),
+        _sentence("audio", Counter("with" if sample.has_audio else "without" for sample in good)),
         _spread_sentence("text tokens", text) if text else "text: finished contexts",
     ]
     for folder in folders:
@@ -243,7 +244,7 @@ def _spread_sentence(name: str, values: Sequence[float]) -> str:
     return f"{name}: {min(values):.4g} to {max(values):.4g}, half of them above {statistics.median(values):.4g}"
 
 
-def _sound(clip: RawClip) -> str:
+def _audio(clip: RawClip) -> str:
     if not clip.channels:
         return "none"
     return (
@@ -260,7 +261,7 @@ def _length(seconds: float) -> str:
 
 
 DESCRIPTION = """\
-Look at clips or at prepared data before training on them: a contact sheet (PNG) with frames, sound and caption of
+Look at clips or at prepared data before training on them: a contact sheet (PNG) with frames, audio and caption of
 each, and tables of counts, sizes, rates, lengths, buckets, tokens and estimated step times. Broken files are named.
 
 SOURCE is a folder or a table of clips, or the root of prepared data. With --resolution-buckets, clips are shown as
@@ -286,7 +287,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution-buckets", metavar="WxHxF;...", help="as for process-dataset")
     parser.add_argument("--limit", type=int, default=24, metavar="N", help="clips on the sheet (default: 24)")
     parser.add_argument("--columns", type=int, default=2, help="clips side by side on the sheet (default: 2)")
-    parser.add_argument("--deep", action="store_true", help="decode every frame and all sound of clips")
+    parser.add_argument("--deep", action="store_true", help="decode every frame and all audio of clips")
     parser.add_argument("--decode", action="store_true", help="decode prepared latents for the sheet")
     parser.add_argument("--num-workers", type=int, default=8, help="files at once (default: 8)")
     step = parser.add_argument_group("step times")

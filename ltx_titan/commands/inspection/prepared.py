@@ -27,8 +27,8 @@ class PreparedSample:
         name: path below the source folders.
         shapes: shape of the latents by source folder.
         fps: of the video latents; 0 without.
-        duration_s: seconds of video, or of sound where there is none.
-        has_sound: whether there are audio latents that are no stand-in.
+        duration_s: seconds of video, or of audio where there is none.
+        has_audio: whether there are audio latents that are no stand-in.
         text_tokens: tokens of the prompt, 0 where finished contexts are stored.
         is_text_full: whether the prompt fills its whole length, so that its end was likely cut off.
         problems: (source folder, why) of files that cannot be used.
@@ -38,7 +38,7 @@ class PreparedSample:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     fps: float = 0.0
     duration_s: float = 0.0
-    has_sound: bool = False
+    has_audio: bool = False
     text_tokens: int = 0
     is_text_full: bool = False
     problems: list[tuple[str, str]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class PreparedSample:
         """Size in pixels and frames that the video latents stand for."""
         shape = self.shapes.get("latents")
         if shape is None:
-            return "sound"
+            return "audio"
         _, frames, height, width = shape
         return f"{width * 32}x{height * 32}x{(frames - 1) * 8 + 1}"
 
@@ -69,7 +69,7 @@ class PreparedSample:
         if self.fps:
             parts.append(f"{self.fps:.6g} fps")
         parts.append(f"{self.duration_s:.2f} s")
-        parts.append("sound" if self.has_sound else "no sound")
+        parts.append("audio" if self.has_audio else "no audio")
         parts.append(f"{self.video_tokens} + {self.audio_tokens} tokens")
         if self.text_tokens:
             parts.append(f"text {self.text_tokens}")
@@ -124,9 +124,9 @@ def warnings_of(samples: Sequence[PreparedSample]) -> dict[str, int]:
         "prompts that fill all tokens (their end was likely cut off)": sum(sample.is_text_full for sample in texts),
         "empty prompts": sum(sample.text_tokens <= 1 for sample in texts),
     }
-    without = sum(not sample.has_sound for sample in good)
+    without = sum(not sample.has_audio for sample in good)
     if 0 < without < len(good):
-        counts["samples without sound beside others with it"] = without
+        counts["samples without audio beside others with it"] = without
     return {text: count for text, count in counts.items() if count}
 
 
@@ -137,7 +137,7 @@ def statistics_of(
 
     They are about 0 and 1 where the right VAE made them.
     """
-    heard = [sample for sample in samples if folder != "audio_latents" or sample.has_sound]
+    heard = [sample for sample in samples if folder != "audio_latents" or sample.has_audio]
     names = [sample.name for sample in heard if folder in sample.shapes]
     if not names:
         return None
@@ -152,7 +152,7 @@ def sheet_entry(sample: PreparedSample, folders: Folders, decoders: Decoders | N
         folder, reason = sample.problems[0]
         return Entry(sample.name, sample.facts, warning=f"{folder}: {reason}")
     video = _latents(folders, "latents", sample)
-    audio = _latents(folders, "audio_latents", sample) if sample.has_sound else None
+    audio = _latents(folders, "audio_latents", sample) if sample.has_audio else None
     if decoders is None:
         frames = [] if video is None else false_colours(video)
         return Entry(sample.name, sample.facts, frames, None if audio is None else _spectrum(audio))
@@ -166,7 +166,7 @@ def sheet_entry(sample: PreparedSample, folders: Folders, decoders: Decoders | N
         if decoded.frames is None
         else [Image.fromarray(decoded.frames[i].numpy()) for i in _spread(len(decoded.frames))]
     )
-    return Entry(sample.name, sample.facts, frames, decoded.sound)
+    return Entry(sample.name, sample.facts, frames, decoded.audio)
 
 
 def false_colours(latents: Tensor) -> list[Image.Image]:
@@ -204,7 +204,7 @@ def _take(sample: PreparedSample, folder: str, fields: Fields) -> None:
         sample.fps = float(fields["fps"])
         sample.duration_s = ((int(fields["num_frames"]) - 1) * 8 + 1) / sample.fps
     elif folder == "audio_latents":
-        sample.has_sound = bool(fields.get("present", True))
+        sample.has_audio = bool(fields.get("present", True))
         sample.duration_s = sample.duration_s or float(fields["duration"])
     elif folder == "conditions" and isinstance(mask := fields.get("prompt_attention_mask"), Tensor):
         sample.text_tokens = int(mask.sum())
@@ -225,7 +225,7 @@ def _spread(count: int) -> list[int]:
 
 
 def _spectrum(latents: Tensor) -> Image.Image:
-    """Sound latents [8, T, 16] as a picture: time to the right, channels and frequencies downwards."""
+    """Audio latents [8, T, 16] as a picture: time to the right, channels and frequencies downwards."""
     values = latents.float().permute(0, 2, 1).flatten(0, 1)
     scaled = ((values.clamp(-2.5, 2.5) + 2.5) / 5 * 255).to(torch.uint8)
     return Image.fromarray(scaled.numpy())

@@ -1,4 +1,4 @@
-"""What raw clips are: sizes, rates, lengths and sound of each file, the bucket it goes to, and which are broken."""
+"""What raw clips are: sizes, rates, lengths and audio of each file, the bucket it goes to, and which are broken."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ltx_titan.commands.files import SOUND_SUFFIXES, VIDEO_SUFFIXES, find_media, is_table, media_of_row, read_table
+from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES, find_media, is_table, media_of_row, read_table
 from ltx_titan.commands.inspection.sheet import Entry
 from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND
 from ltx_titan.encode.buckets import Bucket, choose_bucket
 from ltx_titan.media import (
     IMAGE_SUFFIXES,
+    Audio,
     MediaError,
-    Sound,
     fit_frames,
     is_image,
     iter_frames,
     probe_video,
+    read_audio,
     read_image,
-    read_sound,
     to_uint8,
 )
 from ltx_titan.media.video import open_media
@@ -40,18 +40,18 @@ class RawClip:
 
     Attributes:
         path: the file.
-        kind: video, image or sound.
-        width: pixels, 0 for a sound.
+        kind: video, image or audio.
+        width: pixels, 0 for an audio.
         height: likewise.
-        frames: 1 for an image, 0 for a sound.
-        fps: frames per second, 0 for images and sounds.
+        frames: 1 for an image, 0 for an audio.
+        fps: frames per second, 0 for images and audio.
         duration_s: seconds; 0 for an image.
-        channels: of the sound track; 0: none.
-        sample_rate: of the sound track, Hz; 0: none.
+        channels: of the audio track; 0: none.
+        sample_rate: of the audio track, Hz; 0: none.
         caption: from the table, None without one.
         problem: why it cannot be used; None: it can.
         bucket: where it goes, None where no bucket fits or none are given.
-        is_silent: whether its sound track holds silence; None: not listened to.
+        is_silent: whether its audio track holds silence; None: not listened to.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class RawClip:
 
     @property
     def audio_tokens(self) -> int:
-        """Tokens of its sound for the length of its bucket."""
+        """Tokens of its audio for the length of its bucket."""
         duration_s = self.duration_s
         if self.bucket is not None:
             duration_s = self.bucket.frames / (self.fps or 1.0)
@@ -89,13 +89,13 @@ class RawClip:
         parts: list[str] = []
         if not (self.width or self.channels):
             return ""
-        if self.kind != "sound":
+        if self.kind != "audio":
             parts.append(f"{self.width}x{self.height}")
         if self.kind == "video":
             parts += [f"{self.frames} frames", f"{self.fps:.6g} fps"]
         if self.kind != "image":
             parts.append(f"{self.duration_s:.2f} s")
-            parts.append(f"{_channels(self.channels)} {self.sample_rate / 1000:g} kHz" if self.channels else "no sound")
+            parts.append(f"{_channels(self.channels)} {self.sample_rate / 1000:g} kHz" if self.channels else "no audio")
         if self.bucket is not None:
             parts.append(f"-> {self.bucket}, {self.video_tokens} + {self.audio_tokens} tokens")
         return "   ".join(parts)
@@ -111,7 +111,7 @@ def find_clips(source: Path) -> list[tuple[Path, str | None]]:
         rows = read_table(source)
         found = [(media_of_row(row, source), row.get("caption")) for row in rows]
         return [(path, caption) for path, caption in found if path is not None]
-    return [(path, None) for path in find_media(source, VIDEO_SUFFIXES | IMAGE_SUFFIXES | SOUND_SUFFIXES)]
+    return [(path, None) for path in find_media(source, VIDEO_SUFFIXES | IMAGE_SUFFIXES | AUDIO_SUFFIXES)]
 
 
 def probe_clips(
@@ -126,7 +126,7 @@ def probe_clips(
     Args:
         clips: (file, caption).
         buckets: to choose from; none: no choice is made.
-        deep: decode every frame and all sound, which finds files that are damaged behind their header.
+        deep: decode every frame and all audio, which finds files that are damaged behind their header.
         num_workers: files at once.
         on_clip: called after each file.
     """
@@ -149,21 +149,21 @@ def sheet_entry(clip: RawClip) -> Entry:
     """A clip on a contact sheet: as training will see it where there is a bucket, else from start to end."""
     warning = clip.problem
     frames: list[Image.Image] = []
-    sound: Sound | None = None
+    audio: Audio | None = None
     if clip.problem is None or clip.frames:
         try:
             frames = _pictures(clip)
-            sound = read_sound(clip.path) if clip.channels else None
+            audio = read_audio(clip.path) if clip.channels else None
         except (MediaError, OSError) as error:
             warning = error.reason if isinstance(error, MediaError) else str(error)
     if warning is None and clip.is_silent:
-        warning = "its sound track is silent"
+        warning = "its audio track is silent"
     if warning is None and clip.bucket is not None and (factor := _enlargement(clip)) > _FAR_SHORT:
         warning = f"is enlarged {factor:.1f} times for its bucket"
-    if sound is not None and clip.fps:
+    if audio is not None and clip.fps:
         frames_shown = clip.frames if clip.bucket is None else clip.bucket.frames
-        sound = Sound(sound.waveform[:, : round(frames_shown / clip.fps * sound.sample_rate)], sound.sample_rate)
-    return Entry(clip.path.name, clip.facts, frames, sound, clip.caption, warning)
+        audio = Audio(audio.waveform[:, : round(frames_shown / clip.fps * audio.sample_rate)], audio.sample_rate)
+    return Entry(clip.path.name, clip.facts, frames, audio, clip.caption, warning)
 
 
 def warnings_of(clips: Sequence[RawClip], has_buckets: bool, is_table: bool) -> dict[str, int]:
@@ -171,8 +171,8 @@ def warnings_of(clips: Sequence[RawClip], has_buckets: bool, is_table: bool) -> 
     good = [clip for clip in clips if clip.problem is None]
     counts = {
         "clips without a caption": sum(is_table and not clip.caption for clip in good),
-        "videos without sound beside others with it": 0,
-        "sound tracks that are silent": sum(bool(clip.is_silent) for clip in good),
+        "videos without audio beside others with it": 0,
+        "audio tracks that are silent": sum(bool(clip.is_silent) for clip in good),
         f"clips enlarged more than {_FAR_SHORT:g} times for their bucket": sum(
             clip.bucket is not None and _enlargement(clip) > _FAR_SHORT for clip in good
         ),
@@ -180,7 +180,7 @@ def warnings_of(clips: Sequence[RawClip], has_buckets: bool, is_table: bool) -> 
     videos = [clip for clip in good if clip.kind == "video"]
     without = sum(not clip.channels for clip in videos)
     if 0 < without < len(videos):
-        counts["videos without sound beside others with it"] = without
+        counts["videos without audio beside others with it"] = without
     unused = sum(clip.duration_s - clip.bucket.frames / clip.fps for clip in videos if clip.bucket)
     total = sum(clip.duration_s for clip in videos)
     if has_buckets and total and unused / total > 0.5:
@@ -206,10 +206,10 @@ def _probe(path: Path, caption: str | None, buckets: Sequence[Bucket], deep: boo
     if kind == "image":
         _, height, width, _ = read_image(path).shape
         return _placed(RawClip(path, kind, width, height, 1, caption=caption), buckets)
-    channels, rate, duration_s = _probe_sound(path)
-    if kind == "sound":
+    channels, rate, duration_s = _probe_audio(path)
+    if kind == "audio":
         if not channels:
-            raise MediaError(path, "has no sound track")
+            raise MediaError(path, "has no audio track")
         clip = RawClip(path, kind, duration_s=duration_s, channels=channels, sample_rate=rate, caption=caption)
         return _listened(clip) if deep else clip
     info = probe_video(path)
@@ -236,11 +236,11 @@ def _probe(path: Path, caption: str | None, buckets: Sequence[Bucket], deep: boo
 
 
 def _kind(path: Path) -> str:
-    return "image" if is_image(path) else "sound" if path.suffix.lower() in SOUND_SUFFIXES else "video"
+    return "image" if is_image(path) else "audio" if path.suffix.lower() in AUDIO_SUFFIXES else "video"
 
 
-def _probe_sound(path: Path) -> tuple[int, int, float]:
-    """Channels, sample rate and seconds of a file's sound track; zeros without one."""
+def _probe_audio(path: Path) -> tuple[int, int, float]:
+    """Channels, sample rate and seconds of a file's audio track; zeros without one."""
     with open_media(path) as container:
         if not container.streams.audio:
             return 0, 0, 0.0
@@ -250,9 +250,9 @@ def _probe_sound(path: Path) -> tuple[int, int, float]:
 
 
 def _listened(clip: RawClip) -> RawClip:
-    sound = read_sound(clip.path)
+    audio = read_audio(clip.path)
     # 16-bit silence with dither stays below; the quietest recordings do not.
-    silent = sound is None or bool(sound.waveform.abs().max() < 1e-3)
+    silent = audio is None or bool(audio.waveform.abs().max() < 1e-3)
     return RawClip(**{**vars(clip), "is_silent": silent})
 
 
@@ -277,7 +277,7 @@ def _enlargement(clip: RawClip) -> float:
 
 
 def _pictures(clip: RawClip) -> list[Image.Image]:
-    if clip.kind == "sound":
+    if clip.kind == "audio":
         return []
     if clip.kind == "image":
         return [_fitted(torch.as_tensor(read_image(clip.path)), clip.bucket)]

@@ -1,4 +1,4 @@
-"""A contact sheet: one picture of many clips, each with frames in order of time, its sound, and what is known of it."""
+"""A contact sheet: one picture of many clips, each with frames in order of time, its audio, and what is known of it."""
 
 import os
 import textwrap
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ltx_titan.media import Sound
+from ltx_titan.media import Audio
 
 _CELL_WIDTH = 960
 _STRIP_HEIGHT = 132
-_SOUND_HEIGHT = 34
+_AUDIO_HEIGHT = 34
 _GAP = 3
 _MARGIN = 18
 _LINE = 17
@@ -35,8 +35,8 @@ class Entry:
     Attributes:
         title: its name.
         facts: what is known of it, in one line.
-        frames: pictures in order of time, all of one size; none for a sound.
-        sound: drawn as a waveform, or a picture of it; None: without one.
+        frames: pictures in order of time, all of one size; none for an audio.
+        audio: drawn as a waveform, or a picture of it; None: without one.
         caption: its text, shortened to a few lines.
         warning: what is wrong with it.
     """
@@ -44,7 +44,7 @@ class Entry:
     title: str
     facts: str
     frames: Sequence[Image.Image] = ()
-    sound: Sound | Image.Image | None = None
+    audio: Audio | Image.Image | None = None
     caption: str | None = None
     warning: str | None = None
 
@@ -86,7 +86,7 @@ def _cell(entry: Entry) -> Image.Image:
     if len(caption) > _MAX_CAPTION_LINES:
         caption = [*caption[: _MAX_CAPTION_LINES - 1], caption[_MAX_CAPTION_LINES - 1][:134] + " ..."]
     strip = _strip(entry.frames)
-    wave = _sound(entry.sound, strip.width if strip is not None else _CELL_WIDTH)
+    wave = _audio(entry.audio, strip.width if strip is not None else _CELL_WIDTH)
     height = _LINE * (1 + len(caption) + bool(entry.warning)) + 5
     height += sum(part.height + _GAP for part in (strip, wave) if part is not None)
     cell = Image.new("RGB", (_CELL_WIDTH, height), _BACKGROUND)
@@ -122,22 +122,22 @@ def _strip(frames: Sequence[Image.Image]) -> Image.Image | None:
     return strip
 
 
-def _sound(sound: Sound | Image.Image | None, width: int) -> Image.Image | None:
-    if isinstance(sound, Sound):
-        return _waveform(sound, width)
-    return None if sound is None else sound.convert("RGB").resize((width, _SOUND_HEIGHT * 2), Image.Resampling.BILINEAR)
+def _audio(audio: Audio | Image.Image | None, width: int) -> Image.Image | None:
+    if isinstance(audio, Audio):
+        return _waveform(audio, width)
+    return None if audio is None else audio.convert("RGB").resize((width, _AUDIO_HEIGHT * 2), Image.Resampling.BILINEAR)
 
 
-def _waveform(sound: Sound, width: int) -> Image.Image:
-    """Largest and smallest sample under each column of pixels, on a scale of decibels so that quiet sound shows."""
-    picture = Image.new("RGB", (width, _SOUND_HEIGHT), _SILENT)
+def _waveform(audio: Audio, width: int) -> Image.Image:
+    """Largest and smallest sample under each column of pixels, on a scale of decibels so that quiet audio shows."""
+    picture = Image.new("RGB", (width, _AUDIO_HEIGHT), _SILENT)
     draw = ImageDraw.Draw(picture)
-    mono = sound.waveform.float().abs().amax(0)
+    mono = audio.waveform.float().abs().amax(0)
     if mono.numel():
         padded = torch.nn.functional.pad(mono, (0, -mono.numel() % width))
         peaks = padded.view(width, -1).amax(1).clamp(min=1e-5)
         loudness = (1 + 20 * peaks.log10() / 60).clamp(0, 1).numpy()
-        middle = _SOUND_HEIGHT / 2
+        middle = _AUDIO_HEIGHT / 2
         for x, level in enumerate(np.asarray(loudness)):
             reach = level * (middle - 1)
             draw.line([(x, middle - reach), (x, middle + reach)], fill=_WAVE)

@@ -28,8 +28,8 @@ class ProcessOptions:
         caption_column: column of captions; None: `caption`.
         fps: rate that videos are read at, as `24` or `24000/1001`; None: each one's own.
         reshape_mode: where what does not fit a bucket is cut off.
-        skip_audio: leave the sound of videos alone.
-        audio_durations: `2.0;4.0;...` seconds that sounds are cut to in a data set without videos.
+        skip_audio: leave the audio of videos alone.
+        audio_durations: `2.0;4.0;...` seconds that audio are cut to in a data set without videos.
         reference_downscale_factor: how much smaller reference videos are than their targets.
         reference_temporal_scale_factor: how many times fewer frames they have.
         lora_trigger: word put in front of every caption.
@@ -148,8 +148,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_media_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the commands that encode videos and sounds."""
-    group = parser.add_argument_group("videos and sounds")
+    """Options of the commands that encode videos and audio."""
+    group = parser.add_argument_group("videos and audio")
     group.add_argument(
         "--resolution-buckets",
         metavar="WxHxF;...",
@@ -168,11 +168,11 @@ def add_media_arguments(parser: argparse.ArgumentParser) -> None:
         default="center",
         help="where what does not fit the bucket is cut off; random: at a place that differs between samples",
     )
-    group.add_argument("--skip-audio", action="store_true", help="do not encode the sound of videos")
+    group.add_argument("--skip-audio", action="store_true", help="do not encode the audio of videos")
     group.add_argument(
         "--audio-durations",
         metavar="S;...",
-        help="without videos: cut each sound to the longest of these seconds that it reaches, as in '2.0;4.0;8.0'; "
+        help="without videos: cut each audio to the longest of these seconds that it reaches, as in '2.0;4.0;8.0'; "
         "equal lengths can share a batch (default: encode each as long as it is)",
     )
     group.add_argument(

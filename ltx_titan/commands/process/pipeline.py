@@ -29,9 +29,9 @@ from ltx_titan.commands.process.options import ProcessOptions, parse_durations, 
 from ltx_titan.commands.process.settings import Settings, check_settings, write_settings
 from ltx_titan.commands.process.stage import Stage, plan_stage, run_stage
 from ltx_titan.commands.process.store import Store
-from ltx_titan.commands.ranks import Ranks, join_ranks, own_device
 from ltx_titan.commands.report import Report
-from ltx_titan.encode.audio import REFERENCE_SOUNDS, SOUNDS, sound_stage
+from ltx_titan.common.ranks import Ranks, join_ranks, own_device
+from ltx_titan.encode.audio import AUDIO, REFERENCE_AUDIO, audio_stage
 from ltx_titan.encode.buckets import Bucket, parse_buckets
 from ltx_titan.encode.captions import TextModels, caption_stage
 from ltx_titan.encode.clips import Clip, ClipRules, plan_clip
@@ -66,7 +66,7 @@ class _Task:
 
     @property
     def extracts_audio(self) -> bool:
-        """A column of sounds is a choice against the videos' own."""
+        """A column of audio is a choice against the videos' own."""
         return self.dataset.has_video and not self.options.skip_audio and not self.dataset.has_audio
 
 
@@ -80,7 +80,7 @@ def process(
     Args:
         options: what to do.
         console: where to show progress; the other processes show none.
-        media: whether to encode videos, sounds, references and masks.
+        media: whether to encode videos, audio, references and masks.
         captions: whether to encode captions.
 
     Raises:
@@ -139,11 +139,11 @@ def _run_stages(task: _Task, samples: Iterable[Sample], store: Store, report: Re
             )
         clip_duration_s = (lambda sample: clip_of(sample).duration_s) if dataset.has_video else None
         if dataset.has_audio:
-            stage = sound_stage(SOUNDS, load_audio, clip_duration_s, task.durations_s)
+            stage = audio_stage(AUDIO, load_audio, clip_duration_s, task.durations_s)
             samples = run_on(stage, lambda sample: sample.audio is not None)
         extras = {
             "reference_video": lambda: reference_stage(task.rules, task.scale, report, clip_of, load_video),
-            "reference_audio": lambda: sound_stage(REFERENCE_SOUNDS, load_audio, clip_duration_s, task.durations_s),
+            "reference_audio": lambda: audio_stage(REFERENCE_AUDIO, load_audio, clip_duration_s, task.durations_s),
             "video_mask": lambda: video_mask_stage(task.rules, clip_of),
             "audio_mask": lambda: audio_mask_stage(partial(_audio_steps, store=store)),
         }
@@ -181,7 +181,7 @@ def _check(options: ProcessOptions, media: bool, captions: bool) -> _Task:
     scale.check(rules)
     durations_s = parse_durations(options.audio_durations)
     if durations_s and dataset.has_video:
-        raise ValueError("--audio-durations: the videos say how long sounds are; leave it out")
+        raise ValueError("--audio-durations: the videos say how long audio are; leave it out")
     for column in ("reference_video", "video_mask"):
         if column in dataset.extras and not dataset.has_video:
             raise ValueError(f"{options.dataset_path}: has a column {column!r}, but none of videos that it goes with")
@@ -193,7 +193,7 @@ def _folders(task: _Task) -> list[str]:
     folders = []
     if task.does_media:
         folders += ["latents"] if task.dataset.has_video else []
-        # Audio masks belong to sounds that may have been made before.
+        # Audio masks belong to audio that may have been made before.
         folders += ["audio_latents"] if not task.options.skip_audio or task.dataset.has_audio else []
         folders += [_EXTRA_FOLDERS[column] for column in task.dataset.extras]
         folders += ["audio_latents"] if "audio_mask" in task.dataset.extras else []
@@ -209,7 +209,7 @@ def _settings(task: _Task) -> Settings:
         "reshape_mode": task.rules.reshape,
     }
     video = {**rules, "video_vae": (options.video_vae_path or options.model_path).name}
-    sound = {
+    audio = {
         **(rules if task.dataset.has_video else {"audio_durations": list(task.durations_s)}),
         "audio_vae": (options.audio_vae_path or options.model_path).name,
         "from_videos": task.extracts_audio,
@@ -225,17 +225,17 @@ def _settings(task: _Task) -> Settings:
     }
     every = {
         "latents": video,
-        "audio_latents": sound,
+        "audio_latents": audio,
         "reference_latents": {**video, **scale},
-        "reference_audio_latents": {key: value for key, value in sound.items() if key != "from_videos"},
+        "reference_audio_latents": {key: value for key, value in audio.items() if key != "from_videos"},
         "video_masks": rules,
         "conditions": captions,
     }
-    writes_sound = task.extracts_audio or task.dataset.has_audio
+    writes_audio = task.extracts_audio or task.dataset.has_audio
     return {
         folder: every[folder]
         for folder in _folders(task)
-        if folder in every and (folder != "audio_latents" or writes_sound)
+        if folder in every and (folder != "audio_latents" or writes_audio)
     }
 
 

@@ -11,7 +11,7 @@ from ltx_titan.commands.report import Report
 DESCRIPTION = """\
 Encode the captions of a data set to conditions/, and nothing else: process-dataset without its media half, for after
 captions were rewritten (with --overwrite), or for a machine whose memory holds the text encoder. Media files are not
-opened; a sample is named after its video, or its sound where there are no videos.
+opened; a sample is named after its video, or its audio where there are no videos.
 
 Captions are cut at 1,024 tokens. What is stored still has to pass the checkpoint's text connectors, which training
 does in every step; with --contexts it has passed them.

@@ -14,18 +14,18 @@ from ltx_titan.commands.process.pipeline import process, report_and_status
 from ltx_titan.commands.report import Report
 
 DESCRIPTION = """\
-Prepare a data set for training: encode videos (or still images), their sound and their captions once, so that training
+Prepare a data set for training: encode videos (or still images), their audio and their captions once, so that training
 reads latents and text features instead of running the encoders in every step.
 
 The metadata file has one row per sample (.csv, .json: a list of objects, .jsonl). Paths are relative to its folder.
   video or media_path   a video or image                                   -> latents/, audio_latents/
   caption               what is to be seen and heard                       -> conditions/
-  audio                 a sound file, used instead of the video's own      -> audio_latents/
+  audio                 an audio file, used instead of the video's own      -> audio_latents/
   reference_video       for in-context training: an edge video, a sketch   -> reference_latents/
   reference_audio       likewise, a voice                                  -> reference_audio_latents/
   video_mask            image or video, white = given, black = generated   -> video_masks/
-  audio_mask            sound (loud = given) or .pt tensor                 -> audio_masks/
-A data set of sound only has audio and caption. Columns that are not there are not needed.
+  audio_mask            audio (loud = given) or .pt tensor                 -> audio_masks/
+A data set of audio only has audio and caption. Columns that are not there are not needed.
 
 Each clip goes to the bucket with the closest aspect ratio that it has enough frames for; it is scaled to cover it,
 cut around the centre, and its first frames are taken at its own frame rate. Files that cannot be read are named at the

@@ -9,7 +9,7 @@ from ltx_titan.commands.process.pipeline import process, report_and_status
 from ltx_titan.commands.report import Report
 
 DESCRIPTION = """\
-Encode the videos, images, sounds, references and masks of a data set, and no captions: process-dataset without its text
+Encode the videos, images, audio, references and masks of a data set, and no captions: process-dataset without its text
 half, for when captions are still being written or the text encoder runs on another machine. Captions may be missing.
 The columns, the buckets and what is written are those of process-dataset; process-captions does the rest, with the same
 metadata file and --output-dir.
@@ -20,8 +20,8 @@ examples:
   # in-context training: edge videos of half the size and half the frames as references
   ltx-titan process-videos edges/dataset.csv --resolution-buckets "768x512x97" \\
       --reference-downscale-factor 2 --reference-temporal-scale-factor 2 ...
-  # sounds only, in lengths that can share a batch
-  ltx-titan process-videos sounds/dataset.csv --audio-durations "2.0;4.0;8.0" ...
+  # audio only, in lengths that can share a batch
+  ltx-titan process-videos audio/dataset.csv --audio-durations "2.0;4.0;8.0" ...
   torchrun --nproc-per-node 8 -m ltx_titan.cli process-videos clips/dataset.jsonl ...
 """
 

@@ -28,7 +28,7 @@ from ltx_titan.data.shards import (
 )
 from ltx_titan.media.tables import Sample
 
-_TEMPORARY = re.compile(r"\.(pt|safetensors)\.tmp\.\d+$")
+_TEMPORARY = re.compile(r"\.(pt|safetensors)\.tmp\.\d+(\.[0-9a-f]+)?$")
 
 
 class Store:

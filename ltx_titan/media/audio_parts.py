@@ -1,4 +1,4 @@
-"""Sound of several stretches of one long file, decoded once and never held as a whole: a film's is gigabytes."""
+"""Audio of several stretches of one long file, decoded once and never held as a whole: a film's is gigabytes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,22 +7,22 @@ import av
 import numpy as np
 import torch
 
-from ltx_titan.media.audio import Sound, to_duration, to_stereo
+from ltx_titan.media.audio import Audio, to_duration, to_stereo
 from ltx_titan.media.errors import MediaError
 from ltx_titan.media.video import open_media
 
 
-def iter_sound_parts(path: str | Path, spans: Sequence[tuple[float, float]]) -> Iterator[Sound | None]:
-    """Decode the sound of stretches of a video, in stereo; None for each where the file has no sound.
+def iter_audio_parts(path: str | Path, spans: Sequence[tuple[float, float]]) -> Iterator[Audio | None]:
+    """Decode the audio of stretches of a video, in stereo; None for each where the file has no audio.
 
-    Time 0 is that of the video's first frame, as in `read_sound`. What lies outside the sound track is silent.
+    Time 0 is that of the video's first frame, as in `read_audio`. What lies outside the audio track is silent.
 
     Args:
         path: the file.
         spans: (start, duration) of each in seconds, in order of their starts.
 
     Raises:
-        MediaError: the file is not a readable media file, or its sound cannot be decoded.
+        MediaError: the file is not a readable media file, or its audio cannot be decoded.
     """
     with open_media(path) as container:
         if not container.streams.audio:
@@ -44,9 +44,9 @@ def iter_sound_parts(path: str | Path, spans: Sequence[tuple[float, float]]) -> 
             part = held.take(first, last)
             if part is None:
                 if not held.has_heard:
-                    raise MediaError(path, "no sound can be decoded from its sound track")
+                    raise MediaError(path, "no audio can be decoded from its audio track")
                 part = np.zeros((1, 1), np.float32)
-            yield to_duration(Sound(to_stereo(torch.from_numpy(part)), rate), duration_s)
+            yield to_duration(Audio(to_stereo(torch.from_numpy(part)), rate), duration_s)
 
 
 def _chunks(

@@ -1,0 +1,67 @@
+"""Small facts about tensors that several packages need: dtype names, local shards, seeds, wrapper levels in names."""
+
+import gc
+import re
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Job values of `training.dtype` and `checkpoint.export_dtype`."""
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Dtype codes of the safetensors format."""
+
+# Activation checkpointing and torch.compile insert a level into module names.
+_WRAPPER_LEVELS = re.compile(r"(?:^|(?<=\.))(?:_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+def without_wrappers(name: str) -> str:
+    """Removes the levels that activation checkpointing and compilation insert into a module or parameter name."""
+    return _WRAPPER_LEVELS.sub("", name)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, sharing its storage; a plain tensor is returned as is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def seed_of(text: str, num_bytes: int = 8) -> int:
+    """Hashes a name into a generator seed that is the same on every rank and machine.
+
+    Args:
+        text: everything that the seed depends on, for example "42/transformer_blocks.0.attn1.to_q".
+        num_bytes: length of the hash; 8 bytes are shifted right by one, since a seed is a signed 64-bit number.
+    """
+    number = int.from_bytes(blake2b(text.encode(), digest_size=num_bytes).digest())
+    return number >> 1 if num_bytes == 8 else number
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """At most `wanted` indices into `count` items, evenly from the first to the last."""
+    return torch.linspace(0, count - 1, min(count, wanted)).round().int().tolist()
+
+
+def free_device_memory() -> None:
+    """Returns unreferenced memory to the device, so that another process or allocation can have it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
