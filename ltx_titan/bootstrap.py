@@ -2,13 +2,14 @@
 
     python3 ltx_titan/bootstrap.py [extra ...]
 
-The running Python is used as it is if everything that the project and the named extras need can be imported.
-Otherwise a `.venv` beside the project is made and filled. Without an NVIDIA GPU the exact CPU-capable torch is
-installed first, because any looser requirement fetches gigabytes of CUDA. Set LTX_TITAN_TORCH to ask for another
-torch (`torch==2.11.0`). pip reads its own settings (PIP_INDEX_URL, pip.conf, ...) as ever.
+The running Python is used if it has everything that pyproject.toml and the named extras require. Otherwise `.venv` is
+created in the project folder and filled. Without an NVIDIA GPU a fixed torch version is installed first, because any
+looser requirement downloads gigabytes of CUDA libraries. Set LTX_TITAN_TORCH for another version (`torch==2.11.0`).
+pip reads its own settings (PIP_INDEX_URL, pip.conf, ...) as always.
 """
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -18,70 +19,100 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 TORCH_WITHOUT_GPU = "torch==2.13.0"
-TORCH_WITH_GPU = "torch>=2.11,<2.15"
 OLDEST_PYTHON = (3, 11)
 
-_MODULES = {
-    "": "torch torchtitan torchao pydantic tomli_w safetensors numpy tensorboard rich yaml matplotlib",
-    "preprocess": "av diffusers transformers PIL",
-    "tools": "av PIL scenedetect cv2 openai",
-    "test": "pytest xdist triton peft accelerate psutil wandb",
-    "lint": "ruff",
-}
+# CUDA builds of torch require their own Triton. CPU builds require none, and pip would pick one that is too new.
+_TRITON_OF_TORCH = {"2.11": "triton==3.6.*", "2.13": "triton==3.7.*", "2.14": "triton==3.8.*"}
+
+# Runs in the Python that is examined. pip ships `packaging`, so version ranges can be checked in an empty environment.
+_PROBE = """
+import importlib.metadata, json, sys
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
+unmet = []
+for text in json.loads(sys.argv[1]):
+    requirement = Requirement(text)
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    if version is None or not requirement.specifier.contains(version, prereleases=True):
+        unmet.append(text)
+print(json.dumps(unmet))
+"""
 
 
-def missing_modules(python: Path, extras: list[str]) -> list[str]:
-    """Names of modules that `python` lacks, by looking for them, not by importing them; torch's version counts too."""
-    wanted = [module for extra in ["", *extras] for module in _MODULES[extra].split()]
-    probe = (
-        "import importlib.metadata, importlib.util, sys\n"
-        f"missing = [m for m in {wanted!r} if importlib.util.find_spec(m) is None]\n"
-        f"if sys.version_info < {OLDEST_PYTHON!r}: missing.insert(0, 'python>=3.11')\n"
-        "if 'torch' not in missing:\n"
-        "    version = tuple(int(part) for part in importlib.metadata.version('torch').split('.')[:2])\n"
-        "    if not (2, 11) <= version < (2, 15): missing.append('torch>=2.11,<2.15')\n"
-        "print(' '.join(missing))"
-    )
-    found = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False)
-    return found.stdout.split() if found.returncode == 0 else wanted
+def read_requirements(extras: list[str]) -> list[str]:
+    """Requirements of the project and of the named extras, as pyproject.toml states them."""
+    import tomllib  # not at the top: an older Python must get as far as the message that names its version
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = project["optional-dependencies"]
+    unknown = [extra for extra in extras if extra not in optional]
+    if unknown:
+        sys.exit(f"bootstrap: unknown extras {unknown}; expected some of {sorted(optional)}.")
+    return [*project["dependencies"], *(requirement for extra in extras for requirement in optional[extra])]
 
 
-def make_venv(extras: list[str]) -> Path:
-    """Makes or completes `.venv` and returns its Python."""
+def unmet_requirements(python: Path, requirements: list[str]) -> list[str]:
+    """The requirements that packages installed for `python` do not meet; all of them if it cannot be examined."""
+    command = [python, "-c", _PROBE, json.dumps(requirements)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return json.loads(found.stdout) if found.returncode == 0 else requirements
+
+
+def make_venv(extras: list[str], requirements: list[str]) -> Path:
+    """Creates or completes `.venv` and returns its Python."""
     python = VENV / "bin" / "python"
     _say(f"setting up {VENV} (once; this takes a few minutes)")
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True, stdout=sys.stderr)
-    torch = os.environ.get("LTX_TITAN_TORCH") or (TORCH_WITH_GPU if shutil.which("nvidia-smi") else TORCH_WITHOUT_GPU)
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-    for requirement in ([torch], ["--editable", f"{ROOT}[{','.join(extras)}]"]):
-        _say(f"installing {requirement[-1]}")
-        subprocess.run([*pip, *requirement], check=True, stdout=sys.stderr)
+    torch = os.environ.get("LTX_TITAN_TORCH")
+    if torch is None:
+        newest = next(requirement for requirement in requirements if requirement.startswith("torch>"))
+        torch = newest if shutil.which("nvidia-smi") else TORCH_WITHOUT_GPU
+    _say(f"installing {torch}")
+    subprocess.run([*pip, torch], check=True, stdout=sys.stderr)
+    project = f"{ROOT}[{','.join(extras)}]"
+    _say(f"installing {project}")
+    subprocess.run([*pip, *_matching_triton(python), "--editable", project], check=True, stdout=sys.stderr)
     return python
 
 
+def _matching_triton(python: Path) -> list[str]:
+    """The Triton that belongs to an installed CPU build of torch; empty for a build that requires its own."""
+    probe = (
+        "import importlib.metadata as m\n"
+        "own = any(r.startswith('triton') for r in m.requires('torch') or ())\n"
+        "print('' if own else '.'.join(m.version('torch').split('.')[:2]))"
+    )
+    version = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+    return [_TRITON_OF_TORCH[version]] if version in _TRITON_OF_TORCH else []
+
+
 def main(extras: list[str]) -> None:
-    """Prints the path of a Python that has what `extras` need."""
-    unknown = [extra for extra in extras if extra not in _MODULES]
-    if unknown:
-        sys.exit(f"bootstrap: unknown extras {unknown}; known are {sorted(set(_MODULES) - {''})}.")
+    """Prints the path of a Python that meets the requirements of `extras`."""
     running = Path(sys.executable)
-    if not missing_modules(running, extras):
-        print(running)
-        return
     if sys.version_info < OLDEST_PYTHON:
         sys.exit(f"bootstrap: ltx_titan needs Python 3.11 or newer; {running} is {sys.version.split()[0]}.")
+    requirements = read_requirements(extras)
+    if not unmet_requirements(running, requirements):
+        print(running)
+        return
     with (ROOT / ".venv.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs started at once on a shared disk must not both install
         python = VENV / "bin" / "python"
-        if not python.exists() or missing_modules(python, extras):
+        if not python.exists() or unmet_requirements(python, requirements):
             try:
-                python = make_venv(extras)
+                python = make_venv(extras, requirements)
             except subprocess.CalledProcessError as error:
                 sys.exit(f"bootstrap: {' '.join(map(str, error.cmd))} failed (see above); nothing else was changed.")
-            missing = missing_modules(python, extras)
-            if missing:
-                sys.exit(f"bootstrap: {python} still lacks {missing} after installation.")
+            unmet = unmet_requirements(python, requirements)
+            if unmet:
+                sys.exit(f"bootstrap: {python} still lacks {unmet} after installation.")
     print(python)
 
 
