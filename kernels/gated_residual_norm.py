@@ -41,10 +41,10 @@ from ltx_titan_kernels.launches import (
     index_arguments,
     is_supported,
     load_modulation,
-    load_segment,
     load_timesteps,
     load_token,
     operator,
+    segment_at,
     store_partial,
     sum_modulation_partials,
     tile_of_program,
@@ -93,9 +93,13 @@ def _residual_norm_forward_kernel(
     r_ptr += batch * tokens * D
     h0_ptr += batch * tokens * D
     h1_ptr += batch * tokens * D
-    token_ids, timesteps = load_timesteps(index_ptr + batch * tokens, first, last, BLOCK_TOKENS, INDEXED)
+    if INDEXED:
+        token_ids, timesteps = load_timesteps(index_ptr + batch * tokens, first, last, BLOCK_TOKENS)
+    k = 0
+    end = last
     while first < last:
-        k, end = load_segment(token_ids, timesteps, first, last, INDEXED)
+        if INDEXED:
+            k, end = segment_at(token_ids, timesteps, first, last)
         gate = load_modulation(gate_ptr, gate_table_ptr, batch * gate_stride_b + k * gate_stride_k, cols, inside)
         offset = batch * embedding_stride_b + k * embedding_stride_k
         if NORMS > 0:
@@ -107,6 +111,7 @@ def _residual_norm_forward_kernel(
         for token in tl.range(first, end, num_stages=STAGES):
             x = load_token(x_ptr + token * x_stride_s, cols, inside)
             y = load_token(y_ptr + token * y_stride_s, cols, inside)
+            # Rounded first: backward recomputes `normed` from the r in memory, and must find the same numbers.
             rounded = (x + gate * y).to(r_ptr.dtype.element_ty)
             tl.store(r_ptr + token * D + cols, rounded, mask=inside)
             if NORMS > 0:
@@ -224,10 +229,14 @@ def _residual_norm_backward_kernel(
     r_ptr += batch * tokens * D
     dx_ptr += batch * tokens * D
     dy_ptr += batch * tokens * D
-    token_ids, timesteps = load_timesteps(index_ptr + batch * tokens, first, last, BLOCK_TOKENS, INDEXED)
+    if INDEXED:
+        token_ids, timesteps = load_timesteps(index_ptr + batch * tokens, first, last, BLOCK_TOKENS)
+    k = 0
+    end = last
     valid = 0
     while first < last:
-        k, end = load_segment(token_ids, timesteps, first, last, INDEXED)
+        if INDEXED:
+            k, end = segment_at(token_ids, timesteps, first, last)
         gate = load_modulation(gate_ptr, gate_table_ptr, batch * gate_stride_b + k * gate_stride_k, cols, inside)
         offset = batch * embedding_stride_b + k * embedding_stride_k
         d_gate = tl.zeros([BLOCK], tl.float32)
@@ -256,12 +265,14 @@ def _residual_norm_backward_kernel(
                     d_normed += dh1 * scale1
                     d_scale1 += dh1 * normed
                     d_shift1 += dh1
+                # Both norms share one reduction: they normalize the same r, so their gradients add up before it.
                 mean = tl.sum(d_normed * normed, 0) / D
                 total += (d_normed - normed * mean) * rstd
                 tl.store(dx_ptr + token * D + cols, total.to(dx_ptr.dtype.element_ty), mask=inside)
             tl.store(dy_ptr + token * D + cols, (total * gate).to(dy_ptr.dtype.element_ty), mask=inside)
             d_gate += total * y
         slot_ptr = partial_ptr + k * (1 + 2 * NORMS) * D
+        # A timestep can come in several segments of a tile: the first stores its partial, later ones add to it.
         is_valid = ((valid >> k) & 1) != 0
         store_partial(slot_ptr, d_gate, cols, inside, is_valid)
         if NORMS > 0:
@@ -272,6 +283,7 @@ def _residual_norm_backward_kernel(
             store_partial(slot_ptr + 4 * D, d_shift1, cols, inside, is_valid)
         valid = valid | (1 << k)
         first = end
+    # With one timestep every slot holds a partial, and nobody reads the bits.
     if INDEXED:
         tl.store(valid_ptr + program, valid)
 
@@ -419,6 +431,7 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple:
     table_grads = [g.to(dtype) for g, (_, dtype) in zip(table_grads.unbind(0), ctx.dtypes, strict=True)]
     embedding_grads = list(embedding_grads.unbind(2))
     if ctx.single_gate:
+        # The kernel summed by the tokens' timesteps, of which the gate has only one.
         embedding_grads[0] = embedding_grads[0].sum(1, keepdim=True)
     embedding_grads = [g.to(dtype) for g, (dtype, _) in zip(embedding_grads, ctx.dtypes, strict=True)]
     return dx[0] if norms else grads[0], dy, embedding_grads, table_grads, None, None
@@ -465,6 +478,7 @@ def gated_residual_norm(
             pair = (zero, zero)
         flat.extend(pair)
     pairs = [embedding_and_table(parameter, x, index) for parameter in flat]
+    # Norms share two strides, so their embeddings are expanded to the same K; the gate has its own.
     embeddings = [pairs[0][0], *(embedding.expand(-1, k, -1) for embedding, _ in pairs[1:])]
     outputs = _forward_op(x, y, embeddings, [table for _, table in pairs], index, eps)
     return tuple(outputs[: 1 + len(modulations)])

@@ -184,24 +184,19 @@ def tile_of_program(tokens, tokens_per_program):
 
 
 @triton.jit
-def load_timesteps(index_ptr, first, last, BLOCK_TOKENS: tl.constexpr, INDEXED: tl.constexpr):
+def load_timesteps(index_ptr, first, last, BLOCK_TOKENS: tl.constexpr):
     """Token numbers of a tile and their timesteps, -1 beyond the end."""
+    # Call it under `if INDEXED`: torch.compile's analysis of mutated arguments follows pointers through calls, also
+    # unused ones, and would copy the placeholder that is passed without an index.
     token = first + tl.arange(0, BLOCK_TOKENS)
-    timestep = token
-    if INDEXED:
-        timestep = tl.load(index_ptr + token, mask=token < last, other=-1).to(tl.int32)
-    return token, timestep
+    return token, tl.load(index_ptr + token, mask=token < last, other=-1).to(tl.int32)
 
 
 @triton.jit
-def load_segment(token, timestep, first, last, INDEXED: tl.constexpr):
+def segment_at(token, timestep, first, last):
     """Timestep of the segment that begins at `first`, and its end."""
-    k = 0
-    end = last
-    if INDEXED:
-        k = tl.sum(tl.where(token == first, timestep, 0), 0)
-        end = tl.min(tl.where((token > first) & (timestep != k), tl.minimum(token, last), last), 0)
-    return k, end
+    k = tl.sum(tl.where(token == first, timestep, 0), 0)
+    return k, tl.min(tl.where((token > first) & (timestep != k), tl.minimum(token, last), last), 0)
 
 
 @triton.jit

@@ -318,6 +318,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, *output[2:], *weights, *tables, *indices)
     ctx.is_summed = bool(sums)
     ctx.tables = len(tables)
+    # 1 / rms is an output only to be saved; its gradient is part of that of q and k.
     ctx.mark_non_differentiable(*output[2:])
 
 
@@ -382,5 +383,6 @@ def qk_norm_rope(
         0 if share is None else share.first,
         eps,
     )
+    # Views: attention kernels take [B, H, S, K] with any strides of the first three.
     q, k = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in outputs[:2])
     return q, k

@@ -163,8 +163,9 @@ def _forward_one(
     sum_ptr += batch * tokens
     for token in tl.range(first, last + 1, num_stages=1):
         x1, x2 = next_x1.to(tl.float32), next_x2.to(tl.float32)
+        # The next token, as in the kernel; the last one has none, and its mask loads nothing.
         next_x1, next_x2 = _load_halves(x_ptr + (token + 1) * stride_s, cols, inside & (token < last), HALF)
-        cos, sin = x1, x2
+        cos, sin = x1, x2  # unused without rotation, but Triton needs a type
         if ROTATED:
             packed = _update_packed(
                 packed,
@@ -277,6 +278,7 @@ def _backward_token(
     x1 = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptr + cols + HALF, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr)
+    # The inverse rotation, by the negative angle.
     d1, d2 = g1, g2
     if ROTATED:
         d1 = g1 * cos + g2 * sin
@@ -287,6 +289,7 @@ def _backward_token(
     dw2 += d2 * n2
     d1 *= w1
     d2 *= w2
+    # Gradient of x * rstd: the part of d along x cancels, because scaling x does not change z.
     mean = _sum(d1 * n1 + d2 * n2) / width
     if SUMMED:
         # The other ranks' part of the mean arrives through the gradient of the sum of squares.
@@ -317,7 +320,7 @@ def _backward_one(
     w1, w2 = _load_halves_float32(weight_ptr, cols, inside, HALF)
     dw1 = tl.zeros(cols.shape, tl.float32)
     dw2 = tl.zeros(cols.shape, tl.float32)
-    cos, sin = w1, w2
+    cos, sin = w1, w2  # unused without rotation, but Triton needs a type
     pairs_ptr, packed = _init_packed(table_ptr, inside)
     index_ptr += batch * AXES * tokens
     dx_ptr += batch * tokens * D

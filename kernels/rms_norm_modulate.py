@@ -36,10 +36,10 @@ from ltx_titan_kernels.launches import (
     index_arguments,
     is_supported,
     load_modulation,
-    load_segment,
     load_timesteps,
     load_token,
     operator,
+    segment_at,
     store_partial,
     sum_modulation_partials,
     tile_of_program,
@@ -66,17 +66,23 @@ def _norm_modulate_forward_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, INDEXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
+    # The whole width in one block, padded to a power of two. Loads fill the padding with 0, which changes no sum.
     cols = tl.arange(0, BLOCK)
     inside = cols < D
     first, last = tile_of_program(tokens, tokens_per_program)
     x_ptr += batch * x_stride_b
     out_ptr += batch * tokens * D
-    token_ids, timesteps = load_timesteps(index_ptr + batch * tokens, first, last, BLOCK_TOKENS, INDEXED)
+    if INDEXED:
+        token_ids, timesteps = load_timesteps(index_ptr + batch * tokens, first, last, BLOCK_TOKENS)
+    k = 0
+    end = last
     while first < last:
-        k, end = load_segment(token_ids, timesteps, first, last, INDEXED)
+        if INDEXED:
+            k, end = segment_at(token_ids, timesteps, first, last)
         offset = batch * embedding_stride_b + k * embedding_stride_k
         scale = 1 + load_modulation(scale_ptr, scale_table_ptr, offset, cols, inside)
         shift = load_modulation(shift_ptr, shift_table_ptr, offset, cols, inside)
+        # No branches inside: the compiler loads the coming tokens of the segment ahead, STAGES deep.
         for token in tl.range(first, end, num_stages=STAGES):
             x = load_token(x_ptr + token * x_stride_s, cols, inside)
             rstd = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
@@ -145,10 +151,14 @@ def _norm_modulate_backward_kernel(
     grad_ptr += batch * grad_stride_b
     x_ptr += batch * x_stride_b
     dx_ptr += batch * tokens * D
-    token_ids, timesteps = load_timesteps(index_ptr + batch * tokens, first, last, BLOCK_TOKENS, INDEXED)
+    if INDEXED:
+        token_ids, timesteps = load_timesteps(index_ptr + batch * tokens, first, last, BLOCK_TOKENS)
+    k = 0
+    end = last
     valid = 0
     while first < last:
-        k, end = load_segment(token_ids, timesteps, first, last, INDEXED)
+        if INDEXED:
+            k, end = segment_at(token_ids, timesteps, first, last)
         offset = batch * embedding_stride_b + k * embedding_stride_k
         scale = 1 + load_modulation(scale_ptr, scale_table_ptr, offset, cols, inside)
         d_scale = tl.zeros([BLOCK], tl.float32)
@@ -159,16 +169,19 @@ def _norm_modulate_backward_kernel(
             rstd = tl.load(rstd_ptr + batch * tokens + token)
             normed = x * rstd
             d_normed = grad * scale
+            # Gradient of x * rstd: the part of d_normed along x cancels, because scaling x does not change h.
             mean = tl.sum(d_normed * normed, 0) / D
             dx = (d_normed - normed * mean) * rstd
             tl.store(dx_ptr + token * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
             d_scale += grad * normed
             d_shift += grad
+        # A timestep can come in several segments of a tile: the first stores its partial, later ones add to it.
         is_valid = ((valid >> k) & 1) != 0
         store_partial(partial_ptr + k * 2 * D, d_scale, cols, inside, is_valid)
         store_partial(partial_ptr + k * 2 * D + D, d_shift, cols, inside, is_valid)
         valid = valid | (1 << k)
         first = end
+    # With one timestep every slot holds a partial, and nobody reads the bits.
     if INDEXED:
         tl.store(valid_ptr + program, valid)
 
@@ -250,6 +263,7 @@ def _backward_op(
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    # The gradients do not depend on the shift.
     x, scale, shift, scale_table, shift_table, index, _ = inputs
     ctx.save_for_backward(x, output[1], scale, scale_table, index)
     ctx.dtypes = (scale.dtype, shift.dtype, scale_table.dtype, shift_table.dtype)
@@ -281,6 +295,7 @@ def rms_norm_modulate(x: Tensor, scale: AdaLN, shift: AdaLN, index: Tensor | Non
         return reference(x, scale, shift, index, eps)
     scale_embedding, scale_table = embedding_and_table(scale, x, index)
     shift_embedding, shift_table = embedding_and_table(shift, x, index)
+    # With one timestep per sample the kernel without an index is faster: one segment per tile, known at compile time.
     if scale_embedding.shape[1] == 1:
         index = None
     return _forward_op(x, scale_embedding, shift_embedding, scale_table, shift_table, index, eps)[0]

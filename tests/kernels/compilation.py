@@ -4,8 +4,8 @@ TRITON_DISABLE_LINE_INFO=1 python -m tests.kernels.compilation FOLDER      then 
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,9 @@ from unittest.mock import patch
 
 import torch
 import triton
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.library import wrap_triton
 from triton.backends.compiler import GPUTarget
 
 from ltx_titan.benchmarks.kernel_cases import CASES, WIDTHS, make_case
@@ -24,40 +27,59 @@ _MULTIPROCESSORS = 132
 
 
 @contextmanager
-def compile_only() -> Iterator[list[Any]]:
-    """Within it, launched kernels are compiled for an H100 and appended to the list instead of run."""
-    compiled: list[Any] = []
+def on_an_h100(launch: Callable[..., None]) -> Iterator[None]:
+    """Within it, Triton compiles for an H100, and launched kernels are passed to `launch(kernel, grid, arguments)`."""
 
-    def compile_kernel(kernel: Any, _: torch.Tensor) -> Any:
+    def intercept(kernel: Any, _: torch.Tensor) -> Any:
         class OnGrid:
-            def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-                return lambda **arguments: compiled.append(kernel.warmup(grid=grid, **arguments))
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                return lambda **arguments: launch(kernel, grid, arguments)
 
         return OnGrid()
 
     driver = SimpleNamespace(
         get_current_target=lambda: _H100, get_current_device=lambda: 0, get_current_stream=lambda _: 0
     )
-    patches = [patch.object(module, "wrap_if_traced", compile_kernel) for module in _MODULES]
-    patches.append(patch.object(triton.runtime.driver, "_active", driver))
-    patches.append(patch.object(launches, "_multiprocessors", lambda _: _MULTIPROCESSORS))
-    for each in patches:
-        each.start()
-    try:
-        yield compiled
-    finally:
-        for each in patches:
-            each.stop()
+    with ExitStack() as patches:
+        for module in _MODULES:
+            patches.enter_context(patch.object(module, "wrap_if_traced", intercept))
+        patches.enter_context(patch.object(triton.runtime.driver, "_active", driver))
+        patches.enter_context(patch.object(launches, "_multiprocessors", lambda _: _MULTIPROCESSORS))
+        yield
 
 
-def compile_case(name: str, dtype: torch.dtype, tokens: int, width: int | None = None) -> list[Any]:
+def compile_case(name: str, dtype: torch.dtype, tokens: int) -> list[Any]:
     """Compiled kernels of a benchmark case, forward and backward."""
-    with compile_only() as compiled:
-        case = make_case(name, tokens, width or WIDTHS[name], dtype, torch.device("cpu"), seed=0)
+    compiled: list[Any] = []
+    with on_an_h100(lambda kernel, grid, arguments: compiled.append(kernel.warmup(grid=grid, **arguments))):
+        case = make_case(name, tokens, WIDTHS[name], dtype, torch.device("cpu"), seed=0)
         compiled.clear()  # making a case runs the forward as well
         case.launch_forward()
         case.launch_backward()
     return compiled
+
+
+def trace_case(name: str, tokens: int, width: int) -> list[torch.fx.Graph]:
+    """Forward and backward graph that torch.compile makes of a benchmark case; nothing is run."""
+    graphs = []
+
+    def keep(module: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., list[torch.Tensor]]:
+        graphs.append(module.graph)
+        outputs = [node and node.meta["val"] for node in module.graph.output_node().args[0]]  # None: no gradient
+        return make_boxed_func(lambda *_: [o if o is None else torch.zeros(o.shape, dtype=o.dtype) for o in outputs])
+
+    def skip(*_: Any) -> None:
+        pass
+
+    with on_an_h100(skip):
+        case = make_case(name, tokens, width, torch.bfloat16, torch.device("cpu"), seed=0)
+        with ExitStack() as traced:
+            for module in _MODULES:
+                traced.enter_context(patch.object(module, "wrap_if_traced", lambda kernel, _: wrap_triton(kernel)))
+            compiled = torch.compile(case.kernel, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=keep))
+            outputs = compiled(**case.leaves)
+            torch.autograd.grad(outputs, list(case.leaves.values()), [torch.randn_like(o) for o in outputs])
+    return graphs
 
 
 def main(folder: Path) -> None:

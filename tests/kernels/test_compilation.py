@@ -8,7 +8,7 @@ import torch
 import triton
 
 from ltx_titan.benchmarks.kernel_cases import CASES
-from tests.kernels.compilation import compile_case
+from tests.kernels.compilation import compile_case, trace_case
 
 pytestmark = pytest.mark.runs_on("cpu", "gpu")
 
@@ -37,3 +37,21 @@ def test_no_kernel_spills_registers_in_the_dtype_of_training(tmp_path, name):
     compiled = compile_case(name, torch.bfloat16, tokens=129)
     spilled = {kernel.metadata.name: spilled_bytes(kernel, tmp_path) for kernel in compiled}
     assert not any(spilled.values()), spilled
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiler_copies_no_tokens(name):
+    # torch.compile copies each argument that a kernel may write and that something else reads. Its analysis errs on
+    # the safe side: an input that it takes for an output costs a copy.
+    tokens, width = 64, 256
+    launched = 0
+    for graph in trace_case(name, tokens, width):
+        for node in graph.nodes:
+            if "triton_kernel_wrapper" not in str(node.target):
+                continue
+            launched += 1
+            arguments = node.kwargs["kwargs"]
+            for written in node.kwargs["tensors_to_clone"]:
+                is_input = arguments[written].op == "placeholder"
+                assert not is_input or arguments[written].meta["val"].numel() <= tokens, written
+    assert launched == 3  # forward, backward, and the sum of partials
