@@ -1,7 +1,7 @@
-"""The kernels at the shapes of a block, each with its reference, its inputs and the fewest bytes it must move.
+"""Benchmark cases: each kernel at the shapes of a block, with its reference, inputs and minimal memory traffic.
 
-Bytes count one read of each [S, D] tensor that goes in and one write of each that comes out; rows, tables and partial
-sums are what a better kernel might avoid, so they are not counted.
+Bytes count one read of each input [S, D] and one write of each output [S, D]. Modulation, tables and partials are not
+counted: a better kernel might avoid them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,6 @@ from ltx_titan.model.ops import Row
 from ltx_titan.model.rope import PackedRotation, Rotation, distinct_coordinates, rotary_tables
 from ltx_titan_kernels import gated_residual_norm, qk_norm_rope, rms_norm_modulate
 from ltx_titan_kernels.launches import Launch
-from ltx_titan_kernels.qk_norm_rope_backward import backward_launch, launch_backward
-from ltx_titan_kernels.qk_norm_rope_forward import forward_launch, launch_forward
 
 HEADS = 32
 EPS = 1e-6
@@ -30,10 +28,10 @@ class KernelCase:
     """One operation on one set of inputs.
 
     Attributes:
-        kernel, reference: from the leaves to the outputs.
-        leaves: everything that has a gradient.
-        launch_forward, launch_backward: the kernels alone, by launch.
-        default_forward, default_backward: the launches that the operation itself takes.
+        kernel, reference: functions of the leaves that return the outputs.
+        leaves: all inputs with a gradient.
+        launch_forward, launch_backward: run one kernel with a given launch.
+        default_forward, default_backward: launches of the operation itself.
         forward_bytes, backward_bytes: see above.
     """
 
@@ -55,7 +53,7 @@ def make_case(name: str, tokens: int, width: int, dtype: torch.dtype, device: to
 
 @dataclass
 class _Inputs:
-    """Draws what cases need, from one seed."""
+    """Random inputs of a case, from one seed."""
 
     tokens: int
     width: int
@@ -67,17 +65,17 @@ class _Inputs:
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
 
     def leaf(self, *shape: int) -> Tensor:
-        """Normal numbers that want a gradient."""
+        """Normal numbers that require a gradient."""
         drawn = torch.randn(*shape, generator=self.generator, device=self.device)
         return drawn.to(self.dtype).requires_grad_()
 
     def like(self, x: Tensor) -> Tensor:
-        """Normal numbers of the same shape, as a gradient that comes in."""
+        """Normal numbers of the same shape, as an incoming gradient."""
         return torch.randn(x.shape, generator=self.generator, device=self.device).to(x.dtype)
 
-    def index(self, rows: int) -> Tensor | None:
-        """The first frame (a twelfth of the tokens) has row 0, the rest row 1."""
-        if rows == 1:
+    def index(self, timesteps: int) -> Tensor | None:
+        """Timestep 0 for the first frame (a twelfth of the tokens), 1 for the rest; None for a single timestep."""
+        if timesteps == 1:
             return None
         return (torch.arange(self.tokens, device=self.device) >= self.tokens // 12).long()[None]
 
@@ -86,13 +84,13 @@ class _Inputs:
         return tensors * self.tokens * self.width * self.dtype.itemsize
 
 
-def _norm_modulate(inputs: _Inputs, rows: int) -> KernelCase:
+def _norm_modulate(inputs: _Inputs, timesteps: int) -> KernelCase:
     leaves = {
         "x": inputs.leaf(1, inputs.tokens, inputs.width),
-        "embedding": inputs.leaf(1, rows, 2, inputs.width),
+        "embedding": inputs.leaf(1, timesteps, 2, inputs.width),
         "table": inputs.leaf(2, inputs.width),
     }
-    index = inputs.index(rows)
+    index = inputs.index(timesteps)
 
     def of(operation: Callable) -> Callable[..., Sequence[Tensor]]:
         return lambda x, embedding, table: [operation(x, *ops.rows_of(table, embedding), index, EPS)]
@@ -107,22 +105,22 @@ def _norm_modulate(inputs: _Inputs, rows: int) -> KernelCase:
         leaves=leaves,
         launch_forward=partial(rms_norm_modulate.launch_forward, x, scale, shift, scale_table, shift_table, index, EPS),
         launch_backward=partial(rms_norm_modulate.launch_backward, grad, x, rstd, scale, scale_table, index),
-        default_forward=rms_norm_modulate.FORWARD.at(inputs.width),
-        default_backward=rms_norm_modulate.BACKWARD.at(inputs.width),
+        default_forward=rms_norm_modulate.FORWARD.scaled_to(inputs.width),
+        default_backward=rms_norm_modulate.BACKWARD.scaled_to(inputs.width),
         forward_bytes=inputs.bytes(2),
         backward_bytes=inputs.bytes(3),
     )
 
 
-def _residual_norm(inputs: _Inputs, norms: int, rows: int) -> KernelCase:
+def _residual_norm(inputs: _Inputs, norms: int, timesteps: int) -> KernelCase:
     count = 1 + 2 * norms
     leaves = {
         "x": inputs.leaf(1, inputs.tokens, inputs.width),
         "y": inputs.leaf(1, inputs.tokens, inputs.width),
-        "embedding": inputs.leaf(1, rows, count, inputs.width),
+        "embedding": inputs.leaf(1, timesteps, count, inputs.width),
         "table": inputs.leaf(count, inputs.width),
     }
-    index = inputs.index(rows)
+    index = inputs.index(timesteps)
 
     def of(operation: Callable) -> Callable[..., Sequence[Tensor]]:
         def run(x: Tensor, y: Tensor, embedding: Tensor, table: Tensor) -> Sequence[Tensor]:
@@ -133,27 +131,27 @@ def _residual_norm(inputs: _Inputs, norms: int, rows: int) -> KernelCase:
         return run
 
     x, y, embedding, table = (leaf.detach() for leaf in leaves.values())
-    row_list, tables = list(embedding.unbind(2)), list(table.unbind(0))
-    outputs = gated_residual_norm.launch_forward(x, y, row_list, tables, index, EPS)
+    embeddings, tables = list(embedding.unbind(2)), list(table.unbind(0))
+    outputs = gated_residual_norm.launch_forward(x, y, embeddings, tables, index, EPS)
     grads = [inputs.like(x) for _ in range(1 + norms)]
     saved = [outputs[0], outputs[-1]] if norms else []
-    scales, scale_tables = [row_list[0], *row_list[1::2]], [tables[0], *tables[1::2]]
+    scales, scale_tables = [embeddings[0], *embeddings[1::2]], [tables[0], *tables[1::2]]
     return KernelCase(
         kernel=of(gated_residual_norm.gated_residual_norm),
         reference=of(gated_residual_norm.reference),
         leaves=leaves,
-        launch_forward=partial(gated_residual_norm.launch_forward, x, y, row_list, tables, index, EPS),
+        launch_forward=partial(gated_residual_norm.launch_forward, x, y, embeddings, tables, index, EPS),
         launch_backward=partial(gated_residual_norm.launch_backward, grads, saved, y, scales, scale_tables, index),
-        default_forward=gated_residual_norm.FORWARD[norms].at(inputs.width),
-        default_backward=gated_residual_norm.BACKWARD[norms].at(inputs.width),
+        default_forward=gated_residual_norm.FORWARD[norms].scaled_to(inputs.width),
+        default_backward=gated_residual_norm.BACKWARD[norms].scaled_to(inputs.width),
         forward_bytes=inputs.bytes(3 + norms),
-        # dr, dh, r, y in; dx, dy out. Without a norm dx is dr and r is not read.
+        # Reads dr, dh, r, y; writes dx, dy. Without a norm dx is dr, and r is not read.
         backward_bytes=inputs.bytes(5 + norms if norms else 3),
     )
 
 
 def _qk(inputs: _Inputs, axes: int, k_tokens: int | None) -> KernelCase:
-    """Queries and keys that share their angles; with `k_tokens`, keys of another stream, rotated if there are axes."""
+    """Queries and keys with the same cosines and sines; with `k_tokens`, keys of another stream."""
     head_dim = inputs.width // HEADS
     leaves = {
         "q": inputs.leaf(1, inputs.tokens, inputs.width),
@@ -164,7 +162,7 @@ def _qk(inputs: _Inputs, axes: int, k_tokens: int | None) -> KernelCase:
     packed: list[PackedRotation] = []
     expanded: list[Rotation | None] = [None, None]
     if axes:
-        # Latent frames of 14 x 24, as in 89 frames of 768 x 448; the keys of another stream have times of their own.
+        # Latent frames of 14 x 24, as in 89 frames of 768 x 448; the keys of another stream have other times.
         token = torch.arange(inputs.tokens, device=inputs.device)
         coordinates = [torch.stack([token // 336 / 24, token // 24 % 14 * 32, token % 24 * 32])[None, :axes].float()]
         if k_tokens is not None:
@@ -193,32 +191,34 @@ def _qk(inputs: _Inputs, axes: int, k_tokens: int | None) -> KernelCase:
     grads = [inputs.like(q), inputs.like(k)]
     rotation = ([p.table for p in packed], [p.rows for p in packed])
     sizes = (head_dim, inputs.width, 0)
-    *_, q_rstd, k_rstd = launch_forward(q, k, weights, *rotation, [], *sizes, EPS)
+    *_, q_rstd, k_rstd = qk_norm_rope.launch_forward(q, k, weights, *rotation, [], *sizes, EPS)
     moved = inputs.bytes(1) + k.numel() * k.itemsize
     return KernelCase(
         kernel=of(qk_norm_rope.qk_norm_rope, (packed[0], packed[-1]) if packed else (None, None)),
         reference=of(qk_norm_rope.reference, expanded),
         leaves=leaves,
-        launch_forward=partial(launch_forward, q, k, weights, *rotation, [], *sizes, EPS),
-        launch_backward=partial(launch_backward, grads, q, k, [q_rstd, k_rstd], weights, *rotation, False, *sizes),
-        default_forward=forward_launch(inputs.width, len(packed)),
-        default_backward=backward_launch(inputs.width, len(packed)),
+        launch_forward=partial(qk_norm_rope.launch_forward, q, k, weights, *rotation, [], *sizes, EPS),
+        launch_backward=partial(
+            qk_norm_rope.launch_backward, grads, q, k, [q_rstd, k_rstd], weights, *rotation, False, *sizes
+        ),
+        default_forward=qk_norm_rope.forward_launch(inputs.width, len(packed)),
+        default_backward=qk_norm_rope.backward_launch(inputs.width, len(packed)),
         forward_bytes=2 * moved,
         backward_bytes=3 * moved,
     )
 
 
 CASES: dict[str, Callable[[_Inputs], KernelCase]] = {
-    "norm_modulate": partial(_norm_modulate, rows=1),
-    "norm_modulate, 2 timesteps": partial(_norm_modulate, rows=2),
-    "residual_norm": partial(_residual_norm, norms=1, rows=1),
-    "residual_norm, 2 timesteps": partial(_residual_norm, norms=1, rows=2),
-    "residual_norm, 2 norms": partial(_residual_norm, norms=2, rows=1),
-    "residual": partial(_residual_norm, norms=0, rows=1),
+    "norm_modulate": partial(_norm_modulate, timesteps=1),
+    "norm_modulate, 2 timesteps": partial(_norm_modulate, timesteps=2),
+    "residual_norm": partial(_residual_norm, norms=1, timesteps=1),
+    "residual_norm, 2 timesteps": partial(_residual_norm, norms=1, timesteps=2),
+    "residual_norm, 2 norms": partial(_residual_norm, norms=2, timesteps=1),
+    "residual": partial(_residual_norm, norms=0, timesteps=1),
     "qk_norm_rope": partial(_qk, axes=3, k_tokens=None),
     "qk_norm_rope, audio keys": partial(_qk, axes=1, k_tokens=AUDIO_TOKENS),
     "qk_norm, text": partial(_qk, axes=0, k_tokens=TEXT_TOKENS),
 }
 
 WIDTHS = {**dict.fromkeys(CASES, 4096), "qk_norm_rope, audio keys": 2048}
-"""Of each operation where it is as long as the video: attention between the streams is as wide as the sound."""
+"""Width of each operation on video tokens: cross-modal attention has the width of the audio stream."""

@@ -3,12 +3,12 @@
     ltx-titan bench kernels [--out rows.jsonl] [--tokens 4032 8064 16128 32256] [--parts time]
 
 1. check: outputs and every gradient against float64, eager and inside torch.compile(fullgraph=True), on this device.
-2. sweep: each kernel under several launches at 4,032 and 16,128 tokens; the best serves the third part.
-3. time: CUDA-graph replays beside torch.compile of the plain form (and that form eager), as a share of the bandwidth
-   that a plain copy reaches here.
+2. sweep: each kernel with several launches at 4,032 and 16,128 tokens; the third part uses the fastest.
+3. time: CUDA-graph replays, compared with torch.compile of the reference (and the reference eager), as a share of the
+   bandwidth of a plain copy on this device.
 
-Every kernel is compiled in a process of its own, all at once; then they are timed one by one. A kernel that fails is
-reported and left out; the exit status is then 1.
+Each kernel is compiled in a separate process, all in parallel; then they are timed one by one. A kernel that fails is
+reported and skipped; the exit status is then 1.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ltx_titan_kernels.launches import Launch
 DESCRIPTION = __doc__
 
 SWEEP_TOKENS = (4_032, 16_128)
-# Two timesteps take the launch of one.
+# Two timesteps use the launch of one.
 NOT_SWEPT = ("norm_modulate, 2 timesteps", "residual_norm, 2 timesteps")
 # At width 4096: warps, programs per multiprocessor, stages.
 LAUNCHES = {
@@ -40,15 +40,16 @@ LAUNCHES = {
 }
 CHECK_SHAPES = ((1001, 4096, torch.bfloat16), (333, 2048, torch.bfloat16), (67, 3840, torch.float32))
 # Relative L2. One rounding to bfloat16 is at most 2 ** -8 of an element, 2 ** -9.5 on average over random ones; the
-# sums behind row gradients are float32 until their last rounding. Float32 sums of thousands of terms stay under 1e-5.
+# sums behind modulation gradients are float32 until their last rounding. Float32 sums of thousands of terms stay under
+# 1e-5.
 BOUNDS = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
 
 
 def check(name: str, tokens: int, width: int, dtype: torch.dtype, is_compiled: bool, device: torch.device) -> dict:
-    """Largest relative L2 errors of outputs and gradients, eager or both eager and compiled.
+    """Relative L2 errors of outputs and gradients against float64, eager and optionally compiled.
 
     Raises:
-        AssertionError: one is beyond its bound.
+        AssertionError: an error exceeds its bound.
     """
     case = make_case(name, tokens, width, dtype, device, seed=tokens)
     wide = {leaf: x.detach().double().requires_grad_() for leaf, x in case.leaves.items()}
@@ -64,10 +65,10 @@ def check(name: str, tokens: int, width: int, dtype: torch.dtype, is_compiled: b
         gradients = torch.autograd.grad(outputs, list(case.leaves.values()), cotangents)
         pairs = [(f"output {i}", o, e) for i, (o, e) in enumerate(zip(outputs, expected, strict=True))]
         pairs += zip((f"d {leaf}" for leaf in case.leaves), gradients, expected_gradients, strict=True)
-        for what, actual, exact in pairs:
+        for tensor, actual, exact in pairs:
             error = _relative(actual, exact)
-            errors[f"{mode} {what}"] = error
-            assert error <= BOUNDS[dtype], f"{mode} {what}: relative error {error:.2e} > {BOUNDS[dtype]:.0e}"
+            errors[f"{mode} {tensor}"] = error
+            assert error <= BOUNDS[dtype], f"{mode} {tensor}: relative error {error:.2e} > {BOUNDS[dtype]:.0e}"
     return {"largest_error": max(errors.values()), "errors": errors}
 
 
@@ -76,15 +77,15 @@ def _relative(actual: Tensor, exact: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked about one kernel.
+class KernelRequest:
+    """Benchmark request for one kernel.
 
     Attributes:
         name: see `CASES`.
         width: of the tokens.
-        tokens: counts to time it at.
+        tokens: numbers of tokens to time it at.
         parts: among "check", "sweep" and "time".
-        copy: bytes a second of a plain copy.
+        copy: bytes per second of a plain copy.
     """
 
     name: str
@@ -94,22 +95,22 @@ class Wish:
     copy: float
 
 
-def examine(wish: Wish, device: torch.device, take_turn: Callable[[], None]) -> list[dict]:
-    """All rows about one kernel."""
+def examine(request: KernelRequest, device: torch.device, take_turn: Callable[[], None]) -> list[dict]:
+    """Runs the requested parts for one kernel; returns their rows."""
     rows = []
-    if "check" in wish.parts:
-        # Compilation takes seconds and does not depend on the shape.
+    if "check" in request.parts:
+        # Only one shape is compiled: compilation takes seconds and does not depend on the shape.
         shapes = [shape for shape in CHECK_SHAPES if device.type == "cuda"] or [(19, 256, torch.float32)]
         for number, (tokens, width, dtype) in enumerate(shapes):
             is_compiled = device.type == "cuda" and number == 0
-            found = check(wish.name, tokens, width, dtype, is_compiled, device)
+            found = check(request.name, tokens, width, dtype, is_compiled, device)
             rows.append({"part": "check", "tokens": tokens, "width": width, "dtype": str(dtype), **found})
-    sweeps = wish.name not in NOT_SWEPT and "sweep" in wish.parts
-    candidates = _compilable(wish, device) if sweeps else {}
+    sweeps = request.name not in NOT_SWEPT and "sweep" in request.parts
+    candidates = _compilable(request, device) if sweeps else {}
     compiled = {}
-    if "time" in wish.parts and device.type == "cuda":
-        for tokens in wish.tokens:
-            case = make_case(wish.name, tokens, wish.width, torch.bfloat16, device, seed=0)
+    if "time" in request.parts and device.type == "cuda":
+        for tokens in request.tokens:
+            case = make_case(request.name, tokens, request.width, torch.bfloat16, device, seed=0)
             compiled[tokens] = torch.compile(case.reference, fullgraph=True, dynamic=False)
             _forward_and_backward(case, compiled[tokens])
             _forward_and_backward(case, case.kernel)
@@ -117,13 +118,13 @@ def examine(wish: Wish, device: torch.device, take_turn: Callable[[], None]) -> 
     take_turn()
     best: dict[str, Launch] = {}
     for direction, launches in candidates.items():
-        found = sweep(wish, direction, launches, device)
+        found = sweep(request, direction, launches, device)
         rows += found
         best[direction] = Launch(*(found[0][field] for field in ("warps", "programs", "stages")))
-    if "time" in wish.parts:
-        for tokens in wish.tokens:
-            rows += measure(wish, tokens, best, compiled.get(tokens), device)
-    return [{"kernel": wish.name, "width": wish.width, **row} for row in rows]
+    if "time" in request.parts:
+        for tokens in request.tokens:
+            rows += measure(request, tokens, best, compiled.get(tokens), device)
+    return [{"kernel": request.name, "width": request.width, **row} for row in rows]
 
 
 def _forward_and_backward(case: KernelCase, run: Callable[..., Sequence[Tensor]]) -> None:
@@ -131,18 +132,18 @@ def _forward_and_backward(case: KernelCase, run: Callable[..., Sequence[Tensor]]
     torch.autograd.grad(outputs, list(case.leaves.values()), [torch.randn_like(output) for output in outputs])
 
 
-def _sweep_tokens(wish: Wish, device: torch.device) -> tuple[int, ...]:
-    return SWEEP_TOKENS if device.type == "cuda" else wish.tokens
+def _sweep_tokens(request: KernelRequest, device: torch.device) -> tuple[int, ...]:
+    return SWEEP_TOKENS if device.type == "cuda" else request.tokens
 
 
-def _compilable(wish: Wish, device: torch.device) -> dict[str, list[Launch]]:
-    """Launches that compile and run; one can ask for more registers or shared memory than there are."""
-    case = make_case(wish.name, min(_sweep_tokens(wish, device)), wish.width, torch.bfloat16, device, seed=0)
+def _compilable(request: KernelRequest, device: torch.device) -> dict[str, list[Launch]]:
+    """Launches that compile and run; some need more registers or shared memory than the device has."""
+    case = make_case(request.name, min(_sweep_tokens(request, device)), request.width, torch.bfloat16, device, seed=0)
     found = {}
     for direction, launches in LAUNCHES.items():
         run = getattr(case, f"launch_{direction}")
-        # The interpreter, where this is tried out, takes the same time under all of them.
-        wanted = [Launch(*of).at(wish.width) for of in (launches if device.type == "cuda" else launches[:1])]
+        # Without a GPU this runs in the interpreter, where launches do not differ in time.
+        wanted = [Launch(*l).scaled_to(request.width) for l in (launches if device.type == "cuda" else launches[:1])]
         default = getattr(case, f"default_{direction}")
         if default.stages is None:
             wanted = [replace(launch, stages=None) for launch in wanted]
@@ -152,16 +153,17 @@ def _compilable(wish: Wish, device: torch.device) -> dict[str, list[Launch]]:
                 run(launch=launch)
                 found[direction].append(launch)
             except Exception as error:
-                print(f"{wish.name} {wish.width} {direction} {launch}: {str(error).splitlines()[0][:150]}", flush=True)
+                reason = str(error).splitlines()[0][:150]
+                print(f"{request.name} {request.width} {direction} {launch}: {reason}", flush=True)
     return found
 
 
-def sweep(wish: Wish, direction: str, launches: list[Launch], device: torch.device) -> list[dict]:
-    """Milliseconds of one direction under each launch, the best over all token counts first."""
+def sweep(request: KernelRequest, direction: str, launches: list[Launch], device: torch.device) -> list[dict]:
+    """Milliseconds of one direction with each launch, the fastest over all token counts first."""
     times: dict[Launch, dict[int, float]] = {launch: {} for launch in launches}
-    counts = _sweep_tokens(wish, device)
+    counts = _sweep_tokens(request, device)
     for tokens in counts:
-        cases = _cases(wish, tokens, device)
+        cases = _cases(request, tokens, device)
         for launch in launches:
             calls = [partial(getattr(case, f"launch_{direction}"), launch=launch) for case in cases]
             times[launch][tokens] = time_ms(calls, device)
@@ -183,10 +185,10 @@ def sweep(wish: Wish, direction: str, launches: list[Launch], device: torch.devi
 
 
 def measure(
-    wish: Wish, tokens: int, best: dict[str, Launch], compiled: Callable | None, device: torch.device
+    request: KernelRequest, tokens: int, best: dict[str, Launch], compiled: Callable | None, device: torch.device
 ) -> list[dict]:
     """One row per provider: milliseconds, GB/s and share of copy bandwidth, forward and backward."""
-    cases = _cases(wish, tokens, device)
+    cases = _cases(request, tokens, device)
     first = cases[0]
     launches = {d: best.get(d, getattr(first, f"default_{d}")) for d in LAUNCHES}
     alone = [
@@ -208,31 +210,31 @@ def measure(
             "backward_ms": backward,
             "forward_gb_s": first.forward_bytes / forward / 1e6,
             "backward_gb_s": first.backward_bytes / backward / 1e6,
-            "forward_of_copy": first.forward_bytes / forward * 1e3 / wish.copy,
-            "backward_of_copy": first.backward_bytes / backward * 1e3 / wish.copy,
+            "forward_of_copy": first.forward_bytes / forward * 1e3 / request.copy,
+            "backward_of_copy": first.backward_bytes / backward * 1e3 / request.copy,
             "launches": {d: asdict(launch) for d, launch in launches.items()} if provider == "triton" else None,
         }
         for provider, (forward, backward) in times.items()
     ]
 
 
-def _cases(wish: Wish, tokens: int, device: torch.device) -> list[KernelCase]:
-    first = make_case(wish.name, tokens, wish.width, torch.bfloat16, device, seed=0)
+def _cases(request: KernelRequest, tokens: int, device: torch.device) -> list[KernelCase]:
+    first = make_case(request.name, tokens, request.width, torch.bfloat16, device, seed=0)
     count = input_sets(first.backward_bytes, device)
-    others = (make_case(wish.name, tokens, wish.width, torch.bfloat16, device, seed=i) for i in range(1, count))
+    others = (make_case(request.name, tokens, request.width, torch.bfloat16, device, seed=i) for i in range(1, count))
     return [first, *others]
 
 
 def _time_autograd(cases: list[KernelCase], run: Callable, device: torch.device) -> tuple[float, float]:
-    """Forward that keeps what backward needs, and backward as the difference to both together."""
+    """Times of forward, with what it saves for backward, and of backward, as the difference to both together."""
     cotangents = [torch.randn_like(output) for output in run(**cases[0].leaves)]
 
-    def both(case: KernelCase) -> None:
+    def forward_and_backward(case: KernelCase) -> None:
         torch.autograd.grad(run(**case.leaves), list(case.leaves.values()), cotangents)
 
     forward = time_ms([partial(run, **case.leaves) for case in cases], device)
-    together = time_ms([partial(both, case) for case in cases], device)
-    return forward, together - forward
+    total = time_ms([partial(forward_and_backward, case) for case in cases], device)
+    return forward, total - forward
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -244,23 +246,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the parts and prints the tables."""
+    """Runs the requested parts and prints their tables."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
     with device_alone():
         copy = copy_bandwidth(device)
     common = {**environment(device), "copy_gb_s": copy / 1e9}
     print(f"{common['device']}, torch {common['torch']}: copy {copy / 1e12:.2f} TB/s", flush=True)
-    wishes = [
-        Wish(name, WIDTHS[name], tuple(arguments.tokens), tuple(arguments.parts), copy) for name in arguments.kernels
-    ]
+    tokens, parts = tuple(arguments.tokens), tuple(arguments.parts)
+    requests = [KernelRequest(name, WIDTHS[name], tokens, parts, copy) for name in arguments.kernels]
     rows, failures = [], 0
-    found = in_turns([partial(examine, wish, device) for wish in wishes], device)
-    for wish, result in zip(wishes, found, strict=True):
+    found = in_turns([partial(examine, request, device) for request in requests], device)
+    for request, result in zip(requests, found, strict=True):
         if isinstance(result, Exception):
             failures += 1
-            rows.append({"kernel": wish.name, "width": wish.width, "error": str(result)})
-            print(f"{wish.name} {wish.width} FAILED {str(result)[:600]}", flush=True)
+            rows.append({"kernel": request.name, "width": request.width, "error": str(result)})
+            print(f"{request.name} {request.width} FAILED {str(result)[:600]}", flush=True)
         else:
             rows += result
         write_rows(arguments.out, [{**common, **row} for row in rows])

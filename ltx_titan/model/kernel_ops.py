@@ -1,7 +1,8 @@
-"""Chooses, once per job, what the blocks compute their memory-bound operations and their attention with.
+"""Chooses the implementation of a block's memory-bound operations and of its attention, once per job.
 
-The choice is a value, an `Operators` record handed to the model; nothing global remembers it. The kernels are imported
-only when they are chosen, for they need triton, which not every machine has.
+The choice is an `Operators` record passed to the model, without global state. The kernels are imported only when they
+are chosen, because they need Triton, which is not installed with PyTorch for CPUs. The dependency is one-way: kernels
+know shapes, not the model.
 """
 
 import logging
@@ -23,12 +24,12 @@ KernelBackend = Literal["auto", "triton", "torch"]
 # Triton compiles for these; older GPUs also lack bfloat16.
 _OLDEST_CAPABILITY = (8, 0)
 
-# Hopper, the only kind on which the kernels have been measured against torch.compile of the plain form.
+# Hopper, the only architecture on which the kernels have been measured against torch.compile of plain PyTorch.
 _MEASURED_CAPABILITY = 9
 
-# Measured forward + backward on an H100 (docs/benchmarks/attention.jsonl): over video tokens cuDNN makes 478-506
-# TFLOP/s, torch's own flash attention 262-284 and the memory-efficient one 110-128; between the streams and to text
-# cuDNN is first as well. It refuses some shapes and masks; the next one then runs.
+# Measured forward + backward on an H100 (docs/benchmarks/attention.jsonl): over video tokens cuDNN reaches 478-506
+# TFLOP/s, torch's own flash attention 262-284 and the memory-efficient one 110-128; cuDNN is fastest for cross-modal
+# and text attention as well. It rejects some shapes and masks; the next one then runs.
 _HOPPER_ATTENTION = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -38,15 +39,15 @@ _HOPPER_ATTENTION = (
 
 
 def select_operators(backend: KernelBackend, device: torch.device) -> Operators:
-    """The operations for this device.
+    """Selects the operators for a device.
 
     Args:
-        backend: "triton" for the fused kernels, "torch" for plain torch operations (to be compiled), "auto" for what
-            measured fastest.
-        device: where the model will be.
+        backend: "triton" for the fused kernels, "torch" for plain PyTorch (to be compiled), "auto" for the faster one
+            in our measurements.
+        device: of the model.
 
     Raises:
-        ValueError: kernels are asked for where they cannot run.
+        ValueError: the backend is "triton" on a device that cannot run the kernels.
     """
     obstacle = _obstacle(device)
     if backend == "triton" and obstacle is not None:
@@ -69,7 +70,7 @@ def select_operators(backend: KernelBackend, device: torch.device) -> Operators:
 
 
 def triton_operators() -> Operators:
-    """The fused kernels. Under TRITON_INTERPRET=1 they also take CPU tensors, slowly."""
+    """Operators with the fused kernels. With TRITON_INTERPRET=1 they also accept CPU tensors, slowly."""
     from ltx_titan_kernels.gated_residual_norm import gated_residual, gated_residual_norm
     from ltx_titan_kernels.qk_norm_rope import qk_norm_rope
     from ltx_titan_kernels.rms_norm_modulate import rms_norm_modulate
@@ -85,16 +86,16 @@ def triton_operators() -> Operators:
 
 
 def for_rotation(operators: Operators, interleaved: bool) -> Operators:
-    """The same operations with the plain rotation where the checkpoint turns neighbouring channels (old LTX-2)."""
+    """The same operators, with plain PyTorch rotation if the checkpoint rotates adjacent channels (old LTX-2)."""
     if not interleaved:
         return operators
     return replace(operators, qk_norm_rope=TORCH.qk_norm_rope, rotation=TORCH.rotation)
 
 
 def _obstacle(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device."""
+    """Reason why the kernels cannot run on this device, or None."""
     if find_spec("triton") is None:
-        return "triton is not installed"
+        return "Triton is not installed"
     if device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None

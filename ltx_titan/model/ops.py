@@ -1,9 +1,9 @@
-"""The memory-bound operations of a block: norm + modulate, gated residual, QK-norm rotation.
+"""Memory-bound operations of a block: RMS norm + AdaLN modulation, gated residual, QK-norm + rotary embedding.
 
-They are gathered here because they, not the matrix products, decide the speed of a block, and are what fused kernels
-replace. Blocks get them as one `Operators` record, chosen once (kernel_ops.py); the functions here are the plain torch
-form, which runs anywhere, and the reference of the kernels. Statistics and modulation are computed in float32 (or in
-the input's own float64) and rounded once to the dtype of the stream.
+Fused kernels replace them, because they and not the matmuls limit the speed of a block. Blocks receive them as one
+`Operators` record, chosen once (kernel_ops.py). `TORCH` is the plain PyTorch set, which runs anywhere. Its formulas
+are those of the kernels' references (kernels/formulas.py, which does not import Triton): statistics and modulation in
+float32 (float64 inputs stay float64), one rounding to the dtype of the stream.
 
 Letters: `B` samples, `S` tokens, `D` width, `K` distinct timesteps of a sample, `H` heads.
 """
@@ -12,20 +12,43 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from ltx_titan.model.rope import PackedRotation, RotaryTables, Rotation, rotate
+from ltx_titan.model.rope import PackedRotation, RotaryTables, Rotation
+from ltx_titan_kernels.formulas import (
+    HeadShare,
+    gated_residual,
+    modulate,
+    norm_heads,
+    rms_norm,
+    rotate_heads,
+    upcast,
+)
+
+__all__ = [
+    "TORCH",
+    "HeadShare",
+    "Modulation",
+    "Operators",
+    "Row",
+    "gated_residual",
+    "gated_residual_norm",
+    "modulate",
+    "norm_modulate",
+    "norm_modulate_each",
+    "qk_norm_rope",
+    "rms_norm",
+    "rows_of",
+]
 
 
 class Row(NamedTuple):
-    """One modulation row (a scale, a shift or a gate) of every distinct timestep: `table + embedding`.
+    """One AdaLN parameter (a scale, a shift or a gate) of every distinct timestep: `table + embedding`.
 
     Attributes:
-        embedding: what the timestep makes [B, K, D].
-        table: what the block has learned [D]; None adds nothing.
+        embedding: timestep embedding [B, K, D].
+        table: learned by the block [D]; None adds nothing.
     """
 
     embedding: Tensor
@@ -37,28 +60,13 @@ Modulation = tuple[Row, Row]
 
 
 @dataclass(frozen=True)
-class HeadShare:
-    """This rank's share of an attention's heads under tensor parallelism, set from outside on `Attention.share`.
-
-    Attributes:
-        first: number of its first head.
-        width: inner width over all ranks.
-        sum_over_ranks: adds a statistic [B, S] over the ranks, differentiably.
-    """
-
-    first: int
-    width: int
-    sum_over_ranks: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
 class Operators:
     """One implementation of the operations below, under their names and with their signatures.
 
     Attributes:
         name: for logs.
-        rotation: brings the tables of a set of tokens to the form that `qk_norm_rope` reads; runs eagerly, once.
-        attention_backends: implementations of softmax attention, the preferred one first; None lets torch choose.
+        rotation: converts the tables of a set of tokens to the format that `qk_norm_rope` reads; runs eagerly, once.
+        attention_backends: implementations of softmax attention in order of preference; None lets torch choose.
     """
 
     name: str
@@ -71,59 +79,13 @@ class Operators:
 
 
 def rows_of(table_RD: Tensor, embedding_BKRD: Tensor) -> tuple[Row, ...]:
-    """The R rows of a table and of what the timesteps add to them."""
+    """Splits a table and the timestep embeddings added to it into R AdaLN parameters."""
     return tuple(Row(e, t) for t, e in zip(table_RD.unbind(0), embedding_BKRD.unbind(2), strict=True))
 
 
-def split_row(row: Row, x_BSD: Tensor, index_BS: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Embedding [B, K, D] and table [D] of a row as kernels read them: K is 1 without an index, an absent table 0."""
-    embedding = row.embedding if index_BS is not None else row.embedding[:, :1]
-    table = row.table if row.table is not None else embedding.new_zeros(embedding.shape[-1])
-    return embedding.expand(x_BSD.shape[0], -1, -1), table
-
-
-def pick_rows(rows_BKD: Tensor, index_BS: Tensor | None) -> Tensor:
-    """Each token's row [B, S, D], or [B, 1, D] where a sample has one row for all its tokens.
-
-    Two rows, the usual case with conditioning, are selected by `where`: its gradient is a masked sum, which is
-    deterministic and fuses, while that of a gather is a scatter of [B, S, D].
-    """
-    if index_BS is None or rows_BKD.shape[1] == 1:
-        return rows_BKD[:, :1]
-    if rows_BKD.shape[1] == 2:
-        return torch.where(index_BS[..., None] == 0, rows_BKD[:, :1], rows_BKD[:, 1:])
-    return rows_BKD.gather(1, index_BS[..., None].expand(-1, -1, rows_BKD.shape[-1]))
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _of_tokens(row: Row, index_BS: Tensor | None) -> Tensor:
-    value = row.embedding if row.table is None else row.table + row.embedding
-    return pick_rows(_widen(value), index_BS)
-
-
-def rms_norm(x_BSD: Tensor, eps: float) -> Tensor:
-    """X / sqrt(mean(x ** 2) + eps) over the last dimension, without weight."""
-    return F.rms_norm(x_BSD, (x_BSD.shape[-1],), eps=eps)
-
-
-def modulate(x_BSD: Tensor, scale: Row, shift: Row, index_BS: Tensor | None) -> Tensor:
-    """X * (1 + scale) + shift with each token's rows."""
-    return (_widen(x_BSD) * (1 + _of_tokens(scale, index_BS)) + _of_tokens(shift, index_BS)).to(x_BSD.dtype)
-
-
 def norm_modulate(x_BSD: Tensor, scale: Row, shift: Row, index_BS: Tensor | None, eps: float) -> Tensor:
-    """RMS norm without weight, then `modulate`."""
-    return modulate(rms_norm(_widen(x_BSD), eps), scale, shift, index_BS).to(x_BSD.dtype)
-
-
-def gated_residual(x_BSD: Tensor, y_BSD: Tensor, gate: Row | None, index_BS: Tensor | None) -> Tensor:
-    """X + y * gate with each token's gate; without a gate, x + y. A gate of a single row is every token's."""
-    if gate is None:
-        return x_BSD + y_BSD
-    return (_widen(x_BSD) + _widen(y_BSD) * _of_tokens(gate, index_BS)).to(x_BSD.dtype)
+    """RMS norm without weight, then AdaLN modulation."""
+    return modulate(rms_norm(upcast(x_BSD), eps), scale, shift, index_BS).to(x_BSD.dtype)
 
 
 def gated_residual_norm(
@@ -134,13 +96,13 @@ def gated_residual_norm(
     index_BS: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """`gated_residual`, and what the next sub-layers read of it.
+    """`gated_residual`, then the norm and modulation that the next sub-layers read.
 
     Args:
         x_BSD, y_BSD: tokens, and what a sub-layer adds to them.
         gate: factor on `y_BSD`; None is 1.
-        modulations: one or two scale and shift pairs; None is the bare norm.
-        index_BS: which row each token has.
+        modulations: one or two scale and shift pairs; None is the norm alone.
+        index_BS: timestep of each token.
         eps: of the norm.
 
     Returns:
@@ -157,7 +119,7 @@ def norm_modulate_each(
     index_BS: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    """The tokens normed and modulated by each of several pairs, by the given implementation of `norm_modulate`."""
+    """Norm, then modulation by each of several scale and shift pairs; `one` implements `norm_modulate`."""
     return [rms_norm(x_BSD, eps) if m is None else one(x_BSD, *m, index_BS, eps) for m in modulations]
 
 
@@ -174,52 +136,23 @@ def qk_norm_rope(
     interleaved: bool = False,
     share: HeadShare | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RMS norm with weight over the full inner width, then the split into heads and their rotation.
+    """RMS norm with weight over the full inner width, then the split into heads and rotary embedding.
 
     Args:
         q_BSD, k_BTD: projections of queries and keys; under tensor parallelism this rank's heads of them.
         q_weight_D, k_weight_D: weights of the two norms, of the same heads.
-        q_rotation, k_rotation: angles of all heads; None rotates nothing.
+        q_rotation, k_rotation: cosines and sines of all heads; None rotates nothing.
         head_dim: width of a head.
         eps: added to the mean square.
-        interleaved: see `rotate`.
-        share: which heads these are, where they are not all.
+        interleaved: whether rotated pairs are adjacent channels; otherwise they are half a head apart.
+        share: heads of this rank, unless it has all of them.
 
     Returns:
         Queries [B, H, S, head_dim] and keys [B, H, T, head_dim].
     """
-    return (
-        _norm_rope(q_BSD, q_weight_D, q_rotation, head_dim, eps, interleaved, share),
-        _norm_rope(k_BTD, k_weight_D, k_rotation, head_dim, eps, interleaved, share),
-    )
-
-
-def sum_squares(x_BSD: Tensor, share: HeadShare) -> Tensor:
-    """Sum of squares over the full inner width [B, S] of which `x_BSD` is this rank's share."""
-    return share.sum_over_ranks(_widen(x_BSD).square().sum(-1))
-
-
-def _norm_rope(
-    x_BSD: Tensor,
-    weight_D: Tensor,
-    rotation: Rotation | None,
-    head_dim: int,
-    eps: float,
-    interleaved: bool,
-    share: HeadShare | None,
-) -> Tensor:
-    if share is None:
-        x_BSD = F.rms_norm(x_BSD, (x_BSD.shape[-1],), weight_D, eps)
-    else:
-        rstd = torch.rsqrt(sum_squares(x_BSD, share) / share.width + eps)
-        x_BSD = (_widen(x_BSD) * rstd[..., None] * weight_D).to(x_BSD.dtype)
-    x_BHSK = x_BSD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-    if rotation is None:
-        return x_BHSK
-    if share is not None:
-        heads = slice(share.first, share.first + x_BHSK.shape[1])
-        rotation = Rotation(rotation.cos[:, heads], rotation.sin[:, heads])
-    return rotate(x_BHSK, rotation, interleaved)
+    q_BHSK = rotate_heads(norm_heads(q_BSD, q_weight_D, head_dim, eps, share), q_rotation, share, interleaved)
+    k_BHTK = rotate_heads(norm_heads(k_BTD, k_weight_D, head_dim, eps, share), k_rotation, share, interleaved)
+    return q_BHSK, k_BHTK
 
 
 TORCH = Operators(

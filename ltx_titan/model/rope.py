@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ltx_titan_kernels.formulas import rotate as rotate
+
 
 class Rotation(NamedTuple):
     """Cosines and sines of every token and head, [B, H, S, head_dim / 2] each, float32."""
@@ -144,18 +146,3 @@ def rotary_tables(
         cos.append(angles.cos())
         sin.append(angles.sin())
     return RotaryTables(tuple(cos), tuple(sin), index, width, heads)
-
-
-def rotate(x_BHSK: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
-    """Turns pairs of channels of each head; in float32, result in the dtype of `x`.
-
-    Args:
-        x_BHSK: queries or keys [B, H, S, head_dim].
-        rotation: angles of each pair.
-        interleaved: pairs are neighbours (2i, 2i + 1); otherwise pair i is (i, i + head_dim / 2).
-    """
-    x = x_BHSK.float()
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
-    turned = (first * rotation.cos - second * rotation.sin, second * rotation.cos + first * rotation.sin)
-    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    return joined.to(x_BHSK.dtype)

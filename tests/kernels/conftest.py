@@ -1,6 +1,8 @@
-"""The kernels run natively on a GPU, and elsewhere under Triton's interpreter, which must be chosen before triton is
-imported and must not be on where anything compiles: `test_interpreted.py` therefore runs this folder in a process of
-its own, and a process that can run no kernel collects only that file and what needs no kernel.
+"""Runs each test of this folder where it can run, and deselects it elsewhere.
+
+The kernels run natively on a GPU, and elsewhere in Triton's interpreter. That must be chosen before triton is imported,
+and nothing compiles under it, so `test_interpreted.py` runs this folder again in a process with TRITON_INTERPRET=1.
+`pytest.mark.runs_on` names the modes of a module: "gpu", "interpreter" and "cpu"; without the mark it runs in all.
 """
 
 import os
@@ -9,28 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-_EVERYWHERE = ["test_rms_norm_modulate.py", "test_gated_residual_norm.py", "test_qk_norm_rope.py", "test_golden.py"]
-_NATIVE = ["test_long_sequences.py"]
-# Tries the command out, which on a GPU would be a benchmark.
-_INTERPRETED = ["test_benchmark.py"]
-
-# Compiles for a GPU that need not be there, which the interpreter does not.
-_COMPILED = ["test_compilation.py"]
-
-if IS_INTERPRETED:
-    collect_ignore = ["test_interpreted.py", *_NATIVE, *_COMPILED]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    MODE = "interpreter"
 elif torch.cuda.is_available():
-    collect_ignore = ["test_interpreted.py", *_INTERPRETED]
+    MODE = "gpu"
 else:
-    collect_ignore = [*_EVERYWHERE, *_NATIVE, *_INTERPRETED]
+    MODE = "cpu"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "runs_on(*modes): modes in which a kernel test runs: gpu, interpreter, cpu")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Natively they need the GPU, and `-m gpu` is to run them."""
-    if torch.cuda.is_available() and not IS_INTERPRETED:
-        for item in items:
-            if Path(__file__).parent in item.path.parents and item.path.name not in ("test_import.py", *_COMPILED):
-                item.add_marker(pytest.mark.gpu)
+def pytest_collection_modifyitems(config, items):
+    deselected = []
+    for item in items:
+        mark = item.get_closest_marker("runs_on")
+        if Path(__file__).parent not in item.path.parents or mark is None:
+            continue
+        if MODE not in mark.args:
+            deselected.append(item)
+        elif MODE == "gpu" and "cpu" not in mark.args:
+            item.add_marker(pytest.mark.gpu)  # selected by `-m gpu`
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in set(deselected)]

@@ -1,20 +1,22 @@
 import pytest
 import torch
 
-from ltx_titan.model.ops import TORCH, Row
+from ltx_titan_kernels import formulas
 from ltx_titan_kernels.gated_residual_norm import gated_residual, gated_residual_norm, reference
 from tests.kernels.comparison import DEVICE, compare, draw
+
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
 EPS = 1e-6
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
-def _case(batch, tokens, k, width, dtype, gate_rows=None):
+def _case(batch, tokens, k, width, dtype, gate_timesteps=None):
     generator = torch.Generator().manual_seed(1)
     leaves = {
         "x": draw(batch, tokens, width, dtype=dtype, generator=generator),
         "y": draw(batch, tokens, width, dtype=dtype, generator=generator),
-        "gate": draw(batch, gate_rows or k, width, dtype=dtype, generator=generator),
+        "gate": draw(batch, gate_timesteps or k, width, dtype=dtype, generator=generator),
         "embedding": draw(batch, k, 4, width, dtype=dtype, generator=generator),
         "table": draw(5, width, dtype=dtype, generator=generator),
     }
@@ -24,17 +26,17 @@ def _case(batch, tokens, k, width, dtype, gate_rows=None):
 
 def _of(operation, index, norms):
     def run(x, y, gate, embedding, table):
-        rows = [Row(embedding[:, :, i], table[i]) for i in range(4)]
-        pairs = [tuple(rows[:2]), tuple(rows[2:])]
-        outputs = operation(x, y, Row(gate, table[4]), pairs[:norms], index, EPS)
-        # Fewer norms leave rows unused; they are read here so that they have a gradient.
+        parameters = [(embedding[:, :, i], table[i]) for i in range(4)]
+        pairs = [tuple(parameters[:2]), tuple(parameters[2:])]
+        outputs = operation(x, y, (gate, table[4]), pairs[:norms], index, EPS)
+        # Fewer norms leave parameters unused; reading them here gives them a gradient.
         return [*outputs, embedding + table[:4]]
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "k", "gate_rows", "width", "norms", "dtype"),
+    ("batch", "tokens", "k", "gate_timesteps", "width", "norms", "dtype"),
     [
         (1, 1, 1, 1, 8, 1, FLOAT32),
         (2, 7, 1, 1, 24, 2, FLOAT32),
@@ -47,9 +49,9 @@ def _of(operation, index, norms):
         (3, 7, 2, 1, 40, 0, BFLOAT16),
     ],
 )
-def test_equals_the_reference(batch, tokens, k, gate_rows, width, norms, dtype):
-    leaves, index, generator = _case(batch, tokens, k, width, dtype, gate_rows)
-    # The norm reads the sum as it was rounded.
+def test_equals_the_reference(batch, tokens, k, gate_timesteps, width, norms, dtype):
+    leaves, index, generator = _case(batch, tokens, k, width, dtype, gate_timesteps)
+    # Two roundings: the norm reads the rounded sum.
     compare(_of(gated_residual_norm, index, norms), _of(reference, index, norms), leaves, generator, roundings=2)
 
 
@@ -81,9 +83,9 @@ def test_the_last_residual_of_a_block():
     leaves = {name: leaves[name] for name in ("x", "y", "gate")}
 
     def of(operation):
-        return lambda x, y, gate: [operation(x, y, Row(gate), index)]
+        return lambda x, y, gate: [operation(x, y, (gate, None), index)]
 
-    compare(of(gated_residual), of(TORCH.gated_residual), leaves, generator)
+    compare(of(gated_residual), of(formulas.gated_residual), leaves, generator)
 
 
 def test_traced_as_one_node_with_the_same_results():
@@ -96,16 +98,16 @@ def test_traced_as_one_node_with_the_same_results():
 def test_registration(norms):
     leaves, index, _ = _case(2, 4, 2, 16, FLOAT32)
     x, y = leaves["x"], leaves["y"]
-    rows = [r.detach().requires_grad_() for r in (leaves["gate"], *leaves["embedding"].unbind(2)[: 2 * norms])]
+    embeddings = [e.detach().requires_grad_() for e in (leaves["gate"], *leaves["embedding"].unbind(2)[: 2 * norms])]
     tables = [t.detach().requires_grad_() for t in leaves["table"].unbind(0)[: 1 + 2 * norms]]
-    torch.library.opcheck(torch.ops.ltx_titan.gated_residual_norm.default, (x, y, rows, tables, index, EPS))
+    torch.library.opcheck(torch.ops.ltx_titan.gated_residual_norm.default, (x, y, embeddings, tables, index, EPS))
     with torch.no_grad():
-        outputs = torch.ops.ltx_titan.gated_residual_norm(x, y, rows, tables, index, EPS)
+        outputs = torch.ops.ltx_titan.gated_residual_norm(x, y, embeddings, tables, index, EPS)
     backward = (
         [torch.randn_like(x) for _ in range(1 + norms)],
         [outputs[0], outputs[-1]] if norms else [],
         y.detach(),
-        [row.detach() for row in (rows[0], *rows[1::2])],
+        [e.detach() for e in (embeddings[0], *embeddings[1::2])],
         [table.detach() for table in (tables[0], *tables[1::2])],
         index,
     )

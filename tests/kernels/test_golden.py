@@ -10,6 +10,8 @@ from tests.model.golden_transformer import build_inputs, build_transformer, weig
 
 # The interpreter takes seconds a case: 2.3 with everything, and LTX-2 with bare norms and ungated text attention. A GPU
 # runs all of them, and the first compiled.
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 CASES = [(name, False) for name in ("av_22b", "av_19b")]
 if DEVICE.type == "cuda":
     CASES = [("av_22b", True), *((name, False) for name in case_names("transformer_forward"))]

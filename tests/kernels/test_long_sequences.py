@@ -10,6 +10,8 @@ import torch
 from ltx_titan.benchmarks.block_models import our_model
 from tests.kernels.comparison import DEVICE
 
+pytestmark = pytest.mark.runs_on("gpu")
+
 TOKENS = 8_448
 WIDTH_512 = {
     "num_attention_heads": 8,
@@ -27,7 +29,6 @@ WIDTH_512 = {
 }
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("timesteps", [1, 2])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_compiled_gradients_equal_eager_ones(backend, timesteps):

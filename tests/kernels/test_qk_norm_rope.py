@@ -1,10 +1,12 @@
 import pytest
 import torch
 
-from ltx_titan.model.ops import HeadShare
 from ltx_titan.model.rope import Rotation, distinct_coordinates, rotary_tables
+from ltx_titan_kernels.formulas import HeadShare
 from ltx_titan_kernels.qk_norm_rope import qk_norm_rope, reference
 from tests.kernels.comparison import DEVICE, compare, draw
+
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
 EPS = 1e-6
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -45,8 +47,8 @@ def _wide(rotation: Rotation) -> Rotation:
     ("batch", "tokens", "axes", "heads", "head_dim", "dtype"),
     [
         (1, 1, 1, 1, 4, FLOAT32),
-        (2, 7, 3, 3, 10, FLOAT32),  # neither heads nor head width a power of two; 15 angles, 5 per axis
-        (2, 11, 3, 4, 8, FLOAT32),  # 16 angles, one of them padding
+        (2, 7, 3, 3, 10, FLOAT32),  # neither heads nor head width a power of two; 15 pairs, 5 per axis
+        (2, 11, 3, 4, 8, FLOAT32),  # 16 pairs, one of them padding
         (1, 3, 3, 30, 128, FLOAT32),
         (1, 4, 3, 32, 128, BFLOAT16),
         (2, 3, 1, 32, 64, BFLOAT16),
@@ -65,7 +67,7 @@ def test_self_attention_equals_the_reference(batch, tokens, axes, heads, head_di
     ("batch", "q_tokens", "k_tokens", "dtype"),
     [(2, 13, 5, FLOAT32), (2, 5, 13, BFLOAT16), (1, 150, 9, FLOAT32), (1, 1, 40, FLOAT32), (1, 7, 7, BFLOAT16)],
 )
-def test_streams_of_any_lengths_and_angles_of_their_own_equal_the_reference(batch, q_tokens, k_tokens, dtype):
+def test_cross_modal_attention_of_any_lengths_equals_the_reference(batch, q_tokens, k_tokens, dtype):
     leaves, generator = _case(batch, q_tokens, k_tokens, 4, 8, dtype)
     q_tables, k_tables = (_tables(batch, 1, tokens, 32, 4, generator) for tokens in (q_tokens, k_tokens))
     compare(
@@ -133,12 +135,12 @@ def test_registration(rotations, is_summed):
     leaves, generator = _case(2, 4, 4, 2, 12, FLOAT32)
     q, k, *weights = leaves.values()
     packed = [_tables(2, 1, 4, 24, 2, generator).pack() for _ in range(rotations)]
-    tables, rows = [p.table for p in packed], [p.rows for p in packed]
+    tables, indices = [p.table for p in packed], [p.rows for p in packed]
     sums = [x.detach().square().sum(-1).requires_grad_() for x in (q, k)] if is_summed else []
     sizes = (12, 24, 0)
-    torch.library.opcheck(torch.ops.ltx_titan.qk_norm_rope.default, (q, k, weights, tables, rows, sums, *sizes, EPS))
+    torch.library.opcheck(torch.ops.ltx_titan.qk_norm_rope.default, (q, k, weights, tables, indices, sums, *sizes, EPS))
     with torch.no_grad():
-        *outs, q_rstd, k_rstd = torch.ops.ltx_titan.qk_norm_rope(q, k, weights, tables, rows, sums, *sizes, EPS)
+        *outs, q_rstd, k_rstd = torch.ops.ltx_titan.qk_norm_rope(q, k, weights, tables, indices, sums, *sizes, EPS)
     plain = [w.detach() for w in weights]
-    backward = (outs, q.detach(), k.detach(), [q_rstd, k_rstd], plain, tables, rows, is_summed, *sizes)
+    backward = (outs, q.detach(), k.detach(), [q_rstd, k_rstd], plain, tables, indices, is_summed, *sizes)
     torch.library.opcheck(torch.ops.ltx_titan.qk_norm_rope_backward.default, backward)

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from ltx_titan.model.ops import Row
 from ltx_titan_kernels.rms_norm_modulate import launch_backward, reference, rms_norm_modulate
 from tests.kernels.comparison import DEVICE, compare, draw
+
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
 EPS = 1e-6
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -22,7 +23,7 @@ def _case(batch, tokens, k, width, dtype, seed=0):
 
 def _of(operation, index):
     def run(x, embedding, table):
-        scale, shift = (Row(embedding[:, :, i], table[i]) for i in range(2))
+        scale, shift = ((embedding[:, :, i], table[i]) for i in range(2))
         return [operation(x, scale, shift, index, EPS)]
 
     return run
@@ -59,23 +60,23 @@ def test_strided_tokens_and_gradients():
     compare(of(rms_norm_modulate), of(reference), leaves, generator)
 
 
-def test_one_row_serves_all_tokens_without_an_index_and_an_absent_table_adds_nothing():
+def test_without_an_index_the_first_timestep_is_used_and_an_absent_table_adds_nothing():
     leaves, _, generator = _case(2, 5, 2, 16, FLOAT32)
 
     def of(operation):
         return lambda x, embedding, table: [
-            operation(x, Row(embedding[:, :, 0]), Row(embedding[:1, :, 1], table[1]), None, EPS) + table[0]
+            operation(x, (embedding[:, :, 0], None), (embedding[:1, :, 1], table[1]), None, EPS) + table[0]
         ]
 
     compare(of(rms_norm_modulate), of(reference), leaves, generator)
 
 
-def test_more_rows_than_the_kernel_takes():
+def test_more_timesteps_than_the_kernel_supports():
     leaves, index, generator = _case(1, 40, 33, 8, FLOAT32)
     compare(_of(rms_norm_modulate, index), _of(reference, index), leaves, generator)
 
 
-def test_row_gradients_are_the_same_bits_every_time():
+def test_modulation_gradients_are_deterministic():
     leaves, index, _ = _case(1, 40, 2, 64, BFLOAT16)
     x, scale, table = leaves["x"].detach(), leaves["embedding"].detach()[:, :, 0], leaves["table"].detach()[0]
     rstd = x.float().square().mean(-1).rsqrt()
@@ -93,10 +94,10 @@ def test_traced_as_one_node_with_the_same_results():
 def test_registration(k):
     leaves, index, generator = _case(2, 4, k, 16, FLOAT32)
     x, embedding, table = leaves.values()
-    rows = [e.detach().requires_grad_() for e in embedding.unbind(2)]
+    embeddings = [e.detach().requires_grad_() for e in embedding.unbind(2)]
     tables = [t.detach().requires_grad_() for t in table.unbind(0)]
-    torch.library.opcheck(torch.ops.ltx_titan.rms_norm_modulate.default, (x, *rows, *tables, index, EPS))
+    torch.library.opcheck(torch.ops.ltx_titan.rms_norm_modulate.default, (x, *embeddings, *tables, index, EPS))
     with torch.no_grad():
-        _, rstd = torch.ops.ltx_titan.rms_norm_modulate(x, *rows, *tables, index, EPS)
-    backward = (torch.randn_like(x), x.detach(), rstd, rows[0].detach(), tables[0].detach(), index)
+        _, rstd = torch.ops.ltx_titan.rms_norm_modulate(x, *embeddings, *tables, index, EPS)
+    backward = (torch.randn_like(x), x.detach(), rstd, embeddings[0].detach(), tables[0].detach(), index)
     torch.library.opcheck(torch.ops.ltx_titan.rms_norm_modulate_backward.default, backward)

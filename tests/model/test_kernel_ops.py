@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -10,8 +14,24 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_a_cpu_computes_in_plain_torch(backend):
+def test_a_cpu_uses_plain_pytorch(backend):
     assert select_operators(backend, CPU).name == "torch"
+
+
+def test_the_model_runs_without_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from ltx_titan.model import LTXTransformer\n"
+        "from ltx_titan.model.kernel_ops import select_operators\n"
+        "operators = select_operators('auto', torch.device('cpu'))\n"
+        "x = torch.randn(1, 3, 8)\n"
+        "r, h = operators.gated_residual_norm(x, x, None, [None], None, 1e-6)\n"
+        "print(operators.name, r.shape == h.shape == x.shape)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["torch", "True"], run.stderr
 
 
 @pytest.mark.gpu
@@ -37,8 +57,8 @@ def test_the_attention_backend_is_the_first_that_takes_the_inputs_also_when_comp
 
 
 def test_shares_of_the_heads_make_the_whole_attention():
-    # Two ranks in one process. Each norms its heads with the sum of squares over both and turns them by their own
-    # angles; the outputs of the row-wise last projection add up.
+    # Two ranks in one process. Each norms its heads with the sum of squares over both and rotates them by their own
+    # cosines and sines; the outputs of the row-wise last projection add up.
     torch.manual_seed(0)
     heads, head_dim, width, tokens = 4, 6, 24, 5
     whole = Attention(width, width, heads, head_dim, gated=True, eps=1e-6, rope_interleaved=False)

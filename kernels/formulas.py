@@ -1,0 +1,116 @@
+"""Formulas of the fused operations in plain PyTorch. This file does not import Triton.
+
+The float32 reference in each operation's file is composed of these functions, and so is the model's eager path
+(ltx_titan/model/ops.py), which must also run where Triton is not installed: each formula is written once.
+
+Statistics and modulation are computed in float32 (float64 inputs stay float64) and rounded once to the dtype of the
+tokens. Letters: `B` samples, `S` tokens, `D` width, `K` distinct timesteps of a sample, `H` heads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+AdaLN = tuple[Tensor, Tensor | None]
+"""A scale, shift or gate: timestep embedding [B, K, D] and learned table [D], whose sum it is; None adds nothing."""
+
+CosSin = tuple[Tensor, Tensor]
+"""Cosines and sines of every token and head [B, H, S, head_dim / 2], float32."""
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """Heads of an attention that a tensor holds under tensor parallelism.
+
+    Attributes:
+        first: index of the first head.
+        width: inner width over all ranks.
+        sum_over_ranks: adds a statistic [B, S] over the ranks, differentiably.
+    """
+
+    first: int
+    width: int
+    sum_over_ranks: Callable[[Tensor], Tensor]
+
+
+def upcast(x: Tensor) -> Tensor:
+    """`x` in float32, or unchanged if it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def select_timesteps(modulation_BKD: Tensor, index_BS: Tensor | None) -> Tensor:
+    """Selects each token's modulation [B, S, D], or returns [B, 1, D] if all tokens of a sample share it."""
+    if index_BS is None or modulation_BKD.shape[1] == 1:
+        return modulation_BKD[:, :1]
+    if modulation_BKD.shape[1] == 2:
+        # The usual case with conditioning. The gradient of `where` is a masked sum, which is deterministic and fuses;
+        # that of `gather` is a scatter of [B, S, D].
+        return torch.where(index_BS[..., None] == 0, modulation_BKD[:, :1], modulation_BKD[:, 1:])
+    return modulation_BKD.gather(1, index_BS[..., None].expand(-1, -1, modulation_BKD.shape[-1]))
+
+
+def per_token(parameter: AdaLN, index_BS: Tensor | None) -> Tensor:
+    """A scale, shift or gate of each token [B, S | 1, D], float32."""
+    embedding, table = parameter
+    return select_timesteps(upcast(embedding if table is None else table + embedding), index_BS)
+
+
+def rms_norm(x_BSD: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension without weight: `x / sqrt(mean(x ** 2) + eps)`."""
+    return F.rms_norm(x_BSD, (x_BSD.shape[-1],), eps=eps)
+
+
+def modulate(x_BSD: Tensor, scale: AdaLN, shift: AdaLN, index_BS: Tensor | None) -> Tensor:
+    """AdaLN modulation: `x * (1 + scale) + shift`."""
+    return (upcast(x_BSD) * (1 + per_token(scale, index_BS)) + per_token(shift, index_BS)).to(x_BSD.dtype)
+
+
+def gated_residual(x_BSD: Tensor, y_BSD: Tensor, gate: AdaLN | None, index_BS: Tensor | None) -> Tensor:
+    """Gated residual: `x + gate * y`, or `x + y` without a gate. A gate with K = 1 applies to every token."""
+    if gate is None:
+        return x_BSD + y_BSD
+    return (upcast(x_BSD) + upcast(y_BSD) * per_token(gate, index_BS)).to(x_BSD.dtype)
+
+
+def sum_squares(x_BSD: Tensor, share: HeadShare) -> Tensor:
+    """Sum of squares [B, S] over the full inner width, of which `x_BSD` holds this rank's heads."""
+    return share.sum_over_ranks(upcast(x_BSD).square().sum(-1))
+
+
+def norm_heads(x_BSD: Tensor, weight_D: Tensor, head_dim: int, eps: float, share: HeadShare | None) -> Tensor:
+    """RMS norm with weight over the full inner width, then the split into heads [B, H, S, head_dim]."""
+    if share is None:
+        x_BSD = F.rms_norm(x_BSD, (x_BSD.shape[-1],), weight_D, eps)
+    else:
+        rstd = torch.rsqrt(sum_squares(x_BSD, share) / share.width + eps)
+        x_BSD = (upcast(x_BSD) * rstd[..., None] * weight_D).to(x_BSD.dtype)
+    return x_BSD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def rotate(x_BHSK: Tensor, rotation: CosSin, interleaved: bool = False) -> Tensor:
+    """Rotary embedding: `(a cos - b sin, b cos + a sin)` of channel pairs (a, b), in float32, in the dtype of `x`.
+
+    Args:
+        x_BHSK: queries or keys [B, H, S, head_dim].
+        rotation: cosines and sines [B, H, S, head_dim / 2].
+        interleaved: pair i is (2i, 2i + 1); otherwise it is (i, i + head_dim / 2).
+    """
+    cos, sin = rotation
+    x = x_BHSK.float()
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+    rotated = (a * cos - b * sin, b * cos + a * sin)
+    joined = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
+    return joined.to(x_BHSK.dtype)
+
+
+def rotate_heads(x_BHSK: Tensor, rotation: CosSin | None, share: HeadShare | None, interleaved: bool = False) -> Tensor:
+    """`rotate` with the cosines and sines of all heads, of which `x_BHSK` holds `share`; None rotates nothing."""
+    if rotation is None:
+        return x_BHSK
+    if share is not None:
+        heads = slice(share.first, share.first + x_BHSK.shape[1])
+        rotation = (rotation[0][:, heads], rotation[1][:, heads])
+    return rotate(x_BHSK, rotation, interleaved)

@@ -1,0 +1,97 @@
+"""Compiles the kernels for an H100 without one, and writes their PTX to compare two versions of the code:
+
+TRITON_DISABLE_LINE_INFO=1 python -m tests.kernels.compilation FOLDER      then diff -r FOLDER OTHER_FOLDER
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.library import wrap_triton
+from triton.backends.compiler import GPUTarget
+
+from ltx_titan.benchmarks.kernel_cases import CASES, WIDTHS, make_case
+from ltx_titan_kernels import gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate
+
+_MODULES = (gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate)
+_H100 = GPUTarget("cuda", 90, 32)
+_MULTIPROCESSORS = 132
+
+
+@contextmanager
+def on_an_h100(launch: Callable[..., None]) -> Iterator[None]:
+    """Within it, Triton compiles for an H100, and launched kernels are passed to `launch(kernel, grid, arguments)`."""
+
+    def intercept(kernel: Any, _: torch.Tensor) -> Any:
+        class OnGrid:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                return lambda **arguments: launch(kernel, grid, arguments)
+
+        return OnGrid()
+
+    driver = SimpleNamespace(
+        get_current_target=lambda: _H100, get_current_device=lambda: 0, get_current_stream=lambda _: 0
+    )
+    with ExitStack() as patches:
+        for module in _MODULES:
+            patches.enter_context(patch.object(module, "wrap_if_traced", intercept))
+        patches.enter_context(patch.object(triton.runtime.driver, "_active", driver))
+        patches.enter_context(patch.object(launches, "_multiprocessors", lambda _: _MULTIPROCESSORS))
+        yield
+
+
+def compile_case(name: str, dtype: torch.dtype, tokens: int) -> list[Any]:
+    """Compiled kernels of a benchmark case, forward and backward."""
+    compiled: list[Any] = []
+    with on_an_h100(lambda kernel, grid, arguments: compiled.append(kernel.warmup(grid=grid, **arguments))):
+        case = make_case(name, tokens, WIDTHS[name], dtype, torch.device("cpu"), seed=0)
+        compiled.clear()  # making a case runs the forward as well
+        case.launch_forward()
+        case.launch_backward()
+    return compiled
+
+
+def trace_case(name: str, tokens: int, width: int) -> list[torch.fx.Graph]:
+    """Forward and backward graph that torch.compile makes of a benchmark case; nothing is run."""
+    graphs = []
+
+    def keep(module: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., list[torch.Tensor]]:
+        graphs.append(module.graph)
+        outputs = [node and node.meta["val"] for node in module.graph.output_node().args[0]]  # None: no gradient
+        return make_boxed_func(lambda *_: [o if o is None else torch.zeros(o.shape, dtype=o.dtype) for o in outputs])
+
+    def skip(*_: Any) -> None:
+        pass
+
+    with on_an_h100(skip):
+        case = make_case(name, tokens, width, torch.bfloat16, torch.device("cpu"), seed=0)
+        with ExitStack() as traced:
+            for module in _MODULES:
+                traced.enter_context(patch.object(module, "wrap_if_traced", lambda kernel, _: wrap_triton(kernel)))
+            compiled = torch.compile(case.kernel, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=keep))
+            outputs = compiled(**case.leaves)
+            torch.autograd.grad(outputs, list(case.leaves.values()), [torch.randn_like(o) for o in outputs])
+    return graphs
+
+
+def main(folder: Path) -> None:
+    """Writes the PTX of every case, dtype and number of tokens to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in CASES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for tokens in (129, 4032):
+                for number, kernel in enumerate(compile_case(name, dtype, tokens)):
+                    file = f"{name} {str(dtype).removeprefix('torch.')} {tokens} {number}.ptx".replace(" ", "_")
+                    (folder / file).write_text(kernel.asm["ptx"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
