@@ -19,7 +19,7 @@ class Problem:
     Attributes:
         key: dotted name, for example `training.steps`; empty where `origin` itself (a file, an override) is wrong.
         found: the value in the job, `MISSING` where there is none.
-        expected: what would have been right, to be read after the word "expected".
+        expected: valid values, to be read after the word "expected"; empty if `remedy` is a complete message.
         remedy: what to do about it.
         origin: file or override that the value came from; empty where the job as a whole is meant.
     """
@@ -32,11 +32,15 @@ class Problem:
 
     def line(self) -> str:
         """The problem as one line of text."""
-        subject = ""
-        if self.key:
-            subject = f"{self.key} is missing" if self.found is MISSING else f"{self.key} = {as_toml(self.found)}"
+        subject = self.key
+        if self.key and self.found is MISSING:
+            subject = f"{self.key} is missing"
+        elif self.key and (self.expected or not isinstance(self.found, dict)):
+            # A whole table is left out beside a complete message, which names the fields that matter.
+            subject = f"{self.key} = {as_toml(self.found)}"
         place = ": ".join(part for part in (self.origin, subject) if part)
-        return f"{place}: expected {self.expected}; {self.remedy}"
+        text = f"expected {self.expected}; {self.remedy}" if self.expected else self.remedy
+        return f"{place}: {text}"
 
 
 class ConfigError(ValueError):

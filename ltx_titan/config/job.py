@@ -307,7 +307,14 @@ def _batch_rules(job: JobConfig) -> Iterator[Problem]:
     if parallelism.dp_shard == 0:
         yield Problem("parallelism.dp_shard", 0, "-1 (the rest) or at least 1", "set it to -1")
         return
-    yield from _batch_fit(job, parallelism.dp_replicate * max(parallelism.dp_shard, 1))
+    dp = parallelism.dp_replicate * max(parallelism.dp_shard, 1)
+    fits = True
+    for problem in _batch_fit(job, dp):
+        fits = False
+        yield problem
+    # With dp_shard = -1 there may be more ranks, hence fewer micro-batches: `check_world` decides.
+    if fits and parallelism.dp_shard > 0:
+        yield from _accumulation_problems(job, dp)
 
 
 def _single_rules(job: JobConfig) -> Iterator[Problem]:
@@ -364,6 +371,32 @@ def _wandb_rules(job: JobConfig) -> Iterator[Problem]:
             yield Problem("metrics.wandb", metrics.wandb, "credentials of Weights & Biases on this machine", remedy)
 
 
+def _clipping_rules(job: JobConfig) -> Iterator[Problem]:
+    if job.optimizer.in_backward and job.training.max_grad_norm > 0:
+        yield Problem(
+            "training.max_grad_norm",
+            job.training.max_grad_norm,
+            "0 with optimizer.in_backward = true, which frees gradients before their norm is known",
+            "set it to 0, or set optimizer.in_backward = false",
+        )
+
+
+def _accumulation_problems(job: JobConfig, dp: int) -> Iterator[Problem]:
+    """An update in the backward pass sees one micro-batch; `dp` is the number of data-parallel ranks."""
+    training = job.training
+    micro_batches = training.global_batch_size // (training.local_batch_size * dp)
+    if job.optimizer.in_backward and micro_batches > 1:
+        yield Problem(
+            "optimizer.in_backward",
+            True,
+            "one micro-batch per step, because gradients are freed instead of accumulated; found global_batch_size / "
+            f"(local_batch_size x data-parallel ranks) = {training.global_batch_size} / ({training.local_batch_size} "
+            f"x {dp}) = {micro_batches}",
+            f"set training.local_batch_size = {training.global_batch_size // dp}, lower training.global_batch_size, "
+            "or set optimizer.in_backward = false",
+        )
+
+
 def _batch_fit(job: JobConfig, dp: int) -> Iterator[Problem]:
     """At least `dp` data-parallel ranks, each with micro-batches of `local_batch_size`, must fill the global batch."""
     training = job.training
@@ -385,6 +418,7 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _parameter_rules,
     _step_rules,
     _batch_rules,
+    _clipping_rules,
     _single_rules,
     _validation_rules,
     _wandb_rules,
@@ -426,6 +460,6 @@ def check_world(job: JobConfig, world_size: int) -> Degrees:
             ]
         )
     degrees = Degrees(asked.dp_replicate, dp_shard, asked.cp, asked.tp)
-    if problems := list(_batch_fit(job, degrees.dp)):
+    if problems := list(_batch_fit(job, degrees.dp)) or list(_accumulation_problems(job, degrees.dp)):
         raise ConfigError(problems)
     return degrees

@@ -187,9 +187,9 @@ def _problem(detail: Mapping[str, Any], data: Mapping[str, Any]) -> Problem:
     if kind == "union_tag_not_found":
         return Problem(f"{key}.type", MISSING, "the type of the condition", "add it")
     if kind == "value_error":
-        expected = f"something else ({message.removeprefix('Value error, ').rstrip('.')})"
-    else:
-        expected = _EXPECTED_TYPES.get(kind) or message.removeprefix("Input should be ")
+        # A validator of ours: its message is complete.
+        return Problem(key, found, "", str(context["error"]))
+    expected = _EXPECTED_TYPES.get(kind) or message.removeprefix("Input should be ")
     return Problem(key, found, expected, _remedy(kind, found, key, models, leaf))
 
 

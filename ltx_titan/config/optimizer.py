@@ -47,20 +47,3 @@ class OptimizerSettings(BaseModel):
         if self.stochastic_rounding and self.name not in _PER_PARAMETER:
             raise ValueError(f'stochastic_rounding = true: expected name to be one of {adamw}, found "{self.name}".')
         return self
-
-    def check_step(self, *, max_grad_norm: float, micro_batches: int) -> None:
-        """Refuses what an update during the backward pass rules out.
-
-        Raises:
-            ValueError: the gradient would have to be clipped or accumulated.
-        """
-        if self.in_backward and max_grad_norm > 0:
-            raise ValueError(
-                f"optimizer.in_backward = true: gradients are gone before their norm is known; expected "
-                f"training.max_grad_norm = 0, found {max_grad_norm}."
-            )
-        if self.in_backward and micro_batches > 1:
-            raise ValueError(
-                f"optimizer.in_backward = true: gradients cannot be accumulated; expected one micro-batch per step, "
-                f"found {micro_batches}. Raise training.local_batch_size or lower training.global_batch_size."
-            )

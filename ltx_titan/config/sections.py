@@ -137,7 +137,7 @@ class SigmaSection(Section):
     """`shifted_logit_normal` leans to high noise for long clips, as in base training; `uniform` never does."""
     std: float = Field(1.0, gt=0.0)
     """shifted_logit_normal: spread; larger draws more extreme levels."""
-    eps: float = Field(1e-3, ge=0.0, lt=1.0)
+    eps: float = Field(1e-3, ge=0.0, lt=0.5)
     """shifted_logit_normal: lowest level."""
     uniform_prob: Share = 0.1
     """shifted_logit_normal: share drawn uniformly instead, so that low noise is never starved."""

@@ -124,6 +124,22 @@ def test_wrong_override_is_named_with_its_remedy(write, override, words):
     assert all(word in line for word in [*words, f"override {override}"]), line
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ('--lora.targets="video"', 'lora.targets = "video": expected a list of presets or name endings'),
+        ("--optimizer.name=muon", "optimizer: in_backward = true: expected name to be one of adamw"),
+        ("--validation.stg_blocks=[]", "validation.stg_blocks = []: stg_blocks is empty"),
+        ("--validation.interval=5", "validation: interval is set but there is nothing to do"),
+    ],
+)
+def test_message_of_a_validator_is_printed_as_it_is(write, override, line):
+    (found,) = errors_of(write(MINIMAL + "[optimizer]\nin_backward = true\n[training]\nmax_grad_norm = 0"), [override])
+    assert line in found
+    assert "something else" not in found
+    assert "Value error" not in found
+
+
 def test_overrides_take_toml_values_bare_strings_and_flags(write):
     job = load_job(
         write(MINIMAL),

@@ -107,12 +107,3 @@ def test_frozen_weights_are_left_out_and_nothing_to_train_is_refused():
 def test_what_does_not_fit_together_is_refused(fields, names):
     with pytest.raises(ValidationError, match=names):
         OptimizerSettings(**fields)
-
-
-def test_in_backward_refuses_clipping_and_accumulation_by_name():
-    settings = OptimizerSettings(in_backward=True)
-    settings.check_step(max_grad_norm=0.0, micro_batches=1)
-    with pytest.raises(ValueError, match=r"training\.max_grad_norm = 0, found 1"):
-        settings.check_step(max_grad_norm=1.0, micro_batches=1)
-    with pytest.raises(ValueError, match=r"one micro-batch per step, found 4"):
-        settings.check_step(max_grad_norm=0.0, micro_batches=4)
