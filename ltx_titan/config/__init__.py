@@ -1,8 +1,8 @@
 from ltx_titan.config.errors import ConfigError, Problem
 from ltx_titan.config.job import RELEASED_SHAPES, Degrees, JobConfig, check_world
 from ltx_titan.config.load import build_job, dump_job, job_changes, load_job, plain_job, read_tables
-from ltx_titan.config.lora import LoRASettings
-from ltx_titan.config.optimizer import OptimizerSettings
+from ltx_titan.config.lora import LoRASection
+from ltx_titan.config.optimizer import OptimizerSection
 from ltx_titan.config.sections import (
     ActivationCheckpointSection,
     CheckpointSection,
@@ -21,13 +21,13 @@ from ltx_titan.config.sections import (
     SyntheticSection,
     TrainingSection,
 )
-from ltx_titan.config.streams import AudioBlock, StrategyConfig, VideoBlock
+from ltx_titan.config.streams import AudioSection, StrategyConfig, VideoSection
 from ltx_titan.config.validation import SampleCondition, ValidationSample, ValidationSection
 
 __all__ = [
     "RELEASED_SHAPES",
     "ActivationCheckpointSection",
-    "AudioBlock",
+    "AudioSection",
     "CheckpointSection",
     "CompileSection",
     "ConfigError",
@@ -37,11 +37,11 @@ __all__ = [
     "JobConfig",
     "JobSection",
     "KernelsSection",
-    "LoRASettings",
+    "LoRASection",
     "LossSection",
     "MetricsSection",
     "ModelSection",
-    "OptimizerSettings",
+    "OptimizerSection",
     "ParallelismSection",
     "Problem",
     "ProfilingSection",
@@ -53,7 +53,7 @@ __all__ = [
     "TrainingSection",
     "ValidationSample",
     "ValidationSection",
-    "VideoBlock",
+    "VideoSection",
     "build_job",
     "check_world",
     "dump_job",

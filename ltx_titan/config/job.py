@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltx_titan.config.errors import MISSING, ConfigError, Problem
-from ltx_titan.config.lora import LoRASettings
-from ltx_titan.config.optimizer import OptimizerSettings
+from ltx_titan.config.lora import LoRASection
+from ltx_titan.config.optimizer import OptimizerSection
 from ltx_titan.config.sections import (
     ActivationCheckpointSection,
     CheckpointSection,
@@ -31,7 +31,7 @@ from ltx_titan.config.sections import (
     SigmaSection,
     TrainingSection,
 )
-from ltx_titan.config.streams import AudioBlock, VideoBlock
+from ltx_titan.config.streams import AudioSection, VideoSection
 from ltx_titan.config.validation import ValidationSection
 
 
@@ -84,9 +84,9 @@ class JobConfig(Section):
     """Which weights are trained."""
     data: DataSection = DataSection()
     """Where samples come from."""
-    video: VideoBlock | None = None
+    video: VideoSection | None = None
     """The video stream; absent means that the transformer sees no video."""
-    audio: AudioBlock | None = None
+    audio: AudioSection | None = None
     """The audio stream; absent means that the transformer sees no audio."""
     sigma: SigmaSection = SigmaSection()
     """Noise levels."""
@@ -104,7 +104,7 @@ class JobConfig(Section):
     """Fused operations."""
     loss: LossSection = LossSection()
     """Weights of the streams."""
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: OptimizerSection = OptimizerSection()
     """Update rule."""
     scheduler: SchedulerSection = SchedulerSection()
     """Learning rate over time."""
@@ -112,7 +112,7 @@ class JobConfig(Section):
     """What is kept."""
     validation: ValidationSection = ValidationSection()
     """Sampled clips."""
-    lora: LoRASettings = LoRASettings()
+    lora: LoRASection = LoRASection()
     """Adapters."""
     metrics: MetricsSection = MetricsSection()
     """Logs."""

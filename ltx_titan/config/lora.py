@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 BaseDtype = Literal["float32", "bfloat16", "int8", "int4", "float8", "nvfp4"]
 
 
-class LoRASettings(BaseModel):
+class LoRASection(BaseModel):
     """Low-rank adapters on a frozen base, `y = W x + (alpha / rank) B A x`."""
 
     model_config = ConfigDict(

@@ -9,7 +9,7 @@ _PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit")
 _Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class OptimizerSettings(BaseModel):
+class OptimizerSection(BaseModel):
     """Update rule. Bytes of state per trained weight: adamw 8, adamw8bit 2.1, adamw4bit 1.1, muon 4, adafactor 0."""
 
     model_config = ConfigDict(

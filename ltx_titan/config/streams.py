@@ -33,7 +33,7 @@ class _Block(BaseModel):
         return tuple(c for c, is_applied in zip(self.conditions, self.applied, strict=True) if not is_applied)
 
 
-class VideoBlock(_Block):
+class VideoSection(_Block):
     """The `[video]` section."""
 
     conditions: Annotated[tuple[VideoCondition, ...], Field(strict=False)] = Field(
@@ -41,7 +41,7 @@ class VideoBlock(_Block):
     )
 
 
-class AudioBlock(_Block):
+class AudioSection(_Block):
     """The `[audio]` section."""
 
     conditions: Annotated[tuple[AudioCondition, ...], Field(strict=False)] = Field(
@@ -64,8 +64,8 @@ class StrategyConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: Literal["flexible"] = "flexible"
-    video: VideoBlock | None = None
-    audio: AudioBlock | None = None
+    video: VideoSection | None = None
+    audio: AudioSection | None = None
 
     @model_validator(mode="after")
     def _generates_something(self) -> Self:

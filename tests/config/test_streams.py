@@ -1,6 +1,6 @@
 import pytest
 
-from ltx_titan.config import AudioBlock, VideoBlock
+from ltx_titan.config import AudioSection, VideoSection
 
 ALL = [
     {"type": "first_frame"},
@@ -13,20 +13,20 @@ ALL = [
 
 
 def video(*conditions, **fields):
-    return VideoBlock.model_validate(
+    return VideoSection.model_validate(
         {"is_generated": True, "latents_dir": "latents", "conditions": conditions} | fields
     )
 
 
 def audio(*conditions):
-    return AudioBlock.model_validate({"is_generated": True, "latents_dir": "audio_latents", "conditions": conditions})
+    return AudioSection.model_validate({"is_generated": True, "latents_dir": "audio_latents", "conditions": conditions})
 
 
 def test_all_conditions_are_read_and_survive_being_written():
     block = video(*ALL)
     assert [c.type for c in block.conditions] == [c["type"] for c in ALL]
     assert all(c.probability == 1.0 for c in block.conditions)
-    assert VideoBlock.model_validate(block.model_dump(mode="json")) == block
+    assert VideoSection.model_validate(block.model_dump(mode="json")) == block
 
 
 @pytest.mark.parametrize("condition", [c for c in ALL if c["type"] in ("first_frame", "spatial_crop")])
@@ -64,9 +64,9 @@ def test_a_bad_condition_is_named(condition, names):
 
 def test_a_block_needs_its_fields_and_no_others():
     with pytest.raises(ValueError, match="is_generated"):
-        VideoBlock.model_validate({"latents_dir": "latents"})
+        VideoSection.model_validate({"latents_dir": "latents"})
     with pytest.raises(ValueError, match="latents_dir"):
-        VideoBlock.model_validate({"is_generated": True})
+        VideoSection.model_validate({"is_generated": True})
     with pytest.raises(ValueError, match="weight"):
         video(weight=2)
 
