@@ -16,8 +16,16 @@ from ltx_titan.conditioning.conditions import given_tokens
 from ltx_titan.conditioning.references import reference_factors
 from ltx_titan.conditioning.strategy import FlexibleStrategy
 from ltx_titan.conditioning.tokens import Grid
-from ltx_titan.config.conditions import IntrinsicCondition, Mask, Prefix, Reference, SpatialCrop, Suffix
-from ltx_titan.config.streams import AudioSection, VideoSection
+from ltx_titan.config.streams import (
+    AudioSection,
+    IntrinsicCondition,
+    Mask,
+    Prefix,
+    Reference,
+    SpatialCrop,
+    Suffix,
+    VideoSection,
+)
 
 ShapeKey = tuple[tuple[str, str, tuple[int, ...]], ...]
 """(source, field, shape) of everything in a sample, as the data package has it."""

@@ -18,8 +18,7 @@ from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights
 from ltx_titan.conditioning.references import reference_factors, scale_reference
 from ltx_titan.conditioning.stream import Stream, build_stream
 from ltx_titan.conditioning.tokens import DEFAULT_SCALE_FACTORS, Coordinates
-from ltx_titan.config.conditions import Mask, Reference, SpatialCrop
-from ltx_titan.config.streams import AudioSection, StrategyConfig, VideoSection
+from ltx_titan.config.streams import AudioSection, Mask, Reference, SpatialCrop, StrategyConfig, VideoSection
 from ltx_titan.diffusion.draws import StepDraws, StreamPlan
 from ltx_titan.model import Modality, Perturbations
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ltx_titan.config.lora import BaseDtype, LoRASection
+from ltx_titan.config import BaseDtype, LoRASection
 from ltx_titan.lora.linear import LoRALinear
 from ltx_titan.lora.names import official_name
 from ltx_titan.lora.targets import PRESETS, find_targets

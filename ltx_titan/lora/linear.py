@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltx_titan.config.lora import LoRASection
+from ltx_titan.config import LoRASection
 from ltx_titan.lora.dropout import drop
 from ltx_titan.weights.quantized import QuantizedLinear
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ltx_titan.config.optimizer import OptimizerSection
+from ltx_titan.config import OptimizerSection
 from ltx_titan.optim.adafactor import Adafactor
 from ltx_titan.optim.adamw import ShardedAdamW
 from ltx_titan.optim.muon import Muon

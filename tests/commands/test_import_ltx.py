@@ -226,7 +226,7 @@ def test_adapters_on_an_absent_stream_are_left_out_and_named():
         (
             "training_strategy: {name: flexible, audio: {is_generated: true, latents_dir: a, "
             "conditions: [{type: first_frame}]}}",
-            ["audio.conditions", "audio does not support 'first_frame'"],
+            ['audio.conditions[0].type = "first_frame"', "one of prefix, suffix, mask, reference"],
         ),
         ("training_strategy: {name: flexible}", ["is_generated = true"]),
         ("validation: {samples: [{promt: x}]}", ["validation.samples[0].promt", "did you mean prompt"]),

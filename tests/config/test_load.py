@@ -3,6 +3,7 @@ import warnings
 import pytest
 
 from ltx_titan.config import ConfigError, JobConfig, build_job, dump_job, job_changes, load_job, plain_job
+from ltx_titan.config.load import models_in
 
 MINIMAL = """
 [model]
@@ -130,7 +131,11 @@ def test_wrong_override_is_named_with_its_remedy(write, override, words):
         ('--lora.targets="video"', 'lora.targets = "video": expected a list of presets or name endings'),
         ("--optimizer.name=muon", "optimizer: in_backward = true: expected name to be one of adamw"),
         ("--validation.stg_blocks=[]", "validation.stg_blocks = []: stg_blocks is empty"),
-        ("--validation.interval=5", "validation: interval is set but there is nothing to do"),
+        (
+            '--video.conditions=[{type="spatial_crop", spatial_region=[9, 0, 8, 8]}]',
+            "video.conditions[0].spatial_region = [9, 0, 8, 8]: expected [top, left, bottom, right] in pixels",
+        ),
+        ("--validation.interval=5", "validation: interval is set, but there is nothing to do; add samples"),
     ],
 )
 def test_message_of_a_validator_is_printed_as_it_is(write, override, line):
@@ -211,19 +216,19 @@ def test_changes_between_jobs_are_named(write):
     ]
 
 
-def test_loading_a_audio_job_warns_of_nothing(write):
+def test_loading_a_valid_job_warns_of_nothing(write):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_job(write(MINIMAL))
 
 
-def test_every_field_says_what_it_does():
+def test_every_field_is_documented():
     def undocumented(model, prefix=""):
         for name, field in model.model_fields.items():
-            if not field.description:
+            if not field.description and name != "type":
                 yield prefix + name
-            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
-                yield from undocumented(field.annotation, f"{prefix}{name}.")
+            for nested in models_in(field.annotation):
+                yield from undocumented(nested, f"{prefix}{name}.")
 
     assert list(undocumented(JobConfig)) == []
 

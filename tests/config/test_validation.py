@@ -33,15 +33,15 @@ def problems(made, **shapes):
     [
         ({"type": "prefix"}, "exactly one of video and audio, found neither"),
         ({"type": "mask", "video": "a", "audio": "b", "mask": "m"}, "found both"),
-        ({"type": "prefix", "video": "a", "duration": 1.0}, "has num_frames, not duration"),
-        ({"type": "suffix", "audio": "a", "num_frames": 8}, "has duration, not num_frames"),
+        ({"type": "prefix", "video": "a", "duration": 1.0}, "expected num_frames, not duration"),
+        ({"type": "suffix", "audio": "a", "num_frames": 8}, "expected duration, not num_frames"),
         ({"type": "reference", "audio": "a", "downscale_factor": 2}, "belongs to a video reference"),
         ({"type": "spatial_crop", "video": "a", "spatial_region": [9, 0, 8, 8]}, "0 <= top < bottom"),
         ({"type": "first_frame", "video": "a"}, "image_or_video"),
         ({"type": "no_such_thing"}, "no_such_thing"),
     ],
 )
-def test_a_condition_that_cannot_be_meant_is_refused(condition, message):
+def test_a_contradictory_condition_is_refused(condition, message):
     with pytest.raises(ValidationError, match=message):
         section(condition)
 
@@ -55,15 +55,15 @@ def test_a_condition_that_cannot_be_meant_is_refused(condition, message):
         ),
         (
             [{"type": "video_to_audio", "video": "a"}, {"type": "first_frame", "image_or_video": "a"}],
-            "first_frame gives",
+            "first_frame covers part of the video",
         ),
         (
             [{"type": "audio_to_video", "audio": "a"}, {"type": "prefix", "audio": "a"}],
-            "prefix gives part of the audio",
+            "prefix covers part of the audio",
         ),
     ],
 )
-def test_a_stream_that_is_given_altogether_takes_no_further_condition(conditions, message):
+def test_a_stream_conditioned_as_a_whole_takes_no_further_condition(conditions, message):
     with pytest.raises(ValidationError, match=message):
         section(*conditions)
 
