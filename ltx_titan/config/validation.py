@@ -158,7 +158,7 @@ class ValidationSample(Section):
     """`[[validation.samples]]`: one clip to sample."""
 
     prompt: str
-    """Text prompt: what is seen and heard."""
+    """Text prompt for video and audio."""
     conditions: Annotated[tuple[SampleCondition, ...], Field(strict=False)] = ()
     """Conditioned parts of the clip."""
     video_dims: Dims | None = None
