@@ -193,7 +193,6 @@ class Trainer:
             The gradient norms before clipping; None where weights are updated in the backward pass, which leaves none.
         """
         max_norm = self.job.training.max_grad_norm
-        self.job.optimizer.check_step(max_grad_norm=max_norm, micro_batches=batches.num_micro_batches)
         self.optimizers.set_lr(self._learning_rate(batches.step))
         for number, micro_batch in enumerate(batches.micro_batches):
             self.dropout.set(batches.step * _MICRO_STEPS + number)

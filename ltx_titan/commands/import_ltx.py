@@ -1,12 +1,11 @@
-"""`ltx-titan import-config`: a job of the LTX Trainer (YAML) becomes one of ours (TOML).
+"""`ltx-titan import-config`: converts a job of the LTX Trainer (YAML) to a job of ltx_titan (TOML).
 
-What means something here is carried over, that trainer's defaults included, so that the job does what it did there. A
-key without counterpart is named with the reason, an unknown key is refused, and the result is checked as `load_job`
-would check it, except that model and data need not be on this machine.
+Values are converted together with that trainer's defaults, so that the job trains the same. A key without equivalent
+is reported with the reason, an unknown key is an error, and the result is validated as by `load_job`, except that model
+and data need not exist on this machine.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,23 +15,26 @@ from typing import Any
 import tomli_w
 
 from ltx_titan.commands.ltx_schema import LtxJob, Table, read_ltx_job
+from ltx_titan.commands.ltx_validation import OLDER_SAMPLES, validation_table
+from ltx_titan.common.files import write_text
 from ltx_titan.config.errors import MISSING, ConfigError, Problem, as_toml, nearest
 from ltx_titan.config.job import JobConfig
 from ltx_titan.config.load import build_job
 from ltx_titan.lora.targets import PRESETS
 
-DESCRIPTION = """Turn a job of the LTX Trainer (YAML) into one of ours (TOML).
+DESCRIPTION = """Convert a job of the LTX Trainer (YAML) to a job of ltx_titan (TOML).
 
-Its defaults are carried over. Keys without counterpart are named on stderr with the reason; unknown ones are refused.
+The defaults of the LTX Trainer are kept. Keys without equivalent are listed on stderr with the reason; unknown keys are
+errors.
 
 example:
   ltx-titan import-config i2v_lora.yaml -o i2v_lora.toml --ranks 4
 """
 
-_HUB = "nothing is uploaded; the files to share are below export/"
-_WITHOUT_COUNTERPART = {
-    "acceleration.load_text_encoder_in_8bit": "the text encoder is not in memory while training",
-    "checkpoints.save_training_state": "a checkpoint always holds all that an exact resume needs",
+_HUB = "nothing is uploaded; the files to share are in export/"
+_WITHOUT_EQUIVALENT = {
+    "acceleration.load_text_encoder_in_8bit": "the text encoder is not in memory during training",
+    "checkpoints.save_training_state": "a checkpoint always contains the state for an exact resume",
     **dict.fromkeys(("hub.push_to_hub", "hub.hub_model_id"), _HUB),
 }
 _BASE_DTYPES = {
@@ -42,7 +44,7 @@ _BASE_DTYPES = {
     "fp8-quanto": "float8",
     "fp8uz-quanto": "float8",
 }
-# Parameter of a schedule or sampler -> our key; None has no counterpart.
+# Parameter of a schedule or sampler -> our key; None has no equivalent.
 _SCHEDULERS: dict[str, dict[str, str | None]] = {
     "constant": {},
     "linear": {"start_factor": "start_factor", "end_factor": "end_factor", "total_iters": None},
@@ -56,23 +58,15 @@ _INTEGERS = ("restart_period", "restart_mult", "step_size")
 _RESTARTS_ETA_MIN = 5e-5
 _PARTS = ("all_attention", "video", "video_ffn", "audio", "audio_ffn", "audio_to_video", "video_to_audio")
 _PATHS = ("model.checkpoint_path", "model.adapter_path", "data.root")
-_OLDER_SAMPLES = (
-    "prompts",
-    "images",
-    "reference_videos",
-    "reference_downscale_factor",
-    "include_reference_in_output",
-)
-_DEPRECATED_GUIDANCE = {"guidance_scale": "cfg_scale", "stg_scale": "stg_scale", "stg_mode": "stg_scale"}
 
 
 @dataclass
 class Imported:
-    """A translated job.
+    """A converted job.
 
     Attributes:
         job: section -> key -> value, as in a job file.
-        notes: what could not be carried over, or means something slightly different; one line each.
+        notes: keys that were not converted, or whose meaning differs; one line each.
     """
 
     job: dict[str, Table] = field(default_factory=dict)
@@ -84,28 +78,28 @@ class Imported:
         self.job.setdefault(section, {})[name] = value
 
     def note(self, key: str, value: Any, reason: str) -> None:
-        """Says what became of a key of the other trainer."""
+        """Notes what happened to a key of the LTX Trainer."""
         self.notes.append(f"{key} = {as_toml(value)}: {reason}")
 
     def toml(self) -> str:
-        """The job file."""
+        """Formats the job file."""
         sections = [name for name in JobConfig.model_fields if name in self.job]
         return tomli_w.dumps({name: self.job[name] for name in sections})
 
 
 def import_job(text: str, origin: str, ranks: int = 1) -> Imported:
-    """Translates a job.
+    """Converts a job.
 
     Args:
         text: YAML of the LTX Trainer.
-        origin: what errors call it.
-        ranks: processes that the job was started with; its batch size counts per process.
+        origin: name of the file in errors.
+        ranks: number of processes of the original job, whose batch size is per process.
 
     Raises:
-        ConfigError: the text is no valid job, or the result would not be one.
+        ConfigError: the text is not a valid job, or the result is not.
     """
     source, result = read_ltx_job(text, origin), Imported()
-    for key, reason in _WITHOUT_COUNTERPART.items():
+    for key, reason in _WITHOUT_EQUIVALENT.items():
         section, name = key.split(".")
         if name in source.sections[section]:
             result.note(key, source.sections[section][name], reason)
@@ -125,7 +119,7 @@ def import_job(text: str, origin: str, ranks: int = 1) -> Imported:
 
 
 def _check(result: Imported, origin: str) -> None:
-    """Refuses what `load_job` would, and notes files that are not on this machine."""
+    """Raises the errors of `load_job`, except for files that are not on this machine, which are noted."""
     try:
         build_job(result.job, origin)
     except ConfigError as error:
@@ -147,19 +141,19 @@ def _model(source: LtxJob, result: Imported) -> None:
     if (path := model.get("load_checkpoint")) is None:
         return
     if mode == "full":
-        reason = "that trainer's full checkpoints lack the metadata and names that model.checkpoint_path needs"
+        reason = "full checkpoints of the LTX Trainer lack the metadata and names that model.checkpoint_path requires"
         result.note("model.load_checkpoint", path, reason)
     elif not path.endswith(".safetensors"):
         result.note("model.load_checkpoint", path, "set model.adapter_path to the adapter file itself")
     else:
         result.put("model.adapter_path", path)
         if source.get("lora", "alpha") != source.get("lora", "rank"):
-            reason = "read with strength 1, as inference does; that trainer multiplies it by alpha / rank"
+            reason = "loaded with strength 1, as in inference; the LTX Trainer multiplies it by alpha / rank"
             result.note("model.load_checkpoint", path, reason)
 
 
 def _streams(source: LtxJob, result: Imported) -> Iterable[Problem]:
-    """The two blocks; the older strategies are special cases of them."""
+    """Converts the strategy to [video] and [audio]; the older strategies are special cases of the flexible one."""
     strategy = source.strategy
     if strategy["name"] == "flexible":
         for stream in ("video", "audio"):
@@ -174,7 +168,9 @@ def _streams(source: LtxJob, result: Imported) -> Iterable[Problem]:
         if source.get("model", "training_mode") != "lora":
             yield Problem("model.training_mode", "full", '"lora" with the strategy video_to_video', "change either")
         conditions.append({"type": "reference", "latents_dir": strategy["reference_latents_dir"]})
-        result.note(f"{where}.name", strategy["name"], "references now also have a temporal factor, from their shapes")
+        result.note(
+            f"{where}.name", strategy["name"], "references also get a temporal factor, inferred from their shapes"
+        )
     if (probability := strategy["first_frame_conditioning_p"]) > 0:
         conditions.append({"type": "first_frame", "probability": probability})
     result.job["video"] = {"is_generated": True, "latents_dir": "latents"}
@@ -182,7 +178,7 @@ def _streams(source: LtxJob, result: Imported) -> Iterable[Problem]:
         result.job["video"]["conditions"] = conditions
     if strategy.get("with_audio"):
         result.job["audio"] = {"is_generated": True, "latents_dir": strategy["audio_latents_dir"]}
-        result.note(f"{where}.name", strategy["name"], "video and audio now draw their noise levels independently")
+        result.note(f"{where}.name", strategy["name"], "video and audio draw their sigmas independently")
 
 
 def _lora(source: LtxJob, result: Imported) -> None:
@@ -193,9 +189,9 @@ def _lora(source: LtxJob, result: Imported) -> None:
     if form is not None:
         result.put("lora.base_dtype", _BASE_DTYPES[form])
     if form == "int2-quanto":
-        result.note("acceleration.quantization", form, 'there are no 2-bit weights here; lora.base_dtype = "int4"')
+        result.note("acceleration.quantization", form, '2-bit weights are not supported; lora.base_dtype = "int4"')
     if form == "fp8uz-quanto":
-        result.note("acceleration.quantization", form, 'the e4m3fn format is used; lora.base_dtype = "float8"')
+        result.note("acceleration.quantization", form, 'float8 e4m3fn is used; lora.base_dtype = "float8"')
 
 
 def _no_lora(source: LtxJob, result: Imported) -> Iterable[Problem]:
@@ -206,7 +202,7 @@ def _no_lora(source: LtxJob, result: Imported) -> Iterable[Problem]:
 
 
 def _targets(source: LtxJob, result: Imported) -> list[str]:
-    """Patterns mean the same here. Complete groups get their name; what the job's model lacks is left out."""
+    """Converts module patterns: complete groups become presets; patterns of absent streams are skipped with a note."""
     patterns = list(dict.fromkeys(source.get("lora", "target_modules")))
     found = []
     for part in _PARTS:
@@ -217,7 +213,7 @@ def _targets(source: LtxJob, result: Imported) -> list[str]:
     kept = [target for target in [*found, *patterns] if not absent & _needed_streams(target)]
     for target in [*found, *patterns]:
         if target not in kept:
-            reason = f"the job has no {' and '.join(sorted(absent))} block, so nothing of it would be trained"
+            reason = f"skipped: the job has no {' and '.join(sorted(absent))} section"
             result.note("lora.target_modules", target, reason)
     return kept
 
@@ -244,7 +240,7 @@ def _optimization(source: LtxJob, result: Imported, ranks: int) -> Iterable[Prob
     result.put("optimizer.lr", get("learning_rate"))
     result.put("scheduler.name", get("scheduler_type"))
     result.put("activation_checkpoint.mode", "full" if get("enable_gradient_checkpointing") else "none")
-    reason = f"counts per process; training.global_batch_size = {total} is that of {ranks} (--ranks)"
+    reason = f"is per process; training.global_batch_size = {total} is the total of {ranks} (--ranks)"
     result.note("optimization.batch_size", batch, reason)
     yield from _scheduler(source, result)
 
@@ -262,7 +258,7 @@ def _scheduler(source: LtxJob, result: Imported) -> Iterable[Problem]:
             continue
         key = known.get(parameter)
         if key is None:
-            result.note(where, value, "a schedule spans training.steps")
+            result.note(where, value, "a schedule always spans training.steps")
             continue
         number = _as_number(value)
         if number is None:
@@ -271,7 +267,7 @@ def _scheduler(source: LtxJob, result: Imported) -> Iterable[Problem]:
         if parameter == "eta_min":
             number = number / rate if rate > 0 else 1.0
             if number > 1:
-                result.note(where, value, "above the learning rate; scheduler.min_factor = 1 keeps the rate as it is")
+                result.note(where, value, "above the learning rate; scheduler.min_factor = 1 keeps the rate constant")
                 number = 1.0
         result.put(f"scheduler.{key}", int(number) if key in _INTEGERS else float(number))
 
@@ -291,14 +287,14 @@ def _sigma(source: LtxJob, result: Imported) -> Iterable[Problem]:
 
 
 def _training(source: LtxJob, result: Imported) -> None:
-    """Seed, precision, data and checkpoints."""
+    """Converts seed, precision, data and checkpoints."""
     result.put("training.seed", source.get("", "seed"))
     precision = source.get("acceleration", "mixed_precision_mode")
     result.put("training.dtype", "float32" if precision == "no" else "bfloat16")
     if precision == "fp16":
-        result.note("acceleration.mixed_precision_mode", precision, "bfloat16 is used, which cannot overflow")
+        result.note("acceleration.mixed_precision_mode", precision, "bfloat16 is used, which needs no loss scaling")
     if precision is None:
-        result.note("acceleration.mixed_precision_mode", precision, "no launcher decides here; bfloat16 is used")
+        result.note("acceleration.mixed_precision_mode", precision, "bfloat16 is used; no launcher sets it")
     if (root := source.get("data", "preprocessed_data_root")) is not None:
         result.put("data.root", root)
     result.put("data.num_workers", source.get("data", "num_dataloader_workers"))
@@ -311,10 +307,10 @@ def _training(source: LtxJob, result: Imported) -> None:
 
 
 def _wandb(source: LtxJob, result: Imported) -> None:
-    given = source.sections["wandb"]
+    wandb = source.sections["wandb"]
     if not source.get("wandb", "enabled"):
-        for key in given.keys() - {"enabled"}:
-            result.note(f"wandb.{key}", given[key], "wandb.enabled is false")
+        for key in wandb.keys() - {"enabled"}:
+            result.note(f"wandb.{key}", wandb[key], "wandb.enabled is false")
         return
     result.put("metrics.wandb", "online")
     for key in ("project", "tags"):
@@ -325,23 +321,27 @@ def _wandb(source: LtxJob, result: Imported) -> None:
 
 
 def _validation(source: LtxJob, result: Imported) -> Iterable[Problem]:
-    """Samples and guidance. Without samples nothing is validated there, and the rest of the section is idle."""
-    given = source.sections["validation"]
-    table, problems = _validation_table(given)
+    """Converts samples and guidance. Without samples the LTX Trainer does not validate."""
+    section = source.sections["validation"]
+    table, problems = validation_table(section)
     yield from problems
-    for key in _OLDER_SAMPLES:
-        if key in given and given.get("samples"):
-            result.note(f"validation.{key}", given[key], "without effect there too, because there are samples")
-        elif key in given and key not in ("prompts", "images") and given.get("reference_videos") is None:
-            result.note(f"validation.{key}", given[key], "there are no reference_videos")
+    for key in OLDER_SAMPLES:
+        if key in section and section.get("samples"):
+            result.note(f"validation.{key}", section[key], "had no effect, because samples are set")
+        elif key in section and key not in ("prompts", "images") and section.get("reference_videos") is None:
+            result.note(f"validation.{key}", section[key], "had no effect, because reference_videos is unset")
     if "samples" in table:
         table.setdefault("interval", source.get("validation", "interval"))
     elif table.get("interval") is not None:
-        result.note("validation.interval", table.pop("interval"), "there are no samples to make")
+        result.note("validation.interval", table.pop("interval"), "had no effect, because there are no samples")
     for stream in ("video", "audio"):
         key = f"generate_{stream}"
         if table.get(key) and stream not in result.job:
-            result.note(f"validation.{key}", table.pop(key), f"the job has no {stream} block, so the model has none")
+            result.note(
+                f"validation.{key}",
+                table.pop(key),
+                f"the job has no {stream} section",
+            )
     for key in ("text_encoder_path", "video_vae_path", "audio_vae_path"):
         table[key] = source.sections["model"].get(key)
     if "offload_optimizer_during_validation" in source.sections["acceleration"]:
@@ -349,64 +349,6 @@ def _validation(source: LtxJob, result: Imported) -> Iterable[Problem]:
     for key, value in table.items():
         if value is not None:
             result.put(f"validation.{key}", value)
-
-
-def _validation_table(given: Table) -> tuple[Table, list[Problem]]:
-    """The keys of the section in their current form; older ones are replaced."""
-    table = {key: value for key, value in given.items() if key not in (*_OLDER_SAMPLES, *_DEPRECATED_GUIDANCE)}
-    problems = []
-    for key, ending in _DEPRECATED_GUIDANCE.items():
-        newer = [name for name in given if name.endswith(f"_{ending}")]
-        if given.get(key) is not None and newer:
-            expected = f"unset beside {' and '.join(newer)}"
-            problems.append(Problem(f"validation.{key}", given[key], expected, "remove the older key"))
-    if (scale := given.get("guidance_scale")) is not None:
-        table |= {"video_cfg_scale": scale, "audio_cfg_scale": scale}
-    if "stg_scale" in given or "stg_mode" in given:
-        scale = given.get("stg_scale", 1.0)
-        table |= {"video_stg_scale": scale, "audio_stg_scale": 0.0 if given.get("stg_mode") == "stg_v" else scale}
-    if "stg_blocks" in table and table["stg_blocks"] is None:
-        table["stg_blocks"] = "all"
-    if not table.get("samples"):
-        samples, wrong = _samples_of_prompts(given)
-        problems += wrong
-        table["samples"] = samples
-    table["samples"] = [_sample(sample) for sample in table["samples"]]
-    if not table["samples"]:
-        del table["samples"]
-    return table, problems
-
-
-def _samples_of_prompts(given: Table) -> tuple[list[Table], list[Problem]]:
-    prompts, problems = given.get("prompts", []), []
-    samples: list[Table] = [{"prompt": prompt, "conditions": []} for prompt in prompts]
-    for key in ("images", "reference_videos"):
-        files = given.get(key)
-        if files is None:
-            continue
-        if len(files) != len(prompts):
-            expected = f"one for each of the {len(prompts)} prompts"
-            problems.append(Problem(f"validation.{key}", files, expected, "make the lists equally long"))
-        for sample, file in zip(samples, files, strict=False):
-            if key == "images":
-                sample["conditions"].append({"type": "first_frame", "image_or_video": file})
-            else:
-                reference = {"type": "reference", "video": file}
-                reference["downscale_factor"] = given.get("reference_downscale_factor", 1)
-                reference["include_in_output"] = given.get("include_reference_in_output", False)
-                sample["conditions"].append(reference)
-    return samples, problems
-
-
-def _sample(sample: Table) -> Table:
-    """A sample without its unset keys; its seed 0 means that of all samples."""
-    kept = {key: value for key, value in sample.items() if value is not None}
-    if kept.get("seed") == 0:
-        del kept["seed"]
-    if "conditions" in kept:
-        conditions = [{k: v for k, v in c.items() if v is not None} for c in kept.pop("conditions")]
-        kept |= {"conditions": conditions} if conditions else {}
-    return kept
 
 
 def _as_number(value: Any) -> float | None:
@@ -417,30 +359,28 @@ def _as_number(value: Any) -> float | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Declares the command-line arguments."""
     parser.add_argument("config", type=Path, metavar="FILE.yaml", help="job of the LTX Trainer")
-    parser.add_argument("-o", "--output", type=Path, metavar="JOB.toml", help="where to write (default: stdout)")
+    parser.add_argument("-o", "--output", type=Path, metavar="JOB.toml", help="output file (default: stdout)")
     parser.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="processes that it was started with (default: 1)"
+        "--ranks", type=int, default=1, metavar="N", help="number of processes of the original job (default: 1)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Translates one file; the exit status."""
+    """Converts one file; returns the exit status."""
     if arguments.ranks < 1:
         raise ValueError(f"--ranks {arguments.ranks}: expected at least 1.")
     output: Path | None = arguments.output
     if output is not None and output.exists():
-        raise ValueError(f"{output}: exists already; choose another name, or remove it.")
+        raise ValueError(f"{output}: exists already; choose another name or remove it.")
     imported = import_job(arguments.config.read_text(encoding="utf-8"), str(arguments.config), arguments.ranks)
     for note in imported.notes:
         print(f"{arguments.config}: {note}", file=sys.stderr)
-    text = f"# Made from {arguments.config.name} by ltx-titan import-config.\n\n{imported.toml().rstrip()}\n"
+    text = f"# Converted from {arguments.config.name} by ltx-titan import-config.\n\n{imported.toml().rstrip()}\n"
     if output is None:
         print(text, end="")
         return 0
-    temporary = output.with_name(f"{output.name}.tmp.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, output)
+    write_text(output, text)
     print(f"wrote {output}", file=sys.stderr)
     return 0

@@ -1,7 +1,7 @@
-"""Reads a job of the LTX Trainer: YAML text to its sections, every key known and every value of its kind.
+"""Parses a job of the LTX Trainer: YAML text to sections with known keys and values of the right type.
 
-That trainer takes numbers in quotes (YAML reads `1e-4` as text), and so does this. Its defaults stand beside the keys,
-for a job that leaves a key out means them and not ours.
+Numbers in quotes are accepted, as by the LTX Trainer: YAML reads `1e-4` as a string. The tables below contain that
+trainer's defaults, because an omitted key means its default and not ours.
 """
 
 import math
@@ -17,9 +17,9 @@ class Key(NamedTuple):
     """One key of a section.
 
     Attributes:
-        kind: int, float, bool, str, list or dict, or a tuple of the words that are allowed.
-        default: the other trainer's.
-        nullable: whether `null` is a value of its own.
+        kind: int, float, bool, str, list or dict, or a tuple of the allowed strings.
+        default: default of the LTX Trainer.
+        nullable: whether `null` is a valid value.
     """
 
     kind: type | tuple[str, ...]
@@ -162,31 +162,31 @@ SAMPLE_CONDITIONS: dict[str, dict[str, Key]] = {
 
 
 class LtxJob(NamedTuple):
-    """What a file says; keys it leaves out are absent.
+    """The keys of a file, without defaults.
 
     Attributes:
-        sections: section -> key -> value; the keys outside of any section are in "".
-        strategy: the training strategy, its name among its keys.
+        sections: section -> key -> value; top-level keys are in the section "".
+        strategy: keys of the training strategy, with its name and defaults.
     """
 
     sections: dict[str, Table]
     strategy: Table
 
     def get(self, section: str, key: str) -> Any:
-        """The value of a key, the other trainer's default where the file has none."""
+        """Value of a key, or the LTX Trainer's default."""
         known = TOP if section == "" else SECTIONS[section]
         return self.sections[section].get(key, known[key].default)
 
 
 def read_ltx_job(text: str, origin: str) -> LtxJob:
-    """Parses and checks a job of the LTX Trainer.
+    """Parses and validates a job of the LTX Trainer.
 
     Args:
         text: YAML.
-        origin: what errors call it.
+        origin: name of the file in errors.
 
     Raises:
-        ConfigError: not YAML, or a key is unknown or of the wrong kind; with every problem found.
+        ConfigError: not YAML, or a key is unknown or of the wrong type; with every problem found.
     """
     data = _parse(text, origin)
     checks = _Checks(origin)
@@ -203,8 +203,8 @@ def read_ltx_job(text: str, origin: str) -> LtxJob:
         samples = checks.tables(where, sections["validation"]["samples"], lambda item: SAMPLE)
         for index, sample in enumerate(samples):
             if "conditions" in sample:
-                place = f"{where}[{index}].conditions"
-                sample["conditions"] = checks.tables(place, sample["conditions"], _by_type(SAMPLE_CONDITIONS))
+                path = f"{where}[{index}].conditions"
+                sample["conditions"] = checks.tables(path, sample["conditions"], _by_type(SAMPLE_CONDITIONS))
         sections["validation"]["samples"] = samples
     if checks.problems:
         raise ConfigError(checks.problems)
@@ -218,11 +218,11 @@ def _parse(text: str, origin: str) -> Table:
         raise ValueError("import-config reads YAML: install it with `pip install pyyaml`.") from error
 
     class Loader(yaml.SafeLoader):
-        """Also reads the tuples that the trainer's own saved jobs contain."""
+        """Also reads tuples, which jobs saved by the LTX Trainer contain."""
 
     Loader.add_constructor("tag:yaml.org,2002:python/tuple", Loader.construct_sequence)
     try:
-        # A safe loader of our own: plain values and lists, never objects.
+        # A subclass of SafeLoader: it constructs plain values and lists, never arbitrary objects.
         data = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         what = " ".join(str(error).split())
@@ -233,7 +233,7 @@ def _parse(text: str, origin: str) -> Table:
 
 
 def _strategy(value: Any, checks: "_Checks") -> Table:
-    """The strategy with its defaults; one without a name is that trainer's oldest."""
+    """The strategy with its defaults; without a name it is the LTX Trainer's default, text_to_video."""
     where = "training_strategy"
     name = value.get("name", "text_to_video") if isinstance(value, dict) else "text_to_video"
     if not isinstance(name, str) or name not in STRATEGIES:
@@ -243,16 +243,16 @@ def _strategy(value: Any, checks: "_Checks") -> Table:
     strategy = {key: known.default for key, known in keys.items()} | checks.table(where, value, keys)
     for stream in ("video", "audio") if name == "flexible" else ():
         if strategy[stream] is not None:
-            place = f"{where}.{stream}"
-            block = checks.table(place, strategy[stream], BLOCK)
+            path = f"{where}.{stream}"
+            block = checks.table(path, strategy[stream], BLOCK)
             conditions = block.get("conditions", [])
-            block["conditions"] = checks.tables(f"{place}.conditions", conditions, _by_type(CONDITIONS))
+            block["conditions"] = checks.tables(f"{path}.conditions", conditions, _by_type(CONDITIONS))
             strategy[stream] = block
     return strategy | {"name": name}
 
 
 def _by_type(kinds: Mapping[str, Mapping[str, Key]]) -> Callable[[Table], Mapping[str, Key] | str]:
-    """Picks a condition's keys by its type; a text instead says what is wrong."""
+    """Returns a function that selects a condition's keys by its type, or the remedy for an unknown type."""
 
     def choose(item: Table) -> Mapping[str, Key] | str:
         kind = str(item.get("type"))
@@ -262,7 +262,7 @@ def _by_type(kinds: Mapping[str, Mapping[str, Key]]) -> Callable[[Table], Mappin
 
 
 class _Checks:
-    """Collects what is wrong, so that all of it is reported at once."""
+    """Collects problems, so that all of them are reported at once."""
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
@@ -272,7 +272,7 @@ class _Checks:
         self.problems.append(Problem(key, found, expected, remedy, self.origin))
 
     def table(self, where: str, value: Any, keys: Mapping[str, Key]) -> Table:
-        """The keys of `value`, each converted to its kind."""
+        """Converts each key of `value` to its type."""
         if value is None:
             return {}
         if not isinstance(value, dict):
@@ -289,34 +289,34 @@ class _Checks:
         return found
 
     def tables(self, where: str, items: list, choose: Callable[[Table], Mapping[str, Key] | str]) -> list[Table]:
-        """A list of tables, the keys of each chosen by its content."""
+        """Converts a list of tables; `choose` selects the keys of each table."""
         found = []
         for index, item in enumerate(items):
-            place = f"{where}[{index}]"
+            path = f"{where}[{index}]"
             if not isinstance(item, dict):
-                self.problem(place, item, "a table", "write its keys below it")
+                self.problem(path, item, "a table", "write its keys below it")
                 continue
             keys = choose(item)
             if isinstance(keys, str):
-                self.problem(f"{place}.type", item.get("type", MISSING), "a known type of condition", keys)
+                self.problem(f"{path}.type", item.get("type", MISSING), "a known condition type", keys)
                 continue
-            found.append(self.table(place, item, keys))
+            found.append(self.table(path, item, keys))
         return found
 
     def value(self, where: str, value: Any, key: Key) -> Any:
-        """`value` as the key's kind."""
+        """Converts `value` to the type of the key."""
         if value is None and key.nullable:
             return None
         if isinstance(key.kind, tuple):
             if value is False and "no" in key.kind:
-                return "no"  # YAML reads a bare no as false
+                return "no"  # YAML reads an unquoted no as false
             if value not in key.kind:
                 self.problem(where, value, f"one of {', '.join(key.kind)}", nearest(str(value), key.kind))
             return value
         if key.kind in (int, float):
             return self._number(where, value, key.kind)
         if not isinstance(value, key.kind):
-            names = {bool: "true or false", str: "a text", list: "a list", dict: "a table"}
+            names = {bool: "true or false", str: "a string", list: "a list", dict: "a table"}
             self.problem(where, value, names[key.kind], "change it")
             return key.kind()
         return [_number_or(item) for item in value] if where.endswith(("video_dims", "spatial_region")) else value
@@ -331,7 +331,7 @@ class _Checks:
 
 
 def _number_or(value: Any) -> Any:
-    """The number that a text means, else the value itself."""
+    """Parses a string that contains a number; returns any other value unchanged."""
     if isinstance(value, str):
         for kind in (int, float):
             try:

@@ -16,8 +16,16 @@ from ltx_titan.conditioning.conditions import given_tokens
 from ltx_titan.conditioning.references import reference_factors
 from ltx_titan.conditioning.strategy import FlexibleStrategy
 from ltx_titan.conditioning.tokens import Grid
-from ltx_titan.config.conditions import IntrinsicCondition, Mask, Prefix, Reference, SpatialCrop, Suffix
-from ltx_titan.config.streams import AudioBlock, VideoBlock
+from ltx_titan.config.streams import (
+    AudioSection,
+    IntrinsicCondition,
+    Mask,
+    Prefix,
+    Reference,
+    SpatialCrop,
+    Suffix,
+    VideoSection,
+)
 
 ShapeKey = tuple[tuple[str, str, tuple[int, ...]], ...]
 """(source, field, shape) of everything in a sample, as the data package has it."""
@@ -121,14 +129,14 @@ def _distinct(keys: Sequence[ShapeKey]) -> list[_Shape]:
     ]
 
 
-def _blocks(strategy: FlexibleStrategy) -> Iterator[tuple[str, VideoBlock | AudioBlock]]:
+def _blocks(strategy: FlexibleStrategy) -> Iterator[tuple[str, VideoSection | AudioSection]]:
     for name, block in (("video", strategy.video), ("audio", strategy.audio)):
         if block is not None:
             yield name, block
 
 
 def _check_masks(
-    name: str, block: VideoBlock | AudioBlock, shapes: list[_Shape], name_of: Callable[[int], str]
+    name: str, block: VideoSection | AudioSection, shapes: list[_Shape], name_of: Callable[[int], str]
 ) -> None:
     for condition, is_applied in zip(block.conditions, block.applied, strict=True):
         if not (isinstance(condition, Mask) and is_applied):
@@ -145,7 +153,7 @@ def _check_masks(
 
 def _stream_warnings(
     name: str,
-    block: VideoBlock | AudioBlock,
+    block: VideoSection | AudioSection,
     factors: tuple[int, int, int],
     shapes: list[_Shape],
     name_of: Callable[[int], str],
@@ -186,7 +194,7 @@ def _trouble(condition: IntrinsicCondition, given: Tensor, grid: Grid, factors: 
     return ""
 
 
-def _from_shapes(block: VideoBlock | AudioBlock) -> list[tuple[int, IntrinsicCondition]]:
+def _from_shapes(block: VideoSection | AudioSection) -> list[tuple[int, IntrinsicCondition]]:
     """The conditions, with their places, of which shapes alone say what they give."""
     return [
         (place, condition)
@@ -195,7 +203,7 @@ def _from_shapes(block: VideoBlock | AudioBlock) -> list[tuple[int, IntrinsicCon
     ]
 
 
-def _always_given(block: VideoBlock | AudioBlock, grid: Grid, factors: tuple[int, int, int]) -> bool:
+def _always_given(block: VideoSection | AudioSection, grid: Grid, factors: tuple[int, int, int]) -> bool:
     """Whether the conditions of probability 1 leave no token to generate."""
     union = torch.zeros(1, grid.num_tokens, dtype=torch.bool)
     for _, condition in _from_shapes(block):
@@ -208,7 +216,7 @@ def _given(condition: IntrinsicCondition, grid: Grid, factors: tuple[int, int, i
     return given_tokens(condition, grid, factors, None, torch.device("cpu"))
 
 
-def _label(name: str, block: VideoBlock | AudioBlock, place: int) -> str:
+def _label(name: str, block: VideoSection | AudioSection, place: int) -> str:
     condition = block.conditions[place]
     detail = ""
     if isinstance(condition, Prefix | Suffix):

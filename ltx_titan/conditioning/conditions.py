@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ltx_titan.conditioning.tokens import Grid
-from ltx_titan.config.conditions import FirstFrame, IntrinsicCondition, Mask, Prefix, SpatialCrop, Suffix
+from ltx_titan.config.streams import FirstFrame, IntrinsicCondition, Mask, Prefix, SpatialCrop, Suffix
 
 
 def given_tokens(

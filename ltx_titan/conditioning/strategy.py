@@ -18,8 +18,7 @@ from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights
 from ltx_titan.conditioning.references import reference_factors, scale_reference
 from ltx_titan.conditioning.stream import Stream, build_stream
 from ltx_titan.conditioning.tokens import DEFAULT_SCALE_FACTORS, Coordinates
-from ltx_titan.config.conditions import Mask, Reference, SpatialCrop
-from ltx_titan.config.streams import AudioBlock, StrategyConfig, VideoBlock
+from ltx_titan.config.streams import AudioSection, Mask, Reference, SpatialCrop, StrategyConfig, VideoSection
 from ltx_titan.diffusion.draws import StepDraws, StreamPlan
 from ltx_titan.model import Modality, Perturbations
 
@@ -73,8 +72,8 @@ class FlexibleStrategy:
             The target's first latent frame is then marked, as it is when sampling.
     """
 
-    video: VideoBlock | None
-    audio: AudioBlock | None
+    video: VideoSection | None
+    audio: AudioSection | None
     scale_factors: tuple[int, int, int] = DEFAULT_SCALE_FACTORS
     keyframe_marker: bool = False
 
@@ -191,12 +190,12 @@ class FlexibleStrategy:
         per_sample = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         return Loss(per_sample.mean(), per_sample, video, audio)
 
-    def _blocks(self) -> list[tuple[str, VideoBlock | AudioBlock]]:
+    def _blocks(self) -> list[tuple[str, VideoSection | AudioSection]]:
         return [(name, block) for name, block in (("video", self.video), ("audio", self.audio)) if block is not None]
 
     def _prepare_stream(self, name: str, batch: Batch, draws: StepDraws, scales: dict[str, tuple[int, int]]) -> Stream:
         """One stream; `scales` collects the factors of each video reference under its folder."""
-        block: VideoBlock | AudioBlock = getattr(self, name)
+        block: VideoSection | AudioSection = getattr(self, name)
         target = read_clip(batch, f"{name}_latents", name, self.scale_factors)
         device, shape = target.tokens.device, target.tokens.shape
         sigma, noise = _moved(getattr(draws, f"{name}_sigma"), device), _moved(getattr(draws, f"{name}_noise"), device)
@@ -236,7 +235,7 @@ class FlexibleStrategy:
         )
 
 
-def _uses(name: str, block: VideoBlock | AudioBlock, draws: StepDraws) -> list[Tensor | None]:
+def _uses(name: str, block: VideoSection | AudioSection, draws: StepDraws) -> list[Tensor | None]:
     """Which conditions fire, parallel to the block's; None for one without effect."""
     uses = getattr(draws, f"{name}_uses") or [None] * len(block.conditions)
     assert len(uses) == len(block.conditions), f"{name} has {len(block.conditions)} conditions and {len(uses)} draws"

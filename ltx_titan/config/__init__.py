@@ -1,9 +1,17 @@
+from ltx_titan.config.base import ComputeDtype, Section
 from ltx_titan.config.errors import ConfigError, Problem
-from ltx_titan.config.job import RELEASED_SHAPES, Degrees, JobConfig, check_world
+from ltx_titan.config.job import RELEASED_SHAPES, JobConfig
 from ltx_titan.config.load import build_job, dump_job, job_changes, load_job, plain_job, read_tables
-from ltx_titan.config.lora import LoRASettings
-from ltx_titan.config.optimizer import OptimizerSettings
+from ltx_titan.config.optimization import (
+    BaseDtype,
+    LoRASection,
+    LossSection,
+    OptimizerSection,
+    SchedulerSection,
+    SigmaSection,
+)
 from ltx_titan.config.sections import (
+    ActivationCheckpointMode,
     ActivationCheckpointSection,
     CheckpointSection,
     CompileSection,
@@ -11,25 +19,27 @@ from ltx_titan.config.sections import (
     Float8Section,
     JobSection,
     KernelsSection,
-    LossSection,
+    MediaSection,
     MetricsSection,
     ModelSection,
     ParallelismSection,
     ProfilingSection,
-    SchedulerSection,
-    SigmaSection,
     SyntheticSection,
     TrainingSection,
 )
-from ltx_titan.config.streams import AudioBlock, StrategyConfig, VideoBlock
+from ltx_titan.config.streams import AudioSection, StrategyConfig, VideoSection
 from ltx_titan.config.validation import SampleCondition, ValidationSample, ValidationSection
+from ltx_titan.config.world import Degrees, check_world
 
 __all__ = [
     "RELEASED_SHAPES",
+    "ActivationCheckpointMode",
     "ActivationCheckpointSection",
-    "AudioBlock",
+    "AudioSection",
+    "BaseDtype",
     "CheckpointSection",
     "CompileSection",
+    "ComputeDtype",
     "ConfigError",
     "DataSection",
     "Degrees",
@@ -37,23 +47,25 @@ __all__ = [
     "JobConfig",
     "JobSection",
     "KernelsSection",
-    "LoRASettings",
+    "LoRASection",
     "LossSection",
+    "MediaSection",
     "MetricsSection",
     "ModelSection",
-    "OptimizerSettings",
+    "OptimizerSection",
     "ParallelismSection",
     "Problem",
     "ProfilingSection",
     "SampleCondition",
     "SchedulerSection",
+    "Section",
     "SigmaSection",
     "StrategyConfig",
     "SyntheticSection",
     "TrainingSection",
     "ValidationSample",
     "ValidationSection",
-    "VideoBlock",
+    "VideoSection",
     "build_job",
     "check_world",
     "dump_job",

@@ -1,6 +1,6 @@
-"""How a wrong job is reported: every problem at once, one line each, with key, value, expectation and remedy.
+"""Errors of a job: every problem at once, one line each, with key, value, expected values and remedy.
 
-A job that is wrong in three places is corrected in one go, before a process group exists and a cluster waits.
+Reporting all of them lets a user fix a job in one pass, before a cluster is allocated.
 """
 
 import difflib
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MISSING = object()
-"""`Problem.found` where the job has no such key."""
+"""`Problem.found` of a key that the job does not set."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class Problem:
     """One thing that is wrong with a job.
 
     Attributes:
-        key: dotted name, for example `training.steps`; empty where `origin` itself (a file, an override) is wrong.
-        found: the value in the job, `MISSING` where there is none.
-        expected: what would have been right, to be read after the word "expected".
+        key: dotted name, for example `training.steps`; empty if `origin` itself (a file, an override) is wrong.
+        found: the value in the job, `MISSING` without one.
+        expected: valid values, to be read after the word "expected"; empty if `remedy` is a complete message.
         remedy: what to do about it.
-        origin: file or override that the value came from; empty where the job as a whole is meant.
+        origin: file or override that the value came from; empty for the job as a whole.
     """
 
     key: str
@@ -31,19 +31,23 @@ class Problem:
     origin: str = ""
 
     def line(self) -> str:
-        """The problem as one line of text."""
-        subject = ""
-        if self.key:
-            subject = f"{self.key} is missing" if self.found is MISSING else f"{self.key} = {as_toml(self.found)}"
-        place = ": ".join(part for part in (self.origin, subject) if part)
-        return f"{place}: expected {self.expected}; {self.remedy}"
+        """Formats the problem as one line."""
+        subject = self.key
+        if self.key and self.found is MISSING:
+            subject = f"{self.key} is missing"
+        elif self.key and (self.expected or not isinstance(self.found, dict)):
+            # A complete message about a table names the fields that matter, so the table itself is not printed.
+            subject = f"{self.key} = {as_toml(self.found)}"
+        prefix = ": ".join(part for part in (self.origin, subject) if part)
+        text = f"expected {self.expected}; {self.remedy}" if self.expected else self.remedy
+        return f"{prefix}: {text}"
 
 
 class ConfigError(ValueError):
-    """A job that cannot run as written.
+    """An invalid job.
 
     Attributes:
-        problems: all that was found.
+        problems: all problems found.
     """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
@@ -52,7 +56,7 @@ class ConfigError(ValueError):
 
 
 def as_toml(value: Any) -> str:
-    """`value` the way a job file spells it, on one line and shortened."""
+    """Formats `value` as in a job file, on one line, truncated to 200 characters."""
     match value:
         case bool():
             text = str(value).lower()
@@ -70,7 +74,7 @@ def as_toml(value: Any) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A remedy for an unknown `name`: the closest valid names, then all of them."""
+    """Formats a remedy for an unknown `name`: the closest valid names, then all of them."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""

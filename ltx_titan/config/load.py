@@ -1,7 +1,7 @@
-"""Job files in and out: TOML text and `--section.key=value` overrides to a `JobConfig`, and back.
+"""Reads and writes job files: TOML text and `--section.key=value` overrides to a `JobConfig`, and back.
 
-Every complaint of the parser, of pydantic and of the rules becomes a line that names file or override, key, value,
-expectation and remedy (`errors.py`).
+Every error of the TOML parser, of pydantic and of the rules becomes one line that names file or override, key, value,
+expected values and remedy (`errors.py`).
 """
 
 import tomllib
@@ -13,7 +13,8 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from ltx_titan.config.errors import MISSING, ConfigError, Problem, as_toml, nearest
-from ltx_titan.config.job import OWNERS, JobConfig, rule_problems, warn_without_effect
+from ltx_titan.config.job import JobConfig
+from ltx_titan.config.rules import OWNERS, rule_problems, warn_without_effect
 
 _EXPECTED_TYPES = {
     "int_type": "an integer",
@@ -32,25 +33,25 @@ _EXPECTED_TYPES = {
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """Reads the job file at `path`, applies `overrides`, and checks the whole.
+    """Reads the job file at `path`, applies `overrides`, and validates the result.
 
     Args:
         path: TOML file.
-        overrides: strings `--section.key=value`; the value is TOML, or a bare string where it is not valid TOML;
-            `--section.key` alone means true. Later ones win.
+        overrides: strings `--section.key=value`; the value is TOML, or a bare string if it is not valid TOML;
+            `--section.key` alone means true. Later ones take precedence.
 
     Raises:
-        ConfigError: the file cannot be read, or the job cannot run as written; with every problem found.
+        ConfigError: the file cannot be read, or the job is invalid; with every problem found.
     """
     data, origins = read_tables(path, overrides)
     return build_job(data, str(path), origins)
 
 
 def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """A job file with `overrides` applied, unchecked: what `build_job` takes as `data` and `origins`.
+    """Reads a job file and applies `overrides`, without validation; returns `data` and `origins` for `build_job`.
 
     Raises:
-        ConfigError: the file cannot be read, or an override has another form than `--section.key=value`.
+        ConfigError: the file cannot be read, or an override is not of the form `--section.key=value`.
     """
     path = Path(path)
     try:
@@ -59,7 +60,7 @@ def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
         problem = Problem("", MISSING, f"a file that can be read ({error.strerror})", "correct the path", str(path))
         raise ConfigError([problem]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        problem = Problem("", MISSING, f"valid TOML ({error})", "correct the file at that place", str(path))
+        problem = Problem("", MISSING, f"valid TOML ({error})", "correct the file there", str(path))
         raise ConfigError([problem]) from error
     origins: dict[str, str] = {}
     for override in overrides:
@@ -68,15 +69,15 @@ def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
 
 
 def build_job(data: Mapping[str, Any], source: str, origins: Mapping[str, str] | None = None) -> JobConfig:
-    """Checks a job given as nested tables.
+    """Validates a job in the form of nested tables.
 
     Args:
         data: section -> key -> value.
-        source: what errors name as the place of a value.
-        origins: other places, by dotted key, for values that came from elsewhere.
+        source: origin of the values, for error messages.
+        origins: different origins of single values, by dotted key.
 
     Raises:
-        ConfigError: with every problem found; those of single fields first, rules only once the fields are right.
+        ConfigError: with every problem found. Rules between fields are checked only if each field is valid by itself.
     """
     try:
         job = JobConfig.model_validate(data)
@@ -90,7 +91,7 @@ def build_job(data: Mapping[str, Any], source: str, origins: Mapping[str, str] |
 
 
 def dump_job(job: JobConfig) -> str:
-    """`job` as TOML that `load_job` reads back to an equal job: unset keys and parameters of other names left out."""
+    """Writes `job` as TOML that `load_job` reads back to an equal job; unset and inapplicable keys are omitted."""
     data = job.model_dump(exclude_none=True)
     for section, owners in OWNERS.items():
         name = data[section]["name"]
@@ -99,16 +100,16 @@ def dump_job(job: JobConfig) -> str:
 
 
 def plain_job(job: JobConfig) -> dict[str, Any]:
-    """`job` as nested tables of JSON values, to be kept with a checkpoint."""
+    """Converts `job` to nested tables of JSON values, to be stored with a checkpoint."""
     return job.model_dump(mode="json")
 
 
 def job_changes(before: Mapping[str, Any], after: JobConfig) -> list[str]:
-    """Lines `section.key: old -> new` for everything that differs, in the order of the sections.
+    """Lines `section.key: old -> new` for every difference, in the order of the sections.
 
     Args:
-        before: what `plain_job` gave. It is not checked again: the files it names may be gone by now.
-        after: the job as read.
+        before: result of `plain_job`. It is not validated again: its files may have been deleted since.
+        after: the current job.
     """
     old, new = _flat(before), _flat(plain_job(after))
     return [
@@ -154,21 +155,21 @@ def _override_value(text: str) -> Any:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
-    # A line break in the text could smuggle in further keys; such a text is meant as a string.
+    # A line break in the text would set further keys; such a text is a plain string.
     return parsed["value"] if parsed.keys() == {"value"} else text
 
 
 def _at(problem: Problem, source: str, origins: Mapping[str, str] | None) -> Problem:
-    """`problem` with the place that its value came from."""
+    """Adds the origin of the value to `problem`."""
     origin = source
-    for key, place in (origins or {}).items():
+    for key, override in (origins or {}).items():
         if problem.key == key or problem.key.startswith((f"{key}.", f"{key}[")) or key.startswith(f"{problem.key}."):
-            origin = place if problem.key else source
+            origin = override if problem.key else source
     return Problem(problem.key, problem.found, problem.expected, problem.remedy, origin)
 
 
 def _problem(detail: Mapping[str, Any], data: Mapping[str, Any]) -> Problem:
-    """One pydantic error in our words."""
+    """Converts one pydantic error."""
     key, models = _locate(detail["loc"], data)
     kind, message, context = detail["type"], detail["msg"], detail.get("ctx", {})
     leaf = str(detail["loc"][-1])
@@ -187,9 +188,9 @@ def _problem(detail: Mapping[str, Any], data: Mapping[str, Any]) -> Problem:
     if kind == "union_tag_not_found":
         return Problem(f"{key}.type", MISSING, "the type of the condition", "add it")
     if kind == "value_error":
-        expected = f"something else ({message.removeprefix('Value error, ').rstrip('.')})"
-    else:
-        expected = _EXPECTED_TYPES.get(kind) or message.removeprefix("Input should be ")
+        # Raised by one of our validators, whose messages are complete.
+        return Problem(key, found, "", str(context["error"]))
+    expected = _EXPECTED_TYPES.get(kind) or message.removeprefix("Input should be ")
     return Problem(key, found, expected, _remedy(kind, found, key, models, leaf))
 
 
@@ -207,9 +208,9 @@ def _remedy(kind: str, found: Any, key: str, models: list[type[BaseModel]], leaf
 
 
 def _locate(loc: Sequence[int | str], data: Any) -> tuple[str, list[type[BaseModel]]]:
-    """Dotted key of a pydantic location, and the models that its last name would be a field of.
+    """Dotted key of a pydantic location, and the models that its last part may be a field of.
 
-    The tag of a discriminated union is part of the location but not of the file; it selects among the models instead.
+    The tag of a discriminated union is part of the location but not of the file; it selects the model instead.
     """
     key, models = "", [JobConfig]
     owners = models
@@ -227,14 +228,14 @@ def _locate(loc: Sequence[int | str], data: Any) -> tuple[str, list[type[BaseMod
             found
             for model in owners
             if part in model.model_fields
-            for found in _models_in(model.model_fields[part].annotation)
+            for found in models_in(model.model_fields[part].annotation)
         ]
         data = data.get(part) if isinstance(data, dict) else None
     return key, owners
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """All models that an annotation mentions, however nested."""
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """All section classes in a type annotation, in unions and lists too."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for argument in get_args(annotation) for found in _models_in(argument)]
+    return [found for argument in get_args(annotation) for found in models_in(argument)]

@@ -1,76 +1,118 @@
-"""What a job does with each of its two streams: the `[video]` and `[audio]` sections of a job file.
+"""The two streams of a job: the `[video]` and `[audio]` sections and their conditions.
 
-A stream whose block is absent is not passed to the transformer at all. A block with `is_generated = false` freezes its
-stream: it stays clean and has no loss, yet the other stream hears or sees it.
+A stream without a section is not passed to the transformer at all. A section with `is_generated = false` freezes its
+stream: it stays clean and has no loss, but the other stream still attends to it.
+
+Five conditions are intrinsic: they keep some of the target's own tokens clean. The sixth, a reference, prepends clean
+tokens of another clip. `ltx_titan.conditioning.conditions` turns an intrinsic condition into a token mask.
 """
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from ltx_titan.config.conditions import AudioCondition, IntrinsicCondition, Reference, VideoCondition
-
-AUDIO_CONDITIONS = ("prefix", "suffix", "mask", "reference")
-VIDEO_ONLY_CONDITIONS = ("first_frame", "spatial_crop")
+from ltx_titan.config.base import Fraction, Positive, Region, Section
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+class _Condition(Section):
+    probability: Fraction = 1.0
+    """Probability that the condition applies, drawn in every step."""
 
-    is_generated: bool = Field(description="False freezes the stream: clean, no loss, still attended to.")
-    latents_dir: str = Field(min_length=1, description="Folder of the stream's latents under the data root.")
+
+class FirstFrame(_Condition):
+    """The first latent frame is clean: image to video."""
+
+    type: Literal["first_frame"]
+
+
+class Prefix(_Condition):
+    """The beginning is clean: the model learns to continue a clip."""
+
+    type: Literal["prefix"]
+    temporal_boundary: Positive
+    """Number of clean latent frames (video) or latent steps (audio)."""
+
+
+class Suffix(_Condition):
+    """The end is clean: the model learns to lead up to it."""
+
+    type: Literal["suffix"]
+    temporal_boundary: Positive
+    """Number of clean latent frames (video) or latent steps (audio)."""
+
+
+class SpatialCrop(_Condition):
+    """A rectangle of every frame is clean: outpainting."""
+
+    type: Literal["spatial_crop"]
+    spatial_region: Region
+    """[top, left, bottom, right] in pixels; bottom and right are exclusive."""
+
+
+class Mask(_Condition):
+    """A mask stored with each sample selects the clean tokens: inpainting."""
+
+    type: Literal["mask"]
+    mask_dir: Annotated[str, Field(min_length=1)]
+    """Folder of the masks under the data root; 1 is conditioned, 0 is generated."""
+
+
+class Reference(_Condition):
+    """Clean tokens of another clip are prepended: in-context conditioning. Drawn once for a global batch."""
+
+    type: Literal["reference"]
+    latents_dir: Annotated[str, Field(min_length=1)]
+    """Folder of the reference latents under the data root."""
+
+
+VideoCondition = Annotated[FirstFrame | Prefix | Suffix | SpatialCrop | Mask | Reference, Field(discriminator="type")]
+AudioCondition = Annotated[Prefix | Suffix | Mask | Reference, Field(discriminator="type")]
+IntrinsicCondition = FirstFrame | Prefix | Suffix | SpatialCrop | Mask
+
+
+class _StreamSection(Section):
+    is_generated: bool
+    """False freezes the stream: clean, without loss, still attended to by the other stream."""
+    latents_dir: Annotated[str, Field(min_length=1)]
+    """Folder of the stream's latents under the data root."""
     conditions: tuple[Any, ...] = ()
+    """Conditions of the stream."""
 
     @property
     def applied(self) -> tuple[bool, ...]:
-        """Which conditions have an effect: on a frozen stream only references have, for all else is given already."""
+        """Whether each condition has an effect. On a frozen stream only references have: its own tokens are clean."""
         return tuple(self.is_generated or isinstance(condition, Reference) for condition in self.conditions)
 
-    @property
-    def ignored_conditions(self) -> tuple[IntrinsicCondition, ...]:
-        """Conditions without effect, worth a warning."""
-        return tuple(c for c, is_applied in zip(self.conditions, self.applied, strict=True) if not is_applied)
+
+class VideoSection(_StreamSection):
+    """`[video]`: the video stream."""
+
+    conditions: Annotated[tuple[VideoCondition, ...], Field(strict=False)] = ()
+    """Conditioned parts of the video: the union of the conditions that apply to a sample."""
 
 
-class VideoBlock(_Block):
-    """The `[video]` section."""
+class AudioSection(_StreamSection):
+    """`[audio]`: the audio stream."""
 
-    conditions: Annotated[tuple[VideoCondition, ...], Field(strict=False)] = Field(
-        default=(), description="What part of the video is given; the union of all that apply to a sample."
-    )
-
-
-class AudioBlock(_Block):
-    """The `[audio]` section."""
-
-    conditions: Annotated[tuple[AudioCondition, ...], Field(strict=False)] = Field(
-        default=(), description="What part of the audio is given; the union of all that apply to a sample."
-    )
-
-    @field_validator("conditions", mode="before")
-    @classmethod
-    def _has_no_pictures(cls, conditions: Any) -> Any:
-        for condition in conditions if isinstance(conditions, Iterable) else ():
-            kind = condition.get("type") if isinstance(condition, dict) else getattr(condition, "type", None)
-            if kind in VIDEO_ONLY_CONDITIONS:
-                raise ValueError(f"audio does not support {kind!r}; it supports {', '.join(AUDIO_CONDITIONS)}.")
-        return conditions
+    conditions: Annotated[tuple[AudioCondition, ...], Field(strict=False)] = ()
+    """Conditioned parts of the audio: the union of the conditions that apply to a sample."""
 
 
-class StrategyConfig(BaseModel):
-    """Both blocks together, as `FlexibleStrategy.from_config` takes them."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+class StrategyConfig(Section):
+    """Both streams together, as `FlexibleStrategy.from_config` takes them."""
 
     name: Literal["flexible"] = "flexible"
-    video: VideoBlock | None = None
-    audio: AudioBlock | None = None
+    """Name of the strategy."""
+    video: VideoSection | None = None
+    """The video stream."""
+    audio: AudioSection | None = None
+    """The audio stream."""
 
     @model_validator(mode="after")
     def _generates_something(self) -> Self:
-        if not any(block is not None and block.is_generated for block in (self.video, self.audio)):
+        if not any(stream is not None and stream.is_generated for stream in (self.video, self.audio)):
             raise ValueError(
-                "no stream is generated, so there is nothing to learn: set is_generated = true in [video] or [audio]."
+                "expected a generated stream, found none: there is nothing to learn; set is_generated = true in "
+                "[video] or [audio]"
             )
         return self

@@ -21,7 +21,7 @@ SLACK = 1.04
 """Memory that the allocator reserves over memory that tensors hold, with expandable segments: assumed."""
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adamw4bit": 1.1, "muon": 4.0, "adafactor": 0.0}
-"""Optimizer state per trained weight, see `OptimizerSettings`."""
+"""Optimizer state per trained weight, see `OptimizerSection`."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ltx_titan.config.lora import BaseDtype, LoRASettings
+from ltx_titan.config import BaseDtype, LoRASection
 from ltx_titan.lora.linear import LoRALinear
 from ltx_titan.lora.names import official_name
 from ltx_titan.lora.targets import PRESETS, find_targets
@@ -16,7 +16,7 @@ from ltx_titan.weights.quantized import QUANTIZED, QuantizedLinear, dequantize
 _QUANTIZED_ENDINGS = PRESETS["all_attention"] + PRESETS["video_ffn"] + PRESETS["audio_ffn"]
 
 
-def apply_lora(model: nn.Module, settings: LoRASettings) -> list[str]:
+def apply_lora(model: nn.Module, settings: LoRASection) -> list[str]:
     """Freezes a transformer, brings its base to `settings.base_dtype` and adds trainable adapters, in place.
 
     Call it first, before tensor parallelism, compilation and FSDP2; the model may be on the meta device. A quantised

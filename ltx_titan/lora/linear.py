@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltx_titan.config.lora import LoRASettings
+from ltx_titan.config import LoRASection
 from ltx_titan.lora.dropout import drop
 from ltx_titan.weights.quantized import QuantizedLinear
 
@@ -30,7 +30,7 @@ class AdapterLinear(nn.Linear):
 class LoRALinear(nn.Module):
     """Wraps a frozen layer; see the formulas above. Adapters are uninitialised: call `init_lora_`."""
 
-    def __init__(self, base: nn.Linear | QuantizedLinear, settings: LoRASettings) -> None:
+    def __init__(self, base: nn.Linear | QuantizedLinear, settings: LoRASection) -> None:
         super().__init__()
         device = base.scale.device if isinstance(base, QuantizedLinear) else base.weight.device
         options = {"bias": False, "dtype": torch.float32, "device": device}

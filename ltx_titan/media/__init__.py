@@ -1,4 +1,4 @@
-from ltx_titan.media.audio import Audio, read_audio, to_duration, to_stereo, write_wav
+from ltx_titan.media.audio import Audio, encode_wav, read_audio, to_duration, to_stereo, write_wav
 from ltx_titan.media.errors import MediaError
 from ltx_titan.media.frames import fit_frames, to_uint8
 from ltx_titan.media.image import IMAGE_SUFFIXES, is_image, read_image
@@ -22,6 +22,7 @@ __all__ = [
     "MediaError",
     "VideoInfo",
     "cut_windows",
+    "encode_wav",
     "fit_frames",
     "frames_at_rate",
     "is_image",

@@ -1,9 +1,9 @@
 """Audio of audio and video files through PyAV: float waveforms, mixed down to stereo, cut to a length."""
 
-import os
 import wave
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltx_titan.common.files import atomic_write
 from ltx_titan.media.errors import MediaError
 from ltx_titan.media.video import open_media
 
@@ -96,14 +97,16 @@ def to_duration(audio: Audio, duration_s: float) -> Audio:
 
 
 def write_wav(path: str | Path, audio: Audio) -> None:
-    """Write a 16-bit WAV file; complete or not there at all. The folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    """Writes a 16-bit WAV file atomically."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        encode_wav(file, audio)
+
+
+def encode_wav(file: BinaryIO, audio: Audio) -> None:
+    """Writes 16-bit WAV bytes to a file object that is open for writing, such as `io.BytesIO()`."""
     samples = (audio.waveform.detach().float().cpu().clamp(-1, 1) * 32767).round().to(torch.int16)
-    with temporary.open("wb") as raw, wave.open(raw, "wb") as file:
-        file.setnchannels(samples.shape[0])
-        file.setsampwidth(2)
-        file.setframerate(audio.sample_rate)
-        file.writeframes(samples.T.contiguous().numpy().tobytes())
-    temporary.rename(path)
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(samples.shape[0])
+        writer.setsampwidth(2)
+        writer.setframerate(audio.sample_rate)
+        writer.writeframes(samples.T.contiguous().numpy().tobytes())

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ltx_titan.config.optimizer import OptimizerSettings
+from ltx_titan.config import OptimizerSection
 from ltx_titan.optim.adafactor import Adafactor
 from ltx_titan.optim.adamw import ShardedAdamW
 from ltx_titan.optim.muon import Muon
@@ -22,7 +22,7 @@ class Optimizers:
         parts: the optimizers, for `checkpoint.TrainingState`.
     """
 
-    def __init__(self, parts: list[Optimizer], settings: OptimizerSettings) -> None:
+    def __init__(self, parts: list[Optimizer], settings: OptimizerSection) -> None:
         self.parts = parts
         self._in_backward = settings.in_backward
         self._offloaded = settings.offload_state
@@ -53,7 +53,7 @@ class Optimizers:
 
 
 def build_optimizers(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, *, seed: int = 0
+    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSection, *, seed: int = 0
 ) -> Optimizers:
     """Optimizers for the parameters that require a gradient.
 
@@ -101,7 +101,7 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return in_block and parameter.ndim == 2 and name.endswith(".weight")
 
 
-def _groups(named: Named, settings: OptimizerSettings) -> list[Named]:
+def _groups(named: Named, settings: OptimizerSection) -> list[Named]:
     """Parameters that share an optimizer: all, or one each, or those of a block."""
     if settings.in_backward:
         return [[item] for item in named]
@@ -115,7 +115,7 @@ def _groups(named: Named, settings: OptimizerSettings) -> list[Named]:
     return list(groups.values())
 
 
-def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings, seed: int) -> Optimizer:
+def _adamw(parameters: list[nn.Parameter], settings: OptimizerSection, seed: int) -> Optimizer:
     bits = {"adamw8bit": 8, "adamw4bit": 4}.get(settings.name, 32)
     options = {
         "lr": settings.lr,

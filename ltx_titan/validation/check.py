@@ -1,6 +1,7 @@
-"""Finds, before training starts, everything in a job's `[validation]` that would fail in the middle of it.
+"""Checks a job's `[validation]` before training starts, so that it does not fail in the middle of it.
 
-The section alone cannot know the codec's compression factors, how many blocks the model has, or whether files exist.
+These checks need what the section alone does not have: the codec's compression factors, the number of blocks and the
+file system.
 """
 
 from collections.abc import Iterator
@@ -39,12 +40,12 @@ def check_validation(
         scale_factors: compression factors of the video codec (time, height, width).
 
     Raises:
-        ValueError: with one line per problem.
+        ValueError: the section does not fit; one line per problem.
     """
     problems = list(_section_problems(section, has_video, has_audio, num_blocks))
-    for place, sample in enumerate(section.samples):
+    for index, sample in enumerate(section.samples):
         problems += [
-            f"validation.samples[{place}]{problem}"
+            f"validation.samples[{index}]{problem}"
             for problem in _sample_problems(section, sample, has_video, has_audio, scale_factors)
         ]
     if problems:
@@ -54,7 +55,7 @@ def check_validation(
 def generated_streams(
     section: ValidationSection, sample: ValidationSample, has_video: bool, has_audio: bool
 ) -> tuple[str, ...]:
-    """The streams that a sample generates."""
+    """Names of the streams that a sample generates; a frozen stream is not one of them."""
     wanted = {
         "video": has_video if section.generate_video is None else section.generate_video,
         "audio": has_audio if section.generate_audio is None else section.generate_audio,
@@ -67,13 +68,13 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
         if getattr(section, f"generate_{name}") and not has_stream:
             yield (
                 f"validation.generate_{name} is true, but the model is built without {name}; remove it, "
-                f"or add a [{name}] block."
+                f"or add a [{name}] section."
             )
     if section.samples and (section.video_stg_scale or section.audio_stg_scale) and section.stg_blocks != "all":
         beyond = [block for block in section.stg_blocks if not 0 <= block < num_blocks]
         if beyond:
             yield (
-                f"validation.stg_blocks has {beyond}, but the model's blocks are 0 to {num_blocks - 1}; name some of "
+                f"validation.stg_blocks has {beyond}, but the model's blocks are 0 to {num_blocks - 1}; choose from "
                 "these, or set video_stg_scale and audio_stg_scale to 0."
             )
     own_steps = len(distilled_schedule()) - 1
@@ -83,11 +84,11 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
             "steps; remove it."
         )
     if section.held_out_root is not None and not Path(section.held_out_root).is_dir():
-        yield f"validation.held_out_root is {section.held_out_root!r}, which is no folder; correct the path."
+        yield f"validation.held_out_root is {section.held_out_root!r}, which is not a folder; correct the path."
     for name in ("video_vae_path", "audio_vae_path"):
         path = getattr(section, name)
         if path is not None and not Path(path).is_file():
-            yield f"validation.{name} is {path!r}, which is no file; correct the path."
+            yield f"validation.{name} is {path!r}, which is not a file; correct the path."
 
 
 def _sample_problems(
@@ -99,7 +100,7 @@ def _sample_problems(
 ) -> Iterator[str]:
     generated = generated_streams(section, sample, has_video, has_audio)
     if not generated:
-        yield ": nothing is generated; set generate_video or generate_audio, or remove the condition that gives it all."
+        yield ": no stream is generated; set generate_video or generate_audio, or remove the condition on all of it."
     width, height, frames = section.dims_of(sample)
     try:
         grid = video_grid(frames, height, width, scale_factors)
@@ -107,16 +108,16 @@ def _sample_problems(
         yield f".video_dims: {error}"
         return
     has_stream = {"video": has_video, "audio": has_audio}
-    for place, condition in enumerate(sample.conditions):
-        where = f".conditions[{place}] ({condition.type})"
+    for index, condition in enumerate(sample.conditions):
+        where = f".conditions[{index}] ({condition.type})"
         stream = condition.stream
         if not has_stream[stream]:
-            yield f"{where} gives {stream}, but the model is built without it; add an [{stream}] block."
+            yield f"{where} conditions the {stream}, but the model is built without it; add a [{stream}] section."
         elif stream not in (*generated, sample.frozen_stream):
-            yield f"{where} gives part of the {stream}, which is not generated; set generate_{stream}."
+            yield f"{where} conditions the {stream}, which is not generated; set generate_{stream}."
         for path in _files(condition):
             if not Path(path).is_file():
-                yield f"{where}: {path!r} is no file; correct the path."
+                yield f"{where}: {path!r} is not a file; correct the path."
         for problem in _size_problems(condition, grid, (width, height, frames), scale_factors):
             yield f"{where}: {problem}"
 
@@ -136,21 +137,23 @@ def _files(condition: SampleCondition) -> tuple[str, ...]:
 def _size_problems(
     condition: SampleCondition, grid: Grid, dims: tuple[int, int, int], scale_factors: tuple[int, int, int]
 ) -> Iterator[str]:
-    time, down, right = scale_factors
+    time, vertical, horizontal = scale_factors
     width, height, frames = dims
+    # A causal video VAE encodes frame 0 alone and each further `time` frames as one latent frame, so a prefix holds
+    # 1 + n * time frames and a suffix, which does not contain frame 0, n * time.
     match condition:
         case GivenPrefix(num_frames=int(count)) if (count - 1) % time or count > frames:
-            yield f"num_frames is {count}; a prefix has 1 + a multiple of {time} frames, at most {frames}."
+            yield f"num_frames is {count}; expected 1 + a multiple of {time}, at most {frames}, for a prefix."
         case GivenSuffix(num_frames=int(count)) if count % time or count > frames:
-            yield f"num_frames is {count}; a suffix has a multiple of {time} frames, at most {frames}."
+            yield f"num_frames is {count}; expected a multiple of {time}, at most {frames}, for a suffix."
         case GivenReference(video=str(), downscale_factor=space, temporal_scale_factor=every):
-            if height % (space * down) or width % (space * right):
+            if height % (space * vertical) or width % (space * horizontal):
                 yield (
-                    f"downscale_factor {space} makes {width}x{height} pixels {width / space:g}x{height / space:g}; "
-                    f"that must be multiples of {right}x{down}."
+                    f"downscale_factor {space} reduces {width}x{height} pixels to {width / space:g}x"
+                    f"{height / space:g}; expected multiples of {horizontal}x{vertical}."
                 )
             if (frames - 1) % every or (frames - 1) // every % time:
                 yield (
-                    f"temporal_scale_factor {every} leaves 1 + {(frames - 1) / every:g} of {frames} frames; that must "
-                    f"be 1 + a multiple of {time}."
+                    f"temporal_scale_factor {every} reduces {frames} frames to 1 + {(frames - 1) / every:g}; expected "
+                    f"1 + a multiple of {time}."
                 )

@@ -1,9 +1,8 @@
-"""From sampled latents to pixels and audio, and to files to watch and hear.
+"""Decodes sampled latents to frames and audio, and writes them to files.
 
-A clip with frames becomes an mp4, with audio if there is any; a single frame a png; audio alone a wav.
+A clip with frames becomes an mp4, with its audio if it has any; a single frame a png; audio alone a wav.
 """
 
-import os
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,18 +20,19 @@ from ltx_titan.codecs import (
     load_video_codec,
     load_vocoder,
 )
+from ltx_titan.common.files import atomic_write
 from ltx_titan.media import Audio, to_uint8, write_video, write_wav
 from ltx_titan.validation.sampling import SampledLatents
 
-# Tiles of the released pipelines: 768 pixels of a side, of which 64 are in the next tile too, and 81 frames, of which
-# 24 are; in latent frames that is 11, and 7 from tile to tile.
+# Tiles of the released pipelines: 768 pixels per side with an overlap of 64, and 81 frames (11 latent frames) with an
+# overlap of 24, that is a stride of 7 latent frames.
 _TILE_SIZE, _TILE_STRIDE = 768, 704
 _TIME_TILES = (11, 7)
 
 
 @dataclass(frozen=True)
 class Decoders:
-    """What turns latents into pixels and audio; None where no sample needs it."""
+    """Decoders of latents; None if no sample needs them."""
 
     video: VideoCodec | None
     audio: AudioCodec | None
@@ -41,7 +41,7 @@ class Decoders:
 
 @dataclass(frozen=True)
 class DecodedSample:
-    """Frames uint8 [F, H, W, 3] and audio of one sample; None where it has none."""
+    """Frames uint8 [F, H, W, 3] and audio of one sample; None for an absent stream."""
 
     frames: Tensor | None
     audio: Audio | None
@@ -50,12 +50,12 @@ class DecodedSample:
 def load_decoders(
     video_path: str | Path | None, audio_path: str | Path | None, device: str | torch.device, tiling: bool = True
 ) -> Decoders:
-    """Loads the decoders: bfloat16 on a GPU, float32 on a CPU; those of audio always in float32.
+    """Loads the decoders: bfloat16 on a GPU, float32 on a CPU; the audio decoders always in float32.
 
     Args:
-        video_path: file with the video VAE, None where no video is decoded.
-        audio_path: file with the audio VAE and the vocoder, None where no audio is decoded.
-        device: where they run.
+        video_path: file with the video VAE; None loads no video decoder.
+        audio_path: file with the audio VAE and the vocoder; None loads no audio decoder.
+        device: device of the decoders.
         tiling: decode video in overlapping tiles.
     """
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -80,9 +80,9 @@ def decode_sample(latents: SampledLatents, decoders: Decoders, seed: int = 0) ->
     """Decodes both streams of one sample.
 
     Args:
-        latents: what was sampled.
-        decoders: of the streams that it has.
-        seed: of the noise that decoders with timestep conditioning add.
+        latents: sampled latents.
+        decoders: decoders of the sample's streams.
+        seed: seed of the noise that decoders with timestep conditioning add.
     """
     frames = audio = None
     if latents.video is not None:
@@ -98,29 +98,30 @@ def decode_sample(latents: SampledLatents, decoders: Decoders, seed: int = 0) ->
 
 
 def put_beside(reference: Tensor, frames: Tensor, every: int = 1) -> Tensor:
-    """A reference to the left of a result, in one picture.
+    """Concatenates a reference and a result horizontally, frame by frame.
 
-    The reference is scaled to the result's height. Its frame 0 is shown once and each later one `every` times; a
-    shorter one is stretched over the result's length, a missing rest repeats its last frame.
+    The reference is resized to the result's height. With `every` > 1 its frame 0 is shown once and each later frame
+    `every` times, and the last one is repeated at the end; otherwise a shorter reference is stretched over the result.
 
     Args:
         reference: uint8 [R, h, w, 3].
         frames: uint8 [F, H, W, 3].
-        every: temporal factor of the reference.
+        every: ratio between the frame rates of result and reference.
 
     Returns:
         uint8 [F, H, w', 3] with an even width.
     """
     count, height = frames.shape[:2]
     if every > 1:
-        index = [0, *(1 + place // every for place in range(count - 1))]
-        index = [min(place, reference.shape[0] - 1) for place in index]
+        index = [0, *(1 + later // every for later in range(count - 1))]
+        index = [min(frame, reference.shape[0] - 1) for frame in index]
     elif reference.shape[0] < count:
         index = torch.linspace(0, reference.shape[0] - 1, count).round().long().tolist()
     else:
         index = list(range(count))
     left = reference[index]
     if left.shape[1] != height:
+        # Video encoders with 4:2:0 chroma need an even width.
         width = max(2, round(left.shape[2] * height / left.shape[1] / 2) * 2)
         scaled = F.interpolate(left.permute(0, 3, 1, 2).float(), (height, width), mode="bicubic", antialias=True)
         left = scaled.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -128,7 +129,7 @@ def put_beside(reference: Tensor, frames: Tensor, every: int = 1) -> Tensor:
 
 
 def write_sample(folder: str | Path, name: str, decoded: DecodedSample, fps: float) -> Path:
-    """Writes a sample as `<name>.mp4`, `.png` or `.wav` and returns the file; complete or not there at all."""
+    """Writes a sample atomically as `<name>.mp4`, `.png` or `.wav` and returns the path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     frames, audio = decoded.frames, decoded.audio
@@ -138,13 +139,12 @@ def write_sample(folder: str | Path, name: str, decoded: DecodedSample, fps: flo
         write_wav(path, audio)
     elif frames.shape[0] == 1:
         path = folder / f"{name}.png"
-        temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-        Image.fromarray(frames[0].numpy()).save(temporary, format="PNG")
-        temporary.rename(path)
+        with atomic_write(path) as temporary:
+            Image.fromarray(frames[0].numpy()).save(temporary, format="PNG")
     else:
         path = folder / f"{name}.mp4"
+        # Containers store the frame rate as a small fraction, such as 30000/1001.
         rate = Fraction(fps).limit_denominator(100_000)
-        write_video(
-            path, frames, rate, None if audio is None else audio.waveform, None if audio is None else audio.sample_rate
-        )
+        waveform, sample_rate = (None, None) if audio is None else (audio.waveform, audio.sample_rate)
+        write_video(path, frames, rate, waveform, sample_rate)
     return path

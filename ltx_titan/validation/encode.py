@@ -15,7 +15,7 @@ from torch import Tensor
 from ltx_titan.codecs import AudioCodec, VideoCodec
 from ltx_titan.conditioning import audio_steps, video_grid
 from ltx_titan.conditioning.conditions import given_tokens
-from ltx_titan.config.conditions import SpatialCrop
+from ltx_titan.config.streams import SpatialCrop
 from ltx_titan.config.validation import (
     AudioToVideo,
     GivenCrop,

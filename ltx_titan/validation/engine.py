@@ -1,12 +1,12 @@
-"""Validation as a whole: prepared once before training, run as often as the job says.
+"""Sampled clips of a job: prepared once before training, then sampled, decoded and written at every validation.
 
-    prepare_validation   media and prompts -> starts and contexts, on the host; encoders are let go
-    Validation.run       sample -> decode -> files, previews
+    prepare_validation   encodes media and prompts to initial latents and contexts on the host; frees the encoders
+    Validation.run       sample -> decode -> files and previews
 
-Every rank calls both. A group's first rank decodes and writes what its group sampled; rank 0 gets the previews of all.
+Every rank calls both. The first rank of a data-parallel group decodes and writes the samples of its group; rank 0
+gathers the previews of all groups.
 """
 
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.codecs import load_audio_codec, load_video_codec
+from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.config.validation import ValidationSample, ValidationSection
 from ltx_titan.diffusion import StepReport
 from ltx_titan.model import TransformerConfig
@@ -56,7 +57,7 @@ class CodecFiles:
 
 @dataclass(frozen=True)
 class SampledFile:
-    """One finished sample: its place in the job, its prompt, its file and its preview."""
+    """One finished sample: its index in the job, its prompt, its file and its preview."""
 
     index: int
     prompt: str
@@ -65,7 +66,7 @@ class SampledFile:
 
     @property
     def tag(self) -> str:
-        """Its name in TensorBoard and W&B, and that of its file."""
+        """Name of the sample in TensorBoard and W&B, and stem of its file."""
         return f"sample-{self.index + 1:02d}"
 
 
@@ -75,12 +76,12 @@ class Validation:
 
     Attributes:
         section: the job's `[validation]`.
-        samples: starts and contexts.
-        encoded: what they were encoded from, for showing references beside results.
-        shapes: their sizes, of all groups' samples.
-        files: where decoders are loaded from.
-        device: of the model.
-        groups: who does what.
+        samples: initial latents and contexts.
+        encoded: encoded conditions, with the frames of references that are shown next to results.
+        shapes: sizes of all samples, those of other groups too.
+        files: files of the decoders.
+        device: device of the model.
+        groups: distribution of the samples over data-parallel groups.
     """
 
     section: ValidationSection
@@ -107,24 +108,24 @@ class Validation:
 
         Args:
             model: the transformer as it is trained.
-            folder: where the files go: `sample-01.mp4`, `.png` or `.wav` and so on, and `contact-sheet.png`.
-            step: the optimizer step, for TensorBoard and W&B.
-            writer: TensorBoard, on rank 0.
-            wandb_run: run of Weights & Biases, on rank 0.
-            averaged_weights: makes a context in which the model has its averaged weights; needed with `use_ema`.
-            optimizers: whose state leaves the device for the time with `offload_optimizer`; not that which holds the
-                averaged weights.
+            folder: output folder of `sample-01.mp4` (`.png`, `.wav`) and so on, and of `contact-sheet.png`.
+            step: optimizer step, for TensorBoard and W&B.
+            writer: TensorBoard writer, on rank 0.
+            wandb_run: Weights & Biases run, on rank 0.
+            averaged_weights: returns a context in which the model has its averaged weights; required with `use_ema`.
+            optimizers: optimizers whose state is offloaded with `offload_optimizer`; not the averaged weights.
             on_step: called after each sampling step of this rank's samples, for a progress bar.
 
         Returns:
-            All samples on rank 0, elsewhere those that this rank wrote.
+            All samples on rank 0, the samples that this rank wrote on other ranks.
         """
         with ExitStack() as stack:
             for optimizer in optimizers if self.section.offload_optimizer else ():
                 stack.enter_context(offloaded(optimizer))
             if self.section.use_ema:
                 if averaged_weights is None:
-                    raise ValueError("validation.use_ema is true, but the job keeps no averaged weights; remove it.")
+                    raise ValueError("validation.use_ema is true, but the job has no averaged weights; remove it.")
+                # Weights that FSDP2 gathered for the last forward would shadow the averaged ones.
                 reshard(model)
                 stack.enter_context(averaged_weights())
             latents = self.sample(model, on_step)
@@ -144,11 +145,11 @@ class Validation:
     def sample(
         self, model: nn.Module, on_step: Callable[[StepReport], None] | None = None
     ) -> dict[int, SampledLatents]:
-        """Latents of this rank's samples by their index; a collective call."""
+        """Samples this rank's share; returns latents by sample index. A collective call."""
         return sample_all(model, self.samples, self.section, self.device, self.groups, self._announce, on_step)
 
     def write(self, latents: Mapping[int, SampledLatents], folder: str | Path) -> list[SampledFile]:
-        """Decodes samples and writes their files; decoders are loaded for it and let go."""
+        """Decodes samples and writes their files; decoders are loaded for it and freed."""
         if not latents:
             return []
         decoders = load_decoders(
@@ -159,7 +160,7 @@ class Validation:
         )
         written = [self._write_one(index, found, decoders, folder) for index, found in latents.items()]
         del decoders
-        _free_memory()
+        free_device_memory()
         return written
 
     def _write_one(self, index: int, latents: SampledLatents, decoders: Decoders, folder: str | Path) -> SampledFile:
@@ -186,18 +187,18 @@ def prepare_validation(
     groups: SampleGroups | None = None,
     contexts: Mapping[str, PromptContext] | None = None,
 ) -> Validation:
-    """Checks the section, encodes prompts and media, and lets the encoders go; a collective call.
+    """Checks the section, encodes prompts and media, and frees the encoders; a collective call.
 
     Args:
         section: the job's `[validation]`.
         checkpoint_path: official file with the text projection, the connectors and, unless the section names others,
             the VAEs and the vocoder.
         config: config object of the checkpoint's metadata.
-        modalities: streams that the model is built with: `av`, `video` or `audio`.
-        device: where encoders and decoders run.
-        cache_folder: where contexts of prompts are kept.
-        groups: who does what; None: this process does all.
-        contexts: contexts of prompts that are known already; only the others are encoded.
+        modalities: streams of the model: `av`, `video` or `audio`.
+        device: device of encoders and decoders.
+        cache_folder: folder of cached prompt contexts.
+        groups: distribution of the samples over data-parallel groups; None for a single process.
+        contexts: contexts of prompts that are already encoded.
 
     Raises:
         ValueError: the section does not fit the model, or a file cannot be used.
@@ -216,6 +217,7 @@ def prepare_validation(
     files = CodecFiles(Path(section.video_vae_path or checkpoint_path), Path(section.audio_vae_path or checkpoint_path))
     shapes = tuple(ClipShape(*section.dims_of(sample), section.frame_rate) for sample in section.samples)
     known = _contexts(section, contexts, checkpoint_path, cache_folder, device)
+    # Conditions are encoded only by the group that samples them: they can be large, and groups may be many.
     own = {index: section.samples[index] for index in range(groups.rank, len(section.samples), groups.size)}
     wants_video, wants_audio = needed_encoders(tuple(own.values()))
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -234,18 +236,18 @@ def prepare_validation(
             encoded[index].video, encoded[index].audio, _contexts_of(section, sample, known), section.seed_of(sample)
         )
     del encoders
-    _free_memory()
+    free_device_memory()
     return Validation(section, tuple(samples), tuple(encoded), shapes, files, device, groups)
 
 
 def _streams(section: ValidationSection, sample: ValidationSample, has_video: bool, has_audio: bool) -> tuple[str, ...]:
-    """Streams that the model is given: those that are generated, and a frozen one."""
+    """Streams of the model's input: the generated ones, and a frozen one."""
     generated = generated_streams(section, sample, has_video, has_audio)
     return generated if sample.frozen_stream is None else (*generated, sample.frozen_stream)
 
 
 def _negative_prompt(section: ValidationSection) -> str | None:
-    """None where guidance asks for none."""
+    """The negative prompt; None if no guidance needs it."""
     if not any(guidance.needs_uncond for guidance in guidance_of(section)):
         return None
     return default_negative_prompt() if section.negative_prompt is None else section.negative_prompt
@@ -281,15 +283,9 @@ def _contexts_of(section: ValidationSection, sample: ValidationSample, known: Ma
 
 
 def gather_samples(written: list[SampledFile], groups: SampleGroups) -> list[SampledFile]:
-    """All samples, in their order, on the first group's first rank."""
+    """Gathers the samples of all groups on the first rank of the first group, in order of their index."""
     if groups.size == 1 or not groups.is_first:
         return sorted(written, key=lambda sample: sample.index)
     gathered: list[list[SampledFile]] | None = [[] for _ in range(groups.size)] if groups.rank == 0 else None
     dist.gather_object(written, gathered, group=groups.process_group, group_dst=0)
     return sorted((s for part in gathered or [written] for s in part), key=lambda sample: sample.index)
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""The loss on data that is not trained on, at fixed noise levels and with fixed noise.
+"""Loss on a held-out dataset, at fixed sigmas and with fixed noise.
 
-The training loss jumps with every drawn noise level; this one changes only where the model does. Each sample meets the
-same noise and the same conditions at every level in every validation, so the points of a curve can be compared.
+The training loss varies with the drawn sigmas; this one changes only if the model does. Each sample has the same noise
+and the same conditions at every sigma in every validation, so the points of a curve can be compared.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +19,12 @@ from ltx_titan.validation.sampling import SampleGroups, evaluating
 
 @dataclass(frozen=True)
 class FixedSigma:
-    """A sampler of noise levels that always draws the same one."""
+    """A sigma sampler that always draws the same value."""
 
     sigma: float
 
     def sample(self, shape: tuple[int, ...], num_tokens: int, generator: Generator) -> Tensor:
-        """The noise level in the given shape, float32."""
+        """Returns `sigma` as a float32 tensor of shape `shape`."""
         return torch.full(shape, self.sigma, dtype=torch.float32)
 
 
@@ -41,30 +41,30 @@ def held_out_losses(
     """Mean losses over held-out samples, per stream; a collective call.
 
     Args:
-        model: the transformer; put into eval mode and back.
-        strategy: of the job, conditions included; whether one applies is drawn from the seed, once and for all.
-        load: a sample as a batch of one, with contexts, on the device.
-        num_samples: samples 0 to this are used, divided over the groups.
-        sigmas: noise levels; one forward each per sample.
-        seed: of noise and conditions.
-        device: of the model.
-        groups: who does what; None: this process does all.
+        model: the transformer; evaluated in eval mode, which is restored afterwards.
+        strategy: strategy of the job with its conditions; whether a condition applies to a sample depends on `seed`.
+        load: loads a sample as a batch of one, with contexts, on the device.
+        num_samples: number of samples, distributed over the groups.
+        sigmas: one forward per sigma and sample.
+        seed: seed of noise and conditions.
+        device: device of the model.
+        groups: data-parallel groups; None for a single process.
 
     Returns:
-        For each generated stream, and for their sum as `total`: `held_out/<stream>` is the mean over noise levels and
-        the samples that have the stream, `held_out/<stream>_sigma_<level>` that at one level.
+        For each generated stream, and for their sum as `total`: `held_out/<stream>` is the mean over sigmas and the
+        samples that have the stream, `held_out/<stream>_sigma_<sigma>` the mean at one sigma.
     """
     groups = groups or SampleGroups()
-    # Per noise level: sums of the total, video and audio loss.
+    # Sums of the total, video and audio loss for each sigma. float64: many samples are added up.
     sums = torch.zeros(len(sigmas), 3, device=device, dtype=torch.float64)
     counts = torch.zeros(3, device=device, dtype=torch.float64)
     with evaluating(model):
         for first in range(0, num_samples, groups.size):
             index = first + groups.rank
-            # A group without a sample of its own left repeats one without counting it: forwards are collective.
+            # Forwards of a sharded model are collective: a group that has run out of samples repeats one, uncounted.
             is_own = index < num_samples
             batch = load(index if is_own else index % num_samples)
-            for place, sigma in enumerate(sigmas):
+            for row, sigma in enumerate(sigmas):
                 draws = draw_step(
                     *strategy.draw_plan(batch), sampler=FixedSigma(sigma), seed=seed, step=0, indices=[index]
                 )
@@ -79,8 +79,8 @@ def held_out_losses(
                 )
                 for column, (part, present) in enumerate(parts):
                     if part is not None:
-                        sums[place, column] += part.sum()
-                        # A sample without audio has an audio loss of 0, which is no reason to praise the model.
+                        sums[row, column] += part.sum()
+                        # A sample without audio has an audio loss of 0, which would lower the mean.
                         counts[column] += (1 if present is None else present.sum()) / len(sigmas)
     if groups.size > 1:
         dist.all_reduce(sums, group=groups.process_group)
@@ -89,7 +89,7 @@ def held_out_losses(
 
 
 def as_batch(sample: Mapping[str, Mapping[str, Tensor | float | int]], device: torch.device | str) -> Batch:
-    """One sample of a data set as a batch of one on a device."""
+    """Converts a sample of a dataset to a batch of one on a device."""
     return {
         source: {name: torch.as_tensor(value)[None].to(device) for name, value in fields.items()}
         for source, fields in sample.items()

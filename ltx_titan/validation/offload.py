@@ -1,4 +1,4 @@
-"""Moves an optimizer's state to the host for as long as something else needs the device's memory."""
+"""Moves optimizer state to the host while something else needs the device memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Placement
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a sharded tensor lies on its mesh. The tensor itself is not kept: it would hold on to the memory."""
+    """Mesh and placements of a DTensor, without the tensor itself, which would keep its memory alive."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -27,7 +27,7 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Parked:
-    """One entry of an optimizer's state that is on the host for now."""
+    """One optimizer state tensor that is on the host."""
 
     state: dict[str, object]
     name: str
@@ -41,9 +41,9 @@ class _Parked:
 
 @contextmanager
 def offloaded(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Keeps all state tensors of an optimizer on the host inside the context; values come back unchanged.
+    """Keeps all state tensors of an optimizer on the host inside the context; their values do not change.
 
-    Takes as much host memory as the state has on the device, and as much time as copying it twice.
+    Needs host memory of the size of the state, and two copies of it over PCIe.
     """
     parked = [
         entry for state in optimizer.state.values() for name in list(state) if (entry := _park(state, name)) is not None

@@ -1,13 +1,10 @@
-"""Prompts to contexts, once before training, so that no text encoder is in memory while it runs.
+"""Encodes prompts to contexts once before training, so that no text encoder is in memory during training.
 
-Rank 0 encodes and hands the contexts to the others. What it has encoded is kept in a folder, so that a job that is
-resumed needs no text encoder at all.
+Rank 0 encodes and broadcasts the contexts. They are cached in a folder, so that a resumed job needs no text encoder.
 """
 
-import gc
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltx_titan.codecs import load_feature_extractor, load_text_encoder
+from ltx_titan.common.files import atomic_write
+from ltx_titan.common.ranks import is_distributed, is_main_rank
+from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.weights import load_text_connectors
 
@@ -34,31 +34,30 @@ def prompt_contexts(
     device: str | torch.device,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, PromptContext]:
-    """Contexts of prompts on every rank; a collective call where a process group exists.
+    """Contexts of prompts on every rank; a collective call if a process group exists.
 
     Args:
-        prompts: any texts; one that occurs twice is encoded once.
+        prompts: any texts; duplicates are encoded once.
         checkpoint_path: file with the text projection and the connectors.
-        text_encoder_path: folder of the text encoder; None where all prompts have been encoded before.
-        cache_folder: where contexts are kept.
-        device: where rank 0 encodes.
-        dtype: of the encoder, the connectors and the contexts.
+        text_encoder_path: folder of the text encoder; may be None if all prompts are cached.
+        cache_folder: folder of cached contexts.
+        device: device on which rank 0 encodes.
+        dtype: dtype of the encoder, the connectors and the contexts.
 
     Raises:
-        ValueError: a prompt has not been encoded before and there is no text encoder.
+        ValueError: a prompt is not cached and `text_encoder_path` is None.
     """
-    is_distributed = dist.is_initialized() and dist.get_world_size() > 1
     contexts: list[dict[str, PromptContext] | None] = [None]
-    if not is_distributed or dist.get_rank() == 0:
+    if is_main_rank():
         contexts = [_load_or_encode(prompts, checkpoint_path, text_encoder_path, Path(cache_folder), device, dtype)]
-    if is_distributed:
+    if is_distributed():
         dist.broadcast_object_list(contexts, src=0)
     assert contexts[0] is not None
     return contexts[0]
 
 
 def default_negative_prompt() -> str:
-    """The released pipelines' list of defects to steer away from."""
+    """Negative prompt of the released pipelines: a list of defects."""
     from diffusers.pipelines.ltx2.utils import DEFAULT_NEGATIVE_PROMPT
 
     return DEFAULT_NEGATIVE_PROMPT
@@ -77,8 +76,8 @@ def _load_or_encode(
     if missing:
         if text_encoder_path is None:
             raise ValueError(
-                f"validation.text_encoder_path is unset, but prompt {missing[0]!r} has not been encoded yet; set it "
-                "to the folder of the text encoder that goes with the checkpoint."
+                f"validation.text_encoder_path is unset, but prompt {missing[0]!r} is not cached; set it to the folder "
+                "of the checkpoint's text encoder."
             )
         logger.info("encoding %d prompts", len(missing))
         for prompt, context in _encode(missing, checkpoint_path, text_encoder_path, device, dtype).items():
@@ -94,7 +93,7 @@ def _encode(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> dict[str, PromptContext]:
-    """Encoder first, connectors after it has been let go: 24 GB and 4 GB of the released models."""
+    """Runs the encoder, frees it, then runs the connectors: 24 GB and 4 GB of the released models."""
     text_encoder = load_text_encoder(text_encoder_path, device, dtype)
     extractor = load_feature_extractor(checkpoint_path, text_encoder, device, dtype)
     features = {}
@@ -109,27 +108,23 @@ def _encode(
     del text_encoder, extractor
     connectors = load_text_connectors(checkpoint_path, device, dtype)
     if not connectors.fills_padding:
-        raise ValueError(f"{checkpoint_path}: its connectors keep padding, which sampling has no mask for.")
+        raise ValueError(f"{checkpoint_path}: its connectors keep padding tokens, which sampling does not support.")
     contexts = {}
     for prompt, fields in features.items():
         context = to_contexts(fields, connectors, dtype)
         contexts[prompt] = (context["video_prompt_embeds"].cpu(), context["audio_prompt_embeds"].cpu())
     del connectors
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_device_memory()
     return contexts
 
 
 def _digest(prompt: str, checkpoint_path: str | Path) -> str:
-    """Name of a prompt's file: another text or another checkpoint has another."""
+    """Cache key of a prompt and a checkpoint, which its size and modification time identify: hashing 40 GB is slow."""
     status = Path(checkpoint_path).stat()
     key = f"{prompt}\0{Path(checkpoint_path).resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 def _write(path: Path, context: PromptContext) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    torch.save(list(context), temporary)
-    temporary.rename(path)
+    with atomic_write(path) as temporary:
+        torch.save(list(context), temporary)

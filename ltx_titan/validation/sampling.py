@@ -1,8 +1,8 @@
-"""Samples the prepared clips with the model as it stands in training: sharded, wrapped, on every rank.
+"""Samples the prepared clips with the sharded model during training, on every rank.
 
-Samples are divided over the data-parallel groups. A sharded model's forward is a collective operation, so all groups
-must call it equally often; a group whose share is shorter, or whose samples need fewer passes, makes up the difference
-with forwards on a few stand-in tokens. Weights are never gathered beyond the block that is computed.
+Samples are distributed over the data-parallel groups. The forward of a sharded model is a collective operation, so all
+groups must call it equally often; a group with fewer samples or guidance passes runs the missing forwards on a few
+placeholder tokens. Only the block that is computed is gathered, never the whole model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,19 +28,19 @@ from ltx_titan.diffusion import (
 from ltx_titan.model import LTXTransformer, Modality
 from ltx_titan.validation.start import StreamStart, begin, target_latents
 
-# What the released pipelines take for LTX-2.3 and later.
+# Default of the released pipelines for LTX-2.3 and later.
 _DEFAULT_STEPS = 30
 
 
 @dataclass(frozen=True)
 class SampleGroups:
-    """Which samples this rank works on.
+    """Distribution of the samples over data-parallel groups.
 
     Attributes:
-        rank: this rank's data-parallel group; ranks of one group (tensor and context parallel) do the same samples.
+        rank: index of this rank's group; the ranks of a group (tensor and context parallel) share its samples.
         size: number of groups.
-        process_group: one rank of every group, this one among them; None where there is one group.
-        is_first: whether this rank writes its group's results.
+        process_group: this rank and its counterparts in the other groups; None with one group.
+        is_first: whether this rank writes the results of its group.
     """
 
     rank: int = 0
@@ -51,7 +51,7 @@ class SampleGroups:
 
 @dataclass(frozen=True)
 class Contexts:
-    """Text of a prompt and of the negative prompt for each stream [1, T, D]; None where it is not needed."""
+    """Contexts of a prompt and of the negative prompt for each stream [1, T, D]; None if not needed."""
 
     video: Tensor | None
     audio: Tensor | None
@@ -78,14 +78,14 @@ class PreparedSample:
 
 @dataclass(frozen=True)
 class SampledLatents:
-    """What became of a sample, on the host: latents [1, C, F, H, W] and [1, 8, T, 16], None for an absent stream."""
+    """Sampled latents on the host: video [1, C, F, H, W], audio [1, 8, T, 16]; None for an absent stream."""
 
     video: Tensor | None
     audio: Tensor | None
 
 
 def guidance_of(section: ValidationSection) -> tuple[Guidance, Guidance]:
-    """Weights of the video and of the audio stream."""
+    """Guidance of the video and of the audio stream."""
     blocks = None if section.stg_blocks == "all" else section.stg_blocks
     video = Guidance(
         cfg_scale=section.video_cfg_scale,
@@ -105,14 +105,14 @@ def guidance_of(section: ValidationSection) -> tuple[Guidance, Guidance]:
 
 
 def schedule_of(section: ValidationSection) -> Tensor:
-    """Noise levels; the standard schedule's do not depend on the clip's size, as in the released pipelines."""
+    """Sigmas of the schedule; the standard ones do not depend on the clip's size, as in the released pipelines."""
     if section.schedule == "distilled":
         return distilled_schedule()
     return sigma_schedule(None, section.inference_steps or _DEFAULT_STEPS)
 
 
 def passes_at_once(video: SampledStream | None, audio: SampledStream | None, tokens_at_once: int) -> int:
-    """How many guided passes run as one forward: what fits into `tokens_at_once`, at least one."""
+    """Number of guidance passes that are batched into one forward: at least one, at most `tokens_at_once` tokens."""
     tokens = sum(stream.latent.shape[1] for stream in (video, audio) if stream is not None)
     return max(1, min(tokens_at_once // tokens, len(needed_passes(video, audio))))
 
@@ -126,21 +126,21 @@ def sample_all(
     on_sample: Callable[[int], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> dict[int, SampledLatents]:
-    """Samples this rank's share: number `rank`, `rank + size`, and so on.
+    """Samples this rank's share: indices `rank`, `rank + size`, and so on. A collective call.
 
-    All noise comes from CPU generators of the samples' seeds, so ranks, meshes and devices agree.
+    All noise comes from CPU generators seeded per sample, so that it is equal on all ranks, meshes and devices.
 
     Args:
-        model: the transformer; it is put into eval mode and back.
-        samples: as many on every rank; another group's may be None.
+        model: the transformer; evaluated in eval mode, which is restored afterwards.
+        samples: the same number on every rank; those of other groups may be None.
         section: schedule and guidance.
-        device: of the model.
-        groups: who does what; None: this process does all.
-        on_sample: called with a sample's index before it is sampled, for a progress line.
+        device: device of the model.
+        groups: distribution over data-parallel groups; None for a single process.
+        on_sample: called with the index of a sample before it is sampled, for a log line.
         on_step: called after each step of each sample, for a progress bar.
 
     Returns:
-        Latents of this rank's samples by their index.
+        Latents of this rank's samples by index.
     """
     groups = groups or SampleGroups()
     sigmas = schedule_of(section)
@@ -154,7 +154,7 @@ def sample_all(
                 assert prepared is not None, f"sample {index} belongs to group {groups.rank}, which did not prepare it"
                 run = _start_run(prepared, section, sigmas, device)
             forwards = 0 if run is None else run.forwards(len(sigmas) - 1)
-            # Before the first forward: a group that has none left cannot answer while another still needs its shards.
+            # Agreed before the first forward: a group that is done could not answer while others need its shards.
             missing = _most_forwards(forwards, groups, device) - forwards
             if run is not None:
                 if on_sample is not None:
@@ -166,10 +166,10 @@ def sample_all(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, without gradients, and back, with FSDP2's gathered parameters let go.
+    """Evaluates a model in eval mode without gradients, and frees FSDP2's gathered parameters before and after.
 
-    Outside a training step nothing frees parameters that FSDP2 keeps after a forward; left alone they would shadow
-    weights that are changed afterwards, for instance averaged ones put back.
+    FSDP2 keeps the gathered parameters of the root after a forward, and without a backward pass nothing frees them.
+    They would shadow weights that are changed afterwards, for example when averaged weights are swapped out.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -209,7 +209,7 @@ def stand_in(model: LTXTransformer, device: torch.device | str) -> tuple[Modalit
 
 @dataclass(frozen=True)
 class _Run:
-    """A sample at its first noise level."""
+    """A sample at the first sigma of the schedule."""
 
     video: SampledStream | None
     audio: SampledStream | None
@@ -223,7 +223,7 @@ class _Run:
 def _start_run(
     prepared: PreparedSample, section: ValidationSection, sigmas: Tensor, device: torch.device | str
 ) -> _Run:
-    """Both streams on the device; video draws its noise first."""
+    """Moves both streams to the device and adds noise; the video's noise is drawn first."""
     generator = torch.Generator().manual_seed(prepared.seed)
     guidance = dict(zip(("video", "audio"), guidance_of(section), strict=True))
     streams: dict[str, SampledStream | None] = {}

@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingValidation:
-    """What `[validation]` asks for, prepared before the model takes its memory: prompts and media are encoded by then.
+    """Runs a job's `[validation]`. Created before the model is loaded, because encoding prompts and media needs memory.
 
     Args:
         plan: the job; `validation.interval` is set.
-        mesh: samples are divided over its data-parallel groups.
-        device: of the model.
+        mesh: mesh whose data-parallel groups share the samples.
+        device: device of the model.
     """
 
     def __init__(self, plan: Plan, mesh: Mesh, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class TrainingValidation:
         )
         self.sampler = None
         if self.section.samples:
-            # Here, because it brings diffusers and transformers along, which a job without samples does not need.
+            # Imported here because it loads diffusers and transformers, which a job without samples does not need.
             from ltx_titan.validation.engine import prepare_validation
 
             self.sampler = prepare_validation(
@@ -74,16 +74,16 @@ class TrainingValidation:
         ema: EMA | None,
         optimizers: Optimizers,
     ) -> dict[str, float]:
-        """Samples and measures; every rank calls it.
+        """Samples clips and computes the held-out loss; a collective call.
 
         Args:
-            step: optimizer steps taken.
-            model: the transformer as it is trained; in training mode again afterwards.
-            connectors: for held-out text features.
-            writer: TensorBoard, on rank 0.
-            wandb_run: Weights & Biases, on rank 0, where clips are to be uploaded.
-            ema: averaged weights, if the job keeps them.
-            optimizers: whose state leaves the device meanwhile, where asked.
+            step: number of optimizer steps so far.
+            model: the transformer as it is trained; its training mode is restored afterwards.
+            connectors: text connectors for held-out text features; None if the data holds contexts.
+            writer: TensorBoard writer, on rank 0.
+            wandb_run: Weights & Biases run, on rank 0, if clips are uploaded.
+            ema: averaged weights, if the job has them.
+            optimizers: optimizers whose state is offloaded with `validation.offload_optimizer`.
 
         Returns:
             Held-out losses by TensorBoard tag.
@@ -110,7 +110,8 @@ class TrainingValidation:
     def _averaged(self, ema: EMA, model: nn.Module) -> Iterator[None]:
         gathers_float8 = self.plan.job.float8.all_gather
         with ema.swapped_in(model):
-            if gathers_float8:  # scales belong to the weights that they were found for
+            # float8 all-gather casts with scales computed in advance, which must match the swapped-in weights.
+            if gathers_float8:
                 precompute_float8_scales(model)
             yield
         if gathers_float8:
@@ -134,11 +135,11 @@ class TrainingValidation:
 
 
 def check_validation_files(plan: Plan) -> None:
-    """Checks `[validation]` on the host, before anything is started.
+    """Checks `[validation]` on the host, before a process group is created.
 
     Raises:
-        ValueError: samples without a checkpoint to decode with, a file or folder that is missing, or a section that
-            does not fit the model.
+        ValueError: samples without a checkpoint to decode with, a missing file or folder, or a section that does not
+            fit the model.
     """
     section = plan.job.validation
     if section.interval is None:

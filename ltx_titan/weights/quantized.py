@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltx_titan.config.lora import BaseDtype
+from ltx_titan.config import BaseDtype
 
 QUANTIZED: tuple[BaseDtype, ...] = ("int8", "int4", "float8", "nvfp4")
 _SCALE_DTYPE = torch.bfloat16

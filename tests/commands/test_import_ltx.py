@@ -83,7 +83,7 @@ def error_of(text):
     return str(caught.value)
 
 
-def test_a_whole_job_is_carried_over():
+def test_a_whole_job_is_converted():
     found = imported(I2V, ranks=2)
     job = JobConfig.model_validate(found.job)
     assert job.job.dump_folder == "outputs/i2v"
@@ -111,7 +111,7 @@ def test_a_whole_job_is_carried_over():
     assert (metrics.wandb, metrics.wandb_project, metrics.wandb_tags) == ("online", "ltxv-trainer", ("ltx",))
 
 
-def test_every_key_without_counterpart_is_named_with_a_reason():
+def test_every_key_without_equivalent_is_listed_with_a_reason():
     notes = imported(I2V).notes
     for key, reason in {
         "acceleration.load_text_encoder_in_8bit = true": "text encoder",
@@ -126,7 +126,7 @@ def test_every_key_without_counterpart_is_named_with_a_reason():
         assert reason in note
 
 
-def test_validation_is_carried_over():
+def test_validation_is_converted():
     validation = JobConfig.model_validate(imported(I2V).job).validation
     assert (validation.interval, validation.stg_blocks) == (100, "all")
     assert (validation.video_cfg_scale, validation.audio_cfg_scale) == (4.0, 4.0)
@@ -158,7 +158,7 @@ def test_an_interval_without_samples_is_named():
     assert any(note.startswith("validation.interval = 50") for note in found.notes)
 
 
-def test_defaults_are_those_of_the_other_trainer():
+def test_defaults_are_those_of_the_ltx_trainer():
     job = JobConfig.model_validate(imported(MINIMAL).job)
     assert (job.lora.rank, job.lora.alpha, job.lora.targets) == (64, 64.0, ("all_attention",))
     assert (job.training.steps, job.training.local_batch_size, job.optimizer.lr) == (3000, 2, 5e-4)
@@ -171,7 +171,7 @@ def test_defaults_are_those_of_the_other_trainer():
 def test_the_older_strategies_become_blocks():
     found = imported(MINIMAL + "training_strategy: {name: text_to_video, with_audio: true}")
     assert found.job["audio"] == {"is_generated": True, "latents_dir": "audio_latents"}
-    assert any("noise levels independently" in note for note in found.notes)
+    assert any("sigmas independently" in note for note in found.notes)
     found = imported(
         MINIMAL + "training_strategy: {name: video_to_video, first_frame_conditioning_p: 0, reference_latents_dir: r}"
     )
@@ -197,11 +197,11 @@ def test_schedules_keep_their_parameters(scheduler, expected):
     assert {key: found[key] for key in expected} == pytest.approx(expected)
 
 
-def test_adapters_on_an_absent_stream_are_left_out_and_named():
+def test_targets_on_an_absent_stream_are_skipped_with_a_note():
     text = MINIMAL.replace("lora: {}", "lora: {target_modules: [attn1.to_q, audio_attn1.to_q, ff.net.2]}")
     found = imported(text)
     assert found.job["lora"]["targets"] == ["attn1.to_q", "ff.net.2"]
-    assert any("audio_attn1.to_q" in note and "no audio block" in note for note in found.notes)
+    assert any("audio_attn1.to_q" in note and "no audio section" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_adapters_on_an_absent_stream_are_left_out_and_named():
         (
             "training_strategy: {name: flexible, audio: {is_generated: true, latents_dir: a, "
             "conditions: [{type: first_frame}]}}",
-            ["audio.conditions", "audio does not support 'first_frame'"],
+            ['audio.conditions[0].type = "first_frame"', "one of prefix, suffix, mask, reference"],
         ),
         ("training_strategy: {name: flexible}", ["is_generated = true"]),
         ("validation: {samples: [{promt: x}]}", ["validation.samples[0].promt", "did you mean prompt"]),
@@ -235,17 +235,17 @@ def test_adapters_on_an_absent_stream_are_left_out_and_named():
         ("seed: [", ["valid YAML", "job.yaml"]),
     ],
 )
-def test_what_is_wrong_is_named_with_the_nearest_names(text, words):
+def test_errors_name_the_key_and_the_nearest_valid_names(text, words):
     message = error_of(MINIMAL + text)
     assert all(word in message for word in words), message
 
 
-def test_everything_wrong_is_reported_at_once():
+def test_all_errors_are_reported_at_once():
     message = error_of("model: {modelpath: x}\noptimization: {step: 5}\nfoo: 1\nlora: null")
     assert len(message.splitlines()) == 4
 
 
-def test_a_job_as_that_trainer_saved_it_is_read():
+def test_a_job_saved_by_the_ltx_trainer_is_read():
     text = MINIMAL + "validation: {video_dims: !!python/tuple [960, 544, 89]}"
     assert JobConfig.model_validate(imported(text).job).validation.video_dims == (960, 544, 89)
 

@@ -4,7 +4,7 @@ from pydantic import TypeAdapter
 
 from ltx_titan.conditioning import Grid
 from ltx_titan.conditioning.conditions import given_tokens
-from ltx_titan.config.conditions import VideoCondition
+from ltx_titan.config.streams import VideoCondition
 
 GRID = Grid(4, 3, 5)
 ADAPTER = TypeAdapter(VideoCondition)

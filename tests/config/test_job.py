@@ -1,6 +1,9 @@
 import pytest
+import tomli_w
 
+from ltx_titan.cli import main
 from ltx_titan.config import ConfigError, build_job, check_world
+from ltx_titan.plan import plan_job
 
 BASE = {
     "model": {"init": "random", "shape": "ltx-2.3-22b"},
@@ -110,3 +113,31 @@ def test_world_that_does_not_fit_is_refused_with_the_arithmetic(parallelism, bat
     with pytest.raises(ConfigError) as caught:
         check_world(job, world)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_update_in_backward_refuses_clipping_and_accumulation_before_anything_starts():
+    optimizer = {"in_backward": True}
+    message = error_of(optimizer=optimizer)  # training.max_grad_norm = 1.0 by default
+    assert "training.max_grad_norm = 1.0: expected 0 with optimizer.in_backward = true" in message
+    training = {"max_grad_norm": 0.0, "global_batch_size": 8, "local_batch_size": 2}
+    message = error_of(optimizer=optimizer, training=training, parallelism={"dp_shard": 2})
+    assert "optimizer.in_backward = true: expected one micro-batch per step" in message
+    assert "8 / (2 x 2) = 2; set training.local_batch_size = 4" in message
+    job = build(optimizer=optimizer, training=training)
+    assert check_world(job, 4).dp == 4
+    with pytest.raises(ConfigError, match=r"8 / \(2 x 1\) = 4"):
+        check_world(job, 1)
+    with pytest.raises(ConfigError, match="one micro-batch per step"):
+        plan_job(job, 2)
+
+
+@pytest.mark.parametrize("overrides", [[], ["--training.max_grad_norm=0", "--training.global_batch_size=8"]])
+def test_estimate_refuses_an_update_in_backward_that_training_would(overrides, tmp_path, capsys):
+    job = tmp_path / "job.toml"
+    job.write_text(tomli_w.dumps(BASE))
+    assert main(["estimate", str(job), "--optimizer.in_backward=true", *overrides]) == 1
+    assert "optimizer.in_backward = true" in capsys.readouterr().err
+
+
+def test_sigma_floor_that_the_sampler_would_refuse_is_refused_by_the_section():
+    assert "sigma.eps = 0.7: expected less than 0.5" in error_of(sigma={"eps": 0.7})

@@ -33,15 +33,15 @@ def problems(made, **shapes):
     [
         ({"type": "prefix"}, "exactly one of video and audio, found neither"),
         ({"type": "mask", "video": "a", "audio": "b", "mask": "m"}, "found both"),
-        ({"type": "prefix", "video": "a", "duration": 1.0}, "has num_frames, not duration"),
-        ({"type": "suffix", "audio": "a", "num_frames": 8}, "has duration, not num_frames"),
+        ({"type": "prefix", "video": "a", "duration": 1.0}, "expected num_frames, not duration"),
+        ({"type": "suffix", "audio": "a", "num_frames": 8}, "expected duration, not num_frames"),
         ({"type": "reference", "audio": "a", "downscale_factor": 2}, "belongs to a video reference"),
         ({"type": "spatial_crop", "video": "a", "spatial_region": [9, 0, 8, 8]}, "0 <= top < bottom"),
         ({"type": "first_frame", "video": "a"}, "image_or_video"),
         ({"type": "no_such_thing"}, "no_such_thing"),
     ],
 )
-def test_a_condition_that_cannot_be_meant_is_refused(condition, message):
+def test_a_contradictory_condition_is_refused(condition, message):
     with pytest.raises(ValidationError, match=message):
         section(condition)
 
@@ -55,15 +55,15 @@ def test_a_condition_that_cannot_be_meant_is_refused(condition, message):
         ),
         (
             [{"type": "video_to_audio", "video": "a"}, {"type": "first_frame", "image_or_video": "a"}],
-            "first_frame gives",
+            "first_frame covers part of the video",
         ),
         (
             [{"type": "audio_to_video", "audio": "a"}, {"type": "prefix", "audio": "a"}],
-            "prefix gives part of the audio",
+            "prefix covers part of the audio",
         ),
     ],
 )
-def test_a_stream_that_is_given_altogether_takes_no_further_condition(conditions, message):
+def test_a_stream_conditioned_as_a_whole_takes_no_further_condition(conditions, message):
     with pytest.raises(ValidationError, match=message):
         section(*conditions)
 
@@ -102,10 +102,10 @@ def test_a_seed_of_zero_is_a_seed():
         ({"stg_blocks": [28, 4]}, {"num_blocks": 4}, r"\[28, 4\], but the model's blocks are 0 to 3"),
         ({"generate_audio": True}, {"has_audio": False}, "built without audio"),
         ({"schedule": "distilled", "inference_steps": 30}, {}, "distilled schedule has 8"),
-        ({"held_out_root": "/nowhere/at/all"}, {}, "no folder"),
+        ({"held_out_root": "/nowhere/at/all"}, {}, "not a folder"),
     ],
 )
-def test_what_does_not_fit_the_model_is_named(fields, shapes, message):
+def test_a_section_that_does_not_fit_the_model_is_refused(fields, shapes, message):
     with pytest.raises(ValueError, match=message):
         check_validation(section(**fields), **(SHAPES | shapes))
 
@@ -113,11 +113,11 @@ def test_what_does_not_fit_the_model_is_named(fields, shapes, message):
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        ({"type": "prefix", "num_frames": 56}, "a prefix has 1 . a multiple of 8"),
+        ({"type": "prefix", "num_frames": 56}, "expected 1 . a multiple of 8, at most 89, for a prefix"),
         ({"type": "prefix", "num_frames": 97}, "at most 89"),
-        ({"type": "suffix", "num_frames": 57}, "a suffix has a multiple of 8"),
-        ({"type": "reference", "downscale_factor": 3}, "downscale_factor 3 makes 960x544 pixels 320x181"),
-        ({"type": "reference", "temporal_scale_factor": 3}, "temporal_scale_factor 3 leaves"),
+        ({"type": "suffix", "num_frames": 57}, "expected a multiple of 8, at most 89, for a suffix"),
+        ({"type": "reference", "downscale_factor": 3}, "downscale_factor 3 reduces 960x544 pixels to 320x181"),
+        ({"type": "reference", "temporal_scale_factor": 3}, "temporal_scale_factor 3 reduces 89 frames to"),
     ],
 )
 def test_sizes_that_the_codec_cannot_encode_are_named_before_training(condition, message, clip):
@@ -136,11 +136,11 @@ def test_every_problem_is_named_at_once(clip):
     lines = problems(made).splitlines()
     assert len(lines) == 3
     assert "stg_blocks" in lines[0]
-    assert "conditions[0] (first_frame): 'missing.png' is no file" in lines[1]
-    assert "conditions[1] (prefix) gives part of the audio, which is not generated" in lines[2]
+    assert "conditions[0] (first_frame): 'missing.png' is not a file" in lines[1]
+    assert "conditions[1] (prefix) conditions the audio, which is not generated" in lines[2]
 
 
-def test_a_model_of_one_stream_samples_it_without_being_told(clip):
+def test_a_model_of_one_stream_samples_that_stream_by_default(clip):
     check_validation(section(stg_blocks=[0]), **(SHAPES | {"has_audio": False}))
     found = problems(section({"type": "audio_to_video", "audio": clip}), has_audio=False)
-    assert "gives audio, but the model is built without it" in found
+    assert "conditions the audio, but the model is built without it" in found

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ltx_titan.config import LoRASettings
+from ltx_titan.config import LoRASection
 from ltx_titan.lora import adapters, apply_lora, init_lora_
 from ltx_titan.model import LTXTransformer, Modality
 from ltx_titan.model.init import init_random_
@@ -17,8 +17,8 @@ from tests.model.golden_transformer import build_inputs, build_transformer
 CASE = "av_22b"
 
 
-def settings(**fields) -> LoRASettings:
-    return LoRASettings(**{"rank": 4, "alpha": 8, "base_dtype": "float32"} | fields)
+def settings(**fields) -> LoRASection:
+    return LoRASection(**{"rank": 4, "alpha": 8, "base_dtype": "float32"} | fields)
 
 
 def config() -> dict:
@@ -33,7 +33,7 @@ def transformer(device: str = "cpu") -> LTXTransformer:
     return model
 
 
-def adapted(chosen: LoRASettings) -> LTXTransformer:
+def adapted(chosen: LoRASection) -> LTXTransformer:
     """A transformer whose adapters already do something."""
     model = transformer()
     apply_lora(model, chosen)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ltx_titan.conditioning import FlexibleStrategy
-from ltx_titan.config import OptimizerSettings
+from ltx_titan.config import OptimizerSection
 from ltx_titan.diffusion import StepDraws
 from ltx_titan.lora import adapters, apply_lora
 from ltx_titan.optim import build_optimizers
@@ -50,7 +50,7 @@ def trained():
             weights[name].copy_(value)
     strategy = FlexibleStrategy.from_config(ENTRY["strategy_config"])
     chosen = {key: ENTRY["optimizer"][key] for key in ("lr", "betas", "eps", "weight_decay")}
-    optimizers = build_optimizers(model.named_parameters(), OptimizerSettings(name="adamw", **chosen))
+    optimizers = build_optimizers(model.named_parameters(), OptimizerSection(name="adamw", **chosen))
     found = {}
     for number in (1, 2):
         inputs = strategy.prepare(*read_step(number))

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from ltx_titan.config import LoRASettings
+from ltx_titan.config import LoRASection
 from ltx_titan.lora import PRESETS, find_targets
 from tests.lora.adapted import transformer
 
@@ -73,10 +73,10 @@ def test_a_pattern_without_a_match_is_named_with_what_comes_close():
 )
 def test_wrong_settings_are_named(fields, names):
     with pytest.raises(ValidationError, match=names):
-        LoRASettings(**fields)
+        LoRASection(**fields)
 
 
 def test_settings_survive_being_written():
-    settings = LoRASettings(targets=["video", "to_gate_logits"], rslora=True, alpha=16)
-    assert LoRASettings.model_validate(settings.model_dump(mode="json")) == settings
+    settings = LoRASection(targets=["video", "to_gate_logits"], rslora=True, alpha=16)
+    assert LoRASection.model_validate(settings.model_dump(mode="json")) == settings
     assert settings.scaling == 16 / 32**0.5

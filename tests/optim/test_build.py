@@ -2,7 +2,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ltx_titan.config import OptimizerSettings
+from ltx_titan.config import OptimizerSection
 from ltx_titan.optim import build_optimizers
 from ltx_titan.optim.build import is_matrix
 from ltx_titan.optim.muon import Muon
@@ -13,7 +13,7 @@ RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "adamw4bit": 3e-3, "muon": 1e-2, "ada
 
 
 def train(model, steps=12, lr=3e-3, **fields):
-    optimizers = build_optimizers(model.named_parameters(), OptimizerSettings(lr=lr, **fields))
+    optimizers = build_optimizers(model.named_parameters(), OptimizerSection(lr=lr, **fields))
     losses = []
     for step in range(steps):
         optimizers.set_lr(lr * (1 - step / steps))
@@ -44,7 +44,7 @@ def test_state_takes_the_memory_that_the_settings_say(name, bytes_per_weight):
 
 def test_muon_takes_the_matrices_of_the_blocks():
     model = toy()
-    muon, adamw = build_optimizers(model.named_parameters(), OptimizerSettings(name="muon")).parts
+    muon, adamw = build_optimizers(model.named_parameters(), OptimizerSection(name="muon")).parts
     assert isinstance(muon, Muon)
     names = {parameter: name for name, parameter in model.named_parameters()}
     taken = {names[p] for p in muon.param_groups[0]["params"]}
@@ -88,9 +88,9 @@ def test_stochastic_rounding_keeps_updates_that_rounding_would_lose():
 def test_frozen_weights_are_left_out_and_nothing_to_train_is_refused():
     model = toy().requires_grad_(False)
     with pytest.raises(ValueError, match=r"no weight requires a gradient.*lora\.targets"):
-        build_optimizers(model.named_parameters(), OptimizerSettings())
+        build_optimizers(model.named_parameters(), OptimizerSection())
     model.patchify_proj.requires_grad_(True)
-    (part,) = build_optimizers(model.named_parameters(), OptimizerSettings()).parts
+    (part,) = build_optimizers(model.named_parameters(), OptimizerSection()).parts
     assert len(part.param_groups[0]["params"]) == 2
 
 
@@ -106,13 +106,4 @@ def test_frozen_weights_are_left_out_and_nothing_to_train_is_refused():
 )
 def test_what_does_not_fit_together_is_refused(fields, names):
     with pytest.raises(ValidationError, match=names):
-        OptimizerSettings(**fields)
-
-
-def test_in_backward_refuses_clipping_and_accumulation_by_name():
-    settings = OptimizerSettings(in_backward=True)
-    settings.check_step(max_grad_norm=0.0, micro_batches=1)
-    with pytest.raises(ValueError, match=r"training\.max_grad_norm = 0, found 1"):
-        settings.check_step(max_grad_norm=1.0, micro_batches=1)
-    with pytest.raises(ValueError, match=r"one micro-batch per step, found 4"):
-        settings.check_step(max_grad_norm=0.0, micro_batches=4)
+        OptimizerSection(**fields)

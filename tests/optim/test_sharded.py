@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, save_state
-from ltx_titan.config import OptimizerSettings
+from ltx_titan.config import OptimizerSection
 from ltx_titan.optim import EMA, build_optimizers
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.weights import module_tensors
@@ -31,7 +31,7 @@ def build(kind):
     model = toy()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     apply_fsdp(model, model.transformer_blocks, mesh, torch.float32)
-    optimizers = build_optimizers(model.named_parameters(), OptimizerSettings(lr=1e-2, **KINDS[kind]))
+    optimizers = build_optimizers(model.named_parameters(), OptimizerSection(lr=1e-2, **KINDS[kind]))
     ema = EMA(model.parameters(), 0.5)
     return model, optimizers, ema, TrainingState(model, [*optimizers.parts, ema])
 

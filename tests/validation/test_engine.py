@@ -252,7 +252,7 @@ def test_a_run_is_in_tensorboard_under_its_step_and_prompt(pack, run, tmp_path):
 def test_averaged_weights_are_used_where_asked_for(pack, run, tmp_path):
     only = run.validation.section.model_copy(update={"samples": run.validation.section.samples[:1], "use_ema": True})
     validation = prepare(pack, only, run.folder)
-    with pytest.raises(ValueError, match="keeps no averaged weights"):
+    with pytest.raises(ValueError, match="has no averaged weights"):
         validation.run(pack.model, tmp_path, 1)
 
     @contextmanager

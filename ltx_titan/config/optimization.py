@@ -1,0 +1,146 @@
+"""Sections about learning: sigma distribution, loss weights, optimizer, learning-rate schedule and LoRA adapters."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ltx_titan.config.base import AboveZero, Decay, Fraction, NonNegative, Positive, Section
+
+OptimizerName = Literal["adamw", "adamw8bit", "adamw4bit", "muon", "adafactor"]
+BaseDtype = Literal["float32", "bfloat16", "int8", "int4", "float8", "nvfp4"]
+
+# These update each parameter on its own, so an update can run inside the backward pass.
+_PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit")
+
+
+class SigmaSection(Section):
+    """`[sigma]`: distribution of the sigmas that are drawn in training; 1 is pure noise."""
+
+    name: Literal["shifted_logit_normal", "uniform"] = "shifted_logit_normal"
+    """`shifted_logit_normal` draws higher sigmas for longer clips, as in base training; `uniform` does not."""
+    std: AboveZero = 1.0
+    """shifted_logit_normal: standard deviation of the log-odds; larger draws more extreme sigmas."""
+    eps: float = Field(1e-3, ge=0.0, lt=0.5)
+    """shifted_logit_normal: lowest sigma."""
+    uniform_prob: Fraction = 0.1
+    """shifted_logit_normal: fraction of sigmas drawn uniformly instead, so that low sigmas are always trained."""
+    min_value: Fraction = 0.0
+    """uniform: lowest sigma."""
+    max_value: Fraction = 1.0
+    """uniform: highest sigma."""
+
+
+class LossSection(Section):
+    """`[loss]`: weights of the two streams."""
+
+    video_weight: NonNegative = 1.0
+    """Factor of the video loss; the two losses are added."""
+    audio_weight: NonNegative = 1.0
+    """Factor of the audio loss, which is usually the larger one; lower it if audio improves at the expense of video."""
+
+
+class OptimizerSection(Section):
+    """`[optimizer]`: update rule and its memory.
+
+    State per trained weight: adamw 8 bytes, adamw8bit 2.1, adamw4bit 1.1, muon 4, adafactor close to 0.
+    """
+
+    name: OptimizerName = "adamw"
+    """`muon` orthogonalizes the updates of the blocks' matrices, which it gathers for that; AdamW updates the rest."""
+    lr: AboveZero = 1e-4
+    """Peak learning rate, multiplied by the schedule. Muon's updates are scaled so that AdamW's rates fit."""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
+    """AdamW: decay rates of the first and second moment; a lower second one adapts faster and is noisier."""
+    eps: AboveZero = 1e-8
+    """AdamW: added to the denominator; raise it if rarely used weights get huge updates."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay, multiplied by the learning rate."""
+    momentum: Decay = 0.95
+    """Muon: momentum."""
+    stochastic_rounding: bool = False
+    """AdamW on bfloat16 weights: round stochastically, so that small updates are kept on average."""
+    offload_state: bool = False
+    """Keep the state in host memory and copy it block by block; moves its size over PCIe twice per step."""
+    in_backward: bool = False
+    """Update each weight as soon as its gradient is ready and free the gradient; excludes clipping and accumulation."""
+    ema_decay: Decay | None = None
+    """Decay rate of a moving average of the trained weights (4 bytes each), such as 0.999; unset keeps none."""
+
+    @model_validator(mode="after")
+    def _supports_its_options(self) -> Self:
+        per_parameter = ", ".join(_PER_PARAMETER)
+        if self.in_backward and self.name not in _PER_PARAMETER:
+            raise ValueError(
+                f'in_backward = true: expected name to be one of {per_parameter}, found "{self.name}"; change either'
+            )
+        if self.in_backward and self.offload_state:
+            raise ValueError(
+                "expected at most one of in_backward and offload_state to be true, found both; remove one of them"
+            )
+        if self.stochastic_rounding and self.name not in _PER_PARAMETER:
+            raise ValueError(
+                f"stochastic_rounding = true: expected name to be one of {per_parameter}, "
+                f'found "{self.name}"; change either'
+            )
+        return self
+
+
+class SchedulerSection(Section):
+    """`[scheduler]`: learning rate after the warmup, as a factor of `optimizer.lr`."""
+
+    name: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "step", "wsd"] = "constant"
+    """`constant` can be extended at any time; the decaying ones reach a lower loss; `wsd` is constant with a short
+    decay at the end."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear increase from 0; a few dozen stabilize Adam's first updates."""
+    start_factor: AboveZero = 1.0
+    """linear: factor at the start."""
+    end_factor: NonNegative = 0.1
+    """linear: factor at the end."""
+    min_factor: Fraction | None = None
+    """cosine, cosine_with_restarts, wsd: lowest factor. Unset means 0; for cosine_with_restarts 0.5."""
+    restart_period: Positive | None = None
+    """cosine_with_restarts: steps of the first period; unset means a quarter of the run."""
+    restart_mult: Positive = 1
+    """cosine_with_restarts: ratio between the lengths of successive periods."""
+    power: AboveZero = 1.0
+    """polynomial: exponent; 1 decays linearly to 0, larger decays earlier."""
+    gamma: AboveZero = 0.1
+    """step: factor applied at each decay."""
+    step_size: Positive | None = None
+    """step: steps between two decays; unset means half of the run."""
+    decay_steps: Positive | None = None
+    """wsd: steps of the linear decay at the end; unset means a fifth of the run."""
+
+
+class LoRASection(Section):
+    """`[lora]`: low-rank adapters on a frozen base, `y = W x + (alpha / rank) B A x`; needs `model.mode = "lora"`."""
+
+    rank: Positive = 32
+    """Rank of an adapter; higher learns more and is larger. 8-16 for motion, 32-64 for a style, 96-128 for many."""
+    alpha: AboveZero = 32.0
+    """Scale of an adapter is alpha / rank. Exports fold it into B, because the LoRA file format does not store it."""
+    dropout: Decay = 0.0
+    """Dropout probability of an adapter's input; regularizes small datasets and costs a pass over the input."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("all_attention",)
+    """Presets (`all_attention`, `video`, `v2v`, ...) or suffixes of module names (`attn1.to_q`), in any combination."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, which keeps the update size of high ranks."""
+    dora: bool = False
+    """Train magnitude and direction of each output separately (DoRA). Slower; exported as a merged checkpoint only."""
+    base_dtype: BaseDtype = "bfloat16"
+    """Format of the frozen weights. int8 and float8 halve their memory, int4 quarters it, nvfp4 needs a fifth more than
+    int4 and is more accurate. An official fp8 or NVFP4 file is used unchanged with float8 or nvfp4."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _is_a_list(cls, targets: object) -> object:
+        # A string is a sequence too: its letters would become the targets.
+        if isinstance(targets, str):
+            raise ValueError(f'expected a list of presets or name endings, found a string; write ["{targets}"]')
+        return targets
+
+    @property
+    def scaling(self) -> float:
+        """Factor of `B A x`."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

@@ -1,0 +1,312 @@
+"""Rules between the fields of a job.
+
+A section checks its own fields; a rule here checks fields against each other. Rules yield problems instead of raising,
+so that all of them are reported at once. `world.py` holds the rules that need the number of ranks.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ltx_titan.config.errors import MISSING, Problem
+from ltx_titan.config.job import RELEASED_SHAPES, JobConfig
+from ltx_titan.config.world import batch_problems
+
+OWNERS: dict[str, dict[str, frozenset[str]]] = {
+    "sigma": {
+        "std": frozenset({"shifted_logit_normal"}),
+        "eps": frozenset({"shifted_logit_normal"}),
+        "uniform_prob": frozenset({"shifted_logit_normal"}),
+        "min_value": frozenset({"uniform"}),
+        "max_value": frozenset({"uniform"}),
+    },
+    "scheduler": {
+        "start_factor": frozenset({"linear"}),
+        "end_factor": frozenset({"linear"}),
+        "min_factor": frozenset({"cosine", "cosine_with_restarts", "wsd"}),
+        "restart_period": frozenset({"cosine_with_restarts"}),
+        "restart_mult": frozenset({"cosine_with_restarts"}),
+        "power": frozenset({"polynomial"}),
+        "gamma": frozenset({"step"}),
+        "step_size": frozenset({"step"}),
+        "decay_steps": frozenset({"wsd"}),
+    },
+}
+"""Parameters that only some values of their section's `name` use: section -> parameter -> names."""
+
+
+def rule_problems(job: JobConfig) -> list[Problem]:
+    """All contradictions between the fields of `job`; empty for a valid job."""
+    return [problem for rule in _RULES for problem in rule(job)]
+
+
+def warn_without_effect(job: JobConfig) -> None:
+    """Warns of conditions without effect: on a stream that is not generated only references have one."""
+    for name, stream in (("video", job.video), ("audio", job.audio)):
+        if stream is None:
+            continue
+        for index, (condition, is_applied) in enumerate(zip(stream.conditions, stream.applied, strict=True)):
+            if not is_applied:
+                warnings.warn(
+                    f"{name}.conditions[{index}] ({condition.type}) has no effect: [{name}] has is_generated = false, "
+                    "so all of its tokens are clean already; remove the condition",
+                    stacklevel=3,
+                )
+
+
+def _model_rules(job: JobConfig) -> Iterator[Problem]:
+    model = job.model
+    if model.init == "checkpoint":
+        if model.checkpoint_path is None:
+            yield Problem(
+                "model.checkpoint_path",
+                MISSING,
+                "the path of an official checkpoint",
+                'set it, or set model.init = "random" and model.shape for a benchmark',
+            )
+        else:
+            yield from _must_be_file("model.checkpoint_path", model.checkpoint_path)
+        for key in ("shape", "num_layers"):
+            if (value := getattr(model, key)) is not None:
+                yield Problem(
+                    f"model.{key}",
+                    value,
+                    'unset with model.init = "checkpoint", whose file defines the shape',
+                    'remove it, or set model.init = "random"',
+                )
+    elif model.shape is None:
+        yield Problem(
+            "model.shape",
+            MISSING,
+            'a shape, because model.init = "random"',
+            f"set one of {', '.join(RELEASED_SHAPES)}, or a JSON file with checkpoint metadata",
+        )
+    elif model.shape not in RELEASED_SHAPES and not Path(model.shape).is_file():
+        yield Problem(
+            "model.shape",
+            model.shape,
+            f"one of {', '.join(RELEASED_SHAPES)}, or a JSON file that exists",
+            "correct the name or the path",
+        )
+    if model.adapter_path is not None:
+        yield from _must_be_file("model.adapter_path", model.adapter_path)
+        if model.mode != "lora":
+            yield Problem("model.adapter_path", model.adapter_path, 'unset with model.mode = "full"', "remove it")
+    if model.connectors_path is not None:
+        yield from _must_be_file("model.connectors_path", model.connectors_path)
+
+
+def _must_be_file(key: str, path: str) -> Iterator[Problem]:
+    """Problem of a path that is not a file."""
+    if not Path(path).is_file():
+        what = "a file, not a folder" if Path(path).is_dir() else "a file that exists on this machine"
+        yield Problem(key, path, what, "correct the path or download the file")
+
+
+def _stream_rules(job: JobConfig) -> Iterator[Problem]:
+    blocks = {"video": job.video, "audio": job.audio}
+    present = [name for name, block in blocks.items() if block is not None]
+    if not any(blocks[name].is_generated for name in present):
+        yield Problem(
+            f"{present[0]}.is_generated" if present else "video",
+            False if present else MISSING,
+            "at least one of [video] and [audio] with is_generated = true",
+            "set it to true, or add the other block" if present else "add [video] or [audio] with is_generated = true",
+        )
+    other = {"video": "audio", "audio": "video"}.get(job.model.modalities)
+    if other is not None and blocks[other] is not None:
+        yield Problem(
+            "model.modalities",
+            job.model.modalities,
+            f'"auto" or "av", because the job has an [{other}] block',
+            f"remove [{other}], or set model.modalities",
+        )
+
+
+def _data_rules(job: JobConfig) -> Iterator[Problem]:
+    data = job.data
+    if data.source == "precomputed":
+        if data.root is None:
+            yield Problem(
+                "data.root",
+                MISSING,
+                "the folder of a preprocessed dataset",
+                'set it, or set data.source = "synthetic" for a benchmark',
+            )
+        elif not Path(data.root).is_dir():
+            yield Problem("data.root", data.root, "a folder that exists", "correct the path, or preprocess the data")
+        return
+    if data.source == "media":
+        yield from _media_rules(job)
+    for name, block in (("video", job.video), ("audio", job.audio)):
+        for index, condition in enumerate(block.conditions if block is not None else ()):
+            if condition.type in ("mask", "reference"):
+                yield Problem(
+                    f"{name}.conditions[{index}].type",
+                    condition.type,
+                    f'a condition without files, which data.source = "{data.source}" does not provide',
+                    'remove the condition, or set data.source = "precomputed"',
+                )
+
+
+def _media_rules(job: JobConfig) -> Iterator[Problem]:
+    media = job.data.media
+    for key, remedy in (
+        ("dataset_path", "set it to the table of clips and captions"),
+        ("text_encoder_path", "set it to a folder of Gemma 3, or to the packed text encoder of LTX-2.5"),
+        ("resolution_buckets", 'set it to the shapes that clips are resized and cropped to, for example "768x448x89"'),
+    ):
+        if getattr(media, key) is None:
+            yield Problem(f"data.media.{key}", MISSING, 'a value, because data.source = "media"', remedy)
+    for key in ("dataset_path", "video_vae_path", "audio_vae_path"):
+        if (path := getattr(media, key)) is not None:
+            yield from _must_be_file(f"data.media.{key}", path)
+    if media.text_encoder_path is not None and not Path(media.text_encoder_path).exists():
+        yield Problem("data.media.text_encoder_path", media.text_encoder_path, "a path that exists", "correct it")
+    if job.model.init == "random":
+        yield Problem(
+            "model.init",
+            "random",
+            '"checkpoint" with data.source = "media", which loads the encoders of a checkpoint',
+            'set model.checkpoint_path, or set data.source = "synthetic"',
+        )
+    if job.video is None:
+        yield Problem(
+            "data.source",
+            "media",
+            '"precomputed" for a job without [video], because audio latents are small',
+            "prepare the data with ltx-titan process-dataset",
+        )
+
+
+def _parameter_rules(job: JobConfig) -> Iterator[Problem]:
+    for section_name, owners in OWNERS.items():
+        section = getattr(job, section_name)
+        for parameter, names in owners.items():
+            if parameter in section.model_fields_set and section.name not in names:
+                yield Problem(
+                    f"{section_name}.{parameter}",
+                    getattr(section, parameter),
+                    f'unset, because {section_name}.name = "{section.name}" has no such parameter',
+                    f"remove it, or set {section_name}.name to {' or '.join(sorted(names))}",
+                )
+    if job.sigma.min_value >= job.sigma.max_value:
+        yield Problem(
+            "sigma.min_value",
+            job.sigma.min_value,
+            f"less than sigma.max_value = {job.sigma.max_value}",
+            "lower it, or raise sigma.max_value",
+        )
+
+
+def _step_rules(job: JobConfig) -> Iterator[Problem]:
+    training, scheduler = job.training, job.scheduler
+    if training.stop_at is not None and training.stop_at > training.steps:
+        yield Problem(
+            "training.stop_at",
+            training.stop_at,
+            f"at most training.steps = {training.steps}",
+            "lower it, or raise training.steps",
+        )
+    decay = (scheduler.decay_steps or 0) if scheduler.name == "wsd" else 0
+    # Without a decay at least one step must follow the warmup; a decay may follow it directly.
+    if scheduler.warmup_steps + decay > training.steps - (0 if decay else 1):
+        limit = f"training.steps = {training.steps}" + (f" minus decay_steps = {decay}" if decay else "")
+        yield Problem(
+            "scheduler.warmup_steps",
+            scheduler.warmup_steps,
+            f"warmup to fit into {limit}",
+            "lower it, or raise training.steps",
+        )
+
+
+def _batch_rules(job: JobConfig) -> Iterator[Problem]:
+    parallelism = job.parallelism
+    if parallelism.dp_shard == 0:
+        yield Problem("parallelism.dp_shard", 0, "-1 (all remaining ranks) or at least 1", "set it to -1")
+        return
+    dp = parallelism.dp_replicate * max(parallelism.dp_shard, 1)
+    # With dp_shard = -1 the run may have more ranks, hence fewer micro-batches: `check_world` decides.
+    yield from batch_problems(job, dp, is_exact=parallelism.dp_shard > 0)
+
+
+def _single_rules(job: JobConfig) -> Iterator[Problem]:
+    recompute = job.activation_checkpoint
+    if recompute.mode == "every_k" and recompute.k is None:
+        yield Problem(
+            "activation_checkpoint.k", MISSING, 'a number, because mode = "every_k"', "set it, for example to 2"
+        )
+    if recompute.mode != "every_k" and recompute.k is not None:
+        yield Problem(
+            "activation_checkpoint.k",
+            recompute.k,
+            f'unset, because activation_checkpoint.mode = "{recompute.mode}"',
+            'remove it, or set activation_checkpoint.mode = "every_k"',
+        )
+    if job.checkpoint.keep_last == 0:
+        yield Problem("checkpoint.keep_last", 0, "-1 (keep all) or at least 1", "set it to 1 or more")
+    start = job.profiling.trace_start
+    steps = job.training.steps
+    if start is not None and start > steps:
+        yield Problem("profiling.trace_start", start, f"at most training.steps = {steps}", "lower it")
+
+
+def _validation_rules(job: JobConfig) -> Iterator[Problem]:
+    if job.validation.use_ema and job.optimizer.ema_decay is None:
+        yield Problem(
+            "validation.use_ema",
+            True,
+            "false, because optimizer.ema_decay is unset and no averaged weights exist",
+            "remove it, or set optimizer.ema_decay, for example to 0.999",
+        )
+
+
+def _wandb_rules(job: JobConfig) -> Iterator[Problem]:
+    metrics = job.metrics
+    if metrics.wandb == "off":
+        for key, field in type(metrics).model_fields.items():
+            if key.startswith("wandb_") and (value := getattr(metrics, key)) != field.default:
+                remedy = 'set metrics.wandb to "online" or "offline", or remove it'
+                yield Problem(f"metrics.{key}", value, 'unset with metrics.wandb = "off"', remedy)
+        return
+    # A folder named wandb, such as W&B itself writes, is found as a namespace package: a spec without an origin.
+    spec = importlib.util.find_spec("wandb")
+    if spec is None or spec.origin is None:
+        yield Problem(
+            "metrics.wandb",
+            metrics.wandb,
+            "the package wandb, which is not installed",
+            "pip install 'ltx-titan[wandb]'",
+        )
+    elif metrics.wandb == "online":
+        import wandb
+
+        # Credentials are looked up, not verified: a login node may have no network.
+        if not wandb.login(prompt=False, verify=False):
+            remedy = 'run `wandb login`, set WANDB_API_KEY, or set it to "offline"'
+            yield Problem("metrics.wandb", metrics.wandb, "credentials of Weights & Biases on this machine", remedy)
+
+
+def _clipping_rules(job: JobConfig) -> Iterator[Problem]:
+    if job.optimizer.in_backward and job.training.max_grad_norm > 0:
+        yield Problem(
+            "training.max_grad_norm",
+            job.training.max_grad_norm,
+            "0 with optimizer.in_backward = true, which frees gradients before their norm is known",
+            "set it to 0, or set optimizer.in_backward = false",
+        )
+
+
+_RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
+    _model_rules,
+    _stream_rules,
+    _data_rules,
+    _parameter_rules,
+    _step_rules,
+    _batch_rules,
+    _clipping_rules,
+    _single_rules,
+    _validation_rules,
+    _wandb_rules,
+)
