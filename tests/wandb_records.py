@@ -15,7 +15,8 @@ _FULL, _LAST = 1, 4
 def run_folders(folder: Path) -> list[Path]:
     """Folders of the offline runs below a job's folder, in the order in which they were started.
 
-    `Run.finish` returns before W&B's service process has written the last records; `teardown` waits until it has exited.
+    `Run.finish` returns before W&B's service process has written the last records; `teardown` waits until it has
+    exited.
     """
     wandb.teardown()
     return sorted((folder / "wandb").glob("offline-run-*"))

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from ltx_titan.metrics import plot_loss
-from ltx_titan.metrics.plots import smooth
+from ltx_titan.metrics.summary import smooth
 
 
 def write(path, **curves):
