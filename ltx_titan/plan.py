@@ -186,11 +186,13 @@ def _open_dataset(
     job: JobConfig, strategy: FlexibleStrategy, architecture: TransformerConfig, factors: tuple[int, int, int]
 ) -> Dataset:
     if job.data.source == "precomputed":
+        assert job.data.root is not None, "required by the section"
         return PrecomputedDataset(job.data.root, strategy.sources)
     if job.data.source == "media":
         # Imported here: it loads the encoders' libraries, which other jobs do not need.
         from ltx_titan.encode.media_dataset import MediaDataset
 
+        assert job.model.checkpoint_path is not None, "required by the section"
         return MediaDataset(job.data.media, strategy.sources, job.model.checkpoint_path)
     return SyntheticDataset(
         strategy.sources,

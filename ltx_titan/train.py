@@ -247,11 +247,12 @@ class Trainer:
             generator,
                 so the draws are the same on every mesh.
         """
-        keys = {"seed": self.job.training.seed, "step": step, "indices": positions}
+        seed = self.job.training.seed
         if self.job.data.caption_dropout > 0:
-            drops = draw_caption_drops(self.job.data.caption_dropout, **keys)
+            drops = draw_caption_drops(self.job.data.caption_dropout, seed=seed, step=step, indices=positions)
             batch["conditions"]["prompt_attention_mask"][drops] = 0  # the connectors replace masked tokens by registers
-        return draw_step(*self.plan.strategy.draw_plan(batch), sampler=self.sampler, **keys)
+        video, audio = self.plan.strategy.draw_plan(batch)
+        return draw_step(video, audio, sampler=self.sampler, seed=seed, step=step, indices=positions)
 
     def _learning_rate(self, step: int) -> float:
         training = self.job.training
@@ -376,7 +377,7 @@ class Trainer:
 
 
 def _is_due(step: int, interval: int | None) -> bool:
-    return bool(interval) and step % interval == 0
+    return interval is not None and interval > 0 and step % interval == 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,11 @@ DEVICES = {
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_a_run_and_an_estimate_have_the_same_peak(name):
+def test_a_run_and_an_estimate_have_the_same_peak(name, monkeypatch):
+    def no_lspci(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", no_lspci)  # its answer would replace the name on a machine with an H100
     assert peak_flops(DEVICES[name]) == GPUS[name].peak
 
 

@@ -57,13 +57,13 @@ class LiveBytes(TorchDispatchMode):
                 counter._set(key, storage.nbytes())
 
         self._resize = resize
-        torch.UntypedStorage.resize_ = resize_and_count
+        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        torch.UntypedStorage.resize_ = self._resize
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign, assignment]
         super().__exit__(kind, error, trace)
 
     def _register(self, tensor: Tensor) -> None:

@@ -113,6 +113,7 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
     }
     masks = {"video": torch.ones(grid), "audio": torch.ones(steps)}
     for source in strategy.sources:
+        fields: dict[str, Any]
         if source == "conditions":
             fields = text
         else:

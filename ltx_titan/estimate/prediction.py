@@ -99,8 +99,8 @@ class SampleTimes:
 
     def seconds(self, video_tokens: int, audio_tokens: int) -> float:
         """Seconds of a training step on one sample, without data loading."""
-        tokens = {"video_tokens": video_tokens, "audio_tokens": audio_tokens}
-        work = replace(self.work, **tokens, largest=(video_tokens, audio_tokens))
+        largest = (video_tokens, audio_tokens)
+        work = replace(self.work, video_tokens=video_tokens, audio_tokens=audio_tokens, largest=largest)
         if self.mfu is not None:
             return model_flops(work) / (self.gpu.peak * self.mfu)
         kernels = has_measured_kernels(self.gpu.name)

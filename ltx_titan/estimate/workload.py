@@ -219,7 +219,8 @@ def model_weights(transformer: Mapping[str, Any], modalities: Modalities, lora: 
         model = LTXTransformer.from_config({**transformer, "num_layers": 1}, modalities)
     if lora is not None:
         apply_lora(model, lora)
-    inside, outside = [], []
+    inside: list[tuple[str, nn.Parameter]] = []
+    outside: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         (inside if name.startswith("transformer_blocks.") else outside).append((name, parameter))
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))

@@ -38,6 +38,7 @@ def start_wandb(settings: "MetricsSection", folder: str | Path, config: Mapping[
     """
     import wandb
 
+    assert settings.wandb != "off"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -8,7 +8,7 @@ The formulas, and on one rank the numbers, are those of torch.optim.Adafactor, w
 synchronizes with the device twice per parameter. Its state is negligible; its steps are noisier than AdamW's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Adafactor(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # returns no loss
         """Updates every parameter that has a gradient."""
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
@@ -57,6 +57,7 @@ class Adafactor(Optimizer):
             state[name] = like(parameter, shard.new_zeros(shard_shape, dtype=torch.float32), shape, without)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
         state, weight, gradient = self.state[parameter], local(parameter), local(parameter.grad).float()
         state["step"] += 1
         step, dims, eps = float(state["step"]), parameter.ndim, torch.finfo(parameter.dtype).eps

@@ -75,7 +75,7 @@ def build_optimizers(
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not named:
         raise ValueError("optimizer: no weight requires a gradient; check model.mode and lora.targets.")
-    parts = []
+    parts: list[Optimizer] = []
     for group in _groups(named, settings):
         if settings.name == "muon":
             matrices = [parameter for name, parameter in group if is_matrix(name, parameter)]
@@ -122,19 +122,24 @@ def _groups(named: Named, settings: OptimizerSettings) -> list[Named]:
 
 def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings, seed: int) -> Optimizer:
     bits = {"adamw8bit": 8, "adamw4bit": 4}.get(settings.name, 32)
-    options = {
-        "lr": settings.lr,
-        "betas": settings.betas,
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
     if bits < 32 or settings.stochastic_rounding:
         # Imported here: torchao takes seconds to import.
         from ltx_titan.optim.lowbit import LowBitAdamW
 
-        rounding = settings.stochastic_rounding
-        return LowBitAdamW(parameters, bits=bits, stochastic_rounding=rounding, seed=seed, **options)
-    return ShardedAdamW(parameters, fused=True, **options)
+        return LowBitAdamW(
+            parameters,
+            bits=bits,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            stochastic_rounding=settings.stochastic_rounding,
+            seed=seed,
+        )
+    decay = settings.weight_decay
+    return ShardedAdamW(
+        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=decay, fused=True
+    )
 
 
 class ShardedAdamW(AdamW):

@@ -6,7 +6,7 @@ The ramp keeps the untrained weights out of the average of a short run. The clas
 as its state, so that checkpoints save, reshard and restore it like any optimizer's.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -59,7 +59,7 @@ class EMA(Optimizer):
         finally:
             self._swap(model, kept)
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # returns no loss
         """Does nothing: `update` moves the average."""
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ Both are sharded like the parameter, so a run resumes exactly on any number of r
 rows are not a multiple of 128 have float32 moments: they are small. With `bits = 32` all do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -59,7 +60,7 @@ class LowBitAdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # returns no loss
         """Updates every parameter that has a gradient."""
         assert closure is None, "closures are not supported"
         todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -68,9 +69,21 @@ class LowBitAdamW(Optimizer):
         for parameter, _ in todo:
             if not self.state[parameter]:
                 self._init_state(parameter)
-        with _RoundingSeed(self, todo[0][0]):
+        with self._seeded_rounding(todo[0][0]):
             for parameter, group in todo:
                 self._update(parameter, group)
+
+    @contextmanager
+    def _seeded_rounding(self, parameter: Tensor) -> Iterator[None]:
+        """Seeds torch's global generators for one step if it rounds at random, and restores them afterwards."""
+        if not self.stochastic_rounding:
+            yield
+            return
+        step = int(self.state[parameter]["step"])
+        devices = [local(parameter).device] if local(parameter).is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed_of(f"{self.seed}/{step}", num_bytes=7))
+            yield
 
     def _init_state(self, parameter: Tensor) -> None:
         state = self.state[parameter]
@@ -122,6 +135,7 @@ class LowBitAdamW(Optimizer):
         return self._maps[device, signed]
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
         weight, state = local(parameter).detach(), self.state[parameter]
         state["step"] += 1
         if prod(weight.shape) == 0:
@@ -144,27 +158,6 @@ class LowBitAdamW(Optimizer):
                 True,
                 self.stochastic_rounding and weight.dtype == torch.bfloat16,
             )
-
-
-class _RoundingSeed:
-    """Seeds torch's global generators for one step if it rounds at random, and restores them afterwards."""
-
-    def __init__(self, optimizer: LowBitAdamW, first: Tensor) -> None:
-        self._fork = None
-        if optimizer.stochastic_rounding:
-            step = int(optimizer.state[first]["step"])
-            self._seed = seed_of(f"{optimizer.seed}/{step}", num_bytes=7)
-            devices = [local(first).device] if local(first).is_cuda else []
-            self._fork = torch.random.fork_rng(devices=devices)
-
-    def __enter__(self) -> None:
-        if self._fork is not None:
-            self._fork.__enter__()
-            torch.manual_seed(self._seed)
-
-    def __exit__(self, *error: object) -> None:
-        if self._fork is not None:
-            self._fork.__exit__(*error)
 
 
 _compiled_adam = torch.compile(single_param_adam, fullgraph=True, dynamic=False)

@@ -11,7 +11,7 @@ the number of ranks. Here matrices are gathered and distributed: of as many matr
 orthogonalizes one and broadcasts the result, which equals that of a single process bit for bit.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import sqrt
 from typing import Any
 
@@ -37,7 +37,7 @@ class Muon(Optimizer):
             assert all(parameter.ndim == 2 for parameter in group["params"]), "Muon is for matrices"
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # returns no loss
         """Updates every matrix that has a gradient."""
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
@@ -55,6 +55,7 @@ class Muon(Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
+        assert parameter.grad is not None
         average, gradient = local(state["momentum"]), local(parameter.grad)
         average.lerp_(gradient, 1 - momentum)
         direction = gradient.lerp(average, momentum).bfloat16()
@@ -73,7 +74,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
     """
     group, size, rank = _workers(matrices[0])
     whole = [matrix.full_tensor() if isinstance(matrix, DTensor) else matrix for matrix in matrices]
-    if size == 1:
+    if group is None or size == 1:
         whole = [newton_schulz(matrix) for matrix in whole]
     else:
         if rank < len(whole):

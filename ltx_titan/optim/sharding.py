@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 
 def like(
@@ -23,20 +24,22 @@ def like(
     """
     if not isinstance(parameter, DTensor):
         return shard
-    stride, step = [], 1
+    # Contiguous strides of the global tensor, from the last dim to the first.
+    stride: list[int] = []
+    step = 1
     for size in reversed(shape):
         stride.insert(0, step)
         step *= size
     placements = [placement(p) for p in parameter.placements]
     mesh = parameter.device_mesh
-    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=tuple(shape), stride=tuple(stride))
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
 
 
 def sum_shards(value: Tensor, parameter: Tensor, dims: Sequence[int]) -> Tensor:
     """Sums `value`, in place, over the ranks that hold different shards of `parameter` along `dims`."""
     if isinstance(parameter, DTensor):
         for axis, placement in enumerate(parameter.placements):
-            is_split = placement.is_shard() and placement.dim % parameter.ndim in dims
+            is_split = isinstance(placement, Shard) and placement.dim % parameter.ndim in dims
             if is_split and parameter.device_mesh.size(axis) > 1:
                 dist.all_reduce(value, group=parameter.device_mesh.get_group(axis))
     return value

@@ -33,12 +33,11 @@ def apply_fsdp(
     # The model casts its inputs itself: FSDP2 would also round float32 positions and sigmas.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
-    options = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     last = len(blocks) - 1
     for number, block in enumerate(blocks):
         # The backward pass starts with the last block, which would be gathered again at once.
-        fully_shard(block, reshard_after_forward=number < last, **options)
-    fully_shard(model, reshard_after_forward=False, **options)
+        fully_shard(block, mesh=mesh, reshard_after_forward=number < last, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -72,8 +72,10 @@ class ActivationOffload:
         group = saved.group
         self._start_return(group)
         current = torch.cuda.current_stream()
+        assert self._stream is not None, "a parked tensor was copied on the stream"
         current.wait_stream(self._stream)
         tensor, saved.returned = saved.returned, None
+        assert tensor is not None, "started by _start_return"
         tensor.record_stream(current)
         if group.before is not None:
             # Prefetch, enqueued after this block's own copies so that it does not wait for them.

@@ -114,16 +114,19 @@ def _own_tokens(whole: Modality, layout: TokenLayout, cp: int, cp_rank: int) -> 
         pads = [0, 0] * (x.ndim - 1 - dim) + [0, padding]
         return F.pad(x, pads).narrow(dim, start, count)
 
-    def own(x: Tensor | None) -> Tensor | None:
-        if x is None or x.shape[1] != length:
+    def own(x: Tensor) -> Tensor:
+        if x.shape[1] != length:  # one value for all tokens
             return x
         return part(x, 1, cp_rank * per_cp + layout.tp.rank * per_tp, per_tp)
+
+    assert index is not None, "distinct timesteps come with an index per token"
+    assert coordinate_index is not None, "distinct coordinates come with an index per token"
 
     return replace(
         whole,
         latent=own(whole.latent),
         timesteps=own(whole.timesteps),
-        keyframes_mask=own(whole.keyframes_mask),
+        keyframes_mask=None if whole.keyframes_mask is None else own(whole.keyframes_mask),
         timestep_values=values,
         timestep_index=own(index),
         coordinate_values=coordinate_values,

@@ -145,7 +145,7 @@ def _read_as_local(module: nn.Module, views: tuple[_LocalView, ...]) -> None:
     This is how `fully_shard` and `torch.nn.utils.parametrize` extend a module, too. Hooks would not do: attention reads
     weights of its norms and layers without calling them. `named_parameters` and `state_dict` still give the DTensors.
     """
-    module.__class__ = _local_class(type(module), views)
+    module.__class__ = _local_class(type(module), views)  # type: ignore[arg-type]  # mypy: a class is hashable
 
 
 @cache

@@ -51,6 +51,7 @@ class TrainingValidation:
             # Imported here: it loads diffusers and transformers, which a job without samples does not need.
             from ltx_titan.validation.engine import prepare_validation
 
+            assert plan.source.path is not None, "checked by check_validation_files"
             self.sampler = prepare_validation(
                 self.section,
                 checkpoint_path=plan.source.path,
@@ -100,7 +101,9 @@ class TrainingValidation:
                 averaged_weights=None if ema is None else lambda: self._averaged(ema, model),
                 optimizers=optimizers.parts,
             )
-        losses = self._held_out_losses(model, connectors) if self.held_out is not None else {}
+        losses = {}
+        if self.held_out is not None:
+            losses = self._held_out_losses(self.held_out, model, connectors)
         where = f", clips in {folder}" if self.sampler is not None else ""
         figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if "sigma" not in name)
         logger.info("validation after step %d: %.1f s%s%s", step, time.perf_counter() - started, figures, where)
@@ -116,8 +119,10 @@ class TrainingValidation:
         if gathers_float8:
             precompute_float8_scales(model)
 
-    def _held_out_losses(self, model: nn.Module, connectors: TextConnectors | None) -> dict[str, float]:
-        held_out, dtype = self.held_out, COMPUTE_DTYPES[self.plan.job.training.dtype]
+    def _held_out_losses(
+        self, held_out: PrecomputedDataset, model: nn.Module, connectors: TextConnectors | None
+    ) -> dict[str, float]:
+        dtype = COMPUTE_DTYPES[self.plan.job.training.dtype]
 
         def load(index: int) -> Batch:
             batch = as_batch(held_out.load(index), self.device)
