@@ -170,8 +170,13 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[
         print(f"{arguments.job} without a search: {error}\n")
         plan = None
     if plan is None:
-        # The search replaces the mesh; one rank accepts any batch size.
-        neutral = {**tables, "parallelism": {}, "training": {**tables.get("training", {}), "local_batch_size": 1}}
+        # The search picks mesh and micro-batch; one rank with one micro-batch is valid for any job.
+        training = {"global_batch_size": 1, **tables.get("training", {})}
+        neutral = {
+            **tables,
+            "parallelism": {},
+            "training": {**training, "local_batch_size": training["global_batch_size"]},
+        }
         mesh = Degrees(dp_shard=arguments.gpus)
         neutral_plan = plan_job(build_job(neutral, str(arguments.job), origins), 1)
         work, setup = make_workload(neutral_plan), make_setup(neutral_plan.job, mesh, gpu.name)

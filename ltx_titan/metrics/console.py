@@ -1,4 +1,4 @@
-"""One line per logged step on the console, and under it a progress bar where the console is a terminal."""
+"""One line per logged step on the console, with a progress bar below if it is a terminal."""
 
 import sys
 import time

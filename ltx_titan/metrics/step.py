@@ -111,7 +111,7 @@ class Sums:
                 self.loss[index] += values.sum() * share
         for index, (values, stream) in enumerate(((loss.video, inputs.video), (loss.audio, inputs.audio))):
             if values is not None and stream is not None:
-                # `index_add_` where boolean masks would ask the device for their sizes.
+                # `index_add_`: indexing with boolean masks would wait for the device.
                 bucket = torch.bucketize(stream.sigma, self.edges, right=True)
                 self.buckets[index, 0].index_add_(0, bucket, values)
                 self.buckets[index, 1].index_add_(0, bucket, torch.ones_like(values))

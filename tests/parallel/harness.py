@@ -202,7 +202,7 @@ def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case, mes
 
 
 def build(case: Case, mesh: Mesh) -> LTXTransformer:
-    """The model, built on the meta device, parallelised, then given storage, as a trainer does."""
+    """The model, built on the meta device, parallelized, then given storage, as by the trainer."""
     with torch.device("meta"):
         model = LTXTransformer.from_config(model_config())
     names = [name for name, _ in model.named_parameters()]
