@@ -95,9 +95,11 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     model = job.model
     source = read_source(model.checkpoint_path if model.init == "checkpoint" else None, model.shape, model.num_layers)
     if source.path is not None and model.mode == "full":
+        # Rounding to 8 or 4 bits is not undone by training; only a frozen base may be quantized.
         refuse_quantized(read_metadata(source.path))
     modalities = _modalities(job)
-    architecture = build_transformer(source, modalities).config  # on the meta device: names and shapes fit the file
+    # Built on the meta device for its check of names and shapes; the trainer builds its own.
+    architecture = build_transformer(source, modalities).config
     check_parallelism(
         degrees,
         architecture,
@@ -117,6 +119,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     for warning in check_conditions(strategy, keys, dataset.name):
         logger.warning("%s", warning)
+    # Datasets have few distinct shapes, so FLOPs are computed once per shape, not per sample.
     flops = {key: _sample_flops(job, source, key, modalities) for key in set(keys)}
     return Plan(
         job=job,

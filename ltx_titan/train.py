@@ -22,6 +22,7 @@ from torch import Tensor
 from ltx_titan.build import export_model, load_connectors, load_transformer
 from ltx_titan.checkpoint import BackgroundSaver, TrainingState, latest_complete, load_state, save_state
 from ltx_titan.checkpoint.state import save_everything
+from ltx_titan.common.files import write_text
 from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.common.ranks import rank_and_size
 from ltx_titan.common.tensors import COMPUTE_DTYPES
@@ -76,6 +77,7 @@ class Trainer:
         self.dtype = COMPUTE_DTYPES[job.training.dtype]
         self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None)
         self.sampler = _sigma_sampler(job)
+        # Before the transformer, because encoding prompts and media needs the device's memory.
         self.validation = None
         if job.validation.interval is not None:
             self.validation = TrainingValidation(plan, self.mesh, self.device)
@@ -88,6 +90,7 @@ class Trainer:
         # Audio is replicated across cp and tp, so all ranks of such a group need the same dropout mask.
         self.dropout = DropoutClock(self.model, job.training.seed, self.mesh.dp_rank)
         self.saver = self._make_saver()
+        # Last, because it fills the parameters, optimizer states and average that exist by now.
         self.step, self.next_batch = self._resume()
         self.stop = StopSignal()
         self.save_blocked_s: float | None = None  # how long the newest save blocked training, until it is logged
@@ -118,8 +121,7 @@ class Trainer:
         """
         job, plan = self.job, self.plan
         if self.is_main:
-            plan.folder.mkdir(parents=True, exist_ok=True)
-            (plan.folder / "job.toml").write_text(dump_job(job))
+            write_text(plan.folder / "job.toml", dump_job(job))
         log = MetricsLogger(
             plan.folder,
             total_steps=job.training.steps,
@@ -206,6 +208,7 @@ class Trainer:
         self.job.optimizer.check_step(max_grad_norm=max_norm, micro_batches=batches.num_micro_batches)
         self.optimizers.set_lr(self._learning_rate(batches.step))
         for number, micro_batch in enumerate(batches.micro_batches):
+            # Dropout masks depend on the micro-batch alone, so a resumed run draws the same ones.
             self.dropout.set(batches.step * _MICRO_STEPS + number)
             self._forward_backward(micro_batch, sums)
         grad_norms = None
@@ -216,6 +219,7 @@ class Trainer:
         self.optimizers.step()
         self.optimizers.zero_grad()
         if self.job.float8.all_gather:
+            # The updated weights' scales in one all-reduce, instead of one per layer in the next forward pass.
             precompute_float8_scales(self.model)
         if self.ema is not None:
             self.ema.update(batches.step)
@@ -224,6 +228,7 @@ class Trainer:
 
     def _forward_backward(self, micro_batch: MicroBatch, sums: Sums) -> None:
         """Adds this micro-batch's share of the global mean gradient to the parameters."""
+        # From pinned memory, so the host does not wait for the copy.
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self.device, non_blocking=True))
         batch["conditions"] = to_contexts(batch["conditions"], self.connectors, self.dtype)
         inputs = self.plan.strategy.prepare(batch, micro_batch.draws)
