@@ -32,7 +32,7 @@ Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset"
 
 
 @dataclass(frozen=True)
-class StreamTokens:
+class TokenCounts:
     """Tokens of one sample as the transformer meets them, references included; 0 for an absent stream."""
 
     video_tokens: int
@@ -226,13 +226,13 @@ def _connectors_path(job: JobConfig, source: ModelSource, keys: list[ShapeKey]) 
     return Path(path)
 
 
-def stream_tokens(key: ShapeKey, modalities: Modalities) -> StreamTokens:
+def stream_tokens(key: ShapeKey, modalities: Modalities) -> TokenCounts:
     """Counts the tokens of a sample by stream."""
     counts = token_counts(key)
     audio = sum(count for name, count in counts.items() if "audio" in name)
     video = sum(counts.values()) - audio
     text = max(shape[0] for owner, name, shape in key if owner == "conditions" and name == "video_prompt_embeds")
-    return StreamTokens(0 if modalities == "audio" else video, 0 if modalities == "video" else audio, text)
+    return TokenCounts(0 if modalities == "audio" else video, 0 if modalities == "video" else audio, text)
 
 
 def _sample_flops(job: JobConfig, source: ModelSource, key: ShapeKey, modalities: Modalities) -> float:
