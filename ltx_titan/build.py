@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ltx_titan.common.tensors import COMPUTE_DTYPES
 from ltx_titan.lora import apply_lora, init_base_, init_lora_, load_base
 from ltx_titan.model import TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Mesh
-from ltx_titan.parallel.parallelize import compute_dtype, parallelize
+from ltx_titan.parallel.parallelize import parallelize
 from ltx_titan.plan import Plan, build_connectors, build_transformer
 from ltx_titan.weights import CONNECTORS, export_transformer, load_parameters, unused_by
 from ltx_titan.weights.lora_files import export_lora, load_lora, reference_metadata
@@ -59,7 +60,15 @@ def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module
     if job.model.mode == "lora":
         adapted = apply_lora(model, job.lora)
         logger.info("LoRA: rank %d on %d layers, base in %s", job.lora.rank, len(adapted), job.lora.base_dtype)
-    parallelize(model, job, mesh)
+    parallelize(
+        model,
+        mesh,
+        dtype=COMPUTE_DTYPES[job.training.dtype],
+        float8=job.float8,
+        checkpointing=job.activation_checkpoint,
+        compile_blocks=job.compile.enable,
+        cpu_offload=job.parallelism.cpu_offload,
+    )
     return model
 
 
@@ -77,7 +86,7 @@ def load_connectors(plan: Plan, mesh: Mesh, device: torch.device) -> TextConnect
     path = plan.connectors_path
     if path is None:
         return None
-    dtype = compute_dtype(plan.job)
+    dtype = COMPUTE_DTYPES[plan.job.training.dtype]
     connectors = build_connectors(plan.source, path).to(dtype).requires_grad_(False)
     for connector in connectors.children():
         apply_fsdp(connector, connector.transformer_1d_blocks, mesh.fsdp, dtype)
@@ -99,7 +108,7 @@ def export_model(plan: Plan, model: nn.Module, step: int) -> Path:
         The file.
     """
     folder, source, lora = plan.folder / "export", plan.source, plan.job.lora
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[plan.job.checkpoint.export_dtype]
+    dtype = COMPUTE_DTYPES[plan.job.checkpoint.export_dtype]
     if plan.job.model.mode == "lora" and not lora.dora:
         path = folder / f"lora-step-{step}.safetensors"
         metadata = reference_metadata(*plan.reference_scale) if plan.reference_scale is not None else {}

@@ -1,6 +1,6 @@
-"""What a job comes to, worked out on the host: its checkpoint's header, its data, its strategy, its share of the mesh.
+"""Resolves and validates a job on the host, before a process group is created or a device touched.
 
-Everything that can be wrong with a job is found here, before a process group is made or a device touched.
+Reads the checkpoint's header and the shapes of all samples, and checks that model, data, conditions and mesh fit.
 """
 
 import logging
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from ltx_titan.checkpoint import latest_complete, read_trainer_state
 from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
 from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, token_counts
@@ -31,19 +32,28 @@ Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset"
 
 
 @dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of one sample as the transformer meets them, references included; 0 for an absent stream."""
+
+    video_tokens: int
+    audio_tokens: int
+    text_tokens: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """A checked job.
 
     Attributes:
-        job: as read.
-        degrees: the mesh it runs on.
-        source: where the transformer comes from.
-        modalities: the streams that are built.
+        job: the job file with its overrides.
+        degrees: sizes of the mesh axes.
+        source: config and file of the transformer.
+        modalities: streams that the transformer has.
         strategy: turns batches into inputs and predictions into a loss.
         dataset: the samples.
-        batches: their order.
-        connectors_path: file of the text connectors; None where the data holds finished contexts.
-        reference_scale: (spatial, temporal) factors of the video references; None where there are none.
+        batches: samples of each global batch.
+        connectors_path: file of the text connectors; None if the data holds finished contexts.
+        reference_scale: (spatial, temporal) factors of the video references; None without references.
     """
 
     job: JobConfig
@@ -58,7 +68,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Where the job writes."""
+        """The job's dump folder."""
         return Path(self.job.job.dump_folder)
 
     @property
@@ -67,7 +77,7 @@ class Plan:
         return self.job.training.stop_at or self.job.training.steps
 
     def sample_flops(self, index: int) -> float:
-        """Useful FLOPs of a training step on one sample of the data set."""
+        """Model FLOPs of a training step on one sample of the dataset."""
         return _sample_flops(self.job, self.source, self.dataset.shape_key(index), self.modalities)
 
     def sample_tokens(self, index: int) -> int:
@@ -79,15 +89,17 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     """Checks a job against the number of ranks, its checkpoint and its data.
 
     Raises:
-        ValueError: something does not fit; names the file, field or tensor, and the remedy.
+        ValueError: something does not fit; the message names the file, key or tensor, and the remedy.
     """
     degrees = check_world(job, world_size)
     model = job.model
     source = read_source(model.checkpoint_path if model.init == "checkpoint" else None, model.shape, model.num_layers)
     if source.path is not None and model.mode == "full":
+        # Rounding to 8 or 4 bits is not undone by training; only a frozen base may be quantized.
         refuse_quantized(read_metadata(source.path))
     modalities = _modalities(job)
-    architecture = build_transformer(source, modalities).config  # on the meta device: names and shapes fit the file
+    # Built on the meta device for its check of names and shapes; the trainer builds its own.
+    architecture = build_transformer(source, modalities).config
     check_parallelism(
         degrees,
         architecture,
@@ -107,6 +119,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     for warning in check_conditions(strategy, keys, dataset.name):
         logger.warning("%s", warning)
+    # Datasets have few distinct shapes, so FLOPs are computed once per shape, not per sample.
     flops = {key: _sample_flops(job, source, key, modalities) for key in set(keys)}
     return Plan(
         job=job,
@@ -127,8 +140,28 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     )
 
 
+def is_finished(plan: Plan) -> bool:
+    """Whether the dump folder already holds a checkpoint of the last step; logs it.
+
+    Raises:
+        ValueError: `checkpoint.resume = false` and the folder is not empty.
+    """
+    if not plan.job.checkpoint.resume:
+        if plan.folder.is_dir() and any(plan.folder.iterdir()):
+            raise ValueError(
+                f"checkpoint.resume = false starts a new run, but job.dump_folder = {str(plan.folder)!r} is not empty; "
+                f"choose another folder, or remove its contents."
+            )
+        return False
+    path = latest_complete(plan.folder / "checkpoint")
+    if path is None or read_trainer_state(path)["step"] < plan.last_step:
+        return False
+    logger.info("nothing to do: %s is already at step %d of %d", path, plan.last_step, plan.job.training.steps)
+    return True
+
+
 def build_transformer(source: ModelSource, modalities: Modalities, operators: Operators = TORCH) -> LTXTransformer:
-    """The transformer on the meta device, checked against its file name by name and shape by shape."""
+    """Builds the transformer on the meta device; names and shapes are checked against its file."""
     with torch.device("meta"):
         model = LTXTransformer.from_config(source.config["transformer"], modalities, operators)
     if source.path is not None:
@@ -137,7 +170,7 @@ def build_transformer(source: ModelSource, modalities: Modalities, operators: Op
 
 
 def build_connectors(source: ModelSource, path: Path) -> TextConnectors:
-    """The text connectors on the meta device, checked against `path`."""
+    """Builds the text connectors on the meta device; names and shapes are checked against `path`."""
     with torch.device("meta"):
         connectors = TextConnectors.from_config(source.config)
     check_fits(connectors, path, component=CONNECTORS)
@@ -156,11 +189,13 @@ def _open_dataset(
     job: JobConfig, strategy: FlexibleStrategy, architecture: TransformerConfig, factors: tuple[int, int, int]
 ) -> Dataset:
     if job.data.source == "precomputed":
+        assert job.data.root is not None, "required by the section"
         return PrecomputedDataset(job.data.root, strategy.sources)
     if job.data.source == "media":
-        # Here, not above: it brings the encoders' libraries along, which other jobs do without.
+        # Imported here: it loads the encoders' libraries, which other jobs do not need.
         from ltx_titan.encode.media_dataset import MediaDataset
 
+        assert job.model.checkpoint_path is not None, "required by the section"
         return MediaDataset(job.data.media, strategy.sources, job.model.checkpoint_path)
     return SyntheticDataset(
         strategy.sources,
@@ -173,12 +208,12 @@ def _open_dataset(
 
 
 def _connectors_path(job: JobConfig, source: ModelSource, keys: list[ShapeKey]) -> Path | None:
-    """Where to load connectors from, checked; None if no sample needs them."""
+    """File of the text connectors, checked; None if no sample needs them."""
     if not any(name == "prompt_attention_mask" for key in set(keys) for _, name, _ in key):
         if job.data.caption_dropout > 0:
             raise ValueError(
                 f"data.caption_dropout = {job.data.caption_dropout}: expected text features, found finished contexts, "
-                f"in which a caption cannot be dropped any more; set it to 0, or prepare the data without contexts."
+                f"whose caption can no longer be dropped; set it to 0, or prepare the data without --contexts."
             )
         return None
     path = job.model.connectors_path or source.path
@@ -191,14 +226,15 @@ def _connectors_path(job: JobConfig, source: ModelSource, keys: list[ShapeKey]) 
     return Path(path)
 
 
-def _sample_flops(job: JobConfig, source: ModelSource, key: ShapeKey, modalities: Modalities) -> float:
-    tokens = token_counts(key)
+def stream_tokens(key: ShapeKey, modalities: Modalities) -> TokenCounts:
+    """Counts the tokens of a sample by stream."""
+    counts = token_counts(key)
+    audio = sum(count for name, count in counts.items() if "audio" in name)
+    video = sum(counts.values()) - audio
     text = max(shape[0] for owner, name, shape in key if owner == "conditions" and name == "video_prompt_embeds")
-    audio = sum(count for name, count in tokens.items() if "audio" in name)
-    return training_flops(
-        source.config["transformer"],
-        video_tokens=0 if modalities == "audio" else sum(tokens.values()) - audio,
-        audio_tokens=0 if modalities == "video" else audio,
-        text_tokens=text,
-        trained=job.model.mode,
-    )
+    return TokenCounts(0 if modalities == "audio" else video, 0 if modalities == "video" else audio, text)
+
+
+def _sample_flops(job: JobConfig, source: ModelSource, key: ShapeKey, modalities: Modalities) -> float:
+    tokens = stream_tokens(key, modalities)
+    return training_flops(source.config["transformer"], **vars(tokens), trained=job.model.mode)

@@ -1,15 +1,13 @@
 """Trains a job: `torchrun ... -m ltx_titan.train job.toml [--section.key=value ...]`.
 
-`plan_job` finds on the host what can be wrong. `Trainer.__init__` then joins the other ranks, builds the model on the
-meta device, shards it, loads this rank's slices and resumes. `Trainer.train` loops; each step is
+`plan_job` validates the job on the host. `Trainer.__init__` then joins the other ranks, builds the model on the meta
+device, shards it, loads this rank's slices and resumes. `Trainer.train` loops; each step is
 
     data -> text contexts -> inputs -> forward -> loss -> backward     for each micro-batch
     clip -> optimizer -> log -> save
 """
 
-import gc
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,24 +22,34 @@ from torch import Tensor
 from ltx_titan.build import export_model, load_connectors, load_transformer
 from ltx_titan.checkpoint import BackgroundSaver, TrainingState, latest_complete, load_state, save_state
 from ltx_titan.checkpoint.state import save_everything
-from ltx_titan.common.hardware import peak_flops
+from ltx_titan.common.files import write_text
 from ltx_titan.common.logs import quiet_libraries
-from ltx_titan.conditioning import Loss, absent_streams
+from ltx_titan.common.ranks import rank_and_size
+from ltx_titan.common.tensors import COMPUTE_DTYPES
+from ltx_titan.common.titan import GarbageCollection, peak_flops
+from ltx_titan.conditioning import absent_streams, weigh
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
 from ltx_titan.lora import DropoutClock, is_adapter
-from ltx_titan.metrics import MetricsLogger, StepMetrics, peak_memory_gib, profile_steps, reset_peak_memory, start_wandb
-from ltx_titan.metrics.summary import is_finished, report
-from ltx_titan.metrics.sums import Sums, bucket_means
+from ltx_titan.metrics import (
+    MetricsLogger,
+    StepMetrics,
+    Sums,
+    bucket_means,
+    peak_memory_gib,
+    profile_steps,
+    reset_peak_memory,
+    start_wandb,
+    summarize_run,
+)
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
-from ltx_titan.parallel.parallelize import compute_dtype
 from ltx_titan.parallel.stop import StopSignal
-from ltx_titan.plan import Plan, plan_job
+from ltx_titan.plan import Plan, is_finished, plan_job
 from ltx_titan.validation.training import TrainingValidation, check_validation_files
 from ltx_titan.weights import official_name, stream_of
 
@@ -52,7 +60,7 @@ logger = logging.getLogger("ltx_titan")
 
 GradNorms = tuple[Tensor, dict[str, Tensor]]
 
-# More micro-batches than any step has, so that each has a number of its own.
+# More micro-batches than any step has, so that (step, micro-batch) maps to a unique number.
 _MICRO_STEPS = 1 << 20
 
 
@@ -66,33 +74,35 @@ class Trainer:
         self.is_main = dist.get_rank() == 0
         self.is_lora = job.model.mode == "lora"
         self.mesh = build_mesh(self.device.type, plan.degrees)
-        self.dtype = compute_dtype(job)
+        self.dtype = COMPUTE_DTYPES[job.training.dtype]
         self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None)
         self.sampler = _sigma_sampler(job)
+        # Before the transformer, because encoding prompts and media needs the device's memory.
         self.validation = None
         if job.validation.interval is not None:
             self.validation = TrainingValidation(plan, self.mesh, self.device)
         self.model = load_transformer(plan, self.mesh, self.device)
         self.connectors = load_connectors(plan, self.mesh, self.device)
-        # The rate is set before every step, from the step alone.
+        # The learning rate is a function of the step, set before each one; there is no scheduler state to save.
         self.optimizers = build_optimizers(self.model.named_parameters(), job.optimizer, seed=job.training.seed)
         decay = job.optimizer.ema_decay
         self.ema = None if decay is None else EMA(self.model.parameters(), decay)
-        # One mask for all ranks of a cp or tp group: they must agree on the audio, which each of them has in full.
+        # Audio is replicated across cp and tp, so all ranks of such a group need the same dropout mask.
         self.dropout = DropoutClock(self.model, job.training.seed, self.mesh.dp_rank)
         self.saver = self._make_saver()
+        # Last, because it fills the parameters, optimizer states and average that exist by now.
         self.step, self.next_batch = self._resume()
         self.stop = StopSignal()
-        self.save_blocked_s: float | None = None  # by the newest save, until it is logged
+        self.save_blocked_s: float | None = None  # how long the newest save blocked training, until it is logged
 
     def _resume(self) -> tuple[int, int]:
-        """Goes on from the newest complete checkpoint; returns the steps taken and the number of the next batch."""
+        """Restores the newest complete checkpoint; returns the steps taken and the number of the next global batch."""
         path = latest_complete(self.plan.folder / "checkpoint") if self.job.checkpoint.resume else None
         if path is None:
             return 0, 0
         saved = load_state(path, self._state({}))
         for change in job_changes(saved["job"], self.job):
-            logger.warning("resumed with another job: %s", change)
+            logger.warning("job settings changed since the checkpoint: %s", change)
         batches = self.plan.batches
         position = DataPosition.from_dict(saved["data"])
         next_batch, notes = resume_step(
@@ -104,15 +114,14 @@ class Trainer:
         return saved["step"], next_batch
 
     def train(self) -> None:
-        """Runs the remaining steps, saves, exports and says where everything is.
+        """Runs the remaining steps, saves, exports and logs where the files are.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not a number.
+            FloatingPointError: the loss or the gradient norm is not finite.
         """
         job, plan = self.job, self.plan
         if self.is_main:
-            plan.folder.mkdir(parents=True, exist_ok=True)
-            (plan.folder / "job.toml").write_text(dump_job(job))
+            write_text(plan.folder / "job.toml", dump_job(job))
         log = MetricsLogger(
             plan.folder,
             total_steps=job.training.steps,
@@ -121,8 +130,8 @@ class Trainer:
             tensorboard=job.metrics.tensorboard,
             wandb=self._start_wandb(),
         )
-        # Collections at steps of one's choosing: left to itself every rank pauses all others at another moment.
-        gc.disable()
+        # Collect garbage at fixed steps: an unsynchronized collection on one rank stalls all others.
+        garbage = GarbageCollection(job.training.gc_interval)
         loader = StepLoader(
             plan.dataset,
             plan.batches,
@@ -155,8 +164,7 @@ class Trainer:
                     self.stop.ask()
                     grad_norms = self._train_step(batches, sums)
                     self.step, self.next_batch = batches.step, batches.batch_number + 1
-                    if _is_due(self.step, job.training.gc_interval):
-                        gc.collect()
+                    garbage.run(self.step)
                     validated = {}
                     if _is_due(self.step, job.validation.interval):
                         paused = time.perf_counter()
@@ -166,7 +174,7 @@ class Trainer:
                     stops = self.stop.is_agreed()
                     saves = is_last or stops or _is_due(self.step, job.checkpoint.interval)
                     if saves or validated or _is_due(self.step, job.metrics.interval):
-                        # Before a save, so that weights that are not numbers never replace good ones.
+                        # Before the save: it raises if the loss is not finite, so bad weights never replace good ones.
                         self._log(log, sums, grad_norms, time.perf_counter() - started, validated)
                         sums, started = self._new_sums(), time.perf_counter()
                     if saves:
@@ -176,7 +184,10 @@ class Trainer:
                         self._export()
                         started = time.perf_counter()
                     if stops and not is_last:
-                        logger.warning("stopped by a signal after step %d; the same command goes on", self.step)
+                        logger.warning(
+                            "received a signal: saved and stopped after step %d. Rerun the same command to resume.",
+                            self.step,
+                        )
                         return
         finally:
             log.close()
@@ -184,17 +195,19 @@ class Trainer:
                 self.saver.close()
         export = self._export()
         if self.is_main:
-            report(plan, export)
+            files = {"checkpoint": latest_complete(plan.folder / "checkpoint"), "export": export}
+            summarize_run(plan.folder, title=job.job.description or str(plan.folder), files=files)
 
     def _train_step(self, batches: StepBatches, sums: Sums) -> GradNorms | None:
         """Forward and backward of every micro-batch, then one update.
 
         Returns:
-            The gradient norms before clipping; None where weights are updated in the backward pass, which leaves none.
+            The gradient norms before clipping; None with `optimizer.in_backward`, which frees each gradient at once.
         """
         max_norm = self.job.training.max_grad_norm
         self.optimizers.set_lr(self._learning_rate(batches.step))
         for number, micro_batch in enumerate(batches.micro_batches):
+            # Dropout masks depend on the micro-batch alone, so a resumed run draws the same ones.
             self.dropout.set(batches.step * _MICRO_STEPS + number)
             self._forward_backward(micro_batch, sums)
         grad_norms = None
@@ -205,6 +218,7 @@ class Trainer:
         self.optimizers.step()
         self.optimizers.zero_grad()
         if self.job.float8.all_gather:
+            # The updated weights' scales in one all-reduce, instead of one per layer in the next forward pass.
             precompute_float8_scales(self.model)
         if self.ema is not None:
             self.ema.update(batches.step)
@@ -213,13 +227,14 @@ class Trainer:
 
     def _forward_backward(self, micro_batch: MicroBatch, sums: Sums) -> None:
         """Adds this micro-batch's share of the global mean gradient to the parameters."""
+        # From pinned memory, so the host does not wait for the copy.
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self.device, non_blocking=True))
         batch["conditions"] = to_contexts(batch["conditions"], self.connectors, self.dtype)
         inputs = self.plan.strategy.prepare(batch, micro_batch.draws)
         video, audio = self.model(inputs.video, inputs.audio, absent_streams(inputs))
         loss = self.plan.strategy.loss(video, audio, inputs)
         weighted = weigh(loss, self.job.loss.video_weight, self.job.loss.audio_weight)
-        # The mean over the global batch: ranks and micro-batches add up, whatever their sizes.
+        # Gradients are summed over ranks and micro-batches of any size, so each sample has its share of the mean here.
         share = 1 / self.job.training.global_batch_size
         (weighted.sum() * share).backward()
         sums.add(weighted, loss, inputs, share)
@@ -227,12 +242,21 @@ class Trainer:
         sums.tokens += sum(self.plan.sample_tokens(index) for index in micro_batch.samples)
 
     def _draw(self, batch: Batch, step: int, positions: tuple[int, ...]) -> StepDraws:
-        """Runs in the loader's threads."""
-        keys = {"seed": self.job.training.seed, "step": step, "indices": positions}
+        """Draws all random numbers of a micro-batch; called in the loader's threads.
+
+        Args:
+            batch: collated samples; dropped captions are masked in place.
+            step: optimizer step.
+            positions: index of each sample in the global batch. With the seed and step they key each sample's
+            generator,
+                so the draws are the same on every mesh.
+        """
+        seed = self.job.training.seed
         if self.job.data.caption_dropout > 0:
-            drops = draw_caption_drops(self.job.data.caption_dropout, **keys)
-            batch["conditions"]["prompt_attention_mask"][drops] = 0  # registers take the place of the whole prompt
-        return draw_step(*self.plan.strategy.draw_plan(batch), sampler=self.sampler, **keys)
+            drops = draw_caption_drops(self.job.data.caption_dropout, seed=seed, step=step, indices=positions)
+            batch["conditions"]["prompt_attention_mask"][drops] = 0  # the connectors replace masked tokens by registers
+        video, audio = self.plan.strategy.draw_plan(batch)
+        return draw_step(video, audio, sampler=self.sampler, seed=seed, step=step, indices=positions)
 
     def _learning_rate(self, step: int) -> float:
         training = self.job.training
@@ -267,12 +291,13 @@ class Trainer:
         elapsed_s: float,
         validated: dict[str, float],
     ) -> None:
-        """Reduces over ranks and records. The only place where a step waits for the device.
+        """Reduces over ranks and logs. The only place where a step waits for the device.
 
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite.
         """
         steps = sums.steps
+        # One collective and one copy to the host for all figures.
         work = sums.loss.new_tensor([sums.flops / 1e12, sums.tokens])
         totals = self.mesh.sum_over_samples(torch.cat([sums.loss, work, sums.buckets.flatten()])).tolist()
         loss, loss_video, loss_audio, tflop, tokens = totals[:5]
@@ -308,9 +333,9 @@ class Trainer:
         )
         if not all(isfinite(value) for value in (loss, norm) if value is not None):
             raise FloatingPointError(
-                f"step {self.step}: loss {loss / steps}, gradient norm {norm}. Nothing was saved of it; the newest "
-                f"checkpoint is {latest_complete(self.plan.folder / 'checkpoint')}. Lower optimizer.lr, keep "
-                f"training.max_grad_norm at 1.0, and look at the data of this step."
+                f"step {self.step}: loss {loss / steps}, gradient norm {norm}. This step was not checkpointed; the "
+                f"newest checkpoint is {latest_complete(self.plan.folder / 'checkpoint')}. Lower optimizer.lr, keep "
+                f"training.max_grad_norm at 1.0, and inspect this step's samples."
             )
 
     @property
@@ -323,7 +348,7 @@ class Trainer:
         return BackgroundSaver(self.plan.folder / "checkpoint", keep_last=self._keep_last)
 
     def _state(self, trainer: dict[str, Any]) -> TrainingState:
-        """What is saved and restored: with LoRA the adapters alone, for the base has its own file."""
+        """State to save or restore. With LoRA only the adapters: the frozen base is read from its own file."""
         optimizers = [*self.optimizers.parts, *([self.ema] if self.ema is not None else [])]
         select = is_adapter if self.is_lora else save_everything
         return TrainingState(self.model, optimizers, select=select, trainer=trainer)
@@ -342,27 +367,21 @@ class Trainer:
             self.saver.save(self.step, state)
         else:
             save_state(folder, self.step, state, keep_last=self._keep_last)
+        # Every rank pauses here anyway: also collect the oldest generation, which the runs between steps skip.
+        GarbageCollection.collect("after a save", generation=2)
         self.save_blocked_s = time.perf_counter() - started
-        how = "being written in the background" if self.saver is not None else "saved"
-        logger.info("step %d is %s; training waited %.1f s", self.step, how, self.save_blocked_s)
+        how = "is being written in the background" if self.saver is not None else "is saved"
+        logger.info("checkpoint of step %d %s; training was blocked for %.1f s", self.step, how, self.save_blocked_s)
 
     def _export(self) -> Path | None:
-        """Writes the file for inference tools, if the job wants one; every rank calls it."""
+        """Writes the file for inference tools unless `checkpoint.export` is off; every rank calls it."""
         if not (self.job.checkpoint.enable and self.job.checkpoint.export):
             return None
         return export_model(self.plan, self.model, self.step)
 
 
 def _is_due(step: int, interval: int | None) -> bool:
-    return bool(interval) and step % interval == 0
-
-
-def weigh(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
-    """Each sample's loss [B] with its streams weighted."""
-    parts = [
-        part * weight for part, weight in ((loss.video, video_weight), (loss.audio, audio_weight)) if part is not None
-    ]
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    return interval is not None and interval > 0 and step % interval == 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -374,13 +393,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0 if arguments else 2
     try:
-        plan = plan_job(load_job(arguments[0], arguments[1:]), int(os.environ.get("WORLD_SIZE", 1)))
+        plan = plan_job(load_job(arguments[0], arguments[1:]), rank_and_size()[1])
         check_validation_files(plan)
         if is_finished(plan):
             return 0
         Trainer(plan).train()
     except (ValueError, FloatingPointError) as error:
-        # What a user can mend gets its message alone; anything else is ours, and gets its traceback.
+        # User errors print their message only; anything else is a bug and keeps its traceback.
         logger.error("%s", "\n".join([str(error), *getattr(error, "__notes__", [])]))
         return 1
     finally:
@@ -397,8 +416,8 @@ def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:
 
 
 def _set_up_logging() -> None:
-    """One line per event, from rank 0; other ranks only speak up when they are wrong alone."""
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    """Logs one line per event from rank 0, and only critical ones from other ranks."""
+    is_main = rank_and_size()[0] == 0
     logging.basicConfig(
         format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stdout
     )

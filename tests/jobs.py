@@ -1,9 +1,10 @@
-"""Small real jobs for tests: the nano pack, a data set of random latents, and runs on any number of gloo ranks."""
+"""Small real jobs for tests: the nano pack, a dataset of random latents, and runs on any number of gloo ranks."""
 
 import json
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 
 from ltx_titan.data import write_sample
@@ -91,8 +92,6 @@ def write_job(folder: Path, nano_path: Path, data_root: Path, **overrides: objec
         tables[section] = {**tables.get(section, {}), name: value}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.toml"
-    import tomli_w
-
     path.write_text(tomli_w.dumps(tables))
     return path
 
@@ -120,5 +119,5 @@ def read_run(job: Path) -> list[dict]:
 
 
 def curve(lines: list[dict]) -> list[tuple[float, float, float, float]]:
-    """What must not depend on how a job is run, for each logged step."""
+    """Values of each logged step that do not depend on the mesh."""
     return [(line["loss"], line["loss_video"], line["loss_audio"], line["grad_norm"]) for line in lines]

@@ -1,7 +1,9 @@
 """Runs a function on several gloo ranks of this machine."""
 
 import multiprocessing
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# One server imports what the ranks of any test need and forks them: milliseconds instead of seconds for each.
+# One server imports the modules that ranks need and forks them: milliseconds instead of seconds per rank.
 multiprocessing.set_forkserver_preload(
     ["ltx_titan.train", "tests.jobs", "tests.checkpoint.toy", "tests.parallel.harness", "torch._inductor.compile_fx"]
 )
@@ -20,6 +22,13 @@ def run_ranks(work: Callable[..., object], world_size: int, *args: object) -> li
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, (world_size, Path(folder), work, args), nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def wait_while_running(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    """Waits until `condition` holds, however busy the machine is; fails if the process ends before."""
+    while not condition():
+        assert process.poll() is None, f"exited with {process.returncode} too early"
+        time.sleep(0.01)
 
 
 def _rank(rank: int, world_size: int, folder: Path, work: Callable[..., object], args: tuple) -> None:

@@ -58,7 +58,7 @@ def checkpoint(nano_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(checkpoint, nano_path, tmp_path_factory):
-    """A data set of two clips with audio, prepared with that pack."""
+    """A dataset of two clips with audio, prepared with that pack."""
     root = tmp_path_factory.mktemp("clips")
     for number in range(2):
         write_clip(root / f"{number}.mp4", frames=17, fps=Fraction(24), channels=2)

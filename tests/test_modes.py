@@ -1,4 +1,4 @@
-"""Every file of train_configs/ trains on the nano pack, and does what its mode promises."""
+"""Every file of train_configs/ trains on the nano pack, and conditions tokens as its mode promises."""
 
 import dataclasses
 import json
@@ -36,10 +36,10 @@ def _none(grid: Tensor) -> Tensor:
 
 
 def _first(count: int) -> Callable[[Tensor], Tensor]:
-    def given(grid: Tensor) -> Tensor:
+    def is_clean(grid: Tensor) -> Tensor:
         return torch.cat([torch.ones_like(grid[:count]), torch.zeros_like(grid[count:])])
 
-    return given
+    return is_clean
 
 
 def _last(count: int) -> Callable[[Tensor], Tensor]:
@@ -47,9 +47,9 @@ def _last(count: int) -> Callable[[Tensor], Tensor]:
 
 
 def _corner(grid: Tensor) -> Tensor:
-    given = torch.zeros_like(grid)
-    given[:, :9, :18] = True
-    return given
+    is_clean = torch.zeros_like(grid)
+    is_clean[:, :9, :18] = True
+    return is_clean
 
 
 def _checkered(grid: Tensor) -> Tensor:
@@ -57,9 +57,9 @@ def _checkered(grid: Tensor) -> Tensor:
 
 
 class Stream(NamedTuple):
-    """What a mode promises of one stream; `given` marks clean cells of a target [F, H, W] or [T, 1, 1]."""
+    """Promises of a mode for one stream; `clean_cells` marks those of a target, [F, H, W] or [T, 1, 1]."""
 
-    given: Callable[[Tensor], Tensor] = _none
+    clean_cells: Callable[[Tensor], Tensor] = _none
     is_frozen: bool = False
     reference: str | None = None
 
@@ -159,7 +159,7 @@ def overrides(tmp_path_factory, nano_path, data_roots) -> Callable[[str], list[s
 
 
 def train_all(jobs: list[tuple[Path, list[str]]]) -> None:
-    """Trains one job after the other in this process; what goes wrong is left in a file beside the run."""
+    """Trains one job after the other in this process; an error is written to a file in the run's folder."""
     for path, arguments in jobs:
         try:
             train_rank(path, *arguments)
@@ -273,22 +273,26 @@ def check_stream(name: str, promised: Stream | None, batch: Batch, inputs: Model
     latents = batch[f"{name}_latents"]["latents"].float()
     clean = patchify(latents)
     grid = torch.zeros(latents.shape[2:] if name == "video" else (latents.shape[2], 1, 1))
-    given = torch.ones(grid.numel(), dtype=torch.bool) if promised.is_frozen else promised.given(grid).flatten().bool()
+    is_clean = (
+        torch.ones(grid.numel(), dtype=torch.bool)
+        if promised.is_frozen
+        else promised.clean_cells(grid).flatten().bool()
+    )
     if promised.reference:
         reference = patchify(batch[promised.reference]["latents"].float())
         clean = torch.cat([reference, clean], dim=1)
-        given = torch.cat([torch.ones(reference.shape[1], dtype=torch.bool), given])
-    assert torch.equal(modality.latent[:, given], clean[:, given])
-    assert not modality.timesteps[:, given].any()
-    assert (modality.latent[:, ~given] != clean[:, ~given]).any(dim=-1).all()
-    assert torch.equal(modality.timesteps[:, ~given], modality.sigma[:, None].expand(-1, int((~given).sum())))
+        is_clean = torch.cat([torch.ones(reference.shape[1], dtype=torch.bool), is_clean])
+    assert torch.equal(modality.latent[:, is_clean], clean[:, is_clean])
+    assert not modality.timesteps[:, is_clean].any()
+    assert (modality.latent[:, ~is_clean] != clean[:, ~is_clean]).any(dim=-1).all()
+    assert torch.equal(modality.timesteps[:, ~is_clean], modality.sigma[:, None].expand(-1, int((~is_clean).sum())))
     assert (target is None) == promised.is_frozen
     if mask is not None:
-        assert torch.equal(mask, (~given).expand_as(mask))
+        assert torch.equal(mask, (~is_clean).expand_as(mask))
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_a_mode_learns_keeps_what_is_given_and_moves_nothing_frozen(name, overrides, connectors):
+def test_a_mode_learns_and_leaves_clean_tokens_and_frozen_weights_unchanged(name, overrides, connectors):
     mode = MODES[name]
     is_lora = "_lora_" in name
     base = ["--lora.base_dtype=float32"] if is_lora else []

@@ -1,4 +1,4 @@
-"""Whole jobs under every parallelism: their curves are those of one rank, and a run goes on under another mesh."""
+"""Whole jobs under every parallelism: their curves are those of one rank, and a run resumes on another mesh."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_float8_trains_near_float32_and_exports_plain_weights(tmp_path, nano_pat
     expected = train_curve(tmp_path / "one", nano_path, data_root, **mode)
     gathered = {} if mode else {"float8__all_gather": True}
     actual = train_curve(tmp_path / "two", nano_path, data_root, 2, **settings, **gathered)
-    # float8 keeps 3 bits of mantissa: 6 % an element at worst, averaged over hundreds in every product.
+    # float8 keeps 3 bits of mantissa: 6 % an element at worst, averaged over hundreds in every matmul.
     torch.testing.assert_close(actual[:, 0], expected[:, 0], rtol=2e-2, atol=0)
     name = "lora" if mode else "transformer"
     exports = [load_file(tmp_path / run / f"run/export/{name}-step-5.safetensors") for run in ("one", "two")]

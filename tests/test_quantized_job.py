@@ -1,4 +1,4 @@
-"""Jobs on official quantised files: adapters train on them, over several ranks; full fine-tuning does not begin."""
+"""Jobs on official quantized files: adapters train on them, over several ranks; full fine-tuning is refused."""
 
 import math
 
@@ -17,7 +17,7 @@ OWN = {"fp8": "float8", "nvfp4": "nvfp4"}
 
 @pytest.fixture(scope="module")
 def quantized(nano_path, tmp_path_factory):
-    """The nano pack with all linear layers of its blocks but the first quantised, by form."""
+    """The nano pack with all linear layers of its blocks but the first quantized, by form."""
     tensors = load_file(nano_path)
     with safe_open(nano_path, "pt") as file:
         metadata = file.metadata()

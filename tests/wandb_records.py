@@ -5,6 +5,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 _FILE_HEADER, _BLOCK, _PART_HEADER = 7, 32768, struct.Struct("<IHB")
@@ -12,12 +13,17 @@ _FULL, _LAST = 1, 4
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Folders of the offline runs below a job's folder, in the order in which they were started."""
+    """Folders of the offline runs below a job's folder, in the order in which they were started.
+
+    `Run.finish` returns before W&B's service process has written the last records; `teardown` waits until it has
+    exited.
+    """
+    wandb.teardown()
     return sorted((folder / "wandb").glob("offline-run-*"))
 
 
 def history(run: Path) -> list[dict]:
-    """What the run logged, call by call; a field of a picture, clip or audio is `<tag>.<field>`."""
+    """What the run logged, call by call; a field of an image, clip or audio is `<tag>.<field>`."""
     rows = []
     for record in _records(next(run.glob("*.wandb"))):
         if record.WhichOneof("record_type") == "history":
@@ -27,16 +33,16 @@ def history(run: Path) -> list[dict]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    data, place, parts = path.read_bytes(), _FILE_HEADER, b""
-    while place + _PART_HEADER.size <= len(data):
-        left = _BLOCK - place % _BLOCK
+    data, offset, parts = path.read_bytes(), _FILE_HEADER, b""
+    while offset + _PART_HEADER.size <= len(data):
+        left = _BLOCK - offset % _BLOCK
         if left < _PART_HEADER.size:
-            place += left
+            offset += left
             continue
-        _, length, kind = _PART_HEADER.unpack_from(data, place)
-        place += _PART_HEADER.size
-        parts += data[place : place + length]
-        place += length
+        _, length, kind = _PART_HEADER.unpack_from(data, offset)
+        offset += _PART_HEADER.size
+        parts += data[offset : offset + length]
+        offset += length
         if kind in (_FULL, _LAST):
             yield Record.FromString(parts)
             parts = b""

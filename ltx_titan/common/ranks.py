@@ -1,6 +1,6 @@
-"""Ranks of a job: their numbers, their device, and agreement among them about success.
+"""Ranks of a job: their index, their device, and agreement on errors.
 
-Without a process group, or with one process, everything here is free.
+Without a process group, or with one process, nothing here communicates.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 Item = TypeVar("Item")
 
-# A command's ranks share no work, so one may finish hours before the slowest.
+# Ranks of a command work independently, so one may finish hours before the slowest.
 _COMMAND_TIMEOUT = timedelta(days=14)
 
 
@@ -25,7 +25,7 @@ def is_distributed() -> bool:
 
 
 def is_main_rank() -> bool:
-    """Whether this rank does what one rank does for all: write headers, rename, clean up."""
+    """Whether this rank does the work that is done once for all: headers, renames, cleaning up."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -53,17 +53,18 @@ def agree(error: Exception | None, what: str, group: dist.ProcessGroup | None = 
     """Waits for every rank and raises on all of them if any of them failed.
 
     Args:
-        error: what went wrong on this rank, None if nothing.
+        error: exception raised on this rank, None without one.
         what: the work in progress, for the message.
-        group: ranks that take part; all by default.
+        group: participating ranks; all by default.
 
     Raises:
         RuntimeError: another rank failed. The failing rank re-raises its own error.
     """
-    failures = [None if error is None else f"{type(error).__name__}: {error}"]
+    own = None if error is None else f"{type(error).__name__}: {error}"
+    failures: list[str | None] = [own]
     if is_distributed():
         failures = [None] * dist.get_world_size(group)
-        dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}", group=group)
+        dist.all_gather_object(failures, own, group=group)
     if error is not None:
         raise error
     failed = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
@@ -87,7 +88,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process does what is done once: printing, cleaning up."""
+        """Whether this process does the work that is done once: printing, cleaning up."""
         return self.rank == 0
 
     def wait(self) -> None:

@@ -1,4 +1,4 @@
-"""Small facts about tensors that several packages need: dtype names, local shards, seeds, wrapper levels in names."""
+"""Shared tensor helpers: dtype names, local shards, seeds, wrapper levels in parameter names."""
 
 import gc
 import re

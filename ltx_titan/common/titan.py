@@ -1,10 +1,32 @@
-"""The only module that imports torchtitan, so that the day it is outgrown is one file's change.
+"""The only module that imports torchtitan, so that replacing or upgrading it concerns one file.
 
-Taken: the table of peak rates. Not taken, each for a promise that it does not make: its TensorBoard logger (cannot drop
-the points after a resumed step), its checkpoint manager (exact state, names, safety), `ParallelDims` (asks for the
-device type on import), metrics, profiling, and the trainer itself.
+Import it in the trainer only: torchtitan takes seconds to import. `docs/torchtitan.md` lists what is taken and why each
+other part is not.
 """
 
-from torchtitan.tools.utils import get_peak_flops
+import logging
 
-__all__ = ["get_peak_flops"]
+from torchtitan.tools.utils import GarbageCollection, get_peak_flops
+
+__all__ = ["GarbageCollection", "peak_flops"]
+
+# Devices in torchtitan's table. For any other it returns an A100's figure: a wrong MFU is worse than none.
+_KNOWN_DEVICES = ("A100", "H100", "H200", "H20", "B200", "MI250X", "MI300X", "MI325X", "MI355X", "l40s")
+
+
+def peak_flops(device_name: str | None) -> float | None:
+    """Dense bfloat16 FLOP/s from the data sheet of this machine's GPU; None on a CPU or for an unknown GPU.
+
+    Args:
+        device_name: as returned by `torch.cuda.get_device_name`; None for a CPU. torchtitan tells the variants of an
+            H100 (SXM, PCIe, NVL) apart by `lspci`, so the answer is right only for a GPU of this machine.
+    """
+    if device_name is None or not any(known in device_name for known in _KNOWN_DEVICES):
+        return None
+    # Containers often lack `lspci`; torchtitan then warns on every rank and uses the name, which is fine.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return get_peak_flops(device_name)
+    finally:
+        logging.disable(before)

@@ -1,5 +1,5 @@
 from ltx_titan.conditioning.checks import check_conditions, reference_scale
-from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights
+from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights, weigh
 from ltx_titan.conditioning.references import reference_factors
 from ltx_titan.conditioning.strategy import FlexibleStrategy, ModelInputs, absent_streams
 from ltx_titan.conditioning.tokens import (
@@ -35,4 +35,5 @@ __all__ = [
     "unpatchify_video",
     "video_coordinates",
     "video_grid",
+    "weigh",
 ]

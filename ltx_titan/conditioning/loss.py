@@ -27,6 +27,16 @@ class Loss:
     audio: Tensor | None
 
 
+def weigh(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
+    """Weighted sum of the streams' losses, for each sample: [B]."""
+    if loss.video is None:
+        assert loss.audio is not None, "a job generates at least one stream"
+        return loss.audio * audio_weight
+    if loss.audio is None:
+        return loss.video * video_weight
+    return loss.video * video_weight + loss.audio * audio_weight
+
+
 def token_weights(loss_mask: Tensor) -> Tensor:
     """Weight of each token [B, S], float32: 1 / number of generated tokens of its sample, 0 for a given token.
 

@@ -1,6 +1,7 @@
-"""`ltx-titan estimate`: memory and step time of a job on a number of GPUs, without one; a mesh for it; a dry run.
+"""`ltx-titan estimate`: predicts memory and step time of a job on a number of GPUs, searches for a mesh, or dry-runs
+it.
 
-The numbers are `metrics/estimate.py`'s; here a job becomes a `Workload` and a `Setup`, and an `Estimate` becomes text.
+`prediction.py` computes the numbers; this file parses the options and formats an `Estimate` as text or JSON.
 """
 
 import argparse
@@ -9,26 +10,20 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
+from ltx_titan.common.files import write_text
 from ltx_titan.common.hardware import GIB, GPUS, Gpu
-from ltx_titan.config import Degrees, JobConfig, build_job, read_tables
-from ltx_titan.data import ShapeKey, token_counts
+from ltx_titan.config import Degrees, build_job, read_tables
 from ltx_titan.estimate.memory import RESERVE, SLACK
-from ltx_titan.estimate.placeholders import Tables, parse_clip, stand_in
+from ltx_titan.estimate.placeholders import Tables, add_placeholders, parse_clip
 from ltx_titan.estimate.prediction import Estimate, estimate, search
-from ltx_titan.estimate.workload import Setup, Weights, Workload
-from ltx_titan.lora import apply_lora
-from ltx_titan.model import TextConnectors
-from ltx_titan.plan import Plan, build_transformer, plan_job
-from ltx_titan.weights.quantized import QuantizedLinear
+from ltx_titan.estimate.workload import Setup, Workload, make_setup, make_workload
+from ltx_titan.plan import Plan, plan_job
 
 DESCRIPTION = """\
-Predict what a job needs and how fast it is on a number of GPUs, without a GPU: memory of the fullest one by what takes
-it, time of a step by what takes it, MFU. Checkpoint and data need not be here: a released shape and a clip of --clip
-stand in for them. --search compares all meshes, kinds of activation checkpointing and micro-batches that fit, for the
-job's global batch. --dry-run builds the real job on one fake rank of as many and runs a step without arithmetic, so
-that what would fail on a cluster fails here.
+Predict memory, step time and MFU of a job on a number of GPUs, without a GPU. Missing checkpoints and data are replaced
+by a released shape and a clip of --clip. --search compares all meshes, activation checkpointing modes and micro-batches
+that fit, for the job's global batch size. --dry-run builds the real job on one fake rank of that many and runs a step
+on fake tensors, so that errors of a cluster show up here.
 
 example:
   ltx-titan estimate train_configs/ltx23_full_av_8gpu.toml --gpus 8 --gpu h100
@@ -37,85 +32,19 @@ example:
 """
 
 PEAK_ERROR, TIME_ERROR = 0.10, 0.20
-"""How far peak memory and step time may be from any measured run in docs/benchmarks; a test holds them to it."""
+"""Largest relative errors of peak memory and step time against the runs in docs/benchmarks, asserted by a test."""
 
 _SHOWN = 6
 
 
-def make_workload(plan: Plan) -> Workload:
-    """What a planned job trains, whatever its mesh."""
-    job, config = plan.job, plan.source.config
-    one_block = replace(
-        plan.source, config={**config, "transformer": {**config["transformer"], "num_layers": 1}}, path=None
-    )
-    model = build_transformer(one_block, plan.modalities)
-    if job.model.mode == "lora":
-        apply_lora(model, job.lora)
-    inside, outside = [], []
-    for name, parameter in model.named_parameters():
-        (inside if name.startswith("transformer_blocks.") else outside).append((name, parameter))
-    connectors = 0
-    if plan.connectors_path is not None:
-        with torch.device("meta"):
-            connectors = sum(p.numel() for p in TextConnectors.from_config(config).parameters())
-    keys = {index: plan.dataset.shape_key(index) for index in range(len(plan.dataset))}
-    costs = {index: plan.sample_flops(index) for index in keys}
-    mean = sum(costs.values()) / len(costs)
-    usual = _tokens(keys[min(costs, key=lambda index: abs(costs[index] - mean))], plan.modalities)
-    largest = _tokens(keys[max(costs, key=costs.get)], plan.modalities)
-    return Workload(
-        transformer=config["transformer"],
-        trained=job.model.mode,
-        block=Weights.of(inside),
-        outside=Weights.of(outside),
-        connectors=connectors,
-        num_layers=model_layers(plan),
-        video_tokens=usual[0],
-        audio_tokens=usual[1],
-        text_tokens=usual[2],
-        video_timesteps=2 if job.video is not None and job.video.conditions else 1,
-        audio_timesteps=2 if job.audio is not None and job.audio.conditions else 1,
-        largest=largest[:2],
-        global_batch_size=job.training.global_batch_size,
-        itemsize={"bfloat16": 2, "float32": 4}[job.training.dtype],
-        quantised=sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)),
-        optimizer=job.optimizer.name,
-        offload_state=job.optimizer.offload_state,
-        in_backward=job.optimizer.in_backward,
-        ema=job.optimizer.ema_decay is not None,
-    )
-
-
-def model_layers(plan: Plan) -> int:
-    """Blocks of a planned job's transformer."""
-    return plan.source.config["transformer"].get("num_layers", 48)
-
-
-def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
-    """How a job runs on a mesh of a kind of GPU."""
-    backend = job.kernels.backend
-    return Setup(
-        degrees=degrees,
-        recompute=job.activation_checkpoint.mode,
-        k=job.activation_checkpoint.k or 1,
-        local_batch_size=job.training.local_batch_size,
-        compile=job.compile.enable,
-        kernels=backend == "triton" or (backend == "auto" and gpu in ("h100", "h200")),
-        float8=job.float8.recipe,
-        float8_all_gather=job.float8.all_gather,
-        offload_activations=job.activation_checkpoint.offload,
-        cpu_offload=job.parallelism.cpu_offload,
-    )
-
-
 def report(work: Workload, found: Estimate) -> list[str]:
-    """An estimate as lines of text."""
+    """Formats an estimate as lines of text."""
     memory, gpu = found.memory, found.gpu
-    tokens = f"{work.video_tokens:,} video + {work.audio_tokens:,} audio tokens, {work.text_tokens:,} of text"
+    tokens = f"{work.video_tokens:,} video + {work.audio_tokens:,} audio tokens, {work.text_tokens:,} text tokens"
     trained = "all" if work.trained == "full" else f"{work.trained_weights / 1e6:,.1f} M in adapters"
     lines = [
         f"  gpus         {found.setup.gpus} x {gpu.name}: {describe(found.setup, work)}",
-        f"  sample       {tokens}; {work.global_batch_size} a step",
+        f"  sample       {tokens}; {work.global_batch_size} per step",
         f"  weights      {work.weights / 1e9:.3f} B, trained: {trained}",
         "",
         "memory of the fullest GPU, GiB",
@@ -125,14 +54,14 @@ def report(work: Workload, found: Estimate) -> list[str]:
         "optimizer": memory.optimizer,
         "gradients": memory.gradients,
         "connectors": memory.connectors,
-        "kept activations": memory.activations,
-        "one block's work": memory.working_set,
+        "saved activations": memory.activations,
+        "block working set": memory.working_set,
         "FSDP2 buffers": memory.buffers,
     }
     lines += [f"  {name:18}{size / GIB:8.2f}" for name, size in parts.items() if size]
-    where = "start" if memory.start_of_backward >= memory.end_of_backward else "end"
+    moment = "start" if memory.start_of_backward >= memory.end_of_backward else "end"
     lines += [
-        f"  {'peak of tensors':18}{memory.peak / GIB:8.2f}   at the {where} of the backward pass",
+        f"  {'peak of tensors':18}{memory.peak / GIB:8.2f}   at the {moment} of the backward pass",
         f"  {'needed':18}{memory.needed / GIB:8.2f}   of {gpu.memory / GIB:.1f}: "
         + ("fits" if found.fits else "DOES NOT FIT"),
         "",
@@ -140,37 +69,40 @@ def report(work: Workload, found: Estimate) -> list[str]:
     if found.time is None:
         return [*lines, "step time: not predicted with parallelism.cpu_offload"]
     names = {
-        "matmul": "matrix products",
+        "matmul": "matmuls",
         "attention": "attention",
         "memory_bound": "memory-bound",
         "fsdp_copies": "FSDP2 copies",
-        "exchange": "tp, cp exchange",
+        "communication": "tp, cp collectives",
         "outside": "outside, update",
-        "host": "waits for host",
-        "exposed": "waits for FSDP2",
+        "host": "host-bound",
+        "exposed": "exposed FSDP2",
     }
     lines.append("time of a step, s")
     lines += [f"  {names[part]:18}{seconds:8.3f}" for part, seconds in asdict(found.time).items() if seconds > 5e-4]
     lines += [
         f"  {'step':18}{found.time.total:8.3f}   {found.tokens_per_s:,.0f} tokens/s/GPU, {found.tflops:.0f} "
         f"TFLOP/s/GPU, MFU {found.mfu:.1%}",
-        f"  {'useful':18}{found.flops / 1e15:8.3f}   PFLOP over all GPUs",
+        f"  {'model FLOPs':18}{found.flops / 1e15:8.3f}   PFLOP over all GPUs",
     ]
     return lines
 
 
 def describe(setup: Setup, work: Workload) -> str:
-    """A setup in one phrase."""
+    """Describes a setup in one phrase."""
     degrees = setup.degrees
     axes = " x ".join(f"{name} {size}" for name, size in vars(degrees).items() if size > 1) or "one rank"
     forwards = -(-work.global_batch_size // (setup.local_batch_size * degrees.dp))
     extra = [f"{forwards} forward(s) of {setup.local_batch_size}", f"checkpointing {setup.recompute}"]
-    extra += ["compiled"] * setup.compile + [f"float8 {setup.float8}"] * (setup.float8 != "none")
+    if setup.compile:
+        extra.append("compiled")
+    if setup.float8 != "none":
+        extra.append(f"float8 {setup.float8}")
     return f"{axes}; {', '.join(extra)}"
 
 
 def overrides_of(setup: Setup) -> str:
-    """What makes a job run with this setup."""
+    """Job overrides that select this setup."""
     degrees = setup.degrees
     keys = {
         "parallelism.dp_replicate": degrees.dp_replicate,
@@ -184,14 +116,14 @@ def overrides_of(setup: Setup) -> str:
 
 
 def assumptions(gpu: Gpu, setup: Setup) -> list[str]:
-    """What a prediction rests on."""
+    """Assumptions of a prediction, one per line."""
     lines = [
-        f"{gpu.name}: {gpu.matmul / 1e12:.0f} TFLOP/s in products, {gpu.attention_forward / 1e12:.0f} / "
+        f"{gpu.name}: {gpu.matmul / 1e12:.0f} TFLOP/s in matmuls, {gpu.attention_forward / 1e12:.0f} / "
         f"{gpu.attention_backward / 1e12:.0f} in attention forward / backward, copy {gpu.copy / 1e12:.1f} TB/s",
         f"not measured: {gpu.assumed}",
-        f"{gpu.gpus_per_node} GPUs a node, ranks filling one after the other; tp innermost, then FSDP2, then replicas",
+        f"{gpu.gpus_per_node} GPUs per node, filled in rank order; tp innermost, then FSDP2, then replicas",
         f"needed = {SLACK} x peak + {RESERVE / GIB:.1f} GiB for CUDA, NCCL and cuBLAS; validation is not counted",
-        "samples are of the usual size for time, of the largest for memory; no data, checkpoint or logging stalls",
+        "time is for a sample of mean cost, memory for the largest one; no data, checkpoint or logging stalls",
         f"against every measured run on H100s (docs/benchmarks): peak within {PEAK_ERROR:.0%}, step time within "
         f"{TIME_ERROR:.0%}",
     ]
@@ -205,17 +137,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", type=Path, metavar="JOB.toml", help="job file; --section.key=value overrides it")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs (1)")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="kind of GPU (h100)")
-    parser.add_argument("--gpus-per-node", type=int, help="GPUs that NVLink joins (8)")
-    parser.add_argument("--shape", help="released model, or JSON file, for a checkpoint that is not here")
-    parser.add_argument("--clip", help="WIDTHxHEIGHTxFRAMES of the samples (those of the data; else 768x448x89)")
+    parser.add_argument("--gpus-per-node", type=int, help="GPUs connected by NVLink (8)")
+    parser.add_argument("--shape", help="released model, or JSON file, in place of a missing checkpoint")
+    parser.add_argument("--clip", help="WIDTHxHEIGHTxFRAMES of the samples (default: those of the data, or 768x448x89)")
     parser.add_argument("--search", action="store_true", help="also list the fastest setups that fit")
-    parser.add_argument("--dry-run", action="store_true", help="also build the job on fake ranks and run a step")
+    parser.add_argument("--dry-run", action="store_true", help="also build the job on a fake rank and run a step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimate as JSON")
     parser.set_defaults(overrides=[])
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `ltx-titan estimate`; returns the exit status: 1 where the job does not fit or the dry run failed."""
+    """Run `ltx-titan estimate`; returns the exit status: 1 if the job does not fit or the dry run failed."""
     if arguments.gpus < 1:
         raise ValueError(f"--gpus: expected at least 1, found {arguments.gpus}.")
     gpu = GPUS[arguments.gpu]
@@ -224,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tables, origins = read_tables(arguments.job, arguments.overrides)
         clip = parse_clip(arguments.clip) if arguments.clip else None
-        notes = stand_in(tables, Path(folder), shape=arguments.shape, clip=clip)
+        notes = add_placeholders(tables, Path(folder), shape=arguments.shape, clip=clip)
         return _run(arguments, gpu, tables, origins, notes)
 
 
@@ -235,7 +167,7 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[
     except ValueError as error:
         if not arguments.search:
             raise
-        print(f"{arguments.job} as it is: {error}\n")
+        print(f"{arguments.job} without a search: {error}\n")
         plan = None
     if plan is None:
         # The search picks mesh and micro-batch; one rank with one micro-batch is valid for any job.
@@ -247,10 +179,7 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[
         }
         mesh = Degrees(dp_shard=arguments.gpus)
         neutral_plan = plan_job(build_job(neutral, str(arguments.job), origins), 1)
-        work, setup = (
-            make_workload(neutral_plan),
-            make_setup(neutral_plan.job, mesh, gpu.name),
-        )
+        work, setup = make_workload(neutral_plan), make_setup(neutral_plan.job, mesh, gpu.name)
     else:
         work, setup = make_workload(plan), make_setup(plan.job, plan.degrees, gpu.name)
         found = estimate(work, setup, gpu)
@@ -271,19 +200,25 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[
 def _print_search(work: Workload, setup: Setup, gpu: Gpu) -> int:
     best = search(work, setup, gpu)
     if not best:
-        print(f"\nno setup of {setup.gpus} x {gpu.name} fits; take more GPUs, a smaller clip or a leaner optimizer")
+        print(
+            f"\nno configuration of {setup.gpus} x {gpu.name} fits; use more GPUs, shorter clips or a smaller "
+            "optimizer (adamw8bit)"
+        )
         return 1
-    print(f"\nfastest of {len(best)} setups that fit {setup.gpus} x {gpu.name}, global batch {work.global_batch_size}")
+    print(
+        f"\nfastest of {len(best)} configurations that fit {setup.gpus} x {gpu.name}, global batch size "
+        f"{work.global_batch_size}"
+    )
     print(f"  {'s/step':>8} {'MFU':>6} {'needed':>7}   setup")
     for one in best[:_SHOWN]:
         needed = one.memory.needed / GIB
-        print(f"  {one.time.total:8.3f} {one.mfu:6.1%} {needed:7.1f}   {describe(one.setup, work)}")
+        print(f"  {one.step_time_s:8.3f} {one.mfu:6.1%} {needed:7.1f}   {describe(one.setup, work)}")
     print(f"  {overrides_of(best[0].setup)}")
     return 0
 
 
 def _print_dry_run(plan: Plan) -> None:
-    # Here, because it imports the trainer, and an estimate alone should not wait for that.
+    # Imported here: it loads the optimizers and FSDP2, which an estimate alone does not need.
     from ltx_titan.estimate.dry_run import dry_run
 
     degrees = plan.degrees
@@ -314,13 +249,4 @@ def _write_json(path: Path, found: Estimate) -> None:
         "tflops_per_gpu": found.tflops if found.time else None,
         "mfu": found.mfu if found.time else None,
     }
-    path.write_text(json.dumps(row, indent=1) + "\n")
-
-
-def _tokens(key: ShapeKey, modalities: str) -> tuple[int, int, int]:
-    """Video, audio and text tokens of a sample."""
-    counts = token_counts(key)
-    audio = sum(count for name, count in counts.items() if "audio" in name)
-    text = max(shape[0] for owner, name, shape in key if owner == "conditions" and name == "video_prompt_embeds")
-    video = sum(counts.values()) - audio
-    return (0 if modalities == "audio" else video), (0 if modalities == "video" else audio), text
+    write_text(path, json.dumps(row, indent=1) + "\n")

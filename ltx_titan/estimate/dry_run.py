@@ -1,11 +1,11 @@
-"""Builds a job as its trainer would, on one fake rank of as many as wanted, and runs its steps without arithmetic.
+"""Dry run: builds a job as the trainer does, on one fake rank of any world size, and runs a step on fake tensors.
 
-The process group is torch's fake one, which answers every collective at once, and all tensors are fake: they have
-shapes, dtypes and storages of a size, but no memory. Everything else is real: the transformer, its adapters, the
-parallel plan, FSDP2, the optimizer, a micro-batch as the strategy prepares it, forward, backward, clipping and update.
-So a mesh, shapes or an option that would fail on a cluster fails here, and the bytes that tensors hold are counted.
+The process group is torch's fake one, whose collectives return at once, and all tensors are fake: they have shapes,
+dtypes and storage sizes, but no memory. Everything else is real: the transformer, its adapters, the parallel plan,
+FSDP2, the optimizer, a micro-batch from the strategy, forward, backward, clipping and update. A mesh, shape or option
+that would fail on a cluster fails here, and the bytes held by tensors are counted.
 
-Not part of it: compilation (blocks run operation by operation, which also keeps more), kernels in Triton, text
+Excluded: compilation (blocks run operation by operation, which also saves more activations), Triton kernels, text
 connectors, reading checkpoints, validation.
 """
 
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ltx_titan.build import give_storage, shape_transformer
-from ltx_titan.conditioning import ModelInputs
+from ltx_titan.common.tensors import COMPUTE_DTYPES
+from ltx_titan.conditioning import ModelInputs, absent_streams, weigh
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import CompileSection, JobConfig, KernelsSection
 from ltx_titan.data import collate
@@ -34,23 +35,21 @@ from ltx_titan.optim import EMA, build_optimizers
 from ltx_titan.optim.build import Optimizers
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import build_mesh
-from ltx_titan.parallel.parallelize import compute_dtype
 from ltx_titan.plan import Plan
-from ltx_titan.train import absent_streams, weigh
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What was counted on rank 0, bytes.
+    """Bytes held by tensors on rank 0.
 
     Attributes:
         resident: weights, optimizer state and moving average between steps.
-        after_forward: held when the backward pass starts.
-        peak_backward: most in forward and backward.
-        peak_update: most in clipping and update.
-        seconds: that the dry run took.
+        after_forward: when the backward pass starts.
+        peak_backward: peak of forward and backward.
+        peak_update: peak of clipping and update.
+        seconds: duration of the dry run.
     """
 
     resident: int
@@ -61,15 +60,15 @@ class DryRun:
 
     @property
     def peak(self) -> int:
-        """Most in a step."""
+        """Peak of a step."""
         return max(self.peak_backward, self.peak_update)
 
 
 def dry_run(plan: Plan) -> DryRun:
-    """Builds and steps a planned job; the process must not have a process group.
+    """Builds a planned job and runs one step; the process must not have a process group.
 
     Args:
-        plan: for as many ranks as its degrees say.
+        plan: the job; the world size is the product of its degrees.
 
     Raises:
         Exception: whatever the real job would raise.
@@ -77,7 +76,7 @@ def dry_run(plan: Plan) -> DryRun:
     started = time.perf_counter()
     plan = dataclasses.replace(plan, job=_without_compilation(plan.job))
     with _fake_ranks(plan):
-        # Meshes are tensors of ranks, and what a strategy prepares depends on values: both are made for real.
+        # Real tensors, made before the fake mode: a mesh is a tensor of ranks, and `prepare` depends on values.
         device = torch.device("cpu")
         model = shape_transformer(plan, build_mesh(device.type, plan.degrees), device).train()
         inputs = _inputs(plan)
@@ -93,7 +92,7 @@ def _steps(plan: Plan, model: nn.Module, inputs: ModelInputs, live: LiveBytes, s
     _make_state(optimizers)
     if job.training.global_batch_size == job.training.local_batch_size * plan.degrees.dp:
         optimizers.zero_grad()
-    # Otherwise gradients are there already, as in the last of several micro-batches.
+    # With several micro-batches the gradients stay: this is the last of them, which accumulates.
     resident = live.now
     live.reset()
     video, audio = model(inputs.video, inputs.audio, absent_streams(inputs))
@@ -113,7 +112,7 @@ def _steps(plan: Plan, model: nn.Module, inputs: ModelInputs, live: LiveBytes, s
 
 
 def _make_state(optimizers: Optimizers) -> None:
-    """Steps once on gradients of nothing, for what optimizers make in their first step."""
+    """Steps once on zero gradients, because optimizers create their state in the first step."""
     for part in optimizers.parts:
         for group in part.param_groups:
             for parameter in group["params"]:
@@ -127,7 +126,7 @@ def _without_compilation(job: JobConfig) -> JobConfig:
 
 @contextmanager
 def _fake_ranks(plan: Plan) -> Iterator[None]:
-    # Private to torch's tests by its path, and the way torch's own tools make one.
+    # A private path, but the one torch's own tools use: there is no public fake process group.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     degrees = plan.degrees
@@ -139,12 +138,12 @@ def _fake_ranks(plan: Plan) -> Iterator[None]:
 
 
 def _inputs(plan: Plan) -> ModelInputs:
-    """A micro-batch of the dearest sample."""
+    """A micro-batch of the most expensive sample."""
     index = max(range(len(plan.dataset)), key=plan.sample_flops)
     count = plan.job.training.local_batch_size
     batch = collate([plan.dataset.load(index)] * count)
     if plan.connectors_path is None:
-        batch["conditions"] = to_contexts(batch["conditions"], None, compute_dtype(plan.job))
+        batch["conditions"] = to_contexts(batch["conditions"], None, COMPUTE_DTYPES[plan.job.training.dtype])
     else:
         batch["conditions"] = _contexts(plan, batch["conditions"]["video_prompt_embeds"])
     draws = draw_step(
@@ -154,20 +153,22 @@ def _inputs(plan: Plan) -> ModelInputs:
 
 
 def _contexts(plan: Plan, features: Tensor) -> dict[str, Tensor]:
-    """What the text connectors would make of features [B, T, D]; they are not built here."""
+    """Zeros of the text connectors' output shape, for features [B, T, D]; the connectors are not built here."""
     config = TransformerConfig.from_metadata(plan.source.config["transformer"])
     streams = {"video_prompt_embeds": config.video, "audio_prompt_embeds": config.audio}
     return {
-        name: torch.zeros(*features.shape[:2], stream.caption_dim or stream.context_dim, dtype=compute_dtype(plan.job))
+        name: torch.zeros(
+            *features.shape[:2], stream.caption_dim or stream.context_dim, dtype=COMPUTE_DTYPES[plan.job.training.dtype]
+        )
         for name, stream in streams.items()
     }
 
 
 def _as_fake(value: Any, fake: FakeTensorMode) -> Any:
-    """`value` with every tensor in it made fake, through dataclasses and tuples."""
+    """Replaces every tensor in `value` by a fake one, recursing into dataclasses and tuples."""
     if isinstance(value, Tensor):
         return fake.from_tensor(value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _as_fake(getattr(value, field.name), fake) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     if isinstance(value, tuple):

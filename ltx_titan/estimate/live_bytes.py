@@ -1,8 +1,8 @@
-"""Counts the bytes that tensors hold while something runs, on any device and for fake tensors too.
+"""Counts the bytes that tensors hold, on any device and for fake tensors.
 
-A CPU has no allocator to ask, and a fake tensor no memory, but both have storages: every operation's results are
-followed until their storage is freed. FSDP2 empties and refills storages in place, which is no operation; that is
-followed as well.
+A CPU allocator reports no statistics and a fake tensor has no memory, but both have storages: a dispatch mode registers
+the storage of every operation's results, and a finalizer removes it when it is freed. FSDP2 frees and refills storages
+with `resize_`, which is not dispatched, so it is patched.
 """
 
 import weakref
@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within this context, `now` and `peak` are the bytes of all storages made in it (and of those given to `add`).
+    """Context in which `now` and `peak` count the bytes of all storages created in it or passed to `add`.
 
     Attributes:
-        now: bytes that are held.
-        peak: most since the last `reset`.
+        now: bytes held.
+        peak: largest `now` since the last `reset`.
     """
 
     def __init__(self) -> None:
@@ -32,19 +32,19 @@ class LiveBytes(TorchDispatchMode):
         self._resize: Callable | None = None
 
     def add(self, *tensors: Tensor) -> None:
-        """Also counts tensors that were made outside."""
+        """Also counts tensors created outside the context."""
         for tensor in tensors:
-            self._follow(tensor)
+            self._register(tensor)
 
     def reset(self) -> None:
-        """Starts a new peak."""
+        """Starts a new peak at the current number of bytes."""
         self.peak = self.now
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._follow(leaf)
+                self._register(leaf)
         return out
 
     def __enter__(self) -> Self:
@@ -57,22 +57,22 @@ class LiveBytes(TorchDispatchMode):
                 counter._set(key, storage.nbytes())
 
         self._resize = resize
-        torch.UntypedStorage.resize_ = resize_and_count
+        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        torch.UntypedStorage.resize_ = self._resize
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign, assignment]
         super().__exit__(kind, error, trace)
 
-    def _follow(self, tensor: Tensor) -> None:
+    def _register(self, tensor: Tensor) -> None:
         inner = getattr(tensor, "_local_tensor", tensor)
         try:
             storage = inner.untyped_storage()
-        except NotImplementedError:  # a wrapper around other tensors, which come by themselves
+        except NotImplementedError:  # a wrapper subclass; its inner tensors are dispatched too
             return
-        key = storage._cdata
+        key = storage._cdata  # views share their storage, which is counted once
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key)
             self._sizes[key] = 0

@@ -1,11 +1,11 @@
-"""Peak memory of a training step on the fullest GPU, from the sizes of what is alive at the two fullest moments.
+"""Predicts the peak memory of a training step on the fullest GPU, from the tensors alive at two moments.
 
-    start of backward   everything saved by the forward pass is there, no gradients yet
-    end of backward     all gradients are there, one block's activations are left
+    start of backward   all saved activations, no gradients yet
+    end of backward     all gradients, the activations of one block
 
-In between, blocks trade activations for gradients one by one, so the peak is at one of the ends; at both, the weights,
-the optimizer's state, one block's working set and FSDP2's buffers are there too. Counted are bytes that tensors hold,
-as `peak_mem_gib` in metrics.jsonl; what the allocator and the driver take on top is `RESERVE` and `SLACK`.
+In between, each block frees its activations and adds its gradients, so the peak is at one of the ends. Weights,
+optimizer state, one block's working set and FSDP2's buffers are alive at both. The result counts bytes held by tensors,
+as `peak_mem_gib` in metrics.jsonl does; `RESERVE` and `SLACK` add what the driver and the allocator take.
 
 Activations are counted in units: one value of the compute dtype per token and column of the stream's residual.
 """
@@ -16,23 +16,23 @@ from ltx_titan.common.hardware import GIB
 from ltx_titan.estimate.workload import Setup, Workload
 
 RESERVE = 2.5 * GIB
-"""CUDA context, NCCL's buffers, cuBLAS workspaces: assumed."""
+"""Bytes of the CUDA context, NCCL buffers and cuBLAS workspaces. Assumed."""
 SLACK = 1.04
-"""Memory that the allocator reserves over memory that tensors hold, with expandable segments: assumed."""
+"""Ratio of memory reserved by the allocator to memory held by tensors, with expandable segments. Assumed."""
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adamw4bit": 1.1, "muon": 4.0, "adafactor": 0.0}
-"""Optimizer state per trained weight, see `OptimizerSection`."""
+"""Bytes of optimizer state per trained weight, see `[optimizer]` in the configuration."""
 
 
 @dataclass(frozen=True)
 class SavedUnits:
-    """What autograd keeps of one block for its backward pass, in units per token.
+    """Activations that autograd saves of one block, in units per token.
 
     Attributes:
-        own: a stream's self-attention, text attention and feed-forward.
-        video_cross, audio_cross: its part in the attention between the streams.
-        own_timestep, cross_timestep: more of both where tokens of a sample have two timesteps.
-        text: a text attention's keys, values and modulated text, per text token.
+        own: self-attention, text cross-attention and feed-forward of a stream.
+        video_cross, audio_cross: a stream's part of the cross-modal attentions.
+        own_timestep, cross_timestep: additional units of both if the tokens of a sample have two timesteps.
+        text: keys, values and modulated text of a text cross-attention, per text token.
     """
 
     own: float
@@ -43,8 +43,8 @@ class SavedUnits:
     text: float
 
 
-# Counted by saved-tensor hooks on blocks of these proportions (tests/estimate/test_estimate.py repeats it). Compiled:
-# what the partitioner of AOTAutograd decides to keep. (is compiled, trained) -> units.
+# Counted with saved-tensor hooks on blocks of these proportions; tests/estimate/test_estimate.py repeats the count. For
+# compiled blocks the min-cut partitioner of AOTAutograd decides what is saved. (is compiled, trained) -> units.
 SAVED = {
     (False, "full"): SavedUnits(49.1, 18.6, 25.1, 12.0, 4.0, 9.0),
     (True, "full"): SavedUnits(18.1, 6.0, 8.2, 13.0, 5.0, 2.0),
@@ -52,29 +52,29 @@ SAVED = {
     (True, "lora"): SavedUnits(20.7, 6.3, 10.2, 10.0, 4.0, 4.1),
 }
 KERNELS_TIMESTEP = 0.6
-"""Kept for a second timestep with the fused kernels: a block grew by 1.16 instead of 1.14 GiB (bench block, H100)."""
+"""Units for a second timestep with the fused kernels: a block grew by 1.16 instead of 1.14 GiB (bench block, H100)."""
 SELECTIVE = {1: SavedUnits(4.0, 2.0, 1.0, 0.0, 0.0, 0.0), 2: SavedUnits(6.0, 1.5, 2.0, 0.0, 0.0, 0.0)}
-"""Selective checkpointing, compiled: the block's input, results of attention, and without tensor parallelism (1,
-counted) products that narrow, the feed-forward's and the cross-modal ones; with it (2, reckoned) what reduce-scatters
-gave."""
+"""Units under selective checkpointing, compiled: the block's input and attention outputs; without tensor parallelism
+(key 1, counted) also the outputs of matmuls that narrow (feed-forward, cross-modal); with it (key 2, computed by hand)
+the outputs of reduce-scatters instead."""
 TRANSIENT = {False: 20.0, True: 10.0}
-"""Gradients and temporaries within a block's backward pass, most in the feed-forward: two of 4 x width, and its input
-and result; in float32 where blocks are not compiled."""
+"""Units of gradients and temporaries within a block's backward pass. They peak in the feed-forward: two tensors of
+4 x width, its input and its output; in float32 if blocks are not compiled."""
 OUTSIDE = 7.5
-"""Kept outside the blocks, counted like `SAVED`: rotary tables in float32 (3 units), and the output head, whose norm is
-in float32; 2 units less with one timestep."""
+"""Units saved outside the blocks, counted like `SAVED`: RoPE cos/sin tables in float32 (3 units), and the output head,
+whose norm is in float32; 2 units less with one timestep."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest GPU, and what they are for.
+    """Bytes on the fullest GPU by purpose.
 
     Attributes:
         parameters: shards.
-        optimizer: its state, and a moving average where there is one.
-        gradients: shards, once all are there.
+        optimizer: state, and the moving average of the weights if there is one.
+        gradients: shards, at the end of the backward pass.
         connectors: shards of resident text connectors.
-        activations: kept by the forward pass at the start of the backward pass.
+        activations: saved by the forward pass.
         working_set: one block's recomputed activations and temporaries.
         buffers: gathered weights and unsharded gradients.
         start_of_backward, end_of_backward: sums at these moments.
@@ -92,19 +92,19 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """Most that tensors hold at once."""
+        """Largest number of bytes held by tensors."""
         return max(self.start_of_backward, self.end_of_backward)
 
     @property
     def needed(self) -> float:
-        """Memory a GPU must have."""
+        """Memory that a GPU must have."""
         return self.peak * SLACK + RESERVE
 
 
 def estimate_memory(work: Workload, setup: Setup) -> Memory:
-    """Peak memory of a step with the largest sample."""
+    """Predicts the peak memory of a step on the largest sample."""
     parts = _states(work, setup)
-    kept, one_block = _activations(work, setup)
+    saved, one_block = _activations(work, setup)
     temporary = _units_to_bytes(work, setup, TRANSIENT[setup.compile])
     outside = _units_to_bytes(work, setup, OUTSIDE)
     buffers = _buffers(work, setup)
@@ -112,42 +112,49 @@ def estimate_memory(work: Workload, setup: Setup) -> Memory:
     shard = _gradient_shard(work, setup)  # of one block
     all_shards = parts["gradients"]
     if _micro_batches(work, setup) > 1:
-        states, shard, all_shards = states + all_shards, 0.0, 0.0
+        # Accumulated gradients are there from the second micro-batch on, so the backward pass adds none.
+        states += all_shards
+        shard = all_shards = 0.0
     resident = states + buffers.outside + buffers.block + outside
     recomputed = 0.0 if setup.recompute == "none" else one_block
 
-    # In a block's backward pass its activations are there, and the gradients of the block behind, which are being
-    # reduced; at its end its own gradients, once in the compute dtype and once on their way.
+    # During a block's backward pass: its activations, and the gradients of the block before, which are being reduced.
+    # At its end: its own gradients, in the compute dtype and as the float32 input of the reduce-scatter.
     activations_peak = one_block + temporary + buffers.reducing
     gradients_peak = buffers.gradients + buffers.reducing
     block_peak = max(activations_peak, gradients_peak)
-    last = kept + recomputed + temporary + buffers.travelling
-    second_last = kept + (buffers.travelling if work.num_layers > 2 else 0.0) + shard
+    # The backward pass runs from the last block to the first. In the last one no gradients are being reduced yet.
+    last = saved + recomputed + temporary + buffers.prefetched
+    second_last = saved + shard
+    if work.num_layers > 2:
+        second_last += buffers.prefetched
     if setup.recompute == "none":
+        # `saved` still counts the last block, which is free by now, and this one, which the peaks count as well.
         second_last += max(activations_peak - 2 * one_block, gradients_peak - 2 * one_block, 0.0)
     else:
         second_last += block_peak
-    # The first block has no other to be gathered beside it.
-    second = buffers.travelling + max(work.num_layers - 2, 0) * shard + block_peak
+    # The first block of the model is the last to run: FSDP2 has nothing left to prefetch.
+    second = buffers.prefetched + max(work.num_layers - 2, 0) * shard + block_peak
     first = (work.num_layers - 1) * shard + block_peak
     root = states + buffers.outside + all_shards + buffers.outside_gradients
     return Memory(
         **parts,
-        activations=kept + outside,
+        activations=saved + outside,
         working_set=recomputed + temporary,
-        buffers=buffers.outside + buffers.block + buffers.travelling + buffers.reducing,
+        buffers=buffers.outside + buffers.block + buffers.prefetched + buffers.reducing,
         start_of_backward=resident + max(last, second_last),
         end_of_backward=max(resident + max(first, second), root),
     )
 
 
 def saved_per_block(work: Workload, setup: Setup, *, keeps_everything: bool = False) -> float:
-    """Bytes that one block keeps for its backward pass under the setup's checkpointing (every_k: of a kept block).
+    """Bytes that autograd saves of one block under the setup's checkpointing (every_k: of a block that is not
+    recomputed).
 
     Args:
         work: the workload.
         setup: the setup.
-        keeps_everything: what the block would keep without checkpointing.
+        keeps_everything: count what the block would save without checkpointing.
     """
     video, audio = _tokens(work, setup)
     both = work.video_tokens > 0 and work.audio_tokens > 0
@@ -159,77 +166,88 @@ def saved_per_block(work: Workload, setup: Setup, *, keeps_everything: bool = Fa
     else:
         units = SAVED[setup.compile, work.trained]
         if setup.degrees.tp > 1:
-            # What the products of attention and feed-forward read: tokens of all tp ranks.
-            gathered = (3 + 2 * both) * setup.degrees.tp
-    per_video = units.own + gathered + both * units.video_cross
-    per_audio = units.own + gathered + both * units.audio_cross
-    timestep = units.own_timestep + both * units.cross_timestep
+            # Inputs of column-wise matmuls are saved after the all-gather: the tokens of all tp ranks.
+            gathered = (5.0 if both else 3.0) * setup.degrees.tp
+    per_video = per_audio = units.own + gathered
+    timestep = units.own_timestep
+    if both:
+        per_video += units.video_cross
+        per_audio += units.audio_cross
+        timestep += units.cross_timestep
     if setup.kernels:
         timestep = min(timestep, KERNELS_TIMESTEP)
-    per_video += (work.video_timesteps > 1) * timestep
-    per_audio += (work.audio_timesteps > 1) * timestep
-    columns = video * per_video * work.video_width + audio * per_audio * work.audio_width
-    widths = (work.video_tokens > 0) * work.video_width + (work.audio_tokens > 0) * work.audio_width
-    columns += setup.local_batch_size * work.text_tokens * units.text * widths / setup.degrees.tp
-    return columns * work.itemsize
+    if work.video_timesteps > 1:
+        per_video += timestep
+    if work.audio_timesteps > 1:
+        per_audio += timestep
+    values = video * per_video * work.video_width + audio * per_audio * work.audio_width
+    # Every rank holds the whole text, but keys and values only of its heads.
+    text_width = work.video_width if work.video_tokens > 0 else 0
+    if work.audio_tokens > 0:
+        text_width += work.audio_width
+    values += setup.local_batch_size * work.text_tokens * units.text * text_width / setup.degrees.tp
+    return values * work.itemsize
 
 
 def _activations(work: Workload, setup: Setup) -> tuple[float, float]:
-    """Bytes kept at the start of the backward pass, and of one block with everything."""
+    """Bytes saved by all blocks at the start of the backward pass, and by one block without checkpointing."""
     everything = saved_per_block(work, setup, keeps_everything=True)
     if setup.recompute == "none":
         return work.num_layers * everything, everything
     video, audio = _tokens(work, setup)
     inputs = (video * work.video_width + audio * work.audio_width) * work.itemsize
-    waiting = 0.0 if setup.offload_activations else 1.0
     if setup.recompute == "every_k":
-        dropped = -(-work.num_layers // setup.k)
-        return dropped * inputs * waiting + (work.num_layers - dropped) * everything, everything
-    kept = saved_per_block(work, setup)
-    # Two blocks' inputs are on the device: one in use, one on its way.
-    return (work.num_layers * kept if waiting else 2 * inputs), everything
+        recomputed = -(-work.num_layers // setup.k)
+        on_device = 0.0 if setup.offload_activations else recomputed * inputs
+        return on_device + (work.num_layers - recomputed) * everything, everything
+    if setup.offload_activations:
+        # The inputs of two blocks are on the device: one in use, one being copied.
+        return 2 * inputs, everything
+    return work.num_layers * saved_per_block(work, setup), everything
 
 
 def _states(work: Workload, setup: Setup) -> dict[str, float]:
     elements, size = _sharded(work, setup, trained_only=False)
     trained, trained_size = _sharded(work, setup, trained_only=True)
     state = STATE_BYTES[work.optimizer]
-    ema = 4.0 if work.ema else 0.0
+    ema = 4.0 if work.ema else 0.0  # float32
     optimizer = trained * (state + ema)
     if work.offload_state:
+        # The state of two blocks is on the device: one being updated, one being copied.
         block = work.block.sharded(setup.degrees, trained_only=True)[0]
         optimizer = trained * ema + 2 * block * state
     on_device = 0.0 if setup.cpu_offload else 1.0
     return {
         "parameters": size * on_device,
         "optimizer": optimizer * on_device,
-        # In the parameter's dtype; updated and dropped at once with in_backward.
+        # In the parameter's dtype; with in_backward each is used and freed at once.
         "gradients": 0.0 if work.in_backward else trained_size * on_device,
-        "connectors": 2.0 * work.connectors / setup.fsdp,
+        "connectors": 2.0 * work.connectors / setup.fsdp,  # bfloat16
     }
 
 
 def _sharded(work: Workload, setup: Setup, *, trained_only: bool) -> tuple[int, int]:
     block = work.block.sharded(setup.degrees, trained_only=trained_only)
     outside = work.outside.sharded(setup.degrees, trained_only=trained_only)
-    return tuple(work.num_layers * b + o for b, o in zip(block, outside, strict=True))
+    return work.num_layers * block[0] + outside[0], work.num_layers * block[1] + outside[1]
 
 
 @dataclass(frozen=True)
 class _Buffers:
-    """FSDP2's, bytes.
+    """Bytes of FSDP2's buffers.
 
     Attributes:
-        outside: gathered weights outside the blocks, which stay.
-        block, travelling: gathered weights of a block, and of the next one on its way.
-        gradients: of a block, before their reduction.
-        reducing: the same in float32, on their way; waited for only at the end of the next block's backward pass.
-        outside_gradients: both, of what is outside the blocks.
+        outside: gathered weights outside the blocks, which stay gathered.
+        block: gathered weights of the current block.
+        prefetched: of the next block, being gathered.
+        gradients: of a block, before their reduction, in the compute dtype.
+        reducing: the same in float32, being reduced; FSDP2 waits for them at the end of the next block's backward pass.
+        outside_gradients: both, of the weights outside the blocks.
     """
 
     outside: float
     block: float
-    travelling: float
+    prefetched: float
     gradients: float
     reducing: float
     outside_gradients: float
@@ -239,8 +257,14 @@ def _buffers(work: Workload, setup: Setup) -> _Buffers:
     tp, size = setup.degrees.tp, work.itemsize
     block, outside = (size * weights.gathered(tp) for weights in (work.block, work.outside))
     trained, trained_outside = (weights.gathered(tp, trained_only=True) for weights in (work.block, work.outside))
-    travelling = block / size if setup.float8_all_gather else block
-    return _Buffers(outside, block, travelling, size * trained, 4.0 * trained, (size + 4.0) * trained_outside)
+    return _Buffers(
+        outside=outside,
+        block=block,
+        prefetched=block / size if setup.float8_all_gather else block,  # float8: one byte per weight
+        gradients=size * trained,
+        reducing=4.0 * trained,
+        outside_gradients=(size + 4.0) * trained_outside,
+    )
 
 
 def _gradient_shard(work: Workload, setup: Setup) -> float:
@@ -250,7 +274,7 @@ def _gradient_shard(work: Workload, setup: Setup) -> float:
 
 
 def _tokens(work: Workload, setup: Setup) -> tuple[float, float]:
-    """Video and audio tokens of the largest micro-batch on one rank; between the layers, tp splits both, cp video."""
+    """Video and audio tokens of the largest micro-batch on one rank: tp shards both, cp only video."""
     video, audio = work.largest
     degrees = setup.degrees
     return (

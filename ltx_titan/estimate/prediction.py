@@ -1,19 +1,27 @@
-"""What a job will need and take on a kind of GPU, and the mesh on which it would be fastest; no GPU is asked.
+"""Predicts memory, step time and MFU of a setup, and searches for the fastest setup that fits.
 
-Memory comes from memory_estimate.py, time from time_estimate.py; this is where both meet, and where a search compares
-setups. Predictions are for comparing setups and for knowing what fits before a machine is rented: each constant names
-its source beside it, and `docs/benchmarks/` holds predictions against measurements.
+Memory comes from `memory.py`, time from `time.py`. Predictions are for comparing setups and for choosing a machine
+before renting it. Each constant of theirs names its source; a test compares predictions with the measured runs in
+`docs/benchmarks/`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import log
+from pathlib import Path
 
-from ltx_titan.common.hardware import Gpu
-from ltx_titan.config import Degrees
+from ltx_titan.common.hardware import GPUS, Gpu
+from ltx_titan.config import Degrees, LoRASettings
 from ltx_titan.estimate.memory import Memory, estimate_memory
-from ltx_titan.estimate.time import StepTime, estimate_time, useful_flops
-from ltx_titan.estimate.workload import Setup, Workload
+from ltx_titan.estimate.time import StepTime, estimate_time, model_flops
+from ltx_titan.estimate.workload import Setup, Workload, has_measured_kernels, model_weights
+from ltx_titan.model import TransformerConfig
+from ltx_titan.model.flops import Trained
+from ltx_titan.parallel.activation_checkpoint import Mode
+from ltx_titan.weights.source import read_source
+
+# Prompts are padded to this many tokens.
+_TEXT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -21,11 +29,11 @@ class Estimate:
     """Memory and time of a setup.
 
     Attributes:
-        setup: what is estimated.
-        gpu: on which kind.
+        setup: the estimated setup.
+        gpu: kind of GPU.
         memory: of the fullest GPU.
-        time: of a step; None where weights are in host memory, whose buses and processor are not modelled.
-        flops: useful ones of a step over all GPUs.
+        time: of a step; None with `cpu_offload`, since PCIe transfers and the update on the CPU are not modeled.
+        flops: model FLOPs of a step over all GPUs.
         tokens: video and audio tokens in a step.
     """
 
@@ -38,22 +46,28 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU has the memory."""
+        """Whether the GPU has enough memory."""
         return self.memory.needed <= self.gpu.memory
 
     @property
+    def step_time_s(self) -> float:
+        """Seconds of a step; only if `time` is predicted."""
+        assert self.time is not None, "cpu_offload: the step time is not predicted"
+        return self.time.total
+
+    @property
     def tokens_per_s(self) -> float:
-        """Video and audio tokens a second and GPU."""
-        return self.tokens / self.time.total / self.setup.gpus
+        """Video and audio tokens per second and GPU."""
+        return self.tokens / self.step_time_s / self.setup.gpus
 
     @property
     def tflops(self) -> float:
-        """Useful TFLOP/s per GPU."""
-        return self.flops / self.time.total / self.setup.gpus / 1e12
+        """Model TFLOP/s per GPU."""
+        return self.flops / self.step_time_s / self.setup.gpus / 1e12
 
     @property
     def mfu(self) -> float:
-        """Share of the GPU's peak."""
+        """Model FLOPs utilization: the fraction of the GPU's peak."""
         return self.tflops * 1e12 / self.gpu.peak
 
 
@@ -64,30 +78,107 @@ def estimate(work: Workload, setup: Setup, gpu: Gpu) -> Estimate:
         gpu=gpu,
         memory=estimate_memory(work, setup),
         time=None if setup.cpu_offload else estimate_time(work, setup, gpu),
-        flops=useful_flops(work),
+        flops=model_flops(work),
         tokens=work.global_batch_size * (work.video_tokens + work.audio_tokens),
     )
 
 
-def search(work: Workload, setup: Setup, gpu: Gpu) -> list[Estimate]:
-    """Estimates of all setups of as many GPUs that fit, fastest first; of equals the simplest.
+@dataclass(frozen=True)
+class SampleTimes:
+    """Step times of single samples on one GPU.
 
-    Varied are the mesh, activation checkpointing and the micro-batch; the rest is as in `setup`. The global batch
-    stays, for the learning rate belongs to it.
+    Attributes:
+        work: the model; its token counts are replaced by a sample's.
+        gpu: kind of GPU.
+        mfu: assumed MFU; None predicts the time from the rates of the GPU.
+    """
+
+    work: Workload
+    gpu: Gpu
+    mfu: float | None
+
+    def seconds(self, video_tokens: int, audio_tokens: int) -> float:
+        """Seconds of a training step on one sample, without data loading."""
+        largest = (video_tokens, audio_tokens)
+        work = replace(self.work, video_tokens=video_tokens, audio_tokens=audio_tokens, largest=largest)
+        if self.mfu is not None:
+            return model_flops(work) / (self.gpu.peak * self.mfu)
+        kernels = has_measured_kernels(self.gpu.name)
+        setup = Setup(Degrees(), recompute="selective", compile=True, kernels=kernels)
+        return estimate_time(work, setup, self.gpu).total
+
+    @property
+    def assumption(self) -> str:
+        """The assumptions in words."""
+        kind = "LoRA" if self.work.trained == "lora" else "full fine-tuning"
+        name = self.gpu.name.upper()
+        if self.mfu is not None:
+            return f"one sample on one {name} at {self.mfu:.0%} of its peak, {kind}"
+        return f"one sample on one {name}, compiled with selective checkpointing, {kind}"
+
+
+def step_times(
+    model_path: Path | None, shape: str | None, gpu: str, mfu: float | None, trained: Trained
+) -> SampleTimes:
+    """Prepares estimates of the step time of single samples.
+
+    Args:
+        model_path: checkpoint to be trained; None for a released shape.
+        shape: name of the released shape, if there is no checkpoint.
+        gpu: name of the GPU, such as H100; case does not matter, and A100 is the one with 80 GB.
+        mfu: assumed MFU, in (0, 1]; None to predict it.
+        trained: "full" or "lora".
+
+    Raises:
+        ValueError: the checkpoint or shape cannot be read, the GPU is unknown, or `mfu` is out of range.
+    """
+    kind = next((kind for name, kind in GPUS.items() if gpu.lower() in (name, name.partition("-")[0])), None)
+    if kind is None:
+        raise ValueError(f"--gpu: the peak of {gpu!r} is not known; expected one of {', '.join(GPUS)}.")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise ValueError(f"--mfu: expected a fraction of the peak, above 0 and at most 1, found {mfu}.")
+    source = read_source(None if model_path is None else str(model_path), None if model_path else shape, None)
+    transformer = source.config["transformer"]
+    weights = model_weights(transformer, "av", LoRASettings() if trained == "lora" else None)
+    work = Workload(
+        transformer=transformer,
+        trained=trained,
+        block=weights.block,
+        outside=weights.outside,
+        connectors=0,
+        num_layers=TransformerConfig.from_metadata(transformer).num_layers,
+        video_tokens=0,
+        audio_tokens=0,
+        text_tokens=_TEXT_TOKENS,
+        video_timesteps=1,
+        audio_timesteps=1,
+        largest=(0, 0),
+        global_batch_size=1,
+    )
+    return SampleTimes(work, kind, mfu)
+
+
+def search(work: Workload, setup: Setup, gpu: Gpu) -> list[Estimate]:
+    """Estimates all setups with the same number of GPUs and returns those that fit, fastest first.
+
+    Varies the mesh, activation checkpointing and the micro-batch; everything else is taken from `setup`. The global
+    batch size stays, since the learning rate was chosen for it. Among equally fast setups the simplest comes first.
     """
     found = [estimate(work, candidate, gpu) for candidate in candidates(work, setup, gpu.gpus_per_node)]
     fitting = [one for one in found if one.fits]
-    # To a percent: finer differences are noise, and a mesh with fewer axes is easier to run.
-    return sorted(fitting, key=lambda one: (_rounded(one.time.total), _complexity(one.setup), one.memory.peak))
+    # Rounded to a percent: finer differences are below the model's error, and fewer mesh axes are easier to run.
+    return sorted(fitting, key=lambda one: (_rounded(one.step_time_s), _complexity(one.setup), one.memory.peak))
 
 
 def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Setup]:
-    """All setups of `setup.gpus` ranks that `plan_job` accepts."""
+    """Yields all setups of `setup.gpus` ranks that `plan_job` accepts."""
     gpus = setup.gpus
-    modes = ["none", "selective", "full"] if setup.compile else ["none", "full"]
-    for tp in _divisors(min(gpus, gpus_per_node)):
+    # Without compilation, selective checkpointing runs operation by operation and is slower than full.
+    modes: list[Mode] = ["none", "selective", "full"] if setup.compile else ["none", "full"]
+    for tp in _divisors(min(gpus, gpus_per_node)):  # tp's collectives are not overlapped, so it stays within a node
         for cp in _divisors(gpus // tp if gpus % tp == 0 else 1):
-            if gpus % (tp * cp) or work.heads % (tp * cp) or (cp > 1 and not work.video_tokens):
+            splits_evenly = gpus % (tp * cp) == 0 and work.heads % (tp * cp) == 0
+            if not splits_evenly or (cp > 1 and work.video_tokens == 0):
                 continue
             dp = gpus // (tp * cp)
             for dp_replicate in _divisors(dp):
@@ -96,7 +187,7 @@ def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Set
                     if work.global_batch_size % (batch * dp):
                         continue
                     if work.in_backward and work.global_batch_size != batch * dp:
-                        continue
+                        continue  # updates in the backward pass leave no gradient to accumulate
                     for mode in modes:
                         offload = setup.offload_activations and mode == "full"
                         yield replace(

@@ -1,22 +1,34 @@
-"""What an estimate is about: the weights, the tokens and the way a job is run, as numbers without a model or a mesh."""
+"""Descriptions of a job for the estimator: a mesh-independent `Workload` and a `Setup` that a search varies.
+
+Both are numbers: no model, mesh or dataset is needed to estimate them. `make_workload` and `make_setup` derive them
+from a planned job.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import Shard
 
-from ltx_titan.config import Degrees
+from ltx_titan.common.tensors import COMPUTE_DTYPES
+from ltx_titan.config import Degrees, JobConfig, LoRASettings
+from ltx_titan.lora import apply_lora
+from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
 from ltx_titan.model.flops import Trained
+from ltx_titan.model.transformer import Modalities
+from ltx_titan.parallel.activation_checkpoint import Mode
 from ltx_titan.parallel.tp import placement_of
-
-Recompute = Literal["none", "full", "selective", "every_k"]
+from ltx_titan.plan import Plan, stream_tokens
+from ltx_titan.weights.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter: its whole shape, bytes per element as stored, the dim that tensor parallelism cuts (None: none)."""
+    """A parameter: global shape, bytes per element as stored, and the dim that tensor parallelism shards (or None)."""
 
     shape: tuple[int, ...]
     itemsize: int
@@ -36,30 +48,30 @@ class Weights:
 
     @classmethod
     def of(cls, named: Iterable[tuple[str, nn.Parameter]]) -> "Weights":
-        """From a model's parameters, by their official names; the meta device will do."""
+        """Describes a model's parameters, which may be on the meta device, by their official names."""
         items = []
         for name, parameter in named:
             placement = placement_of(name, parameter.shape)
-            tp_dim = None if placement.is_replicate() else placement.dim
+            tp_dim = placement.dim if isinstance(placement, Shard) else None
             items.append(Weight(tuple(parameter.shape), parameter.element_size(), parameter.requires_grad, tp_dim))
         return cls(tuple(items))
 
     @property
     def count(self) -> int:
-        """All weights."""
+        """Number of weights."""
         return sum(prod(weight.shape) for weight in self.items)
 
     @property
     def trained(self) -> int:
-        """Weights that are trained."""
+        """Number of trained weights."""
         return sum(prod(weight.shape) for weight in self.items if weight.is_trained)
 
     def gathered(self, tp: int, *, trained_only: bool = False) -> int:
-        """Elements that a rank has while the unit is gathered."""
+        """Elements on a rank while FSDP2 has the unit gathered."""
         return sum(prod(w.after_tp(tp)) for w in self.items if w.is_trained or not trained_only)
 
     def sharded(self, degrees: Degrees, *, trained_only: bool = False) -> tuple[int, int]:
-        """Elements and stored bytes of the fullest rank's shards: FSDP2 cuts dim 0 and gives the first ranks more."""
+        """Elements and stored bytes of the largest shards: FSDP2 chunks dim 0, the first chunks are the larger ones."""
         ranks = degrees.dp_shard * degrees.cp
         elements = size = 0
         for weight in self.items:
@@ -73,22 +85,22 @@ class Weights:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on what; the same for every mesh.
+    """Mesh-independent description of the training workload.
 
     Attributes:
         transformer: the `transformer` section of the checkpoint's config.
         trained: "full" or "lora".
         block: weights of one block.
         outside: weights of the transformer outside its blocks.
-        connectors: weights of resident, frozen text connectors; 0 where the data holds finished contexts.
-        num_layers: blocks.
-        video_tokens, audio_tokens: tokens of a sample, references included; 0 where the stream is absent.
+        connectors: weights of resident, frozen text connectors; 0 if the data holds finished contexts.
+        num_layers: number of blocks.
+        video_tokens, audio_tokens: tokens of a sample, references included; 0 for an absent stream.
         text_tokens: of the prompt.
-        video_timesteps, audio_timesteps: distinct ones in a sample: 2 where a condition can give clean tokens.
-        largest: (video, audio) tokens of the largest sample, which decides memory.
+        video_timesteps, audio_timesteps: distinct timesteps in a sample: 2 if a condition can make tokens clean.
+        largest: (video, audio) tokens of the largest sample, which determines memory.
         global_batch_size: samples in an optimizer step.
         itemsize: bytes of the compute dtype.
-        quantised: weights of a block that are kept in 8 or 4 bits.
+        quantized: weights of a block that are stored in 8 or 4 bits.
         optimizer: name of the update rule.
         offload_state, in_backward, ema: as in `[optimizer]`.
     """
@@ -107,59 +119,61 @@ class Workload:
     largest: tuple[int, int]
     global_batch_size: int
     itemsize: int = 2
-    quantised: int = 0
+    quantized: int = 0
     optimizer: str = "adamw"
     offload_state: bool = False
     in_backward: bool = False
     ema: bool = False
 
+    @cached_property
+    def _architecture(self) -> TransformerConfig:
+        return TransformerConfig.from_metadata(dict(self.transformer))
+
     @property
     def video_width(self) -> int:
         """Width of the video stream."""
-        heads = self.transformer.get("num_attention_heads", 32)
-        return heads * self.transformer.get("attention_head_dim", 128)
+        return self._architecture.video.width
 
     @property
     def audio_width(self) -> int:
         """Width of the audio stream."""
-        heads = self.transformer.get("audio_num_attention_heads", 32)
-        return heads * self.transformer.get("audio_attention_head_dim", 64)
+        return self._architecture.audio.width
 
     @property
     def heads(self) -> int:
-        """Heads of an attention, the same in both streams."""
-        return self.transformer.get("num_attention_heads", 32)
+        """Attention heads, the same in both streams."""
+        return self._architecture.video.heads
 
     @property
     def weights(self) -> int:
-        """Weights of the transformer."""
+        """Number of weights of the transformer."""
         return self.num_layers * self.block.count + self.outside.count
 
     @property
     def trained_weights(self) -> int:
-        """Weights that are trained."""
+        """Number of trained weights."""
         return self.num_layers * self.block.trained + self.outside.trained
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How it is run: what a search varies.
+    """Configuration of a run; a search varies it.
 
     Attributes:
-        degrees: the mesh.
-        recompute: activation checkpointing.
+        degrees: sizes of the mesh axes.
+        recompute: mode of activation checkpointing.
         k: one block in `k` is recomputed (`every_k`).
-        local_batch_size: samples in a forward.
+        local_batch_size: samples of a micro-batch.
         compile: blocks are compiled.
-        kernels: norms and modulation are fused kernels, which pick a token's timestep without writing it out.
+        kernels: norms and modulation are fused kernels, which index a token's modulation instead of expanding it.
         float8: recipe, or "none".
-        float8_all_gather: weights travel as float8.
-        offload_activations: inputs of recomputed blocks wait in host memory.
+        float8_all_gather: FSDP2 gathers weights in float8.
+        offload_activations: inputs of recomputed blocks are kept in host memory.
         cpu_offload: weights, gradients and optimizer state are in host memory.
     """
 
     degrees: Degrees
-    recompute: Recompute = "none"
+    recompute: Mode = "none"
     k: int = 1
     local_batch_size: int = 1
     compile: bool = False
@@ -176,9 +190,98 @@ class Setup:
 
     @property
     def fsdp(self) -> int:
-        """Ranks that share the shards."""
+        """Ranks that FSDP2 shards over."""
         return self.degrees.dp_shard * self.degrees.cp
 
     def recomputed_share(self) -> float:
-        """Share of the blocks that run their forward twice."""
+        """Fraction of the blocks that run their forward pass twice."""
         return {"none": 0.0, "every_k": 1 / self.k}.get(self.recompute, 1.0)
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """Weights of a transformer: of one block, of everything outside the blocks, and quantized ones of a block."""
+
+    block: Weights
+    outside: Weights
+    quantized: int
+
+
+def model_weights(transformer: Mapping[str, Any], modalities: Modalities, lora: LoRASettings | None) -> ModelWeights:
+    """Describes a transformer by building one of its blocks on the meta device.
+
+    Args:
+        transformer: the `transformer` section of a checkpoint's config.
+        modalities: streams that the transformer has.
+        lora: adapters to add; None for full fine-tuning.
+    """
+    with torch.device("meta"):
+        model = LTXTransformer.from_config({**transformer, "num_layers": 1}, modalities)
+    if lora is not None:
+        apply_lora(model, lora)
+    inside: list[tuple[str, nn.Parameter]] = []
+    outside: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        (inside if name.startswith("transformer_blocks.") else outside).append((name, parameter))
+    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    return ModelWeights(Weights.of(inside), Weights.of(outside), quantized)
+
+
+def make_workload(plan: Plan) -> Workload:
+    """Describes what a planned job trains."""
+    job, transformer = plan.job, plan.source.config["transformer"]
+    weights = model_weights(transformer, plan.modalities, job.lora if job.model.mode == "lora" else None)
+    connectors = 0
+    if plan.connectors_path is not None:
+        with torch.device("meta"):
+            connectors = sum(p.numel() for p in TextConnectors.from_config(plan.source.config).parameters())
+    keys = {index: plan.dataset.shape_key(index) for index in range(len(plan.dataset))}
+    costs = {index: plan.sample_flops(index) for index in keys}
+    mean = sum(costs.values()) / len(costs)
+    # Time follows the mean cost, since batches are balanced by FLOPs; memory follows the largest sample.
+    typical = stream_tokens(keys[min(costs, key=lambda index: abs(costs[index] - mean))], plan.modalities)
+    largest = stream_tokens(keys[max(costs, key=lambda index: costs[index])], plan.modalities)
+    return Workload(
+        transformer=transformer,
+        trained=job.model.mode,
+        block=weights.block,
+        outside=weights.outside,
+        connectors=connectors,
+        num_layers=TransformerConfig.from_metadata(transformer).num_layers,
+        video_tokens=typical.video_tokens,
+        audio_tokens=typical.audio_tokens,
+        text_tokens=typical.text_tokens,
+        # A condition can make tokens clean: their timestep is 0, that of the others is the sample's sigma.
+        video_timesteps=2 if job.video is not None and job.video.conditions else 1,
+        audio_timesteps=2 if job.audio is not None and job.audio.conditions else 1,
+        largest=(largest.video_tokens, largest.audio_tokens),
+        global_batch_size=job.training.global_batch_size,
+        itemsize=COMPUTE_DTYPES[job.training.dtype].itemsize,
+        quantized=weights.quantized,
+        optimizer=job.optimizer.name,
+        offload_state=job.optimizer.offload_state,
+        in_backward=job.optimizer.in_backward,
+        ema=job.optimizer.ema_decay is not None,
+    )
+
+
+def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
+    """Describes how a job runs on a mesh of a kind of GPU."""
+    backend = job.kernels.backend
+    return Setup(
+        degrees=degrees,
+        recompute=job.activation_checkpoint.mode,
+        k=job.activation_checkpoint.k or 1,
+        local_batch_size=job.training.local_batch_size,
+        compile=job.compile.enable,
+        kernels=backend == "triton" or (backend == "auto" and has_measured_kernels(gpu)),
+        float8=job.float8.recipe,
+        float8_all_gather=job.float8.all_gather,
+        offload_activations=job.activation_checkpoint.offload,
+        cpu_offload=job.parallelism.cpu_offload,
+    )
+
+
+def has_measured_kernels(gpu: str) -> bool:
+    """Whether `kernels.backend = "auto"` chooses the Triton kernels: only where they were measured to be faster."""
+    return gpu in ("h100", "h200")

@@ -1,14 +1,12 @@
-"""One line per logged step on the console, and under it a progress bar where the console is a terminal."""
+"""One line per logged step on the console, with a progress bar below if it is a terminal."""
 
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from ltx_titan.metrics.loggers import StepMetrics
+from ltx_titan.metrics.step import StepMetrics
 
 _HEADER_EVERY = 40
 
@@ -17,32 +15,33 @@ class Console:
     """Prints steps.
 
     Args:
-        total_steps: where the job ends.
-        first_step: the step it goes on from.
+        total_steps: last step of the job.
+        first_step: the step that it resumes from.
     """
 
     def __init__(self, total_steps: int, first_step: int = 0) -> None:
         self._total_steps = total_steps
         self._lines = 0
-        self._clock = Clock(total_steps, first_step)
-        self._progress = self._task = None
+        self._remaining = RemainingTime(total_steps, first_step)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
         if sys.stdout.isatty():
             columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=RichConsole(highlight=False, soft_wrap=True))
             self._task = self._progress.add_task("train", total=total_steps, completed=first_step)
             self._progress.start()
 
-    def step(self, metrics: "StepMetrics") -> None:
-        """Prints a step; every 40 lines the column names first."""
+    def step(self, metrics: StepMetrics) -> None:
+        """Prints a step, with the column names before every 40th line."""
         if self._lines % _HEADER_EVERY == 0:
             self._print(header())
         self._lines += 1
-        self._print(format_line(metrics, self._total_steps, self._clock.seconds_left(metrics.step)))
-        if self._progress is not None:
+        self._print(format_line(metrics, self._total_steps, self._remaining.seconds(metrics.step)))
+        if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=metrics.step)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restores the terminal."""
         if self._progress is not None:
             self._progress.stop()
 
@@ -53,16 +52,19 @@ class Console:
             print(line, flush=True)
 
 
-class Clock:
-    """Time left, from this run's wall time: validation and checkpoints count, compilation less and less."""
+class RemainingTime:
+    """Time until the last step, from a moving average of wall time per step.
+
+    Validation and checkpoints are included; the compilation in the first steps loses its weight as steps pass.
+    """
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         self._total_steps = total_steps
         self._last = (first_step, time.monotonic())
         self._seconds_per_step: float | None = None
 
-    def seconds_left(self, step: int) -> float | None:
-        """Seconds until the last step; None before anything is known."""
+    def seconds(self, step: int) -> float | None:
+        """Seconds from `step` to the last step; None before the first step has been timed."""
         now = time.monotonic()
         last_step, last_time = self._last
         if step > last_step:
@@ -96,8 +98,8 @@ def header() -> str:
     return " ".join(name.rjust(width) for name, width in _COLUMNS)
 
 
-def format_line(metrics: "StepMetrics", total_steps: int, seconds_left: float | None) -> str:
-    """A step in columns of fixed width; "-" for what is not known."""
+def format_line(metrics: StepMetrics, total_steps: int, seconds_left: float | None) -> str:
+    """A step in columns of fixed width; "-" for a missing value."""
     cells = (
         f"{metrics.step}/{total_steps}",
         _cell(metrics.loss, ".4f"),

@@ -1,21 +1,23 @@
-"""Where a step's figures go: `metrics.jsonl` for programs, TensorBoard and W&B for eyes, one line for the console.
+"""Writes a step's figures to `metrics.jsonl`, TensorBoard, Weights & Biases and the console.
 
-Only rank 0 writes. Every JSON line has the same keys, null where the device cannot tell or the value is not a number,
-and is flushed at once, so that the file is right up to the last logged step of a job that was killed. A resumed job
-first drops what was logged after the checkpoint it resumes from.
+Only rank 0 writes. Every JSON line has the same keys, with null for values that are not finite or that the device does
+not report. A line is flushed at once, so the file of a killed job is complete up to its last logged step. A resumed job
+first drops the lines after the checkpoint that it resumes from.
 """
 
 import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from ltx_titan.common.files import write_text
 from ltx_titan.metrics.console import Console
+from ltx_titan.metrics.step import StepMetrics
 from ltx_titan.metrics.wandb import end_wandb
 
 if TYPE_CHECKING:
@@ -37,48 +39,14 @@ _TAGS = {
 }
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """Figures of one optimizer step, reduced over ranks and micro-batches.
-
-    Attributes:
-        step: counted from 1.
-        loss: mean over the samples of the global batch.
-        loss_video: the video stream's part, None where it is not trained.
-        loss_audio: the audio stream's.
-        grad_norm: before clipping.
-        lr: of the step.
-        step_time_s: mean over the steps since the last logged one.
-        tokens_per_s: over all ranks.
-        tflops_per_gpu: useful operations, see `flops`.
-        mfu: share of the device's peak, 0 to 1.
-        peak_mem_gib: largest over ranks.
-        extra: further scalars by TensorBoard tag, such as "loss/video_sigma_0.25-0.50"; in the JSON line under these
-            names.
-    """
-
-    step: int
-    loss: float | None = None
-    loss_video: float | None = None
-    loss_audio: float | None = None
-    grad_norm: float | None = None
-    lr: float | None = None
-    step_time_s: float | None = None
-    tokens_per_s: float | None = None
-    tflops_per_gpu: float | None = None
-    mfu: float | None = None
-    peak_mem_gib: float | None = None
-    extra: Mapping[str, float] = field(default_factory=dict)
-
-
 class MetricsLogger:
     """Writes `metrics.jsonl` and `tensorboard/` under the dump folder, and the console lines.
 
     Args:
         dump_folder: the job's folder.
-        total_steps: where the job ends, for progress and time left.
-        resumed_step: the step of the checkpoint that training goes on from, 0 for a fresh start. Later lines of an
-            earlier run are dropped, and later points hidden in TensorBoard.
+        total_steps: last step of the job, for progress and remaining time.
+        resumed_step: the step of the checkpoint that training resumes from, 0 for a new run. Later lines of an earlier
+            run are dropped, and later points hidden in TensorBoard.
         is_writer: False on all ranks but 0: every method then does nothing.
         tensorboard: whether to write TensorBoard files.
         wandb: run of Weights & Biases, ended by `close`; None without one.
@@ -96,7 +64,8 @@ class MetricsLogger:
     ) -> None:
         self.tensorboard: SummaryWriter | None = None
         self.wandb = wandb
-        self._file = self._console = None
+        self._file: IO[str] | None = None
+        self._console: Console | None = None
         if not is_writer:
             return
         folder = Path(dump_folder)
@@ -110,7 +79,7 @@ class MetricsLogger:
 
     def log(self, metrics: StepMetrics) -> None:
         """Records a step. Values that are not finite become null, with a warning that names them."""
-        if self._file is None:
+        if self._file is None or self._console is None:
             return
         values = asdict(metrics)
         values |= values.pop("extra")
@@ -126,7 +95,7 @@ class MetricsLogger:
         self._console.step(metrics)
 
     def show(self, scalars: Mapping[str, float], step: int) -> None:
-        """Adds scalars to TensorBoard and W&B alone: `metrics.jsonl` has no line for step 0, before training."""
+        """Adds scalars to TensorBoard and W&B only, such as those of step 0, for which `metrics.jsonl` has no line."""
         if self.tensorboard is not None:
             for tag, value in scalars.items():
                 self.tensorboard.add_scalar(tag, value, step)
@@ -137,6 +106,7 @@ class MetricsLogger:
         """Flushes and closes everything."""
         if self._file is not None:
             self._file.close()
+        if self._console is not None:
             self._console.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
@@ -146,7 +116,7 @@ class MetricsLogger:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a killed job left unfinished is passed over.
+    """Reads the lines of a `metrics.jsonl`; skips an incomplete last line, as a killed job leaves it.
 
     Raises:
         ValueError: another line is not a JSON object with a step.
@@ -169,10 +139,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def drop_later_lines(path: Path, step: int) -> None:
-    """Rewrites a `metrics.jsonl` without what follows `step` and without an unfinished last line, if it exists."""
+    """Rewrites a `metrics.jsonl`, if it exists, without lines after `step` and without an incomplete last line."""
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -1,7 +1,6 @@
 """Records a few steps with torch's profiler, and optionally the history of CUDA memory, into files.
 
-When it is off, a step pays one comparison. Steps are counted from the start of the job, so a resumed job profiles the
-window only if it still lies ahead.
+Steps are counted from the start of the job, so a resumed job profiles the window only if it is still to come.
 """
 
 import logging
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from ltx_titan.common.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +34,15 @@ def profile_steps(
         A function to be called with the step's number before each step.
 
     Writes `profile/steps-A-B-rank-R.json.gz` (for Perfetto or chrome://tracing), and with `memory` a `.pickle` of the
-    same name (for pytorch.org/memory_viz), under the dump folder. A job that ends within the window writes what it
-    has.
+    same name (for pytorch.org/memory_viz), under the dump folder. A job that ends within the window writes what
+    it has recorded.
 
     Args:
         dump_folder: the job's folder.
-        first_step: first profiled step, counted from 1; None profiles nothing. Leave out the first steps, which
-            compile.
+        first_step: first profiled step, counted from 1; None profiles nothing. Choose one after the first steps,
+            which compile.
         steps: how many.
-        memory: record CUDA memory as well; on a CPU there is nothing to record, and a warning says so.
+        memory: record CUDA memory as well; on a CPU a warning is logged instead.
         rank: this process, for the file's name.
     """
     if first_step is None:
@@ -59,7 +60,7 @@ class _Window:
         self._folder, self._first, self._last, self._rank = folder, first, last, rank
         self._records_memory = memory and torch.cuda.is_available()
         if memory and not self._records_memory:
-            logger.warning("profiling: memory history is recorded on CUDA only; there is none here.")
+            logger.warning("profiling.memory_snapshot = true is ignored: memory history is recorded on CUDA only.")
         self._profile: profile | None = None
 
     def before_step(self, step: int) -> None:
@@ -71,7 +72,9 @@ class _Window:
     def _start(self) -> None:
         if self._records_memory:
             torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
         self._profile = profile(activities=activities, record_shapes=True)
         self._profile.start()
 
@@ -79,11 +82,10 @@ class _Window:
         if self._profile is None:
             return
         if torch.cuda.is_available():
-            # Kernels that are still running belong to the window.
+            # Kernels still in the queue belong to the window.
             torch.cuda.synchronize()
         finished, self._profile = self._profile, None
         finished.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
         stem = f"steps-{self._first}-{self._last}-rank-{self._rank}"
         self._publish(f"{stem}.json.gz", finished.export_chrome_trace)
         if self._records_memory:
@@ -91,8 +93,7 @@ class _Window:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _publish(self, name: str, write: Callable[[str], None]) -> None:
-        # The suffix stays last: the exporter compresses by it.
-        temporary = self._folder / f"unfinished-{name}"
-        write(str(temporary))
-        temporary.replace(self._folder / name)
+        # The exporter compresses if the name ends in .gz.
+        with atomic_write(self._folder / name, suffix=Path(name).suffix) as temporary:
+            write(str(temporary))
         logger.info("profiling: wrote %s", self._folder / name)

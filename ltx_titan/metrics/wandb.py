@@ -1,8 +1,8 @@
-"""Weights & Biases beside TensorBoard: the same tags, for who keeps runs there.
+"""Weights & Biases, next to TensorBoard and with the same tags.
 
-One job is one run: its id is kept in the dump folder, and a resumed job goes on in the run that it began. W&B drops
-what comes with a smaller step than before, as it does when a job goes on from an older checkpoint; so `step` is a value
-like any other here, and the axis of all others.
+One job is one run: its id is stored in the dump folder, and a resumed job continues the run. W&B drops values whose
+step is smaller than an earlier one, as after resuming from an older checkpoint; so `step` is logged as a value, and
+declared as the x axis of all others.
 """
 
 import logging
@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from ltx_titan.config.sections import MetricsSection
+from ltx_titan.common.files import write_text
 
 if TYPE_CHECKING:
     from wandb import Run
+
+    from ltx_titan.config import MetricsSection
 
 logger = logging.getLogger(__name__)
 
 _ID_FILE = "wandb-run-id"
 
 
-def start_wandb(settings: MetricsSection, folder: str | Path, config: Mapping[str, Any], notes: str = "") -> "Run":
-    """Starts the job's run, or goes on in it; on one rank only.
+def start_wandb(settings: "MetricsSection", folder: str | Path, config: Mapping[str, Any], notes: str = "") -> "Run":
+    """Starts the job's run or resumes it; on one rank only.
 
     Args:
         settings: `[metrics]`, with `wandb` other than "off".
@@ -32,10 +34,11 @@ def start_wandb(settings: MetricsSection, folder: str | Path, config: Mapping[st
         notes: free text.
 
     Raises:
-        ValueError: W&B refuses, with its reason.
+        ValueError: W&B cannot start the run; the message has its reason.
     """
     import wandb
 
+    assert settings.wandb != "off"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -66,14 +69,12 @@ def start_wandb(settings: MetricsSection, folder: str | Path, config: Mapping[st
 
 
 def end_wandb(run: "Run") -> None:
-    """Ends a run; one that an exception passes through is marked as failed there."""
+    """Ends a run; while an exception is being handled, it is marked as failed."""
     run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
 
 
 def _run_id(folder: Path) -> str:
     path = folder / _ID_FILE
     if not path.exists():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(uuid4().hex[:16] + "\n")
-        temporary.rename(path)
+        write_text(path, uuid4().hex[:16] + "\n")
     return path.read_text().strip()

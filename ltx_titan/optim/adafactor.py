@@ -1,14 +1,14 @@
-"""Adafactor: AdamW's second moment as the product of a row and a column average, and no first moment.
+"""Adafactor: AdamW's second moment as the outer product of a row and a column average, without a first moment.
 
     R <- R + (1 - b_t) (mean_row(G^2) - R)      C likewise over columns          b_t = 1 - t^-0.8
     U = G / sqrt(R C / mean(R))                 for vectors: the plain average of G^2
     W <- (1 - lr wd) W - min(lr, 1 / sqrt(t)) max(1e-3, rms(W)) U / max(1, rms(U))
 
 The formulas, and on one rank the numbers, are those of torch.optim.Adafactor, which fails on sharded parameters and
-waits for the device twice per parameter. State is next to nothing; the price is noisier steps than AdamW's.
+synchronizes with the device twice per parameter. Its state is negligible; its steps are noisier than AdamW's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import Placement, Replicate
 from torch.optim import Optimizer
 
-from ltx_titan.optim.sharding import like, local, sum_shards
+from ltx_titan.common.tensors import local
+from ltx_titan.optim.sharding import like, sum_shards
 
 _DECAY = -0.8
 _SMALLEST_RMS = 1e-3
@@ -29,9 +30,9 @@ class Adafactor(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # returns no loss
         """Updates every parameter that has a gradient."""
-        assert closure is None, "the loss is not computed here"
+        assert closure is None, "closures are not supported"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -40,23 +41,23 @@ class Adafactor(Optimizer):
                     self._update(parameter, group)
 
     def _init_state(self, parameter: Tensor) -> None:
-        state, part, dims = self.state[parameter], local(parameter), parameter.ndim
+        state, shard, dims = self.state[parameter], local(parameter), parameter.ndim
         state["step"] = torch.tensor(0.0)
         if dims < 2:
-            state["variance"] = like(parameter, torch.zeros_like(part, dtype=torch.float32), parameter.shape)
+            state["variance"] = like(parameter, torch.zeros_like(shard, dtype=torch.float32), parameter.shape)
             return
         for name, dim in (("row_var", dims - 1), ("col_var", dims - 2)):
 
             def without(placement: Placement, dim: int = dim) -> Placement:
                 return Replicate() if placement.is_shard(dim) else placement
 
-            shape = list(parameter.shape)
-            shape[dim] = 1
-            part_shape = list(part.shape)
-            part_shape[dim] = 1
-            state[name] = like(parameter, part.new_zeros(part_shape, dtype=torch.float32), shape, without)
+            # The averaged dim has size 1, so it is replicated where the parameter is sharded.
+            shape, shard_shape = list(parameter.shape), list(shard.shape)
+            shape[dim] = shard_shape[dim] = 1
+            state[name] = like(parameter, shard.new_zeros(shard_shape, dtype=torch.float32), shape, without)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
         state, weight, gradient = self.state[parameter], local(parameter), local(parameter.grad).float()
         state["step"] += 1
         step, dims, eps = float(state["step"]), parameter.ndim, torch.finfo(parameter.dtype).eps
@@ -67,17 +68,19 @@ class Adafactor(Optimizer):
         if dims < 2:
             variance = local(state["variance"]).lerp_(squares, share)
         else:
+            # Means over the whole dim: sums of this rank's shard, summed over the ranks that hold the rest of it.
             rows, columns = local(state["row_var"]), local(state["col_var"])
             rows.lerp_(sum_shards(squares.sum(-1, keepdim=True), parameter, [dims - 1]) / parameter.shape[-1], share)
             columns.lerp_(sum_shards(squares.sum(-2, keepdim=True), parameter, [dims - 2]) / parameter.shape[-2], share)
             mean = sum_shards(rows.sum(-2, keepdim=True), parameter, [dims - 2]) / parameter.shape[-2]
             variance = rows * columns / mean.clamp(min=eps)
         update = variance.clamp(min=eps * eps).rsqrt().mul_(gradient)
+        # Steps relative to the parameter's own scale, with the update clipped to an RMS of 1.
         size = min(group["lr"], step**-0.5) * weight_rms.clamp(min=_SMALLEST_RMS) / _rms(update, parameter).clamp(min=1)
         weight.sub_(update.mul_(size))
 
 
-def _rms(part: Tensor, parameter: Tensor) -> Tensor:
-    """Root mean square of the whole tensor that `part` is a shard of."""
-    squares = sum_shards(part.float().square().sum(), parameter, range(parameter.ndim))
+def _rms(shard: Tensor, parameter: Tensor) -> Tensor:
+    """Root mean square of the global tensor that `shard` belongs to; it is sharded like `parameter`."""
+    squares = sum_shards(shard.float().square().sum(), parameter, range(parameter.ndim))
     return (squares / parameter.numel()).sqrt()

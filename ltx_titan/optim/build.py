@@ -1,14 +1,19 @@
-"""Builds what `[optimizer]` asks for and hides from the loop how many optimizers that takes."""
+"""Builds the optimizers of `[optimizer]` and presents them to the training loop as one.
+
+AdamW is torch's fused one on local shards. Muon needs AdamW for what is not a matrix; updates in the backward pass need
+one optimizer per parameter, and offloaded state one per block.
+"""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
+from ltx_titan.common.tensors import local
 from ltx_titan.config import OptimizerSection
 from ltx_titan.optim.adafactor import Adafactor
-from ltx_titan.optim.adamw import ShardedAdamW
 from ltx_titan.optim.muon import Muon
 from ltx_titan.optim.offload import keep_state_on_host
 
@@ -37,17 +42,17 @@ class Optimizers:
                 group["lr"] = lr
 
     def step(self) -> None:
-        """Updates the weights, unless the backward pass has done so."""
+        """Updates the weights; with `in_backward` they have been updated already."""
         if self._in_backward:
             return
         for part in self.parts:
             part.step()
         if self._offloaded and torch.cuda.is_available():
-            # The state on its way to the host may be saved next.
+            # A checkpoint may read the state next, which is still being copied to the host.
             torch.cuda.current_stream().synchronize()
 
     def zero_grad(self) -> None:
-        """Drops all gradients."""
+        """Frees all gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
@@ -55,22 +60,22 @@ class Optimizers:
 def build_optimizers(
     named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSection, *, seed: int = 0
 ) -> Optimizers:
-    """Optimizers for the parameters that require a gradient.
+    """Builds the optimizers for the parameters that require a gradient.
 
     Call it last, when the parameters have their final sharding and storage.
 
     Args:
-        named_parameters: `model.named_parameters()`; names decide what Muon takes.
+        named_parameters: `model.named_parameters()`; Muon selects matrices by name.
         settings: the job's `[optimizer]`.
         seed: of stochastic rounding.
 
     Raises:
-        ValueError: nothing is trained.
+        ValueError: no parameter requires a gradient.
     """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not named:
         raise ValueError("optimizer: no weight requires a gradient; check model.mode and lora.targets.")
-    parts = []
+    parts: list[Optimizer] = []
     for group in _groups(named, settings):
         if settings.name == "muon":
             matrices = [parameter for name, parameter in group if is_matrix(name, parameter)]
@@ -92,17 +97,17 @@ def build_optimizers(
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes a parameter: weights of the blocks' layers, and adapters to them.
+    """Whether Muon updates a parameter: weights of the blocks' linear layers and their adapters.
 
-    Tables are two-dimensional but not maps; embeddings, output heads and gates are maps between unlike spaces, for
-    which an orthogonal update makes no sense.
+    Scale-shift tables are two-dimensional but not linear maps. Embeddings, output heads and gates map between unlike
+    spaces, for which an orthogonal update is not meaningful.
     """
     in_block = "transformer_blocks." in name and "to_gate_logits" not in name
     return in_block and parameter.ndim == 2 and name.endswith(".weight")
 
 
 def _groups(named: Named, settings: OptimizerSection) -> list[Named]:
-    """Parameters that share an optimizer: all, or one each, or those of a block."""
+    """Parameters grouped by optimizer: all together, one each, or those of each block."""
     if settings.in_backward:
         return [[item] for item in named]
     if not settings.offload_state:
@@ -117,23 +122,43 @@ def _groups(named: Named, settings: OptimizerSection) -> list[Named]:
 
 def _adamw(parameters: list[nn.Parameter], settings: OptimizerSection, seed: int) -> Optimizer:
     bits = {"adamw8bit": 8, "adamw4bit": 4}.get(settings.name, 32)
-    options = {
-        "lr": settings.lr,
-        "betas": settings.betas,
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
     if bits < 32 or settings.stochastic_rounding:
-        # Here, not above: importing torchao takes seconds.
+        # Imported here: torchao takes seconds to import.
         from ltx_titan.optim.lowbit import LowBitAdamW
 
-        rounding = settings.stochastic_rounding
-        return LowBitAdamW(parameters, bits=bits, stochastic_rounding=rounding, seed=seed, **options)
-    return ShardedAdamW(parameters, fused=True, **options)
+        return LowBitAdamW(
+            parameters,
+            bits=bits,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            stochastic_rounding=settings.stochastic_rounding,
+            seed=seed,
+        )
+    decay = settings.weight_decay
+    return ShardedAdamW(
+        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=decay, fused=True
+    )
+
+
+class ShardedAdamW(AdamW):
+    """torch's AdamW with sharded state, whose update sees plain local tensors.
+
+    The update is elementwise, so local shards are enough, and the fused kernel computes the same numbers. torch's own
+    passes lists of DTensors to it, whose dispatch keeps the host busy, most of all in the first step.
+    """
+
+    def _init_group(self, group: dict[str, Any], *collected: list[Tensor]) -> bool:
+        """Collects parameters, gradients and state as torch's does, then replaces them by their local shards."""
+        has_complex = super()._init_group(group, *collected)
+        for tensors in collected:
+            tensors[:] = map(local, tensors)
+        return has_complex
 
 
 def _step_in_backward(optimizer: Optimizer) -> None:
-    """Steps as soon as the parameter's gradient is complete; FSDP2 calls the hook after its reduction."""
+    """Updates each parameter as soon as its gradient is complete: FSDP2 calls the hook after its reduction."""
 
     def hook(parameter: nn.Parameter) -> None:
         optimizer.step()

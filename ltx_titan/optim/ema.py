@@ -2,11 +2,11 @@
 
     average <- average + (1 - d_t) (weight - average)        d_t = min(decay, (1 + t) / (10 + t)) in step t
 
-The ramp keeps the untrained start out of the average of a short run. It is a torch Optimizer in form, with the average
-as its state, so that checkpoints save, reshard and restore it as they do any optimizer's.
+The ramp keeps the untrained weights out of the average of a short run. The class is a torch Optimizer with the average
+as its state, so that checkpoints save, reshard and restore it like any optimizer's.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from ltx_titan.optim.sharding import like, local
+from ltx_titan.common.tensors import local
+from ltx_titan.optim.sharding import like
 
 
 class EMA(Optimizer):
-    """Average of parameters, float32. Make it when the weights are loaded, before a checkpoint is resumed.
+    """Moving average of parameters in float32. Create it after the weights are loaded and before a checkpoint is
+    restored.
 
     Args:
-        parameters: what is averaged, usually all that is trained.
+        parameters: parameters to average; frozen ones are ignored.
         decay: in [0, 1); the average looks back about 1 / (1 - decay) steps.
     """
 
@@ -33,7 +35,7 @@ class EMA(Optimizer):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the average towards the weights; nothing waits for the device.
+        """Updates the average; nothing waits for the device.
 
         Args:
             step: optimizer steps taken, from 1.
@@ -45,11 +47,11 @@ class EMA(Optimizer):
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """Within the context the model's weights are the average; afterwards they are what they were.
+        """Context in which the model's weights are the average; they are restored afterwards.
 
         Args:
-            model: the module that owns the parameters. FSDP2 units that are still gathered are resharded, for they
-                would go on computing with the other weights.
+            model: module that owns the parameters. FSDP2 units that are still gathered are resharded, since they would
+                keep using the gathered weights.
         """
         kept = self._swap(model, {})
         try:
@@ -57,12 +59,12 @@ class EMA(Optimizer):
         finally:
             self._swap(model, kept)
 
-    def step(self, closure: None = None) -> None:
-        """Does nothing: the average moves by `update`."""
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # returns no loss
+        """Does nothing: `update` moves the average."""
 
     @torch.no_grad()
     def _swap(self, model: nn.Module, kept: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Exchanges weights and averages; returns the weights that an average cannot hold without rounding itself."""
+        """Swaps weights and averages; returns the weights whose average has another dtype, for the swap back."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -77,6 +79,7 @@ class EMA(Optimizer):
             if weight.dtype == average.dtype:
                 average.copy_(held)
             else:
+                # Swapping back from bfloat16 weights would round the float32 average, so it stays where it is.
                 taken[parameter] = held
         return taken
 
@@ -86,7 +89,7 @@ class EMA(Optimizer):
     def _average(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]
         if "ema" not in state:
-            # A checkpoint from before averaging was switched on has none: start from the weights as they are.
-            part = local(parameter).detach().to(torch.float32, copy=True)
-            state["ema"] = like(parameter, part, parameter.shape)
+            # A checkpoint from before `ema_decay` was set has no average: it starts from the current weights.
+            shard = local(parameter).detach().to(torch.float32, copy=True)
+            state["ema"] = like(parameter, shard, parameter.shape)
         return state["ema"]

@@ -1,17 +1,17 @@
-"""AdamW whose moments are kept in 8 or 4 bits, by torchao's formats and update function.
+"""AdamW with moments in 8 or 4 bits, in torchao's formats and with its update function.
 
-torchao's own optimizer keeps a moment as a tensor subclass and decides shard by shard whether to quantise it, so its
+torchao's own optimizer stores a moment as a tensor subclass and decides shard by shard whether to quantize it, so its
 state fits one sharding only. Here the decision depends on the parameter alone, and state is plain tensors:
 
     codes   uint8, in the parameter's shape (8-bit), or half as wide (4-bit, two codes in a byte)
     scale   float32, one for every 128 elements of a row
 
 Both are sharded like the parameter, so a run resumes exactly on any number of ranks. Biases, tables and matrices whose
-rows are no multiple of 128 keep float32 moments: they are small. With `bits = 32` all do.
+rows are not a multiple of 128 have float32 moments: they are small. With `bits = 32` all do.
 """
 
-from collections.abc import Iterable
-from hashlib import blake2b
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -22,22 +22,24 @@ from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from ltx_titan.optim.sharding import like, local
+from ltx_titan.common.tensors import local, seed_of
+from ltx_titan.optim.sharding import like
 
 _BLOCK = 128
 _SMALLEST = 4096
 
 
 class LowBitAdamW(Optimizer):
-    """AdamW with quantised moments; see above.
+    """AdamW with quantized moments.
 
     Args:
         params: parameters or groups.
         bits: 8, 4 or 32.
         lr, betas, eps, weight_decay: as in AdamW.
-        stochastic_rounding: write bfloat16 parameters rounded up or down at random, with the exact mean.
-        seed: of the rounding, whose numbers depend on (seed, step) and are the same on all ranks, so that replicas of
-            a weight stay equal.
+        stochastic_rounding: round bfloat16 parameters up or down at random, with the exact value as the mean.
+        seed: of the rounding. Random numbers depend on (seed, step) and are the same on all ranks, so that replicas of
+        a
+            weight stay equal.
     """
 
     def __init__(
@@ -58,43 +60,55 @@ class LowBitAdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # returns no loss
         """Updates every parameter that has a gradient."""
-        assert closure is None, "the loss is not computed here"
+        assert closure is None, "closures are not supported"
         todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not todo:
             return
         for parameter, _ in todo:
             if not self.state[parameter]:
                 self._init_state(parameter)
-        with _RoundingSeed(self, todo[0][0]):
+        with self._seeded_rounding(todo[0][0]):
             for parameter, group in todo:
                 self._update(parameter, group)
+
+    @contextmanager
+    def _seeded_rounding(self, parameter: Tensor) -> Iterator[None]:
+        """Seeds torch's global generators for one step if it rounds at random, and restores them afterwards."""
+        if not self.stochastic_rounding:
+            yield
+            return
+        step = int(self.state[parameter]["step"])
+        devices = [local(parameter).device] if local(parameter).is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed_of(f"{self.seed}/{step}", num_bytes=7))
+            yield
 
     def _init_state(self, parameter: Tensor) -> None:
         state = self.state[parameter]
         state["step"] = torch.tensor(0.0)
         for name in ("exp_avg", "exp_avg_sq"):
-            part = local(parameter)
-            if not self._is_quantised(parameter):
-                zeros = torch.zeros_like(part, dtype=torch.float32)
+            shard = local(parameter)
+            if not self._is_quantized(parameter):
+                zeros = torch.zeros_like(shard, dtype=torch.float32)
                 state[name] = like(parameter, zeros, parameter.shape)
                 continue
             width = parameter.shape[-1]
-            if part.shape[-1] % _BLOCK:
+            if shard.shape[-1] % _BLOCK != 0:
                 raise ValueError(
-                    f"optimizer.name: a weight's rows are split into {part.shape[-1]} of {width} columns, expected a "
+                    f"optimizer.name: a weight's rows are split into {shard.shape[-1]} of {width} columns, expected a "
                     f'multiple of {_BLOCK}; lower parallelism.tp, or use "adamw".'
                 )
-            rows, columns = part.shape[:-1], part.shape[-1]
+            rows, columns = shard.shape[:-1], shard.shape[-1]
             per_byte = 8 // self.bits
-            # With a scale of zero, any code means zero.
-            codes = torch.zeros(*rows, columns // per_byte, dtype=torch.uint8, device=part.device)
-            scale = torch.zeros(*rows, columns // _BLOCK, device=part.device)
+            # With a scale of zero, every code decodes to zero.
+            codes = torch.zeros(*rows, columns // per_byte, dtype=torch.uint8, device=shard.device)
+            scale = torch.zeros(*rows, columns // _BLOCK, device=shard.device)
             state[f"{name}.codes"] = like(parameter, codes, (*parameter.shape[:-1], width // per_byte))
             state[f"{name}.scale"] = like(parameter, scale, (*parameter.shape[:-1], width // _BLOCK))
 
-    def _is_quantised(self, parameter: Tensor) -> bool:
+    def _is_quantized(self, parameter: Tensor) -> bool:
         return (
             self.bits < 32
             and parameter.ndim >= 2
@@ -103,7 +117,7 @@ class LowBitAdamW(Optimizer):
         )
 
     def _moment(self, parameter: Tensor, name: str, signed: bool) -> Tensor:
-        """The moment as torchao's function takes it, sharing the state's storage."""
+        """The moment as a tensor subclass for torchao's update function; shares the state's storage."""
         state = self.state[parameter]
         if name in state:
             return local(state[name])
@@ -114,18 +128,19 @@ class LowBitAdamW(Optimizer):
         return OptimState4bit(codes.view(-1), scale, levels, signed, local(parameter).shape, torch.float32)
 
     def _levels(self, device: torch.device, signed: bool) -> Tensor:
-        """Value of each code."""
+        """Torchao's table of the value of each code."""
         if (device, signed) not in self._maps:
             kind = OptimState8bit if self.bits == 8 else OptimState4bit
             self._maps[device, signed] = kind.zeros((1, _BLOCK), signed, _BLOCK, device).qmap
         return self._maps[device, signed]
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
         weight, state = local(parameter).detach(), self.state[parameter]
         state["step"] += 1
         if prod(weight.shape) == 0:
             return
-        # Compiled, the update is one pass over memory. On a CPU, where only tests run, compiling would take longer.
+        # Compiled, the update is one pass over memory. On a CPU, where only tests run, compilation would take longer.
         function = _compiled_adam if weight.is_cuda else single_param_adam
         with torch._dynamo.utils.disable_cache_limit():
             function(
@@ -135,7 +150,7 @@ class LowBitAdamW(Optimizer):
                 self._moment(parameter, "exp_avg", True),
                 self._moment(parameter, "exp_avg_sq", False),
                 None,
-                # A tensor, so that a changing rate does not recompile.
+                # A tensor, so that a new learning rate does not recompile.
                 torch.tensor(group["lr"], dtype=torch.float32),
                 *group["betas"],
                 group["weight_decay"],
@@ -143,27 +158,6 @@ class LowBitAdamW(Optimizer):
                 True,
                 self.stochastic_rounding and weight.dtype == torch.bfloat16,
             )
-
-
-class _RoundingSeed:
-    """Seeds torch's generators for the time of one step, where the step rounds at random."""
-
-    def __init__(self, optimizer: LowBitAdamW, first: Tensor) -> None:
-        self._fork = None
-        if optimizer.stochastic_rounding:
-            step = int(optimizer.state[first]["step"])
-            self._seed = int.from_bytes(blake2b(f"{optimizer.seed}/{step}".encode(), digest_size=7).digest())
-            devices = [local(first).device] if local(first).is_cuda else []
-            self._fork = torch.random.fork_rng(devices=devices)
-
-    def __enter__(self) -> None:
-        if self._fork is not None:
-            self._fork.__enter__()
-            torch.manual_seed(self._seed)
-
-    def __exit__(self, *error: object) -> None:
-        if self._fork is not None:
-            self._fork.__exit__(*error)
 
 
 _compiled_adam = torch.compile(single_param_adam, fullgraph=True, dynamic=False)

@@ -1,7 +1,7 @@
-"""Keeps an optimizer's state in host memory and brings it to the device for the time of its step.
+"""Keeps an optimizer's state in host memory and copies it to the device for its step.
 
-Give it optimizers that hold a block of the model each: then the device has room for one block's state instead of all,
-and the copies of one block overlap with the kernels of the next. The update itself is the same, on the same device.
+With one optimizer per block, the device holds the state of one block at a time, and the copies of one block overlap
+with the kernels of the next. The update itself is the same, on the same device.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# Smaller tensors, such as step counts, stay where they are: a transfer costs more than they take.
+# Smaller tensors, such as step counts, stay on the device: a transfer costs more than their memory is worth.
 _SMALLEST = 4096
 
 
 def keep_state_on_host(optimizer: Optimizer) -> None:
-    """Registers the transfers around `optimizer.step`. Between steps the state is in pinned host memory.
+    """Registers the transfers before and after `optimizer.step`. Between steps the state is in pinned host memory.
 
-    The way back is not waited for: synchronise the device once after the last step, before anything reads the state.
+    The copy to the host is asynchronous: synchronize the device once after the last step, before reading the state.
     """
     hosts: dict[tuple[Tensor, str], Tensor] = {}
 

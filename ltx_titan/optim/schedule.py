@@ -1,22 +1,20 @@
-"""The learning rate of a step in closed form.
+"""Learning-rate schedules in closed form.
 
-torch's schedulers are recursions over the optimizer's current rate: resumed with a fresh optimizer they restart from
-its base rate, resumed with their own state they keep the old horizon, and advanced by several processes they run too
-fast. A function of the step alone has none of these troubles, and a run is prolonged by changing `training.steps`.
+torch's schedulers are recursions over the optimizer's current rate: resumed with a new optimizer they restart from its
+base rate, resumed with their own state they keep the old horizon, and stepped by several processes they advance too
+fast. A function of the step alone avoids all three, and a run is extended by changing `training.steps`.
 """
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ltx_titan.config import SchedulerSection
+from ltx_titan.config import SchedulerSection
 
 
-def lr_factor(step: int, *, total_steps: int, scheduler: "SchedulerSection") -> float:
-    """What `optimizer.lr` is multiplied by in optimizer step `step`.
+def lr_factor(step: int, *, total_steps: int, scheduler: SchedulerSection) -> float:
+    """Factor on `optimizer.lr` for optimizer step `step`.
 
     Warm-up rises linearly, `(step + 1) / (warmup_steps + 1)`, so that no step has rate 0. The schedule then spans the
-    other steps: with `t = step - warmup_steps`, `T = total_steps - warmup_steps` and `low = min_factor`,
+    remaining steps: with `t = step - warmup_steps`, `T = total_steps - warmup_steps` and `low = min_factor`,
 
     - constant: 1
     - linear: `start + (end - start) * t / T`
@@ -28,7 +26,7 @@ def lr_factor(step: int, *, total_steps: int, scheduler: "SchedulerSection") -> 
 
     Args:
         step: steps already taken, from 0.
-        total_steps: horizon of the schedule; beyond it the decaying schedules stay at their end.
+        total_steps: horizon of the schedule; after it the decaying schedules stay at their last value.
         scheduler: the job's `[scheduler]` section.
     """
     warmup = scheduler.warmup_steps
@@ -47,7 +45,7 @@ def lr_factor(step: int, *, total_steps: int, scheduler: "SchedulerSection") -> 
             return _cosine(progress, low or 0.0)
         case "cosine_with_restarts":
             first = scheduler.restart_period or max(horizon // 4, 1)
-            return _cosine(_period_share(elapsed, first, scheduler.restart_mult), 0.5 if low is None else low)
+            return _cosine(_period_progress(elapsed, first, scheduler.restart_mult), 0.5 if low is None else low)
         case "polynomial":
             return (1.0 - progress) ** scheduler.power
         case "step":
@@ -59,12 +57,12 @@ def lr_factor(step: int, *, total_steps: int, scheduler: "SchedulerSection") -> 
     raise AssertionError(f"unknown schedule {scheduler.name}")
 
 
-def _cosine(share: float, low: float) -> float:
-    return low + (1.0 - low) * (1.0 + math.cos(math.pi * share)) / 2.0
+def _cosine(progress: float, low: float) -> float:
+    return low + (1.0 - low) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
-def _period_share(elapsed: int, first: int, mult: int) -> float:
-    """Share of the current period that has passed after `elapsed` steps, in [0, 1)."""
+def _period_progress(elapsed: int, first: int, mult: int) -> float:
+    """Fraction of the current period that has passed after `elapsed` steps, in [0, 1)."""
     period = first
     while elapsed >= period:
         if mult == 1:

@@ -2,46 +2,44 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its storage."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 
 def like(
     parameter: Tensor,
-    part: Tensor,
+    shard: Tensor,
     shape: Sequence[int],
     placement: Callable[[Placement], Placement] = lambda placement: placement,
 ) -> Tensor:
-    """Wraps `part` as this rank's part of a tensor of global `shape` that is sharded like `parameter`.
+    """Wraps `shard` as this rank's shard of a tensor of global `shape` that is sharded like `parameter`.
 
     Args:
-        parameter: a DTensor, or a plain tensor: then `part` comes back as it is.
-        part: local data, whose storage is shared.
-        shape: global shape of the result.
-        placement: the result's placement for each of the parameter's.
+        parameter: a DTensor; for a plain tensor `shard` is returned as is.
+        shard: local data, whose storage is shared.
+        shape: global shape of the result; FSDP2 shards can be uneven, so it cannot be inferred from `shard`.
+        placement: maps each of the parameter's placements to the result's.
     """
     if not isinstance(parameter, DTensor):
-        return part
-    stride, step = [], 1
+        return shard
+    # Contiguous strides of the global tensor, from the last dim to the first.
+    stride: list[int] = []
+    step = 1
     for size in reversed(shape):
         stride.insert(0, step)
         step *= size
     placements = [placement(p) for p in parameter.placements]
     mesh = parameter.device_mesh
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=tuple(shape), stride=tuple(stride))
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
 
 
 def sum_shards(value: Tensor, parameter: Tensor, dims: Sequence[int]) -> Tensor:
-    """Sums `value`, in place, over the ranks that hold different parts of `parameter` along `dims`."""
+    """Sums `value`, in place, over the ranks that hold different shards of `parameter` along `dims`."""
     if isinstance(parameter, DTensor):
         for axis, placement in enumerate(parameter.placements):
-            is_split = placement.is_shard() and placement.dim % parameter.ndim in dims
+            is_split = isinstance(placement, Shard) and placement.dim % parameter.ndim in dims
             if is_split and parameter.device_mesh.size(axis) > 1:
                 dist.all_reduce(value, group=parameter.device_mesh.get_group(axis))
     return value

@@ -1,11 +1,11 @@
-"""Collectives that torch.compile keeps in its graph and autograd differentiates.
+"""Differentiable collectives that torch.compile keeps in its graph.
 
-The gradient of every function here is its exact adjoint: summed over the ranks of the axis, what reaches the inputs is
-the gradient of the one global loss. A tensor that all ranks hold in full therefore has a *partial* gradient on each of
-them, and whoever owns it (FSDP2 for parameters, the adjoint of the next collective for activations) sums the parts.
+The backward of every function is its exact adjoint: summed over the ranks of the axis, the gradients of the inputs are
+those of the one global loss. A replicated tensor therefore has a *partial* gradient on each rank, which FSDP2 (for
+parameters) or the adjoint of the next collective (for activations) sums.
 
-`gather_output` and `share_gradient` start that off: they stand between the model and a loss that every rank computes in
-full, and see to it that each token's loss counts once.
+`gather_output` and `share_gradient` establish this: they are placed between the model and a loss that every rank
+computes in full, and make each token's loss count once.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _ops = torch.ops._c10d_functional
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the mesh, as its ranks see it: name of the process group, number of ranks, own place."""
+    """One axis of the mesh: name of its process group, number of ranks, this rank's index."""
 
     group: str
     size: int
@@ -35,43 +35,46 @@ class Axis:
 
 
 def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Joins the ranks' parts along `dim`; the gradient is `scatter_sum`."""
+    """All-gathers the ranks' shards along `dim`; the adjoint is `scatter_sum`."""
     if axis.size == 1:
         return x
     return _back(_Gather.apply(_rows(x, dim), axis.group, axis.size), dim)
 
 
 def scatter_sum(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Sums over ranks and keeps this rank's part along `dim`; the gradient is `gather`."""
+    """Reduce-scatters: sums over ranks and returns this rank's shard along `dim`; the adjoint is `gather`."""
     if axis.size == 1:
         return x
     return _back(_ScatterSum.apply(_rows(x, dim), axis.group, axis.size), dim)
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
-    """Sums over ranks, result on all of them; so is the gradient."""
+    """All-reduces the sum; the adjoint is the same."""
     return x if axis.size == 1 else _Sum.apply(x.contiguous(), axis.group)
 
 
 def exchange(x: Tensor, axis: Axis) -> Tensor:
-    """Row i of the result is row `axis.rank` of rank i; the first dim counts ranks. The gradient goes the way back."""
+    """All-to-all over the first dim, which has one row per rank: row i of the result is row `axis.rank` of rank i.
+
+    The adjoint is the same.
+    """
     return x if axis.size == 1 else _Exchange.apply(x.contiguous(), axis.group, axis.size)
 
 
 def gather_output(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Joins parts for a loss that all ranks compute; the gradient is this rank's part of theirs, which are equal."""
+    """All-gathers shards for a loss that all ranks compute; backward takes this rank's shard of the gradient."""
     if axis.size == 1:
         return x
     return _back(_GatherOutput.apply(_rows(x, dim), axis.group, axis.size, axis.rank), dim)
 
 
 def share_gradient(x: Tensor, axis: Axis) -> Tensor:
-    """`x` itself, held by all ranks for a loss that all compute; each gets an equal share of the gradient."""
+    """Returns `x`, replicated for a loss that all ranks compute; backward divides the gradient by the axis size."""
     return x if axis.size == 1 else _ShareGradient.apply(x, axis.size)
 
 
-# Collectives split and join the first dim. Bringing another one there stays outside the functions below: torch 2.11
-# compiles a function that returns a view (which moving dims is for a batch of one) to one whose gradient is zero.
+# Collectives shard the first dim. Another dim is moved there outside of the autograd functions below: torch 2.11
+# compiles an autograd function that returns a view (which movedim is for a batch of one) to one whose gradient is zero.
 def _rows(x: Tensor, dim: int) -> Tensor:
     return x.movedim(dim, 0).contiguous()
 

@@ -1,12 +1,13 @@
-"""Context parallelism after Ulysses: video tokens are split over ranks, and heads are exchanged where all must meet.
+"""Context parallelism after Ulysses: video tokens are sharded, and attention over all of them shards heads instead.
 
-    video self-attention    all-to-all: all heads of some tokens -> all tokens of some heads; back after the softmax
-    audio to video          video queries are split, audio keys are on every rank: nothing to exchange
-    video to audio          video keys and values go to head shards, audio queries take the same heads; heads are joined
-    audio self, text        audio is on every rank, text too: nothing to exchange
+    video self-attention    all-to-all: all heads of some tokens -> all tokens of some heads; reversed after attention
+    audio to video          video queries are sharded, audio keys are on every rank: no communication
+    video to audio          all-to-all of video keys and values, audio queries of the same heads; all-gather of heads
+    audio self, text        audio and text are on every rank: no communication
 
-Only the parameterless softmax inside an attention is replaced. It also cuts padding off, so that attention has true
-lengths and needs no mask; tensor parallelism and float8, which pad as well, use it for that with a cp axis of 1.
+Only the parameterless softmax attention inside an attention layer is replaced. It also removes padding, so that
+attention sees true lengths and needs no mask; tensor parallelism and float8, which pad as well, use it for that with cp
+= 1.
 """
 
 from typing import Literal
@@ -21,7 +22,7 @@ from ltx_titan.parallel.tokens import TokenLayout
 
 Stream = Literal["video", "audio"]
 
-# Attention of a block -> stream of its queries, stream of its keys. Text is never padded or split.
+# Attention of a block -> streams of its queries and keys. Text is never padded or sharded.
 _STREAMS: dict[str, tuple[Stream, Stream]] = {
     "attn1": ("video", "video"),
     "audio_attn1": ("audio", "audio"),
@@ -31,11 +32,11 @@ _STREAMS: dict[str, tuple[Stream, Stream]] = {
 
 
 def apply_context_parallel(model: LTXTransformer, layout: TokenLayout) -> None:
-    """Gives the attentions between tokens the heads, tokens and lengths they need, in place.
+    """Replaces the softmax attention of every attention between tokens, in place.
 
     Args:
-        model: its tokens are split by `shard_tokens`.
-        layout: what `shard_tokens` returned.
+        model: a transformer prepared by `shard_tokens`.
+        layout: as returned by `shard_tokens`.
     """
     for block in model.transformer_blocks:
         for name, (queries, keys) in _STREAMS.items():
@@ -45,7 +46,7 @@ def apply_context_parallel(model: LTXTransformer, layout: TokenLayout) -> None:
 
 
 class _SplitSoftmax(nn.Module):
-    """Softmax attention whose arguments are this rank's part: heads [B, H, S, K] of tp, video tokens of cp."""
+    """Softmax attention on this rank's shard [B, H, S, K]: heads over tp, video tokens over cp."""
 
     def __init__(self, core: nn.Module, layout: TokenLayout, queries: Stream, keys: Stream) -> None:
         super().__init__()
@@ -55,8 +56,9 @@ class _SplitSoftmax(nn.Module):
         self.keys = keys
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """This rank's part of the result; `mask` is of true lengths, without padding."""
+        """Attends and returns this rank's shard of the result; `mask` has true lengths, without padding."""
         cp = self.layout.cp
+        # Audio keys are on every rank, so only video keys need the other ranks' tokens.
         exchanged = cp.size > 1 and self.keys == "video"
         if exchanged and self.queries == "video":
             q, k, v = _tokens_of_some_heads((q, k, v), cp)
@@ -65,10 +67,13 @@ class _SplitSoftmax(nn.Module):
             heads = q.shape[1] // cp.size
             q = q[:, cp.rank * heads : (cp.rank + 1) * heads]
 
+        # Narrowing to the true length is cheaper than a mask, which costs half of the attention's speed.
         length = self.layout.video if self.keys == "video" else self.layout.audio
         k, v = k[:, :, :length], v[:, :, :length]
         padding = 0
         if self.queries == self.keys:
+            # Only here are queries whole; in cross-modal attention they are a shard, whose padded rows are ignored
+            # later.
             padding = q.shape[2] - length
             q = q[:, :, :length]
         out = F.pad(self.core(q, k, v, mask), (0, 0, 0, padding))
@@ -79,12 +84,13 @@ class _SplitSoftmax(nn.Module):
 
 
 def _tokens_of_some_heads(tensors: tuple[Tensor, ...], cp: Axis) -> tuple[Tensor, ...]:
-    """All heads of this rank's tokens -> all tokens of this rank's heads: [B, H, S / cp, K] -> [B, H / cp, S, K]."""
+    """All-to-all from token shards to head shards: each [B, H, S / cp, K] -> [B, H / cp, S, K]."""
+    # Stacked, so that queries, keys and values travel in one collective.
     parts = torch.stack([x.unflatten(1, (cp.size, -1)).movedim(1, 0) for x in tensors], dim=1)
     return exchange(parts, cp).movedim(0, -3).flatten(-3, -2).unbind(0)
 
 
 def _heads_of_some_tokens(x: Tensor, cp: Axis) -> Tensor:
-    """The way back: [B, H / cp, S, K] -> [B, H, S / cp, K]."""
+    """All-to-all from head shards to token shards: [B, H / cp, S, K] -> [B, H, S / cp, K]."""
     parts = x.unflatten(2, (cp.size, -1)).movedim(2, 0)
     return exchange(parts, cp).movedim(0, 1).flatten(1, 2)

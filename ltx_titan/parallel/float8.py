@@ -1,13 +1,13 @@
-"""float8 matrix products by torchao, in the linear layers where they win.
+"""float8 matmuls by torchao, in the linear layers where they are faster.
 
-Converted: attention and feed-forward layers of the blocks that read video or text tokens, 14 a block. Not converted:
-layers that read audio (a clip has about a hundred audio tokens; quantising costs more than the product), gate logits
+Converted: attention and feed-forward layers of the blocks that read video or text tokens, 14 per block. Not converted:
+layers that read audio (a clip has about a hundred audio tokens; quantization costs more than the matmul), gate logits
 (one column per head), modulation, embedding and output layers.
 
-A float8 product wants multiples of 16 in every dim, in the backward pass also in the number of tokens: `shard_tokens`
-pads sequences to `FLOAT8_MULTIPLE`. Weights stay what they are (float32 or bfloat16) and are quantised on use. Only
-with the tensorwise recipe's float8 all-gather are they wrapped in a tensor subclass, which has to be taken off before
-a weight is saved or exported.
+A float8 matmul requires multiples of 16 in every dim, in the backward pass also in the number of tokens: `shard_tokens`
+pads sequences to `FLOAT8_MULTIPLE`. Weights keep their dtype (float32 or bfloat16) and are quantized on use. Only with
+the tensorwise recipe's float8 all-gather are they wrapped in a tensor subclass, which has to be unwrapped before a
+weight is saved or exported.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
 
 Recipe = Literal["tensorwise", "rowwise"]
 
-# Below a block. An adapter keeps the layer it adapts as `base`; its own narrow layers are not converted.
+# Names below a block. An adapter keeps the adapted layer as `base`; its own narrow layers are not converted.
 _CONVERTED = re.compile(
     r"(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)"
     r"|audio_to_video_attn\.(?:to_q|to_out\.0)|video_to_audio_attn\.to_[kv])(?:\.base)?"
@@ -35,10 +35,10 @@ def apply_float8(
 
     Args:
         model: parameters may be on the meta device.
-        recipe: one scale per tensor (fastest), or per row of each factor (more exact).
-        emulate: round as float8 does and multiply in float32, for a CPU, which has no float8 products.
+        recipe: one scale per tensor (fastest), or per row of each factor (more accurate).
+        emulate: round to float8 and multiply in float32, for a CPU, which has no float8 matmuls.
         tp: degree of tensor parallelism, which divides a layer's width.
-        fsdp_all_gather: FSDP2 gathers quantised weights, half the bytes of bfloat16 (tensorwise only).
+        fsdp_all_gather: FSDP2 gathers quantized weights, half the bytes of bfloat16 (tensorwise only).
 
     Returns:
         Names of the converted layers.
@@ -46,18 +46,19 @@ def apply_float8(
     Raises:
         ValueError: no layer can be converted, or the recipe has no float8 all-gather.
     """
-    # Here, not above: importing torchao takes seconds, and most jobs do not use it.
+    # Imported here: torchao takes seconds to import, and most jobs do not use it.
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     if fsdp_all_gather and recipe != "tensorwise":
         raise ValueError(
-            f"float8: recipe {recipe!r} scales rows, which FSDP2 cuts; gather in bfloat16, or use 'tensorwise'."
+            f"float8.all_gather: recipe {recipe!r} scales rows, which FSDP2 shards; set float8.all_gather to false, or "
+            "float8.recipe to 'tensorwise'."
         )
     config = dataclasses.replace(
         Float8LinearConfig.from_recipe_name(recipe),
         emulate=emulate,
         enable_fsdp_float8_all_gather=fsdp_all_gather,
-        # Text comes in multiples of 16 already and tokens are padded to them; an odd text is copied, not refused.
+        # Tokens are padded to multiples of 16 and text usually is one; text of another length costs a padded copy.
         pad_inner_dim=True,
     )
     converted = []
@@ -86,7 +87,7 @@ def apply_float8(
 
 
 def precompute_float8_scales(model: nn.Module) -> None:
-    """One all-reduce for the scales of all weights, after an optimizer step; only for the float8 all-gather."""
+    """Computes the scales of all weights with one all-reduce, after an update; for the float8 all-gather only."""
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
     precompute_float8_dynamic_scale_for_fsdp(model)

@@ -1,9 +1,9 @@
 """Fully sharded data parallelism (FSDP2), always applied, also on one rank.
 
-Every parameter is then a DTensor of one mesh and one rule decides precision: parameters are kept in the dtype they were
-built in (float32 for full fine-tuning), gathered in the compute dtype, and their gradients are reduced in float32.
+Every parameter is then a DTensor, and one rule decides precision: parameters are stored in the dtype they were built in
+(float32 for full fine-tuning), gathered in the compute dtype, and their gradients are reduced in float32.
 
-Gradients are summed, not averaged: the loss of a rank is already its share of the global mean.
+Gradients are summed, not averaged: a rank's loss is already its share of the global mean.
 """
 
 import torch
@@ -26,21 +26,20 @@ def apply_fsdp(
         model: the module whose parameters are sharded, in place.
         blocks: its repeated blocks.
         mesh: 1-D, or 2-D to replicate over the first axis.
-        compute_dtype: dtype of gathered parameters, hence of matrix products.
-        cpu_offload: keep shards, their gradients and so the optimizer's state in host memory; give the parameters
+        compute_dtype: dtype of gathered parameters, hence of matmuls.
+        cpu_offload: keep shards, their gradients and the optimizer's state in host memory; the parameters then need
             storage there (`to_empty(device="cpu")`).
     """
-    # Inputs are cast by the model itself: FSDP2 would also round float32 positions and sigmas.
+    # The model casts its inputs itself: FSDP2 would also round float32 positions and sigmas.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
-    options = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     last = len(blocks) - 1
     for number, block in enumerate(blocks):
-        # The last block is needed again at once by the backward pass.
-        fully_shard(block, reshard_after_forward=number < last, **options)
-    fully_shard(model, reshard_after_forward=False, **options)
+        # The backward pass starts with the last block, which would be gathered again at once.
+        fully_shard(block, mesh=mesh, reshard_after_forward=number < last, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # gloo has no fused multiply-and-sum, which a divide factor asks for by default.
+            # A divide factor makes FSDP2 reduce with PREMUL_SUM, which gloo does not support.
             module.set_force_sum_reduction_for_comms(True)

@@ -1,6 +1,6 @@
-"""What cannot be combined, said before any process group exists.
+"""Refuses combinations of mesh and options that a transformer does not support, before any process group exists.
 
-Everything here follows from the transformer's sizes and the degrees of the mesh; the remedies are keys of a job file.
+The checks need only the transformer's sizes and the degrees of the mesh; the remedies are keys of a job file.
 """
 
 from ltx_titan.config import Degrees
@@ -22,37 +22,38 @@ def check_parallelism(
     float8_all_gather: bool = False,
     dora: bool = False,
 ) -> None:
-    """Refuses combinations that cannot work.
+    """Checks the mesh and the options against the transformer.
 
     Args:
-        degrees: of the mesh.
+        degrees: sizes of the mesh axes.
         config: of the transformer.
-        modalities: streams it is built with.
-        recompute, k, offload: as for `apply_activation_checkpointing`.
+        modalities: streams that the transformer has.
+        recompute, k, offload: as in `[activation_checkpoint]`.
         float8: recipe, or "none".
         float8_all_gather: FSDP2 gathers float8 weights.
-        dora: adapters learn magnitudes of their own.
+        dora: adapters learn each output's magnitude separately.
 
     Raises:
-        ValueError: with one line for each combination: the keys, their values, why, and what to set instead.
+        ValueError: one line for each unsupported combination: keys, values, reason and remedy.
     """
     problems = []
     heads, shares = config.video.heads, degrees.tp * degrees.cp
-    if heads % shares:
+    if heads % shares != 0:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         problems.append(
-            f"parallelism.tp x parallelism.cp = {degrees.tp} x {degrees.cp} = {shares}: attention is split by heads, "
+            f"parallelism.tp x parallelism.cp = {degrees.tp} x {degrees.cp} = {shares}: attention heads are sharded, "
             f"and {shares} does not divide this transformer's {heads}; choose degrees whose product is in {fitting}."
         )
     if degrees.cp > 1 and modalities == "audio":
         problems.append(
-            f"parallelism.cp = {degrees.cp}: context parallelism splits video tokens, and this job has audio only; "
+            f"parallelism.cp = {degrees.cp}: context parallelism shards video tokens, and this job has audio only; "
             "set it to 1."
         )
     if offload and recompute not in ("full", "every_k"):
         problems.append(
-            f"activation_checkpoint.offload = true with mode = {recompute!r}: what moves to host memory is the inputs "
-            "of recomputed blocks; set activation_checkpoint.mode to 'full' or 'every_k', or offload to false."
+            f"activation_checkpoint.offload = true with mode = {recompute!r}: offloading moves the inputs of "
+            "recomputed blocks to host memory; set activation_checkpoint.mode to 'full' or 'every_k', or "
+            "offload to false."
         )
     if recompute == "every_k" and k > config.num_layers:
         problems.append(
@@ -62,7 +63,7 @@ def check_parallelism(
     if dora and degrees.tp > 1:
         problems.append(
             f"parallelism.tp = {degrees.tp} with lora.dora = true: the norm of a weight's row spans all ranks that "
-            "share it; set parallelism.tp to 1, or lora.dora to false."
+            "hold a part of it; set parallelism.tp to 1, or lora.dora to false."
         )
     if problems:
         raise ValueError("\n".join(problems))
@@ -82,13 +83,13 @@ def _float8_problems(
     unit = FLOAT8_MULTIPLE * degrees.tp
     if modalities != "audio" and (config.video.width % unit or config.audio.width % unit):
         problems.append(
-            f"float8.recipe = {recipe!r} with parallelism.tp = {degrees.tp}: float8 products need widths that divide "
+            f"float8.recipe = {recipe!r} with parallelism.tp = {degrees.tp}: float8 matmuls need widths that divide "
             f"by {FLOAT8_MULTIPLE} x tp = {unit}, found {config.video.width} and {config.audio.width}; set "
             "float8.recipe to 'none'."
         )
     if all_gather and recipe != "tensorwise":
         problems.append(
-            f"float8.all_gather = true with float8.recipe = {recipe!r}: FSDP2 cuts the rows that are scaled; set "
+            f"float8.all_gather = true with float8.recipe = {recipe!r}: FSDP2 shards the rows that are scaled; set "
             "float8.recipe to 'tensorwise', or float8.all_gather to false."
         )
     return problems

@@ -1,12 +1,12 @@
 """Process groups and the device mesh.
 
-One rank has a place on four axes: `dp_replicate x dp_shard x cp x tp`. Two views of them are built with public API
-only:
+A rank has a coordinate on four axes: `dp_replicate x dp_shard x cp x tp`. Two meshes over them are built, with public
+API only:
 
     parameters   (dp_replicate, fsdp, tp)   fsdp = dp_shard x cp: context-parallel ranks shard parameters too
     data         (dp, cp, tp)               dp = dp_replicate x dp_shard: ranks of one dp index read the same samples
 
-Axes of size 1 stay in both views, with real process groups, so that nothing needs a special case for them.
+Axes of size 1 stay in both, with real process groups, so that no code needs a special case for them.
 """
 
 import os
@@ -23,7 +23,7 @@ from ltx_titan.config import Degrees
 
 @dataclass(frozen=True)
 class Mesh:
-    """Both views of the mesh, on one device type."""
+    """Both meshes, on one device type."""
 
     degrees: Degrees
     parameters: DeviceMesh
@@ -31,20 +31,20 @@ class Mesh:
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """Mesh for `fully_shard`: 1-D, or 2-D (HSDP) where parameters are also replicated."""
+        """Mesh for `fully_shard`: 1-D, or 2-D (HSDP) if parameters are also replicated."""
         if self.degrees.dp_replicate > 1:
             return self.parameters["dp_replicate", "fsdp"]
         return self.parameters["fsdp"]
 
     @property
     def dp_rank(self) -> int:
-        """Which share of a global batch this rank reads."""
+        """Index of this rank's share of a global batch."""
         return self.data.get_local_rank("dp")
 
     def sum_over_samples(self, values: Tensor) -> Tensor:
-        """Sums over the ranks that read different samples (dp), in place; ranks of one cp or tp group get the same.
+        """Sums over the ranks that read different samples (dp), in place.
 
-        Losses are such values: every rank of a cp or tp group computes those of its samples in full.
+        For values such as losses, which every rank of a cp or tp group computes in full for its samples.
         """
         if self.degrees.dp > 1:
             dist.all_reduce(values, group=self.data.get_group("dp"))
@@ -54,12 +54,12 @@ class Mesh:
 def init_distributed(timeout_s: int = 1800) -> torch.device:
     """Joins the job's process group, NCCL on CUDA and gloo on a CPU, and returns this rank's device.
 
-    Started by torchrun it reads the environment; started as a plain process it is a job of one rank.
+    Under torchrun it reads the environment; without it, the job has one rank.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        # Checkpoints move tensors between hosts' CPUs, so CPU tensors need a backend of their own.
+        # Checkpoints and the stop signal communicate CPU tensors, which need gloo next to NCCL.
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
@@ -73,7 +73,7 @@ def init_distributed(timeout_s: int = 1800) -> torch.device:
 
 
 def build_mesh(device_type: str, degrees: Degrees) -> Mesh:
-    """Builds both views of the mesh; the product of the degrees must be the number of ranks."""
+    """Builds both meshes; the product of the degrees must be the world size."""
     assert dist.get_world_size() == degrees.dp * degrees.cp * degrees.tp, (dist.get_world_size(), degrees)
     parameters = init_device_mesh(
         device_type,

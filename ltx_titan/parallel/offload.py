@@ -1,8 +1,8 @@
-"""Keeps activations in host memory between the forward and the backward pass.
+"""Offloads saved activations to host memory between the forward and the backward pass.
 
-Copies run on a stream of their own, beside the computation: a block's inputs leave while the block runs, and come back
-while the block behind it is in its backward pass. With whole blocks recomputed that is one tensor per stream and block
-(132 MB for 16k video tokens in bfloat16), a few milliseconds of PCIe time next to a hundred of computing.
+Copies run on a separate CUDA stream: a block's inputs are copied to the host while the block runs, and back while the
+next block is in its backward pass. With whole blocks recomputed that is one tensor per stream and block (132 MB for 16k
+video tokens in bfloat16), a few milliseconds of PCIe time next to a hundred of computation.
 """
 
 from contextlib import AbstractContextManager
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Smaller tensors cost more in launches than they free.
+# Copying smaller tensors costs more in launches than the memory is worth.
 _MIN_BYTES = 1 << 20
 
 
 @dataclass
 class _Parked:
-    """A tensor in host memory, or on its way there; `returned` is its copy on the device once that is asked for."""
+    """A tensor in (or being copied to) host memory; `returned` is its copy on the device once requested."""
 
     host: Tensor
     device: torch.device
@@ -27,14 +27,14 @@ class _Parked:
 
 @dataclass
 class _Group:
-    """What one block left, and the group of the block before it, which the backward pass needs next."""
+    """Tensors that one block saved, and the group of the block before it, which the backward pass needs next."""
 
     before: "_Group | None"
     waiting: list[_Parked] = field(default_factory=list)
 
 
 class ActivationOffload:
-    """Where the recomputed blocks of one model leave their inputs."""
+    """Host memory for the inputs of the recomputed blocks of one model."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -42,7 +42,7 @@ class ActivationOffload:
         self._last: _Group | None = None
 
     def saved_tensors(self) -> AbstractContextManager:
-        """A context for one block: what autograd saves inside is kept in host memory.
+        """Context for one block in which tensors saved by autograd are offloaded.
 
         Tensors on the CPU and small ones stay where they are.
         """
@@ -60,7 +60,7 @@ class ActivationOffload:
         with torch.cuda.stream(self._stream):
             host = torch.empty_like(tensor, device="cpu", pin_memory=True)
             host.copy_(tensor, non_blocking=True)
-        # The allocator must not hand this memory out again before the copy has read it.
+        # The caching allocator must not reuse this memory before the copy has read it.
         tensor.record_stream(self._stream)
         parked = _Parked(host, tensor.device, self._current)
         self._current.waiting.append(parked)
@@ -72,14 +72,16 @@ class ActivationOffload:
         group = saved.group
         self._start_return(group)
         current = torch.cuda.current_stream()
+        assert self._stream is not None, "a parked tensor was copied on the stream"
         current.wait_stream(self._stream)
         tensor, saved.returned = saved.returned, None
+        assert tensor is not None, "started by _start_return"
         tensor.record_stream(current)
         if group.before is not None:
-            # Only now, so that this block does not wait for the next one's copies.
+            # Prefetch, enqueued after this block's own copies so that it does not wait for them.
             self._start_return(group.before)
         if self._last is group:
-            # The backward pass has begun: what comes later belongs to another forward pass.
+            # The backward pass has begun, so later groups belong to another forward pass.
             self._last = None
         return tensor
 

@@ -1,8 +1,8 @@
-"""Ending a run early, on all ranks after the same step.
+"""Stops a run early, on all ranks after the same step.
 
-Schedulers announce the end of a job's time with a signal that reaches ranks at different moments. If each acted on
-its own, one would save while another waits in the next step's collectives. So the ranks agree in every step, on the
-host and beside the computation: a reduction of one number that starts before the step and is read after it.
+Schedulers announce the end of a job's time with a signal that reaches ranks at different moments. If each rank acted on
+it alone, one would save while another waits in the next step's collectives. So the ranks agree in every step: an
+asynchronous all-reduce of one number on the host, started before the step and read after it.
 """
 
 import signal
@@ -14,7 +14,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Whether any rank has been told to stop. From now on the signals only set a flag here."""
+    """Agreement of all ranks on whether any has received a stop signal. Installs handlers that only set a flag."""
 
     def __init__(self) -> None:
         self._received = False
@@ -24,13 +24,13 @@ class StopSignal:
             signal.signal(number, self._receive)
 
     def ask(self) -> None:
-        """Starts to ask all ranks; each calls it once before a step."""
+        """Starts the all-reduce; every rank calls it once before a step."""
         self._votes.fill_(self._received)
         self._pending = dist.all_reduce(self._votes, op=dist.ReduceOp.MAX, async_op=True)
 
     def is_agreed(self) -> bool:
-        """The same answer on every rank; call it once after the step."""
-        assert self._pending is not None, "ask() starts the question"
+        """Waits for the all-reduce; the same answer on every rank. Call it once after the step."""
+        assert self._pending is not None, "call ask() first"
         self._pending.wait()
         self._pending = None
         return bool(self._votes.item())

@@ -1,13 +1,14 @@
-"""Which rank holds which tokens, under tensor and context parallelism and for float8.
+"""Sharding of tokens over ranks for tensor and context parallelism, and padding for float8.
 
-Every rank hands the transformer the whole sequences and gets the whole velocities back, so neither its caller nor the
-loss knows of this. Inside, between the two hooks that `shard_tokens` puts on the model, the residual streams are split:
+Every rank passes whole sequences to the transformer and receives whole velocities, so the caller and the loss do not
+depend on it. In between, from the pre-hook to the hook that `shard_tokens` registers on the model, the residual streams
+are sharded:
 
-    video  [B, S, D]   over cp, and each part over tp    S / (cp * tp) tokens on a rank
+    video  [B, S, D]   over cp, and each shard over tp   S / (cp * tp) tokens on a rank
     audio  [B, A, D]   over tp, the same on all cp ranks    (a clip has about a hundred audio tokens)
 
-Sequences are padded once, at their end, so that all parts are equal; attention sees true lengths only (cp.py), and the
-velocities of padding are dropped before the loss. Text is held in full by every rank.
+Sequences are padded once, at their end, so that all shards have equal length; attention sees true lengths only (cp.py),
+and the velocities of padding are dropped before the loss. Every rank holds the whole text.
 """
 
 from dataclasses import dataclass, replace
@@ -24,15 +25,15 @@ from ltx_titan.model.rope import distinct_coordinates, midpoints
 from ltx_titan.parallel.collectives import Axis, gather_output, share_gradient
 from ltx_titan.parallel.mesh import Mesh
 
-# What the dims of a float8 product's factors must be multiples of; in the backward pass one of them counts tokens.
+# float8 matmuls require dims that are multiples of this; in the backward pass one of the dims is the number of tokens.
 FLOAT8_MULTIPLE = 16
 
 
 @dataclass
 class TokenLayout:
-    """How tokens are split, and the true lengths of the sequences in the current forward pass.
+    """Axes that tokens are sharded over, and the true lengths of the sequences in the current forward pass.
 
-    Lengths change from call to call; the hooks on the model set them, attention reads them.
+    Lengths change from call to call: the pre-hook on the model sets them, attention reads them.
     """
 
     cp: Axis
@@ -42,33 +43,39 @@ class TokenLayout:
     audio: int = 0
 
     def padded(self, length: int, cp: int) -> int:
-        """`length` rounded up so that it splits evenly and each rank's matrix products have `multiple` rows."""
+        """Rounds `length` up so that it shards evenly and each rank's matmuls have a multiple of `multiple` rows."""
         unit = cp * lcm(self.tp.size, self.multiple)
         return -(-length // unit) * unit
 
 
 def shard_tokens(model: LTXTransformer, mesh: Mesh, *, multiple: int = 1) -> TokenLayout:
-    """Makes `model` split its tokens on the way in and join its velocities on the way out.
+    """Registers hooks on `model` that shard its input tokens and gather its output velocities.
 
-    Needed once, before tensor and context parallelism, which rely on it. Gradients of the loss are then to be summed
-    over cp (FSDP2 does so, its axis contains cp) and tp (which `apply_tensor_parallel` arranges).
+    Call it once, before tensor and context parallelism, which rely on it. Gradients of parameters are then partial over
+    cp (FSDP2 sums them, its axis contains cp) and tp (`apply_tensor_parallel` declares them so).
 
     Args:
-        model: changed in place; its inputs and outputs stay what they were.
+        model: changed in place; its inputs and outputs stay the same.
         mesh: the job's mesh.
-        multiple: what the number of tokens in a matrix product must divide by.
+        multiple: the number of tokens in a matmul is padded to a multiple of this.
+
+    Returns:
+        The layout, which the hooks keep up to date.
     """
     layout = TokenLayout(Axis.of(mesh.data["cp"]), Axis.of(mesh.data["tp"]), multiple)
     parameters = signature(model.forward)
 
     def enter(_: LTXTransformer, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
-        given = parameters.bind(*args, **kwargs).arguments
-        video, audio = given["video"], given["audio"]
+        arguments = parameters.bind(*args, **kwargs).arguments
+        video, audio = arguments["video"], arguments["audio"]
         layout.video = 0 if video is None else video.latent.shape[1]
         layout.audio = 0 if audio is None else audio.latent.shape[1]
-        given["video"] = None if video is None else _own_tokens(video, layout, layout.cp.size, layout.cp.rank)
-        given["audio"] = None if audio is None else _own_tokens(audio, layout, 1, 0)
-        return (), given
+        if video is not None:
+            arguments["video"] = _own_tokens(video, layout, layout.cp.size, layout.cp.rank)
+        if audio is not None:
+            # About a hundred tokens: replicated over cp, because exchanging them would cost more than computing them.
+            arguments["audio"] = _own_tokens(audio, layout, 1, 0)
+        return (), arguments
 
     def leave(
         _: LTXTransformer, args: tuple, velocities: tuple[Tensor | None, Tensor | None]
@@ -86,13 +93,13 @@ def shard_tokens(model: LTXTransformer, mesh: Mesh, *, multiple: int = 1) -> Tok
 
 
 def _own_tokens(whole: Modality, layout: TokenLayout, cp: int, cp_rank: int) -> Modality:
-    """This rank's part of one stream.
+    """This rank's shard of one stream.
 
-    Coordinates stay those of the cp part: attention rotates queries and keys after tp has gathered their tokens.
+    Coordinates are those of the whole cp shard: attention rotates queries and keys after tp has gathered their tokens.
     """
     values, index = whole.timestep_values, whole.timestep_index
     if values is None:
-        # Found before the split: K must be the same on all ranks.
+        # Before sharding, so that the number of distinct timesteps is the same on all ranks.
         values, index = distinct_timesteps(whole.timesteps)
     coordinate_values, coordinate_index = whole.coordinate_values, whole.coordinate_index
     if coordinate_values is None:
@@ -107,16 +114,19 @@ def _own_tokens(whole: Modality, layout: TokenLayout, cp: int, cp_rank: int) -> 
         pads = [0, 0] * (x.ndim - 1 - dim) + [0, padding]
         return F.pad(x, pads).narrow(dim, start, count)
 
-    def own(x: Tensor | None) -> Tensor | None:
-        if x is None or x.shape[1] != length:
+    def own(x: Tensor) -> Tensor:
+        if x.shape[1] != length:  # one value for all tokens
             return x
         return part(x, 1, cp_rank * per_cp + layout.tp.rank * per_tp, per_tp)
+
+    assert index is not None, "distinct timesteps come with an index per token"
+    assert coordinate_index is not None, "distinct coordinates come with an index per token"
 
     return replace(
         whole,
         latent=own(whole.latent),
         timesteps=own(whole.timesteps),
-        keyframes_mask=own(whole.keyframes_mask),
+        keyframes_mask=None if whole.keyframes_mask is None else own(whole.keyframes_mask),
         timestep_values=values,
         timestep_index=own(index),
         coordinate_values=coordinate_values,

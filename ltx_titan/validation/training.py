@@ -1,4 +1,4 @@
-"""Validation of a job while it trains: sampled clips, and the loss on held-out data at fixed noise."""
+"""Validation of a job during training: sampled clips, and the loss on held-out data at fixed noise."""
 
 import logging
 import time
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from ltx_titan.common.tensors import COMPUTE_DTYPES
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.data import Batch, PrecomputedDataset
-from ltx_titan.model import TextConnectors
+from ltx_titan.model import TextConnectors, TransformerConfig
 from ltx_titan.optim import EMA, Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.mesh import Mesh
-from ltx_titan.parallel.parallelize import compute_dtype
 from ltx_titan.plan import Plan
 from ltx_titan.validation.check import check_validation
 from ltx_titan.validation.held_out import as_batch, held_out_losses
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingValidation:
-    """Runs a job's `[validation]`. Created before the model is loaded, because encoding prompts and media needs memory.
+    """Runs `[validation]`. Create it before the model is loaded: encoding prompts and media needs the memory.
 
     Args:
         plan: the job; `validation.interval` is set.
@@ -48,9 +48,10 @@ class TrainingValidation:
         )
         self.sampler = None
         if self.section.samples:
-            # Imported here because it loads diffusers and transformers, which a job without samples does not need.
+            # Imported here: it loads diffusers and transformers, which a job without samples does not need.
             from ltx_titan.validation.engine import prepare_validation
 
+            assert plan.source.path is not None, "checked by check_validation_files"
             self.sampler = prepare_validation(
                 self.section,
                 checkpoint_path=plan.source.path,
@@ -74,16 +75,16 @@ class TrainingValidation:
         ema: EMA | None,
         optimizers: Optimizers,
     ) -> dict[str, float]:
-        """Samples clips and computes the held-out loss; a collective call.
+        """Samples clips and computes held-out losses; every rank calls it.
 
         Args:
-            step: number of optimizer steps so far.
-            model: the transformer as it is trained; its training mode is restored afterwards.
-            connectors: text connectors for held-out text features; None if the data holds contexts.
-            writer: TensorBoard writer, on rank 0.
-            wandb_run: Weights & Biases run, on rank 0, if clips are uploaded.
-            ema: averaged weights, if the job has them.
-            optimizers: optimizers whose state is offloaded with `validation.offload_optimizer`.
+            step: optimizer steps taken.
+            model: the transformer; in training mode again afterwards.
+            connectors: for held-out text features.
+            writer: TensorBoard, on rank 0.
+            wandb_run: Weights & Biases run that clips are uploaded to, on rank 0.
+            ema: averaged weights, if the job keeps them.
+            optimizers: their state is moved to the host during sampling if the job offloads it.
 
         Returns:
             Held-out losses by TensorBoard tag.
@@ -100,7 +101,9 @@ class TrainingValidation:
                 averaged_weights=None if ema is None else lambda: self._averaged(ema, model),
                 optimizers=optimizers.parts,
             )
-        losses = self._held_out_losses(model, connectors) if self.held_out is not None else {}
+        losses = {}
+        if self.held_out is not None:
+            losses = self._held_out_losses(self.held_out, model, connectors)
         where = f", clips in {folder}" if self.sampler is not None else ""
         figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if "sigma" not in name)
         logger.info("validation after step %d: %.1f s%s%s", step, time.perf_counter() - started, figures, where)
@@ -110,23 +113,26 @@ class TrainingValidation:
     def _averaged(self, ema: EMA, model: nn.Module) -> Iterator[None]:
         gathers_float8 = self.plan.job.float8.all_gather
         with ema.swapped_in(model):
-            # float8 all-gather casts with scales computed in advance, which must match the swapped-in weights.
-            if gathers_float8:
+            if gathers_float8:  # the scales were computed for the other weights
                 precompute_float8_scales(model)
             yield
         if gathers_float8:
             precompute_float8_scales(model)
 
-    def _held_out_losses(self, model: nn.Module, connectors: TextConnectors | None) -> dict[str, float]:
+    def _held_out_losses(
+        self, held_out: PrecomputedDataset, model: nn.Module, connectors: TextConnectors | None
+    ) -> dict[str, float]:
+        dtype = COMPUTE_DTYPES[self.plan.job.training.dtype]
+
         def load(index: int) -> Batch:
-            batch = as_batch(self.held_out.load(index), self.device)
-            return {**batch, "conditions": to_contexts(batch["conditions"], connectors, compute_dtype(self.plan.job))}
+            batch = as_batch(held_out.load(index), self.device)
+            return {**batch, "conditions": to_contexts(batch["conditions"], connectors, dtype)}
 
         return held_out_losses(
             model,
             self.plan.strategy,
             load,
-            min(self.section.held_out_samples, len(self.held_out)),
+            min(self.section.held_out_samples, len(held_out)),
             self.section.held_out_sigmas,
             self.section.seed,
             self.device,
@@ -145,13 +151,15 @@ def check_validation_files(plan: Plan) -> None:
     if section.interval is None:
         return
     if section.samples and plan.source.path is None:
-        raise ValueError('validation.samples needs a checkpoint with codecs; remove them while model.init = "random".')
+        raise ValueError(
+            'validation.samples: expected a checkpoint with codecs, found model.init = "random"; remove the samples.'
+        )
     if section.held_out_root is not None:
         PrecomputedDataset(section.held_out_root, plan.strategy.sources)
     check_validation(
         section,
         has_video=plan.modalities != "audio",
         has_audio=plan.modalities != "video",
-        num_blocks=plan.source.config["transformer"].get("num_layers", 48),
+        num_blocks=TransformerConfig.from_metadata(plan.source.config["transformer"]).num_layers,
         scale_factors=plan.strategy.scale_factors,
     )

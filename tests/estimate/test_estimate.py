@@ -11,14 +11,14 @@ import torch
 from ltx_titan.cli import main
 from ltx_titan.common.hardware import GIB, GPUS, bus_bandwidth
 from ltx_titan.config import Degrees, build_job, load_job
-from ltx_titan.estimate.command import PEAK_ERROR, TIME_ERROR, make_setup, make_workload, overrides_of
+from ltx_titan.estimate.command import PEAK_ERROR, TIME_ERROR, overrides_of
 from ltx_titan.estimate.dry_run import DryRun, dry_run
 from ltx_titan.estimate.memory import Memory, saved_per_block
-from ltx_titan.estimate.prediction import candidates, estimate, search
-from ltx_titan.estimate.workload import Setup
+from ltx_titan.estimate.prediction import candidates, estimate, search, step_times
+from ltx_titan.estimate.workload import Setup, make_setup, make_workload
 from ltx_titan.model import LTXTransformer, Modality
 from ltx_titan.model.init import init_random_
-from ltx_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing
 from ltx_titan.parallel.compile import apply_compile
 from ltx_titan.plan import Plan, plan_job
 from ltx_titan.weights import released_config
@@ -88,7 +88,7 @@ HEADS = 2
 
 
 def saved_bytes(recompute: str, backend: str | None, timesteps: int) -> int:
-    """Bytes that autograd keeps of one block more, in a small model of the released proportions."""
+    """Bytes that autograd saves of one more block, in a small model of the released proportions."""
     config = released_config("ltx-2.3-22b")["transformer"] | {"num_layers": 2}
     for prefix, size in (("", 128), ("audio_", 64)):
         config |= {f"{prefix}num_attention_heads": HEADS, f"{prefix}cross_attention_dim": HEADS * size}
@@ -96,10 +96,11 @@ def saved_bytes(recompute: str, backend: str | None, timesteps: int) -> int:
     init_random_(model, 0)
     model = model.to(torch.bfloat16)
     if backend is not None:
-        apply_compile([])  # what it tells the partitioner counts here, not the code that Inductor would make
+        apply_compile([])  # for its partitioner settings, which decide what is saved; Inductor's code does not matter
         for block in model.transformer_blocks:
             block.compile(fullgraph=True, dynamic=False, backend=backend)
-    apply_activation_checkpointing(model.transformer_blocks, recompute)
+    if recompute == "full":
+        apply_full_checkpointing(model.transformer_blocks)
     blocks = list(model.transformer_blocks)
 
     def stream(tokens: int, axes: int, width: int) -> Modality:
@@ -137,7 +138,7 @@ def saved_bytes(recompute: str, backend: str | None, timesteps: int) -> int:
     ("recompute", "backend", "timesteps"),
     [("none", None, 1), ("none", None, 2), ("full", None, 1), ("none", "aot_eager_decomp_partition", 1)],
 )
-def test_saved_activations_equal_what_autograd_keeps(recompute, backend, timesteps):
+def test_saved_activations_equal_what_autograd_saves(recompute, backend, timesteps):
     work = make_workload(plan_of(1))
     work = replace(
         work,
@@ -163,7 +164,7 @@ def measured_rows() -> list[tuple[str, dict]]:
     ("job", "row"), measured_rows(), ids=lambda value: value["case"] if isinstance(value, dict) else ""
 )
 def test_estimate_agrees_with_a_measured_run(job, row):
-    """What an estimate must be worth to rent machines by, and what it says of itself."""
+    """The errors are those that the command prints."""
     common, *cases = row["command"].partition("--all=")[2].split("--case=")
     (own,) = {case.partition(":")[2] for case in cases if case.startswith(f"{row['case']}:")}
     overrides = [word for word in f"{common} {own}".split() if word.startswith("--") and "." in word.partition("=")[0]]
@@ -190,7 +191,7 @@ def test_a_search_only_proposes_what_can_be_planned_and_fits():
     assert {setup.degrees.cp * setup.degrees.tp for setup in candidates(work, setup, 8)} >= {2, 4, 8, 16}
 
 
-def test_what_costs_memory_and_time_is_seen():
+def test_memory_and_bandwidth_follow_the_setup():
     plan = plan_of(8, model={"num_layers": 48})
     work = make_workload(plan)
 
@@ -202,7 +203,7 @@ def test_what_costs_memory_and_time_is_seen():
 
     assert peak() > peak(recompute="every_k", k=2) > peak(recompute="full")
     assert peak(recompute="full") > peak(recompute="full", cpu_offload=True)
-    # At this length the peak comes at the end of the backward pass, when inputs of blocks are gone anyway.
+    # At this length the peak is at the end of the backward pass, when the inputs of blocks are freed in any case.
     kept, moved = memory(recompute="full"), memory(recompute="full", offload_activations=True)
     assert kept.start_of_backward > moved.start_of_backward
     slow, fast = bus_bandwidth(GPUS["h100"], 8, 8), bus_bandwidth(GPUS["h100"], 1, 64)
@@ -210,21 +211,21 @@ def test_what_costs_memory_and_time_is_seen():
     assert slow < fast <= GPUS["h100"].nvlink
 
 
-def test_a_job_whose_files_are_elsewhere_is_estimated_and_its_stand_ins_named(tmp_path, capsys):
+def test_a_job_with_missing_files_is_estimated_and_its_placeholders_are_listed(tmp_path, capsys):
     out = tmp_path / "estimate.json"
     job = CONFIGS / "ltx23_lora_ic_v2v.toml"
     status = main(["estimate", str(job), "--gpus", "1", "--clip", "1280x704x49", "--json", str(out), "--lora.rank=16"])
     text = capsys.readouterr().out
     assert status == 0
     assert "12,320 video" in text  # 7 x 22 x 40 of the target, and as many of its reference
-    assert "taken as ltx-2.3-22b" in text
-    assert "clips of 1280x704x49" in text
+    assert "not found; assuming ltx-2.3-22b" in text
+    assert "assuming clips of 1280x704x49" in text
     row = json.loads(out.read_text())
     assert 20 < row["peak_mem_gib"] < row["needed_gib"] < 79
     assert row["step_time_s"] > 0
 
 
-def test_what_does_not_fit_says_so_and_a_search_finds_what_does(capsys):
+def test_a_job_that_does_not_fit_exits_with_1_and_a_search_finds_one_that_does(capsys):
     job = str(CONFIGS / "ltx23_full_av_8gpu.toml")
     assert main(["estimate", job, "--gpus", "4", "--training.global_batch_size=4"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
@@ -233,7 +234,7 @@ def test_what_does_not_fit_says_so_and_a_search_finds_what_does(capsys):
     assert "--parallelism.dp_shard=" in capsys.readouterr().out
 
 
-def test_a_dry_run_of_512_ranks_passes_or_says_what_would_fail(tmp_path, capsys):
+def test_a_dry_run_of_512_ranks_passes_or_reports_the_error_of_a_cluster(tmp_path, capsys):
     job = tmp_path / "job.toml"
     job.write_text(
         '[model]\ninit = "random"\nshape = "ltx-2.3-22b"\nnum_layers = 1\n[data]\nsource = "synthetic"\n'
@@ -242,9 +243,27 @@ def test_a_dry_run_of_512_ranks_passes_or_says_what_would_fail(tmp_path, capsys)
     options = ["--gpus", "512", "--dry-run", "--parallelism.tp=2"]
     assert main(["estimate", str(job), *options]) == 0
     assert "dry run: 512 ranks" in capsys.readouterr().out
-    # What ranks of a cluster would meet in their first update.
+    # An error that the ranks of a cluster would raise in their first update.
     assert main(["estimate", str(job), *options, "--parallelism.tp=32", "--optimizer.name=adamw8bit"]) == 1
     assert "rows are split" in capsys.readouterr().err
+
+
+def test_sample_times_are_those_of_the_estimate_unless_an_mfu_is_assumed():
+    """`ltx-titan inspect` and `ltx-titan estimate` agree on the step time of a clip."""
+    sections = {
+        "model": {"num_layers": 48},
+        "compile": {"enable": True},
+        "activation_checkpoint": {"mode": "selective"},
+    }
+    plan = plan_of(1, **sections)
+    work = make_workload(plan)
+    seconds = estimate(work, make_setup(plan.job, plan.degrees), GPUS["h100"]).step_time_s
+    times = step_times(None, "ltx-2.3-22b", "H100", None, "full")
+    own = times.seconds(work.video_tokens, work.audio_tokens)
+    # The job's text has another length, which is a percent of the work.
+    assert own == pytest.approx(seconds, rel=0.02)
+    assumed = step_times(None, "ltx-2.3-22b", "H100", 0.25, "full").seconds(work.video_tokens, work.audio_tokens)
+    assert assumed == pytest.approx(estimate(work, Setup(plan.degrees), GPUS["h100"]).flops / 0.25 / 989e12, rel=0.02)
 
 
 def test_unknown_options_are_refused(capsys):

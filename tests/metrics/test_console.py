@@ -3,7 +3,7 @@ import time
 import pytest
 
 from ltx_titan.metrics import StepMetrics
-from ltx_titan.metrics.console import Clock, Console, format_line, header
+from ltx_titan.metrics.console import Console, RemainingTime, format_line, header
 
 KNOWN = StepMetrics(120, 0.51234, 0.4, 0.11234, 1.5, 2e-5, 1.234, 12345.6, 410.25, 0.4148, 71.5)
 
@@ -38,9 +38,9 @@ def test_progress_bar_on_a_terminal_keeps_the_lines(capsys, monkeypatch):
 def test_time_left_counts_the_steps_of_this_run_only(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    clock = Clock(total_steps=60, first_step=40)
+    left = RemainingTime(total_steps=60, first_step=40)
     now[0] += 6
-    assert clock.seconds_left(42) == pytest.approx(18 * 3)
+    assert left.seconds(42) == pytest.approx(18 * 3)
     now[0] += 3
-    assert clock.seconds_left(43) == pytest.approx(17 * 3)
-    assert Clock(60, 40).seconds_left(40) is None
+    assert left.seconds(43) == pytest.approx(17 * 3)
+    assert RemainingTime(60, 40).seconds(40) is None

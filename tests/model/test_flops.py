@@ -5,7 +5,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltx_titan.benchmarks.block_models import AUDIO_TOKENS, TEXT_TOKENS, our_model
-from ltx_titan.common.hardware import peak_flops
+from ltx_titan.common.titan import peak_flops
 from ltx_titan.model.flops import layer_flops, outside_flops, training_flops
 from ltx_titan.weights import released_config
 from tests.golden_cases import load_case

@@ -85,7 +85,7 @@ def test_stochastic_rounding_keeps_updates_that_rounding_would_lose():
     assert moved(stochastic_rounding=True) == moved(stochastic_rounding=True)
 
 
-def test_frozen_weights_are_left_out_and_nothing_to_train_is_refused():
+def test_frozen_weights_are_skipped_and_a_model_without_trained_weights_is_refused():
     model = toy().requires_grad_(False)
     with pytest.raises(ValueError, match=r"no weight requires a gradient.*lora\.targets"):
         build_optimizers(model.named_parameters(), OptimizerSection())

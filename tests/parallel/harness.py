@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ltx_titan.common.tensors import without_wrappers
 from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.config import Degrees
 from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
-from ltx_titan.optim.adamw import ShardedAdamW
-from ltx_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from ltx_titan.optim.build import ShardedAdamW
+from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8, precompute_float8_scales
 from ltx_titan.parallel.fsdp import apply_fsdp
@@ -201,7 +202,7 @@ def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case, mes
 
 
 def build(case: Case, mesh: Mesh) -> LTXTransformer:
-    """The model, built on the meta device, parallelised, then given storage, as a trainer does."""
+    """The model, built on the meta device, parallelized, then given storage, as by the trainer."""
     with torch.device("meta"):
         model = LTXTransformer.from_config(model_config())
     names = [name for name, _ in model.named_parameters()]
@@ -213,10 +214,13 @@ def build(case: Case, mesh: Mesh) -> LTXTransformer:
         if tp > 1:
             apply_tensor_parallel(model, mesh, layout)
         apply_context_parallel(model, layout)
+    if case.recompute == "selective":
+        apply_selective_checkpointing(model.transformer_blocks, tp=tp)
     if case.compile:
         for block in model.transformer_blocks:
             block.compile(fullgraph=True, dynamic=False, backend=case.compile)
-    apply_activation_checkpointing(model.transformer_blocks, case.recompute, k=2, tp=tp)
+    if case.recompute in ("full", "every_k"):
+        apply_full_checkpointing(model.transformer_blocks, every=2 if case.recompute == "every_k" else 1)
     apply_fsdp(model, model.transformer_blocks, mesh.fsdp, torch.float32)
     model.to_empty(device="cpu")
     assert [name for name, _ in named(model)] == names
@@ -239,4 +243,4 @@ def whole(tensor: Tensor) -> Tensor:
 
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters by official name."""
-    return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters()]
+    return [(without_wrappers(name), p) for name, p in model.named_parameters()]

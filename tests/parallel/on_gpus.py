@@ -28,7 +28,7 @@ from ltx_titan.config import Degrees
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
-from ltx_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
 from ltx_titan.parallel.compile import apply_compile
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8
@@ -92,9 +92,12 @@ def build(case: Case, config: dict, weights: dict[str, Tensor], device: torch.de
         if tp > 1:
             apply_tensor_parallel(model, mesh, layout)
         apply_context_parallel(model, layout)
+    if case.recompute == "selective":
+        apply_selective_checkpointing(model.transformer_blocks, tp=tp)
     if case.compiled:
         apply_compile(model.transformer_blocks)
-    apply_activation_checkpointing(model.transformer_blocks, case.recompute, tp=tp)
+    if case.recompute == "full":
+        apply_full_checkpointing(model.transformer_blocks)
     apply_fsdp(model, model.transformer_blocks, mesh.fsdp, torch.bfloat16)
     model.to_empty(device=device)
     with torch.no_grad():

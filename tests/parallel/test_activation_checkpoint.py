@@ -2,10 +2,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ltx_titan.common.tensors import without_wrappers
 from ltx_titan.model import LTXTransformer
-from ltx_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
 from tests.golden_cases import load_case
 from tests.model.golden_transformer import build_inputs, build_transformer, weighted_sum
 
@@ -14,7 +16,7 @@ _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class _EagerCounter(TorchDispatchMode):
-    """Counts what is computed; what selective checkpointing takes from its store does not get here."""
+    """Counts computed attentions; outputs that selective checkpointing has saved are not dispatched again."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +29,7 @@ class _EagerCounter(TorchDispatchMode):
 
 @contextmanager
 def _profiled():
-    """The same for compiled code, which no dispatch mode may watch."""
+    """The same for compiled code, which does not run under a dispatch mode."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         profile.count = 0
         yield profile
@@ -40,38 +42,47 @@ def _step(model: LTXTransformer, counter=None) -> tuple[dict[str, torch.Tensor],
     video, audio, _ = build_inputs(CASE, "base")
     with counter or _EagerCounter() as counting:
         weighted_sum(CASE, "base", *model(video, audio)).backward()
-    named = {n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
+    named = {without_wrappers(n): p.grad for n, p in model.named_parameters()}
     return named, getattr(counting, "count", 0)
+
+
+def _checkpoint(model: LTXTransformer, mode: str) -> None:
+    if mode == "selective":
+        apply_selective_checkpointing(model.transformer_blocks)
+    elif mode != "none":
+        apply_full_checkpointing(model.transformer_blocks, every=2 if mode == "every_k" else 1)
 
 
 @pytest.mark.parametrize(
     ("mode", "runs", "backend"),
     [("full", 24, None), ("every_k", 18, None), ("selective", 12, None), ("selective", 12, "aot_eager")],
 )
-def test_recomputes_what_it_says_with_the_same_gradients(mode, runs, backend):
+def test_attention_is_recomputed_or_saved_by_mode_with_the_same_gradients(mode, runs, backend):
     torch.compiler.reset()
+    counters.clear()
     expected, once = _step(build_transformer(CASE))
     assert once == 12
     model = build_transformer(CASE)
     names = list(model.state_dict())
+    _checkpoint(model, mode)
     if backend:
         for block in model.transformer_blocks:
             block.compile(fullgraph=True, backend=backend)
-    apply_activation_checkpointing(model.transformer_blocks, mode, k=2)
     assert list(model.state_dict()) == names
     if backend:
         _step(model, _profiled())
         model.zero_grad()
+        assert counters["stats"]["unique_graphs"] == 1  # all blocks share the compiled code
     gradients, count = _step(model, _profiled() if backend else None)
     assert count == runs
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_selective_computes_the_second_product_of_the_feed_forward_once():
-    def products(mode):
+def test_selective_computes_the_second_matmul_of_the_feed_forward_once():
+    def matmuls(mode):
         model = build_transformer(CASE)
-        apply_activation_checkpointing(model.transformer_blocks, mode)
+        _checkpoint(model, mode)
         shapes = []
 
         class Watch(TorchDispatchMode):
@@ -83,6 +94,6 @@ def test_selective_computes_the_second_product_of_the_feed_forward_once():
         _step(model, Watch())
         return shapes.count((256, 64)), shapes.count((64, 256))
 
-    second, first = products("none")
-    assert products("full") == (second + 2, first + 2)
-    assert products("selective") == (second, first + 2)
+    second, first = matmuls("none")
+    assert matmuls("full") == (second + 2, first + 2)
+    assert matmuls("selective") == (second, first + 2)

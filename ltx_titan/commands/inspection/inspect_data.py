@@ -26,7 +26,7 @@ from ltx_titan.commands.report import Report
 from ltx_titan.common.files import write_text
 from ltx_titan.data import resolve_root
 from ltx_titan.encode.buckets import parse_buckets
-from ltx_titan.estimate.step_time import StepTimes, step_times
+from ltx_titan.estimate.prediction import SampleTimes, step_times
 from ltx_titan.media import IMAGE_SUFFIXES
 
 _STAGE = "looking"
@@ -51,7 +51,7 @@ class InspectOptions:
         model_path: checkpoint: its sizes for step times, its decoders for `decode`.
         shape: released model for step times, where there is no checkpoint.
         gpu: for step times.
-        mfu: part of the GPU's peak that training reaches.
+        mfu: assumed MFU; None: predicted from the GPU's measured rates, as `ltx-titan estimate` does.
         mode: full or lora.
         device: where latents are decoded.
         num_workers: files at once.
@@ -68,7 +68,7 @@ class InspectOptions:
     model_path: Path | None = None
     shape: str = "ltx-2.3-22b"
     gpu: str = "H100"
-    mfu: float = 0.4
+    mfu: float | None = None
     mode: Literal["full", "lora"] = "lora"
     device: str = "cpu"
     num_workers: int = 8
@@ -101,7 +101,7 @@ def _prepared_root(source: Path) -> Path | None:
     return None if root != source and has_media else root
 
 
-def _raw(options: InspectOptions, times: StepTimes, report: Report) -> None:
+def _raw(options: InspectOptions, times: SampleTimes, report: Report) -> None:
     buckets = parse_buckets(options.resolution_buckets, _SCALE_FACTORS) if options.resolution_buckets else []
     found = raw.find_clips(options.source)
     with report.progress(_STAGE, len(found)) as bar:
@@ -133,7 +133,7 @@ def _raw(options: InspectOptions, times: StepTimes, report: Report) -> None:
     _write(options, header, clips, raw.sheet_entry, raw.as_record, report)
 
 
-def _prepared(root: Path, folders: Folders, options: InspectOptions, times: StepTimes, report: Report) -> None:
+def _prepared(root: Path, folders: Folders, options: InspectOptions, times: SampleTimes, report: Report) -> None:
     names = sorted({name for samples in folders.values() for name in samples})
     with report.progress(_STAGE, len(names)) as bar:
         samples = prepared.read_samples(folders, names, options.num_workers, bar.advance)
@@ -168,7 +168,7 @@ def _prepared(root: Path, folders: Folders, options: InspectOptions, times: Step
     _write(options, header, samples, entry, prepared.as_record, report)
 
 
-def _print_buckets(rows: Sequence[tuple[str, float, int, int]], times: StepTimes, report: Report) -> None:
+def _print_buckets(rows: Sequence[tuple[str, float, int, int]], times: SampleTimes, report: Report) -> None:
     """A table of equal shapes: how many, how many tokens, and how long a step takes."""
     groups: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     for bucket, fps, video, audio in rows:
@@ -296,7 +296,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", default="ltx-2.3-22b", help="released model, without a checkpoint: ltx-2.3-22b (default)"
     )
     step.add_argument("--gpu", default="H100", help="A100, H100 (default), H200, B200, ...")
-    step.add_argument("--mfu", type=float, default=0.4, help="part of its peak that training reaches (default: 0.4)")
+    step.add_argument("--mfu", type=float, help="assume this MFU (default: predicted, as by ltx-titan estimate)")
     step.add_argument("--mode", choices=("full", "lora"), default="lora", help="what is trained (default: lora)")
     parser.add_argument(
         "--device",

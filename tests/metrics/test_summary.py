@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from ltx_titan.metrics import plot_loss
-from ltx_titan.metrics.plots import smooth
+from ltx_titan.metrics.summary import smooth
 
 
 def write(path, **curves):
@@ -13,14 +13,14 @@ def write(path, **curves):
     return path
 
 
-def test_a_picture_is_written_and_differs_with_the_data(tmp_path):
+def test_an_image_is_written_and_differs_with_the_data(tmp_path):
     both = write(tmp_path / "a.jsonl", loss=[4, 3, None, 1], loss_video=[2, 1, 1, 1], loss_audio=[None] * 4)
     one = write(tmp_path / "b.jsonl", loss=[4, 3, None, 1], loss_video=[None] * 4)
     plot_loss(both, tmp_path / "plots" / "a.png")
     plot_loss(one, tmp_path / "plots" / "b.png")
-    pictures = [Image.open(tmp_path / "plots" / name).convert("RGB") for name in ("a.png", "b.png")]
-    assert pictures[0].size == pictures[1].size == (1080, 600)
-    assert pictures[0].tobytes() != pictures[1].tobytes()
+    images = [Image.open(tmp_path / "plots" / name).convert("RGB") for name in ("a.png", "b.png")]
+    assert images[0].size == images[1].size == (1080, 600)
+    assert images[0].tobytes() != images[1].tobytes()
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"a.png", "b.png"}
 
 
