@@ -26,6 +26,7 @@ from ltx_titan.checkpoint import BackgroundSaver, TrainingState, latest_complete
 from ltx_titan.checkpoint.state import save_everything
 from ltx_titan.common.hardware import peak_flops
 from ltx_titan.common.logs import quiet_libraries
+from ltx_titan.common.tensors import without_wrappers
 from ltx_titan.conditioning import Loss, absent_streams
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
@@ -43,7 +44,7 @@ from ltx_titan.parallel.parallelize import compute_dtype
 from ltx_titan.parallel.stop import StopSignal
 from ltx_titan.plan import Plan, plan_job
 from ltx_titan.validation.training import TrainingValidation, check_validation_files
-from ltx_titan.weights import official_name, stream_of
+from ltx_titan.weights import stream_of
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -201,7 +202,7 @@ class Trainer:
         grad_norms = None
         if not self.job.optimizer.in_backward:
             grad_norms = clip_grad_norm_(
-                self.model.named_parameters(), max_norm, lambda name: stream_of(official_name(name))
+                self.model.named_parameters(), max_norm, lambda name: stream_of(without_wrappers(name))
             )
         self.optimizers.step()
         self.optimizers.zero_grad()

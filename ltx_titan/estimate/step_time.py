@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ltx_titan.model.flops import training_flops
-from ltx_titan.weights.source import read_source
+from ltx_titan.weights import read_source
 
 # bf16 operations a second without sparsity, by the makers' data sheets. Not from torchtitan, which answers for the GPU
 # of the machine it runs on, whatever is asked.

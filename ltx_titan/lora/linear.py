@@ -1,10 +1,10 @@
-"""A frozen linear layer with a trained low-rank adapter beside it.
+"""A frozen linear layer with a trainable low-rank adapter in parallel.
 
     LoRA    y = W x + b + s B A x                              s = alpha / rank, or alpha / sqrt(rank)
     DoRA    y = m * (W + s B A) x / |W + s B A| + b            norm and magnitude m per output
 
-Children are `base` (nn.Linear or QuantizedLinear), `lora_A` and `lora_B`; plans for tensor parallelism, float8, FSDP2
-address them by these names. Adapters are float32 beside a bfloat16 base: their updates are too small for bfloat16.
+Children are `base` (nn.Linear or QuantizedLinear), `lora_A` and `lora_B`; the plans for tensor parallelism, float8 and
+FSDP2 address them by these names. Adapters are float32 on a bfloat16 base: their updates are too small for bfloat16.
 """
 
 import torch
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from ltx_titan.config.lora import LoRASettings
 from ltx_titan.lora.dropout import drop
-from ltx_titan.weights.quantized import QuantizedLinear
+from ltx_titan.weights import QuantizedLinear
 
 
 class AdapterLinear(nn.Linear):
     """A linear layer without bias that computes in the dtype of its input, whatever the dtype of its weight."""
 
     def reset_parameters(self) -> None:
-        """Draws nothing: first values come from `init_lora_`."""
+        """Does nothing: `init_lora_` initializes adapters."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of `x`."""
@@ -28,7 +28,7 @@ class AdapterLinear(nn.Linear):
 
 
 class LoRALinear(nn.Module):
-    """Wraps a frozen layer; see the formulas above. Adapters are uninitialised: call `init_lora_`."""
+    """Wraps a frozen layer; see the formulas above. Adapters are uninitialized: call `init_lora_`."""
 
     def __init__(self, base: nn.Linear | QuantizedLinear, settings: LoRASettings) -> None:
         super().__init__()
@@ -44,13 +44,13 @@ class LoRALinear(nn.Module):
         self.scaling = settings.scaling
         self.dropout = settings.dropout
         if settings.dropout > 0:
-            # Values come from a DropoutClock; tensors, so that all layers share one compiled graph.
+            # DropoutClock sets the values; tensors rather than numbers, so that all layers share one compiled graph.
             self.register_buffer("dropout_time", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
             self.register_buffer("dropout_layer", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight; callers of a plain linear layer look here for its dtype."""
+        """The frozen weight; code written for a plain linear layer reads its dtype here."""
         return self.base.weight
 
     @property
@@ -80,13 +80,3 @@ class LoRALinear(nn.Module):
         cross = ((w @ a.T) * b).sum(1)
         squares = ((b @ (a @ a.T)) * b).sum(1)
         return (w.square().sum(1) + 2 * self.scaling * cross + self.scaling**2 * squares).clamp(min=0).sqrt() + 1e-12
-
-
-def merged_weight(
-    base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None = None
-) -> Tensor:
-    """The single weight [out, in] that does what base and adapter do together, in float32."""
-    weight = base.float() + scaling * (lora_b.float() @ lora_a.float())
-    if magnitude is not None:
-        weight *= (magnitude.float() / torch.linalg.vector_norm(weight, dim=1))[:, None]
-    return weight
