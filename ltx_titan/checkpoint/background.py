@@ -33,6 +33,7 @@ class BackgroundSaver:
     def __init__(self, folder: str | Path, *, keep_last: int = 0) -> None:
         self._folder = Path(folder)
         self._keep_last = keep_last
+        # gloo, because the thread must not launch NCCL kernels next to the training step's.
         self._group = dist.new_group(backend="gloo")
         self._host = _HostCopy()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -57,6 +58,7 @@ class BackgroundSaver:
 
     def wait(self) -> Path | None:
         """Waits for the save in progress and returns its folder; None if there is none."""
+        # Cleared first, so that an error is raised once.
         pending, self._pending = self._pending, None
         return pending.result() if pending is not None else None
 
@@ -82,6 +84,7 @@ class _HostCopy:
     def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies tensors to host memory; DTensors keep their mesh and placements."""
         copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+        # The copies are asynchronous, and the next step overwrites their sources.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies

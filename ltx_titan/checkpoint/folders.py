@@ -43,6 +43,7 @@ def latest_complete(folder: str | Path) -> Path | None:
 
     Damaged folders are skipped with a warning that describes the damage.
     """
+    # By number rather than by file time, which copying changes.
     for step in reversed(saved_steps(folder)):
         path = step_folder(folder, step)
         damage = find_damage(path)
@@ -62,6 +63,7 @@ def find_damage(path: Path) -> str | None:
         metadata = read_state_metadata(path)
     except ValueError as error:
         return str(error)
+    # Several tensors share a file; it must reach to the end of the last one.
     ends: dict[str, int] = defaultdict(int)
     for info in metadata.storage_data.values():
         ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
@@ -107,6 +109,7 @@ def remove_old(folder: Path, newest: int, keep_last: int) -> None:
     """
     if keep_last == 0:
         return
+    # `newest` is not checked again: it was just written and verified.
     kept = 0
     for step in reversed([step for step in saved_steps(folder) if step <= newest]):
         path = step_folder(folder, step)

@@ -105,6 +105,7 @@ def load_state(path: str | Path, state: TrainingState) -> dict[str, Any]:
     if damage is not None:
         raise ValueError(f"Checkpoint {path} cannot be used: {damage}. Resume from an older step.")
     saved = read_state_metadata(path).state_dict_metadata
+    # DCP loads into existing tensors, so a new optimizer needs its state first.
     _prime(state)
     _drop_unsaved_optimizer_state(state, set(saved))
     tensors = state_tensors(state)
@@ -123,6 +124,7 @@ def state_tensors(state: TrainingState) -> dict[str, Tensor]:
                 assert isinstance(value, Tensor), (
                     f"optimizer state '{key}' is {type(value).__name__}, expected a tensor"
                 )
+                # By parameter name rather than group and index, which depend on the job's settings.
                 tensors[f"optimizer.{names[parameter]}.{key}"] = plain_tensor(value)
     return tensors
 
@@ -155,8 +157,10 @@ def write_state(
     is_saved = _on_main_rank(lambda: _prepare(folder, step), what, group)
     if is_saved:
         return path
+    # Every rank takes part and returns when its own files are written.
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
     _on_main_rank(lambda: _publish(temporary, path, trainer), what, group)
+    # Only after the new one is complete: a crash at any time leaves at least one usable checkpoint.
     _on_main_rank(lambda: remove_old(folder, step, keep_last), f"removing old checkpoints in {folder}", group)
     return path
 
@@ -182,6 +186,7 @@ def _prepare(folder: Path, step: int) -> bool:
     path = step_folder(folder, step)
     if step not in saved_steps(folder):
         return False
+    # Saved before, when a job that fell back to an older checkpoint reaches this step again.
     damage = find_damage(path)
     if damage is None:
         logger.info("Step %d is already saved in %s.", step, path)
@@ -201,6 +206,7 @@ def _publish(temporary: Path, path: Path, trainer: str) -> None:
     damage = find_damage(temporary)
     if damage is not None:
         raise RuntimeError(f"{temporary}: {damage}. Set job.dump_folder to a folder that all nodes share.")
+    # The rename is the moment at which the checkpoint exists; everything in it must be on disk before.
     sync_folder(temporary)
     temporary.rename(path)
     sync_folder(path.parent)
@@ -218,6 +224,7 @@ def _prime(state: TrainingState) -> None:
             continue
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
+            # Compiled and capturable optimizers keep the learning rate in a tensor and require one.
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
             for parameter in group["params"]:
                 if parameter.requires_grad:

@@ -35,6 +35,7 @@ def audio_vae_arguments(audio_vae: dict[str, Any]) -> dict[str, Any]:
         "output_channels": network.get("out_ch", 2),
         "ch_mult": tuple(network.get("ch_mult", (1, 2, 4))),
         "num_res_blocks": network.get("num_res_blocks", 2),
+        # The file's empty list means no attention, for which diffusers expects None.
         "attn_resolutions": tuple(network.get("attn_resolutions") or ()) or None,
         "in_channels": network.get("in_channels", 2),
         "resolution": network.get("resolution", 256),
@@ -102,8 +103,10 @@ class AudioCodec:
         channels = waveform.shape[1]
         if channels not in (1, 2):
             raise ValueError(f"audio has {channels} channels, expected 1 or 2; downmix it to stereo first")
+        # The VAE has two input channels: mono is duplicated, stereo unchanged.
         waveform = waveform.to(self.vae.device, torch.float32).expand(-1, 2, -1)
         spectrogram = log_mel(resample(waveform, sample_rate, self.mel.sample_rate), self.mel)
+        # The posterior's mean: datasets must be reproducible.
         raw = self.vae.encode(spectrogram).latent_dist.mode()
         return (raw - self.mean) / self.std
 
@@ -135,6 +138,7 @@ def load_audio_codec(
     arguments = audio_vae_arguments(section)
     with torch.device("meta"):
         vae = AutoencoderKLLTX2Audio(**arguments)
+    # Every level but the first halves the mel axis.
     bins = arguments["mel_bins"] // 2 ** (len(arguments["ch_mult"]) - 1)
     packed_shape = (arguments["latent_channels"] * bins,)
     keys = {name: f"{prefix}per_channel_statistics.{name}-of-means" for name in ("mean", "std")}

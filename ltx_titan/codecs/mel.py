@@ -76,6 +76,7 @@ def log_mel(waveform: Tensor, settings: MelSettings) -> Tensor:
 @cache
 def slaney_filters(filter_length: int, bands: int, sample_rate: int, low_hz: float, high_hz: float) -> Tensor:
     """Triangular mel filters [bands, filter_length // 2 + 1], each scaled by 2 / (its width in Hz), float32."""
+    # float64 until the end: bands at low frequencies are only a few bins wide.
     edges = torch.linspace(_hz_to_mel(low_hz), _hz_to_mel(high_hz), bands + 2, dtype=torch.float64)
     edges_hz = torch.where(
         edges < _LOG_START_MEL,
@@ -107,6 +108,7 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
         return waveform.float()
     kernels, reach = _resample_kernels(step, phases)
     samples = waveform.shape[-1]
+    # Zeros on both sides, and one more step at the end for the last partial block.
     flat = F.pad(waveform.float().reshape(-1, 1, samples), (reach, reach + step))
     # One strided convolution yields all phases of an output block as channels; interleaving them gives the samples.
     blocks = F.conv1d(flat, kernels.to(flat.device)[:, None], stride=step)
@@ -117,10 +119,12 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
 @cache
 def _resample_kernels(step: int, phases: int) -> tuple[Tensor, int]:
     """Filters [phases, step + 2 * reach] of the reduced ratio phases / step, and their half width `reach`."""
+    # The lower of both Nyquist frequencies: against images when upsampling, aliases when downsampling.
     cutoff = min(step, phases) * _RESAMPLE_ROLLOFF
     reach = math.ceil(_RESAMPLE_WIDTH * step / cutoff)
     inputs = torch.arange(-reach, reach + step, dtype=torch.float64) / step
     outputs = torch.arange(phases, dtype=torch.float64) / phases
     time = ((inputs[None] - outputs[:, None]) * cutoff).clamp(-_RESAMPLE_WIDTH, _RESAMPLE_WIDTH)
+    # A Hann window over the truncated sinc, against ringing.
     window = torch.cos(time * math.pi / _RESAMPLE_WIDTH / 2) ** 2
     return (torch.sinc(time) * window * cutoff / step).float(), reach

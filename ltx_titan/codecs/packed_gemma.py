@@ -104,7 +104,7 @@ def load_packed_tokenizer(packed: PackedGemma) -> PreTrainedTokenizerFast:
     special = {}
     for name in _SPECIAL_TOKENS:
         token = settings.get(name)
-        if isinstance(token, dict):
+        if isinstance(token, dict):  # an AddedToken serialized with its options
             token = token.get("content")
         index = getattr(packed.config, f"{name}_id", None)
         if token is None and isinstance(index, int):
@@ -120,6 +120,7 @@ def load_packed_tokenizer(packed: PackedGemma) -> PreTrainedTokenizerFast:
 
 
 def _text_config(path: str | Path, config: dict[str, Any]) -> PretrainedConfig:
+    # The config of a multimodal model, or of its language model alone.
     text = config.get("text_config", config)
     kind = text.get("model_type") or f"{config.get('model_type')}_text"
     if not kind.startswith("gemma4"):

@@ -68,6 +68,7 @@ class TextEncoder:
     def tokenize(self, caption: str) -> list[int]:
         """Returns the token ids of one caption, BOS first, at most `max_tokens`, not padded."""
         ids = self.tokenizer(caption.strip(), truncation=True, max_length=self.max_tokens)["input_ids"]
+        # Gemma 3's tokenizer adds a BOS, Gemma 4's does not.
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
@@ -89,6 +90,7 @@ class TextEncoder:
         padded, mask = padded.to(self.model.device), mask.to(self.model.device)
         output = self.model(input_ids=padded, attention_mask=mask, output_hidden_states=True, use_cache=False)
         states = torch.stack(output.hidden_states, dim=-1)
+        # Left padding: zeros in front of the shorter captions, then of all up to max_tokens.
         states = states.masked_fill(mask[:, :, None, None] == 0, 0)
         before = self.max_tokens - longest
         hidden_states = torch.nn.functional.pad(states, (0, 0, 0, 0, before, 0))
@@ -144,6 +146,7 @@ def load_text_encoder(
         return TextEncoder(model, tokenizer, version=packed.version, projection_path=path)
     config = text_encoder_config(path)
     if config.model_type == "gemma3":
+        # The vision tower of a multimodal folder is loaded with it and dropped.
         model = Gemma3Model.from_pretrained(path, dtype=dtype, local_files_only=True).language_model
     else:
         model = Gemma3TextModel.from_pretrained(path, dtype=dtype, local_files_only=True)
@@ -255,6 +258,7 @@ def quantize_text_encoder(encoder: TextEncoder, precision: TextPrecision, device
     """
     if precision != "full":
         linears = [(name, layer) for name, layer in encoder.model.named_modules() if isinstance(layer, nn.Linear)]
+        # One layer at a time: the encoder in full precision never is on the device.
         for name, layer in linears:
             encoder.model.set_submodule(name, QuantizedLinear.from_linear(layer.to(device), precision))
     encoder.model.to(device)

@@ -111,6 +111,7 @@ def video_vae_layout(vae: dict[str, Any], timestep_conditioning: bool = False) -
     """
     nested = vae.get("encoder") or {}
     encoder = _stages(vae.get("encoder_blocks") or nested.get("blocks"), _ENCODER_STEPS, "vae.encoder_blocks")
+    # An LTX-2.5 file with a diffusion decoder has the same convolutional encoder; only that half can be built.
     is_convolutional = vae.get("_class_name", "CausalVideoAutoencoder") == "CausalVideoAutoencoder"
     decoder_blocks = vae.get("decoder_blocks") if is_convolutional else None
     decoder = _stages(decoder_blocks, _DECODER_STEPS, "vae.decoder_blocks") if decoder_blocks else ()
@@ -160,6 +161,7 @@ def _stages(blocks: list[Any] | None, steps: dict[str, str], where: str) -> tupl
     stages: list[_Stage] = []
     pending = _Stage(layers=0, layers_index=None)
     for index, (kind, options) in enumerate(blocks):
+        # Some configs write the number alone.
         options = {"num_layers": options} if isinstance(options, int) else options
         if kind == "res_x" and pending.layers_index is None:
             pending = _Stage(layers=options["num_layers"], layers_index=index)
@@ -224,6 +226,7 @@ class VideoCodec:
                 f"a clip of {frames} frames of {columns}x{rows} cannot be encoded: frames must be 1 modulo {time}, "
                 f"width a multiple of {width}, height of {height}"
             )
+        # Normalized in float32 even if the VAE runs in bfloat16: one rounding less.
         raw = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
         return (raw.float() - self.mean) / self.std
 
@@ -268,7 +271,7 @@ class VideoCodec:
                     [torch.lerp(previous, decoded[:, :, :overlap], weight), decoded[:, :, overlap:]], dim=2
                 )
             parts.append(decoded)
-            if start + tile >= frames:
+            if start + tile >= frames:  # this tile reached the end; another would be within it
                 break
         return torch.cat(parts, dim=2)
 

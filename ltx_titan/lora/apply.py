@@ -34,6 +34,7 @@ def apply_lora(model: nn.Module, settings: LoRASettings) -> list[str]:
         ValueError: a target matches nothing, or the base dtype does not support the width of a layer.
     """
     assert not any(isinstance(module, LoRALinear) for module in model.modules()), "the model already has adapters"
+    # Before anything changes, so that a wrong target leaves the model unchanged.
     names = find_targets(model, settings.targets)
     _freeze(model, torch.float32 if settings.base_dtype == "float32" else torch.bfloat16)
     if settings.base_dtype in QUANTIZED:
@@ -78,6 +79,7 @@ def init_lora_(model: nn.Module, seed: int) -> None:
         weight = layer.lora_A.weight
         bound = 1 / sqrt(layer.in_features)
         generator = torch.Generator().manual_seed(seed_of(f"{seed}/{name}.lora_A"))
+        # On the CPU: CUDA generators give other numbers, and rank-local draws would depend on the mesh.
         full = torch.rand(weight.shape, generator=generator).mul_(2 * bound).sub_(bound)
         _fill(weight, full)
         layer.lora_B.weight.zero_()
@@ -104,6 +106,7 @@ def _init_magnitude(layer: LoRALinear) -> None:
 def _freeze(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            # A new parameter, because the dtype of an existing one cannot change on the meta device.
             setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
 
 
@@ -119,6 +122,7 @@ def _fill(parameter: nn.Parameter, full: Tensor) -> None:
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)
         return
+    # src_data_rank=None slices locally: every rank has the full tensor, so nothing is communicated.
     full = full.to(parameter.to_local().device)
     mesh, placements = parameter.device_mesh, parameter.placements
     parameter.to_local().copy_(distribute_tensor(full, mesh, placements, src_data_rank=None).to_local())

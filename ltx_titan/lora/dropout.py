@@ -23,6 +23,7 @@ def drop(x: Tensor, probability: float, key: Tensor) -> Tensor:
         key: int64 scalar; the same key and shape give the same mask on every device.
     """
     index = torch.arange(x.numel(), device=x.device).view(x.shape)
+    # Each side is mixed before the xor, or index and key pairs with an equal xor would share a mask bit.
     bits = _mix(_mix(index) ^ _mix(key))
     kept = bits >= int(probability * 2**32)
     return torch.where(kept, x / (1 - probability), 0)

@@ -38,6 +38,7 @@ class LoRALinear(nn.Module):
         self.base = base
         self.lora_A = AdapterLinear(base.in_features, settings.rank, **options)
         self.lora_B = AdapterLinear(settings.rank, base.out_features, **options)
+        # One norm per output, trained; None is plain LoRA.
         self.magnitude = None
         if settings.dora:
             self.magnitude = nn.Parameter(torch.empty(base.out_features, dtype=torch.float32, device=device))
@@ -62,10 +63,13 @@ class LoRALinear(nn.Module):
         """[..., in] -> [..., out]."""
         h = x
         if self.dropout > 0 and self.training:
+            # The odd multiplier (2^32 / golden ratio) spreads consecutive steps over all 32 bits of the key.
             h = drop(x, self.dropout, self.dropout_time * 0x9E3779B1 + self.dropout_layer)
+        # The scale on the rank-sized activation, the smallest tensor of the three.
         update = self.lora_B(self.lora_A(h) * self.scaling)
         if self.magnitude is None:
             return self.base(x) + update
+        # DoRA scales W x without its bias. In float32: base output minus bias cancels in bfloat16.
         bias = 0.0 if self.bias is None else self.bias.float()
         directed = self.base(x).float() - bias + update.float()
         return (directed * (self.magnitude / self._norms()) + bias).to(x.dtype)
@@ -79,4 +83,5 @@ class LoRALinear(nn.Module):
         w, a, b = self.weight.float(), self.lora_A.weight.float(), self.lora_B.weight.float()
         cross = ((w @ a.T) * b).sum(1)
         squares = ((b @ (a @ a.T)) * b).sum(1)
+        # Rounding can make a near-zero sum negative; the epsilon protects the division.
         return (w.square().sum(1) + 2 * self.scaling * cross + self.scaling**2 * squares).clamp(min=0).sqrt() + 1e-12

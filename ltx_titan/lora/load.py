@@ -50,6 +50,7 @@ def load_base(model: nn.Module, path: str | Path, *, allow_unused: Callable[[str
     layers = {f"{name}.weight": layer for name, layer in quantized_layers(model).items()}
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     weights = match_weights(read_metadata(path), shapes, TRANSFORMER, allow_unused=lambda name: True)
+    # The rest, strictly; the file's weights of quantized layers are the only ones that it may skip.
     load_parameters(model, path, rename=official_name, allow_unused=lambda name: name in layers or allow_unused(name))
     with safe_open(path, framework="pt", device="cpu") as file:
         # In file order: each rank then walks through the pages once, forwards.
@@ -61,6 +62,7 @@ def init_base_(model: nn.Module, seed: int) -> None:
     """Fills the base with seeded random values instead of a checkpoint's. Overwrites adapters as well."""
     init_random_(model, seed)
     for name, layer in quantized_layers(model).items():
+        # Drawn at full size and quantized, as a checkpoint's weights are, one layer at a time.
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device=local(layer.qdata).device)
         init_random_(linear, seed + zlib.crc32(name.encode()))
         weight = linear.weight.detach()
@@ -77,6 +79,7 @@ def _row_reader(weight: StoredWeight, file: Any, layer: QuantizedLinear) -> _Rea
     columns = slice(0, layer.in_features)
 
     def read(rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        # Same form in file and layer: no second rounding.
         if (weight.form, layer.form) == ("fp8", "float8"):
             return keep_fp8_rows(*weight.read_fp8(file, (rows, columns), device))
         if (weight.form, layer.form) == ("nvfp4", "nvfp4"):

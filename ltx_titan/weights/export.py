@@ -71,6 +71,7 @@ def export_safetensors(path: str | Path, tensors: Iterable[ExportTensor], metada
     """
     path = Path(path)
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    # On every rank, so that a name that occurs twice is an error on all of them without communication.
     header = _header(path, tensors, metadata)
     what = f"export of {path}"
 
@@ -150,6 +151,7 @@ def _header(path: Path, tensors: list[ExportTensor], metadata: Mapping[str, str]
             "data_offsets": [start, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
+    # Padding is allowed by the format; with data sorted by element size it aligns every tensor.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -159,6 +161,7 @@ def _open(path: Path, header: bytes, data_bytes: int) -> Iterator[BinaryIO]:
     """Yields a temporary file after its header; on success flushes it to disk and renames it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     needed, free = len(header) + data_bytes, shutil.disk_usage(path.parent).free
+    # Checked first: a 40 GB export would otherwise fail after minutes.
     if needed > free:
         raise ValueError(
             f"{path.parent}: the export needs {needed:,} bytes, {free:,} are free. Free some space, or export to "
@@ -167,6 +170,7 @@ def _open(path: Path, header: bytes, data_bytes: int) -> Iterator[BinaryIO]:
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(header)
         yield file
+        # Data must be on disk before the rename, or a crash can leave a file of zeros under the final name.
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.parent)

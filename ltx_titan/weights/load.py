@@ -101,6 +101,7 @@ def load_module(
     """
     tensors = read_tensors(metadata, _shapes(module.state_dict()), component, device=device, dtype=dtype)
     if torch.device(device).type != "meta":
+        # assign, because copying into meta tensors is a no-op.
         module.load_state_dict(tensors, strict=True, assign=True)
 
 
@@ -151,6 +152,7 @@ def read_tensors(
     tensors = {}
     with safe_open(metadata.path, framework="pt", device="cpu") as file:
         for name, weight in weights.items():
+            # Cast one by one: two copies of the component would not fit where one just does.
             tensor = weight.read(file, full_box(weight.shape), device)
             tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     return tensors
@@ -169,6 +171,7 @@ def copy_weights(path: str | Path, weights: Mapping[str, StoredWeight], targets:
         # In file order: each rank then walks through the pages once, forwards.
         for name, weight in sorted(weights.items(), key=lambda item: item[1].start):
             local, box = local_box(targets[name])
+            # FSDP2 gives ranks an empty shard if a dimension is smaller than the mesh.
             if local.numel() > 0:
                 local.copy_(weight.read(file, box, local.device))
 
@@ -196,6 +199,7 @@ def match_weights(
     in_file: dict[str, StoredWeight] = {}
     repeated = []
     for key, weight in stored_weights(metadata).items():
+        # Both names of a lone video connector map to one parameter; silently taking either could load a stale copy.
         name = component.module_name(key)
         if name in in_file:
             repeated.append(f"{name} ({in_file[name].key} and {key})")
@@ -211,6 +215,7 @@ def match_weights(
         "with another shape": [
             f"{name} (model {list(shapes[name])}, file {list(weight.shape)})"
             for name, weight in weights.items()
+            # The shape of an unreadable weight is unknown (packed formats); it is listed below instead.
             if weight.shape != shapes[name] and not weight.problem
         ],
         "in a format that cannot be read; use the official release": [
@@ -232,6 +237,7 @@ def _targets(module: nn.Module, rename: Rename) -> dict[str, Tensor]:
     for name, tensor in module_tensors(module).items():
         official = rename(name)
         if official is not None:
+            # A rename that merges two names would leave one of them uninitialized.
             assert official not in targets, f"two tensors of the model are called '{official}'"
             targets[official] = tensor
     return targets

@@ -92,6 +92,7 @@ def export_lora(
         )
     entries = []
     for name, adapter in adapters.items():
+        # Into B rather than A or both: B starts at zero, so its range depends on training anyway.
         lora_b = adapter.lora_b if adapter.scaling == 1.0 else adapter.lora_b * adapter.scaling
         for suffix, tensor in ((_DOWN, adapter.lora_a), (_UP, lora_b)):
             entries.append(ExportTensor(OFFICIAL_PREFIX + name + suffix, tuple(tensor.shape), dtype, tensor))
@@ -135,6 +136,7 @@ def load_lora(adapters: Mapping[str, LoRAWeights], path: str | Path) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     weights = match_weights(read_metadata(path), shapes, Component.from_keys("adapter", keys))
     copy_weights(path, weights, targets)
+    # The file's B includes its writer's scale; ours is multiplied in the forward pass.
     for adapter in adapters.values():
         if adapter.scaling != 1.0:
             local(adapter.lora_b).div_(adapter.scaling)
@@ -158,6 +160,7 @@ def fuse_lora(model: nn.Module, path: str | Path, strength: float = 1.0) -> int:
     """
     weights = dict(model.named_parameters())
     layers = _read_layers(path)
+    # Adapters are of linear layers, so biases, norms and tables are not candidates.
     shapes = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights.items() if weight.ndim == 2}
     _check_layers(path, layers, shapes, complete=False)
     with safe_open(path, framework="pt") as file:
@@ -187,18 +190,21 @@ def export_merged(adapters: Mapping[str, LoRAWeights], base_path: str | Path, pa
     metadata = read_metadata(base_path)
     shapes = {f"{name}.weight": adapter.weight_shape for name, adapter in adapters.items()}
     match_weights(metadata, shapes, TRANSFORMER, allow_unused=lambda name: True)
+    # All ranks gather all adapters first: rank 0 alone reads and merges weights below, without collectives.
     gathered = {f"{name}.weight": _gather(adapter) for name, adapter in adapters.items()}
     with ExitStack() as stack:
         file = stack.enter_context(safe_open(base_path, framework="pt", device="cpu"))
         tensors = []
         for key, weight in stored_weights(metadata).items():
             name = TRANSFORMER.module_name(key)
-            if name is None:
+            if name is None:  # connectors, codecs
                 continue
             is_plain = weight.form == "plain"
             dtype = SAFETENSORS_DTYPES[metadata.tensors[key].dtype] if is_plain else torch.bfloat16
+            # Called when the tensor is written, so that one weight at a time is in memory.
             read = partial(_read_merged, file, weight, gathered.get(name))
             tensors.append(ExportTensor(key, weight.shape, dtype, read))
+        # All weights are plain in the new file, so the declaration of quantized layers must not be copied.
         header = {key: value for key, value in metadata.raw.items() if key != "_quantization_metadata"}
         export_safetensors(path, tensors, header)
 
@@ -241,6 +247,7 @@ def _read_layers(path: str | Path) -> dict[str, _FileLayer]:
     pairs: dict[str, dict[str, str]] = {}
     foreign = []
     for key in tensors:
+        # `.alpha` of other trainers is refused as well: ignoring it would load another update than was trained.
         suffix = next((suffix for suffix in (_DOWN, _UP) if key.endswith(suffix)), None)
         if suffix is None or len(tensors[key].shape) != 2:
             foreign.append(key)
@@ -248,6 +255,7 @@ def _read_layers(path: str | Path) -> dict[str, _FileLayer]:
         name = key.removesuffix(suffix)
         if name.startswith(DIFFUSERS_PREFIX):
             name = name_from_diffusers(name.removeprefix(DIFFUSERS_PREFIX))
+        # Some converters write official names without the prefix.
         pairs.setdefault(name.removeprefix(OFFICIAL_PREFIX), {})[suffix] = key
     unpaired = [key for keys in pairs.values() if len(keys) < 2 for key in keys.values()]
     problems = {"other than lora_A/lora_B weights": foreign, "without its lora_A or lora_B": unpaired}

@@ -116,7 +116,7 @@ def read_source(checkpoint_path: str | None, shape: str | None, num_layers: int 
         metadata.transformer_config()  # raises for a file without a transformer
         return ModelSource(metadata.config, dict(metadata.raw), metadata.path)
     config = released_config(shape)
-    if num_layers is not None:
+    if num_layers is not None:  # a smaller model with blocks of the full size
         config = {**config, "transformer": {**config["transformer"], "num_layers": num_layers}}
     return ModelSource(config, {"config": json.dumps(config)}, None)
 
@@ -132,6 +132,7 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
     """
     path = Path(path)
     header, data_start = _read_header(path)
+    # An interrupted download has a valid header; only the sizes reveal it before the last tensors are read.
     raw = header.pop("__metadata__", {})
     tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
     expected = max((info.end for info in tensors.values()), default=data_start)
@@ -174,6 +175,7 @@ def scale_factors(config: dict[str, Any]) -> tuple[int, int, int]:
     """
     vae = config.get("vae") or {}
     blocks = vae.get("encoder_blocks") or vae.get("decoder_blocks")
+    # The nested config of LTX-2.5 lists them elsewhere; all releases compress alike.
     if not isinstance(blocks, list):
         return DEFAULT_SCALE_FACTORS
     time, space = 1, int(vae.get("patch_size", 4))
@@ -234,6 +236,7 @@ def _parse_config(path: Path, raw: dict[str, str]) -> dict[str, Any]:
         raise ValueError(f"{path}: metadata entry 'config' is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: metadata entry 'config' is {type(config).__name__}, expected an object.")
+    # Split packs write null for components of other files; an empty object needs no special case in readers.
     return {section: {} if value is None else value for section, value in config.items()}
 
 

@@ -106,6 +106,7 @@ class _FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, form: BaseDtype) -> Tensor:
+        # Neither x (W is frozen) nor the dequantized weight is saved.
         ctx.save_for_backward(qdata, scale)
         ctx.form = form
         weight = dequantize(qdata, scale, form, x.dtype)
@@ -143,11 +144,14 @@ def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
     block = (1, weight.shape[1] // groups)
     weight = weight.float()
     if form == "float8":
+        # Rows of zeros have scale 0: the smallest normal number avoids 0 / 0.
         scale = _choose_scale_float8(weight, block).clamp(min=torch.finfo(torch.float32).tiny).to(_SCALE_DTYPE)
         # Rounding the scale down can push the largest value past the format's range: saturate instead of overflow.
         return _as_parameter(_quantize_affine_float8(weight, scale.float())), scale
+    # int8 without -128, symmetric around zero; int4 has too few values to give one up.
     low, high = (-127, 127) if form == "int8" else (-8, 7)
     scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, torch.int8, low, high)
+    # Rounded before quantizing, so that the values are chosen for the scale that dequantization uses.
     scale = scale.view(-1, groups).to(_SCALE_DTYPE)
     values = quantize_affine(weight, block, scale.float(), zero.view(-1, groups), torch.int8, low, high)
     if form == "int8":
@@ -170,6 +174,7 @@ def _quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     smallest = torch.finfo(torch.float32).tiny
     scale = (blocks.abs().amax(dim=2) / _E2M1_LARGEST).clamp(min=smallest).to(_SCALE_DTYPE)
     values = (blocks / scale.float()[:, :, None]).flatten(1)
+    # Round to nearest on the non-uniform grid: the number of midpoints below a value is its code; bit 3 is the sign.
     codes = torch.bucketize(values.abs(), torch.tensor(_E2M1_BOUNDS, device=values.device)).to(torch.uint8)
     return _pack_nibbles(codes | (values < 0).to(torch.uint8) << 3), scale
 
@@ -195,6 +200,7 @@ def dequantize(
         words = words ^ 0
     match form:
         case "int8":
+            # int16 shifts are arithmetic, so both bytes are sign-extended.
             values = torch.stack(((words << 8) >> 8, words >> 8), dim=-1).float()
         case "float8":
             pairs = torch.stack((words & 255, words >> 8 & 255), dim=-1).to(torch.uint8)
@@ -227,6 +233,7 @@ def _nibbles(words: Tensor) -> Tensor:
 def _e2m1(codes: Tensor) -> Tensor:
     """Values of 4-bit floats, by arithmetic: a lookup table would be a gather per weight."""
     magnitude = codes & 7
+    # Twice the value is an integer: 0 and 1 are subnormal, above them (2 + mantissa) << (exponent - 1).
     doubled = torch.where(magnitude < 2, magnitude, (2 + (magnitude & 1)) << ((magnitude >> 1) - 1).clamp(min=0))
     return doubled.float() * torch.where(codes < 8, 0.5, -0.5)
 
@@ -234,6 +241,7 @@ def _e2m1(codes: Tensor) -> Tensor:
 def _as_words(qdata: Tensor) -> Tensor:
     """The bits as int16, whether FSDP2 gathered the parameter in bfloat16 or in float32."""
     if qdata.dtype == torch.float32:
+        # bfloat16 is the upper half of float32, so the gather's cast moved the bits by 16.
         return (qdata.view(torch.int32) >> 16).to(torch.int16)
     return qdata.view(torch.int16)
 

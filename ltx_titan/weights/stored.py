@@ -69,15 +69,18 @@ class StoredWeight:
         if self.form == "plain":
             return file.get_slice(self.key)[box] if box else file.get_tensor(self.key)
         if self.form == "fp8":
+            # In float32, so that the caller's cast is the only rounding.
             data, scale = self.read_fp8(file, box, device)
             return data.float() * scale
         rows, columns = box
+        # Rows are read whole and columns selected last, since 16 columns share a scale and two share a byte.
         codes, scales = self.read_nvfp4(file, rows, device)
         values = torch.tensor(E2M1_VALUES, device=device)[codes.int()]
         return (values.unflatten(1, (-1, _BLOCK)) * scales[:, :, None]).flatten(1)[:, columns]
 
     def read_fp8(self, file: Any, box: Box, device: torch.device) -> tuple[Tensor, float]:
         """Reads a part of an fp8 weight without dequantizing it, and its scale (1 if the file has none)."""
+        # A plain cast to fp8 has no scale.
         key = self.companions.get("weight_scale")
         scale = 1.0 if key is None else file.get_tensor(key).float().item()
         return file.get_slice(self.key)[box].to(device), scale
@@ -87,6 +90,7 @@ class StoredWeight:
         packed = file.get_slice(self.key)[rows].to(device)
         # The first of two weights is in the upper nibble of the byte.
         codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
+        # All scales, 1/16 byte per weight: in the blocked layout the rows of a shard are not contiguous.
         blocked = file.get_tensor(self.companions["weight_scale"]).to(device).float()
         scales = unblocked(blocked, self.shape[0], self.shape[1] // _BLOCK)[rows]
         return codes, scales * file.get_tensor(self.companions["weight_scale_2"]).float().item()
@@ -99,6 +103,7 @@ def stored_weights(metadata: CheckpointMetadata) -> dict[str, StoredWeight]:
     for key, info in metadata.tensors.items():
         module, _, kind = key.rpartition(".")
         found = {}
+        # Only a quantized weight has companions: `weight_scale` of a plain layer would be a separate parameter.
         if kind == "weight" and info.dtype not in _PLAIN:
             found = {name: f"{module}.{name}" for name in _COMPANIONS if f"{module}.{name}" in metadata.tensors}
         weights[key] = _describe(metadata, key, info, found, declared.get(module))
@@ -137,6 +142,7 @@ def unblocked(blocked: Tensor, rows: int, columns: int) -> Tensor:
     offset of row r and column c is (r % 32) * 16 + (r // 32) * 4 + c. Sizes are padded to whole tiles.
     """
     down, right = -(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS)
+    # Dimensions: row of tiles, column of tiles, r % 32, r // 32, c. Row-major order needs r // 32 before r % 32.
     tiles = blocked.reshape(down, right, 32, 4, _TILE_COLUMNS)
     plain = tiles.permute(0, 3, 2, 1, 4).reshape(down * _TILE_ROWS, right * _TILE_COLUMNS)
     return plain[:rows, :columns]
@@ -200,6 +206,7 @@ def _declared_formats(metadata: CheckpointMetadata) -> dict[str, str]:
             if isinstance(settings, dict) and isinstance(settings.get("format"), str):
                 formats[module] = settings["format"]
     for key, info in metadata.tensors.items():
+        # A few dozen bytes of JSON per layer, stored as a tensor.
         if key.endswith(".comfy_quant") and info.dtype == "U8":
             with metadata.path.open("rb") as file:
                 file.seek(info.start)

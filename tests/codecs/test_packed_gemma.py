@@ -24,7 +24,7 @@ def encoder(file):
     return load_text_encoder(file, dtype=torch.float32)
 
 
-def test_captions_begin_with_a_bos_that_the_tokenizer_does_not_make(encoder):
+def test_captions_begin_with_a_bos_that_the_tokenizer_does_not_add(encoder):
     assert packed.tokenizer().encode("ab").ids[0] != 2
     ids = encoder.tokenize(" Häschen gähnt\n")
     assert ids[0] == 2

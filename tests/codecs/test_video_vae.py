@@ -85,7 +85,7 @@ def test_encode_and_decode_shapes(nano, generator):
     assert codec.encode(pixels[:, :, :1]).shape == (2, 128, 1, 2, 3)
 
 
-def test_latents_are_normalised_per_channel(nano, generator):
+def test_latents_are_normalized_per_channel(nano, generator):
     codec = load_video_codec(nano, dtype=torch.float32, part="encoder")
     stored = load_file(nano)
     mean = stored["vae.per_channel_statistics.mean-of-means"].float()

@@ -77,7 +77,7 @@ def test_names_of_diffusers_map_back_to_the_official_ones():
     weights = load_case(CASE).weights
     found = {name_from_diffusers(name): tensor for name, tensor in diffusers_weights().items()}
     assert found.keys() == weights.keys()
-    assert all(found[name] is tensor for name, tensor in weights.items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def load_into_every_layout(path):
         for name, tensor in module_tensors(module).items():
             assert tensor.dtype == torch.float32
             assert torch.equal(full(tensor), expected[name].float()), f"{layout}: {name}"
-        # The values must be where a forward pass finds them, behind FSDP's own views. (Tracing would take seconds.)
+        # The forward pass reads FSDP's own views of the parameters. Tracing the compiled layout would take seconds.
         if layout != "wrapped":
             x = torch.ones(2, 5)
             assert torch.allclose(module(x), toy()(x), atol=1e-6), layout
