@@ -32,7 +32,7 @@ from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
-from ltx_titan.lora import DropoutClock, is_adapter
+from ltx_titan.lora import DropoutStep, is_adapter
 from ltx_titan.metrics import MetricsLogger, StepMetrics, peak_memory_gib, profile_steps, reset_peak_memory, start_wandb
 from ltx_titan.metrics.summary import is_finished, report
 from ltx_titan.metrics.sums import Sums, bucket_means
@@ -80,7 +80,7 @@ class Trainer:
         decay = job.optimizer.ema_decay
         self.ema = None if decay is None else EMA(self.model.parameters(), decay)
         # One mask for all ranks of a cp or tp group: they must agree on the audio, which each of them has in full.
-        self.dropout = DropoutClock(self.model, job.training.seed, self.mesh.dp_rank)
+        self.dropout = DropoutStep(self.model, job.training.seed, self.mesh.dp_rank)
         self.saver = self._make_saver()
         self.step, self.next_batch = self._resume()
         self.stop = StopSignal()

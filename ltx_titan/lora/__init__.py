@@ -1,7 +1,7 @@
 """LoRA and DoRA adapters on a frozen, optionally quantized transformer."""
 
 from ltx_titan.lora.apply import adapter_weights, adapters, apply_lora, init_lora_
-from ltx_titan.lora.dropout import DropoutClock
+from ltx_titan.lora.dropout import DropoutStep
 from ltx_titan.lora.linear import AdapterLinear, LoRALinear
 from ltx_titan.lora.load import init_base_, load_base
 from ltx_titan.lora.targets import PRESETS, find_targets
@@ -10,7 +10,7 @@ from ltx_titan.weights import is_adapter
 __all__ = [
     "PRESETS",
     "AdapterLinear",
-    "DropoutClock",
+    "DropoutStep",
     "LoRALinear",
     "adapter_weights",
     "adapters",

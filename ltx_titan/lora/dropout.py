@@ -40,7 +40,7 @@ def layer_key(seed: int, name: str, rank: int) -> int:
     return seed_of(f"{seed}/{rank}/{name}", num_bytes=4)
 
 
-class DropoutClock:
+class DropoutStep:
     """Sets the step from which all adapters derive their dropout mask.
 
     Create it after `to_empty`, which would overwrite its buffers; call `set` before every forward.

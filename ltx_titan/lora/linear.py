@@ -45,7 +45,7 @@ class LoRALinear(nn.Module):
         self.scaling = settings.scaling
         self.dropout = settings.dropout
         if settings.dropout > 0:
-            # DropoutClock sets the values; tensors rather than numbers, so that all layers share one compiled graph.
+            # DropoutStep sets the values; tensors rather than numbers, so that all layers share one compiled graph.
             self.register_buffer("dropout_time", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
             self.register_buffer("dropout_layer", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 

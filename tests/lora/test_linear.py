@@ -4,7 +4,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from ltx_titan.lora import DropoutClock, LoRALinear, adapter_weights, init_lora_, is_adapter
+from ltx_titan.lora import DropoutStep, LoRALinear, adapter_weights, init_lora_, is_adapter
 from ltx_titan.weights import QuantizedLinear, merged_weight
 from tests.lora.adapted import adapted, loss_of, settings, stir
 
@@ -86,7 +86,7 @@ def test_initial_values_depend_on_seed_and_name_only():
 
 def dropped(dropout=0.25, rank=0, time=3):
     layer = layer_of(dropout=dropout)
-    DropoutClock(nn.ModuleDict({"layer": layer}), 0, rank).set(time)
+    DropoutStep(nn.ModuleDict({"layer": layer}), 0, rank).set(time)
     return layer
 
 
@@ -141,8 +141,8 @@ def test_all_blocks_share_one_full_graph(fields):
     init_lora_(model, 1)
     stir(model)
     x = torch.randn(5, 32)
-    clock = DropoutClock(model, 0)
-    clock.set(1)
+    dropout_step = DropoutStep(model, 0)
+    dropout_step.set(1)
     expected = model(x)
     expected.sum().backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
@@ -152,9 +152,9 @@ def test_all_blocks_share_one_full_graph(fields):
     counter = CompileCounterWithBackend("aot_eager")
     for block in model:
         block.compile(backend=counter, fullgraph=True, dynamic=False)
-    clock.set(0)
+    dropout_step.set(0)
     model(x)
-    clock.set(1)
+    dropout_step.set(1)
     actual = model(x)
     actual.sum().backward()
 
