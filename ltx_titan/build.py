@@ -45,15 +45,17 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
     Returns:
         The model in training mode; in a LoRA job with its adapters.
     """
-    job, path, started = plan.job, plan.source.path, time.perf_counter()
-    is_lora, seed, unused = job.model.mode == "lora", job.training.seed, unused_by(plan.modalities)
+    job, path = plan.job, plan.source.path
+    seed, unused = job.training.seed, unused_by(plan.modalities)
+    started = time.perf_counter()
     model = shape_transformer(plan, mesh, device)
     give_storage(model, device, offloaded=job.parallelism.cpu_offload)
-    if is_lora:
+    if job.model.mode == "lora":
         if path is not None:
             load_base(model, path, allow_unused=unused)
         else:
             init_base_(model, seed)
+        # After the base: DoRA magnitudes are initialized from it, and init_base_ overwrites adapters.
         init_lora_(model, seed)
         if job.model.adapter_path is not None:
             load_lora(adapter_weights(model), job.model.adapter_path)
@@ -122,9 +124,9 @@ def export_model(plan: Plan, model: nn.Module, step: int) -> Path:
     Returns:
         Path of the file.
     """
-    folder, source, lora = plan.folder / "export", plan.source, plan.job.lora
+    folder, source = plan.folder / "export", plan.source
     dtype = COMPUTE_DTYPES[plan.job.checkpoint.export_dtype]
-    if plan.job.model.mode == "lora" and not lora.dora:
+    if plan.job.model.mode == "lora" and not plan.job.lora.dora:
         path = folder / f"lora-step-{step}.safetensors"
         metadata = reference_metadata(*plan.reference_scale) if plan.reference_scale is not None else {}
         export_lora(adapter_weights(model), path, metadata, dtype=dtype)

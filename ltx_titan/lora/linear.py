@@ -78,7 +78,7 @@ class LoRALinear(nn.Module):
     def _norms(self) -> Tensor:
         """Norm of each row of W + s B A [out], a constant to the gradient as in the DoRA paper.
 
-        |w + s b A|^2 = |w|^2 + 2 s (w A^T) . b + s^2 b (A A^T) b^T: the sum itself is never materialised.
+        |w + s b A|^2 = |w|^2 + 2 s (w A^T) . b + s^2 b (A A^T) b^T: the sum itself is never materialized.
         """
         w, a, b = self.weight.float(), self.lora_A.weight.float(), self.lora_B.weight.float()
         cross = ((w @ a.T) * b).sum(1)

@@ -119,9 +119,7 @@ def load_text_connectors(path: str | Path, device: str | torch.device, dtype: to
     metadata = read_metadata(path)
     with torch.device("meta"):
         connectors = TextConnectors.from_config(metadata.config)
-    # to_empty, because buffers outside the state dict must leave the meta device as well.
-    connectors.to(dtype).to_empty(device=device)
-    load_parameters(connectors, path, component=CONNECTORS)
+    load_module(connectors, metadata, CONNECTORS, device=device, dtype=dtype)
     return connectors.requires_grad_(False).eval()
 
 
