@@ -1,6 +1,6 @@
-"""From a plan to a model in memory, and from a trained model to a file.
+"""Builds the models of a planned job in memory, and exports the trained model to a file.
 
-Models are built on the meta device, changed there (adapters, then the parallel plan), and only then given memory: this
+Models are built on the meta device, changed there (adapters, then the parallel plan), and only then allocated: this
 rank's shards and nothing more. Weights are streamed into them from the official file.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.lora import apply_lora, init_base_, init_lora_, load_base
+from ltx_titan.lora import adapter_weights, apply_lora, init_base_, init_lora_, load_base
 from ltx_titan.model import TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
@@ -20,27 +20,45 @@ from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import parallelize
 from ltx_titan.plan import Plan, build_connectors, build_transformer
-from ltx_titan.weights import CONNECTORS, export_transformer, load_parameters, unused_by
-from ltx_titan.weights.lora_files import export_lora, load_lora, reference_metadata
-from ltx_titan.weights.lora_merge import export_merged
+from ltx_titan.weights import (
+    CONNECTORS,
+    export_lora,
+    export_merged,
+    export_transformer,
+    load_lora,
+    load_parameters,
+    reference_metadata,
+    unused_by,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
-    """The job's transformer, sharded over `mesh` and filled, ready to train."""
-    job, path, started = plan.job, plan.source.path, time.perf_counter()
-    is_lora, seed, unused = job.model.mode == "lora", job.training.seed, unused_by(plan.modalities)
+    """Builds the job's transformer, sharded over `mesh`, and loads its weights.
+
+    Args:
+        plan: the job.
+        mesh: of all ranks.
+        device: of this rank.
+
+    Returns:
+        The model in training mode; in a LoRA job with its adapters.
+    """
+    job, path = plan.job, plan.source.path
+    seed, unused = job.training.seed, unused_by(plan.modalities)
+    started = time.perf_counter()
     model = shape_transformer(plan, mesh, device)
     give_storage(model, device, offloaded=job.parallelism.cpu_offload)
-    if is_lora:
+    if job.model.mode == "lora":
         if path is not None:
             load_base(model, path, allow_unused=unused)
         else:
             init_base_(model, seed)
+        # After the base: DoRA magnitudes are initialized from it, and init_base_ overwrites adapters.
         init_lora_(model, seed)
         if job.model.adapter_path is not None:
-            load_lora(model, job.model.adapter_path)
+            load_lora(adapter_weights(model), job.model.adapter_path)
     elif path is not None:
         load_parameters(model, path, allow_unused=unused)
     else:
@@ -54,7 +72,7 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
 
 
 def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
-    """The job's transformer, adapted and sharded over `mesh`, on the meta device; `give_storage` comes next."""
+    """Builds the job's transformer, adapted and sharded over `mesh`, on the meta device; call `give_storage` next."""
     job = plan.job
     model = build_transformer(plan.source, plan.modalities, select_operators(job.kernels.backend, device))
     if job.model.mode == "lora":
@@ -73,16 +91,23 @@ def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module
 
 
 def give_storage(model: nn.Module, device: torch.device, *, offloaded: bool) -> None:
-    """Uninitialised memory for all shards: on the device, or in host memory where FSDP2 fetches them from."""
+    """Allocates uninitialized memory for all shards.
+
+    Args:
+        model: on the meta device.
+        device: of this rank.
+        offloaded: allocate parameters in host memory, from where FSDP2 copies them to the device.
+    """
     model.to_empty(device="cpu" if offloaded else device)
     if offloaded:
+        # FSDP2 manages parameters only; buffers are read on the device.
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
 
 
 def load_connectors(plan: Plan, mesh: Mesh, device: torch.device) -> TextConnectors | None:
-    """The frozen text connectors, sharded like the model; None where the data holds finished contexts."""
+    """Builds and loads the frozen text connectors, sharded like the model; None if the data has finished contexts."""
     path = plan.connectors_path
     if path is None:
         return None
@@ -97,26 +122,26 @@ def load_connectors(plan: Plan, mesh: Mesh, device: torch.device) -> TextConnect
 
 
 def export_model(plan: Plan, model: nn.Module, step: int) -> Path:
-    """Writes what inference loads: the adapters, or the whole transformer. Every rank calls it.
+    """Exports the trained model for inference: the adapters, or the whole transformer. Every rank calls it.
 
     Args:
         plan: the job.
         model: the trained model.
-        step: for the file's name.
+        step: number in the file name.
 
     Returns:
-        The file.
+        Path of the file.
     """
-    folder, source, lora = plan.folder / "export", plan.source, plan.job.lora
+    folder, source = plan.folder / "export", plan.source
     dtype = COMPUTE_DTYPES[plan.job.checkpoint.export_dtype]
-    if plan.job.model.mode == "lora" and not lora.dora:
+    if plan.job.model.mode == "lora" and not plan.job.lora.dora:
         path = folder / f"lora-step-{step}.safetensors"
         metadata = reference_metadata(*plan.reference_scale) if plan.reference_scale is not None else {}
-        export_lora(model, path, metadata, dtype=dtype)
+        export_lora(adapter_weights(model), path, metadata, dtype=dtype)
         return path
     path = folder / f"transformer-step-{step}.safetensors"
-    if plan.job.model.mode == "lora":  # DoRA: adapter files have no place for its magnitudes
-        export_merged(model, source.path, path, carry_over=False)
+    if plan.job.model.mode == "lora":  # DoRA, whose magnitudes LoRA files cannot store
+        export_merged(adapter_weights(model), source.path, path)
     else:
         export_transformer(model, path, config=source.config, metadata=source.metadata, dtype=dtype)
     return path

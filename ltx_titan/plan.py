@@ -20,8 +20,16 @@ from ltx_titan.model.ops import TORCH, Operators
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.nano.synthetic import SyntheticDataset
 from ltx_titan.parallel.limits import check_parallelism
-from ltx_titan.weights import CONNECTORS, check_fits, read_metadata, refuse_quantized, scale_factors, unused_by
-from ltx_titan.weights.source import ModelSource, read_source
+from ltx_titan.weights import (
+    CONNECTORS,
+    ModelSource,
+    check_fits,
+    read_metadata,
+    read_source,
+    refuse_quantized,
+    scale_factors,
+    unused_by,
+)
 
 logger = logging.getLogger(__name__)
 

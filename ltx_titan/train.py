@@ -25,14 +25,14 @@ from ltx_titan.checkpoint.state import save_everything
 from ltx_titan.common.files import write_text
 from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.common.ranks import rank_and_size
-from ltx_titan.common.tensors import COMPUTE_DTYPES
+from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.common.titan import GarbageCollection, peak_flops
 from ltx_titan.conditioning import absent_streams, weigh
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
-from ltx_titan.lora import DropoutClock, is_adapter
+from ltx_titan.lora import DropoutStep, is_adapter
 from ltx_titan.metrics import (
     MetricsLogger,
     StepMetrics,
@@ -51,7 +51,7 @@ from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.parallel.stop import StopSignal
 from ltx_titan.plan import Plan, is_finished, plan_job
 from ltx_titan.validation.training import TrainingValidation, check_validation_files
-from ltx_titan.weights import official_name, stream_of
+from ltx_titan.weights import stream_of
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -88,7 +88,7 @@ class Trainer:
         decay = job.optimizer.ema_decay
         self.ema = None if decay is None else EMA(self.model.parameters(), decay)
         # Audio is replicated across cp and tp, so all ranks of such a group need the same dropout mask.
-        self.dropout = DropoutClock(self.model, job.training.seed, self.mesh.dp_rank)
+        self.dropout = DropoutStep(self.model, job.training.seed, self.mesh.dp_rank)
         self.saver = self._make_saver()
         # Last, because it fills the parameters, optimizer states and average that exist by now.
         self.step, self.next_batch = self._resume()
@@ -213,7 +213,7 @@ class Trainer:
         grad_norms = None
         if not self.job.optimizer.in_backward:
             grad_norms = clip_grad_norm_(
-                self.model.named_parameters(), max_norm, lambda name: stream_of(official_name(name))
+                self.model.named_parameters(), max_norm, lambda name: stream_of(without_wrappers(name))
             )
         self.optimizers.step()
         self.optimizers.zero_grad()

@@ -19,8 +19,7 @@ from ltx_titan.media import probe_video
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.nano.pack_config import CONFIG, TEXT_ENCODER
-from ltx_titan.weights import released_config
-from ltx_titan.weights.single_file import write_single_file
+from ltx_titan.weights import released_config, save_safetensors
 from tests.jobs import curve, small_validation, train, write_job
 from tests.media.clips import write_clip
 
@@ -52,7 +51,7 @@ def checkpoint(nano_path, tmp_path_factory):
         init_random_(module, seed=1)
         tensors |= {prefix + name: tensor.bfloat16() for name, tensor in module.state_dict().items()}
     path = tmp_path_factory.mktemp("ltx2") / "ltx-2-nano.safetensors"
-    write_single_file(path, tensors, {"config": json.dumps(config), "model_version": "2.0.0"})
+    save_safetensors(path, tensors, {"config": json.dumps(config), "model_version": "2.0.0"})
     return path
 
 

@@ -1,11 +1,12 @@
-"""Saves training state while training goes on.
+"""Asynchronous checkpoints: a thread writes a copy of the training state while training continues.
 
 Writing hundreds of gigabytes takes minutes; copying them to host memory takes seconds. `BackgroundSaver.save` returns
-when the copy is made, and a thread writes it with a communication group of its own, so that its collectives never mix
-with the training step's. The cost is host memory for one copy of the state (fp32 weights and AdamW: 12 bytes per
-parameter, over all ranks together) and some of the Python interpreter's time.
+when the copy is complete, and a thread writes it with a separate process group, so that its collectives never
+interleave with the training step's. The cost is host memory for one copy of the state (fp32 weights and AdamW: 12 bytes
+per parameter, over all ranks together) and some of the Python interpreter's time.
 """
 
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,37 +15,39 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ltx_titan.checkpoint.folders import logger
 from ltx_titan.checkpoint.state import TrainingState, state_tensors, trainer_text, write_state
+
+logger = logging.getLogger(__name__)
 
 
 class BackgroundSaver:
-    """Writes one state at a time in a thread; all ranks build and call it together.
+    """Writes one state at a time in a thread; all ranks construct and call it together.
 
     An error in the thread is raised, on every rank, by the next `save`, `wait` or `close`.
 
     Args:
         folder: the job's checkpoint folder.
-        keep_last: how many complete steps to keep, 0 for all.
+        keep_last: number of complete steps to keep, 0 for all.
     """
 
     def __init__(self, folder: str | Path, *, keep_last: int = 0) -> None:
         self._folder = Path(folder)
         self._keep_last = keep_last
+        # gloo, because the thread must not launch NCCL kernels next to the training step's.
         self._group = dist.new_group(backend="gloo")
         self._host = _HostCopy()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 
     def save(self, step: int, state: TrainingState) -> None:
-        """Copies the state and starts to write it; waits first for the save before, if that is not done.
+        """Copies the state and starts writing it; waits first for the previous save, if it is not complete.
 
-        What `save_state` promises about interruptions, retention and errors holds here as well.
+        Interruptions, retention and errors are handled as in `save_state`.
         """
         if self._pending is not None and not self._pending.done():
             logger.warning(
-                "Step %d: the save before it is still being written, and training waits for it; raise "
-                "checkpoint.interval, or write to a faster disk.",
+                "Step %d: training is blocked until the previous checkpoint is written; increase checkpoint.interval, "
+                "or write to a faster disk.",
                 step,
             )
         self.wait()
@@ -54,7 +57,8 @@ class BackgroundSaver:
         )
 
     def wait(self) -> Path | None:
-        """Waits until the save in progress is complete, and returns its folder; None if there is none."""
+        """Waits for the save in progress and returns its folder; None if there is none."""
+        # Cleared first, so that an error is raised once.
         pending, self._pending = self._pending, None
         return pending.result() if pending is not None else None
 
@@ -69,17 +73,18 @@ class BackgroundSaver:
 
 
 class _HostCopy:
-    """Copies of this rank's shards in host memory, page-locked where there is a GPU and reused from save to save.
+    """Copies of this rank's shards in host memory, pinned for CUDA tensors and reused from save to save.
 
-    torch's own stager walks through the tensors' Python objects, and on torch 2.11 cannot copy a sharded one.
+    torch's own stager pickles the tensors' Python objects, and on torch 2.11 cannot copy a sharded one.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors, sharded alike, in host memory."""
+        """Copies tensors to host memory; DTensors keep their mesh and placements."""
         copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+        # The copies are asynchronous, and the next step overwrites their sources.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies
@@ -89,6 +94,7 @@ class _HostCopy:
         self._buffers.clear()
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        # The attribute, because to_local() makes a view, which subclasses of torchao's optimizers do not support.
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
         if type(local) is Tensor:
             buffer = self._buffers.get(name)
@@ -96,7 +102,7 @@ class _HostCopy:
                 buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
                 self._buffers[name] = buffer
             buffer.copy_(local, non_blocking=True)
-        else:  # a quantised optimizer state holds several tensors and copies itself
+        else:  # a quantized optimizer state is a subclass of several tensors, which implements the copy
             buffer = local.detach().to("cpu", copy=True)
-        # The constructor, because from_local would move the copy back to the mesh's device.
+        # The constructor, because from_local would move the copy to the mesh's device.
         return DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer

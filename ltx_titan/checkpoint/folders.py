@@ -1,8 +1,8 @@
-"""Step folders of a job's training state: which are complete, which is newest, which can go.
+"""Step folders of a job's training state: completeness, the newest one, retention.
 
 `<folder>/step-N` exists only when every rank has finished writing it: a save goes to `step-N.incomplete` and is
-renamed at the end. A folder that was complete and lost a file since (a full quota, a copy that stopped) is found from
-the metadata that torch.distributed.checkpoint leaves beside the shards.
+renamed at the end. A complete folder that lost a file later (a full quota, an interrupted copy) is detected from the
+metadata that torch.distributed.checkpoint stores next to the shards.
 """
 
 import json
@@ -23,37 +23,38 @@ _INCOMPLETE = ".incomplete"
 
 
 def step_folder(folder: str | Path, step: int) -> Path:
-    """Where the state of `step` lies."""
+    """Folder of the complete state of `step`."""
     return Path(folder) / f"{_PREFIX}{step}"
 
 
 def incomplete_folder(folder: str | Path, step: int) -> Path:
-    """Where the state of `step` is written before it is complete."""
+    """Folder to which the state of `step` is written until it is complete."""
     return Path(folder) / f"{_PREFIX}{step}{_INCOMPLETE}"
 
 
 def saved_steps(folder: str | Path) -> list[int]:
-    """Steps that have a folder under their final name, ascending; damaged ones included."""
+    """Returns the steps that have a folder under their final name, ascending, including damaged ones."""
     names = (entry.name.removeprefix(_PREFIX) for entry in Path(folder).glob(f"{_PREFIX}*") if entry.is_dir())
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def latest_complete(folder: str | Path) -> Path | None:
-    """The newest step folder that can be resumed from, or None.
+    """Returns the newest step folder that can be resumed from, or None.
 
-    Damaged folders are passed over with a warning that names them and what is wrong.
+    Damaged folders are skipped with a warning that describes the damage.
     """
+    # By number rather than by file time, which copying changes.
     for step in reversed(saved_steps(folder)):
         path = step_folder(folder, step)
         damage = find_damage(path)
         if damage is None:
             return path
-        logger.warning("Checkpoint %s cannot be used: %s. Looking for an older one.", path, damage)
+        logger.warning("Checkpoint %s cannot be used: %s. Trying the next older one.", path, damage)
     return None
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a step folder, None if nothing: every file that its metadata names is there at full length."""
+    """Checks that every file in a step folder's metadata exists at full length; returns the first problem or None."""
     try:
         read_trainer_state(path)
     except (OSError, ValueError) as error:
@@ -62,6 +63,7 @@ def find_damage(path: Path) -> str | None:
         metadata = read_state_metadata(path)
     except ValueError as error:
         return str(error)
+    # Several tensors share a file; it must reach to the end of the last one.
     ends: dict[str, int] = defaultdict(int)
     for info in metadata.storage_data.values():
         ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
@@ -75,7 +77,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def read_state_metadata(path: Path) -> Metadata:
-    """The metadata of the tensors saved in a step folder.
+    """Reads the metadata of the tensors saved in a step folder.
 
     Raises:
         ValueError: `.metadata` is missing or unreadable.
@@ -84,19 +86,19 @@ def read_state_metadata(path: Path) -> Metadata:
         return FileSystemReader(path).read_metadata()
     except FileNotFoundError as error:
         raise ValueError(".metadata is missing") from error
-    except Exception as error:  # a cut pickle can raise nearly anything
+    except Exception as error:  # a truncated pickle can raise nearly anything
         raise ValueError(f".metadata is unreadable ({type(error).__name__}: {error})") from error
 
 
 def read_trainer_state(path: str | Path) -> dict[str, Any]:
-    """The plain part of a saved state (step, data position, job text), without touching tensors."""
+    """Reads the JSON part of a saved state (step, data position, job text), no tensors."""
     return json.loads((Path(path) / TRAINER_FILE).read_text())
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what interrupted saves left behind."""
+    """Deletes the folders of interrupted saves."""
     for path in folder.glob(f"{_PREFIX}*{_INCOMPLETE}"):
-        logger.info("Removing %s, left by an interrupted save.", path)
+        logger.info("Removing %s of an interrupted save.", path)
         shutil.rmtree(path)
 
 
@@ -107,16 +109,17 @@ def remove_old(folder: Path, newest: int, keep_last: int) -> None:
     """
     if keep_last == 0:
         return
+    # `newest` is not checked again: it was just written and verified.
     kept = 0
     for step in reversed([step for step in saved_steps(folder) if step <= newest]):
         path = step_folder(folder, step)
         if step != newest and kept >= keep_last:
-            # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a final name.
-            doomed = path.with_name(path.name + _INCOMPLETE)
+            # Renamed first: an interrupted deletion must not leave half a checkpoint under a final name.
+            renamed = path.with_name(path.name + _INCOMPLETE)
             try:
-                path.rename(doomed)
-                shutil.rmtree(doomed)
+                path.rename(renamed)
+                shutil.rmtree(renamed)
             except OSError as error:
-                logger.warning("Could not remove the old checkpoint %s: %s. Training goes on.", path, error)
+                logger.warning("Could not remove the old checkpoint %s: %s. Training continues.", path, error)
         elif step == newest or find_damage(path) is None:
             kept += 1

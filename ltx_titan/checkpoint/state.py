@@ -1,14 +1,15 @@
 """Training state on disk: sharded model and optimizer by torch.distributed.checkpoint, and a small JSON of the rest.
 
-Every rank writes its own shards and reads whatever boxes of them its own layout needs, so a job resumes on another
-number of GPUs or another mesh, exactly. Names are the official ones, without wrapper levels: switching compile or
-activation checkpointing on or off does not touch them.
+Every rank writes its own shards and reads the parts that its own layout needs, so a job resumes bit-exactly on another
+number of GPUs or another mesh. Names are the official ones, without wrapper levels: they are the same with and without
+compile and activation checkpointing.
 
 The optimizer's tensors are saved as `optimizer.<parameter name>.<state name>`. Its settings (learning rate, betas,
-weight decay) are not: they come from the job, so that an edited job means what it says.
+weight decay) are not saved: they come from the job, so that changing them in the job takes effect.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,7 +28,6 @@ from ltx_titan.checkpoint.folders import (
     TRAINER_FILE,
     find_damage,
     incomplete_folder,
-    logger,
     read_state_metadata,
     read_trainer_state,
     remove_leftovers,
@@ -37,9 +37,10 @@ from ltx_titan.checkpoint.folders import (
 )
 from ltx_titan.common.files import sync_folder
 from ltx_titan.common.ranks import agree, is_main_rank
-from ltx_titan.weights.tensors import module_tensors, parameter_names, plain_tensor
+from ltx_titan.weights import module_tensors, parameter_names, plain_tensor
+from ltx_titan.weights.names import listed
 
-_LISTED = 10
+logger = logging.getLogger(__name__)
 
 
 def save_everything(name: str) -> bool:
@@ -49,13 +50,13 @@ def save_everything(name: str) -> bool:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What is saved and restored.
+    """Everything that is saved and restored.
 
     Attributes:
         model: the built, sharded model.
         optimizers: each parameter belongs to at most one.
-        select: names of the model tensors to save; training adapters on a frozen base, the adapters only.
-        trainer: what else resuming needs, as JSON: step, data position, job text. Filled in by whoever saves.
+        select: predicate on names of model tensors to save; LoRA jobs save the adapters only.
+        trainer: other state that resuming needs, as JSON: data position, job text. Used by saving only.
     """
 
     model: nn.Module
@@ -67,14 +68,14 @@ class TrainingState:
 def save_state(folder: str | Path, step: int, state: TrainingState, *, keep_last: int = 0) -> Path:
     """Saves the state of `step` under `<folder>/step-<step>`; all ranks call it and wait for each other.
 
-    The folder must be one that all nodes share. Nothing that was complete is touched before the new state is
-    complete; an interrupted save leaves only a folder that the next one clears away.
+    The folder must be shared by all nodes. Complete checkpoints are not changed before the new one is complete; an
+    interrupted save leaves only a folder that the next save removes.
 
     Args:
         folder: the job's checkpoint folder.
         step: optimizer steps taken.
-        state: what to save. `state.trainer` gets the key `step`.
-        keep_last: how many complete steps to keep, the new one included; 0 keeps all.
+        state: the state to save. The key `step` is added to its trainer state.
+        keep_last: number of complete steps to keep, including the new one; 0 keeps all.
 
     Returns:
         The complete step folder. If it exists already, nothing is written.
@@ -96,14 +97,15 @@ def load_state(path: str | Path, state: TrainingState) -> dict[str, Any]:
         The saved trainer state.
 
     Raises:
-        ValueError: the folder is damaged, or holds other tensors than the job has; says which settings decide about
-            them.
+        ValueError: the folder is damaged, or has other tensors than the job; the message names the settings that
+            determine them.
     """
     path = Path(path)
     damage = find_damage(path)
     if damage is not None:
         raise ValueError(f"Checkpoint {path} cannot be used: {damage}. Resume from an older step.")
     saved = read_state_metadata(path).state_dict_metadata
+    # DCP loads into existing tensors, so a new optimizer needs its state first.
     _prime(state)
     _drop_unsaved_optimizer_state(state, set(saved))
     tensors = state_tensors(state)
@@ -113,7 +115,7 @@ def load_state(path: str | Path, state: TrainingState) -> dict[str, Any]:
 
 
 def state_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """All tensors of a state by the name they are saved under, sharing storage with model and optimizers."""
+    """Returns all tensors of a state by their saved names, sharing storage with model and optimizers."""
     tensors = {f"model.{name}": tensor for name, tensor in module_tensors(state.model).items() if state.select(name)}
     names = parameter_names(state.model)
     for optimizer in state.optimizers:
@@ -122,12 +124,13 @@ def state_tensors(state: TrainingState) -> dict[str, Tensor]:
                 assert isinstance(value, Tensor), (
                     f"optimizer state '{key}' is {type(value).__name__}, expected a tensor"
                 )
+                # By parameter name rather than group and index, which depend on the job's settings.
                 tensors[f"optimizer.{names[parameter]}.{key}"] = plain_tensor(value)
     return tensors
 
 
 def trainer_text(state: TrainingState, step: int) -> str:
-    """The plain part of a state as it is written."""
+    """Serializes the trainer state to JSON."""
     return json.dumps({**state.trainer, "step": step}, indent=1)
 
 
@@ -139,25 +142,36 @@ def write_state(
     keep_last: int,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Writes collected tensors as a step folder; `save_state` says the rest. `group` carries the communication."""
+    """Writes tensors as a step folder, see `save_state`.
+
+    Args:
+        folder: the job's checkpoint folder.
+        step: optimizer steps taken.
+        tensors: from `state_tensors`.
+        trainer: from `trainer_text`.
+        keep_last: number of complete steps to keep.
+        group: process group of all collectives; the default group if None.
+    """
     path, temporary = step_folder(folder, step), incomplete_folder(folder, step)
     what = f"saving {path}"
-    already = _on_main_rank(lambda: _prepare(folder, step), what, group)
-    if already:
+    is_saved = _on_main_rank(lambda: _prepare(folder, step), what, group)
+    if is_saved:
         return path
+    # Every rank takes part and returns when its own files are written.
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
     _on_main_rank(lambda: _publish(temporary, path, trainer), what, group)
+    # Only after the new one is complete: a crash at any time leaves at least one usable checkpoint.
     _on_main_rank(lambda: remove_old(folder, step, keep_last), f"removing old checkpoints in {folder}", group)
     return path
 
 
 def _on_main_rank(work: Callable[[], Any], what: str, group: dist.ProcessGroup | None) -> Any:
-    """Runs `work` on rank 0 while the others wait; its result on every rank, its failure as an error on every rank."""
+    """Runs `work` on rank 0 and returns its result on every rank; an error is raised on every rank."""
     result, error = [None], None
     if is_main_rank():
         try:
             result = [work()]
-        except Exception as failure:  # whatever it is, the other ranks must not be left waiting
+        except Exception as failure:  # any error: the other ranks are waiting in `agree`
             error = failure
     agree(error, what, group)
     if dist.is_initialized():
@@ -166,15 +180,16 @@ def _on_main_rank(work: Callable[[], Any], what: str, group: dist.ProcessGroup |
 
 
 def _prepare(folder: Path, step: int) -> bool:
-    """Clears the way for a save; True if that step is saved already."""
+    """Creates the folder and removes interrupted saves; returns whether the step is already saved."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     path = step_folder(folder, step)
     if step not in saved_steps(folder):
         return False
+    # Saved before, when a job that fell back to an older checkpoint reaches this step again.
     damage = find_damage(path)
     if damage is None:
-        logger.info("Step %d is saved already in %s.", step, path)
+        logger.info("Step %d is already saved in %s.", step, path)
         return True
     logger.warning("Replacing the damaged checkpoint %s (%s).", path, damage)
     shutil.rmtree(path)
@@ -182,26 +197,26 @@ def _prepare(folder: Path, step: int) -> bool:
 
 
 def _publish(temporary: Path, path: Path, trainer: str) -> None:
-    """Completes a written folder and gives it its final name."""
+    """Adds the trainer state to a written folder and renames it to its final name."""
     with (temporary / TRAINER_FILE).open("w") as file:
         file.write(trainer)
         file.flush()
         os.fsync(file.fileno())
-    # Every rank has reported success, so a file missing here was written on another node's own disk.
+    # Every rank has reported success, so a file missing here was written to another node's local disk.
     damage = find_damage(temporary)
     if damage is not None:
-        raise RuntimeError(f"{temporary}: {damage}. Do all nodes share job.dump_folder?")
+        raise RuntimeError(f"{temporary}: {damage}. Set job.dump_folder to a folder that all nodes share.")
+    # The rename is the moment at which the checkpoint exists; everything in it must be on disk before.
     sync_folder(temporary)
     temporary.rename(path)
     sync_folder(path.parent)
 
 
 def _prime(state: TrainingState) -> None:
-    """Gives a fresh optimizer the state tensors it would have after a step, so that there is something to load into.
+    """Creates the state tensors of a new optimizer, as targets to load into.
 
-    One step with zero gradients and learning rate makes them, whatever the optimizer. What it does to the parameters
-    (at most a change of sign of zero, or a random rounding) is overwritten: every trained parameter is loaded
-    afterwards.
+    One step with zero gradients and zero learning rate creates them for any optimizer. Its effect on the parameters (at
+    most a changed sign of zero, or a stochastic rounding) is overwritten: every trained parameter is loaded afterwards.
     """
     for optimizer in state.optimizers:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -209,6 +224,7 @@ def _prime(state: TrainingState) -> None:
             continue
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
+            # Compiled and capturable optimizers keep the learning rate in a tensor and require one.
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
             for parameter in group["params"]:
                 if parameter.requires_grad:
@@ -220,9 +236,9 @@ def _prime(state: TrainingState) -> None:
 
 
 def _drop_unsaved_optimizer_state(state: TrainingState, saved: set[str]) -> None:
-    """A parameter without a gradient so far has no optimizer state in the checkpoint; nor shall it have now."""
+    """Drops the state that `_prime` created for parameters without one in the checkpoint: they had no gradient yet."""
     if not any(name.startswith("optimizer.") for name in saved):
-        return  # saved by an optimizer without state: dropping all of it would hide that the job's has changed
+        return  # saved by an optimizer without state: dropping all would hide that the job's optimizer differs
     names = parameter_names(state.model)
     for optimizer in state.optimizers:
         for parameter, values in list(optimizer.state.items()):
@@ -233,7 +249,7 @@ def _drop_unsaved_optimizer_state(state: TrainingState, saved: set[str]) -> None
 
 
 def _check_same(path: Path, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raises with all differences between saved tensors and the job's, and the settings they come from."""
+    """Raises ValueError with all differences between saved tensors and the job's, and the settings behind them."""
     missing = [name for name in tensors if name not in saved]
     unexpected = [name for name in saved if name not in tensors]
     changed = []
@@ -245,34 +261,29 @@ def _check_same(path: Path, saved: dict[str, Any], tensors: dict[str, Tensor]) -
             changed.append(
                 f"{name} (saved {_text(size, dtype)}, job {_text(tensors[name].shape, tensors[name].dtype)})"
             )
-    lists = {
+    problems = {
         "missing from the checkpoint": missing,
-        "in the checkpoint without a place in the job": unexpected,
-        "of another shape or dtype": sorted(changed),
+        "in the checkpoint, but not in the job": unexpected,
+        "with another shape or dtype": sorted(changed),
     }
-    lines = [f"  {len(names)} {what}: {_first(names)}" for what, names in lists.items() if names]
+    lines = [f"  {len(names)} {problem}: {listed(names)}" for problem, names in problems.items() if names]
     if lines:
-        settings = sorted({_setting_behind(name) for names in lists.values() for name in names})
+        settings = sorted({_setting_behind(name) for names in problems.values() for name in names})
         raise ValueError(
             f"Checkpoint {path} does not fit this job; nothing was loaded.\n"
             + "\n".join(lines)
             + f"\nCompare {', '.join(settings)} with the job text saved in {path / TRAINER_FILE}, "
-            "or set another job.dump_folder to start afresh."
+            "or set another job.dump_folder to start from scratch."
         )
 
 
 def _setting_behind(name: str) -> str:
-    """The job setting that most likely decides whether and how a tensor exists."""
+    """The job setting that most likely determines whether a tensor exists, and its shape."""
     if "lora_" in name:
         return "lora.rank, lora targets and model.mode"
     if name.startswith("optimizer."):
         return "optimizer.name and its precision"
     return "model.checkpoint_path, model.mode and which of [video] and [audio] are trained"
-
-
-def _first(names: list[str]) -> str:
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _text(shape: Sequence[int] | None, dtype: torch.dtype | None) -> str:

@@ -1,7 +1,7 @@
 """Audio VAE: waveform to latents and latents to mel spectrogram, with diffusers' `AutoencoderKLLTX2Audio`.
 
-Latents are normalised here. Their statistics are 128 numbers on the packed layout, in which channel c and frequency f
-of a latent [8, T, 16] stand at c * 16 + f: not one number per channel. Everything runs in float32.
+Latents are normalized here. Their statistics are 128 numbers in the packed layout, in which channel c and frequency f
+of a latent [8, T, 16] have index c * 16 + f: not one number per channel. Everything runs in float32.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderK
 from torch import Tensor
 
 from ltx_titan.codecs.mel import MelSettings, log_mel, resample
-from ltx_titan.weights.single_file import load_strictly, open_single_file, read_tensors
+from ltx_titan.weights import Component, load_module, read_metadata, read_tensors
 
 # Mel frames per latent step; the class has it as a constant as well.
 _MEL_FRAMES_PER_STEP = 4
@@ -35,6 +35,7 @@ def audio_vae_arguments(audio_vae: dict[str, Any]) -> dict[str, Any]:
         "output_channels": network.get("out_ch", 2),
         "ch_mult": tuple(network.get("ch_mult", (1, 2, 4))),
         "num_res_blocks": network.get("num_res_blocks", 2),
+        # The file's empty list means no attention, for which diffusers expects None.
         "attn_resolutions": tuple(network.get("attn_resolutions") or ()) or None,
         "in_channels": network.get("in_channels", 2),
         "resolution": network.get("resolution", 256),
@@ -50,7 +51,7 @@ def audio_vae_arguments(audio_vae: dict[str, Any]) -> dict[str, Any]:
 
 
 def mel_settings(audio_vae: dict[str, Any]) -> MelSettings:
-    """Parameters of the spectrogram from the section `audio_vae`; what it does not name is as published."""
+    """Parameters of the spectrogram from the section `audio_vae`; missing ones default to those of the releases."""
     preprocessing = audio_vae.get("preprocessing", {})
     stft, mel = preprocessing.get("stft", {}), preprocessing.get("mel", {})
     default = MelSettings()
@@ -67,10 +68,10 @@ def mel_settings(audio_vae: dict[str, Any]) -> MelSettings:
 
 @dataclass(frozen=True)
 class AudioCodec:
-    """A loaded audio VAE. Latents are normalised, the form in which the transformer sees them and datasets store them.
+    """A loaded audio VAE. Latents are normalized, as the transformer receives them and datasets store them.
 
     Attributes:
-        vae: the diffusers model; the half that was not asked for is None.
+        vae: the diffusers model; encoder or decoder is None if it was not requested.
         mean: mean of raw latents at each (channel, frequency) [8, 1, 16], float32.
         std: standard deviation likewise.
         mel: parameters of the spectrogram.
@@ -87,29 +88,31 @@ class AudioCodec:
         return self.mel.sample_rate / self.mel.hop_length / _MEL_FRAMES_PER_STEP
 
     def steps_for(self, duration_s: float) -> int:
-        """Latent steps that stand for an audio of some length: round(25 * duration), what sampling generates for it."""
+        """Latent steps that sampling generates for an audio of this duration: round(25 * duration), at least 1."""
         return max(1, round(duration_s * self.steps_per_second))
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, sample_rate: int) -> Tensor:
-        """Encode a waveform [B, 1 or 2, N] to normalised latents [B, 8, T, 16], float32.
+        """Encodes a waveform [B, 1 or 2, N] to normalized latents [B, 8, T, 16], float32.
 
         T = ceil(mel / 4) of mel = 1 + floor(N' / 160) frames at 16 kHz, often one more than `steps_for`.
 
         Raises:
-            ValueError: more than two channels, or an audio too short for one frame.
+            ValueError: more than two channels, or audio too short for one frame.
         """
         channels = waveform.shape[1]
         if channels not in (1, 2):
-            raise ValueError(f"audio has {channels} channels, expected 1 or 2; mix it down to stereo first")
+            raise ValueError(f"audio has {channels} channels, expected 1 or 2; downmix it to stereo first")
+        # The VAE has two input channels: mono is duplicated, stereo unchanged.
         waveform = waveform.to(self.vae.device, torch.float32).expand(-1, 2, -1)
         spectrogram = log_mel(resample(waveform, sample_rate, self.mel.sample_rate), self.mel)
+        # The posterior's mean: datasets must be reproducible.
         raw = self.vae.encode(spectrogram).latent_dist.mode()
         return (raw - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalised latents [B, 8, T, 16] to a log-mel spectrogram [B, 2, 4 T - 3, 64], float32."""
+        """Decodes normalized latents [B, 8, T, 16] to a log-mel spectrogram [B, 2, 4 T - 3, 64], float32."""
         raw = latents.to(self.vae.device, torch.float32) * self.std + self.mean
         return self.vae.decode(raw).sample
 
@@ -119,27 +122,30 @@ def load_audio_codec(
     device: str | torch.device = "cpu",
     part: Literal["both", "encoder", "decoder"] = "both",
 ) -> AudioCodec:
-    """Load the audio VAE of a single-file checkpoint or of a split pack's audio file.
+    """Loads the audio VAE of a single-file checkpoint or of a split pack's audio file.
 
     Args:
         path: the safetensors file.
-        device: where it runs, in float32.
+        device: destination; the VAE runs in float32.
         part: preprocessing needs the encoder only, sampling the decoder only; the other half is not read.
 
     Raises:
-        ValueError: the file holds no audio VAE, or its weights do not match its metadata.
+        ValueError: the file has no audio VAE, or its weights do not match its metadata.
     """
-    file = open_single_file(path)
-    section = file.section("audio_vae", "audio VAE")
-    prefix = file.prefix("audio_vae.")
+    metadata = read_metadata(path)
+    section = metadata.section("audio_vae", "audio VAE")
+    prefix = metadata.prefix("audio_vae.")
     arguments = audio_vae_arguments(section)
     with torch.device("meta"):
         vae = AutoencoderKLLTX2Audio(**arguments)
-    names = {key: f"{prefix}per_channel_statistics.{key}-of-means" for key in ("mean", "std")}
+    # Every level but the first halves the mel axis.
     bins = arguments["mel_bins"] // 2 ** (len(arguments["ch_mult"]) - 1)
-    packed = (arguments["latent_channels"] * bins,)
-    tensors = read_tensors(file, dict.fromkeys(names.values(), packed), device)
-    statistics = {key: tensors[name].float() for key, name in names.items()}
+    packed_shape = (arguments["latent_channels"] * bins,)
+    keys = {name: f"{prefix}per_channel_statistics.{name}-of-means" for name in ("mean", "std")}
+    component = Component.from_keys("statistics of the audio VAE", keys)
+    statistics = read_tensors(
+        metadata, dict.fromkeys(keys, packed_shape), component, device=device, dtype=torch.float32
+    )
     # The class sizes these buffers by its base width, which equals 128 in the published models only.
     vae.latents_mean, vae.latents_std = statistics["mean"], statistics["std"]
     for half in ("encoder", "decoder"):
@@ -147,13 +153,14 @@ def load_audio_codec(
             setattr(vae, half, None)
             continue
         module = getattr(vae, half)
-        stored = {name: f"{prefix}{half}.{name}" for name in module.state_dict()}
-        load_strictly(module, file, stored, covers=(f"{prefix}{half}.",), dtype=torch.float32, device=device)
+        keys = {name: f"{prefix}{half}.{name}" for name in module.state_dict()}
+        component = Component.from_keys(f"{half} of the audio VAE", keys, prefixes=(f"{prefix}{half}.",))
+        load_module(module, metadata, component, device=device, dtype=torch.float32)
     vae.requires_grad_(False).eval()
     mean, std = (packed_statistics(statistics[key], arguments["latent_channels"]) for key in ("mean", "std"))
     return AudioCodec(vae, mean, std, mel_settings(section))
 
 
 def packed_statistics(packed: Tensor, channels: int) -> Tensor:
-    """Unpack statistics [channels * bins], index c * bins + f, to [channels, 1, bins], to go with latents [c, T, f]."""
+    """Unpacks statistics [channels * bins], index c * bins + f, to [channels, 1, bins], for latents [c, T, f]."""
     return packed.unflatten(0, (channels, -1))[:, None, :]

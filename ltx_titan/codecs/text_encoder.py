@@ -1,25 +1,28 @@
 """Captions to text features: Gemma through transformers, then the projection of the checkpoint.
 
-LTX-2 and LTX-2.3 go with Gemma 3, a folder; LTX-2.5 with a Gemma 4 of its own, one file that also holds the projection.
-A checkpoint says which; another model's features would mean nothing to it.
+LTX-2 and LTX-2.3 use Gemma 3, a folder; LTX-2.5 a fine-tuned Gemma 4, one file that also contains the projection. The
+checkpoint's metadata specifies which; it cannot use features of another model.
 
-Gemma runs as a bare language model. The states of all its layers are kept, L + 1 of them: the scaled token
+Gemma runs as a bare language model. The hidden states of all its layers are used, L + 1 of them: the scaled token
 embeddings, the outputs of all layers but the last, and the output of the last after the final norm. The checkpoint's
-feature extractor projects them; what comes out is what datasets store, and the connectors turn it into a context
-during training.
+feature extractor projects them to the features that datasets store, and the connectors turn these into a context during
+training.
 
-Captions are tokenised as they are: stripped, with a leading BOS, no template and no EOS, cut to 1024 tokens, padded
-on the left. Padding takes no compute here: a real token's states do not depend on it, so Gemma runs on the longest
-caption of the batch and the padded rows are zeros, which the feature extractor ignores.
+Captions are tokenized without a template: stripped, with a leading BOS and no EOS, truncated to 1024 tokens, padded on
+the left. Padding takes no compute: a real token's states do not depend on it, so Gemma runs on the longest caption of
+the batch, and the padded positions are zeros, which the feature extractor ignores.
+
+The encoder can be quantized, for GPUs with less than 24 GB. Features then differ slightly, least with int8, most with
+int4: encode a whole dataset with one precision.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -32,10 +35,10 @@ from transformers import (
 
 from ltx_titan.codecs.packed_gemma import load_packed_model, load_packed_tokenizer, open_packed_gemma
 from ltx_titan.model import FeatureExtractor
-from ltx_titan.weights.metadata import CheckpointMetadata
-from ltx_titan.weights.single_file import load_strictly, open_header, open_single_file
+from ltx_titan.weights import TEXT_PROJECTION, CheckpointMetadata, QuantizedLinear, load_module, read_metadata
 
 MAX_TOKENS = 1024
+TextPrecision = Literal["full", "int8", "float8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ class TextEncoder:
     Attributes:
         model: the language model, without vision tower or head.
         tokenizer: its tokenizer.
-        max_tokens: length that captions are cut and padded to.
-        version: which tuning of Gemma 4 it is; None for Gemma 3, and where its file does not say.
-        projection_path: the packed file that also holds the text projection; None where the checkpoint has it.
+        max_tokens: captions are truncated and padded to this length.
+        version: name of the fine-tuned Gemma 4; None for Gemma 3, and if the file does not specify it.
+        projection_path: the packed file that also has the text projection; None if the checkpoint has it.
     """
 
     model: PreTrainedModel
@@ -58,13 +61,14 @@ class TextEncoder:
 
     @property
     def dimensions(self) -> dict[str, int]:
-        """What a feature extractor needs to know: `hidden_size` and `num_hidden_layers`."""
+        """Sizes that a feature extractor is built from: `hidden_size` and `num_hidden_layers`."""
         config = self.model.config
         return {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers}
 
     def tokenize(self, caption: str) -> list[int]:
-        """Token ids of one caption, BOS first, at most `max_tokens`, not padded."""
+        """Returns the token ids of one caption, BOS first, at most `max_tokens`, not padded."""
         ids = self.tokenizer(caption.strip(), truncation=True, max_length=self.max_tokens)["input_ids"]
+        # Gemma 3's tokenizer adds a BOS, Gemma 4's does not.
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
@@ -72,20 +76,21 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Run Gemma on captions.
+        """Runs Gemma on captions.
 
         Returns:
-            Hidden states [B, S, D, L] of S = `max_tokens` positions, width D and L layers, in the model's dtype and
-            zero where padded; and the mask [B, S], int64, 1 for real tokens, which stand at the end.
+            Hidden states [B, S, D, L] of S = `max_tokens` positions, width D and L layers, in the model's dtype, zero
+            at padding; and the mask [B, S], int64, 1 for real tokens, which are at the end.
         """
         ids = [self.tokenize(caption) for caption in captions]
         longest = max(len(row) for row in ids)
-        # Any id serves as padding: its position is masked and its states are overwritten.
+        # Any id can pad: its position is masked and its states are overwritten.
         padded = torch.tensor([[row[0]] * (longest - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
         padded, mask = padded.to(self.model.device), mask.to(self.model.device)
         output = self.model(input_ids=padded, attention_mask=mask, output_hidden_states=True, use_cache=False)
         states = torch.stack(output.hidden_states, dim=-1)
+        # Left padding: zeros in front of the shorter captions, then of all up to max_tokens.
         states = states.masked_fill(mask[:, :, None, None] == 0, 0)
         before = self.max_tokens - longest
         hidden_states = torch.nn.functional.pad(states, (0, 0, 0, 0, before, 0))
@@ -93,28 +98,28 @@ class TextEncoder:
 
 
 def text_encoder_config(path: str | Path) -> PretrainedConfig:
-    """Read and check the configuration of a text encoder, no weights.
+    """Reads and checks the configuration of a text encoder, no weights.
 
     Args:
         path: a folder of Gemma 3, or the packed file of LTX-2.5.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `path` is neither.
     """
     path = Path(path)
     if path.is_file():
         return open_packed_gemma(path).config
     if not (path / "config.json").is_file():
         raise ValueError(
-            f"{path}: no config.json in it; expected a local folder of Gemma 3 as transformers saves it (the published "
+            f"{path}: no config.json found; expected a local folder of Gemma 3 as transformers saves it (the published "
             "one is google/gemma-3-12b-it-qat-q4_0-unquantized), or the packed text encoder file of LTX-2.5"
         )
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if config.model_type not in ("gemma3", "gemma3_text"):
         raise ValueError(
             f"{path}: model_type is {config.model_type!r}, expected 'gemma3' or 'gemma3_text': LTX-2 and LTX-2.3 "
-            "were trained with Gemma 3, LTX-2.5 with a Gemma 4 of its own, which comes as one packed file; features of "
-            "another model mean nothing to them"
+            "were trained with Gemma 3, LTX-2.5 with a fine-tuned Gemma 4 in one packed file; they cannot use features "
+            "of another model"
         )
     return config
 
@@ -122,16 +127,16 @@ def text_encoder_config(path: str | Path) -> PretrainedConfig:
 def load_text_encoder(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> TextEncoder:
-    """Load a text encoder from local files; nothing is downloaded.
+    """Loads a text encoder from local files; nothing is downloaded.
 
     Args:
         path: a folder of Gemma 3 in the transformers layout (`config.json`, weights and tokenizer files; of the whole
             model or of its language model), or the packed text encoder file of LTX-2.5.
-        device: where it runs; on `meta` a packed file is checked and not read.
+        device: destination; on `meta` a packed file is checked and not read.
         dtype: of its weights.
 
     Raises:
-        ValueError: it is neither, or its weights do not fit its configuration.
+        ValueError: `path` is neither, or its weights do not fit its configuration.
     """
     path = Path(path)
     if path.is_file():
@@ -141,6 +146,7 @@ def load_text_encoder(
         return TextEncoder(model, tokenizer, version=packed.version, projection_path=path)
     config = text_encoder_config(path)
     if config.model_type == "gemma3":
+        # The vision tower of a multimodal folder is loaded with it and dropped.
         model = Gemma3Model.from_pretrained(path, dtype=dtype, local_files_only=True).language_model
     else:
         model = Gemma3TextModel.from_pretrained(path, dtype=dtype, local_files_only=True)
@@ -149,9 +155,9 @@ def load_text_encoder(
 
 
 def check_text_encoder(checkpoint: CheckpointMetadata, text_encoder: TextEncoder) -> None:
-    """Check that a text encoder is the one that a checkpoint was trained with.
+    """Checks that a text encoder is the one that a checkpoint was trained with.
 
-    From LTX-2.4 on, checkpoints name it (`gemma_source_checkpoint`); before, it is Gemma 3.
+    Checkpoints of LTX-2.4 and later specify it (`gemma_source_checkpoint`); for earlier ones it is Gemma 3.
 
     Raises:
         ValueError: it is another one.
@@ -163,19 +169,19 @@ def check_text_encoder(checkpoint: CheckpointMetadata, text_encoder: TextEncoder
         if wanted is None or wanted != version:
             raise ValueError(
                 f"{checkpoint.path}: was trained with the text encoder {wanted or source!r}, found "
-                f"{version or f'a {kind} without a version'!r}; give the packed file that came with the checkpoint "
-                "(a stock Gemma 4 does not do)"
+                f"{version or f'a {kind} without a version'!r}; use the packed file of the checkpoint's release, not a "
+                "stock Gemma 4"
             )
         return
     if _version_numbers(checkpoint.model_version) >= (2, 4):
         raise ValueError(
-            f"{checkpoint.path}: is of version {checkpoint.model_version} and has no 'gemma_source_checkpoint' in its "
-            "metadata, which from 2.4 on names its text encoder; use the official file"
+            f"{checkpoint.path}: has version {checkpoint.model_version} and has no 'gemma_source_checkpoint' in its "
+            "metadata, which specifies the text encoder since 2.4; use the official file"
         )
     if not kind.startswith("gemma3"):
         raise ValueError(
-            f"{checkpoint.path}: goes with Gemma 3 (version {checkpoint.model_version}), found a {kind}; give a folder "
-            "of Gemma 3"
+            f"{checkpoint.path}: was trained with Gemma 3 (version {checkpoint.model_version}), found a {kind}; use a "
+            "folder of Gemma 3"
         )
 
 
@@ -187,7 +193,7 @@ def _gemma_version(source: str) -> str | None:
 
 
 def _version_numbers(version: str | None) -> tuple[int, ...]:
-    """`2.3.rc1` -> (2, 3): the leading numbers; none where there is no version."""
+    """Parses the leading numbers of a version: `2.3.rc1` -> (2, 3); empty without a version."""
     numbers = []
     for part in (version or "").replace("-", ".").split("."):
         if not part.isdigit():
@@ -197,7 +203,7 @@ def _version_numbers(version: str | None) -> tuple[int, ...]:
 
 
 def text_feature_widths(config: dict[str, Any], encoder: PretrainedConfig) -> tuple[int, int]:
-    """Widths of the text features of the video and of the audio stream.
+    """Returns the widths of the text features of the video and of the audio stream.
 
     Args:
         config: the metadata object `config` of a checkpoint, with the key `transformer`.
@@ -218,24 +224,42 @@ def load_feature_extractor(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> FeatureExtractor:
-    """Load the projection `text_embedding_projection.*` that goes with a transformer.
+    """Loads the projection `text_embedding_projection.*` of a checkpoint.
 
     Args:
-        path: the checkpoint that holds the transformer; of a split pack, the transformer's file.
-        text_encoder: the encoder whose states it is to project. A packed one brings the projection's weights.
-        device: where it runs; `meta` checks the files and reads nothing.
+        path: the file with the transformer.
+        text_encoder: the encoder whose states are projected. A packed one also has the projection's weights.
+        device: destination; `meta` checks the files and reads nothing.
         dtype: of its weights.
 
     Raises:
-        ValueError: there is no projection, or the encoder is not the one that the checkpoint was trained with.
+        ValueError: the projection is missing, or the checkpoint was trained with another encoder.
     """
-    file = open_single_file(path)
-    file.section("transformer", "transformer and no text projection")
-    check_text_encoder(file.metadata, text_encoder)
-    weights = file if text_encoder.projection_path is None else open_header(text_encoder.projection_path)
-    prefix = "text_embedding_projection."
+    metadata = read_metadata(path)
+    metadata.transformer_config()  # raises for a file without a transformer
+    check_text_encoder(metadata, text_encoder)
+    weights = metadata if text_encoder.projection_path is None else read_metadata(text_encoder.projection_path)
     with torch.device("meta"):
-        extractor = FeatureExtractor.from_config(file.config, text_encoder.dimensions)
-    names = {name: prefix + name for name in extractor.state_dict()}
-    load_strictly(extractor, weights, names, covers=(prefix,), dtype=dtype, device=device)
+        extractor = FeatureExtractor.from_config(metadata.config, text_encoder.dimensions)
+    load_module(extractor, weights, TEXT_PROJECTION, device=device, dtype=dtype)
     return extractor.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def quantize_text_encoder(encoder: TextEncoder, precision: TextPrecision, device: str | torch.device) -> TextEncoder:
+    """Quantizes every linear layer of an encoder and moves it to a device, layer by layer.
+
+    Embeddings and norms keep their dtype.
+
+    Args:
+        encoder: on the CPU; changed in place.
+        precision: form of the weights; "full" only moves the encoder.
+        device: destination. It never holds more than one layer in full precision.
+    """
+    if precision != "full":
+        linears = [(name, layer) for name, layer in encoder.model.named_modules() if isinstance(layer, nn.Linear)]
+        # One layer at a time: the encoder in full precision never is on the device.
+        for name, layer in linears:
+            encoder.model.set_submodule(name, QuantizedLinear.from_linear(layer.to(device), precision))
+    encoder.model.to(device)
+    return encoder

@@ -1,12 +1,12 @@
 """Video VAE: pixels to latents and back, with diffusers' `AutoencoderKLLTX2Video`.
 
-The metadata of a checkpoint lists the blocks of the encoder and the decoder; from these lists come the constructor
-arguments and the names of the parameters, for the 19B, the 2.3 and any other size. diffusers groups blocks into
-stages (residual blocks, then the change of resolution after them), the file counts them one by one, and the decoder
-runs its list from the end; `VideoVaeLayout` holds that correspondence.
+The metadata of a checkpoint lists the blocks of the encoder and the decoder; constructor arguments and parameter names
+are derived from these lists, for the 19B, the 2.3 and any other size. diffusers groups blocks into stages (residual
+blocks, then a down- or upsampler), the file numbers them one by one, and the decoder runs its list in reverse;
+`VideoVaeLayout` maps between them.
 
-Latents are normalised per channel here, z = (raw - mean) / std, since diffusers leaves that to the caller and the
-transformer sees nothing else.
+Latents are normalized per channel here, z = (raw - mean) / std: diffusers leaves that to the caller, and the
+transformer expects it.
 """
 
 from collections.abc import Iterable
@@ -18,8 +18,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 from torch import Tensor
 
-from ltx_titan.weights.metadata import scale_factors
-from ltx_titan.weights.single_file import load_strictly, open_single_file, read_tensors
+from ltx_titan.weights import Component, load_module, read_metadata, read_tensors, scale_factors
 
 _ENCODER_STEPS = {
     "compress_space_res": "spatial",
@@ -28,35 +27,35 @@ _ENCODER_STEPS = {
 }
 _DECODER_STEPS = {"compress_space": "spatial", "compress_time": "temporal", "compress_all": "spatiotemporal"}
 
-# A decoder trained with timestep conditioning expects slightly noisy latents and the timestep that says so.
+# A decoder trained with timestep conditioning expects slightly noisy latents and the matching timestep.
 _DECODE_NOISE_SCALE = 0.025
 _DECODE_TIMESTEP = 0.05
 
-# Pixels of a tile of a frame, and from the start of one to that of the next.
+# Size and stride of spatial tiles, in pixels.
 TILE, TILE_STRIDE = 512, 384
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """Residual blocks and the change of resolution after them (None in the last stage), with their list places."""
+    """Residual blocks and the resampler after them (None in the last stage), with their indices in the file's list."""
 
     layers: int
-    layers_at: int | None
+    layers_index: int | None
     step: str | None = None
-    step_at: int | None = None
+    step_index: int | None = None
     multiplier: int = 1
     residual: bool = False
 
 
 @dataclass(frozen=True)
 class VideoVaeLayout:
-    """A video VAE as its metadata describes it.
+    """Architecture of a video VAE, from its metadata.
 
     Attributes:
         arguments: keyword arguments of `AutoencoderKLLTX2Video`.
         encoder: stages in execution order; the last one is diffusers' `mid_block`.
-        decoder: stages in the order of the file's list, which is the reverse of execution; empty where the decoder
-            is not a convolutional one.
+        decoder: stages in the order of the file's list, which is the reverse of execution; empty if the decoder is not
+            convolutional.
         decoder_length: number of blocks in the decoder's list.
     """
 
@@ -73,12 +72,12 @@ class VideoVaeLayout:
     def _encoder_name(self, name: str) -> str:
         parts = name.split(".")
         if parts[0] == "mid_block":
-            return ".".join(["down_blocks", str(self.encoder[-1].layers_at), "res_blocks", *parts[2:]])
+            return ".".join(["down_blocks", str(self.encoder[-1].layers_index), "res_blocks", *parts[2:]])
         if parts[0] == "down_blocks":
             stage = self.encoder[int(parts[1])]
             if parts[2] == "downsamplers":
-                return ".".join(["down_blocks", str(stage.step_at), *parts[4:]])
-            return ".".join(["down_blocks", str(stage.layers_at), "res_blocks", *parts[3:]])
+                return ".".join(["down_blocks", str(stage.step_index), *parts[4:]])
+            return ".".join(["down_blocks", str(stage.layers_index), "res_blocks", *parts[3:]])
         return name
 
     def _decoder_name(self, name: str) -> str:
@@ -86,32 +85,33 @@ class VideoVaeLayout:
         if parts[0] == "mid_block":
             return self._decoder_stage_name(self.decoder[-1], parts[1:])
         if parts[0] == "up_blocks":
-            # up_blocks[0] undoes the last step of the list, then come the residual blocks in front of that step.
+            # up_blocks[0] inverts the last step of the list; the residual blocks before that step follow.
             stage = self.decoder[len(self.decoder) - 2 - int(parts[1])]
             if parts[2] == "upsamplers":
-                return ".".join(["up_blocks", str(self.decoder_length - 1 - stage.step_at), *parts[4:]])
+                return ".".join(["up_blocks", str(self.decoder_length - 1 - stage.step_index), *parts[4:]])
             return self._decoder_stage_name(stage, parts[2:])
         renamed = {"time_embedder": "last_time_embedder", "scale_shift_table": "last_scale_shift_table"}
         return ".".join([renamed.get(parts[0], parts[0]), *parts[1:]])
 
     def _decoder_stage_name(self, stage: _Stage, parts: list[str]) -> str:
         head = ["res_blocks", *parts[1:]] if parts[0] == "resnets" else parts
-        return ".".join(["up_blocks", str(self.decoder_length - 1 - stage.layers_at), *head])
+        return ".".join(["up_blocks", str(self.decoder_length - 1 - stage.layers_index), *head])
 
 
 def video_vae_layout(vae: dict[str, Any], timestep_conditioning: bool = False) -> VideoVaeLayout:
-    """Derive the diffusers configuration from the section `vae` of the metadata.
+    """Derives the diffusers configuration from the section `vae` of the metadata.
 
     Args:
         vae: flat (19B, 2.3 and the convolutional 2.5 file), or nested with `encoder.blocks` (2.5).
-        timestep_conditioning: whether the decoder's weights include a time embedder; reports about the flag in the
-            metadata differ, the weights do not.
+        timestep_conditioning: whether the decoder's weights include a time embedder. Not read from the metadata, whose
+            flag is not reliable.
 
     Raises:
-        ValueError: a block is of a kind that diffusers has no counterpart for.
+        ValueError: diffusers has no counterpart for a block.
     """
     nested = vae.get("encoder") or {}
     encoder = _stages(vae.get("encoder_blocks") or nested.get("blocks"), _ENCODER_STEPS, "vae.encoder_blocks")
+    # An LTX-2.5 file with a diffusion decoder has the same convolutional encoder; only that half can be built.
     is_convolutional = vae.get("_class_name", "CausalVideoAutoencoder") == "CausalVideoAutoencoder"
     decoder_blocks = vae.get("decoder_blocks") if is_convolutional else None
     decoder = _stages(decoder_blocks, _DECODER_STEPS, "vae.decoder_blocks") if decoder_blocks else ()
@@ -143,7 +143,7 @@ def video_vae_layout(vae: dict[str, Any], timestep_conditioning: bool = False) -
             "decoder_layers_per_block": tuple(stage.layers for stage in decoder),
             "decoder_spatio_temporal_scaling": (True,) * len(up),
             "decoder_inject_noise": (False,) * len(decoder),
-            # The one tuple of the decoder that diffusers reads in execution order.
+            # The only tuple of the decoder that diffusers reads in execution order.
             "upsample_type": tuple(stage.step for stage in reversed(up)),
             "upsample_residual": tuple(stage.residual for stage in up),
             "upsample_factor": tuple(stage.multiplier for stage in up),
@@ -155,30 +155,31 @@ def video_vae_layout(vae: dict[str, Any], timestep_conditioning: bool = False) -
 
 
 def _stages(blocks: list[Any] | None, steps: dict[str, str], where: str) -> tuple[_Stage, ...]:
-    """Group a block list: each change of resolution with the residual blocks in front of it, the rest at the end."""
+    """Groups a block list into stages: each resampler with the residual blocks before it, the rest at the end."""
     if not blocks:
         raise ValueError(f"metadata config: {where} is missing; the sizes of the video VAE are read from it")
     stages: list[_Stage] = []
-    pending = _Stage(layers=0, layers_at=None)
-    for at, (kind, options) in enumerate(blocks):
+    pending = _Stage(layers=0, layers_index=None)
+    for index, (kind, options) in enumerate(blocks):
+        # Some configs write the number alone.
         options = {"num_layers": options} if isinstance(options, int) else options
-        if kind == "res_x" and pending.layers_at is None:
-            pending = _Stage(layers=options["num_layers"], layers_at=at)
+        if kind == "res_x" and pending.layers_index is None:
+            pending = _Stage(layers=options["num_layers"], layers_index=index)
         elif kind in steps:
             stages.append(
                 _Stage(
                     layers=pending.layers,
-                    layers_at=pending.layers_at,
+                    layers_index=pending.layers_index,
                     step=steps[kind],
-                    step_at=at,
+                    step_index=index,
                     multiplier=options.get("multiplier", 1),
                     residual=options.get("residual", False),
                 )
             )
-            pending = _Stage(layers=0, layers_at=None)
+            pending = _Stage(layers=0, layers_index=None)
         else:
             raise ValueError(
-                f"metadata config: {where}[{at}] is {kind!r}; expected res_x (one between two steps) or one of "
+                f"metadata config: {where}[{index}] is {kind!r}; expected res_x (one between two steps) or one of "
                 f"{sorted(steps)}"
             )
     return (*stages, pending)
@@ -193,15 +194,14 @@ def _widths(first: int, stages: Iterable[_Stage]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class VideoCodec:
-    """A loaded video VAE. Latents are normalised, the form in which the transformer sees them and datasets store them.
+    """A loaded video VAE. Latents are normalized, as the transformer receives them and datasets store them.
 
     Attributes:
-        vae: the diffusers model; the half that was not asked for is None.
+        vae: the diffusers model; encoder or decoder is None if it was not requested.
         mean: per-channel mean of raw latents [C, 1, 1, 1], float32.
         std: per-channel standard deviation of raw latents [C, 1, 1, 1], float32.
         scale_factors: pixels per latent along (time, height, width).
-        time_tiles: latent frames that are decoded at once, and from the start of one such tile to that of the next;
-            None decodes whole clips.
+        time_tiles: size and stride of temporal tiles for decoding, in latent frames; None decodes whole clips.
     """
 
     vae: AutoencoderKLLTX2Video
@@ -212,12 +212,12 @@ class VideoCodec:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pixels [B, 3, F, H, W] in [-1, 1] to normalised latents [B, 128, F', H', W'], float32.
+        """Encodes pixels [B, 3, F, H, W] in [-1, 1] to normalized latents [B, 128, F', H', W'], float32.
 
-        F' = (F - 1) / 8 + 1, H' = H / 32, W' = W / 32. The mean of the posterior is taken, nothing is drawn.
+        F' = (F - 1) / 8 + 1, H' = H / 32, W' = W / 32. Returns the mean of the posterior, without sampling.
 
         Raises:
-            ValueError: a size that does not fit the factors.
+            ValueError: a size is not a multiple of its scale factor.
         """
         time, height, width = self.scale_factors
         frames, rows, columns = pixels.shape[2:]
@@ -226,16 +226,17 @@ class VideoCodec:
                 f"a clip of {frames} frames of {columns}x{rows} cannot be encoded: frames must be 1 modulo {time}, "
                 f"width a multiple of {width}, height of {height}"
             )
+        # Normalized in float32 even if the VAE runs in bfloat16: one rounding less.
         raw = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
         return (raw.float() - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Decode normalised latents [B, 128, F', H', W'] to pixels [B, 3, F, H, W], float32, around [-1, 1].
+        """Decodes normalized latents [B, 128, F', H', W'] to pixels [B, 3, F, H, W], float32, around [-1, 1].
 
         Args:
-            latents: normalised latents.
-            generator: draws the decode noise of a decoder with timestep conditioning (some 19B files); unused else.
+            latents: normalized latents.
+            generator: draws the noise that a decoder with timestep conditioning needs (some 19B files).
         """
         latents = latents.to(self.vae.device, torch.float32)
         timestep = None
@@ -250,27 +251,27 @@ class VideoCodec:
         return self._decode_in_time_tiles(raw, timestep, *self.time_tiles)
 
     def _decode_in_time_tiles(self, raw: Tensor, timestep: Tensor | None, tile: int, stride: int) -> Tensor:
-        """Decodes overlapping parts of a clip and fades from each to the next.
+        """Decodes overlapping temporal tiles and cross-fades between them.
 
-        diffusers' own way drops a later tile's last frame and not its first one, so that all that follows the first
-        seam is a frame late and two different moments are mixed in the seam.
+        Not diffusers' temporal tiling, which drops the last frame of every later tile instead of the first: everything
+        after the first seam is one frame late there, and the cross-fade mixes different frames.
         """
         frames, time = raw.shape[2], self.scale_factors[0]
         parts: list[Tensor] = []
         for start in range(0, frames, stride):
             decoded = self.vae.decode(raw[:, :, start : start + tile], timestep).sample.float()
             if parts:
-                # A tile's first latent frame becomes one frame, as that of a clip does; it stood for several.
+                # A tile's first latent frame decodes to one frame, as if it started the clip, but covers several.
                 decoded = decoded[:, :, 1:]
                 end = sum(part.shape[2] for part in parts)
                 overlap = end - (start * time + 1)
-                before, parts[-1] = parts[-1][:, :, -overlap:], parts[-1][:, :, :-overlap]
-                share = (torch.arange(overlap, device=raw.device) + 0.5)[:, None, None] / overlap
+                previous, parts[-1] = parts[-1][:, :, -overlap:], parts[-1][:, :, :-overlap]
+                weight = (torch.arange(overlap, device=raw.device) + 0.5)[:, None, None] / overlap
                 decoded = torch.cat(
-                    [torch.lerp(before, decoded[:, :, :overlap], share), decoded[:, :, overlap:]], dim=2
+                    [torch.lerp(previous, decoded[:, :, :overlap], weight), decoded[:, :, overlap:]], dim=2
                 )
             parts.append(decoded)
-            if start + tile >= frames:
+            if start + tile >= frames:  # this tile reached the end; another would be within it
                 break
         return torch.cat(parts, dim=2)
 
@@ -282,47 +283,49 @@ def load_video_codec(
     part: Literal["both", "encoder", "decoder"] = "both",
     tiling: bool = False,
 ) -> VideoCodec:
-    """Load the video VAE of a single-file checkpoint or of a split pack's VAE file.
+    """Loads the video VAE of a single-file checkpoint or of a split pack's VAE file.
 
     Args:
         path: the safetensors file.
-        device: where it runs.
+        device: destination.
         dtype: of its weights; float32 on a CPU, bfloat16 on a GPU.
         part: preprocessing needs the encoder only, sampling the decoder only; the other half is not read.
-        tiling: work through frames in tiles of 512 px that overlap by 128 px, for large frames on small GPUs.
-            Results change slightly near the seams.
+        tiling: process frames in tiles of 512 px that overlap by 128 px, for large frames on small GPUs. Results
+            differ slightly near the seams.
 
     Raises:
-        ValueError: the file holds no such VAE, or its weights do not match its metadata.
+        ValueError: the file has no such VAE, or its weights do not match its metadata.
     """
-    file = open_single_file(path)
-    section = file.section("vae", "video VAE")
-    prefix = file.prefix("vae.")
-    has_time_embedder = f"{prefix}decoder.last_scale_shift_table" in file.names
+    metadata = read_metadata(path)
+    section = metadata.section("vae", "video VAE")
+    prefix = metadata.prefix("vae.")
+    has_time_embedder = f"{prefix}decoder.last_scale_shift_table" in metadata.tensors
     layout = video_vae_layout(section, timestep_conditioning=has_time_embedder)
     if part != "encoder" and not layout.decoder:
-        # diffusers has the class, but its portable attention makes a mask of all pairs of tokens: 167 GiB for a clip of
-        # 137 frames of 768x512. What is practical is a kernel (NATTEN) that it downloads, which nothing here does.
+        # diffusers has the class, but its portable attention materializes a mask of all token pairs: 167 GiB for a clip
+        # of 137 frames of 768x512. The practical alternative is a kernel (NATTEN) that diffusers downloads; we do not.
         raise ValueError(
-            f"{path}: its decoder is a {section.get('_class_name')}, expected a CausalVideoAutoencoder: diffusers' "
+            f"{path}: the decoder is a {section.get('_class_name')}, expected a CausalVideoAutoencoder: diffusers' "
             "LTX2VideoDiffusionDecoderModel needs a kernel from the network (NATTEN) for clips of useful size. Decode "
             "with the pack's convolutional VAE file (its name has '-conv-'), whose encoder is the same"
         )
     with torch.device("meta"):
         vae = AutoencoderKLLTX2Video(**layout.arguments)
-    stored = {key: f"{prefix}per_channel_statistics.{key}-of-means" for key in ("mean", "std")}
-    channels = layout.arguments["latent_channels"]
-    statistics = read_tensors(file, dict.fromkeys(stored.values(), (channels,)), device)
-    mean, std = (statistics[stored[key]].float() for key in ("mean", "std"))
+    keys = {name: f"{prefix}per_channel_statistics.{name}-of-means" for name in ("mean", "std")}
+    shapes = dict.fromkeys(keys, (layout.arguments["latent_channels"],))
+    component = Component.from_keys("statistics of the video VAE", keys)
+    statistics = read_tensors(metadata, shapes, component, device=device, dtype=torch.float32)
+    mean, std = statistics["mean"], statistics["std"]
     vae.latents_mean, vae.latents_std = mean, std
     for half in ("encoder", "decoder"):
         if part not in ("both", half):
             setattr(vae, half, None)
             continue
         module = getattr(vae, half)
-        names = {name: prefix + layout.stored_name(f"{half}.{name}") for name in module.state_dict()}
-        load_strictly(module, file, names, covers=(f"{prefix}{half}.",), dtype=dtype, device=device)
+        keys = {name: prefix + layout.stored_name(f"{half}.{name}") for name in module.state_dict()}
+        component = Component.from_keys(f"{half} of the video VAE", keys, prefixes=(f"{prefix}{half}.",))
+        load_module(module, metadata, component, device=device, dtype=dtype)
     vae.requires_grad_(False).eval()
     if tiling:
         vae.enable_tiling(TILE, TILE, tile_sample_stride_height=TILE_STRIDE, tile_sample_stride_width=TILE_STRIDE)
-    return VideoCodec(vae, mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1), scale_factors(file.config))
+    return VideoCodec(vae, mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1), scale_factors(metadata.config))

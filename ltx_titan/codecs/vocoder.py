@@ -1,7 +1,8 @@
 """Vocoder: mel spectrogram to waveform, with diffusers' `LTX2Vocoder` (19B) and `LTX2VocoderWithBWE` (2.3 and later).
 
-The second one makes audio at 16 kHz and extends its bandwidth to 48 kHz. It runs in float32 whatever its weights are
-stored in, bfloat16 is audible; and the 16 kHz stage is clamped to [-1, 1] before the extension, as it was in training.
+The second one generates audio at 16 kHz and extends its bandwidth to 48 kHz. It runs in float32 whatever dtype its
+weights are stored in, since bfloat16 is audible; and the 16 kHz stage is clamped to [-1, 1] before the extension, as it
+was in training.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE, UpSample1d
 from torch import Tensor
 
-from ltx_titan.weights.single_file import load_strictly, open_single_file
+from ltx_titan.weights import Component, load_module, read_metadata
 
 _RENAMED = {"upsamplers": "ups", "resnets": "resblocks", "conv_in": "conv_pre", "conv_out": "conv_post"}
 _RENAMED_BANDWIDTH_EXTENSION = _RENAMED | {"act_out": "act_post"}
@@ -82,13 +83,13 @@ def stored_vocoder_name(name: str, bandwidth_extension: bool) -> str:
 
 
 def build_vocoder(vocoder: dict[str, Any], device: str = "meta") -> LTX2Vocoder | LTX2VocoderWithBWE:
-    """The vocoder of a section `vocoder`, without its weights on `device="meta"`."""
+    """Builds the vocoder that a section `vocoder` describes, by default on the meta device, without weights."""
     arguments = vocoder_arguments(vocoder)
     with torch.device(device):
         if not has_bandwidth_extension(vocoder):
             return LTX2Vocoder(**arguments)
         model = LTX2VocoderWithBWE(**arguments)
-    # The filter of the resampler is not stored and would stay without values on the meta device.
+    # The resampler's filter is not stored in files, so it is built again outside the meta device, with its values.
     ratio = arguments["output_sampling_rate"] // arguments["input_sampling_rate"]
     model.resampler = UpSample1d(ratio=ratio, window_type="hann", persistent=False)
     return model
@@ -100,7 +101,7 @@ class Vocoder:
 
     Attributes:
         model: the diffusers model, float32.
-        sample_rate: of the audio it makes, Hz.
+        sample_rate: of the generated audio, Hz.
     """
 
     model: LTX2Vocoder | LTX2VocoderWithBWE
@@ -108,26 +109,27 @@ class Vocoder:
 
     @torch.no_grad()
     def __call__(self, mel: Tensor) -> Tensor:
-        """Turn a log-mel spectrogram [B, 2, T, 64] into stereo audio [B, 2, N] in [-1, 1], float32."""
+        """Converts a log-mel spectrogram [B, 2, T, 64] into stereo audio [B, 2, N] in [-1, 1], float32."""
         return self.model(mel.to(self.model.device, torch.float32))
 
 
 def load_vocoder(path: str | Path, device: str | torch.device = "cpu") -> Vocoder:
-    """Load the vocoder of a single-file checkpoint or of a split pack's audio file.
+    """Loads the vocoder of a single-file checkpoint or of a split pack's audio file.
 
     Raises:
-        ValueError: the file holds no vocoder, or its weights do not match its metadata.
+        ValueError: the file has no vocoder, or its weights do not match its metadata.
     """
-    file = open_single_file(path)
-    section = file.section("vocoder", "vocoder")
+    metadata = read_metadata(path)
+    section = metadata.section("vocoder", "vocoder")
     model = build_vocoder(section)
     extended = has_bandwidth_extension(section)
     stored = {name: stored_vocoder_name(name, extended) for name in model.state_dict()}
-    # Exactly one `vocoder.` is the component's prefix; the names of 2.3 go on with a second one. A split pack's file
-    # may do without the first.
-    prefix = "vocoder." if any(f"vocoder.{name}" in file.names for name in stored.values()) else ""
-    covers = (prefix,) if prefix else tuple({name.partition(".")[0] + "." for name in stored.values()})
-    names = {name: prefix + own for name, own in stored.items()}
-    load_strictly(model, file, names, covers=covers, dtype=torch.float32, device=device)
+    # Exactly one `vocoder.` is the component's prefix; names of 2.3 continue with a second one. A split pack's file may
+    # lack the first, so the prefix cannot be recognized by `startswith`.
+    prefix = "vocoder." if any(f"vocoder.{name}" in metadata.tensors for name in stored.values()) else ""
+    prefixes = (prefix,) if prefix else tuple({name.partition(".")[0] + "." for name in stored.values()})
+    keys = {name: prefix + key for name, key in stored.items()}
+    component = Component.from_keys("vocoder", keys, prefixes)
+    load_module(model, metadata, component, device=device, dtype=torch.float32)
     model = model.requires_grad_(False).eval().to(device)
     return Vocoder(model, model.config.output_sampling_rate)

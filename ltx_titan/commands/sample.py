@@ -16,8 +16,7 @@ from ltx_titan.config import ValidationSection
 from ltx_titan.model import LTXTransformer
 from ltx_titan.validation import schedule_of
 from ltx_titan.validation.engine import SampledFile, prepare_validation
-from ltx_titan.weights import load_parameters, read_metadata, unused_by
-from ltx_titan.weights.fuse import fuse_lora
+from ltx_titan.weights import fuse_lora, load_parameters, read_metadata, unused_by
 
 DESCRIPTION = """\
 Sample clips: mp4 with audio, png for a single frame, wav for audio alone.

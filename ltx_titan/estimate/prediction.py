@@ -11,7 +11,7 @@ from math import log
 from pathlib import Path
 
 from ltx_titan.common.hardware import GPUS, Gpu
-from ltx_titan.config import Degrees, LoRASettings
+from ltx_titan.config import Degrees, LoRASection
 from ltx_titan.estimate.memory import Memory, estimate_memory
 from ltx_titan.estimate.time import StepTime, estimate_time, model_flops
 from ltx_titan.estimate.workload import Setup, Workload, has_measured_kernels, model_weights
@@ -139,7 +139,7 @@ def step_times(
         raise ValueError(f"--mfu: expected a fraction of the peak, above 0 and at most 1, found {mfu}.")
     source = read_source(None if model_path is None else str(model_path), None if model_path else shape, None)
     transformer = source.config["transformer"]
-    weights = model_weights(transformer, "av", LoRASettings() if trained == "lora" else None)
+    weights = model_weights(transformer, "av", LoRASection() if trained == "lora" else None)
     work = Workload(
         transformer=transformer,
         trained=trained,

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.config import Degrees, JobConfig, LoRASettings
+from ltx_titan.config import Degrees, JobConfig, LoRASection
 from ltx_titan.lora import apply_lora
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
 from ltx_titan.model.flops import Trained
@@ -207,7 +207,7 @@ class ModelWeights:
     quantized: int
 
 
-def model_weights(transformer: Mapping[str, Any], modalities: Modalities, lora: LoRASettings | None) -> ModelWeights:
+def model_weights(transformer: Mapping[str, Any], modalities: Modalities, lora: LoRASection | None) -> ModelWeights:
     """Describes a transformer by building one of its blocks on the meta device.
 
     Args:

@@ -1,23 +1,23 @@
-from ltx_titan.lora.apply import adapters, apply_lora, init_lora_
-from ltx_titan.lora.dropout import DropoutClock
-from ltx_titan.lora.linear import AdapterLinear, LoRALinear, merged_weight
+"""LoRA and DoRA adapters on a frozen, optionally quantized transformer."""
+
+from ltx_titan.lora.apply import adapter_weights, adapters, apply_lora, init_lora_
+from ltx_titan.lora.dropout import DropoutStep
+from ltx_titan.lora.linear import AdapterLinear, LoRALinear
 from ltx_titan.lora.load import init_base_, load_base
-from ltx_titan.lora.names import diffusers_name, is_adapter, official_name
 from ltx_titan.lora.targets import PRESETS, find_targets
+from ltx_titan.weights import is_adapter
 
 __all__ = [
     "PRESETS",
     "AdapterLinear",
-    "DropoutClock",
+    "DropoutStep",
     "LoRALinear",
+    "adapter_weights",
     "adapters",
     "apply_lora",
-    "diffusers_name",
     "find_targets",
     "init_base_",
     "init_lora_",
     "is_adapter",
     "load_base",
-    "merged_weight",
-    "official_name",
 ]

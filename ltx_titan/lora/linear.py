@@ -1,10 +1,10 @@
-"""A frozen linear layer with a trained low-rank adapter beside it.
+"""A frozen linear layer with a trainable low-rank adapter in parallel.
 
     LoRA    y = W x + b + s B A x                              s = alpha / rank, or alpha / sqrt(rank)
     DoRA    y = m * (W + s B A) x / |W + s B A| + b            norm and magnitude m per output
 
-Children are `base` (nn.Linear or QuantizedLinear), `lora_A` and `lora_B`; plans for tensor parallelism, float8, FSDP2
-address them by these names. Adapters are float32 beside a bfloat16 base: their updates are too small for bfloat16.
+Children are `base` (nn.Linear or QuantizedLinear), `lora_A` and `lora_B`; the plans for tensor parallelism, float8 and
+FSDP2 address them by these names. Adapters are float32 on a bfloat16 base: their updates are too small for bfloat16.
 """
 
 import torch
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from ltx_titan.config import LoRASection
 from ltx_titan.lora.dropout import drop
-from ltx_titan.weights.quantized import QuantizedLinear
+from ltx_titan.weights import QuantizedLinear
 
 
 class AdapterLinear(nn.Linear):
     """A linear layer without bias that computes in the dtype of its input, whatever the dtype of its weight."""
 
     def reset_parameters(self) -> None:
-        """Draws nothing: first values come from `init_lora_`."""
+        """Does nothing: `init_lora_` initializes adapters."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of `x`."""
@@ -28,7 +28,7 @@ class AdapterLinear(nn.Linear):
 
 
 class LoRALinear(nn.Module):
-    """Wraps a frozen layer; see the formulas above. Adapters are uninitialised: call `init_lora_`."""
+    """Wraps a frozen layer; see the formulas above. Adapters are uninitialized: call `init_lora_`."""
 
     def __init__(self, base: nn.Linear | QuantizedLinear, settings: LoRASection) -> None:
         super().__init__()
@@ -38,19 +38,20 @@ class LoRALinear(nn.Module):
         self.base = base
         self.lora_A = AdapterLinear(base.in_features, settings.rank, **options)
         self.lora_B = AdapterLinear(settings.rank, base.out_features, **options)
+        # One norm per output, trained; None is plain LoRA.
         self.magnitude = None
         if settings.dora:
             self.magnitude = nn.Parameter(torch.empty(base.out_features, dtype=torch.float32, device=device))
         self.scaling = settings.scaling
         self.dropout = settings.dropout
         if settings.dropout > 0:
-            # Values come from a DropoutClock; tensors, so that all layers share one compiled graph.
+            # DropoutStep sets the values; tensors rather than numbers, so that all layers share one compiled graph.
             self.register_buffer("dropout_time", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
             self.register_buffer("dropout_layer", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight; callers of a plain linear layer look here for its dtype."""
+        """The frozen weight; code written for a plain linear layer reads its dtype here."""
         return self.base.weight
 
     @property
@@ -62,10 +63,13 @@ class LoRALinear(nn.Module):
         """[..., in] -> [..., out]."""
         h = x
         if self.dropout > 0 and self.training:
+            # The odd multiplier (2^32 / golden ratio) spreads consecutive steps over all 32 bits of the key.
             h = drop(x, self.dropout, self.dropout_time * 0x9E3779B1 + self.dropout_layer)
+        # The scale on the rank-sized activation, the smallest tensor of the three.
         update = self.lora_B(self.lora_A(h) * self.scaling)
         if self.magnitude is None:
             return self.base(x) + update
+        # DoRA scales W x without its bias. In float32: base output minus bias cancels in bfloat16.
         bias = 0.0 if self.bias is None else self.bias.float()
         directed = self.base(x).float() - bias + update.float()
         return (directed * (self.magnitude / self._norms()) + bias).to(x.dtype)
@@ -74,19 +78,10 @@ class LoRALinear(nn.Module):
     def _norms(self) -> Tensor:
         """Norm of each row of W + s B A [out], a constant to the gradient as in the DoRA paper.
 
-        |w + s b A|^2 = |w|^2 + 2 s (w A^T) . b + s^2 b (A A^T) b^T: the sum itself is never materialised.
+        |w + s b A|^2 = |w|^2 + 2 s (w A^T) . b + s^2 b (A A^T) b^T: the sum itself is never materialized.
         """
         w, a, b = self.weight.float(), self.lora_A.weight.float(), self.lora_B.weight.float()
         cross = ((w @ a.T) * b).sum(1)
         squares = ((b @ (a @ a.T)) * b).sum(1)
+        # Rounding can make a near-zero sum negative; the epsilon protects the division.
         return (w.square().sum(1) + 2 * self.scaling * cross + self.scaling**2 * squares).clamp(min=0).sqrt() + 1e-12
-
-
-def merged_weight(
-    base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None = None
-) -> Tensor:
-    """The single weight [out, in] that does what base and adapter do together, in float32."""
-    weight = base.float() + scaling * (lora_b.float() @ lora_a.float())
-    if magnitude is not None:
-        weight *= (magnitude.float() / torch.linalg.vector_norm(weight, dim=1))[:, None]
-    return weight

@@ -1,12 +1,12 @@
-"""Fills the frozen base of an adapted model from an official checkpoint, quantising on the way where asked.
+"""Loads the frozen base of an adapted model from an official checkpoint, quantizing while reading if requested.
 
-Weights that stay as they are go through the checkpoint package's streamed load. A quantised layer's rows are read from
-the file, quantised on the device and dropped, layer by layer: the bfloat16 model never exists in one place, and a rank
-reads and quantises only the rows it holds. A row is quantised as a whole also where tensor parallelism splits it, so
-every mesh holds the same numbers.
+Unquantized weights go through the streamed load of `ltx_titan.weights`. A quantized layer's rows are read from the
+file, quantized on the device and dropped, layer by layer: the bfloat16 model never exists in one place, and a rank
+reads and quantizes only the rows it holds. A row is quantized as a whole even if tensor parallelism splits it, so the
+quantized values are the same on every mesh.
 
-A file that is quantised itself (fp8, NVFP4) is dequantised first, except where the layer keeps weights in the file's
-own form: then its bits are kept.
+A file that is quantized itself (fp8, NVFP4) is dequantized first, unless the layer has the file's own form: then its
+bits are kept.
 """
 
 import zlib
@@ -17,15 +17,23 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ltx_titan.lora.names import official_name
+from ltx_titan.common.tensors import local
 from ltx_titan.model.init import init_random_
-from ltx_titan.weights import TRANSFORMER, StoredWeight, load_parameters, read_metadata, stored_weights
-from ltx_titan.weights.quantized import QuantizedLinear, keep_fp8_rows, keep_nvfp4_rows, quantize_rows
+from ltx_titan.weights import (
+    TRANSFORMER,
+    QuantizedLinear,
+    StoredWeight,
+    load_parameters,
+    match_weights,
+    official_name,
+    read_metadata,
+)
+from ltx_titan.weights.quantized import keep_fp8_rows, keep_nvfp4_rows, quantize_rows
+from ltx_titan.weights.tensors import local_box
 
-_LISTED = 10
+_ReadRows = Callable[[slice, torch.device], tuple[Tensor, Tensor]]
+"""(rows, device) -> data and scales of these rows, as `QuantizedLinear` stores them."""
 
 
 def load_base(model: nn.Module, path: str | Path, *, allow_unused: Callable[[str], bool] = lambda name: False) -> None:
@@ -34,88 +42,60 @@ def load_base(model: nn.Module, path: str | Path, *, allow_unused: Callable[[str
     Args:
         model: adapted by `apply_lora`, sharded or not, with storage.
         path: an official checkpoint.
-        allow_unused: official names that may lack a place in the model, as in `checkpoint.load_parameters`.
+        allow_unused: official names that may be in the file and not in the model, as in `weights.load_parameters`.
 
     Raises:
-        ValueError: weights are missing, left over, of another shape or of an unreadable dtype; nothing is loaded.
+        ValueError: weights are missing, unexpected, of another shape or of an unreadable dtype; nothing is loaded.
     """
-    layers = quantized_layers(model)
-    stored = stored_weights(read_metadata(path))
-    keys = {name: TRANSFORMER.file_key(f"{name}.weight") for name in layers}
-    problems = []
-    for name, layer in layers.items():
-        weight, shape = stored.get(keys[name]), (layer.out_features, layer.in_features)
-        if weight is None:
-            problems.append(f"{keys[name]} is missing")
-        elif weight.problem:
-            problems.append(f"{keys[name]} {weight.problem}")
-        elif weight.shape != shape:
-            problems.append(f"{keys[name]} is {list(weight.shape)}, expected {list(shape)}")
-    if problems:
-        more = f", and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ValueError(
-            f"{path}: {len(problems)} weights to be quantised do not fit the model; nothing was loaded: "
-            f"{'; '.join(problems[:_LISTED])}{more}. Use the release that the model was built from."
-        )
-    handled = {f"{name}.weight" for name in layers}
-    load_parameters(model, path, rename=official_name, allow_unused=lambda name: name in handled or allow_unused(name))
+    layers = {f"{name}.weight": layer for name, layer in quantized_layers(model).items()}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    weights = match_weights(read_metadata(path), shapes, TRANSFORMER, allow_unused=lambda name: True)
+    # The rest, strictly; the file's weights of quantized layers are the only ones that it may skip.
+    load_parameters(model, path, rename=official_name, allow_unused=lambda name: name in layers or allow_unused(name))
     with safe_open(path, framework="pt", device="cpu") as file:
         # In file order: each rank then walks through the pages once, forwards.
-        for name in sorted(layers, key=lambda name: stored[keys[name]].start):
-            _fill(layers[name], _rows_of(stored[keys[name]], file, layers[name]))
+        for name, weight in sorted(weights.items(), key=lambda item: item[1].start):
+            _fill(layers[name], _row_reader(weight, file, layers[name]))
 
 
 def init_base_(model: nn.Module, seed: int) -> None:
-    """Seeded random values in place of a checkpoint, for benchmarks and tests. Overwrites adapters as well."""
+    """Fills the base with seeded random values instead of a checkpoint's. Overwrites adapters as well."""
     init_random_(model, seed)
     for name, layer in quantized_layers(model).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device=_local(layer.qdata).device)
+        # Drawn at full size and quantized, as a checkpoint's weights are, one layer at a time.
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device=local(layer.qdata).device)
         init_random_(linear, seed + zlib.crc32(name.encode()))
         weight = linear.weight.detach()
         _fill(layer, lambda rows, _, form=layer.form, weight=weight: quantize_rows(weight[rows], form))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """All quantised layers by official name."""
+    """Returns all quantized layers by official name."""
     found = {official_name(name): m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     return {name: layer for name, layer in found.items() if name is not None}
 
 
-_QuantizedRows = Callable[[slice, torch.device], tuple[Tensor, Tensor]]
-"""(rows, device) -> data and scales of these rows, as the layer keeps them."""
-
-
-def _rows_of(weight: StoredWeight, file: Any, layer: QuantizedLinear) -> _QuantizedRows:
+def _row_reader(weight: StoredWeight, file: Any, layer: QuantizedLinear) -> _ReadRows:
     columns = slice(0, layer.in_features)
 
-    def rows_of(rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    def read(rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        # Same form in file and layer: no second rounding.
         if (weight.form, layer.form) == ("fp8", "float8"):
             return keep_fp8_rows(*weight.read_fp8(file, (rows, columns), device))
         if (weight.form, layer.form) == ("nvfp4", "nvfp4"):
             return keep_nvfp4_rows(*weight.read_nvfp4(file, rows, device))
         return quantize_rows(weight.read(file, (rows, columns), device).to(device), layer.form)
 
-    return rows_of
+    return read
 
 
 @torch.no_grad()
-def _fill(layer: QuantizedLinear, rows_of: _QuantizedRows) -> None:
-    data, (rows, columns) = _box(layer.qdata)
+def _fill(layer: QuantizedLinear, read: _ReadRows) -> None:
+    data, (rows, columns) = local_box(layer.qdata)
     if data.numel() == 0:
         return
-    scale, (_, groups) = _box(layer.scale)
-    values, scales = rows_of(rows, data.device)
+    scale, (_, groups) = local_box(layer.scale)
+    # Whole rows are quantized; a rank that holds some of the columns keeps its part of data and scales.
+    values, scales = read(rows, data.device)
     data.copy_(values[:, columns])
     scale.copy_(scales[:, groups])
-
-
-def _box(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """This rank's part of a parameter, and which part of the whole it is."""
-    if not isinstance(tensor, DTensor):
-        return tensor, tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

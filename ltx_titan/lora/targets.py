@@ -1,7 +1,7 @@
-"""Which layers get an adapter: presets per stream and per training mode, and matching of name endings.
+"""Selection of the adapted layers: presets per stream and per training mode, and matching of name endings.
 
-A layer is meant by a pattern if its name equals the pattern or ends with "." + pattern. So `to_k` means all attentions
-of a block, while `attn1.to_k` means the video's self-attention and not `audio_attn1.to_k`.
+A pattern matches a layer if its name equals the pattern or ends with "." + pattern. So `to_k` matches all attentions of
+a block, while `attn1.to_k` matches the video's self-attention and not `audio_attn1.to_k`.
 """
 
 import difflib
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ltx_titan.weights.quantized import QuantizedLinear
+from ltx_titan.weights import QuantizedLinear
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("net.0.proj", "net.2")
@@ -27,7 +27,7 @@ _AUDIO_FFN = _within(("audio_ff",), _FEED_FORWARD)
 _VIDEO_TO_AUDIO = _within(("video_to_audio_attn",), _PROJECTIONS)
 
 PRESETS: dict[str, tuple[str, ...]] = {
-    # Parts of a block, to be combined. Names without "ffn" are attention, to itself and to the text.
+    # Parts of a block, to be combined. Names without "ffn" are self-attention and text cross-attention.
     "all_attention": _PROJECTIONS,
     "video": _VIDEO,
     "video_ffn": _VIDEO_FFN,
@@ -35,7 +35,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "audio_ffn": _AUDIO_FFN,
     "audio_to_video": _within(("audio_to_video_attn",), _PROJECTIONS),
     "video_to_audio": _VIDEO_TO_AUDIO,
-    # What suits a training mode.
+    # One per training mode.
     "t2v": _PROJECTIONS,
     "i2v": _PROJECTIONS,
     "a2v": _PROJECTIONS,
@@ -53,14 +53,14 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 def find_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Names of the linear layers that `targets` mean, in the model's order.
+    """Returns the names of the linear layers that `targets` match, in the model's order.
 
     Args:
         model: a transformer without adapters.
         targets: presets and name endings.
 
     Raises:
-        ValueError: one of the patterns means no linear layer; the message has the names that come closest.
+        ValueError: a pattern matches no linear layer; the message has the closest names.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | QuantizedLinear)]
     chosen: set[str] = set()

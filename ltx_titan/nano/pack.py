@@ -27,7 +27,7 @@ from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.nano.pack_config import CONFIG, MODEL_VERSION, TEXT_ENCODER
-from ltx_titan.weights.single_file import write_single_file
+from ltx_titan.weights import save_safetensors
 
 CHECKPOINT_NAME = "ltx-2.3-nano.safetensors"
 TEXT_ENCODER_NAME = "text_encoder"
@@ -51,7 +51,7 @@ def make_nano(folder: str | Path, seed: int = 0) -> Path:
     }
     path = folder / CHECKPOINT_NAME
     metadata = {"config": json.dumps(CONFIG), "model_version": MODEL_VERSION}
-    write_single_file(path, tensors, metadata)
+    save_safetensors(path, tensors, metadata)
     _write_text_encoder(folder / TEXT_ENCODER_NAME, seed + 4)
     return path
 
@@ -211,7 +211,7 @@ def _write_text_encoder(folder: Path, seed: int) -> None:
     temporary = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
     config.architectures = [type(model).__name__]
     config.save_pretrained(temporary)
-    write_single_file(temporary / "model.safetensors", model.to(torch.bfloat16).state_dict(), {"format": "pt"})
+    save_safetensors(temporary / "model.safetensors", model.to(torch.bfloat16).state_dict(), {"format": "pt"})
     _byte_tokenizer(ids).save_pretrained(temporary)
     if folder.exists():
         shutil.rmtree(folder)

@@ -21,9 +21,7 @@ from torch import Tensor
 
 from ltx_titan.model import LTXTransformer, TextConnectors
 from ltx_titan.model.init import initial_spread
-from ltx_titan.weights import CONNECTORS, TRANSFORMER, released_config
-from ltx_titan.weights.export import ExportTensor, export_safetensors
-from ltx_titan.weights.shapes import RELEASED
+from ltx_titan.weights import CONNECTORS, RELEASED, TRANSFORMER, ExportTensor, export_safetensors, released_config
 
 DESCRIPTION = """\
 Write a checkpoint of a released model's shape with random weights: official names and metadata, bfloat16. Jobs load and

@@ -1,34 +1,85 @@
 """Official safetensors files: metadata, names, reading, writing, quantized weights, LoRA files."""
 
-from ltx_titan.weights.connectors import load_text_connectors
-from ltx_titan.weights.export import ExportTensor, export_safetensors, export_transformer
-from ltx_titan.weights.load import check_fits, load_parameters
-from ltx_titan.weights.metadata import CheckpointMetadata, read_metadata, scale_factors
-from ltx_titan.weights.names import CONNECTORS, TEXT_PROJECTION, TRANSFORMER, Component, stream_of, unused_by
-from ltx_titan.weights.shapes import released_config
+from ltx_titan.weights.export import ExportTensor, export_safetensors, export_transformer, save_safetensors
+from ltx_titan.weights.load import (
+    check_fits,
+    load_module,
+    load_parameters,
+    load_text_connectors,
+    match_weights,
+    read_tensors,
+)
+from ltx_titan.weights.lora_files import (
+    LoRAWeights,
+    export_lora,
+    export_merged,
+    fuse_lora,
+    load_lora,
+    merged_weight,
+    reference_metadata,
+)
+from ltx_titan.weights.metadata import (
+    CheckpointMetadata,
+    ModelSource,
+    read_config,
+    read_metadata,
+    read_source,
+    scale_factors,
+)
+from ltx_titan.weights.names import (
+    CONNECTORS,
+    TEXT_PROJECTION,
+    TRANSFORMER,
+    Component,
+    is_adapter,
+    official_name,
+    stream_of,
+    unused_by,
+)
+from ltx_titan.weights.quantized import QUANTIZED, QuantizedLinear
+from ltx_titan.weights.shapes import RELEASED, released_config
 from ltx_titan.weights.stored import StoredWeight, quantized_forms, refuse_quantized, stored_weights
-from ltx_titan.weights.tensors import module_tensors, official_name, plain_tensor
+from ltx_titan.weights.tensors import module_tensors, parameter_names, plain_tensor
 
 __all__ = [
     "CONNECTORS",
+    "QUANTIZED",
+    "RELEASED",
     "TEXT_PROJECTION",
     "TRANSFORMER",
     "CheckpointMetadata",
     "Component",
     "ExportTensor",
+    "LoRAWeights",
+    "ModelSource",
+    "QuantizedLinear",
     "StoredWeight",
     "check_fits",
+    "export_lora",
+    "export_merged",
     "export_safetensors",
     "export_transformer",
+    "fuse_lora",
+    "is_adapter",
+    "load_lora",
+    "load_module",
     "load_parameters",
     "load_text_connectors",
+    "match_weights",
+    "merged_weight",
     "module_tensors",
     "official_name",
+    "parameter_names",
     "plain_tensor",
     "quantized_forms",
+    "read_config",
     "read_metadata",
+    "read_source",
+    "read_tensors",
+    "reference_metadata",
     "refuse_quantized",
     "released_config",
+    "save_safetensors",
     "scale_factors",
     "stored_weights",
     "stream_of",

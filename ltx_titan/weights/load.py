@@ -1,38 +1,29 @@
-"""Streams official weights from one safetensors file into a model that is already sharded.
+"""Loads modules from official safetensors files, strictly: every tensor of a component must match the module.
 
-The model was built on the meta device, parallelised and materialised; its parameters are plain tensors or DTensors of
-any Shard and Replicate placements. Each rank reads only the box of each tensor that it holds, straight from the
-memory-mapped file, and casts it while copying. So no rank and no host ever holds the model twice, and starting on 64
-ranks reads the file once per replica. Quantised files (see `stored`) are dequantised on the way, on the device.
+There are two destinations. `load_parameters` streams weights into a model that is already sharded: it was built on the
+meta device, parallelized and materialized, and its parameters are plain tensors or DTensors of any Shard and Replicate
+placements. Each rank reads only the box of each tensor that it holds, from the memory-mapped file, and casts while
+copying. So no rank and no host ever holds the model twice, and starting on 64 ranks reads the file once per replica.
+`load_module` replaces the tensors of a meta-device module on one device, as codecs and connectors need it.
 
-Every mismatch is found from the header first and reported together, before any weight is read.
+Both find every mismatch from the header and report all of them together, before any weight is read. Quantized files
+(see `stored`) are dequantized while reading, on the device.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ltx_titan.model import TextConnectors
 from ltx_titan.weights.metadata import CheckpointMetadata, read_metadata
-from ltx_titan.weights.names import TRANSFORMER, Component
+from ltx_titan.weights.names import CONNECTORS, TRANSFORMER, Component, listed
 from ltx_titan.weights.stored import StoredWeight, stored_weights
-from ltx_titan.weights.tensors import module_tensors
+from ltx_titan.weights.tensors import full_box, local_box, module_tensors
 
 Rename = Callable[[str], str | None]
-_LISTED = 10
-
-
-@dataclass(frozen=True)
-class _Read:
-    """One tensor to fill: where it is in the file and what receives it."""
-
-    weight: StoredWeight
-    target: Tensor
 
 
 def keep_name(name: str) -> str | None:
@@ -41,7 +32,7 @@ def keep_name(name: str) -> str | None:
 
 
 def allow_none(name: str) -> bool:
-    """The default `allow_unused`: every weight of the component must have a place in the module."""
+    """The default `allow_unused`: the module must use every weight of the component."""
     return False
 
 
@@ -53,28 +44,21 @@ def load_parameters(
     rename: Rename = keep_name,
     allow_unused: Callable[[str], bool] = allow_none,
 ) -> None:
-    """Fills a module's parameters and persistent buffers from a safetensors file.
+    """Fills a module's parameters and persistent buffers in place from a safetensors file.
 
     Args:
-        module: materialised module; FSDP2, tensor parallel, activation-checkpoint and compile wrappers may be on it.
+        module: materialized module, with or without FSDP2, tensor parallel, activation checkpointing and compile.
         path: an official checkpoint file.
-        component: which part of the file the module is.
+        component: the part of the file that the module is.
         rename: module name (wrappers removed) -> official name, or None for a tensor that is not in the file and
             keeps its value, such as an adapter's.
-        allow_unused: official names that may be in the file without having a place in the module, see
-            `names.unused_by`.
+        allow_unused: official names that may be in the file and not in the module, see `names.unused_by`.
 
     Raises:
-        ValueError: tensors are missing, left over, of another shape or kept in a form that cannot be read; all are
-            listed.
+        ValueError: tensors are missing, unexpected, of another shape or of an unreadable dtype; all are listed.
     """
-    reads = _plan(module, read_metadata(path), component, rename, allow_unused)
-    with torch.no_grad(), safe_open(path, framework="pt", device="cpu") as file:
-        # In file order: each rank then walks through the pages once, forwards.
-        for read in sorted(reads, key=lambda read: read.weight.start):
-            local, box = _local_box(read.target)
-            if local.numel() > 0:
-                local.copy_(read.weight.read(file, box, local.device))
+    targets = _targets(module, rename)
+    copy_weights(path, match_weights(read_metadata(path), _shapes(targets), component, allow_unused), targets)
 
 
 def check_fits(
@@ -87,73 +71,175 @@ def check_fits(
 ) -> None:
     """Checks names, shapes and dtypes as `load_parameters` does, without reading weights.
 
-    Works on the meta device, so a wrong checkpoint is reported before any memory is taken.
+    Works on the meta device, so a wrong checkpoint is reported before any memory is allocated.
 
     Raises:
         ValueError: as `load_parameters`.
     """
-    _plan(module, read_metadata(path), component, rename, allow_unused)
+    match_weights(read_metadata(path), _shapes(_targets(module, rename)), component, allow_unused)
 
 
-def _plan(
+def load_module(
     module: nn.Module,
     metadata: CheckpointMetadata,
     component: Component,
-    rename: Rename,
-    allow_unused: Callable[[str], bool],
-) -> list[_Read]:
-    stored = stored_weights(metadata)
-    in_file = {name: weight for key, weight in stored.items() if (name := component.module_name(key)) is not None}
-    targets: dict[str, Tensor] = {}
-    for name, tensor in module_tensors(module).items():
-        if (official := rename(name)) is not None:
-            assert official not in targets, f"two tensors of the model are called '{official}'"
-            targets[official] = tensor
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Replaces the tensors of a module, which may be on the meta device, with those of a file.
 
-    shared = [name for name in targets if name in in_file]
-    problems = (
-        _listing("missing from the file", (name for name in targets if name not in in_file)),
-        _listing(
-            "in the file without a place in the model",
-            (name for name in in_file if name not in targets and not allow_unused(name)),
-        ),
-        _listing(
-            "of another shape",
-            (
-                f"{name} (model {list(targets[name].shape)}, file {list(in_file[name].shape)})"
-                for name in shared
-                if tuple(targets[name].shape) != in_file[name].shape and not in_file[name].problem
-            ),
-        ),
-        _listing(
-            "in a form that cannot be read; use the official release",
-            (f"{name} {in_file[name].problem}" for name in shared if in_file[name].problem),
-        ),
-    )
-    found = [problem for problem in problems if problem]
-    if found:
+    Args:
+        module: a plain module; buffers that its state dict does not list keep their values and device.
+        metadata: header of the file.
+        component: the part of the file that the module is.
+        device: destination; `meta` checks the file and reads nothing.
+        dtype: of floating-point tensors.
+
+    Raises:
+        ValueError: as `load_parameters`.
+    """
+    tensors = read_tensors(metadata, _shapes(module.state_dict()), component, device=device, dtype=dtype)
+    if torch.device(device).type != "meta":
+        # assign, because copying into meta tensors is a no-op.
+        module.load_state_dict(tensors, strict=True, assign=True)
+
+
+def load_text_connectors(path: str | Path, device: str | torch.device, dtype: torch.dtype) -> TextConnectors:
+    """Loads both text connectors, frozen, on one device: for preprocessing and prompts. Training shards them instead.
+
+    Args:
+        path: the single-file checkpoint.
+        device: destination.
+        dtype: of their weights.
+
+    Raises:
+        ValueError: the file has no connectors, or they do not match its metadata.
+    """
+    metadata = read_metadata(path)
+    with torch.device("meta"):
+        connectors = TextConnectors.from_config(metadata.config)
+    load_module(connectors, metadata, CONNECTORS, device=device, dtype=dtype)
+    return connectors.requires_grad_(False).eval()
+
+
+def read_tensors(
+    metadata: CheckpointMetadata,
+    shapes: Mapping[str, tuple[int, ...]],
+    component: Component,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Reads all tensors of a component into memory.
+
+    Args:
+        metadata: header of the file.
+        shapes: name -> expected shape.
+        component: maps file keys to these names.
+        device: destination; on `meta` tensors have no values and nothing is read.
+        dtype: of floating-point tensors; None keeps the stored one.
+
+    Raises:
+        ValueError: as `load_parameters`.
+    """
+    device = torch.device(device)
+    weights = match_weights(metadata, shapes, component)
+    if device.type == "meta":
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    tensors = {}
+    with safe_open(metadata.path, framework="pt", device="cpu") as file:
+        for name, weight in weights.items():
+            # Cast one by one: two copies of the component would not fit where one just does.
+            tensor = weight.read(file, full_box(weight.shape), device)
+            tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    return tensors
+
+
+@torch.no_grad()
+def copy_weights(path: str | Path, weights: Mapping[str, StoredWeight], targets: Mapping[str, Tensor]) -> None:
+    """Copies weights of a file into tensors of the same names, each rank its own shard.
+
+    Args:
+        path: the file.
+        weights: from `match_weights`.
+        targets: plain tensors or DTensors.
+    """
+    with safe_open(path, framework="pt", device="cpu") as file:
+        # In file order: each rank then walks through the pages once, forwards.
+        for name, weight in sorted(weights.items(), key=lambda item: item[1].start):
+            local, box = local_box(targets[name])
+            # FSDP2 gives ranks an empty shard if a dimension is smaller than the mesh.
+            if local.numel() > 0:
+                local.copy_(weight.read(file, box, local.device))
+
+
+def match_weights(
+    metadata: CheckpointMetadata,
+    shapes: Mapping[str, tuple[int, ...]],
+    component: Component,
+    allow_unused: Callable[[str], bool] = allow_none,
+) -> dict[str, StoredWeight]:
+    """Finds the stored weight of each name; the one place where strictness is decided.
+
+    Args:
+        metadata: header of the file.
+        shapes: official name -> expected shape.
+        component: maps file keys to these names.
+        allow_unused: names that may be in the file and not in `shapes`.
+
+    Returns:
+        The weights by name, in the order of `shapes`.
+
+    Raises:
+        ValueError: as `load_parameters`.
+    """
+    in_file: dict[str, StoredWeight] = {}
+    repeated = []
+    for key, weight in stored_weights(metadata).items():
+        # Both names of a lone video connector map to one parameter; silently taking either could load a stale copy.
+        name = component.module_name(key)
+        if name in in_file:
+            repeated.append(f"{name} ({in_file[name].key} and {key})")
+        elif name is not None:
+            in_file[name] = weight
+    weights = {name: in_file[name] for name in shapes if name in in_file}
+    problems = {
+        "missing from the file": [name for name in shapes if name not in in_file],
+        "in the file, but not in the model": [
+            name for name in in_file if name not in shapes and not allow_unused(name)
+        ],
+        "under two keys": repeated,
+        "with another shape": [
+            f"{name} (model {list(shapes[name])}, file {list(weight.shape)})"
+            for name, weight in weights.items()
+            # The shape of an unreadable weight is unknown (packed formats); it is listed below instead.
+            if weight.shape != shapes[name] and not weight.problem
+        ],
+        "in a format that cannot be read; use the official release": [
+            f"{name} {weight.problem}" for name, weight in weights.items() if weight.problem
+        ],
+    }
+    lines = [f"  {len(names)} {problem}: {listed(names)}" for problem, names in problems.items() if names]
+    if lines:
         raise ValueError(
             f"{metadata.path}: the {component.name} does not fit the model built for it; nothing was loaded.\n"
-            + "\n".join(found)
-            + "\nIs the model config the one in this file's metadata?"
+            + "\n".join(lines)
+            + "\nExpected the tensors that the config in the file's metadata describes; use the official file."
         )
-    return [_Read(in_file[name], targets[name]) for name in shared]
+    return weights
 
 
-def _listing(what: str, names: Iterable[str]) -> str:
-    names = list(names)
-    if not names:
-        return ""
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"  {len(names)} {what}: {', '.join(names[:_LISTED])}{more}"
+def _targets(module: nn.Module, rename: Rename) -> dict[str, Tensor]:
+    targets: dict[str, Tensor] = {}
+    for name, tensor in module_tensors(module).items():
+        official = rename(name)
+        if official is not None:
+            # A rename that merges two names would leave one of them uninitialized.
+            assert official not in targets, f"two tensors of the model are called '{official}'"
+            targets[official] = tensor
+    return targets
 
 
-def _local_box(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """This rank's part of a tensor, and the slices of the whole tensor that it is (none for a scalar)."""
-    if not isinstance(tensor, DTensor):
-        return tensor, tuple(slice(0, size) for size in tensor.shape)
-    assert not any(placement.is_partial() for placement in tensor.placements), "parameters are never partial sums"
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    local = tensor._local_tensor
-    assert tuple(local.shape) == tuple(shape), f"local shape {tuple(local.shape)}, expected {tuple(shape)}"
-    return local, tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -1,74 +1,111 @@
-"""Adapter files: what ComfyUI, ltx-pipelines and diffusers load, written and read.
+"""LoRA files, as ComfyUI, ltx-pipelines and diffusers load them: written, read, and merged into weights.
 
     official     diffusion_model.<official module>.lora_A.weight  [rank, in]     and  .lora_B.weight  [out, rank]
     diffusers    transformer.<diffusers module>.lora_A.weight                     and  .lora_B.weight
 
-Readers know no alpha and apply B A as it stands, so the adapter's scale is multiplied into B. ComfyUI and diffusers
-take the official form; the second one is for tools that know only diffusers' own names.
+We write the official form, which all three load, and read both. Files store no alpha: readers add B A as it is, so the
+adapter's scale is multiplied into B. Everything here works on named tensors; `ltx_titan.lora` owns the modules.
+
+Merging computes the sum in float32 and rounds once; loaders of LoRA files usually round B A to bfloat16 first.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ltx_titan.lora.apply import adapters
-from ltx_titan.lora.names import diffusers_name, is_adapter
+from ltx_titan.common.ranks import is_main_rank
+from ltx_titan.common.tensors import SAFETENSORS_DTYPES, local
 from ltx_titan.weights.export import ExportTensor, export_safetensors
-from ltx_titan.weights.load import load_parameters
-from ltx_titan.weights.metadata import TensorInfo, read_metadata
-from ltx_titan.weights.names import Component
-from ltx_titan.weights.tensors import module_tensors
+from ltx_titan.weights.load import copy_weights, match_weights
+from ltx_titan.weights.metadata import read_metadata
+from ltx_titan.weights.names import TRANSFORMER, Component, listed, name_from_diffusers
+from ltx_titan.weights.stored import StoredWeight, stored_weights
+from ltx_titan.weights.tensors import full_box
 
 OFFICIAL_PREFIX = "diffusion_model."
 DIFFUSERS_PREFIX = "transformer."
-Layout = Literal["official", "diffusers"]
-_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
-_LISTED = 10
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class LoRAWeights:
+    """Tensors of one adapted layer, plain or sharded.
+
+    Attributes:
+        lora_a: down projection [rank, in].
+        lora_b: up projection [out, rank].
+        scaling: factor on B A: alpha / rank, or alpha / sqrt(rank).
+        magnitude: DoRA's norm of each row [out]; None for plain LoRA.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape (out, in) of the adapted weight."""
+        return self.lora_b.shape[0], self.lora_a.shape[1]
+
+
+@dataclass(frozen=True)
+class _FileLayer:
+    """One layer of a LoRA file: keys of its two tensors, and their sizes."""
+
+    down_key: str
+    up_key: str
+    rank: int
+    weight_shape: tuple[int, int]
 
 
 def export_lora(
-    model: nn.Module,
+    adapters: Mapping[str, LoRAWeights],
     path: str | Path,
     metadata: Mapping[str, str] | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    layout: Layout = "official",
 ) -> None:
-    """Writes all adapters; every rank calls it.
+    """Writes adapters in the official form; every rank calls it.
 
     Args:
-        model: the adapted model, sharded or not.
+        adapters: by official layer name, sharded or not.
         path: target file.
         metadata: header entries, strings to strings; see `reference_metadata`.
-        dtype: of the tensors in the file. Readers merge in bfloat16 anyway.
-        layout: naming, see above.
+        dtype: of the tensors in the file. Most readers merge in bfloat16.
 
     Raises:
         ValueError: the adapters are DoRA.
     """
-    layers, tensors = adapters(model), module_tensors(model)
-    if any(layer.magnitude is not None for layer in layers.values()):
+    if any(adapter.magnitude is not None for adapter in adapters.values()):
         raise ValueError(
-            "lora.dora = true: adapter files have no place for DoRA's magnitudes. Diffusers and ltx-pipelines drop "
-            "them and would apply another model; export a merged checkpoint instead."
+            "lora.dora = true: LoRA files cannot store DoRA's magnitudes. Diffusers and ltx-pipelines would ignore "
+            "them and compute another model; export a merged checkpoint instead."
         )
     entries = []
-    for name, layer in layers.items():
-        key = OFFICIAL_PREFIX + name if layout == "official" else DIFFUSERS_PREFIX + diffusers_name(name)
-        for suffix in _SUFFIXES:
-            tensor = tensors[name + suffix]
-            if suffix == _SUFFIXES[1] and layer.scaling != 1.0:
-                tensor = tensor * layer.scaling
-            entries.append(ExportTensor(key + suffix, tuple(tensor.shape), dtype, tensor))
+    for name, adapter in adapters.items():
+        # Into B rather than A or both: B starts at zero, so its range depends on training anyway.
+        lora_b = adapter.lora_b if adapter.scaling == 1.0 else adapter.lora_b * adapter.scaling
+        for suffix, tensor in ((_DOWN, adapter.lora_a), (_UP, lora_b)):
+            entries.append(ExportTensor(OFFICIAL_PREFIX + name + suffix, tuple(tensor.shape), dtype, tensor))
     export_safetensors(path, entries, metadata or {})
 
 
 def reference_metadata(spatial: int, temporal: int) -> dict[str, str]:
-    """Header entries that tell inference how much smaller an in-context reference is than the target."""
+    """Header entries for an in-context LoRA: how much smaller than the target its references are.
+
+    Args:
+        spatial: factor of width and height.
+        temporal: factor of the number of frames.
+    """
     return {
         "reference_downscale_factor": str(spatial),
         "reference_spatial_scale_factor": str(spatial),
@@ -77,85 +114,207 @@ def reference_metadata(spatial: int, temporal: int) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load_lora(model: nn.Module, path: str | Path) -> None:
-    """Fills all adapters from a file of either layout, with or without the official prefix.
+def load_lora(adapters: Mapping[str, LoRAWeights], path: str | Path) -> None:
+    """Fills adapters in place from a file of either form, with or without the official prefix.
 
     Args:
-        model: adapted with the file's rank and targets; sharded or not, with storage.
-        path: an adapter file.
+        adapters: by official layer name, with the file's rank and targets; sharded or not, with storage.
+        path: a LoRA file.
 
     Raises:
         ValueError: the file's adapters are not the model's; all differences are listed and nothing is loaded.
     """
-    layers = adapters(model)
-    if any(layer.magnitude is not None for layer in layers.values()):
-        raise ValueError(f"{path}: adapter files hold no DoRA magnitudes; set lora.dora = false to start from one.")
-    header = read_metadata(path).tensors
-    by_key = _names_by_key(list(header), list(layers))
-    _check(path, layers, header, by_key)
-    component = Component("adapter", by_key.get, lambda name: OFFICIAL_PREFIX + name)
-    load_parameters(model, path, component=component, rename=lambda name: name if is_adapter(name) else None)
-    for layer in layers.values():
-        if layer.scaling != 1.0:
-            weight = layer.lora_B.weight
-            (weight.to_local() if isinstance(weight, DTensor) else weight).div_(layer.scaling)
+    if any(adapter.magnitude is not None for adapter in adapters.values()):
+        raise ValueError(f"{path}: LoRA files store no DoRA magnitudes; set lora.dora = false to start from one.")
+    layers = _read_layers(path)
+    _check_layers(path, layers, {name: adapter.weight_shape for name, adapter in adapters.items()}, complete=True)
+    _check_rank(path, layers, {adapter.lora_a.shape[0] for adapter in adapters.values()})
+    targets = {name + _DOWN: adapter.lora_a for name, adapter in adapters.items()}
+    targets |= {name + _UP: adapter.lora_b for name, adapter in adapters.items()}
+    keys = {name + _DOWN: layer.down_key for name, layer in layers.items()}
+    keys |= {name + _UP: layer.up_key for name, layer in layers.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+    weights = match_weights(read_metadata(path), shapes, Component.from_keys("adapter", keys))
+    copy_weights(path, weights, targets)
+    # The file's B includes its writer's scale; ours is multiplied in the forward pass.
+    for adapter in adapters.values():
+        if adapter.scaling != 1.0:
+            local(adapter.lora_b).div_(adapter.scaling)
 
 
-def _names_by_key(keys: list[str], names: list[str]) -> dict[str, str]:
-    """Parameter name of each file key that looks like an adapter's, whether the model has it or not."""
-    official = {diffusers_name(name): name for name in names}
-    found = {}
-    for key in keys:
-        for suffix in _SUFFIXES:
-            if key.endswith(suffix):
-                module = key.removesuffix(suffix)
-                if module.startswith(DIFFUSERS_PREFIX):
-                    module = module.removeprefix(DIFFUSERS_PREFIX)
-                    module = official.get(module, module)
-                found[key] = module.removeprefix(OFFICIAL_PREFIX) + suffix
-    return found
+@torch.no_grad()
+def fuse_lora(model: nn.Module, path: str | Path, strength: float = 1.0) -> int:
+    """Adds a LoRA file to plain weights in place, for sampling: W <- W + strength B A.
+
+    Args:
+        model: the transformer, not sharded.
+        path: a LoRA file of either form.
+        strength: factor on its change.
+
+    Returns:
+        Number of layers that were changed.
+
+    Raises:
+        ValueError: the file cannot be read, or one of its layers has no counterpart of its shape in the model; nothing
+            is changed then.
+    """
+    weights = dict(model.named_parameters())
+    layers = _read_layers(path)
+    # Adapters are of linear layers, so biases, norms and tables are not candidates.
+    shapes = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights.items() if weight.ndim == 2}
+    _check_layers(path, layers, shapes, complete=False)
+    with safe_open(path, framework="pt") as file:
+        for name, layer in layers.items():
+            weight = weights[f"{name}.weight"]
+            lora_a, lora_b = (file.get_tensor(key).to(weight.device) for key in (layer.down_key, layer.up_key))
+            weight.copy_(merged_weight(weight, LoRAWeights(lora_a, lora_b, strength)))
+    return len(layers)
 
 
-def _check(path: str | Path, layers: dict, header: dict[str, TensorInfo], by_key: dict[str, str]) -> None:
-    expected = {}
-    for name, layer in layers.items():
-        expected[name + _SUFFIXES[0]] = tuple(layer.lora_A.weight.shape)
-        expected[name + _SUFFIXES[1]] = tuple(layer.lora_B.weight.shape)
-    found = {name: header[key].shape for key, name in by_key.items()}
-    ranks = {shape[0] for name, shape in found.items() if name.endswith(_SUFFIXES[0])}
-    ours = {shape[0] for name, shape in expected.items() if name.endswith(_SUFFIXES[0])}
+def export_merged(adapters: Mapping[str, LoRAWeights], base_path: str | Path, path: str | Path) -> None:
+    """Writes the base transformer with every adapter merged in; every rank calls it.
+
+    The base is read from the file it was trained from, not from the model, so that adapters on a base that was
+    quantized while loading merge into the original weights. One weight at a time is in memory, and all adapters on
+    rank 0's host. Dtypes and header are those of the base file, except that weights quantized in the file are written
+    in bfloat16: rounding the sum to 8 bits again would undo small adapters.
+
+    Args:
+        adapters: by official layer name, sharded or not.
+        base_path: the checkpoint that the base was loaded from.
+        path: target file.
+
+    Raises:
+        ValueError: an adapted layer is not in the base file, or has another shape there.
+    """
+    metadata = read_metadata(base_path)
+    shapes = {f"{name}.weight": adapter.weight_shape for name, adapter in adapters.items()}
+    match_weights(metadata, shapes, TRANSFORMER, allow_unused=lambda name: True)
+    # All ranks gather all adapters first: rank 0 alone reads and merges weights below, without collectives.
+    gathered = {f"{name}.weight": _gather(adapter) for name, adapter in adapters.items()}
+    with ExitStack() as stack:
+        file = stack.enter_context(safe_open(base_path, framework="pt", device="cpu"))
+        tensors = []
+        for key, weight in stored_weights(metadata).items():
+            name = TRANSFORMER.module_name(key)
+            if name is None:  # connectors, codecs
+                continue
+            is_plain = weight.form == "plain"
+            dtype = SAFETENSORS_DTYPES[metadata.tensors[key].dtype] if is_plain else torch.bfloat16
+            # Called when the tensor is written, so that one weight at a time is in memory.
+            read = partial(_read_merged, file, weight, gathered.get(name))
+            tensors.append(ExportTensor(key, weight.shape, dtype, read))
+        # All weights are plain in the new file, so the declaration of quantized layers must not be copied.
+        header = {key: value for key, value in metadata.raw.items() if key != "_quantization_metadata"}
+        export_safetensors(path, tensors, header)
+
+
+def merged_weight(base: Tensor, adapter: LoRAWeights) -> Tensor:
+    """Computes the single weight [out, in] that is equivalent to base and adapter, in float32.
+
+    LoRA: W + s B A. DoRA: m * (W + s B A) / |W + s B A|, with the norm of each row.
+    """
+    weight = base.float() + adapter.scaling * (adapter.lora_b.float() @ adapter.lora_a.float())
+    if adapter.magnitude is not None:
+        weight *= (adapter.magnitude.float() / torch.linalg.vector_norm(weight, dim=1))[:, None]
+    return weight
+
+
+def _read_merged(file: Any, weight: StoredWeight, adapter: LoRAWeights | None) -> Tensor:
+    tensor = weight.read(file, full_box(weight.shape), torch.device("cpu"))
+    return tensor if adapter is None else merged_weight(tensor, adapter)
+
+
+@torch.no_grad()
+def _gather(adapter: LoRAWeights) -> LoRAWeights:
+    """The full tensors on rank 0's host; on the meta device on other ranks, which take part in the collectives."""
+
+    def gather(tensor: Tensor) -> Tensor:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return full.cpu() if is_main_rank() else full.to("meta")
+
+    magnitude = None if adapter.magnitude is None else gather(adapter.magnitude)
+    return replace(adapter, lora_a=gather(adapter.lora_a), lora_b=gather(adapter.lora_b), magnitude=magnitude)
+
+
+def _read_layers(path: str | Path) -> dict[str, _FileLayer]:
+    """Reads the header of a LoRA file: its layers by official name.
+
+    Raises:
+        ValueError: the file has other tensors than pairs of lora_A and lora_B weights, or none.
+    """
+    tensors = read_metadata(path).tensors
+    pairs: dict[str, dict[str, str]] = {}
+    foreign = []
+    for key in tensors:
+        # `.alpha` of other trainers is refused as well: ignoring it would load another update than was trained.
+        suffix = next((suffix for suffix in (_DOWN, _UP) if key.endswith(suffix)), None)
+        if suffix is None or len(tensors[key].shape) != 2:
+            foreign.append(key)
+            continue
+        name = key.removesuffix(suffix)
+        if name.startswith(DIFFUSERS_PREFIX):
+            name = name_from_diffusers(name.removeprefix(DIFFUSERS_PREFIX))
+        # Some converters write official names without the prefix.
+        pairs.setdefault(name.removeprefix(OFFICIAL_PREFIX), {})[suffix] = key
+    unpaired = [key for keys in pairs.values() if len(keys) < 2 for key in keys.values()]
+    problems = {"other than lora_A/lora_B weights": foreign, "without its lora_A or lora_B": unpaired}
+    lines = [f"{len(keys)} tensors {problem}: {listed(keys)}" for problem, keys in problems.items() if keys]
+    if lines or not pairs:
+        found = "; ".join(lines) or "no LoRA weights"
+        raise ValueError(
+            f"{path}: expected a LoRA file ({OFFICIAL_PREFIX}<layer>{_DOWN} and {_UP}, nothing else), found {found}."
+        )
+    layers = {}
+    for name, keys in pairs.items():
+        (rank, width), (height, other_rank) = tensors[keys[_DOWN]].shape, tensors[keys[_UP]].shape
+        if rank != other_rank:
+            raise ValueError(f"{path}: {name}: lora_A has rank {rank} and lora_B {other_rank}; the file is damaged.")
+        layers[name] = _FileLayer(keys[_DOWN], keys[_UP], rank, (height, width))
+    return layers
+
+
+def _check_layers(
+    path: str | Path, layers: Mapping[str, _FileLayer], shapes: Mapping[str, tuple[int, ...]], *, complete: bool
+) -> None:
+    """Compares a file's layers with the model's.
+
+    Args:
+        path: of the file.
+        layers: of the file.
+        shapes: of the model's weights, by layer.
+        complete: whether the file must have all layers of `shapes`.
+
+    Raises:
+        ValueError: with all differences.
+    """
+    missing = [name for name in shapes if complete and name not in layers]
+    unexpected = [name for name in layers if name not in shapes]
+    different = [
+        f"{name} (model {list(shapes[name])}, file {list(layer.weight_shape)})"
+        for name, layer in layers.items()
+        if name in shapes and layer.weight_shape != shapes[name]
+    ]
     lines = []
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    foreign = [key for key in header if key not in by_key]
-    for what, names in (
-        ("missing from the file", missing),
-        ("in the file without an adapter in the model", unexpected),
-        ("of another kind than lora_A/lora_B weights", foreign),
-    ):
-        if names:
-            lines.append(f"  {len(names)} {what}: {_first(names)}")
-    if missing or unexpected:
-        lines.append("  lora.targets decides which layers have an adapter: set it to those of the file.")
-    if ranks != ours:
-        lines.append(f"  The file's rank is {_or(ranks)}, lora.rank is {_or(ours)}.")
-    else:
-        other = [
-            f"{name} (model {list(expected[name])}, file {list(found[name])})"
-            for name in expected
-            if name in found and found[name] != expected[name]
-        ]
-        if other:
-            lines.append(f"  {len(other)} of another shape: {_first(other)}")
-            lines.append("  The adapter belongs to another model generation; adapters do not carry over.")
+    if missing:
+        lines.append(f"  {len(missing)} layers missing from the file: {listed(missing)}")
+    if unexpected:
+        problem = "that have no adapter in the model" if complete else "that are not in the model"
+        lines.append(f"  {len(unexpected)} layers {problem}: {listed(unexpected)}")
+    if complete and lines:
+        lines.append("  lora.targets selects the adapted layers: set it to those of the file.")
+    if different:
+        lines.append(f"  {len(different)} layers with another shape: {listed(different)}")
+        lines.append("  The LoRA was trained on another model generation; use one for this checkpoint.")
     if lines:
-        raise ValueError(f"{path}: the adapter does not fit this model; nothing was loaded.\n" + "\n".join(lines))
+        raise ValueError(f"{path}: the LoRA does not fit this model; nothing was loaded.\n" + "\n".join(lines))
 
 
-def _first(names: list[str]) -> str:
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
-def _or(values: set[int]) -> str:
-    return " or ".join(map(str, sorted(values)))
+def _check_rank(path: str | Path, layers: Mapping[str, _FileLayer], expected: set[int]) -> None:
+    found = {layer.rank for layer in layers.values()}
+    if found != expected:
+        file_rank, job_rank = (" or ".join(map(str, sorted(ranks))) for ranks in (found, expected))
+        raise ValueError(
+            f"{path}: the LoRA does not fit this model; nothing was loaded. The file's rank is {file_rank}, lora.rank "
+            f"is {job_rank}: set lora.rank to the file's."
+        )

@@ -1,8 +1,8 @@
-"""What a safetensors file says about itself: model config, version, and the name, dtype and shape of every tensor.
+"""Headers of safetensors files: model config, version, and the name, dtype and shape of every tensor.
 
-Only the header is read (a few hundred kilobytes of a 46 GB file), without torch, so that a job's paths and its model
-can be checked before any process group or GPU is touched. The model's architecture is decided by the config in the
-header and by nothing else: there is no version switch.
+Only the header is read (a few hundred kilobytes of a 46 GB file), so that a job's paths and its model can be checked
+before any process group or GPU is touched. The model's architecture is decided by the config in the header and by
+nothing else: there is no version switch.
 """
 
 import json
@@ -11,23 +11,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-DTYPE_BITS = {
-    "F64": 64,
-    "F32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "I64": 64,
-    "I32": 32,
-    "I16": 16,
-    "I8": 8,
-    "U64": 64,
-    "U32": 32,
-    "U16": 16,
-    "U8": 8,
-    "BOOL": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-}
+from ltx_titan.common.tensors import SAFETENSORS_DTYPES
+from ltx_titan.weights.shapes import released_config
+
 DEFAULT_SCALE_FACTORS = (8, 32, 32)
 # The format's own limit; a larger number means that the first eight bytes are not a header length.
 _MAX_HEADER_BYTES = 100_000_000
@@ -45,13 +31,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """Everything a checkpoint's header tells.
+    """The header of a checkpoint file.
 
     Attributes:
         path: the file.
         config: the parsed `config` entry; sections that are null (in split files) are empty objects.
         model_version: such as "2.3.0", or None.
-        raw: the header's `__metadata__` as it stands, strings to strings.
+        raw: the header's unparsed `__metadata__`, strings to strings.
         tensors: entry of every tensor by file key.
     """
 
@@ -65,7 +51,7 @@ class CheckpointMetadata:
         """The `transformer` section of the config.
 
         Raises:
-            ValueError: the file has none; the message says what the file holds instead.
+            ValueError: the section is missing; the message describes what the file contains instead.
         """
         config = self.config.get("transformer")
         if not config:
@@ -75,6 +61,64 @@ class CheckpointMetadata:
                 "(for LTX-2.5 the file under diffusion_models/)."
             )
         return config
+
+    def section(self, name: str, component: str) -> dict[str, Any]:
+        """Section `name` of the config, for instance `vae`.
+
+        Args:
+            name: key in the config.
+            component: what it configures, for the message.
+
+        Raises:
+            ValueError: the file does not describe that component.
+        """
+        section = self.config.get(name)
+        if not section:
+            raise ValueError(
+                f"{self.path}: the metadata has no 'config.{name}', so there is no {component} to build from it. "
+                f"This {_describe(self)}. Use the official file that contains the {component}."
+            )
+        return section
+
+    def prefix(self, prefix: str) -> str:
+        """Returns `prefix` if tensors have it, else the empty string: files of a split pack use bare names."""
+        return prefix if any(name.startswith(prefix) for name in self.tensors) else ""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Config and weights that a job's transformer is built from.
+
+    Attributes:
+        config: the config object of checkpoint metadata, with the key `transformer`.
+        metadata: all metadata entries, copied into exports.
+        path: the file with the weights; None for random ones.
+    """
+
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    path: Path | None
+
+
+def read_source(checkpoint_path: str | None, shape: str | None, num_layers: int | None) -> ModelSource:
+    """Reads a checkpoint's header, or looks up a released shape.
+
+    Args:
+        checkpoint_path: an official safetensors file, or None for random weights.
+        shape: name of a released shape, or a JSON file with checkpoint metadata; with random weights only.
+        num_layers: number of blocks to keep of that shape; None keeps all.
+
+    Raises:
+        ValueError: the file is missing, truncated or has no transformer; the shape is unknown.
+    """
+    if checkpoint_path is not None:
+        metadata = read_metadata(checkpoint_path)
+        metadata.transformer_config()  # raises for a file without a transformer
+        return ModelSource(metadata.config, dict(metadata.raw), metadata.path)
+    config = released_config(shape)
+    if num_layers is not None:  # a smaller model with blocks of the full size
+        config = {**config, "transformer": {**config["transformer"], "num_layers": num_layers}}
+    return ModelSource(config, {"config": json.dumps(config)}, None)
 
 
 def read_metadata(path: str | Path) -> CheckpointMetadata:
@@ -88,33 +132,50 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
     """
     path = Path(path)
     header, data_start = _read_header(path)
+    # An interrupted download has a valid header; only the sizes reveal it before the last tensors are read.
     raw = header.pop("__metadata__", {})
     tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
     expected = max((info.end for info in tensors.values()), default=data_start)
     found = path.stat().st_size
     if found != expected:
-        what = "cut short (an interrupted download or copy?)" if found < expected else "longer than its header says"
+        problem = "cut short (an interrupted download or copy?)" if found < expected else "longer than its tensors"
         raise ValueError(
-            f"{path}: file is {what}: expected {expected:,} bytes, found {found:,}. Download or copy it again."
+            f"{path}: file is {problem}: expected {expected:,} bytes, found {found:,}. Download or copy it again."
         )
     return CheckpointMetadata(path, _parse_config(path, raw), raw.get("model_version"), raw, tensors)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Reads the config object of a checkpoint.
+
+    Raises:
+        ValueError: as `read_metadata`, or the metadata has no config.
+    """
+    metadata = read_metadata(path)
+    if not metadata.config:
+        raise ValueError(
+            f"{path}: the metadata has no JSON object 'config' (found keys {sorted(metadata.raw)}), which the sizes of "
+            "all models are read from. Use the official file rather than a converted one."
+        )
+    return metadata.config
 
 
 def scale_factors(config: dict[str, Any]) -> tuple[int, int, int]:
     """Compression of the video autoencoder as (time, height, width).
 
     Each block of `vae.encoder_blocks` (or `vae.decoder_blocks`) whose name starts with `compress_space` or
-    `compress_all` halves space, with `compress_time` or `compress_all` halves time; patches give a first factor for
-    space.
+    `compress_all` halves space, with `compress_time` or `compress_all` halves time; the patch size is another factor
+    of space.
 
     Args:
         config: the whole config object of a checkpoint's metadata.
 
     Returns:
-        The factors; 8, 32, 32 where the config lists no blocks (audio-only files, the nested config of LTX-2.5).
+        The factors; 8, 32, 32 if the config lists no blocks (audio-only files, the nested config of LTX-2.5).
     """
     vae = config.get("vae") or {}
     blocks = vae.get("encoder_blocks") or vae.get("decoder_blocks")
+    # The nested config of LTX-2.5 lists them elsewhere; all releases compress alike.
     if not isinstance(blocks, list):
         return DEFAULT_SCALE_FACTORS
     time, space = 1, int(vae.get("patch_size", 4))
@@ -155,12 +216,14 @@ def _tensor_info(path: Path, name: str, entry: dict[str, Any], data_start: int) 
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: header entry of tensor '{name}' is malformed: {entry}.") from error
-    # Unknown dtypes (packed 4-bit formats) are left to whoever wants to load them.
-    if dtype in DTYPE_BITS and prod(shape) * DTYPE_BITS[dtype] != 8 * (end - start):
-        raise ValueError(
-            f"{path}: tensor '{name}' of shape {list(shape)} and dtype {dtype} needs "
-            f"{prod(shape) * DTYPE_BITS[dtype] // 8:,} bytes, the header gives {end - start:,}. The file is damaged."
-        )
+    # Unknown dtypes (packed 4-bit formats) are refused only when such a tensor is loaded.
+    if dtype in SAFETENSORS_DTYPES:
+        needed = prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
+        if needed != end - start:
+            raise ValueError(
+                f"{path}: tensor '{name}' of shape {list(shape)} and dtype {dtype} needs {needed:,} bytes, the header "
+                f"has {end - start:,}. The file is damaged: download or copy it again."
+            )
     return TensorInfo(dtype, shape, data_start + start, data_start + end)
 
 
@@ -173,12 +236,17 @@ def _parse_config(path: Path, raw: dict[str, str]) -> dict[str, Any]:
         raise ValueError(f"{path}: metadata entry 'config' is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: metadata entry 'config' is {type(config).__name__}, expected an object.")
+    # Split packs write null for components of other files; an empty object needs no special case in readers.
     return {section: {} if value is None else value for section, value in config.items()}
 
 
 def _describe(metadata: CheckpointMetadata) -> str:
-    """What a file without a transformer config seems to be."""
+    """Describes a file that lacks the expected config section, as a predicate: "holds a text encoder"."""
     names = list(metadata.tensors)
+    sections = ", ".join(section for section, config in metadata.config.items() if config) or "none"
+    summary = f"has {len(names)} tensors (first: {', '.join(names[:3]) or 'none'}) and config sections: {sections}"
+    if metadata.config.get("transformer"):
+        return summary
     if any(".lora_" in name or ".lora." in name for name in names):
         return "is a LoRA file"
     if any("transformer_blocks.0." in name for name in names):
@@ -190,5 +258,4 @@ def _describe(metadata: CheckpointMetadata) -> str:
         return "holds an autoencoder and no transformer"
     if "gemma_config" in metadata.raw or any("embed_tokens" in name for name in names):
         return "holds a text encoder"
-    sections = ", ".join(metadata.config) or "none"
-    return f"has {len(names)} tensors (first: {', '.join(names[:3]) or 'none'}) and config sections: {sections}"
+    return summary

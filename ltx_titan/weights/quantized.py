@@ -1,4 +1,4 @@
-"""Frozen linear layers whose weight is kept in 8 or 4 bits.
+"""Frozen linear layers whose weight is stored in 8 or 4 bits.
 
     int8     q in [-127, 127]      one scale per row                     1    byte per weight
     float8   e4m3                  one scale per row                     1    byte per weight
@@ -6,18 +6,18 @@
     nvfp4    e2m1, +-{0 ... 6}     one scale per 16 weights of a row     0.63 bytes per weight
 
 torchao's primitives choose the scales and round. Its weight-only tensor subclasses are not used: in 0.18 FSDP2 cannot
-shard them (`aten.split` or `aten.new_zeros` is missing, int4 wants another library). Here data and scales are plain
+shard them (`aten.split` or `aten.new_zeros` is missing, int4 needs another library). Here data and scales are plain
 frozen parameters, which shard, gather and move like any other.
 
 FSDP2 of torch 2.11 refuses integer parameters and gathers floating-point ones in the compute dtype. Bytes are therefore
-kept as the bits of bfloat16 numbers, two to a number. As values they are nonsense, but a parameter already in the
-compute dtype is only ever copied; and where the compute dtype is float32, a bfloat16 is its upper half, bit for bit.
+stored as the bits of bfloat16 numbers, two bytes per number. Their values are meaningless, but a parameter already in
+the compute dtype is only ever copied; and if the compute dtype is float32, a bfloat16 is its upper half, bit for bit.
 
-The matrix product is done in the input's dtype after dequantisation, which torch.compile turns into one pass over the
-weight. Nothing but the quantised data is kept for the backward pass.
+The matmul runs in the input's dtype after dequantization, which torch.compile turns into one pass over the weight. Only
+the quantized data is saved for the backward pass.
 
-An official fp8 or NVFP4 file keeps its bits in the form of its own kind; its scales, float32 in the file, are rounded
-to bfloat16, which moves a weight by no more than rounding that weight to bfloat16 would (2^-8).
+Weights of an official fp8 or NVFP4 file keep their bits in the matching form; the scales, float32 in the file, are
+rounded to bfloat16, which changes a weight by no more than rounding that weight to bfloat16 would (2^-8).
 """
 
 import math
@@ -37,15 +37,15 @@ _INT4_SMALLEST_GROUP = 16
 _NVFP4_GROUP = 16
 _FOUR_BITS = ("int4", "nvfp4")
 _E2M1_LARGEST = 6.0
-# Halfway between two neighbours of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+# Midpoints between neighbors of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
 _E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 class QuantizedLinear(nn.Module):
-    """`y = W x + b` with a quantised W.
+    """`y = W x + b` with a quantized W.
 
-    Parameters, all frozen and bfloat16: `qdata`, the bytes of a row two by two ([out, in / 2]; of four bits, where a
-    byte holds an even column in its low half and the next in its high half, [out, in / 4]), `scale` [out, groups], and
+    Parameters, all frozen: `qdata`, bfloat16, two bytes per number ([out, in / 2] for 8 bits; [out, in / 4] for 4 bits,
+    where the low nibble of a byte is an even column and the high nibble the next), `scale` [out, groups], bfloat16, and
     `bias` [out] if the layer has one.
     """
 
@@ -68,10 +68,10 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, form: BaseDtype) -> "QuantizedLinear":
-        """Quantises a layer; one on the meta device only in form, to be filled by `load_base`.
+        """Quantizes a layer; on the meta device only shapes are converted, and `load_base` fills them later.
 
         Raises:
-            ValueError: the form cannot hold rows of this length.
+            ValueError: the form does not support rows of this length.
         """
         weight = linear.weight
         layer = cls(
@@ -93,7 +93,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantised weight [out, in], made anew on every access, in the dtype of the scales."""
+        """The dequantized weight [out, in] in the dtype of the scales, computed on every access."""
         return dequantize(self.qdata, self.scale, self.form, self.scale.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,10 +102,11 @@ class QuantizedLinear(nn.Module):
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """Product with a quantised weight; the gradient is that of the input alone."""
+    """Matmul with a quantized weight; only the input gets a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, form: BaseDtype) -> Tensor:
+        # Neither x (W is frozen) nor the dequantized weight is saved.
         ctx.save_for_backward(qdata, scale)
         ctx.form = form
         weight = dequantize(qdata, scale, form, x.dtype)
@@ -119,18 +120,18 @@ class _FrozenMatmul(torch.autograd.Function):
 
 
 def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
-    """Quantises whole rows; a row's result depends on that row alone, so ranks may each do their own.
+    """Quantizes whole rows; a row's result depends on that row alone, so each rank can quantize its own.
 
     Args:
         weight: [rows, in].
         form: "int8", "int4", "float8" or "nvfp4".
 
     Returns:
-        `qdata` [rows, packed width] and `scale` [rows, groups], as `QuantizedLinear` holds them.
+        `qdata` [rows, packed width] and `scale` [rows, groups], as `QuantizedLinear` stores them.
     """
     if form == "nvfp4":
         return _quantize_nvfp4(weight)
-    # Here, not above: importing torchao takes seconds, and most jobs do not quantise.
+    # Here, not above: importing torchao takes seconds, and most jobs do not quantize.
     from torchao.quantization.quant_primitives import (
         MappingType,
         _choose_scale_float8,
@@ -143,11 +144,14 @@ def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
     block = (1, weight.shape[1] // groups)
     weight = weight.float()
     if form == "float8":
+        # Rows of zeros have scale 0: the smallest normal number avoids 0 / 0.
         scale = _choose_scale_float8(weight, block).clamp(min=torch.finfo(torch.float32).tiny).to(_SCALE_DTYPE)
-        # The largest value may lie a rounding of its scale beyond the format's end: saturate, do not overflow.
+        # Rounding the scale down can push the largest value past the format's range: saturate instead of overflow.
         return _as_parameter(_quantize_affine_float8(weight, scale.float())), scale
+    # int8 without -128, symmetric around zero; int4 has too few values to give one up.
     low, high = (-127, 127) if form == "int8" else (-8, 7)
     scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, torch.int8, low, high)
+    # Rounded before quantizing, so that the values are chosen for the scale that dequantization uses.
     scale = scale.view(-1, groups).to(_SCALE_DTYPE)
     values = quantize_affine(weight, block, scale.float(), zero.view(-1, groups), torch.int8, low, high)
     if form == "int8":
@@ -156,12 +160,12 @@ def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
 
 
 def keep_fp8_rows(data: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Rows of a float8 weight [rows, in] with one scale for all, in the form of "float8", bits as they are."""
+    """Converts rows of a float8 weight [rows, in] with one scale to the "float8" form, bits unchanged."""
     return _as_parameter(data), torch.full((data.shape[0], 1), scale, dtype=_SCALE_DTYPE, device=data.device)
 
 
 def keep_nvfp4_rows(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of 4-bit codes [rows, in], uint8, and scales [rows, in / 16] in the form of "nvfp4", codes as they are."""
+    """Converts 4-bit codes [rows, in], uint8, and scales [rows, in / 16] to the "nvfp4" form, codes unchanged."""
     return _pack_nibbles(codes), scales.to(_SCALE_DTYPE)
 
 
@@ -170,6 +174,7 @@ def _quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     smallest = torch.finfo(torch.float32).tiny
     scale = (blocks.abs().amax(dim=2) / _E2M1_LARGEST).clamp(min=smallest).to(_SCALE_DTYPE)
     values = (blocks / scale.float()[:, :, None]).flatten(1)
+    # Round to nearest on the non-uniform grid: the number of midpoints below a value is its code; bit 3 is the sign.
     codes = torch.bucketize(values.abs(), torch.tensor(_E2M1_BOUNDS, device=values.device)).to(torch.uint8)
     return _pack_nibbles(codes | (values < 0).to(torch.uint8) << 3), scale
 
@@ -177,23 +182,25 @@ def _quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(
     qdata: Tensor, scale: Tensor, form: BaseDtype, dtype: torch.dtype, *, is_second_use: bool = False
 ) -> Tensor:
-    """The weight [rows, in] that `qdata` and `scale` stand for, computed in float32 and rounded to `dtype`.
+    """Dequantizes rows of a weight to [rows, in], computed in float32 and rounded to `dtype`.
 
     Args:
-        qdata, scale: as `quantize_rows` makes them, or gathered in float32.
+        qdata, scale: from `quantize_rows`, or gathered in float32.
         form: "int8", "int4", "float8" or "nvfp4".
         dtype: of the result.
-        is_second_use: set in the backward pass, where torch.compile sees both passes as one graph. Would it recognise
-            the same computation, it would do it once and keep the result in between: for 22B parameters 38 GB of
+        is_second_use: set in the backward pass, where torch.compile sees both passes as one graph. If it recognized
+            the same computation, it would run it once and save the result in between: for 22B parameters 38 GB of
             bfloat16 weights, or 19 GB of unpacked bytes.
     """
-    # Taken apart by arithmetic on 16-bit words: a view as bytes is opaque to Inductor, whose kernel then loads single
+    # Unpacked by arithmetic on 16-bit words: a view as bytes is opaque to Inductor, whose kernel then loads single
     # unaligned bytes and takes 1.6 times as long.
     words = _as_words(qdata)
     if is_second_use:
+        # Changes no bit, but makes the expression different from the forward's.
         words = words ^ 0
     match form:
         case "int8":
+            # int16 shifts are arithmetic, so both bytes are sign-extended.
             values = torch.stack(((words << 8) >> 8, words >> 8), dim=-1).float()
         case "float8":
             pairs = torch.stack((words & 255, words >> 8 & 255), dim=-1).to(torch.uint8)
@@ -224,21 +231,23 @@ def _nibbles(words: Tensor) -> Tensor:
 
 
 def _e2m1(codes: Tensor) -> Tensor:
-    """What 4-bit floats stand for, by arithmetic: a table would be a gather per weight."""
+    """Values of 4-bit floats, by arithmetic: a lookup table would be a gather per weight."""
     magnitude = codes & 7
+    # Twice the value is an integer: 0 and 1 are subnormal, above them (2 + mantissa) << (exponent - 1).
     doubled = torch.where(magnitude < 2, magnitude, (2 + (magnitude & 1)) << ((magnitude >> 1) - 1).clamp(min=0))
     return doubled.float() * torch.where(codes < 8, 0.5, -0.5)
 
 
 def _as_words(qdata: Tensor) -> Tensor:
-    """The bits as int16, whether FSDP2 gathered the parameter as it is or in float32."""
+    """The bits as int16, whether FSDP2 gathered the parameter in bfloat16 or in float32."""
     if qdata.dtype == torch.float32:
+        # bfloat16 is the upper half of float32, so the gather's cast moved the bits by 16.
         return (qdata.view(torch.int32) >> 16).to(torch.int16)
     return qdata.view(torch.int16)
 
 
 def _groups(in_features: int, form: BaseDtype) -> int:
-    """Scales per row. Groups are as wide as divides the row, so that every shard of columns has whole groups."""
+    """Scales per row. The group size divides the row, so that no group is split between shards of columns."""
     if form == "nvfp4":
         if in_features % _NVFP4_GROUP:
             raise ValueError(

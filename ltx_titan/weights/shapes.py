@@ -1,6 +1,6 @@
 """Configs of the released models, for work without their 46 GB files: random-weight runs, estimates, benchmarks, tests.
 
-A config here is what the checkpoint's metadata holds: a `transformer` section, and enough of `vae` to derive the scale
+A config here has the form of a checkpoint's metadata: a `transformer` section, and enough of `vae` to derive the scale
 factors. Training on a real checkpoint reads the file's own metadata instead.
 """
 
@@ -119,8 +119,8 @@ def released_config(name: str | Path) -> dict[str, Any]:
     """Config object of a released model, or of a JSON file that holds one.
 
     Args:
-        name: "ltx-2-19b", "ltx-2.3-22b", "ltx-2.5-22b", or the path of a `.json` file with a config object as it
-            stands in a checkpoint's metadata (with the key `transformer`).
+        name: "ltx-2-19b", "ltx-2.3-22b", "ltx-2.5-22b", or the path of a `.json` file with a config object
+            copied from a checkpoint's metadata (with the key `transformer`).
 
     Returns:
         A config the caller may change.

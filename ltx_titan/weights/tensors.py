@@ -1,41 +1,38 @@
-"""A module's tensors as checkpoints want them: official names, plain storage.
+"""A module's tensors as checkpoints store them: official names, plain storage.
 
-Wrappers that train faster leave traces. Activation checkpointing and torch.compile insert a level into the names, and
-float8 all-gather replaces a weight's local tensor by a subclass that other processes cannot read back. Both are taken
-off here, for loading, saving and exporting alike. What is returned shares storage with the module, so writing into it
-loads the module.
+Some wrappers change what `state_dict()` returns. Activation checkpointing and torch.compile insert a level into the
+names, and float8 all-gather replaces a weight's local tensor by a subclass that other processes cannot read back. Both
+are removed here, for loading, saving and exporting alike. The tensors share storage with the module, so writing into
+them loads the module.
 """
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-_WRAPPER_LEVELS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+from ltx_titan.common.tensors import without_wrappers
 
-
-def official_name(name: str) -> str:
-    """`name` without the levels that wrappers insert."""
-    for level in _WRAPPER_LEVELS:
-        name = name.replace(level, "")
-    return name
+Box = tuple[slice, ...]
+"""A rectangular part of a tensor, one slice per dimension; empty for a scalar."""
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer by official name, unwrapped, detached, sharing storage with the module.
+    """Returns every parameter and persistent buffer by name, unwrapped, detached, sharing storage with the module.
 
-    Goes through `state_dict()` rather than `named_parameters()`: FSDP2 brings its parameters back to the sharded
-    state there, also the ones that a forward pass left gathered.
+    Goes through `state_dict()` rather than `named_parameters()`: FSDP2 returns its parameters to the sharded state
+    there, also the ones that a forward pass left gathered.
     """
-    return {official_name(name): plain_tensor(tensor) for name, tensor in module.state_dict().items()}
+    return {without_wrappers(name): plain_tensor(tensor) for name, tensor in module.state_dict().items()}
 
 
 def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
-    """Official name of each parameter object, to translate what an optimizer holds."""
+    """Returns the name of each parameter object without wrapper levels, to translate an optimizer's state."""
     tensors = module.state_dict(keep_vars=True)
-    return {tensor: official_name(name) for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    return {tensor: without_wrappers(name) for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:
-    """`tensor` without a float8 all-gather subclass, locally or inside a DTensor; anything else as it is."""
+    """Removes a float8 all-gather subclass, locally or inside a DTensor; any other tensor is returned detached."""
     if not isinstance(tensor, DTensor):
         return _unwrap(tensor.detach())
     # The attribute, not to_local(): that one would record or redistribute, and here storage must be shared.
@@ -46,6 +43,22 @@ def plain_tensor(tensor: Tensor) -> Tensor:
     return DTensor.from_local(
         inner, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+def local_box(tensor: Tensor) -> tuple[Tensor, Box]:
+    """Returns this rank's shard of a tensor, sharing storage, and the part of the full tensor that it covers."""
+    if not isinstance(tensor, DTensor):
+        return tensor, full_box(tensor.shape)
+    assert not any(placement.is_partial() for placement in tensor.placements), "parameters are never partial sums"
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor._local_tensor
+    assert tuple(local.shape) == tuple(shape), f"local shape {tuple(local.shape)}, expected {tuple(shape)}"
+    return local, tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def full_box(shape: tuple[int, ...]) -> Box:
+    """The box of a whole tensor of `shape`."""
+    return tuple(slice(0, size) for size in shape)
 
 
 def _unwrap(tensor: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def save_in_background(folder):
     expected = {1: snapshot(state)}
     saver.save(1, state)
     for step in (2, 3):
-        # Goes on at once: what is written must be the copy, not what training made of it meanwhile.
+        # Training continues immediately: the copy must be written, not the state that later steps changed.
         train(state, 1, first=step - 1)
         expected[step] = snapshot(state)
         saver.save(step, state)
@@ -126,7 +126,7 @@ def test_background_save_keeps_the_state_of_its_step(tmp_path):
     run_ranks(save_in_background, 2, tmp_path)
 
 
-def test_resumed_training_equals_an_unbroken_run(tmp_path, one_rank):
+def test_resumed_training_equals_an_uninterrupted_run(tmp_path, one_rank):
     unbroken = job()
     train(unbroken, 5)
 
@@ -206,7 +206,7 @@ def test_nothing_saved_yet_is_none(tmp_path):
 
 @pytest.mark.parametrize("victim", [".metadata", "__0_0.distcp", "trainer.json"])
 @pytest.mark.parametrize("how", ["missing", "cut"])
-def test_damaged_checkpoint_is_named_and_an_older_one_used(tmp_path, one_rank, caplog, victim, how):
+def test_a_damaged_checkpoint_is_reported_and_an_older_one_used(tmp_path, one_rank, caplog, victim, how):
     state = job()
     train(state, 1)
     for step in (1, 2):
@@ -252,7 +252,7 @@ def test_saving_a_step_again_keeps_it(tmp_path, one_rank):
     assert read_trainer_state(tmp_path / "step-2")["note"] == "first"
 
 
-def test_a_job_that_differs_is_refused_with_the_setting_behind_it(tmp_path, one_rank):
+def test_a_different_job_is_refused_with_the_setting_responsible(tmp_path, one_rank):
     state = job()
     train(state, 1)
     path = save_state(tmp_path, 1, state)

@@ -36,19 +36,20 @@ SOURCE = json.dumps({"ltx_version": "2.5.0", "gemma_version": VERSION})
 
 
 def language_model():
-    """The model that the packed file holds, with weights that make every layer matter."""
+    """The model in the packed file, with weights that give every layer an effect."""
     config = AutoConfig.for_model(**TEXT)
     model = AutoModel.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            std = 0.3 if tensor.ndim < 2 else tensor.shape[-1] ** -0.5
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + (tensor.ndim < 2))
+            noise = torch.randn(tensor.shape, generator=generator)
+            # Norm weights around 1, matrices that preserve the variance.
+            tensor.copy_(noise * 0.3 + 1 if tensor.ndim < 2 else noise * tensor.shape[-1] ** -0.5)
     return model
 
 
 def tokenizer():
-    """One token per byte; as Gemma 4's, it puts nothing in front of a text."""
+    """One token per byte; like Gemma 4's, it adds no BOS."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     found = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -60,13 +61,13 @@ def as_bytes(text):
 
 
 def packed_tensors(naming="model.language_model."):
-    """Everything in the file by name; `naming` is in front of the language model's own names."""
+    """All tensors of the file by name; `naming` is the prefix of the language model."""
     extractor = FeatureExtractor.from_config(CONFIG, {"hidden_size": 32, "num_hidden_layers": 6})
     init_random_(extractor, 1)
     tensors = {f"{naming}{name}": tensor.clone() for name, tensor in language_model().state_dict().items()}
     tensors |= {f"text_embedding_projection.{name}": tensor for name, tensor in extractor.state_dict().items()}
     settings = {"bos_token": {"content": "<bos>"}, "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    # What a multimodal file holds besides; nobody reads it.
+    # Another part of a multimodal file, which is not read.
     others = "model.embed_vision.patch_dense.weight" if naming != "model." else "vision_model.patch_dense.weight"
     return tensors | {
         "tokenizer_json": as_bytes(tokenizer().to_str()),
@@ -83,7 +84,7 @@ def write_packed(path: Path, tensors=None, config=None) -> Path:
 
 
 def write_transformer_file(path: Path, **metadata) -> Path:
-    """The header that goes with it: a transformer file whose text projection is elsewhere."""
+    """A transformer file of the same release, without text projection."""
     config = {"transformer": CONFIG["transformer"], "vae": None, "audio_vae": None, "vocoder": None}
     save_file(
         {"model.diffusion_model.patchify_proj.bias": torch.zeros(1)}, path, {"config": json.dumps(config), **metadata}

@@ -21,7 +21,7 @@ def test_rates_and_shapes(nano, generator):
     codec = load_audio_codec(nano)
     one_second = torch.randn(1, 2, 48000, generator=generator) * 0.1
     latents = codec.encode(one_second, 48000)
-    # mel = 1 + 16000 // 160 = 101 frames, T = ceil(101 / 4); sampling makes 25 steps for a second.
+    # mel = 1 + 16000 // 160 = 101 frames, T = ceil(101 / 4); sampling generates 25 steps per second.
     assert latents.shape == (1, 8, 26, 16)
     assert codec.steps_for(1.0) == 25
     assert codec.steps_for(49 / 24) == 51
@@ -36,7 +36,7 @@ def test_mono_is_doubled(nano, generator):
         codec.encode(torch.zeros(1, 6, 16000), 16000)
 
 
-def test_statistics_stand_on_the_packed_layout(nano, generator):
+def test_statistics_use_the_packed_layout(nano, generator):
     unpacked = packed_statistics(torch.arange(128.0), channels=8)
     assert unpacked.shape == (8, 1, 16)
     assert unpacked[3, 0, 5] == 3 * 16 + 5

@@ -1,4 +1,4 @@
-"""Codecs as loaded from a file against their published equations on the file's own tensors."""
+"""Codecs loaded from a file, compared with their published equations on the same tensors."""
 
 import json
 

@@ -26,13 +26,13 @@ def naive_log_mel(samples, settings):
     edges = [hertz(top * i / (settings.bands + 1)) for i in range(settings.bands + 2)]
     filters = np.zeros((settings.bands, n // 2 + 1))
     for band in range(settings.bands):
-        low, centre, high = edges[band : band + 3]
+        low, center, high = edges[band : band + 3]
         for k in range(n // 2 + 1):
             hz = k * settings.sample_rate / n
-            if low < hz <= centre:
-                filters[band, k] = (hz - low) / (centre - low) * 2 / (high - low)
-            elif centre < hz < high:
-                filters[band, k] = (high - hz) / (high - centre) * 2 / (high - low)
+            if low < hz <= center:
+                filters[band, k] = (hz - low) / (center - low) * 2 / (high - low)
+            elif center < hz < high:
+                filters[band, k] = (high - hz) / (high - center) * 2 / (high - low)
     return np.log(np.maximum(magnitude @ filters.T, 1e-5))
 
 
@@ -45,7 +45,7 @@ def test_log_mel_follows_its_definition(generator):
     actual = log_mel(samples, settings)
     assert actual.shape == (21, 64)
     assert actual.min() == pytest.approx(math.log(1e-5))
-    # Of what is above the floor: where frames end in silence float32 rounding in the FFT is all there is.
+    # Only above the floor: frames that end in silence consist of float32 rounding in the FFT.
     loud = expected > math.log(1e-3)
     np.testing.assert_allclose(actual.numpy()[loud], expected[loud], atol=2e-4)
 
@@ -62,7 +62,7 @@ def test_too_short_audio_is_refused():
 
 
 @pytest.mark.parametrize("rate", [48000, 44100, 24000, 8000, 11025])
-def test_resampling_keeps_a_tone(rate):
+def test_resampling_preserves_a_tone(rate):
     seconds, hertz = 0.5, 440.0
     tone = torch.sin(2 * math.pi * hertz * torch.arange(int(rate * seconds)) / rate)
     resampled = resample(tone[None], rate, 16000)
@@ -73,6 +73,6 @@ def test_resampling_keeps_a_tone(rate):
     torch.testing.assert_close(resampled[0, middle], expected[middle], atol=5e-3, rtol=0)
 
 
-def test_resampling_removes_what_the_new_rate_cannot_hold():
+def test_resampling_removes_frequencies_above_the_new_nyquist():
     tone = torch.sin(2 * math.pi * 12000 * torch.arange(24000) / 48000)
     assert resample(tone, 48000, 16000)[500:-500].abs().max() < 0.02

@@ -100,7 +100,7 @@ def test_every_part_of_the_split_pack_fits(tmp_path, modules, gemma):
     encoder = TextEncoder(gemma, tokenizer=None, version="gemma4-12b-ltx-v1", projection_path=packed)
     load_feature_extractor(path, encoder, "meta")
     load_video_codec(write("vae-conv.safetensors", files.video_vae("2.5"), "vae"), "meta")
-    # The published tables do not say how the audio file's names begin.
+    # The published tables do not specify the prefix of the audio file's names.
     with_prefix = files.prefixed("audio_vae.", files.audio_vae()) | files.prefixed("vocoder.", files.vocoder("2.5"))
     for name, shapes in (("one", with_prefix), ("bare", files.audio_vae() | files.vocoder("2.5"))):
         audio = write(f"audio-{name}.safetensors", shapes, "audio_vae", "vocoder")
@@ -109,7 +109,7 @@ def test_every_part_of_the_split_pack_fits(tmp_path, modules, gemma):
 
 
 def quantized_file(path, form, blocks):
-    """A 2.3 file in which every linear layer of some blocks is quantised: 34 a block give the published counts."""
+    """A 2.3 file in which every linear layer of some blocks is quantized: 34 per block give the published counts."""
     shapes, dtypes = {}, {}
     for name, shape in files.prefixed("model.diffusion_model.", files.transformer("2.3")).items():
         parts = name.split(".")
@@ -131,7 +131,9 @@ def quantized_file(path, form, blocks):
 
 
 @pytest.mark.parametrize(("form", "blocks"), [("fp8", range(2, 46)), ("fp8", range(3, 46)), ("nvfp4", range(2, 46))])
-def test_a_quantised_release_is_a_frozen_base_and_no_start_for_full_training(tmp_path, form, blocks, modules):
+def test_a_quantized_release_is_accepted_as_a_frozen_base_and_refused_for_full_training(
+    tmp_path, form, blocks, modules
+):
     metadata = read_metadata(quantized_file(tmp_path / "quantized.safetensors", form, blocks))
     scales = sum(name.endswith(("weight_scale", "input_scale")) for name in metadata.tensors)
     assert scales == {44: 2992, 43: 2924}[len(blocks)]  # of the distilled and of the dev fp8 file

@@ -55,7 +55,7 @@ def test_audio_of_48_khz_stereo(nano, generator):
     assert 0.01 < audio.std() < 0.5
 
 
-def test_resampler_has_its_filter_although_no_file_stores_it(nano):
+def test_the_resampler_has_its_filter_which_files_do_not_store(nano):
     taps = load_vocoder(nano).model.resampler.filter.flatten()
     time = [(i / 3 - 7) * 0.99 for i in range(43)]
     expected = [

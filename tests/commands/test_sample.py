@@ -7,8 +7,7 @@ from safetensors.torch import load_file, save_file
 from ltx_titan.commands import sample
 from ltx_titan.media import probe_video, read_audio, read_clip
 from ltx_titan.model import LTXTransformer
-from ltx_titan.weights import load_parameters, read_metadata
-from ltx_titan.weights.fuse import fuse_lora
+from ltx_titan.weights import fuse_lora, load_parameters, read_metadata
 
 NEUTRAL = {
     "video_cfg_scale": 1.0,
@@ -147,14 +146,14 @@ def test_fusing_adds_the_product_to_the_weight(nano, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({f"{LAYER}.lora_B.weight": None}, "without a partner"),
-        ({f"{LAYER}.alpha": torch.ones(1)}, "without a partner, or no LoRA weight"),
+        ({f"{LAYER}.lora_B.weight": None}, "without its lora_A or lora_B"),
+        ({f"{LAYER}.alpha": torch.ones(1)}, "other than lora_A/lora_B weights"),
         (
             {
                 "diffusion_model.no.such.lora_A.weight": torch.ones(2, 2),
                 "diffusion_model.no.such.lora_B.weight": torch.ones(2, 2),
             },
-            "for no layer",
+            "that are not in the model",
         ),
         ({f"{LAYER}.lora_B.weight": torch.ones(64, 4)}, "another shape"),
     ],

@@ -34,7 +34,7 @@ def transformer(device: str = "cpu") -> LTXTransformer:
 
 
 def adapted(chosen: LoRASection) -> LTXTransformer:
-    """A transformer whose adapters already do something."""
+    """A transformer whose adapters are not zero."""
     model = transformer()
     apply_lora(model, chosen)
     init_lora_(model, seed=1)
@@ -58,14 +58,14 @@ def golden_inputs() -> tuple[Modality, Modality]:
 
 
 def loss_of(model: nn.Module) -> Tensor:
-    """A scalar that depends on everything the model puts out."""
+    """A scalar that depends on all outputs of the model."""
     video, audio = model(*golden_inputs())
     generator = torch.Generator().manual_seed(3)
     return sum((out.float() - torch.randn(out.shape, generator=generator)).square().mean() for out in (video, audio))
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:
-    """Equality that holds for the nonsense numbers of quantised data, too."""
+    """Bitwise equality, also for the NaNs among the numbers of quantized data."""
     as_bits = {4: torch.int32, 2: torch.int16}[one.element_size()]
     return one.dtype == two.dtype and torch.equal(one.view(as_bits), two.view(as_bits))
 

@@ -1,4 +1,4 @@
-"""Trains adapters on some mesh and leaves everything that can be compared in a folder."""
+"""Trains adapters on a mesh and saves everything that the tests compare to a folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +9,10 @@ from safetensors.torch import load_file
 
 from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, save_state
 from ltx_titan.config import Degrees
-from ltx_titan.lora import apply_lora, init_lora_, is_adapter, load_base
+from ltx_titan.lora import adapter_weights, apply_lora, init_lora_, is_adapter, load_base
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import build_mesh
-from ltx_titan.weights import module_tensors
-from ltx_titan.weights.lora_files import export_lora, load_lora
-from ltx_titan.weights.lora_merge import export_merged
+from ltx_titan.weights import export_lora, export_merged, load_lora, module_tensors
 from tests.lora.adapted import loss_of, same_bits, settings, transformer, write_checkpoint
 
 LR = 1e-2
@@ -25,7 +23,7 @@ FORMS = {
     "int4": {"base_dtype": "int4", "targets": ["v2v"]},
     "float8": {"base_dtype": "float8", "targets": ["video"], "dora": True},
 }
-# DoRA needs whole rows, which tensor parallelism splits.
+# DoRA needs whole rows, which tensor parallelism shards by columns.
 SPLITTABLE = [form for form in FORMS if "dora" not in FORMS[form]]
 
 
@@ -58,16 +56,16 @@ def whole(model):
 
 
 def work(folder: Path, form: str, name: str, degrees: Degrees, *split: Callable):
-    """Trains two steps, saves, trains one more; leaves what it found under `name`."""
+    """Trains two steps, saves, trains one more; saves losses and weights under `name`."""
     out = folder / form / name
     model, optimizer = build(folder, form, degrees, *split)
     before = whole(model)
     losses = train(model, optimizer, degrees, 2)
     state = TrainingState(model, [optimizer], select=is_adapter)
     save_state(out / "checkpoint", 2, state)
-    export_merged(model, folder / "base.safetensors", out / "merged.safetensors")
+    export_merged(adapter_weights(model), folder / "base.safetensors", out / "merged.safetensors")
     if "dora" not in FORMS[form]:
-        export_lora(model, out / "adapter.safetensors", dtype=torch.float32)
+        export_lora(adapter_weights(model), out / "adapter.safetensors", dtype=torch.float32)
     losses += train(model, optimizer, degrees, 1)
     after = whole(model)
     for name, parameter in model.named_parameters():
@@ -79,20 +77,20 @@ def work(folder: Path, form: str, name: str, degrees: Degrees, *split: Callable)
 
 
 def resume(folder: Path, form: str, saved_by: str):
-    """Goes on, on one rank, from the state that another mesh saved."""
+    """Resumes, on one rank, from the state that another mesh saved."""
     model, optimizer = build(folder, form, Degrees())
     out = folder / form / saved_by
     load_state(latest_complete(out / "checkpoint"), TrainingState(model, [optimizer], select=is_adapter))
     losses = train(model, optimizer, Degrees(), 1)
     after = whole(model)
     if "dora" not in FORMS[form]:
-        load_lora(model, out / "adapter.safetensors")
-        export_lora(model, out / "again.safetensors", dtype=torch.float32)
+        load_lora(adapter_weights(model), out / "adapter.safetensors")
+        export_lora(adapter_weights(model), out / "again.safetensors", dtype=torch.float32)
     torch.save({"losses": losses, "after": after}, out / "resumed.pt")
 
 
 def prepare(folder: Path, names: list[str]) -> Path:
-    """Writes the base and makes room for the runs called `names`."""
+    """Writes the base and makes a folder for each run in `names`."""
     write_checkpoint(folder / "base.safetensors")
     for form in FORMS:
         for name in names:
@@ -105,7 +103,7 @@ def adapters_of(found):
 
 
 def close_after_adamw(one, two):
-    """AdamW divides by the gradient's size: an element whose gradient is almost 0 may go the other way in a step."""
+    """AdamW divides by the gradient's size, so an element with a near-zero gradient can move in either direction."""
     assert one.keys() == two.keys()
     differences = torch.cat([(two[name].float() - one[name].float()).abs().flatten() for name in one])
     assert differences.max() <= 2 * LR * 3
@@ -124,7 +122,7 @@ def check_equal(folder: Path, form: str, expected: str, found: str):
 
 
 def check_resumed(folder: Path, form: str, saved_by: str):
-    """The run that went on, on one rank, from what another mesh saved."""
+    """Compares the run that one rank resumed from the state of another mesh with the uninterrupted one."""
     out = folder / form / saved_by
     unbroken, resumed = torch.load(out / "found.pt"), torch.load(out / "resumed.pt")
     torch.testing.assert_close(resumed["losses"], unbroken["losses"][2:], rtol=1e-5, atol=0)

@@ -1,17 +1,21 @@
-"""Diffusers loads our adapter files, and its transformer then computes what ours does."""
+"""Diffusers loads our LoRA files, and its transformer then computes the same as ours.
+
+The names of its parameters come from diffusers' own conversion of official LoRA keys, not from our table.
+"""
 
 import dataclasses
 
-import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel
 from diffusers.loaders import peft as diffusers_peft
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ltx2_lora_to_diffusers
 from diffusers.loaders.lora_pipeline import LTX2LoraLoaderMixin
 from torch import nn
 
-from ltx_titan.lora import apply_lora, diffusers_name, init_lora_
+from ltx_titan.lora import adapter_weights, apply_lora, init_lora_
 from ltx_titan.model import LTXTransformer
-from ltx_titan.weights.lora_files import export_lora
+from ltx_titan.weights import export_lora
+from ltx_titan.weights.names import name_from_diffusers
 from tests.golden_cases import load_case
 from tests.lora.adapted import CASE, config, golden_inputs, settings, stir
 
@@ -19,7 +23,7 @@ SIGMA = 0.7
 
 
 class Pipeline(LTX2LoraLoaderMixin):
-    """What the loader needs of a pipeline."""
+    """The part of a pipeline that the loader uses."""
 
     hf_device_map = None
     components: dict = {}  # noqa: RUF012
@@ -49,9 +53,15 @@ def diffusers_transformer():
         audio_cross_attn_mod=True,
         use_prompt_embeddings=False,
     )
-    weights = {diffusers_name(name): tensor for name, tensor in load_case(CASE).weights.items()}
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict(diffusers_weights(), strict=True)
     return model.eval()
+
+
+def diffusers_weights():
+    """The golden weights under diffusers' names."""
+    official = {f"diffusion_model.{name}": tensor for name, tensor in load_case(CASE).weights.items()}
+    converted = _convert_non_diffusers_ltx2_lora_to_diffusers(official)
+    return {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
 
 
 def our_adapter(*targets):
@@ -63,11 +73,17 @@ def our_adapter(*targets):
     return model, names
 
 
-@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_names_of_diffusers_map_back_to_the_official_ones():
+    weights = load_case(CASE).weights
+    found = {name_from_diffusers(name): tensor for name, tensor in diffusers_weights().items()}
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+
+
 @torch.no_grad()
-def test_diffusers_computes_the_same_with_our_adapter(tmp_path, monkeypatch, layout):
+def test_diffusers_computes_the_same_with_our_adapter(tmp_path, monkeypatch):
     ours, names = our_adapter("all_attention", "video_ffn", "audio_ffn", "patchify_proj", "adaln_single.linear")
-    export_lora(ours, tmp_path / "adapter.safetensors", dtype=torch.float32, layout=layout)
+    export_lora(adapter_weights(ours), tmp_path / "adapter.safetensors", dtype=torch.float32)
 
     reports = []
     monkeypatch.setattr(diffusers_peft, "_maybe_warn_for_unhandled_keys", lambda keys, name: reports.append(keys))

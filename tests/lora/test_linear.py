@@ -4,8 +4,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from ltx_titan.lora import DropoutClock, LoRALinear, init_lora_, is_adapter, merged_weight
-from ltx_titan.weights.quantized import QuantizedLinear
+from ltx_titan.lora import DropoutStep, LoRALinear, adapter_weights, init_lora_, is_adapter
+from ltx_titan.weights import QuantizedLinear, merged_weight
 from tests.lora.adapted import adapted, loss_of, settings, stir
 
 X = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(5))
@@ -47,13 +47,14 @@ def test_training_starts_from_the_base(dora):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_merged_weight_does_what_the_adapter_does(dora):
+def test_the_merged_weight_is_equivalent_to_base_and_adapter(dora):
     layer = layer_of(dora=dora, rslora=True)
-    weight = merged_weight(layer.base.weight, layer.lora_A.weight, layer.lora_B.weight, layer.scaling, layer.magnitude)
+    (adapter,) = adapter_weights(nn.ModuleDict({"layer": layer})).values()
+    weight = merged_weight(layer.base.weight, adapter)
     torch.testing.assert_close(nn.functional.linear(X, weight, layer.base.bias), layer(X))
 
 
-def test_adapters_are_float32_beside_a_bfloat16_base():
+def test_adapters_are_float32_on_a_bfloat16_base():
     layer = layer_of(torch.bfloat16, dora=True)
     out = layer(X.bfloat16())
     assert out.dtype == torch.bfloat16
@@ -70,7 +71,7 @@ def test_only_adapters_are_trained_and_streams_without_adapters_have_no_gradient
         assert not is_adapter(name) or ".attn" in name
 
 
-def test_first_values_depend_on_seed_and_name_only():
+def test_initial_values_depend_on_seed_and_name_only():
     def first(seed, targets):
         model = adapted(settings(targets=targets))
         init_lora_(model, seed)
@@ -85,11 +86,11 @@ def test_first_values_depend_on_seed_and_name_only():
 
 def dropped(dropout=0.25, rank=0, time=3):
     layer = layer_of(dropout=dropout)
-    DropoutClock(nn.ModuleDict({"layer": layer}), 0, rank).set(time)
+    DropoutStep(nn.ModuleDict({"layer": layer}), 0, rank).set(time)
     return layer
 
 
-def test_dropout_masks_follow_from_the_clock():
+def test_dropout_masks_depend_on_step_and_rank():
     with torch.no_grad():
         out = dropped()(X)
         assert torch.equal(out, dropped()(X))
@@ -99,7 +100,7 @@ def test_dropout_masks_follow_from_the_clock():
         assert torch.equal(dropped().eval()(X), layer_of()(X))
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean():
+def test_dropout_zeroes_its_share_and_preserves_the_mean():
     layer = dropped()
     ones = torch.ones(64, 500, 24)
     layer.lora_A.weight.data.fill_(1.0)
@@ -110,8 +111,8 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     # 32,000 means of 24 draws each: standard error 0.0012 of their mean.
     assert abs(rows.mean() - 1) < 0.006
     assert abs(rows.var() * 24 - 1 / 3) < 0.02
-    neighbours = torch.corrcoef(torch.stack([rows[:, :-1].flatten(), rows[:, 1:].flatten()]))[0, 1]
-    assert abs(neighbours) < 0.03
+    neighbors = torch.corrcoef(torch.stack([rows[:, :-1].flatten(), rows[:, 1:].flatten()]))[0, 1]
+    assert abs(neighbors) < 0.03
 
 
 def test_dropout_is_the_same_when_activations_are_recomputed():
@@ -134,14 +135,14 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("fields", [{"dora": True}, {"dropout": 0.5}, {"base_dtype": "int8"}, {"base_dtype": "int4"}])
-def test_blocks_compile_to_one_whole_graph_that_all_share(fields):
+def test_all_blocks_share_one_full_graph(fields):
     torch.manual_seed(0)
     model = nn.Sequential(*[Block(fields) for _ in range(3)])
     init_lora_(model, 1)
     stir(model)
     x = torch.randn(5, 32)
-    clock = DropoutClock(model, 0)
-    clock.set(1)
+    dropout_step = DropoutStep(model, 0)
+    dropout_step.set(1)
     expected = model(x)
     expected.sum().backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
@@ -151,9 +152,9 @@ def test_blocks_compile_to_one_whole_graph_that_all_share(fields):
     counter = CompileCounterWithBackend("aot_eager")
     for block in model:
         block.compile(backend=counter, fullgraph=True, dynamic=False)
-    clock.set(0)
+    dropout_step.set(0)
     model(x)
-    clock.set(1)
+    dropout_step.set(1)
     actual = model(x)
     actual.sum().backward()
 

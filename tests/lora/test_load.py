@@ -4,10 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ltx_titan.lora import adapters, apply_lora, init_base_, init_lora_, load_base
-from ltx_titan.weights import load_parameters
-from ltx_titan.weights.lora_merge import export_merged
-from ltx_titan.weights.quantized import QUANTIZED, dequantize, quantize_rows
+from ltx_titan.lora import adapter_weights, adapters, apply_lora, init_base_, init_lora_, load_base
+from ltx_titan.weights import QUANTIZED, export_merged, load_parameters
+from ltx_titan.weights.quantized import dequantize, quantize_rows
 from tests.golden_cases import load_case
 from tests.lora.adapted import CASE, same_bits, settings, stir, transformer, write_checkpoint
 from tests.weights.quantized_file import FORMS, quantize
@@ -22,7 +21,7 @@ def empty(**fields):
     return model
 
 
-def test_the_base_is_loaded_under_its_official_names_and_adapters_are_left_alone(tmp_path):
+def test_the_base_is_loaded_by_official_names_and_adapters_keep_their_values(tmp_path):
     path = write_checkpoint(tmp_path / "base.safetensors", torch.float32)
     model = empty()
     adapter = model.transformer_blocks[0].attn1.to_q.lora_A.weight.clone()
@@ -36,7 +35,7 @@ def test_the_base_is_loaded_under_its_official_names_and_adapters_are_left_alone
 
 
 @pytest.mark.parametrize("form", QUANTIZED)
-def test_a_quantised_base_is_quantised_while_it_is_read(tmp_path, form):
+def test_a_quantized_base_is_quantized_while_it_is_read(tmp_path, form):
     path = write_checkpoint(tmp_path / "base.safetensors")
     model = empty(base_dtype=form, targets=["video"])
     load_base(model, path)
@@ -52,7 +51,7 @@ def test_a_quantised_base_is_quantised_while_it_is_read(tmp_path, form):
 
 @pytest.fixture(scope="module", params=FORMS)
 def quantized_file(request, tmp_path_factory):
-    """An official quantised file, what its weights are, and its form: linear layers of all blocks but the first."""
+    """An official quantized file, its dequantized weights, and its form: linear layers of all blocks but the first."""
     folder = tmp_path_factory.mktemp("quantized")
     tensors = load_file(write_checkpoint(folder / "plain.safetensors"))
 
@@ -67,7 +66,7 @@ def quantized_file(request, tmp_path_factory):
     return folder / "quantized.safetensors", weights, request.param
 
 
-def test_an_official_quantised_file_is_a_bfloat16_base(quantized_file):
+def test_an_official_quantized_file_becomes_a_bfloat16_base(quantized_file):
     path, weights, _ = quantized_file
     model = empty(base_dtype="bfloat16")
     load_base(model, path)
@@ -75,7 +74,7 @@ def test_an_official_quantised_file_is_a_bfloat16_base(quantized_file):
         assert torch.equal(model.get_submodule(name).base.weight, weights[f"{name}.weight"].bfloat16())
 
 
-def test_an_official_quantised_file_keeps_its_bits_in_its_own_form(quantized_file):
+def test_an_official_quantized_file_keeps_its_bits_in_the_matching_form(quantized_file):
     path, weights, form = quantized_file
     own = {"fp8": "float8", "nvfp4": "nvfp4"}[form]
     model = empty(base_dtype=own, targets=["video"])
@@ -92,7 +91,7 @@ def test_an_official_quantised_file_keeps_its_bits_in_its_own_form(quantized_fil
     assert torch.equal(model.transformer_blocks[0].attn1.to_q.base.scale, scale)
 
 
-def test_an_official_quantised_file_can_be_brought_to_another_form(quantized_file):
+def test_an_official_quantized_file_can_be_converted_to_another_form(quantized_file):
     path, weights, _ = quantized_file
     model = empty(base_dtype="int8", targets=["video"])
     load_base(model, path)
@@ -101,11 +100,11 @@ def test_an_official_quantised_file_can_be_brought_to_another_form(quantized_fil
     assert torch.equal(model.transformer_blocks[1].attn1.to_q.base.scale, scale)
 
 
-def test_adapters_on_a_quantised_file_merge_into_a_plain_one(quantized_file, tmp_path):
+def test_adapters_on_a_quantized_file_merge_into_a_plain_one(quantized_file, tmp_path):
     path, weights, _ = quantized_file
     model = empty(base_dtype="bfloat16", targets=["attn1.to_q"])
     load_base(model, path)
-    export_merged(model, path, tmp_path / "merged.safetensors")
+    export_merged(adapter_weights(model), path, tmp_path / "merged.safetensors")
     merged = transformer()
     load_parameters(merged, tmp_path / "merged.safetensors")
     for name, layer in adapters(model).items():
@@ -120,18 +119,18 @@ def test_a_base_that_does_not_fit_is_refused_by_name(tmp_path):
     layer = model.transformer_blocks[0].attn1.to_q.base
     layer.in_features = 48
     before = layer.qdata.clone()
-    with pytest.raises(ValueError, match=r"attn1\.to_q\.weight is \[64, 64\], expected \[64, 48\]"):
+    with pytest.raises(ValueError, match=r"attn1\.to_q\.weight \(model \[64, 48\], file \[64, 64\]\)"):
         load_base(model, path)
     assert same_bits(layer.qdata, before)
 
 
-def test_weights_without_a_place_are_refused_unless_allowed(tmp_path):
+def test_weights_that_the_model_lacks_are_refused_unless_allowed(tmp_path):
     path = write_checkpoint(tmp_path / "base.safetensors")
     with torch.device("meta"):
         video = type(transformer("meta")).from_config(transformer_config(), "video")
     apply_lora(video, settings(base_dtype="int8"))
     video.to_empty(device="cpu")
-    with pytest.raises(ValueError, match="without a place in the model"):
+    with pytest.raises(ValueError, match="in the file, but not in the model"):
         load_base(video, path)
     load_base(
         video, path, allow_unused=lambda name: "audio" in name or "a2v" in name or "v2a" in name or "av_ca" in name

@@ -40,7 +40,7 @@ def test_two_ranks_equal_one(folder, form):
 
 
 @pytest.mark.parametrize("form", BYTES)
-def test_a_quantised_base_stays_quantised(folder, form):
+def test_a_quantized_base_stays_quantized(folder, form):
     base = torch.load(folder / form / "fsdp2" / "found.pt")["base"]
     data = [tensor for name, tensor in base.items() if name.endswith(".qdata")]
     weights = torch.load(folder / "float32" / "fsdp2" / "found.pt")["base"]
@@ -50,5 +50,5 @@ def test_a_quantised_base_stays_quantised(folder, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_run_goes_on_with_another_number_of_ranks(folder, form):
+def test_a_run_resumes_on_another_number_of_ranks(folder, form):
     check_resumed(folder, form, "fsdp2")

@@ -1,7 +1,12 @@
-"""The miniature pack in diffusers' classes, its weights renamed one by one."""
+"""The nano pack in diffusers' classes.
+
+Transformer names come from diffusers' own conversion of official LoRA keys, which it applies to whole weights as well;
+a strict load shows that every parameter gets a value.
+"""
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTX2VideoTransformer3DModel
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ltx2_lora_to_diffusers
 from diffusers.pipelines.ltx2 import LTX2Pipeline
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from safetensors.torch import load_file
@@ -10,23 +15,7 @@ from torch import nn
 from ltx_titan.codecs import AudioCodec, VideoCodec
 
 _PREFIX = "model.diffusion_model."
-# By whole component: "adaln_single" is also the end of other names.
-_TOP = {
-    "patchify_proj": "proj_in",
-    "audio_patchify_proj": "audio_proj_in",
-    "adaln_single": "time_embed",
-    "audio_adaln_single": "audio_time_embed",
-    "prompt_adaln_single": "prompt_adaln",
-    "audio_prompt_adaln_single": "audio_prompt_adaln",
-    "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
-    "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
-    "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
-    "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
-    "scale_shift_table_a2v_ca_video": "video_a2v_cross_attn_scale_shift_table",
-    "scale_shift_table_a2v_ca_audio": "audio_a2v_cross_attn_scale_shift_table",
-    "q_norm": "norm_q",
-    "k_norm": "norm_k",
-}
+# Text projection and connectors, which diffusers converts by a script outside the package; by whole component.
 _TEXT = {
     "video_embeddings_connector": "video_connector",
     "audio_embeddings_connector": "audio_connector",
@@ -42,7 +31,7 @@ def diffusers_pipeline(path, config: dict, video_codec: VideoCodec, audio_codec:
     """Text to video and audio, without a text encoder, in float32."""
     tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     return LTX2Pipeline(
-        # Noise levels are handed in; the scheduler takes them as they are.
+        # The test passes sigmas; the scheduler must not shift them.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=video_codec.vae,
         audio_vae=audio_codec.vae,
@@ -74,7 +63,9 @@ def _transformer(config: dict, tensors: dict) -> LTX2VideoTransformer3DModel:
         rope_type="split",
     )
     names = [name for name in tensors if name.startswith(_PREFIX) and "_connector." not in name]
-    return _filled(model, {_renamed(name.removeprefix(_PREFIX), _TOP): tensors[name] for name in names})
+    official = {f"diffusion_model.{name.removeprefix(_PREFIX)}": tensors[name] for name in names}
+    converted = _convert_non_diffusers_ltx2_lora_to_diffusers(official)
+    return _filled(model, {name.removeprefix("transformer."): tensor for name, tensor in converted.items()})
 
 
 def _connectors(config: dict, tensors: dict) -> LTX2TextConnectors:
@@ -99,14 +90,14 @@ def _connectors(config: dict, tensors: dict) -> LTX2TextConnectors:
     weights = {}
     for name, tensor in tensors.items():
         if name.startswith(_PREFIX) and "_connector." in name:
-            weights[_renamed(name.removeprefix(_PREFIX), _TEXT)] = tensor
+            weights[_renamed(name.removeprefix(_PREFIX))] = tensor
         elif name.startswith("text_embedding_projection."):
-            weights[_renamed(name.removeprefix("text_embedding_projection."), _TEXT)] = tensor
+            weights[_renamed(name.removeprefix("text_embedding_projection."))] = tensor
     return _filled(model, weights)
 
 
-def _renamed(name: str, table: dict[str, str]) -> str:
-    return ".".join(table.get(part, part) for part in name.split("."))
+def _renamed(name: str) -> str:
+    return ".".join(_TEXT.get(part, part) for part in name.split("."))
 
 
 def _filled(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Official quantised forms, written weight by weight with the formulas of the formats rather than our own functions."""
+"""Official quantized forms, written from the formulas of the formats, independent of our own functions."""
 
 import json
 
@@ -8,7 +8,7 @@ E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 def fp8(weight):
-    """(stored tensors by kind, the weight they stand for) of a weight as the fp8 releases keep it."""
+    """Stores a weight as the fp8 releases do; returns (tensors by kind, the dequantized weight)."""
     scale = weight.float().abs().max() / 448
     data = (weight.float() / scale).to(torch.float8_e4m3fn)
     stored = {"weight": data, "weight_scale": scale.clone(), "input_scale": torch.tensor(0.37)}
@@ -16,7 +16,7 @@ def fp8(weight):
 
 
 def nvfp4(weight):
-    """The same as the NVFP4 releases keep it."""
+    """Stores a weight as the NVFP4 releases do; returns (tensors by kind, the dequantized weight)."""
     rows, columns = weight.shape
     blocks = weight.float().unflatten(1, (-1, 16))
     tensor_scale = weight.float().abs().max() / (6 * 448)
@@ -27,7 +27,7 @@ def nvfp4(weight):
     values = (grid[codes] * blocks.sign() * step[:, :, None]).flatten(1)
     codes = (codes + 8 * (blocks < 0)).flatten(1).to(torch.uint8)
     packed = codes[:, 0::2] * 16 + codes[:, 1::2]
-    # Where cuBLAS looks for the scale of row r and block c.
+    # Position at which cuBLAS reads the scale of row r and block c.
     tiles_down, tiles_right = -(-rows // 128), -(-(columns // 16) // 4)
     blocked = torch.zeros(tiles_down * tiles_right * 512).to(torch.float8_e4m3fn)
     for r in range(rows):
@@ -46,7 +46,7 @@ FORMS = {"fp8": fp8, "nvfp4": nvfp4}
 
 
 def quantize(tensors, form, chosen):
-    """Replaces the weights `chosen(module)` names; returns (tensors, what they stand for, header entries)."""
+    """Replaces the weights `chosen(module)` names; returns (tensors, dequantized weights, header entries)."""
     stored, values, layers = {}, {}, {}
     for key, tensor in tensors.items():
         module, _, kind = key.rpartition(".")

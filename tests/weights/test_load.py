@@ -35,7 +35,7 @@ def load_into_every_layout(path):
         for name, tensor in module_tensors(module).items():
             assert tensor.dtype == torch.float32
             assert torch.equal(full(tensor), expected[name].float()), f"{layout}: {name}"
-        # The values must be where a forward pass finds them, behind FSDP's own views. (Tracing would take seconds.)
+        # The forward pass reads FSDP's own views of the parameters. Tracing the compiled layout would take seconds.
         if layout != "wrapped":
             x = torch.ones(2, 5)
             assert torch.allclose(module(x), toy()(x), atol=1e-6), layout
@@ -46,10 +46,10 @@ def test_every_rank_gets_its_slices_under_every_layout(tmp_path):
     run_ranks(load_into_every_layout, 4, write(tmp_path / "model.safetensors", toy()))
 
 
-def test_a_video_model_leaves_the_audio_weights_of_the_file_alone(tmp_path):
+def test_a_video_model_ignores_the_audio_weights_of_the_file(tmp_path):
     path = write(tmp_path / "av.safetensors", toy(audio=True))
     module = toy(seed=1)
-    with pytest.raises(ValueError, match=r"2 in the file without a place in the model: audio_patchify_proj"):
+    with pytest.raises(ValueError, match=r"2 in the file, but not in the model: audio_patchify_proj"):
         load_parameters(module, path)
     load_parameters(module, path, allow_unused=unused_by("video"))
     assert torch.equal(module.patchify_proj.weight, toy(audio=True).patchify_proj.weight)
@@ -70,7 +70,7 @@ def test_all_mismatches_are_reported_together_and_nothing_is_loaded(tmp_path):
 
     message = str(failure.value)
     assert "1 missing from the file: patchify_proj.bias" in message
-    assert "12 in the file without a place in the model" in message
+    assert "12 in the file, but not in the model" in message
     assert "and 2 more" in message
     assert "patchify_proj.weight (model [12, 5], file [12, 6])" in message
     assert torch.equal(module.scale_shift_table, toy(seed=1).scale_shift_table)
@@ -82,7 +82,7 @@ def test_a_wrong_file_is_reported_on_the_meta_device(tmp_path):
         check_fits(meta_toy(), path)
 
 
-def test_rename_leads_to_official_names_and_spares_adapters(tmp_path):
+def test_rename_maps_to_official_names_and_skips_adapters(tmp_path):
     class Adapted(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -94,6 +94,17 @@ def test_rename_leads_to_official_names_and_spares_adapters(tmp_path):
     load_parameters(module, path, rename=lambda name: None if "lora_" in name else name.removeprefix("base."))
     assert torch.equal(module.base.patchify_proj.weight, toy().patchify_proj.weight)
     assert torch.equal(module.lora_A, torch.ones(2))
+
+
+def test_a_weight_under_two_keys_is_refused(tmp_path):
+    prefix = f"{PREFIX}embeddings_connector."
+    twice = {f"{prefix}learnable_registers": torch.zeros(2, 3)}
+    path = write(tmp_path / "model.safetensors", toy(), lambda tensors: tensors.update(twice))
+    module = torch.nn.Module()
+    module.video_embeddings_connector = torch.nn.Module()
+    module.video_embeddings_connector.learnable_registers = torch.nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"1 under two keys: video_embeddings_connector\.learnable_registers"):
+        check_fits(module, path, component=CONNECTORS)
 
 
 def test_connectors_load_from_under_the_transformer_prefix(tmp_path):

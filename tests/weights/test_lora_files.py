@@ -1,10 +1,11 @@
 import pytest
 import torch
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ltx2_lora_to_diffusers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ltx_titan.lora import adapters, init_lora_
-from ltx_titan.weights.lora_files import export_lora, load_lora, reference_metadata
+from ltx_titan.lora import adapter_weights, adapters, init_lora_
+from ltx_titan.weights import export_lora, load_lora, reference_metadata
 from tests.lora.adapted import adapted, settings
 
 
@@ -19,7 +20,7 @@ def same(one, two):
 def exported(tmp_path, chosen=None, **options):
     model = adapted(chosen or settings())
     path = tmp_path / "adapter.safetensors"
-    export_lora(model, path, **({"dtype": torch.float32} | options))
+    export_lora(adapter_weights(model), path, **({"dtype": torch.float32} | options))
     return model, path
 
 
@@ -47,7 +48,7 @@ def test_keys_shapes_and_header(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "factor"), [({"alpha": 4}, 1), ({"alpha": 8}, 2), ({"alpha": 3, "rslora": True}, 1.5)]
 )
-def test_a_reader_that_knows_no_alpha_applies_the_same_update(tmp_path, fields, factor):
+def test_a_reader_without_alpha_applies_the_same_update(tmp_path, fields, factor):
     model, path = exported(tmp_path, settings(**fields))
     tensors = load_file(path)
     name = "transformer_blocks.0.attn1.to_q"
@@ -56,16 +57,19 @@ def test_a_reader_that_knows_no_alpha_applies_the_same_update(tmp_path, fields, 
     torch.testing.assert_close(read, factor * layer.lora_B.weight @ layer.lora_A.weight)
 
 
-@pytest.mark.parametrize("layout", ["official", "diffusers", "bare"])
-def test_round_trip(tmp_path, layout):
-    chosen = settings(targets=["all_attention", "patchify_proj"])
-    model, path = exported(tmp_path, chosen, layout="diffusers" if layout == "diffusers" else "official")
-    if layout == "bare":
+@pytest.mark.parametrize("form", ["official", "diffusers", "bare"])
+def test_round_trip(tmp_path, form):
+    chosen = settings(targets=["all_attention", "patchify_proj", "adaln_single.linear"])
+    model, path = exported(tmp_path, chosen)
+    if form == "diffusers":
+        save_file(_convert_non_diffusers_ltx2_lora_to_diffusers(load_file(path)), path)
+        assert "transformer.proj_in.lora_A.weight" in load_file(path)
+    if form == "bare":
         save_file({k.removeprefix("diffusion_model."): v for k, v in load_file(path).items()}, path)
     again = adapted(chosen)
     init_lora_(again, 9)
     assert not same(model, again)
-    load_lora(again, path)
+    load_lora(adapter_weights(again), path)
     assert same(model, again)
 
 
@@ -73,32 +77,35 @@ def refused(path, match, **fields):
     model = adapted(settings(**fields))
     before = {name: (a.clone(), b.clone()) for name, (a, b) in state(model).items()}
     with pytest.raises(ValueError, match=match):
-        load_lora(model, path)
+        load_lora(adapter_weights(model), path)
     assert all(torch.equal(a, b) for n in before for a, b in zip(before[n], state(model)[n], strict=True))
 
 
 def test_differences_are_listed_and_nothing_is_loaded(tmp_path):
     _, path = exported(tmp_path, settings(targets=["video"]))
-    refused(path, r"(?s)32 missing from the file: .*audio_attn1.*lora\.targets", targets=["video", "audio"])
-    refused(path, r"(?s)16 in the file without an adapter in the model: .*attn2.*lora\.targets", targets=[
+    refused(path, r"(?s)16 layers missing from the file: .*audio_attn1.*lora\.targets", targets=["video", "audio"])
+    refused(path, r"(?s)8 layers that have no adapter in the model: .*attn2.*lora\.targets", targets=[
         "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])  # fmt: skip
     refused(path, r"The file's rank is 4, lora\.rank is 8", targets=["video"], rank=8)
     tensors = load_file(path)
     save_file(tensors | {"diffusion_model.transformer_blocks.0.attn1.to_q.alpha": torch.ones(())}, path)
-    refused(path, r"1 of another kind than lora_A/lora_B weights: .*to_q\.alpha", targets=["video"])
+    refused(path, r"1 tensors other than lora_A/lora_B weights: .*to_q\.alpha", targets=["video"])
+    del tensors["diffusion_model.transformer_blocks.0.attn1.to_q.lora_B.weight"]
+    save_file(tensors, path)
+    refused(path, r"1 tensors without its lora_A or lora_B: .*to_q\.lora_A", targets=["video"])
 
 
-def test_another_generation_is_explained(tmp_path):
+def test_a_lora_of_another_model_generation_is_refused(tmp_path):
     _, path = exported(tmp_path, settings(targets=["attn1.to_q"]))
     save_file({key: torch.zeros(4, 96) if "lora_A" in key else t for key, t in load_file(path).items()}, path)
     refused(
         path,
-        r"(?s)2 of another shape.*model \[4, 64\], file \[4, 96\].*another model generation",
+        r"(?s)2 layers with another shape.*model \[64, 64\], file \[64, 96\].*another model generation",
         targets=["attn1.to_q"],
     )
 
 
-def test_dora_is_refused_where_it_cannot_be_written(tmp_path):
+def test_a_lora_file_cannot_store_dora(tmp_path):
     with pytest.raises(ValueError, match=r"lora\.dora = true.*export a merged checkpoint"):
-        export_lora(adapted(settings(dora=True, targets=["video"])), tmp_path / "adapter.safetensors")
+        export_lora(adapter_weights(adapted(settings(dora=True, targets=["video"]))), tmp_path / "adapter.safetensors")
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltx_titan.weights import read_metadata, released_config, scale_factors
+from ltx_titan.weights import read_metadata, read_source, released_config, scale_factors
 from tests.golden_cases import load_case
 
 
@@ -13,7 +13,7 @@ def write(path, names=("model.diffusion_model.patchify_proj.weight",), **metadat
     return path
 
 
-def test_metadata_of_a_checkpoint_is_read_whole(tmp_path):
+def test_all_metadata_of_a_checkpoint_is_read(tmp_path):
     config = {"transformer": {"num_layers": 2}, "vae": None}
     path = write(tmp_path / "model.safetensors", config=json.dumps(config), model_version="2.3.rc1", license="x")
 
@@ -46,7 +46,7 @@ def test_file_cut_within_its_header_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>" * 9, (4).to_bytes(8, "little") + b"[1]."])
-def test_other_files_are_not_taken_for_checkpoints(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "page.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a safetensors file"):
@@ -68,10 +68,18 @@ def test_missing_file_is_named(tmp_path):
         (["something.else"], "something.else"),
     ],
 )
-def test_file_without_a_transformer_config_says_what_it_is_instead(tmp_path, names, what):
+def test_a_file_without_a_transformer_config_is_described(tmp_path, names, what):
     metadata = read_metadata(write(tmp_path / "other.safetensors", names, config='{"transformer": null}'))
     with pytest.raises(ValueError, match=rf"no 'config.transformer'.*{what}"):
         metadata.transformer_config()
+    with pytest.raises(ValueError, match=rf"no 'config.transformer'.*{what}"):
+        read_source(str(metadata.path), None, None)
+
+
+def test_a_missing_section_is_named_with_those_that_exist(tmp_path):
+    metadata = read_metadata(write(tmp_path / "model.safetensors", config='{"transformer": {"num_layers": 2}}'))
+    with pytest.raises(ValueError, match=r"no 'config.vae', so there is no video VAE.*config sections: transformer"):
+        metadata.section("vae", "video VAE")
 
 
 def test_scale_factors_equal_the_golden_ones():

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from ltx_titan.lora import LoRALinear, apply_lora, init_lora_
-from ltx_titan.weights.quantized import QUANTIZED, QuantizedLinear, dequantize, quantize_rows
+from ltx_titan.weights import QUANTIZED, QuantizedLinear
+from ltx_titan.weights.quantized import dequantize, quantize_rows
 from tests.lora.adapted import golden_inputs, same_bits, settings, transformer
 
 # Half a step of the grid, for weights whose largest value in a group is 1, and the rounding of a bfloat16 scale.
@@ -50,7 +51,7 @@ def test_both_directions_use_the_same_weight(form):
 
 
 @pytest.mark.parametrize("form", QUANTIZED)
-def test_a_quantised_model_is_close_to_the_exact_one(form):
+def test_a_quantized_model_is_close_to_the_exact_one(form):
     exact = transformer()
     with torch.no_grad():
         expected = exact(*golden_inputs())
@@ -64,7 +65,7 @@ def test_a_quantised_model_is_close_to_the_exact_one(form):
 
 
 @pytest.mark.parametrize("form", QUANTIZED)
-def test_the_blocks_are_quantised_and_the_rest_stays_bfloat16(form):
+def test_blocks_are_quantized_and_the_rest_stays_bfloat16(form):
     model = transformer("meta")
     apply_lora(model, settings(base_dtype=form, targets=["video"]))
     kinds = {name: type(module) for name, module in model.named_modules()}
@@ -77,7 +78,7 @@ def test_the_blocks_are_quantised_and_the_rest_stays_bfloat16(form):
 
 
 @pytest.mark.parametrize("form", QUANTIZED)
-def test_a_quantised_base_trains_and_stays_as_it_is(form):
+def test_adapters_train_on_a_quantized_base_that_stays_unchanged(form):
     torch.manual_seed(0)
     linears = [nn.Linear(64, 64) for _ in range(3)]
     model = nn.Sequential(*[LoRALinear(QuantizedLinear.from_linear(layer, form), settings()) for layer in linears])
@@ -99,7 +100,7 @@ def test_a_quantised_base_trains_and_stays_as_it_is(form):
 
 
 @pytest.mark.parametrize("form", QUANTIZED)
-def test_nothing_but_quantised_data_is_kept_for_the_backward_pass(form):
+def test_only_quantized_data_is_saved_for_the_backward_pass(form):
     layer = QuantizedLinear.from_linear(nn.Linear(256, 512).bfloat16(), form)
     module = nn.Sequential(layer, nn.Tanh())
     x = torch.randn(4, 256, dtype=torch.bfloat16, requires_grad=True)
@@ -113,14 +114,14 @@ def test_nothing_but_quantised_data_is_kept_for_the_backward_pass(form):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             forward(x).sum().backward()
-        # Parameters are there anyway. One byte for each weight would be 131,072.
+        # Parameters are in memory anyway. One byte per weight would be 131,072.
         own = {parameter.data_ptr() for parameter in module.parameters()}
         assert sum(t.nbytes for t in kept if t.data_ptr() not in own) < 20_000
 
 
 @pytest.mark.parametrize("form", QUANTIZED)
-def test_every_byte_survives_being_gathered_in_float32(form):
-    # All 65,536 bit patterns, those of infinities and not-a-numbers included.
+def test_every_bit_pattern_survives_a_gather_in_float32(form):
+    # All 65,536 bit patterns, those of including infinities and NaNs.
     data = torch.arange(65536).to(torch.uint16).view(torch.bfloat16).view(64, 1024)
     scale = torch.ones(64, 1, dtype=torch.bfloat16)
     exact = dequantize(data, scale, form, torch.float32)
@@ -128,7 +129,7 @@ def test_every_byte_survives_being_gathered_in_float32(form):
     assert torch.equal(exact.nan_to_num(), gathered.nan_to_num())
 
 
-def test_rows_that_a_form_cannot_hold_are_refused():
+def test_row_widths_that_a_form_does_not_support_are_refused():
     with pytest.raises(ValueError, match=r"even input widths, found 25"):
         QuantizedLinear.from_linear(nn.Linear(25, 8), "int8")
     for form in ("int4", "nvfp4"):

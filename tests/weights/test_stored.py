@@ -5,8 +5,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ltx_titan.weights import check_fits, load_parameters, quantized_forms, read_metadata, refuse_quantized
-from ltx_titan.weights.stored import stored_weights
+from ltx_titan.weights import (
+    check_fits,
+    load_parameters,
+    quantized_forms,
+    read_metadata,
+    refuse_quantized,
+    stored_weights,
+)
 from tests.processes import run_ranks
 from tests.weights.quantized_file import FORMS, quantize
 
@@ -28,7 +34,7 @@ def write(path, form, spoil=lambda stored, header: None):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_weight_is_what_its_format_says_whatever_part_is_read(tmp_path, form):
+def test_any_part_of_a_weight_is_dequantized_by_the_formula_of_its_format(tmp_path, form):
     path, expected = write(tmp_path / "file.safetensors", form)
     weights = stored_weights(read_metadata(path))
     assert weights.keys() == {KEY, "plain.bias"}
@@ -51,7 +57,7 @@ def test_a_plain_fp8_cast_has_no_scale(tmp_path):
         assert torch.equal(found, file.get_tensor(KEY).float())
 
 
-def test_a_layout_may_be_declared_beside_the_weight(tmp_path):
+def test_a_layout_may_be_declared_by_a_tensor(tmp_path):
     def move(stored, header):
         header.clear()
         text = json.dumps({"format": "nvfp4"}).encode()
@@ -85,7 +91,7 @@ class Model(torch.nn.Module):
         ("fp8", lambda s, h: s.update({KEY: torch.ones(160, 96, dtype=torch.int8)}), "is I8, expected one of"),
     ],
 )
-def test_what_cannot_be_read_for_certain_is_refused(tmp_path, form, spoil, message):
+def test_ambiguous_formats_are_refused(tmp_path, form, spoil, message):
     path, _ = write(tmp_path / "file.safetensors", form, spoil)
     with pytest.raises(ValueError, match=message):
         check_fits(Model(), path)

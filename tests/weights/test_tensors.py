@@ -49,7 +49,7 @@ def resume_alone(folder):
 @pytest.mark.distributed
 def test_float8_weights_are_exported_loaded_and_saved_as_plain_tensors(tmp_path):
     run_ranks(export_load_and_save, 2, tmp_path)
-    # Where torchao cannot be imported.
+    # In a process that cannot import torchao.
     program = (
         "import sys; sys.modules['torchao'] = None\n"
         "from pathlib import Path; from tests.weights.test_tensors import resume_alone\n"

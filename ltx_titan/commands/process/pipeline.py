@@ -40,8 +40,7 @@ from ltx_titan.encode.references import ReferenceScale, reference_stage
 from ltx_titan.encode.videos import video_stage
 from ltx_titan.media.tables import Dataset, Sample, read_dataset
 from ltx_titan.model.config import caption_projected_before_connector
-from ltx_titan.weights import load_text_connectors, scale_factors
-from ltx_titan.weights.single_file import open_single_file
+from ltx_titan.weights import load_text_connectors, read_config, scale_factors
 
 _EXTRA_FOLDERS = {
     "reference_video": "reference_latents",
@@ -159,7 +158,7 @@ def _run_stages(task: _Task, samples: Iterable[Sample], store: Store, report: Re
 def _check(options: ProcessOptions, media: bool, captions: bool) -> _Task:
     """Everything that can be wrong is found here, before an encoder is loaded."""
     dataset = read_dataset(options.dataset_path, options.video_column, options.caption_column, captions)
-    checkpoint = open_single_file(options.model_path).config
+    checkpoint = read_config(options.model_path)
     if captions:
         if options.text_encoder_path is None:
             raise ValueError("--text-encoder-path: needed to encode captions")
@@ -170,7 +169,7 @@ def _check(options: ProcessOptions, media: bool, captions: bool) -> _Task:
             raise ValueError(f"--{name.replace('_', '-')} = {value}: expected {least} or more")
     if not media:
         return _Task(options, dataset, ClipRules((), (1, 1, 1)), ReferenceScale(), (), media, captions, checkpoint)
-    factors = scale_factors(open_single_file(options.video_vae_path or options.model_path).config)
+    factors = scale_factors(read_config(options.video_vae_path or options.model_path))
     if dataset.has_video and options.resolution_buckets is None:
         raise ValueError(
             "--resolution-buckets: needed for a data set with videos, as in --resolution-buckets '768x448x89'"
