@@ -1,7 +1,7 @@
 """`ltx-titan <command>`: training and every tool around it; also `python -m ltx_titan.cli <command>`.
 
 A command is a module with `DESCRIPTION`, the text of its `--help`, and `run(options) -> exit status`, whose annotation
-names the dataclass of its options (`commands/options.py`). Only the module of the command that is called is imported,
+names the dataclass of its options (`common/options.py`). Only the module of the command that is called is imported,
 so that `ltx-titan --help` does not wait for torch.
 """
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(module: ModuleType, arguments: list[str], prog: str) -> int:
     # Here, so that the list of commands appears without importing tyro.
-    from ltx_titan.commands.options import parse_options
+    from ltx_titan.common.options import parse_options
 
     if hasattr(module, "add_arguments"):
         return _run_with_argparse(module, arguments, prog)

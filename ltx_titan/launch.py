@@ -17,7 +17,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from ltx_titan.commands.options import Overrides, Positional, placeholder
+from ltx_titan.common.options import Overrides, Positional, placeholder
 
 DESCRIPTION = """\
 Train a job, or resume it: the same command continues from the newest complete checkpoint. --section.key=value overrides

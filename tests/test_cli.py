@@ -10,7 +10,7 @@ import torch
 
 from ltx_titan import __version__
 from ltx_titan.cli import COMMANDS, main
-from ltx_titan.commands.options import Flag, Group, Overrides, Positional, Repeated, alias, parse_options
+from ltx_titan.common.options import Flag, Group, Overrides, Positional, Repeated, alias, parse_options
 from tests.media.clips import write_clip
 
 

@@ -1,7 +1,7 @@
-"""What every command here does with files: find media, read and write tables, share work between processes.
+"""Media files that commands find and images that they write.
 
-Nothing needs a process group. Under torchrun each rank takes every N-th item; what ends in one table is written by
-each rank when it is through, from what all ranks have left on disk by then, so that the last one writes the whole.
+Commands need no process group. Under torchrun each rank processes every N-th item, and when it is done writes the whole
+table from the outputs that all ranks have on disk by then; the last one sees all of them.
 """
 
 import csv
@@ -19,7 +19,8 @@ from ltx_titan.common.files import atomic_write, write_text
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
-REFERENCE_KINDS = ("edges", "grey", "blur", "depth")
+# Endings of reference files by kind. Datasets on disk use the British spelling.
+REFERENCE_SUFFIXES = {"edges": "_edges", "gray": "_grey", "grey": "_grey", "blur": "_blur", "depth": "_depth"}
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl")
 MEDIA_COLUMNS = ("video", "media_path", "audio")
 PATH_COLUMNS = (
@@ -36,12 +37,12 @@ Row = dict[str, Any]
 
 
 def find_media(folder: Path, suffixes: frozenset[str], recursive: bool = True) -> list[Path]:
-    """Media files of a folder by their suffix, in order of their names.
+    """Media files of a folder with given suffixes, sorted by path.
 
-    Hidden files and folders are left out, and so are references (`a_edges.mp4`) of clips that are there (`a.mp4`).
+    Hidden files and folders are skipped, and so are references (`a_edges.mp4`) of clips in the same folder (`a.mp4`).
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder does not exist, or contains no such file.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such file or folder")
@@ -54,16 +55,16 @@ def find_media(folder: Path, suffixes: frozenset[str], recursive: bool = True) -
     ]
     if not found:
         kinds = ", ".join(sorted(suffixes))
-        below = "" if recursive else "; subfolders are looked into with --recursive"
-        raise ValueError(f"{folder}: holds no media files ({kinds}){below}")
+        below = "" if recursive else "; add --recursive to search its subfolders"
+        raise ValueError(f"{folder}: contains no media files ({kinds}){below}")
     names = {path.with_suffix("") for path in found}
     return sorted(path for path in found if not any(clip in names for clip in _clips_of(path)))
 
 
 def _clips_of(path: Path) -> list[Path]:
-    """The clip, without its suffix, that a file would be the reference of, going by its name."""
-    ends = [f"_{kind}" for kind in REFERENCE_KINDS]
-    return [path.with_name(path.stem.removesuffix(end)) for end in ends if path.stem.endswith(end)]
+    """Paths without suffix of the clips that a file is a reference of, judging by its name."""
+    endings = set(REFERENCE_SUFFIXES.values())
+    return [path.with_name(path.stem.removesuffix(ending)) for ending in endings if path.stem.endswith(ending)]
 
 
 def is_table(path: Path) -> bool:
@@ -110,7 +111,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_image(path: Path, frame: np.ndarray) -> None:
-    """Writes a frame [H, W, 3] as PNG; complete or not at all. Its folder is made."""
+    """Writes a frame uint8 [H, W, 3] as PNG, atomically; its folder is created."""
     with atomic_write(path) as temporary:
         Image.fromarray(frame).save(temporary, format="PNG")
 

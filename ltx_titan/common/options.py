@@ -4,16 +4,17 @@
     class CutOptions:
         video: Positional[Path]
         '''Video to cut.'''
-        output: Annotated[Path | None, alias("-o")] = None
-        '''Folder of the clips (default: next to the video).'''
+        output: Annotated[Maybe[Path], alias("-o")] = None
+        '''Folder of the clips. Default: the folder of the video.'''
         detector: Literal["content", "adaptive"] = "content"
         '''Method that finds cuts.'''
         overwrite: Flag = False
         '''Cut again.'''
 
 tyro turns this into `VIDEO [-o PATH] [--output PATH] [--detector {content,adaptive}] [--overwrite]`, with types,
-choices and defaults in `--help`. `bool` instead of `Flag` adds `--no-...`, `tuple[int, ...]` takes several values, and
-a field that is itself an option dataclass in `Group[...]` becomes a titled group whose flags have no prefix.
+choices and defaults in `--help`. `Maybe[Path]` is `Path | None`; `Flag` is `bool`, which alone would add `--no-...`;
+`tuple[int, ...]` takes several values. A field that is itself an option dataclass in `Group[...]` becomes a titled
+group whose flags have no prefix.
 """
 
 import contextlib
@@ -35,8 +36,14 @@ Positional = tyro.conf.Positional
 Group: TypeAlias = Annotated[T, tyro.conf.OmitArgPrefixes]
 """Nested dataclass whose options are listed under a title of their own."""
 
-Flag: TypeAlias = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+# The empty hint omits "(default: False)" and "(default: None)" from the help.
+_WITHOUT_DEFAULT = tyro.conf.arg(help_behavior_hint="")
+
+Flag: TypeAlias = Annotated[bool, tyro.conf.FlagCreatePairsOff, _WITHOUT_DEFAULT]
 """`--flag` without `--no-flag`, for switches that are off by default."""
+
+Maybe: TypeAlias = Annotated[T | None, _WITHOUT_DEFAULT]
+"""Option without a default value; its docstring says what happens without it."""
 
 Repeated: TypeAlias = Annotated[tuple[T, ...], tyro.conf.UseAppendAction]
 """Option that may be passed several times."""
@@ -51,12 +58,12 @@ _RULE = "───"
 
 
 def alias(*names: str) -> Any:
-    """Adds names to an option: `Annotated[Path, alias("-o")]`."""
+    """Adds names to an option, for example `-o`; used in `Annotated[...]`."""
     return tyro.conf.arg(aliases=list(names))
 
 
 def placeholder(text: str) -> Any:
-    """Shows a text in the help instead of the type of a value: `Annotated[str, placeholder("WxH")]`."""
+    """Sets the text that the help shows instead of the type of a value; used in `Annotated[...]`."""
     return tyro.conf.arg(metavar=text)
 
 
@@ -66,6 +73,19 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse_size(text: str, option: str) -> tuple[int, int, int]:
+    """Parses the size of a clip, `WxHxF`: width and height in pixels, and the number of frames.
+
+    Raises:
+        ValueError: the text has another form. The message names `option`.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{option} is {text!r}; expected WxHxF, for example 768x448x89")
+    width, height, frames = map(int, parts)
+    return width, height, frames
 
 
 def parse_options(cls: type[Options], arguments: Sequence[str], *, prog: str, description: str) -> Options:
