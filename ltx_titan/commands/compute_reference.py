@@ -9,25 +9,14 @@ from typing import Annotated, Literal
 import numpy as np
 from rich.console import Console
 
-from ltx_titan.commands.files import (
-    REFERENCE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    Row,
-    find_media,
-    is_table,
-    media_of_row,
-    moved_row,
-    read_table,
-    relative_name,
-    write_image,
-    write_table,
-)
+from ltx_titan.commands.files import REFERENCE_SUFFIXES, VIDEO_SUFFIXES, find_media, write_image
 from ltx_titan.commands.filters import Filter, blur, depth, edges, gray
 from ltx_titan.commands.report import Report
 from ltx_titan.common.files import locked
 from ltx_titan.common.options import Flag, Maybe, Positional, alias, default_device, placeholder
 from ltx_titan.common.ranks import own_device, own_share
 from ltx_titan.media import MediaError, is_image, iter_frames, probe_video, read_image, video_writer
+from ltx_titan.media.tables import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
 
 DESCRIPTION = """\
 Compute reference videos for in-context training (video to video). Each clip gets a video of the same length with

@@ -37,20 +37,6 @@ DEFAULT_FPS = 24.0
 """What files from before the frame rate was stored count as."""
 
 
-def relative_sample_path(media: str | Path, base: str | Path) -> Path:
-    """Path of a sample below each source folder: that of its main media file below `base`, with the suffix `.pt`.
-
-    Media outside `base` are mirrored with their whole path, so that no two of them meet.
-
-    Args:
-        media: the video, or the audio where there is none.
-        base: folder of the metadata file.
-    """
-    media, base = Path(os.path.abspath(media)), Path(os.path.abspath(base))
-    relative = media.relative_to(base) if media.is_relative_to(base) else media.relative_to(media.anchor)
-    return relative.with_suffix(".pt")
-
-
 def write_sample(path: str | Path, fields: Mapping[str, Value]) -> None:
     """Writes one sample file, whole or not at all; fields beyond the known ones are kept in the file.
 

@@ -15,7 +15,7 @@ from ltx_titan.codecs import AudioCodec
 from ltx_titan.commands.process.stage import Output, Plan, Stage
 from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND, Value
 from ltx_titan.media import Audio, MediaError, open_media, read_audio, to_duration, to_stereo
-from ltx_titan.media.tables import Sample
+from ltx_titan.media.tables import SampleRow
 
 _BYTES_PER_STEP = 8 * 16 * 4
 
@@ -33,7 +33,7 @@ class AudioColumn:
 
     name: str
     folder: str
-    file: Callable[[Sample], Path | None]
+    file: Callable[[SampleRow], Path | None]
     fills_up: bool
 
 
@@ -49,7 +49,7 @@ REFERENCE_AUDIO = AudioColumn(
 def audio_stage(
     column: AudioColumn,
     load_codec: Callable[[], AudioCodec],
-    clip_duration_s: Callable[[Sample], float] | None,
+    clip_duration_s: Callable[[SampleRow], float] | None,
     durations_s: Sequence[float],
 ) -> Stage:
     """The stage that encodes a column of audio files.
@@ -61,12 +61,12 @@ def audio_stage(
         durations_s: lengths to cut audio to where there are no videos; empty to take each as long as it is.
     """
 
-    def path_of(sample: Sample) -> Path:
+    def path_of(sample: SampleRow) -> Path:
         path = column.file(sample)
         assert path is not None
         return path
 
-    def length_s(sample: Sample, own_s: float) -> float:
+    def length_s(sample: SampleRow, own_s: float) -> float:
         if clip_duration_s is not None:
             clip_s = clip_duration_s(sample)
             return clip_s if column.fills_up else min(own_s, clip_s)
@@ -80,17 +80,17 @@ def audio_stage(
             raise MediaError(path_of(sample), reason)
         return max(fitting)
 
-    def plan(sample: Sample) -> Plan:
+    def plan(sample: SampleRow) -> Plan:
         seconds = length_s(sample, _probe_duration_s(path_of(sample)))
         return Plan(f"{seconds:.2f} s", _BYTES_PER_STEP * max(1, round(AUDIO_STEPS_PER_SECOND * seconds)))
 
-    def read(sample: Sample) -> tuple[Audio, float]:
+    def read(sample: SampleRow) -> tuple[Audio, float]:
         audio = read_audio(path_of(sample))
         if audio is None:
             raise MediaError(path_of(sample), "has no audio track")
         return audio, length_s(sample, audio.duration_s)
 
-    def load() -> Callable[[Sample, tuple[Audio, float]], Output]:
+    def load() -> Callable[[SampleRow, tuple[Audio, float]], Output]:
         codec = load_codec()
         return lambda sample, item: {column.folder: audio_fields(*item, codec)}
 

@@ -13,7 +13,7 @@ from ltx_titan.codecs import TextEncoder
 from ltx_titan.commands.process.stage import Output, Plan, Stage
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.data.layout import Value
-from ltx_titan.media.tables import Sample
+from ltx_titan.media.tables import SampleRow
 from ltx_titan.model import FeatureExtractor, TextConnectors
 
 # What language models put in front of a description, whatever they were asked for.
@@ -53,22 +53,22 @@ def caption_stage(
         remove_prefixes: whether phrases such as "The video shows" are taken off the front of captions.
     """
 
-    def read(sample: Sample) -> str:
+    def read(sample: SampleRow) -> str:
         if sample.caption is None:
             raise ValueError("has no caption")
         caption = without_prefix(sample.caption) if remove_prefixes else sample.caption
         return with_trigger(caption, trigger)
 
-    def plan(sample: Sample) -> Plan:
+    def plan(sample: SampleRow) -> Plan:
         return Plan("empty caption" if not read(sample) else "caption", size_bytes)
 
-    def load() -> Callable[[Sample, str], Output]:
+    def load() -> Callable[[SampleRow, str], Output]:
         models = load_models()
         return lambda sample, caption: {
             "conditions": text_fields(caption, models.encoder, models.extractor, models.connectors)
         }
 
-    def subject(sample: Sample) -> str:
+    def subject(sample: SampleRow) -> str:
         return f"row {sample.row} ({sample.media})"
 
     return Stage("captions", ("conditions",), subject, plan, read, load)

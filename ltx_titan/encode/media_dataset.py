@@ -40,8 +40,7 @@ from ltx_titan.encode.captions import with_trigger
 from ltx_titan.encode.disk_cache import DiskCache
 from ltx_titan.encode.encoders import EncoderFiles, Encoders
 from ltx_titan.media import MediaError, fit_frames, is_image, probe_video, read_audio, read_clip, read_image
-from ltx_titan.media.tables import Sample as Row
-from ltx_titan.media.tables import read_dataset
+from ltx_titan.media.tables import SampleRow, read_sample_table
 from ltx_titan.weights.metadata import read_metadata, scale_factors
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ class _Header:
 class _Clip:
     """A row that can be used, and the shape that its file is brought to."""
 
-    row: Row
+    row: SampleRow
     bucket: Bucket
     fps: Fraction
     has_audio: bool
@@ -214,7 +213,7 @@ class MediaDataset:
                     raise MediaError(own, "has no audio track")
                 return self._encoders.audio(audio, clip.duration_s)
 
-    def _caption(self, row: Row) -> str:
+    def _caption(self, row: SampleRow) -> str:
         assert row.caption is not None
         return with_trigger(row.caption, self._section.lora_trigger)
 
@@ -229,7 +228,7 @@ class MediaDataset:
 
     def _find_clips(self) -> list[_Clip]:
         section = self._section
-        table = read_dataset(section.dataset_path, section.video_column, section.caption_column)
+        table = read_sample_table(section.dataset_path, section.video_column, section.caption_column)
         if not table.has_video:
             raise ValueError(
                 f"{section.dataset_path}: has audio only, whose latents are small enough to keep; prepare it with "

@@ -19,7 +19,7 @@ from ltx_titan.encode.buckets import Bucket
 from ltx_titan.encode.clips import Clip, ClipRules, read_pixels
 from ltx_titan.encode.videos import latent_bytes, latent_fields
 from ltx_titan.media import MediaError, frames_at_rate, is_image, probe_video
-from ltx_titan.media.tables import Sample
+from ltx_titan.media.tables import SampleRow
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def reference_stage(
     rules: ClipRules,
     scale: ReferenceScale,
     report: Report,
-    clip_of: Callable[[Sample], Clip],
+    clip_of: Callable[[SampleRow], Clip],
     load_codec: Callable[[], VideoCodec],
 ) -> Stage:
     """The stage that encodes reference videos.
@@ -88,7 +88,7 @@ def reference_stage(
         load_codec: loads a video codec with an encoder.
     """
 
-    def shape(sample: Sample) -> tuple[Clip, Clip]:
+    def shape(sample: SampleRow) -> tuple[Clip, Clip]:
         """The reference before and after frames are left out."""
         path, target = sample.extras["reference_video"], clip_of(sample)
         if is_image(path):
@@ -102,11 +102,11 @@ def reference_stage(
         fps = rules.fps or info.fps
         return ReferenceScale(scale.space).shrink(target, fps), scale.shrink(target, fps)
 
-    def plan(sample: Sample) -> Plan:
+    def plan(sample: SampleRow) -> Plan:
         small = shape(sample)[1]
         return Plan(str(small), latent_bytes(small, rules))
 
-    def read(sample: Sample) -> tuple[Clip, Tensor, bool]:
+    def read(sample: SampleRow) -> tuple[Clip, Tensor, bool]:
         whole, small = shape(sample)
         pixels = read_pixels(sample.extras["reference_video"], whole, rules, sample.key)
         if scale.time > 1:
@@ -114,10 +114,10 @@ def reference_stage(
         differs = whole.bucket.frames > 1 and abs(float(whole.fps - clip_of(sample).fps)) > 1e-3
         return small, pixels, differs
 
-    def load() -> Callable[[Sample, tuple[Clip, Tensor, bool]], Output]:
+    def load() -> Callable[[SampleRow, tuple[Clip, Tensor, bool]], Output]:
         codec = load_codec()
 
-        def encode(sample: Sample, item: tuple[Clip, Tensor, bool]) -> Output:
+        def encode(sample: SampleRow, item: tuple[Clip, Tensor, bool]) -> Output:
             small, pixels, differs = item
             if differs:
                 report.notes["references of another frame rate than their video (--fps would make them equal)"] += 1

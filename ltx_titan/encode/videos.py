@@ -19,7 +19,7 @@ from ltx_titan.data.layout import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_STEPS_PER_SE
 from ltx_titan.encode.audio import absent_audio_fields, audio_fields
 from ltx_titan.encode.clips import Clip, ClipRules, plan_clip, read_pixels
 from ltx_titan.media import Audio, is_image, read_audio
-from ltx_titan.media.tables import Sample
+from ltx_titan.media.tables import SampleRow
 
 
 def video_stage(
@@ -37,23 +37,23 @@ def video_stage(
         load_audio: loads an audio codec with an encoder; None leaves the audio of videos alone.
     """
 
-    def plan(sample: Sample) -> Plan:
+    def plan(sample: SampleRow) -> Plan:
         clip = plan_clip(_video(sample), rules)
         steps = max(1, round(AUDIO_STEPS_PER_SECOND * clip.duration_s)) if load_audio else 0
         size = latent_bytes(clip, rules) + audio_bytes(steps)
         return Plan(str(clip), size)
 
-    def read(sample: Sample) -> tuple[Clip, Tensor, Audio | None]:
+    def read(sample: SampleRow) -> tuple[Clip, Tensor, Audio | None]:
         path = _video(sample)
         clip = plan_clip(path, rules)
         pixels = read_pixels(path, clip, rules, sample.key)
         audio = read_audio(path) if load_audio and not is_image(path) else None
         return clip, pixels, audio
 
-    def load() -> Callable[[Sample, tuple[Clip, Tensor, Audio | None]], Output]:
+    def load() -> Callable[[SampleRow, tuple[Clip, Tensor, Audio | None]], Output]:
         video_codec, audio_codec = load_video(), load_audio() if load_audio else None
 
-        def encode(sample: Sample, item: tuple[Clip, Tensor, Audio | None]) -> Output:
+        def encode(sample: SampleRow, item: tuple[Clip, Tensor, Audio | None]) -> Output:
             clip, pixels, audio = item
             if clip.repeats_frames:
                 report.notes["videos slower than the frame rate asked for, whose frames were repeated"] += 1
@@ -92,7 +92,7 @@ def audio_bytes(steps: int) -> int:
     return AUDIO_CHANNELS * AUDIO_BINS * steps * 4
 
 
-def _video(sample: Sample) -> Path:
+def _video(sample: SampleRow) -> Path:
     assert sample.video is not None
     return sample.video
 

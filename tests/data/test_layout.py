@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ltx_titan.data import read_sample, read_shapes, relative_sample_path, write_sample
+from ltx_titan.data import read_sample, read_shapes, write_sample
 from tests.data.files import audio, features, video, without
 
 CONTEXTS = {"video_context": torch.ones(8, 6), "audio_context": torch.ones(8, 4)}
@@ -163,9 +163,3 @@ def test_broken_file_is_named_with_the_remedy(tmp_path, damage, read):
     damage(path)
     with pytest.raises(ValueError, match=r"clip\.pt.*(expected|found).*run the preprocessing again"):
         read(path)
-
-
-def test_sample_path_follows_the_media_below_the_metadata(tmp_path):
-    assert str(relative_sample_path(tmp_path / "a" / "b.clip.mp4", tmp_path)) == "a/b.clip.pt"
-    assert str(relative_sample_path("/media/disk/b.mp4", "/data/set")) == "media/disk/b.pt"
-    assert str(relative_sample_path("/data/set/../other/b.mp4", "/data/set")) == "data/other/b.pt"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES, is_table
+from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from ltx_titan.commands.inspection import prepared, raw
 from ltx_titan.commands.inspection.prepared import Folders, InspectedSample
 from ltx_titan.commands.inspection.sheet import Entry, write_sheet
@@ -26,6 +26,7 @@ from ltx_titan.data import resolve_root
 from ltx_titan.encode.buckets import parse_buckets
 from ltx_titan.estimate.step_time import StepTimes, step_times
 from ltx_titan.media import IMAGE_SUFFIXES
+from ltx_titan.media.tables import is_table
 from ltx_titan.validation.decode import Decoders, load_decoders
 
 DESCRIPTION = """\

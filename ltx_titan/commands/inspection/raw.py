@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES, find_media, is_table, media_of_row, read_table
+from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES, find_media
 from ltx_titan.commands.inspection.sheet import Entry
 from ltx_titan.common.tensors import evenly_spaced
 from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND
@@ -27,6 +27,7 @@ from ltx_titan.media import (
     read_image,
     to_uint8,
 )
+from ltx_titan.media.tables import is_table, media_of_row, read_table
 from ltx_titan.media.video import open_media
 
 _SHEET_FRAMES = 6

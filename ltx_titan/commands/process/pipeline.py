@@ -38,7 +38,7 @@ from ltx_titan.encode.clips import Clip, ClipRules, plan_clip
 from ltx_titan.encode.masks import audio_mask_stage, video_mask_stage
 from ltx_titan.encode.references import ReferenceScale, reference_stage
 from ltx_titan.encode.videos import video_stage
-from ltx_titan.media.tables import Dataset, Sample, read_dataset
+from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table
 from ltx_titan.model.config import caption_projected_before_connector
 from ltx_titan.weights import load_text_connectors, scale_factors
 from ltx_titan.weights.single_file import open_single_file
@@ -56,7 +56,7 @@ class _Task:
     """What a run is to do, all of it checked."""
 
     options: ProcessOptions
-    dataset: Dataset
+    dataset: SampleTable
     rules: ClipRules
     scale: ReferenceScale
     durations_s: tuple[float, ...]
@@ -111,7 +111,7 @@ def process(
         return report
 
 
-def _run_stages(task: _Task, samples: Iterable[Sample], store: Store, report: Report) -> None:
+def _run_stages(task: _Task, samples: Iterable[SampleRow], store: Store, report: Report) -> None:
     options, dataset = task.options, task.dataset
     run = partial(
         plan_stage if options.dry_run else run_stage,
@@ -123,7 +123,7 @@ def _run_stages(task: _Task, samples: Iterable[Sample], store: Store, report: Re
     samples = list(samples)
     clip_of = partial(_clip_of, store=store, rules=task.rules)
 
-    def run_on(stage: Stage, has_file: Callable[[Sample], bool]) -> list[Sample]:
+    def run_on(stage: Stage, has_file: Callable[[SampleRow], bool]) -> list[SampleRow]:
         """Runs a stage on the samples that have its file; returns all but those that failed."""
         todo = [sample for sample in samples if has_file(sample)]
         if without := len(samples) - len(todo):
@@ -158,7 +158,7 @@ def _run_stages(task: _Task, samples: Iterable[Sample], store: Store, report: Re
 
 def _check(options: ProcessOptions, media: bool, captions: bool) -> _Task:
     """Everything that can be wrong is found here, before an encoder is loaded."""
-    dataset = read_dataset(options.dataset_path, options.video_column, options.caption_column, captions)
+    dataset = read_sample_table(options.dataset_path, options.video_column, options.caption_column, captions)
     checkpoint = open_single_file(options.model_path).config
     if captions:
         if options.text_encoder_path is None:
@@ -250,7 +250,7 @@ def _report_start(task: _Task, store: Store, ranks: Ranks, report: Report) -> No
         )
 
 
-def _clip_of(sample: Sample, store: Store, rules: ClipRules) -> Clip:
+def _clip_of(sample: SampleRow, store: Store, rules: ClipRules) -> Clip:
     """Shape of a sample's clip: that of its latents, or what it will be where they are not there yet."""
     if not store.has("latents", sample.key):
         assert sample.video is not None
@@ -261,7 +261,7 @@ def _clip_of(sample: Sample, store: Store, rules: ClipRules) -> Clip:
     return Clip(bucket, Fraction(fields["fps"]).limit_denominator(100_000))
 
 
-def _audio_steps(sample: Sample, store: Store) -> int | None:
+def _audio_steps(sample: SampleRow, store: Store) -> int | None:
     if not store.has("audio_latents", sample.key):
         return None
     return int(store.read("audio_latents", sample.key)["num_time_steps"])

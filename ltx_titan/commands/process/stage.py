@@ -19,7 +19,7 @@ from ltx_titan.commands.process.store import Store
 from ltx_titan.commands.report import Report
 from ltx_titan.data.layout import Value
 from ltx_titan.media import MediaError
-from ltx_titan.media.tables import Sample
+from ltx_titan.media.tables import SampleRow
 
 Output = dict[str, dict[str, Value]]
 """Source folder -> fields; written in this order."""
@@ -53,15 +53,15 @@ class Stage:
 
     name: str
     folders: tuple[str, ...]
-    subject: Callable[[Sample], str]
-    plan: Callable[[Sample], Plan]
-    read: Callable[[Sample], Any]
-    load: Callable[[], Callable[[Sample, Any], Output]]
+    subject: Callable[[SampleRow], str]
+    plan: Callable[[SampleRow], Plan]
+    read: Callable[[SampleRow], Any]
+    load: Callable[[], Callable[[SampleRow, Any], Output]]
 
 
 def run_stage(
-    stage: Stage, samples: Sequence[Sample], store: Store, report: Report, *, num_workers: int, overwrite: bool
-) -> list[Sample]:
+    stage: Stage, samples: Sequence[SampleRow], store: Store, report: Report, *, num_workers: int, overwrite: bool
+) -> list[SampleRow]:
     """Runs a stage on what is not there yet.
 
     Args:
@@ -96,8 +96,8 @@ def run_stage(
 
 
 def plan_stage(
-    stage: Stage, samples: Sequence[Sample], store: Store, report: Report, *, num_workers: int, overwrite: bool
-) -> list[Sample]:
+    stage: Stage, samples: Sequence[SampleRow], store: Store, report: Report, *, num_workers: int, overwrite: bool
+) -> list[SampleRow]:
     """As `run_stage`, but only reports what would be done."""
     usable, todo = _split(stage, samples, store, report, overwrite)
     with report.progress(stage.name, len(todo)) as bar:
@@ -112,8 +112,8 @@ def plan_stage(
 
 
 def _split(
-    stage: Stage, samples: Sequence[Sample], store: Store, report: Report, overwrite: bool
-) -> tuple[list[Sample], list[Sample]]:
+    stage: Stage, samples: Sequence[SampleRow], store: Store, report: Report, overwrite: bool
+) -> tuple[list[SampleRow], list[SampleRow]]:
     """Samples that are there, and those that are not."""
     done, todo = [], []
     for sample in samples:
@@ -126,11 +126,11 @@ def _split(
 
 
 def _read_ahead(
-    read: Callable[[Sample], Any], samples: Iterable[Sample], num_workers: int
-) -> Iterator[tuple[Sample, Any]]:
+    read: Callable[[SampleRow], Any], samples: Iterable[SampleRow], num_workers: int
+) -> Iterator[tuple[SampleRow, Any]]:
     """Each sample with what `read` gives, or with the error where its file cannot be used."""
 
-    def attempt(sample: Sample) -> Any:
+    def attempt(sample: SampleRow) -> Any:
         try:
             return read(sample)
         except (ValueError, OSError) as error:
@@ -140,7 +140,7 @@ def _read_ahead(
         yield from ((sample, attempt(sample)) for sample in samples)
         return
     remaining = iter(samples)
-    waiting: deque[tuple[Sample, Future[Any]]] = deque()
+    waiting: deque[tuple[SampleRow, Future[Any]]] = deque()
     pool = ThreadPoolExecutor(num_workers, "ltx-titan-read")
 
     def refill() -> None:
@@ -161,9 +161,9 @@ def _read_ahead(
 
 def _encode(
     stage: Stage,
-    sample: Sample,
+    sample: SampleRow,
     item: Any,
-    encode: Callable[[Sample, Any], Output],
+    encode: Callable[[SampleRow, Any], Output],
     store: Store,
     report: Report,
 ) -> bool:
@@ -180,7 +180,7 @@ def _encode(
     return True
 
 
-def _seal(stage: Stage, samples: Iterable[Sample], store: Store) -> None:
+def _seal(stage: Stage, samples: Iterable[SampleRow], store: Store) -> None:
     for group in dict.fromkeys(store.group(sample) for sample in samples):
         for folder in stage.folders:
             store.seal(folder, group)

@@ -26,7 +26,7 @@ from ltx_titan.data.shards import (
     shard_shapes,
     write_shard,
 )
-from ltx_titan.media.tables import Sample
+from ltx_titan.media.tables import SampleRow
 
 _TEMPORARY = re.compile(r"\.(pt|safetensors)\.tmp\.\d+(\.[0-9a-f]+)?$")
 
@@ -35,7 +35,7 @@ class Store:
     """The data root that a run writes to."""
 
     def __init__(
-        self, root: Path, samples: Sequence[Sample], folders: Iterable[str], shard_size: int | None = None
+        self, root: Path, samples: Sequence[SampleRow], folders: Iterable[str], shard_size: int | None = None
     ) -> None:
         """Looks at what is there.
 
@@ -84,12 +84,12 @@ class Store:
         """
         write_sample(self.root / folder / key, fields)
 
-    def share(self, samples: Iterable[Sample], rank: int, world_size: int) -> list[Sample]:
+    def share(self, samples: Iterable[SampleRow], rank: int, world_size: int) -> list[SampleRow]:
         """The samples that a rank makes, in the order in which it does: shard by shard, else every n-th."""
         mine = [sample for sample in samples if self.group(sample) % world_size == rank]
         return sorted(mine, key=lambda sample: (self.group(sample), sample.row))
 
-    def group(self, sample: Sample) -> int:
+    def group(self, sample: SampleRow) -> int:
         """Number of the shard that a sample belongs to; where there are no shards, one of its own."""
         return self._shard[sample.key.as_posix()]
 
