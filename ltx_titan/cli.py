@@ -1,21 +1,20 @@
 """`ltx-titan <command>`: training and every tool around it; also `python -m ltx_titan.cli <command>`.
 
-A command is a module with `DESCRIPTION`, the text of its `--help`, and `run(options) -> exit status`, whose annotation
-names the dataclass of its options (`common/options.py`). Only the module of the command that is called is imported,
-so that `ltx-titan --help` does not wait for torch.
+A command is a module, or an object in one, with `DESCRIPTION`, the text of its `--help`, and `run(options) -> exit
+status`, whose annotation names the dataclass of its options (`common/options.py`). Only the module of the command that
+is called is imported, so that `ltx-titan --help` does not wait for torch.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from ltx_titan import __version__
 from ltx_titan.common.logs import quiet_libraries
 
-# command: (module, one line for the list of commands)
+# command: (module or module:object, one line for the list of commands)
 COMMANDS = {
     "train": ("ltx_titan.launch", "train a job on the GPUs of this node, or of several"),
     "estimate": ("ltx_titan.estimate.command", "predict memory and step time of a job, search its fastest mesh"),
@@ -59,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _command_list(argv[: words - 1]).parse_args(argv[words - 1 :])
     prog = f"ltx-titan {name}"
     try:
-        return _run(import_module(COMMANDS[name][0]), argv[words:], prog)
+        module_name, _, object_name = COMMANDS[name][0].partition(":")
+        module = import_module(module_name)
+        return _run(getattr(module, object_name) if object_name else module, argv[words:], prog)
     except ModuleNotFoundError as error:
         if (error.name or "ltx_titan").startswith("ltx_titan"):
             raise
@@ -69,17 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _run(module: ModuleType, arguments: list[str], prog: str) -> int:
+def _run(command: Any, arguments: list[str], prog: str) -> int:
     # Here, so that the list of commands appears without importing tyro.
     from ltx_titan.common.options import parse_options
 
-    if hasattr(module, "add_arguments"):
-        return _run_with_argparse(module, arguments, prog)
-    options = get_type_hints(module.run)["options"]
-    return module.run(parse_options(options, arguments, prog=prog, description=module.DESCRIPTION))
+    if hasattr(command, "add_arguments"):
+        return _run_with_argparse(command, arguments, prog)
+    options = get_type_hints(command.run)["options"]
+    return command.run(parse_options(options, arguments, prog=prog, description=command.DESCRIPTION))
 
 
-def _run_with_argparse(module: ModuleType, arguments: list[str], prog: str) -> int:
+def _run_with_argparse(module: Any, arguments: list[str], prog: str) -> int:
     """Commands that still declare `add_arguments(parser)`; delete once none does."""
     parser = argparse.ArgumentParser(
         prog=prog, description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -64,12 +64,12 @@ class Example:
     """One option of each form."""
 
     source: Positional[Path]
-    """Where to read."""
+    """Input file."""
 
     size: Group[Size] = Size()
 
     output: Annotated[Path | None, alias("-o")] = None
-    """Where to write."""
+    """Output file."""
 
     kind: Literal["edges", "blur"] = "edges"
     """Filter."""
@@ -132,7 +132,7 @@ def test_help_states_every_option(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("SOURCE", "Where to read.", "--kind", "{edges,blur}", "-o", "--no-tiling"))
+    assert all(text in printed for text in ("SOURCE", "Input file.", "--kind", "{edges,blur}", "-o", "--no-tiling"))
     assert "--overrides" not in printed
 
 

@@ -53,7 +53,7 @@ class ReferenceOptions:
     """Table to write. Default: the dataset itself, or dataset.jsonl in its folder."""
 
     kind: Literal["edges", "gray", "grey", "blur", "depth"] = "edges"
-    """What the references show. `grey` is an older name of `gray`."""
+    """Content of the references. `grey` is an older name of `gray`."""
 
     canny: Annotated[tuple[float, float], placeholder("LOW HIGH")] = (100, 200)
     """Gradient thresholds of the Canny edge detector."""

@@ -23,7 +23,7 @@ _DETECTION_WIDTH = 256
 
 @dataclass(frozen=True)
 class Detection:
-    """How scenes are found."""
+    """Settings of scene detection."""
 
     detector: Literal["content", "adaptive", "threshold", "histogram"] = "content"
     """Detector of cuts: content (hard cuts), adaptive (hard cuts despite fast camera movement), threshold (fades to

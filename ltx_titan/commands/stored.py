@@ -1,4 +1,4 @@
-"""Samples of prepared data, in `.pt` files of their own or in shards."""
+"""Samples of prepared data, in single `.pt` files or in shards."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -34,7 +34,7 @@ Positional = tyro.conf.Positional
 """Positional argument; its name in upper case is the placeholder in the usage line."""
 
 Group: TypeAlias = Annotated[T, tyro.conf.OmitArgPrefixes]
-"""Nested dataclass whose options are listed under a title of their own."""
+"""Nested dataclass whose options are listed under a separate title."""
 
 # The empty hint omits "(default: False)" and "(default: None)" from the help.
 _WITHOUT_DEFAULT = tyro.conf.arg(help_behavior_hint="")

@@ -1,6 +1,6 @@
 """A small captioned dataset from the clip in this package: eight short windows with audio.
 
-First jobs train on it, on any machine, before there are clips of one's own.
+First jobs can train on it, on any machine, before other clips are prepared.
 """
 
 import json
@@ -25,19 +25,19 @@ CLIP_NAME = "big_buck_bunny_5s.mp4"
 _FRAMES, _WIDTH, _HEIGHT = 25, 384, 216
 
 _SETTING = (
-    "Animated film. A grassy hillside in warm morning light with a burrow under tree roots, grey boulders beside it "
+    "Animated film. A grassy hillside in warm morning light with a burrow under tree roots, gray boulders beside it "
     "and a stone ruin under a violet sky behind."
 )
 # Action in the clip from 0 s to 5 s, one line per window.
 _ACTIONS = (
-    "A big grey rabbit looks out of its burrow, drowsy, one paw on the ground.",
-    "A big grey rabbit crawls out of its burrow and props itself on a boulder, blinking.",
-    "A big grey rabbit leaves its burrow and straightens up, smiling with half-closed eyes.",
-    "A big grey rabbit rises in front of its burrow and spreads its arms for balance.",
-    "A big grey rabbit stands tall and begins to stretch, fists lifted to the sides.",
-    "A big grey rabbit stretches with its head thrown back and yawns with a wide open mouth.",
-    "A big grey rabbit finishes a long yawn, its arms still raised above its shoulders.",
-    "A big grey rabbit lowers its arms after a yawn and scratches the back of its head, content.",
+    "A big gray rabbit looks out of its burrow, drowsy, one paw on the ground.",
+    "A big gray rabbit crawls out of its burrow and props itself on a boulder, blinking.",
+    "A big gray rabbit leaves its burrow and straightens up, smiling with half-closed eyes.",
+    "A big gray rabbit rises in front of its burrow and spreads its arms for balance.",
+    "A big gray rabbit stands tall and begins to stretch, fists lifted to the sides.",
+    "A big gray rabbit stretches with its head thrown back and yawns with a wide open mouth.",
+    "A big gray rabbit finishes a long yawn, its arms still raised above its shoulders.",
+    "A big gray rabbit lowers its arms after a yawn and scratches the back of its head, content.",
 )
 
 

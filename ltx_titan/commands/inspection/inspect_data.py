@@ -97,7 +97,7 @@ class InspectOptions:
     """MFU for step times."""
 
     mode: Literal["full", "lora"] = "lora"
-    """What is trained, for step times."""
+    """Full or LoRA fine-tuning, for step times."""
 
     device: str = field(default_factory=default_device)
     """Device that latents are decoded on."""
