@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from ltx_titan.common.options import Flag, Maybe, alias, placeholder
 from ltx_titan.media import MediaError, probe_video
-from ltx_titan.media.video import open_media
+from ltx_titan.media.container import open_media
 
 _THRESHOLDS = {"content": 27.0, "adaptive": 3.0, "threshold": 12.0, "histogram": 0.2}
 # Detectors compare whole frames: more pixels take longer and do not change the result.

@@ -21,7 +21,7 @@ from ltx_titan.common.files import locked, write_text
 from ltx_titan.common.options import Flag, Group, Maybe, Positional, alias, placeholder
 from ltx_titan.common.ranks import own_share
 from ltx_titan.media import MediaError, iter_frames, probe_video, video_writer
-from ltx_titan.media.audio_parts import iter_audio_parts
+from ltx_titan.media.audio import iter_audio_parts
 from ltx_titan.media.tables import relative_name, write_table
 
 DESCRIPTION = """\

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ltx_titan.encode.buckets import Bucket, choose_bucket
 from ltx_titan.media import MediaError, fit_frames, frames_at_rate, is_image, probe_video, read_clip, read_image
-from ltx_titan.media.frames import CENTRE
+from ltx_titan.media.image import CENTER
 
 Reshape = Literal["center", "random"]
 
@@ -42,7 +42,7 @@ class ClipRules:
     def anchor(self, key: Path) -> tuple[float, float]:
         """Place of a sample's cut; the same in every run, for its clip, its reference and its mask."""
         if self.reshape == "center":
-            return CENTRE
+            return CENTER
         digest = hashlib.blake2b(key.as_posix().encode(), digest_size=8).digest()
         return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:]) / 2**32
 

@@ -27,8 +27,8 @@ from ltx_titan.media import (
     read_image,
     to_uint8,
 )
+from ltx_titan.media.container import open_media
 from ltx_titan.media.tables import is_table, media_of_row, read_table
-from ltx_titan.media.video import open_media
 
 _SHEET_FRAMES = 6
 # Frames after this one are reached by seeking instead of decoding all frames before.
