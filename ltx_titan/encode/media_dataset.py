@@ -26,6 +26,7 @@ from ltx_titan.codecs import load_audio_codec, load_video_codec, text_encoder_co
 from ltx_titan.codecs.text_encoder import MAX_TOKENS
 from ltx_titan.config.sections import MediaSection
 from ltx_titan.data import Sample, ShapeKey, shape_key_of
+from ltx_titan.data.cache import SampleCache
 from ltx_titan.data.layout import (
     AUDIO_BINS,
     AUDIO_CHANNELS,
@@ -37,7 +38,6 @@ from ltx_titan.data.layout import (
 )
 from ltx_titan.encode.buckets import Bucket, choose_bucket, parse_buckets
 from ltx_titan.encode.captions import with_trigger
-from ltx_titan.encode.disk_cache import DiskCache
 from ltx_titan.encode.encoders import EncoderFiles, Encoders
 from ltx_titan.media import MediaError, fit_frames, is_image, probe_video, read_audio, read_clip, read_image
 from ltx_titan.media.tables import SampleRow, read_sample_table
@@ -127,7 +127,7 @@ class MediaDataset:
             "conditions": (_stamp(files.checkpoint), _stamp(files.text_encoder)),
         }
         self._encoders = Encoders(files)
-        self._cache = DiskCache(section.cache_dir, section.cache_gib * 2**30) if section.cache_dir else None
+        self._cache = SampleCache(section.cache_dir, section.cache_gib * 2**30) if section.cache_dir else None
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
@@ -188,7 +188,7 @@ class MediaDataset:
         self._keep(cache, entry, fields)
         return check_fields(clip.row.media, fields, _KINDS[key])
 
-    def _keep(self, cache: DiskCache, entry: str, fields: Fields) -> None:
+    def _keep(self, cache: SampleCache, entry: str, fields: Fields) -> None:
         try:
             cache.put(entry, fields)
         except OSError as error:

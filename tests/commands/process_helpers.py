@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ltx_titan.commands.process.options import ProcessOptions
 from ltx_titan.commands.process.pipeline import process
-from ltx_titan.data.index import INDEX_NAME
+from ltx_titan.data.cache import INDEX_NAME
 
 
 def write_rows(folder, rows):

@@ -13,7 +13,6 @@ from ltx_titan.commands.process.options import ProcessOptions
 from ltx_titan.config import ConfigError, load_job
 from ltx_titan.config.sections import MediaSection
 from ltx_titan.data import BatchPlan, PrecomputedDataset, StepLoader, write_sample
-from ltx_titan.encode.disk_cache import DiskCache
 from ltx_titan.encode.media_dataset import MediaDataset
 from ltx_titan.media import write_video, write_wav
 from ltx_titan.media.audio import Audio
@@ -160,23 +159,6 @@ def test_what_was_encoded_is_kept_and_known_again(nano, mixed, tmp_path):
 
 def other_index(dataset, name):
     return next(index for index in range(len(dataset)) if dataset.name(index) == name)
-
-
-def test_the_cache_drops_what_was_not_used_for_longest(tmp_path):
-    fields = {"mask": torch.zeros(4096)}
-    probe = tmp_path / "probe.pt"
-    write_sample(probe, fields)
-    size = probe.stat().st_size
-    cache = DiskCache(tmp_path / "cache", 3.5 * size)
-    for key in ("aa1", "bb2", "cc3"):
-        cache.put(key, fields)
-    assert cache.get("aa1", "mask") is not None
-    cache.put("dd4", fields)
-    assert cache.get("bb2", "mask") is None
-    assert all(cache.get(key, "mask") is not None for key in ("aa1", "cc3", "dd4"))
-    # Another process knows what is there already.
-    DiskCache(tmp_path / "cache", 2.5 * size).put("ee5", fields)
-    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.pt")) <= 2.5 * size
 
 
 def test_an_offloaded_text_encoder_gives_the_same_features(nano, mixed):
