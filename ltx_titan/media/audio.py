@@ -114,6 +114,23 @@ def iter_audio_parts(path: str | Path, spans: Sequence[tuple[float, float]]) -> 
             yield to_duration(Audio(to_stereo(torch.from_numpy(part)), rate), duration_s)
 
 
+def probe_duration_s(path: str | Path) -> float:
+    """Reads the duration of an audio track from its header; decodes it if the header has none.
+
+    Raises:
+        MediaError: the file is not a readable media file, or has no audio track.
+    """
+    with open_media(path) as container:
+        if not container.streams.audio:
+            raise MediaError(path, "has no audio track")
+        stream = container.streams.audio[0]
+        if stream.duration is not None and stream.time_base is not None:
+            return float(stream.duration * stream.time_base)
+    audio = read_audio(path)
+    assert audio is not None
+    return audio.duration_s
+
+
 def to_stereo(waveform: Tensor) -> Tensor:
     """Mixes a waveform [C, N] to two channels [2, N].
 
