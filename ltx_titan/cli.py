@@ -1,77 +1,114 @@
-"""`ltx-titan <command>`: every tool of this package under one name; also `python -m ltx_titan.cli <command>`.
+"""`ltx-titan <command>`: training and every tool around it; also `python -m ltx_titan.cli <command>`.
 
-A command is a module with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> exit status`. Only the module
-of the command that is called is imported, so that the list of commands appears at once. One that reads a job also takes
-`--section.key=value`: its parser has a default for `overrides`.
+A command is a module, or an object in one, with `DESCRIPTION`, the text of its `--help`, and `run(options) -> exit
+status`, whose annotation names the dataclass of its options (`common/options.py`). Only the module of the command that
+is called is imported, so that `ltx-titan --help` does not wait for torch.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any, get_type_hints
 
+from ltx_titan import __version__
 from ltx_titan.common.logs import quiet_libraries
 
-# command: (module, what it does in one line)
+# command: (module or module:object, one line for the list of commands)
 COMMANDS = {
-    "make-nano": ("ltx_titan.nano.pack", "write a miniature LTX-2.3 pack with random weights, to try things on"),
-    "make-debug-dataset": ("ltx_titan.nano.debug_dataset", "write a small captioned data set, to try things on"),
-    "make-checkpoint": (
-        "ltx_titan.nano.random_checkpoint",
-        "write a checkpoint of a released model's size with random weights, to measure with",
-    ),
-    "estimate": (
-        "ltx_titan.estimate.command",
-        "predict memory and step time of a job, find its fastest mesh, build it dry",
-    ),
-    "bench": ("ltx_titan.benchmarks.bench", "measure kernels and the block on this device"),
+    "train": ("ltx_titan.launch", "train a job on the GPUs of this node, or of several"),
+    "estimate": ("ltx_titan.estimate.command", "predict memory and step time of a job, search its fastest mesh"),
+    "sample": ("ltx_titan.commands.sample", "sample clips from a checkpoint, with or without a LoRA"),
+    "import-config": ("ltx_titan.commands.import_ltx", "convert a job of the LTX Trainer (YAML) to a job file (TOML)"),
     "split-scenes": ("ltx_titan.commands.split_scenes", "cut long videos into clips of one scene each"),
-    "caption": ("ltx_titan.commands.captioning.caption", "describe clips with a multimodal model"),
-    "compute-reference": ("ltx_titan.commands.compute_reference", "make reference videos: edges, grey, blur, depth"),
-    "process-dataset": ("ltx_titan.commands.process.process_dataset", "encode clips and captions for training"),
-    "process-videos": (
-        "ltx_titan.commands.process.process_videos",
-        "encode videos, images and audio, without captions",
+    "caption": ("ltx_titan.commands.captioning.caption", "caption clips with a multimodal model"),
+    "compute-reference": (
+        "ltx_titan.commands.compute_reference",
+        "compute reference videos: edges, gray, blur or depth",
     ),
-    "process-captions": ("ltx_titan.commands.process.process_captions", "encode captions, without their media"),
     "inspect": (
         "ltx_titan.commands.inspection.inspect_data",
-        "look at clips or prepared data: a contact sheet and a table",
+        "check clips or prepared data: contact sheet, buckets, tokens",
     ),
-    "decode-latents": ("ltx_titan.commands.decode_latents", "turn prepared latents back into pictures and audio"),
-    "import-config": ("ltx_titan.commands.import_ltx", "turn a job of the LTX Trainer (YAML) into one of ours (TOML)"),
-    "sample": ("ltx_titan.commands.sample", "sample clips with a checkpoint, or with a base and a LoRA"),
+    "process-dataset": ("ltx_titan.commands.process.command:DATASET", "encode clips and captions for training"),
+    "process-videos": ("ltx_titan.commands.process.command:VIDEOS", "encode videos, images and audio only"),
+    "process-captions": ("ltx_titan.commands.process.command:CAPTIONS", "encode captions only"),
+    "decode-latents": ("ltx_titan.commands.decode_latents", "decode prepared latents to video and audio files"),
+    "make-nano": ("ltx_titan.nano.pack", "write a miniature LTX-2.3 pack with random weights"),
+    "make-debug-dataset": ("ltx_titan.nano.debug_dataset", "write a small captioned dataset"),
+    "make-checkpoint": (
+        "ltx_titan.nano.random_checkpoint",
+        "write a checkpoint of a released model's size with random weights",
+    ),
+    "bench kernels": ("ltx_titan.benchmarks.kernels", "check and time the fused kernels"),
+    "bench attention": ("ltx_titan.benchmarks.attention", "time the attention backends of torch"),
+    "bench block": ("ltx_titan.benchmarks.block", "time a transformer block in training, next to diffusers"),
+    "bench encode": ("ltx_titan.benchmarks.encode", "time the encoder of the video VAE"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status. What a user can fix is printed as one line, without a traceback."""
+    """Runs one command and returns its exit status; errors that a user can fix are printed without a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
+    words = 2 if argv[:1] == ["bench"] else 1
+    name = " ".join(argv[:words])
+    if name not in COMMANDS:
+        # Ends the program: it prints the list of commands or the version, or refuses the command.
+        _command_list(argv[: words - 1]).parse_args(argv[words - 1 :])
+    prog = f"ltx-titan {name}"
+    try:
+        module_name, _, object_name = COMMANDS[name][0].partition(":")
+        module = import_module(module_name)
+        return _run(getattr(module, object_name) if object_name else module, argv[words:], prog)
+    except ModuleNotFoundError as error:
+        if (error.name or "ltx_titan").startswith("ltx_titan"):
+            raise
+        print(f"{prog}: needs the package {error.name}, which is not installed", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+    return 1
+
+
+def _run(command: Any, arguments: list[str], prog: str) -> int:
+    # Here, so that the list of commands appears without importing tyro.
+    from ltx_titan.common.options import parse_options
+
+    if hasattr(command, "add_arguments"):
+        return _run_with_argparse(command, arguments, prog)
+    options = get_type_hints(command.run)["options"]
+    return command.run(parse_options(options, arguments, prog=prog, description=command.DESCRIPTION))
+
+
+def _run_with_argparse(module: Any, arguments: list[str], prog: str) -> int:
+    """Commands that still declare `add_arguments(parser)`; delete once none does."""
     parser = argparse.ArgumentParser(
-        prog="ltx-titan",
-        description="Fine-tuning of the LTX-2 audio-video diffusion transformers: tools around training. "
-        "'ltx-titan <command> --help' explains a command.",
+        prog=prog, description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    subparsers = parser.add_subparsers(dest="command", metavar="<command>", required=True)
-    for name, (module_name, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if argv[:1] == [name]:
-            module = import_module(module_name)
-            subparser.description = module.DESCRIPTION
-            module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
-    arguments, rest = parser.parse_known_args(argv)
-    if hasattr(arguments, "overrides"):
-        arguments.overrides = [argument for argument in rest if argument.startswith("--") and "." in argument]
-        rest = [argument for argument in rest if argument not in arguments.overrides]
+    module.add_arguments(parser)
+    parsed, rest = parser.parse_known_args(arguments)
+    if hasattr(parsed, "overrides"):
+        parsed.overrides = [argument for argument in rest if argument.startswith("--") and "." in argument]
+        rest = [argument for argument in rest if argument not in parsed.overrides]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        return arguments.run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"ltx-titan {arguments.command}: {error}", file=sys.stderr)
-        return 1
+    return module.run(parsed)
+
+
+def _command_list(group: list[str]) -> argparse.ArgumentParser:
+    """The parser of `ltx-titan --help` for no group, or of `ltx-titan bench --help`."""
+    parser = argparse.ArgumentParser(
+        prog=" ".join(["ltx-titan", *group]),
+        description="Fine-tuning of the LTX-2 audio-video diffusion transformers. "
+        "'ltx-titan <command> --help' explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"ltx-titan {__version__}")
+    commands = parser.add_subparsers(metavar="<command>", required=True)
+    prefix = "".join(f"{word} " for word in group)
+    for command, (_, summary) in COMMANDS.items():
+        if command.startswith(prefix):
+            commands.add_parser(command.removeprefix(prefix), help=summary)
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 import torch
 
+from ltx_titan import __version__
 from ltx_titan.cli import COMMANDS, main
+from ltx_titan.common.options import Flag, Group, Overrides, Positional, Repeated, alias, parse_options
 from tests.media.clips import write_clip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads that wait for each other crawl where tests run side by side."""
+    """Threads that wait for each other slow down tests that run in parallel."""
     torch.set_num_threads(1)
 
 
@@ -26,16 +31,109 @@ def test_help_lists_every_command_without_loading_torch():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert caught.value.code == 0
-    assert f"ltx-titan {command}" in capsys.readouterr().out.split("options:")[0].split("example")[1]
+    assert f"ltx-titan {command}" in capsys.readouterr().out.partition("usage:")[2].partition("\n")[2]
 
 
-def test_unknown_command_is_refused(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["make-nanno"])
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"ltx-titan {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["make-nanno"], ["bench", "kernel"], ["bench"], []])
+def test_unknown_command_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
     assert caught.value.code == 2
-    assert "make-nanno" in capsys.readouterr().err
+    assert "<command>" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of the output."""
+
+    width: int = 8
+    """Pixels."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One option of each form."""
+
+    source: Positional[Path]
+    """Input file."""
+
+    size: Group[Size] = Size()
+
+    output: Annotated[Path | None, alias("-o")] = None
+    """Output file."""
+
+    kind: Literal["edges", "blur"] = "edges"
+    """Filter."""
+
+    tokens: tuple[int, ...] = (1, 2)
+    """Token counts."""
+
+    prompt: Repeated[str] = ()
+    """Text."""
+
+    dry_run: Flag = False
+    """Only list."""
+
+    tiling: bool = True
+    """Work in tiles."""
+
+    overrides: Overrides = ()
+
+
+def parse(*arguments):
+    return parse_options(Example, arguments, prog="example", description="Example.")
+
+
+def test_options_become_a_command_line():
+    assert parse("a.mp4") == Example(Path("a.mp4"))
+    parsed = parse(
+        "a", "-o", "b", "--kind", "blur", "--tokens", "3", "4", "--dry-run", "--prompt", "x", "--prompt", "y"
+    )
+    assert parsed == Example(Path("a"), Size(), Path("b"), "blur", (3, 4), ("x", "y"), True)
+    assert parse("a", "--no-tiling", "--width", "16") == Example(Path("a"), Size(16), tiling=False)
+
+
+def test_overrides_of_a_job_are_kept_apart_from_options():
+    parsed = parse("job.toml", "--video.latents_dir=a b.c", "--output=x.toml", "--kernels.enable")
+    assert parsed.overrides == ("--video.latents_dir=a b.c", "--kernels.enable")
+    assert parsed.output == Path("x.toml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "SOURCE"),
+        (["a", "--kind", "depth"], "invalid choice 'depth'"),
+        (["a", "--width", "wide"], "--width"),
+        (["a", "--overwrite"], "--overwrite"),
+        (["a", "--no-dry-run"], "--no-dry-run"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("example: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_states_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("SOURCE", "Input file.", "--kind", "{edges,blur}", "-o", "--no-tiling"))
+    assert "--overrides" not in printed
 
 
 def test_exit_status_says_whether_anything_was_prepared(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""run_train.sh as a cluster uses it: two nodes on loopback, the signal before the end of a job's time, a dead node."""
+"""run_train.sh and `ltx-titan train` as on a cluster: two nodes on loopback, SIGUSR1, a dead node."""
 
 import os
 import signal
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ltx_titan.checkpoint import latest_complete
+from ltx_titan.launch import torchrun_arguments
 from tests.jobs import curve, read_run, train, write_job
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.distributed
 
 
 def start(job: Path, *overrides: str, log: Path, **environment: object) -> subprocess.Popen:
-    """One node's launcher."""
+    """Starts the launcher of one node."""
     settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": 1, **environment}
     with log.open("w") as out:
         return subprocess.Popen(
@@ -37,7 +38,7 @@ def start(job: Path, *overrides: str, log: Path, **environment: object) -> subpr
 
 @contextmanager
 def two_nodes(job: Path, *overrides: str) -> Iterator[list[subprocess.Popen]]:
-    """Two launchers of two ranks each."""
+    """Starts two launchers of two ranks each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,7 +56,7 @@ def log_of(job: Path, node: int) -> Path:
 
 
 def kill_all(node: subprocess.Popen) -> None:
-    """A node without power: launcher and workers end at once."""
+    """Kills launcher and workers, as a power failure does."""
     try:
         processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -72,6 +73,32 @@ def wait_for_step(job: Path) -> None:
         time.sleep(0.2)
 
 
+def test_environment_variables_become_arguments_of_torchrun():
+    arguments = torchrun_arguments(Path("job.toml"), ["--training.steps=3"], {"NGPU": "4"})
+    assert arguments[:4] == ["--nnodes", "1", "--nproc-per-node", "4"]
+    assert arguments[-4:] == ["-m", "ltx_titan.train", "job.toml", "--training.steps=3"]
+    several = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "NGPU": ""}
+    joined = " ".join(torchrun_arguments(Path("job.toml"), [], several))
+    assert "--node-rank 1 --master-addr node0 --master-port 29500" in joined
+    alone = " ".join(torchrun_arguments(Path("job.toml"), [], {"MASTER_PORT": "1234"}))
+    assert "--master-addr localhost --master-port 1234" in alone
+    with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
+        torchrun_arguments(Path("job.toml"), [], {"NNODES": "2"})
+
+
+def test_train_command_passes_overrides_and_exit_codes(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=100_000, checkpoint__enable=False)
+    command = [sys.executable, "-m", "ltx_titan.cli", "train", str(job)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NGPU": "2"}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run([*command, "--training.steps=1"], **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [line["step"] for line in read_run(job)] == [1]
+    refused = subprocess.run([*command, "--training.step=1"], **options)
+    assert refused.returncode == 1
+    assert "training.step" in refused.stdout + refused.stderr
+
+
 def test_two_nodes_train_like_one(tmp_path, nano_path, data_root):
     settings = {"training__steps": 3, "checkpoint__enable": False}
     expected = curve(train(write_job(tmp_path / "one", nano_path, data_root, **settings), 4))
@@ -82,7 +109,7 @@ def test_two_nodes_train_like_one(tmp_path, nano_path, data_root):
     torch.testing.assert_close(torch.tensor(curve(read_run(job))), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
-def test_a_dead_node_ends_the_other_with_a_reason(tmp_path, nano_path, data_root):
+def test_a_dead_node_ends_the_other_with_an_error(tmp_path, nano_path, data_root):
     job = write_job(tmp_path, nano_path, data_root, training__steps=100_000, checkpoint__enable=False)
     with two_nodes(job) as nodes:
         wait_for_step(job)
@@ -90,10 +117,10 @@ def test_a_dead_node_ends_the_other_with_a_reason(tmp_path, nano_path, data_root
         assert nodes[0].wait(TIMEOUT_S) != 0
     log = log_of(job, 0).read_text()
     assert "closed by peer" in log or "reset by peer" in log, log[-3000:]
-    assert "that one's node has the reason" in log
+    assert "see the log of that rank's node" in log
 
 
-def test_the_signal_before_the_end_saves_and_ends(tmp_path, nano_path, data_root):
+def test_sigusr1_saves_and_stops(tmp_path, nano_path, data_root):
     job = write_job(tmp_path, nano_path, data_root, training__steps=100_000)
     node = start(job, log=log_of(job, 0), NGPU=2)
     try:

@@ -4,22 +4,19 @@ The pack is the miniature one with a transformer, connectors and text projection
 """
 
 import copy
-import io
 import json
 from fractions import Fraction
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
-from ltx_titan.commands.process import process_dataset
-from ltx_titan.commands.process.options import ProcessOptions
 from ltx_titan.media import probe_video
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.nano.pack_config import CONFIG, TEXT_ENCODER
 from ltx_titan.weights import released_config, save_safetensors
+from tests.commands.process_helpers import run as prepare
 from tests.jobs import curve, small_validation, train, write_job
 from tests.media.clips import write_clip
 
@@ -63,8 +60,7 @@ def prepared(checkpoint, nano_path, tmp_path_factory):
         write_clip(root / f"{number}.mp4", frames=17, fps=Fraction(24), channels=2)
     table = root / "dataset.jsonl"
     table.write_text("".join(json.dumps({"video": f"{i}.mp4", "caption": f"clip {i}"}) + "\n" for i in range(2)))
-    options = ProcessOptions(table, checkpoint, nano_path.parent / "text_encoder", resolution_buckets="64x32x17")
-    process_dataset(options, Console(file=io.StringIO()))
+    prepare(checkpoint, table, buckets="64x32x17", text_encoder_path=nano_path.parent / "text_encoder")
     return root / ".precomputed"
 
 

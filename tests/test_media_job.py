@@ -1,40 +1,37 @@
 """A job that encodes its clips itself trains as one on prepared data, to the last digit."""
 
-import io
 import json
 from fractions import Fraction
 
 import pytest
 import torch
-from rich.console import Console
 
-from ltx_titan.commands.process import process_dataset
-from ltx_titan.commands.process.options import ProcessOptions
+from tests.commands.process_helpers import run as prepare
 from tests.jobs import read_run, write_job
 from tests.media.clips import write_clip
 from tests.processes import run_ranks
 
 
 def train_in_given_order(*jobs):
-    """One rank; both data sets get one name, from which the order of samples follows."""
+    """Trains on one rank; both datasets get one fingerprint, which decides the order of samples."""
     from ltx_titan.config import load_job
     from ltx_titan.plan import plan_job
     from ltx_titan.train import Trainer
 
     for job in jobs:
         plan = plan_job(load_job(job), 1)
-        plan.batches.fingerprint = "the same"
+        plan.batches.fingerprint = "same"
         Trainer(plan).train()
 
 
 @pytest.mark.distributed
-def test_losses_are_those_of_prepared_data(tmp_path, nano_path):
+def test_losses_equal_those_of_prepared_data(tmp_path, nano_path):
     for index, channels in enumerate((2, 0, 1)):
         write_clip(tmp_path / f"{index}.mp4", frames=17, fps=Fraction(24), channels=channels)
     table = tmp_path / "dataset.jsonl"
     table.write_text("".join(json.dumps({"video": f"{i}.mp4", "caption": f"clip {i}"}) + "\n" for i in range(3)))
     encoder, buckets = nano_path.parent / "text_encoder", "64x32x17"
-    process_dataset(ProcessOptions(table, nano_path, encoder, resolution_buckets=buckets), Console(file=io.StringIO()))
+    prepare(nano_path, table, buckets)
     settings = {"training__steps": 3, "training__global_batch_size": 2, "checkpoint__export": False}
     prepared = write_job(tmp_path / "prepared", nano_path, tmp_path, **settings)
     media = {

@@ -1,14 +1,15 @@
-"""Times torch's attention back-ends at the shapes of a block; kernel_ops.py takes its order of preference from here.
+"""Times the attention backends of torch at the shapes of a block; kernel_ops.py orders its choices by them.
 
     ltx-titan bench attention [--out rows.jsonl]
 
-One sample, 32 heads, bfloat16, tokens of contiguous heads in memory ([B, S, H, K] seen as [B, H, S, K]), as the
-projections write them. Forward, and forward + backward, as CUDA-graph replays; TFLOP/s by 4 and 12 x Sq x Sk x width.
+One sample, 32 heads, bfloat16, heads contiguous per token ([B, S, H, K] viewed as [B, H, S, K]), as the projections
+write them. Forward, and forward + backward, as CUDA graph replays; FLOPs are 4 and 12 x Sq x Sk x width.
 """
 
-import argparse
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,13 +18,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ltx_titan.benchmarks.measure import environment, time_ms, write_rows
 from ltx_titan.benchmarks.turns import device_alone
+from ltx_titan.common.options import Maybe
 
 DESCRIPTION = __doc__
 
 HEADS = 32
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-# Queries, keys, width of a head, whether a mask that masks nothing is given.
-SHAPES = {
+ShapeName = Literal[
+    "video",
+    "video to text",
+    "video to text, mask of ones",
+    "audio to video",
+    "video to audio",
+    "audio",
+    "audio to text",
+]
+# (queries, keys, head dim, whether a mask is passed that masks nothing)
+SHAPES: dict[ShapeName, tuple[tuple[int, int, int, bool], ...]] = {
     "video": ((4_032, 4_032, 128, False), (8_064, 8_064, 128, False), (16_128, 16_128, 128, False)),
     "video to text": ((4_032, 1_024, 128, False), (16_128, 1_024, 128, False)),
     "video to text, mask of ones": ((4_032, 1_024, 128, True), (16_128, 1_024, 128, True)),
@@ -34,13 +45,33 @@ SHAPES = {
 }
 
 
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Options of `ltx-titan bench attention`."""
+
+    out: Maybe[Path] = None
+    """File for the rows, as JSON lines."""
+
+    shapes: tuple[ShapeName, ...] = get_args(ShapeName)
+    """Attention layers to time."""
+
+
+def run(options: AttentionOptions) -> int:
+    """Times every backend at every shape; a backend that rejects a shape is recorded as such."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device_alone():
+        rows = _measure_all(options.shapes, device)
+    write_rows(options.out, rows)
+    return 0
+
+
 def measure(
     backend: SDPBackend, queries: int, keys: int, head_dim: int, is_masked: bool, device: torch.device
 ) -> dict[str, float]:
-    """Milliseconds and TFLOP/s of one back-end at one shape.
+    """Milliseconds and TFLOP/s of one backend at one shape.
 
     Raises:
-        RuntimeError: the back-end does not take these inputs.
+        RuntimeError: the backend does not support these inputs.
     """
 
     def draw(tokens: int) -> Tensor:
@@ -54,11 +85,11 @@ def measure(
     def forward() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    def both() -> None:
+    def forward_backward() -> None:
         torch.autograd.grad(forward(), (q, k, v), grad)
 
     with sdpa_kernel(backend):
-        forward_ms, both_ms = time_ms([forward], device), time_ms([both], device)
+        forward_ms, both_ms = time_ms([forward], device), time_ms([forward_backward], device)
     tflop = queries * keys * HEADS * head_dim / 1e12
     return {
         "forward_ms": forward_ms,
@@ -68,22 +99,7 @@ def measure(
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("--out", type=Path, help="write rows as JSON lines")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="default: all")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measures every back-end at every shape; a refusal is recorded."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with device_alone():
-        rows = _measure_all(arguments.shapes, device)
-    write_rows(arguments.out, rows)
-    return 0
-
-
-def _measure_all(names: list[str], device: torch.device) -> list[dict]:
+def _measure_all(names: Sequence[ShapeName], device: torch.device) -> list[dict]:
     common, rows = environment(device), []
     print("forward / forward + backward ms (TFLOP/s)")
     for name in names:
@@ -100,18 +116,7 @@ def _measure_all(names: list[str], device: torch.device) -> list[dict]:
                     )
                 except RuntimeError as error:
                     row["error"] = str(error).splitlines()[0]
-                    cells.append(f"{backend.name} refuses")
+                    cells.append(f"{backend.name} not supported")
                 rows.append(row)
             print(f"{name:28} {shape[0]:>6} x {shape[1]:>6}  " + "  ".join(cells), flush=True)
     return rows
-
-
-def main() -> int:
-    """Runs as `python -m ltx_titan.benchmarks.attention`."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    return run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,20 +2,18 @@
 
     ltx-titan bench block [--providers triton torch diffusers] [--tokens 4032 16128] [--timesteps 1 2] [--out FILE]
 
-Reports ms, TFLOP/s and MFU a layer (formula: ltx_titan/model/flops.py), peak memory and its growth per layer
-(activations and gradients; weights of all layers are there throughout), the kernels' time by kind, and the share of the
-step in which the device waits for the host. `triton` and `torch` are our blocks, compiled, with fused kernels and with
-plain operations; `diffusers` is LTX2VideoTransformer3DModel, compiled per block, in the same run.
+Reports ms, TFLOP/s and MFU per layer (formula: ltx_titan/model/flops.py), peak memory and its growth per layer
+(activations and gradients; the weights of all layers stay allocated), the time of the kernels by kind, and the fraction
+of the step in which the device waits for the host. `triton` and `torch` are our blocks, compiled, with fused kernels
+and with plain operations; `diffusers` is LTX2VideoTransformer3DModel, compiled per block, in the same run.
 
-Every combination is built and compiled in a process of its own, all at once; then they are timed one by one.
+Every combination is built and compiled in its own process, all in parallel; then they are timed one by one.
 
-Medians of 16 steps after 4; the spread is (largest - smallest) / median of the four-layer step. `host_ms` is what the
-host takes to enqueue a layer's forward and backward: where it exceeds the kernels' sum, the device waits.
+Medians of 16 steps after 4; the spread is (max - min) / median of the four-layer step. `host_ms` is the time in which
+the host enqueues the forward and backward of a layer: if it exceeds the sum of the kernels, the device waits.
 """
 
-import argparse
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -31,6 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from ltx_titan.benchmarks.block_models import AUDIO_TOKENS, TEXT_TOKENS, BlockModel, diffusers_model, our_model
 from ltx_titan.benchmarks.measure import environment, write_rows
 from ltx_titan.benchmarks.turns import in_turns
+from ltx_titan.common.hardware import peak_flops
+from ltx_titan.common.options import Flag, Maybe
 from ltx_titan.model.flops import layer_flops
 from ltx_titan.weights.shapes import released_config
 
@@ -40,10 +41,7 @@ LAYERS = 4
 _WARMUP, _STEPS = 4, 16
 _GIB = 2**30
 
-# Dense bfloat16 of an H100 or H200 SXM.
-_PEAK_TFLOPS = 989.0
-
-# Inductor's kernels are named after all the operations that they took in, also of attention.
+# First match wins: Inductor names its kernels after all operations that it fused, including attention.
 _KINDS = {
     "elementwise": ("triton_",),
     "attention": ("fmha", "flash", "sdpa", "cudnn"),
@@ -53,25 +51,89 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
+class BlockOptions:
+    """Options of `ltx-titan bench block`."""
+
+    out: Maybe[Path] = None
+    """File for the rows, as JSON lines."""
+
+    shape: str = "ltx-2.3-22b"
+    """Released model, or JSON file with checkpoint metadata."""
+
+    tokens: tuple[int, ...] = (4_032, 16_128)
+    """Numbers of video tokens."""
+
+    timesteps: tuple[Literal[1, 2], ...] = (1,)
+    """Numbers of distinct timesteps in a clip."""
+
+    providers: tuple[Literal["triton", "torch", "diffusers"], ...] = ("triton", "diffusers")
+    """Implementations to compare."""
+
+    peak_tflops: Maybe[float] = None
+    """Denominator of MFU. Default: the peak of this GPU, if it is known."""
+
+    no_profile: Flag = False
+    """Skip the split of the time by kernel, which takes long."""
+
+
+def run(options: BlockOptions) -> int:
+    """Measures every combination; one that fails is reported, and the exit status is then 1."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    transformer = released_config(options.shape)["transformer"]
+    peak_tflops = options.peak_tflops
+    if peak_tflops is None and (peak := peak_flops(torch.cuda.get_device_name() if device.type == "cuda" else None)):
+        peak_tflops = peak / 1e12
+    cases = [
+        Case(provider, tokens, timesteps, transformer, peak_tflops, not options.no_profile)
+        for tokens, timesteps, provider in product(options.tokens, options.timesteps, options.providers)
+        # diffusers computes modulation for every token, whatever the number of distinct timesteps.
+        if provider != "diffusers" or timesteps == 1
+    ]
+    common = {**environment(device), "shape": options.shape, "dtype": "bfloat16"}
+    rows, failures = [], 0
+    print(
+        f"{'provider':10} tokens steps |  ms/layer  TFLOP/s   MFU | growth  peak GiB | kernels ms "
+        "| host ms | device idle | spread | compile s"
+    )
+    for case, result in zip(cases, in_turns([partial(measure, case, device) for case in cases], device), strict=True):
+        row = {**common, "provider": case.provider, "tokens": case.tokens, "timesteps": case.timesteps}
+        rows.append(row)
+        if isinstance(result, Exception):
+            failures += 1
+            row["error"] = str(result)
+            print(f"{case.provider} {case.tokens} x{case.timesteps} FAILED {row['error'][:600]}", flush=True)
+        else:
+            row.update(result)
+            _print_row(row)
+        write_rows(options.out, rows)
+    for row in rows:
+        if "largest_kernels_ms" in row:
+            label = f"{row['provider']} {row['tokens']} x{row['timesteps']}"
+            top = {name[:48]: round(ms, 3) for name, ms in list(row["largest_kernels_ms"].items())[:14]}
+            print(f"{label} kernels per layer, ms: {json.dumps(top)}")
+    return 1 if failures else 0
+
+
+@dataclass(frozen=True)
 class Case:
-    """One combination of what is compared."""
+    """One combination of options."""
 
     provider: str
     tokens: int
     timesteps: int
     transformer: dict
-    peak_tflops: float
+    peak_tflops: float | None
     is_profiled: bool
 
 
 def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> dict[str, object]:
-    """The row of one case."""
+    """Measures one case; returns its row."""
     if case.provider == "diffusers":
         model = diffusers_model(case.transformer, LAYERS, case.tokens, device)
     else:
         model = our_model(case.provider, case.transformer, LAYERS, case.tokens, case.timesteps, device)
     if device.type == "cuda":
-        # One layer compiles them all; the others wait in the host's memory, for all cases wait on one device.
+        # Compiling one layer compiles them all; the others stay in host memory, since all cases share one device.
         model.blocks[1:].cpu()
         started = time.perf_counter()
         model.step(1)
@@ -91,7 +153,7 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     row = {
         "layer_ms": layer_ms,
         "tflops": tflop / layer_ms * 1e3,
-        "mfu": tflop / layer_ms * 1e3 / case.peak_tflops,
+        "mfu": tflop / layer_ms * 1e3 / case.peak_tflops if case.peak_tflops else None,
         "step_ms": many_ms,
         "outside_ms": one_ms - layer_ms,
         "host_ms": (many_host - one_host) / (LAYERS - 1),
@@ -116,7 +178,7 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
 
 
 def _time_steps(model: BlockModel, count: int, device: torch.device) -> tuple[list[float], float, list[float]]:
-    """Milliseconds of each step, the peak memory of one in GiB, and the milliseconds until the host was done."""
+    """Milliseconds of each step, peak memory of a step in GiB, and milliseconds until the host was done."""
     times, host = [], []
     for number in range(_WARMUP + _STEPS):
         for parameter in model.parameters():
@@ -137,7 +199,7 @@ def _time_steps(model: BlockModel, count: int, device: torch.device) -> tuple[li
 
 
 def _profile(model: BlockModel, count: int) -> tuple[Counter[str], int]:
-    """Milliseconds of every kernel in one step, and the number of launches."""
+    """Milliseconds of every kernel in one step, and the number of kernel launches."""
     for parameter in model.parameters():
         parameter.grad = None
     torch.cuda.synchronize()
@@ -158,73 +220,15 @@ def _kind(kernel: str) -> str:
     return next((kind for kind, parts in _KINDS.items() if any(part in lowered for part in parts)), "elementwise")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("--out", type=Path, help="write rows as JSON lines")
-    parser.add_argument("--shape", default="ltx-2.3-22b", help="released shape, or metadata file")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4_032, 16_128], help="video tokens")
-    parser.add_argument("--timesteps", type=int, nargs="+", choices=[1, 2], default=[1], help="distinct ones of a clip")
-    parser.add_argument(
-        "--providers", nargs="+", choices=["triton", "torch", "diffusers"], default=["triton", "diffusers"]
-    )
-    parser.add_argument("--peak-tflops", type=float, default=_PEAK_TFLOPS, help="denominator of MFU")
-    parser.add_argument("--no-profile", action="store_true", help="no split of the time into kernels, which takes long")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measures every combination; one that fails is reported and the others go on."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transformer = released_config(arguments.shape)["transformer"]
-    cases = [
-        Case(provider, tokens, timesteps, transformer, arguments.peak_tflops, not arguments.no_profile)
-        for tokens, timesteps, provider in product(arguments.tokens, arguments.timesteps, arguments.providers)
-        # diffusers computes a row for every token, however many are distinct.
-        if provider != "diffusers" or timesteps == 1
-    ]
-    common = {**environment(device), "shape": arguments.shape, "dtype": "bfloat16"}
-    rows, failures = [], 0
-    print(
-        f"{'provider':10} tokens steps |  ms/layer  TFLOP/s   MFU | growth  peak GiB | kernels ms "
-        "| host ms | device idle | spread | compile s"
-    )
-    for case, result in zip(cases, in_turns([partial(measure, case, device) for case in cases], device), strict=True):
-        row = {**common, "provider": case.provider, "tokens": case.tokens, "timesteps": case.timesteps}
-        rows.append(row)
-        if isinstance(result, Exception):
-            failures += 1
-            row["error"] = str(result)
-            print(f"{case.provider} {case.tokens} x{case.timesteps} FAILED {row['error'][:600]}", flush=True)
-        else:
-            row.update(result)
-            _print_row(row)
-        write_rows(arguments.out, rows)
-    for row in rows:
-        if "largest_kernels_ms" in row:
-            label = f"{row['provider']} {row['tokens']} x{row['timesteps']}"
-            top = {name[:48]: round(ms, 3) for name, ms in list(row["largest_kernels_ms"].items())[:14]}
-            print(f"{label} kernels a layer, ms: {json.dumps(top)}")
-    return 1 if failures else 0
-
-
 def _print_row(row: dict) -> None:
     kernels = row.get("kernel_ms", {})
+    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
     split = " ".join(f"{kind} {ms:.2f}" for kind, ms in kernels.items())
     cells = (
         f"{row['provider']:10} {row['tokens']:>6} {row['timesteps']:>5}",
-        f"{row['layer_ms']:>9.2f} {row['tflops']:>8.0f} {row['mfu']:>6.1%}",
+        f"{row['layer_ms']:>9.2f} {row['tflops']:>8.0f} {mfu:>6}",
         f"{row['growth_gib']:>6.2f} {row['peak_gib']:>9.1f}",
         split,
         f"{row['host_ms']:.2f} | {row.get('host_gap', 0):.1%} | {row['spread']:.1%} | {row.get('compile_s', 0):.0f}",
     )
     print(" | ".join(cells), flush=True)
-
-
-def main() -> int:
-    """Runs as `python -m ltx_titan.benchmarks.block`."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    return run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
-"""The models that `bench block` compares, each as a step (forward and backward) over a chosen number of its layers.
+"""Models that `bench block` compares, each with a step (forward and backward) over its first n layers.
 
-All have random bfloat16 weights of the same released shape and see one clip with audio: S video tokens, 126 audio
-tokens, 1,024 text tokens. diffusers gets what a trainer gives it, a timestep for every token and a text mask of ones;
-ours gets the distinct timesteps and no mask, which masks the same.
+All have random bfloat16 weights of the same released shape and process one clip with audio: S video tokens, 126 audio
+tokens, 1,024 text tokens. diffusers receives the inputs of a trainer, a timestep per token and a text mask of ones;
+ours receives the distinct timesteps and no mask, which is equivalent.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,11 +27,11 @@ _GRIDS = {4_032: (12, 14, 24), 8_064: (24, 14, 24), 16_128: (12, 28, 48), 32_256
 
 @dataclass(frozen=True)
 class BlockModel:
-    """A model whose layers can be counted down.
+    """A model that can run any number of its layers.
 
     Attributes:
-        step: one forward and backward over the first n layers; leaves gradients.
-        parameters: those of the layers of the last step, and of what is outside the layers.
+        step: one forward and backward over the first n layers; accumulates gradients.
+        parameters: parameters of the layers of the last step, and of everything outside the layers.
         blocks: all layers.
     """
 
@@ -71,7 +71,7 @@ def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.d
 
     is_modulated = bool(transformer.get("cross_attention_adaln", False))
     is_gated = bool(transformer.get("apply_gated_attention", False))
-    # The shapes that a miniature may change, besides those of the released model.
+    # Sizes that a miniature may change; the defaults are those of the released model.
     sizes = {
         key: transformer[key]
         for key in (
@@ -105,7 +105,7 @@ def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.d
     sigma = torch.full((1,), _SIGMA * 1000, device=device)
     mask = torch.ones(1, TEXT_TOKENS, device=device)
     frames, height, width = _grid(tokens)
-    given = {
+    inputs = {
         "hidden_states": video.latent,
         "audio_hidden_states": audio.latent,
         "encoder_hidden_states": video.context,
@@ -125,14 +125,14 @@ def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.d
 
     def step(count: int) -> None:
         model.transformer_blocks = blocks[:count]
-        _loss(model(**given)).backward()
+        _loss(model(**inputs)).backward()
 
     return BlockModel(step, lambda: list(model.parameters()), blocks)
 
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters are made in this dtype, instead of being made twice as large first."""
+    """Creates parameters in this dtype, which avoids a float32 copy."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -150,7 +150,7 @@ def _grid(tokens: int) -> tuple[int, int, int]:
 
 
 def _modalities(transformer: dict, tokens: int, timesteps: int, device: torch.device) -> tuple[Modality, Modality]:
-    """One sample of both streams; with two timesteps the first latent frame is given."""
+    """One sample of both streams; with two timesteps the first latent frame is conditioned."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

@@ -1,21 +1,21 @@
-"""Times the video VAE's encoder at a released size, with random weights: speed and memory, whole and in tiles.
+"""Times the encoder of a released video VAE with random weights: speed and memory, whole clips and tiles.
 
     ltx-titan bench encode [--clip 1280x704x121] [--shape ltx-2.3-22b] [--out FILE]
 
-One clip of random pixels at a time, as `process-dataset` encodes. Medians of 5 after 2; reading and decoding the file
-are not in it.
+One clip of random pixels at a time, as `process-dataset` encodes. Medians of 5 after 2, without
+reading and decoding the file.
 """
 
-import argparse
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 
 from ltx_titan.benchmarks.measure import environment, write_rows
+from ltx_titan.common.options import Maybe, parse_size, placeholder
 from ltx_titan.weights import released_config, scale_factors
 
 if TYPE_CHECKING:
@@ -27,9 +27,44 @@ _WARMUP, _STEPS = 2, 5
 _GIB = 2**30
 
 
+@dataclass(frozen=True)
+class EncodeOptions:
+    """Options of `ltx-titan bench encode`."""
+
+    shape: str = "ltx-2.3-22b"
+    """Released model, or JSON file with checkpoint metadata."""
+
+    clip: Annotated[str, placeholder("WxHxF")] = "1280x704x121"
+    """Size of the clip: width and height in pixels, and frames."""
+
+    out: Maybe[Path] = None
+    """File for the rows, as JSON lines."""
+
+
+def run(options: EncodeOptions) -> int:
+    """Times whole clips and tiles; the exit status is 1 if one of them runs out of memory."""
+    width, height, frames = parse_size(options.clip, "--clip")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pixels = torch.rand(1, 3, frames, height, width, device=device) * 2 - 1
+    rows, failures = [], 0
+    for tiling in (False, True):
+        row = {**environment(device), "shape": options.shape, "clip": options.clip, "tiling": tiling}
+        try:
+            row |= measure(random_codec(options.shape, device, tiling=tiling), pixels)
+        except torch.OutOfMemoryError as error:
+            failures += 1
+            row["error"] = str(error)[:300]
+        rows.append(row)
+        memory = f", {row['peak_gib']:.1f} GiB" if row.get("peak_gib") else ""
+        found = row.get("error") or f"{row['clip_s']:.2f} s a clip, {row['clips_per_s']:.2f} clips/s{memory}"
+        print(f"{options.clip} {'in tiles' if tiling else 'whole'}: {found}", flush=True)
+        write_rows(options.out, rows)
+    return 1 if failures else 0
+
+
 def random_codec(shape: str, device: torch.device, *, tiling: bool) -> "VideoCodec":
     """The encoder of a released VAE with random weights, in the dtype that `load_video_codec` would choose."""
-    # Here, not above: they bring diffusers along, which takes seconds and which the other benchmarks do without.
+    # Here, because they import diffusers, which takes seconds.
     from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 
     from ltx_titan.codecs.video_vae import TILE, TILE_STRIDE, VideoCodec, video_vae_layout
@@ -51,7 +86,7 @@ def random_codec(shape: str, device: torch.device, *, tiling: bool) -> "VideoCod
 
 
 def measure(codec: "VideoCodec", pixels: torch.Tensor) -> dict[str, object]:
-    """Seconds a clip, clips a second, and peak memory."""
+    """Seconds per clip, clips per second, and peak memory."""
     on_gpu = pixels.is_cuda
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -70,40 +105,3 @@ def measure(codec: "VideoCodec", pixels: torch.Tensor) -> dict[str, object]:
         "latent": list(latents.shape[1:]),
         "peak_gib": torch.cuda.max_memory_allocated() / _GIB if on_gpu else None,
     }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("--shape", default="ltx-2.3-22b", help="released shape, or metadata file")
-    parser.add_argument("--clip", default="1280x704x121", metavar="WxHxF", help="size of the clip")
-    parser.add_argument("--out", type=Path, help="write rows as JSON lines")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measures whole clips and tiles; what does not fit in memory is reported, and the other still measured."""
-    parts = arguments.clip.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise ValueError(f"--clip is {arguments.clip!r}; it is WxHxF, as in 1280x704x121.")
-    width, height, frames = map(int, parts)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pixels = torch.rand(1, 3, frames, height, width, device=device) * 2 - 1
-    rows, failures = [], 0
-    for tiling in (False, True):
-        row = {**environment(device), "shape": arguments.shape, "clip": arguments.clip, "tiling": tiling}
-        try:
-            row |= measure(random_codec(arguments.shape, device, tiling=tiling), pixels)
-        except torch.OutOfMemoryError as error:
-            failures += 1
-            row["error"] = str(error)[:300]
-        rows.append(row)
-        memory = f", {row['peak_gib']:.1f} GiB" if row.get("peak_gib") else ""
-        found = row.get("error") or f"{row['clip_s']:.2f} s a clip, {row['clips_per_s']:.2f} clips/s{memory}"
-        print(f"{arguments.clip} {'in tiles' if tiling else 'whole'}: {found}", flush=True)
-        write_rows(arguments.out, rows)
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    sys.exit(run(parser.parse_args()))

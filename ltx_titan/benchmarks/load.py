@@ -1,17 +1,15 @@
-"""Times the streamed, sharded load of a checkpoint, beside reading its file once.
+"""Times the streamed, sharded load of a checkpoint, next to one sequential read of its file.
 
     torchrun --nproc-per-node 4 -m ltx_titan.benchmarks.load FILE [--out rows.jsonl] [--tp 1] [--dp-replicate 1]
 
-Two rounds: with the file driven out of the page cache, then with as much of it in the cache as memory holds. In each,
-rank 0 first reads the file from one end to the other; then, from the same state of the cache, all ranks build the
-model, shard it and stream their slices into it, as a job does. `ltx-titan make-checkpoint` makes a file of the real
-size. Host memory is what no file backs (RssAnon), sampled while loading; mapped pages of the checkpoint are not in it,
-for the kernel takes them back at will.
+Two rounds: with the file evicted from the page cache, then with as much of it cached as fits in memory. In each, rank 0
+first reads the file sequentially; then, from the same state of the cache, all ranks build the model, shard it and
+stream their slices into it, as a job does. `ltx-titan make-checkpoint` writes a file of the real size. Host memory is
+anonymous memory (RssAnon), sampled while loading; mapped pages of the checkpoint are not included, since the kernel can
+reclaim them at any time.
 """
 
-import argparse
 import ctypes
-import gc
 import mmap
 import os
 import sys
@@ -20,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +27,8 @@ import torch.distributed as dist
 from ltx_titan.benchmarks.measure import environment, write_rows
 from ltx_titan.build import load_transformer
 from ltx_titan.common.logs import quiet_libraries
+from ltx_titan.common.options import Maybe, Positional, parse_options
+from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.config import JobConfig, build_job
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.plan import Plan, plan_job
@@ -35,6 +36,23 @@ from ltx_titan.plan import Plan, plan_job
 _GIB = 2**30
 _CHUNK = 16 * 2**20
 _SAMPLE_S = 0.02
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options of the load benchmark."""
+
+    file: Positional[Path]
+    """Official checkpoint, or one written by `ltx-titan make-checkpoint`."""
+
+    out: Maybe[Path] = None
+    """File for the rows, as JSON lines."""
+
+    tp: int = 1
+    """Tensor-parallel ranks."""
+
+    dp_replicate: int = 1
+    """Replicas of the sharded model."""
 
 
 def anonymous_bytes() -> int:
@@ -65,20 +83,20 @@ def peak_anonymous_bytes() -> Iterator[list[int]]:
 
 
 def drop_from_cache(path: Path) -> None:
-    """Asks the kernel to forget its copy of a file; pages that are mapped or not yet written stay."""
+    """Asks the kernel to evict a file from the page cache; mapped and dirty pages stay."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def cached_share(path: Path) -> float:
-    """Share of a file's pages that are in the page cache."""
+    """Fraction of the pages of a file that are in the page cache."""
     size = path.stat().st_size
     pages = -(-size // mmap.PAGESIZE)
     resident = (ctypes.c_ubyte * pages)()
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    # Private, so that Python lets ctypes take the address; the mapping is never touched.
+    # A private mapping, since ctypes needs a writable buffer to take its address; it is never written to.
     with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
         start = ctypes.c_char.from_buffer(mapped)
         status = libc.mincore(ctypes.addressof(start), size, resident)
@@ -89,7 +107,7 @@ def cached_share(path: Path) -> float:
 
 
 def read_once(path: Path) -> float:
-    """Seconds to read a file from one end to the other."""
+    """Seconds of a sequential read of a file."""
     buffer = memoryview(bytearray(_CHUNK))
     started = time.perf_counter()
     with path.open("rb", buffering=0) as file:
@@ -98,9 +116,9 @@ def read_once(path: Path) -> float:
     return time.perf_counter() - started
 
 
-def load_job_for(path: Path, arguments: argparse.Namespace, folder: str) -> JobConfig:
-    """A job that full fine-tunes the checkpoint on made-up data."""
-    axes = {"dp_replicate": arguments.dp_replicate, "tp": arguments.tp}
+def load_job_for(path: Path, options: LoadOptions, folder: str) -> JobConfig:
+    """A full fine-tuning job for the checkpoint on synthetic data."""
+    axes = {"dp_replicate": options.dp_replicate, "tp": options.tp}
     world = dist.get_world_size()
     tables = {
         "job": {"dump_folder": folder},
@@ -108,14 +126,14 @@ def load_job_for(path: Path, arguments: argparse.Namespace, folder: str) -> JobC
         "data": {"source": "synthetic"},
         "video": {"is_generated": True, "latents_dir": "latents"},
         "audio": {"is_generated": True, "latents_dir": "audio_latents"},
-        "training": {"global_batch_size": max(world // arguments.tp, 1)},
+        "training": {"global_batch_size": max(world // options.tp, 1)},
         "parallelism": axes,
     }
     return build_job(tables, "load benchmark")
 
 
 def measure(plan: Plan, path: Path, cold: bool) -> dict[str, object]:
-    """One round, on every rank; the row is rank 0's."""
+    """Runs one round; called on every rank, the row of rank 0 counts."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     mesh = build_mesh(device.type, plan.degrees)
     is_main, row = dist.get_rank() == 0, {"page_cache": "cold" if cold else "warm"}
@@ -148,26 +166,20 @@ def measure(plan: Plan, path: Path, cold: bool) -> dict[str, object]:
     if is_main:
         row["load_over_read"] = load_s / row["read_once_s"]
     del model
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_device_memory()
     return row
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs both rounds; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="official checkpoint, or one that `ltx-titan make-checkpoint` wrote")
-    parser.add_argument("--out", type=Path, help="write rows as JSON lines")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (1)")
-    parser.add_argument("--dp-replicate", type=int, default=1, help="copies of the sharded model (1)")
-    arguments = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parse_options(LoadOptions, arguments, prog="ltx_titan.benchmarks.load", description=__doc__)
     quiet_libraries()
-    path = arguments.file.resolve()
+    path = options.file.resolve()
     device = init_distributed()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        plan = plan_job(load_job_for(path, arguments, folder), dist.get_world_size())
+        plan = plan_job(load_job_for(path, options, folder), dist.get_world_size())
         common = {
             **environment(device),
             "file_gb": path.stat().st_size / 1e9,
@@ -178,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append({**common, **measure(plan, path, cold)})
             if dist.get_rank() == 0:
                 print(_line(rows[-1]), flush=True)
-                write_rows(arguments.out, rows)
+                write_rows(options.out, rows)
     dist.destroy_process_group()
     return 0
 

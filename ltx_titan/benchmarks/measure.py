@@ -1,7 +1,7 @@
-"""Timing that the benchmarks share: replayed CUDA graphs, measured copy bandwidth, and what identifies a row.
+"""Shared by the benchmarks: timing by CUDA graph replay, measured copy bandwidth, and the environment of a row.
 
-A graph of many calls is replayed, so that the host's launch time stays out; calls rotate over input sets that together
-are several times the cache. On a CPU the same functions time by the clock, to try a benchmark out.
+A graph of many calls is replayed, which excludes launch overhead; calls rotate over input sets that together are
+several times the size of the L2 cache. On a CPU the same functions use the clock, to test a benchmark.
 """
 
 import json
@@ -18,13 +18,15 @@ from statistics import median
 
 import torch
 
-# A graph replay should be long against the event resolution and the launch of the graph itself.
+from ltx_titan.common.files import write_text
+
+# A replay should take much longer than the resolution of events and the launch of the graph.
 _TARGET_MS = 6.0
 _REPLAYS = 5
 
 
 def time_ms(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Median milliseconds of one call; `calls` do the same on different inputs and take turns."""
+    """Median milliseconds of one call; `calls` are the same operation on different inputs, called in rotation."""
     for call in calls:
         call()
     if device.type != "cuda":
@@ -34,7 +36,7 @@ def time_ms(calls: Sequence[Callable[[], object]], device: torch.device) -> floa
         return (time.perf_counter() - started) * 1e3 / len(calls)
     stream = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
-    with torch.cuda.stream(stream):  # warm up where the capture will run
+    with torch.cuda.stream(stream):  # warm up on the stream of the capture
         for call in calls:
             call()
     torch.cuda.synchronize(device)
@@ -62,7 +64,7 @@ def _once_ms(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def input_sets(bytes_each: int, device: torch.device) -> int:
-    """How many input sets to rotate over, so that none is still in the cache when its turn comes again."""
+    """Number of input sets to rotate over, so that none is still cached when it is used again."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -70,9 +72,9 @@ def input_sets(bytes_each: int, device: torch.device) -> int:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read plus bytes written a second, of 1 GiB: the better of the driver's copy and of an elementwise kernel.
+    """Bytes read plus written per second for 1 GiB: the faster of the driver's copy and an elementwise kernel.
 
-    In a CUDA graph the driver copies an H100's memory at four fifths of what a kernel reaches.
+    In a CUDA graph the copy of the driver reaches four fifths of the bandwidth of a kernel on an H100.
     """
     size = 2**30 if device.type == "cuda" else 2**20
     source = torch.randint(0, 255, (size // 4,), dtype=torch.int32, device=device)
@@ -82,9 +84,9 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a row's numbers depend on besides its own fields.
+    """Device, versions, commit, command and date, for every row.
 
-    The commit is that of the checkout, or LTX_TITAN_COMMIT where a copy without history runs.
+    The commit is that of the checkout, or LTX_TITAN_COMMIT for a copy without history.
     """
     commit = os.environ.get("LTX_TITAN_COMMIT")
     if commit is None:
@@ -101,9 +103,6 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def write_rows(path: Path | None, rows: Sequence[dict]) -> None:
-    """One JSON object a line, replacing what is there."""
+    """Writes rows as JSON lines and replaces an existing file; does nothing without a path."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""How far a bfloat16 forward and backward of a released shape, cut to a few layers, is from float32 on the same device.
+"""Error of a bfloat16 forward and backward against float32, for a few layers of a released shape on the same device.
 
     python -m ltx_titan.benchmarks.precision [--shape ltx-2.3-22b] [--layers 4] [--out FILE.json]
 
@@ -8,15 +8,19 @@ roundings, a few dozen per layer. The bound is 5 % for outputs and 10 % for any 
 as many.
 """
 
-import argparse
 import json
-import subprocess
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from ltx_titan.benchmarks.measure import environment
+from ltx_titan.common.files import write_text
+from ltx_titan.common.options import Maybe, parse_options, placeholder
 from ltx_titan.conditioning import FlexibleStrategy, ModelInputs
 from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
@@ -27,10 +31,27 @@ OUTPUT_BOUND = 0.05
 GRADIENT_BOUND = 0.10
 
 
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """Options of the precision benchmark."""
+
+    shape: str = "ltx-2.3-22b"
+    """Released model, or JSON file with checkpoint metadata."""
+
+    layers: int = 4
+    """Number of transformer blocks."""
+
+    latent: Annotated[tuple[int, int, int], placeholder("F H W")] = (12, 14, 24)
+    """Latent frames, height and width."""
+
+    out: Maybe[Path] = None
+    """File for the result (.json)."""
+
+
 def make_inputs(
     device: torch.device, transformer: dict, frames: int, height: int, width: int, seed: int = 0
 ) -> tuple[FlexibleStrategy, ModelInputs]:
-    """A joint audio-video sample with a clean first frame; latent frames, height and width."""
+    """A joint audio-video sample with a clean first frame; `frames`, `height` and `width` are those of the latents."""
     generator = torch.Generator().manual_seed(seed)
     steps = round(25 * (8 * (frames - 1) + 1) / 24)
 
@@ -58,7 +79,7 @@ def make_inputs(
 
 
 def run(model: LTXTransformer, strategy: FlexibleStrategy, inputs: ModelInputs) -> dict:
-    """Loss, outputs, gradients and the second call's seconds of one forward and backward."""
+    """Loss, outputs and gradients of one forward and backward, and the seconds of the second call."""
     for _ in range(2):
         model.zero_grad(set_to_none=True)
         started = time.perf_counter()
@@ -78,27 +99,21 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def main() -> None:
     """Runs both precisions and prints the comparison; exits with 1 outside the bounds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="ltx-2.3-22b", help="released shape or metadata file")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--latent", type=int, nargs=3, default=(12, 14, 24), metavar=("F", "H", "W"))
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    arguments = parser.parse_args()
-
+    options = parse_options(PrecisionOptions, sys.argv[1:], prog="ltx_titan.benchmarks.precision", description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Float32 here means float32: no TF32 in the matrix products of the reference.
+    # No TF32 in the matmuls of the float32 reference.
     torch.set_float32_matmul_precision("highest")
-    transformer = {**released_config(arguments.shape)["transformer"], "num_layers": arguments.layers}
+    transformer = {**released_config(options.shape)["transformer"], "num_layers": options.layers}
     with torch.device(device):
         model = LTXTransformer.from_config(transformer)
     init_random_(model, seed=0)
-    strategy, inputs = make_inputs(device, transformer, *arguments.latent)
+    strategy, inputs = make_inputs(device, transformer, *options.latent)
     exact = run(model, strategy, inputs)
     exact = {**exact, "outputs": [o.detach() for o in exact["outputs"]]}
     rough = run(model.to(torch.bfloat16), strategy, inputs)
 
     outputs = {s: relative_error(rough["outputs"][i], exact["outputs"][i]) for i, s in enumerate(("video", "audio"))}
-    # A gradient that is nothing but rounding (of a bias that a norm takes out again) has no meaningful relative error.
+    # Gradients that consist of rounding errors only (of a bias that a norm cancels) have no meaningful relative error.
     largest = max(g.norm().item() for g in exact["gradients"].values())
     errors = {
         name: relative_error(rough["gradients"][name], gradient)
@@ -106,13 +121,10 @@ def main() -> None:
         if gradient.norm().item() > 1e-4 * largest
     }
     worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     row = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "shape": arguments.shape,
-        "layers": arguments.layers,
+        **environment(device),
+        "shape": options.shape,
+        "layers": options.layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "video_tokens": inputs.video.latent.shape[1],
         "audio_tokens": inputs.audio.latent.shape[1],
@@ -127,8 +139,8 @@ def main() -> None:
         "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
     print(json.dumps(row, indent=1))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(row))
+    if options.out is not None:
+        write_text(options.out, json.dumps(row))
     if max(outputs.values()) > OUTPUT_BOUND or worst[0][1] > GRADIENT_BOUND:
         raise SystemExit(f"bfloat16 is outside the bounds ({OUTPUT_BOUND} outputs, {GRADIENT_BOUND} gradients).")
 

@@ -1,24 +1,22 @@
-"""Times whole training steps of a job under variations, all in one set of processes.
+"""Times training steps of a job under variations, all in one set of processes.
 
     torchrun --nproc-per-node 2 -m ltx_titan.benchmarks.train JOB.toml \\
         --all="--training.steps=10 --compile.enable=true" \\
         --case="4k: --data.synthetic.num_frames=89" --case="4k float8: --float8.recipe=tensorwise" --out rows.jsonl
 
 A case is a name and overrides of the job; `--all` are overrides of every case. Each is a run of the real Trainer in a
-folder that is deleted afterwards, without checkpoints or exports unless the case asks for them. A row holds the median
-over the steps after the first few (which compile), their spread, peak memory of the fullest rank, the loss curve, and
-how long saves made training wait. A case that fails is reported, and the next goes on.
+temporary folder, without checkpoints or exports unless the case enables them. A row contains the median over the steps
+after the first few (which compile), their spread, the peak memory over all ranks, the loss curve, and the time that
+training was blocked by saves. A failed case is reported, and the next one runs.
 """
 
-import argparse
-import gc
-import logging
 import shlex
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +24,9 @@ import torch
 import torch.distributed as dist
 
 from ltx_titan.benchmarks.measure import environment, write_rows
-from ltx_titan.common.logs import quiet_libraries
+from ltx_titan.common.logs import quiet_libraries, set_up_logging
+from ltx_titan.common.options import Maybe, Positional, Repeated, parse_options
+from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.config import load_job
 from ltx_titan.metrics import read_metrics
 from ltx_titan.parallel.mesh import init_distributed
@@ -35,6 +35,26 @@ from ltx_titan.train import Trainer
 
 # Compiling, and the allocator's first rounds.
 _WARMUP = 3
+
+
+@dataclass(frozen=True)
+class TrainBenchOptions:
+    """Options of the training benchmark."""
+
+    job: Positional[Path]
+    """Job file."""
+
+    case: Repeated[str] = ()
+    """A case as "name: --section.key=value ...". May be passed several times. Default: the job as it is."""
+
+    all: str = ""
+    """Overrides of every case, as one string."""
+
+    out: Maybe[Path] = None
+    """File for the rows, as JSON lines."""
+
+    budget: float = 1e9
+    """Seconds after which no further case starts."""
 
 
 def measure(job: Path, overrides: Sequence[str], device: torch.device) -> dict[str, object]:
@@ -61,7 +81,7 @@ def measure(job: Path, overrides: Sequence[str], device: torch.device) -> dict[s
 
 
 def _row(lines: list[dict], ranks: int) -> dict[str, object]:
-    """What the logged steps come to."""
+    """Summary of the logged steps."""
     timed = [line for line in lines if line["step"] > _WARMUP] or lines[-1:]
     times = [line["step_time_s"] for line in timed]
     middle = min(timed, key=lambda line: abs(line["step_time_s"] - median(times)))
@@ -82,39 +102,31 @@ def _row(lines: list[dict], ranks: int) -> dict[str, object]:
 
 def _free(device: torch.device) -> None:
     torch.compiler.reset()
-    gc.collect()
+    free_device_memory()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def main() -> int:
-    """Measures all cases; returns the number of those that failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", type=Path, help="job file")
-    parser.add_argument("--all", default="", help="overrides of every case, as one string")
-    parser.add_argument("--case", action="append", required=True, help='"name: --section.key=value ..."')
-    parser.add_argument("--out", type=Path, help="write rows as JSON lines")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further case starts")
-    arguments = parser.parse_args()
+    """Measures all cases; returns the number of failed ones."""
+    options = parse_options(TrainBenchOptions, sys.argv[1:], prog="ltx_titan.benchmarks.train", description=__doc__)
     quiet_libraries()
     device = init_distributed()
     is_main = dist.get_rank() == 0
-    logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    logging.getLogger("ltx_titan").setLevel(logging.INFO if is_main else logging.CRITICAL)
+    set_up_logging()
     common = {**environment(device), "ranks": dist.get_world_size()}
     rows, failures, begun = [], 0, time.monotonic()
-    for case in arguments.case:
+    for case in options.case or ("job",):
         name, _, overrides = case.partition(":")
-        late = [time.monotonic() - begun > arguments.budget]
+        late = [time.monotonic() - begun > options.budget]
         dist.broadcast_object_list(late, src=0)
         if late[0]:
             rows.append({**common, "case": name, "skipped": "budget used up"})
             continue
         started = time.monotonic()
         try:
-            row = measure(arguments.job, [*shlex.split(arguments.all), *shlex.split(overrides)], device)
-        # One case that does not fit must not cost the others' measurements.
+            row = measure(options.job, [*shlex.split(options.all), *shlex.split(overrides)], device)
+        # A case that runs out of memory must not lose the results of the others.
         except Exception as error:
             failures += 1
             row = {"error": f"{type(error).__name__}: {error}"[:2000]}
@@ -123,9 +135,9 @@ def main() -> int:
         _free(device)
         if is_main:
             _print_row(rows[-1])
-            write_rows(arguments.out, rows)
+            write_rows(options.out, rows)
     if is_main:
-        write_rows(arguments.out, rows)
+        write_rows(options.out, rows)
     dist.destroy_process_group()
     return failures
 
@@ -140,7 +152,7 @@ def _print_row(row: dict) -> None:
         f"CASE {row['case']}: {row['step_time_s']:.3f} s +-{row['spread'] / 2:.0%}, "
         f"{row['tokens_per_s_per_gpu']:.0f} tokens/s/GPU, {mfu}{memory}first step {row['first_step_s']:.0f} s, "
         f"built in {row['build_s']:.0f} s, losses {row['losses'][0]:.4f} .. {row['losses'][-1]:.4f}, "
-        f"saves waited {row['save_blocked_s']}",
+        f"blocked by saves {row['save_blocked_s']}",
         flush=True,
     )
 

@@ -1,9 +1,9 @@
-"""Measuring several things in one run without compiling them one after another.
+"""Parallel compilation and exclusive timing of several benchmark cases.
 
-Compiling takes most of a benchmark's time and no device. So everything that is measured has a process of its own: all
-prepare (build, compile, warm up) at once, then each has the device to itself for its turn. What one does wrong, a
-crash included, costs the others nothing. Benchmarks that were started beside each other also wait for one another: none
-measures while another prepares or measures.
+Compilation takes most of the time of a benchmark and does not need the device. Each case therefore has its own process:
+all prepare (build, compile, warm up) in parallel, then one after another has the device exclusively. Failures are
+isolated: a crash in one process does not affect the others. Benchmarks that are started at the same time also exclude
+each other: none measures while another prepares or measures.
 """
 
 import fcntl
@@ -20,15 +20,15 @@ import torch
 
 
 def in_turns(works: Sequence[Callable[[Callable[[], None]], Any]], device: torch.device) -> Iterator[Any]:
-    """Runs every work in a process of its own; on a CPU, which has no turns to give, one after another in this one.
+    """Runs every case in its own process; on a CPU one after another in this process.
 
     Args:
-        works: pickled, and called with a function to be called once, when prepared; it returns when it is this one's
-            turn. They take turns in the order given.
-        device: which they share.
+        works: picklable functions, one per case. Each receives a function that it calls once when it is prepared, and
+            which returns when the case has the device; this happens in the order of `works`.
+        device: device that they share.
 
     Yields:
-        What each returned, or the exception it raised, in the order given.
+        The return value of each case, or an exception if it failed, in the order of `works`.
     """
     if device.type != "cuda":
         for work in works:
@@ -62,7 +62,7 @@ def in_turns(works: Sequence[Callable[[Callable[[], None]], Any]], device: torch
 
 @contextmanager
 def device_alone() -> Iterator[None]:
-    """No other benchmark of this machine measures or prepares meanwhile."""
+    """Excludes other benchmarks on this machine from measuring or preparing."""
     with _locked(fcntl.LOCK_EX):
         yield
 
@@ -75,11 +75,11 @@ def _locked(how: int) -> Iterator[TextIO]:
 
 
 def _receive(pipe: Connection) -> Any:
-    """What a process says: None that it is prepared, else its result."""
+    """The message of a process: None once it is prepared, else its result."""
     try:
         return pipe.recv()
     except EOFError:
-        return RuntimeError("the process ended without a word")
+        return RuntimeError("the process ended without a result")
 
 
 def _run(work: Callable, pipe: Connection) -> None:
@@ -91,7 +91,7 @@ def _run(work: Callable, pipe: Connection) -> None:
         pipe.send(None)
         pipe.recv()
 
-    # Many may prepare at once; whoever measures waits for all of them.
+    # A shared lock: many may prepare in parallel, and measuring waits for all of them.
     with _locked(fcntl.LOCK_SH) as preparing:
         pipe.send(_attempt(work, take_turn))
 
@@ -99,6 +99,6 @@ def _run(work: Callable, pipe: Connection) -> None:
 def _attempt(work: Callable, take_turn: Callable[[], None]) -> Any:
     try:
         return work(take_turn)
-    # Whatever goes wrong with one (a compiler error, a missing library), the others are still of interest.
+    # A failure of one case (a compiler error, a missing library) must not lose the results of the others.
     except Exception as error:
         return RuntimeError(f"{type(error).__name__}: {error}"[:2000])

@@ -1,65 +1,80 @@
-"""`ltx-titan compute-reference`: reference videos for in-context training, made from the clips themselves."""
+"""`ltx-titan compute-reference`: reference videos for in-context training, computed from the clips themselves."""
 
-import argparse
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
-import torch
 from rich.console import Console
 
-from ltx_titan.commands.files import (
-    REFERENCE_KINDS,
-    VIDEO_SUFFIXES,
-    Row,
-    find_media,
-    is_table,
-    media_of_row,
-    moved_row,
-    read_table,
-    relative_name,
-    write_image,
-    write_table,
-)
-from ltx_titan.commands.filters import Filter, blur, depth, edges, grey
+from ltx_titan.commands.files import REFERENCE_SUFFIXES, VIDEO_SUFFIXES, find_media, write_image
+from ltx_titan.commands.filters import Filter, blur, depth, edges, gray
 from ltx_titan.commands.report import Report
 from ltx_titan.common.files import locked
+from ltx_titan.common.options import Flag, Maybe, Positional, alias, default_device, placeholder
 from ltx_titan.common.ranks import own_device, own_share
 from ltx_titan.media import MediaError, is_image, iter_frames, probe_video, read_image, video_writer
+from ltx_titan.media.tables import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
+
+DESCRIPTION = """\
+Compute reference videos for in-context training (video to video). Each clip gets a video of the same length with
+
+  edges   Canny edges, white on black
+  gray    luminance, to train colorization
+  blur    a Gaussian blur, to train deblurring
+  depth   the output of a depth estimation model (--depth-model), near is white
+
+A reference is written next to its clip as <name>_<kind>.mp4 (gray: <name>_grey.mp4), and its name into the column
+reference_video of the table, which process-dataset reads. Other columns are kept. Existing references are kept;
+unreadable clips are reported at the end and get no reference.
+
+examples:
+  ltx-titan compute-reference clips/dataset.jsonl
+  ltx-titan compute-reference clips/dataset.csv --kind blur --blur-strength 0.02 --output clips/deblur.csv
+  torchrun --nproc-per-node 8 -m ltx_titan.cli compute-reference clips/dataset.jsonl --kind depth \\
+      --depth-model Depth-Anything-V2-Large-hf
+"""
 
 _COLUMN = "reference_video"
+# Written by other trainers; would contradict the new column.
 _OLD_COLUMN = "reference_path"
 
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """What `compute_references` is told; the command line has the same names.
+    """Options of `ltx-titan compute-reference`."""
 
-    Attributes:
-        dataset: table of clips, or a folder of them.
-        output: table to write; None: the given one, or `dataset.jsonl` in the folder.
-        kind: what references show: edges, grey, blur or depth.
-        canny: the two thresholds of edges.
-        blur_strength: standard deviation of the blur, as a part of the frame's shorter side.
-        depth_model: folder of a depth estimation model.
-        batch_size: frames that the depth model takes at once.
-        device: where the depth model runs.
-        overwrite: make again what is there.
-        dry_run: only say what would be done.
-    """
+    dataset: Positional[Path]
+    """Table of clips (.csv, .json, .jsonl), or a folder of clips."""
 
-    dataset: Path
-    output: Path | None = None
-    kind: str = "edges"
-    canny: tuple[float, float] = (100, 200)
+    output: Annotated[Maybe[Path], alias("-o")] = None
+    """Table to write. Default: the dataset itself, or dataset.jsonl in its folder."""
+
+    kind: Literal["edges", "gray", "grey", "blur", "depth"] = "edges"
+    """Content of the references. `grey` is an older name of `gray`."""
+
+    canny: Annotated[tuple[float, float], placeholder("LOW HIGH")] = (100, 200)
+    """Gradient thresholds of the Canny edge detector."""
+
     blur_strength: float = 0.01
-    depth_model: Path | None = None
+    """Standard deviation of the blur as a fraction of the frame's shorter side; 0.01 is 7 px in 720p."""
+
+    depth_model: Annotated[Maybe[Path], placeholder("FOLDER")] = None
+    """Local folder of a depth estimation model for transformers. Needed for --kind depth."""
+
     batch_size: int = 8
-    device: str = "cpu"
-    overwrite: bool = False
-    dry_run: bool = False
+    """Frames per forward pass of the depth model."""
+
+    overwrite: Flag = False
+    """Compute references again that exist already."""
+
+    dry_run: Flag = False
+    """List what would be computed, and stop."""
+
+    device: str = field(default_factory=default_device)
+    """Device of the depth model."""
 
     @property
     def table(self) -> Path:
@@ -67,11 +82,20 @@ class ReferenceOptions:
         return self.output or (self.dataset if is_table(self.dataset) else self.dataset / "dataset.jsonl")
 
 
+def run(options: ReferenceOptions) -> int:
+    """Runs the command; the exit status is 1 if no reference exists at the end."""
+    report = compute_references(options)
+    report.print("compute-reference")
+    if not options.dry_run:
+        report.write(f"table: {options.table}")
+    return 0 if options.dry_run or report.succeeded() else 1
+
+
 def compute_references(options: ReferenceOptions, console: Console | None = None) -> Report:
-    """Write a reference beside each clip and its name into the table; bad clips are named and left without one.
+    """Writes a reference next to each clip and its name into the table; unreadable clips are reported and skipped.
 
     Raises:
-        ValueError: there are no clips, or the options do not go together.
+        ValueError: there are no clips, or the options contradict each other.
     """
     if options.kind == "depth" and options.depth_model is None:
         raise ValueError("--kind depth needs --depth-model: a local folder of a depth estimation model")
@@ -89,13 +113,11 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
             todo.append(clip)
     if options.dry_run:
         for clip in todo:
-            report.console.print(
-                f"{clip} -> {reference_path(clip, options.kind).name}", markup=False, highlight=False, soft_wrap=True
-            )
-        report.notes["would be made"] = len(todo)
+            report.write(f"{clip} -> {reference_path(clip, options.kind).name}")
+        report.notes["would be computed"] = len(todo)
         return report
-    _make(todo, options, report)
-    # Under the lock, and from what is on disk: several processes end here, the last one sees everything.
+    _compute(todo, options, report)
+    # Every rank writes the table from the references that exist by then, under a lock: the last one sees all of them.
     with locked(options.table):
         folder = options.table.parent
         written = [moved_row(row, base, folder) for row in rows]
@@ -108,21 +130,38 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
 
 
 def reference_path(clip: Path, kind: str) -> Path:
-    """Where a clip's reference lies: beside it, as `<name>_<kind>.mp4` (`.png` for a still image)."""
-    return clip.with_name(f"{clip.stem}_{kind}{'.png' if is_image(clip) else '.mp4'}")
+    """Path of a clip's reference: `<name>_<kind>.mp4` next to it, `.png` for a still image."""
+    return clip.with_name(f"{clip.stem}{REFERENCE_SUFFIXES[kind]}{'.png' if is_image(clip) else '.mp4'}")
+
+
+def write_reference(clip: Path, target: Path, apply: Filter) -> None:
+    """Filters a clip or a still image; the reference has as many frames at the same rate, and no audio.
+
+    Raises:
+        MediaError: the clip cannot be read to its end.
+    """
+    if is_image(clip):
+        write_image(target, next(apply(read_image(clip).numpy())))
+        return
+    info = probe_video(clip)
+    # H.264 needs even sizes; preparation rescales, so a missing row or column of pixels is lost in that.
+    width, height = info.width // 2 * 2, info.height // 2 * 2
+    with video_writer(target, width, height, Fraction(info.fps)) as write:
+        for frame in apply(_cropped(iter_frames(clip), width, height)):
+            write(frame)
 
 
 def _rows(options: ReferenceOptions) -> tuple[Path, list[Row]]:
-    """Folder that the rows' paths start from, and the rows."""
+    """Folder that paths in the rows are relative to, and the rows."""
     if is_table(options.dataset):
         return options.dataset.parent, read_table(options.dataset)
     found = find_media(options.dataset, VIDEO_SUFFIXES)
     if options.table.is_file():
-        raise ValueError(f"{options.table} is there already and would lose its columns; give the table, or --output")
+        raise ValueError(f"{options.table}: exists, and its columns would be lost; pass the table, or --output")
     return options.dataset, [{"video": relative_name(path, options.dataset)} for path in found]
 
 
-def _make(clips: list[Path], options: ReferenceOptions, report: Report) -> None:
+def _compute(clips: list[Path], options: ReferenceOptions, report: Report) -> None:
     if not clips:
         return
     apply = _filter(options)
@@ -140,90 +179,14 @@ def _make(clips: list[Path], options: ReferenceOptions, report: Report) -> None:
 def _filter(options: ReferenceOptions) -> Filter:
     if options.kind == "edges":
         return edges(*options.canny)
-    if options.kind == "grey":
-        return grey()
+    if options.kind in ("gray", "grey"):
+        return gray()
     if options.kind == "blur":
         return blur(options.blur_strength)
     assert options.depth_model is not None
     return depth(options.depth_model, own_device(options.device), options.batch_size)
 
 
-def write_reference(clip: Path, target: Path, apply: Filter) -> None:
-    """Write what a filter makes of a clip or a still image: as many frames, at the same rate, without audio.
-
-    Raises:
-        MediaError: the clip cannot be read to its end.
-    """
-    if is_image(clip):
-        write_image(target, next(apply(read_image(clip).numpy())))
-        return
-    info = probe_video(clip)
-    # H.264 wants even sizes; a row or column less is nothing to the scaling that follows in preparation.
-    width, height = info.width // 2 * 2, info.height // 2 * 2
-    with video_writer(target, width, height, Fraction(info.fps)) as write:
-        for frame in apply(_even(iter_frames(clip), width, height)):
-            write(frame)
-
-
-def _even(frames: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.ndarray]:
+def _cropped(frames: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.ndarray]:
     for frame in frames:
         yield np.ascontiguousarray(frame[:height, :width])
-
-
-DESCRIPTION = """\
-Make reference videos for in-context training (video to video): for each clip, a video of the same length that shows
-
-  edges   Canny edges, white on black
-  grey    without colour, to learn colouring
-  blur    blurred, to learn sharpening
-  depth   depth by a model of your own (--depth-model), near is white
-
-The reference lies beside its clip as <name>_<kind>.mp4, and the column reference_video of the table names it, which
-process-dataset takes from there. The table keeps its other columns. What is there is kept; clips that cannot be read
-are named at the end and stay without a reference.
-
-examples:
-  ltx-titan compute-reference clips/dataset.jsonl
-  ltx-titan compute-reference clips/dataset.csv --kind blur --blur-strength 0.02 --output clips/deblur.csv
-  torchrun --nproc-per-node 8 -m ltx_titan.cli compute-reference clips/dataset.jsonl --kind depth \\
-      --depth-model Depth-Anything-V2-Large-hf
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `ltx-titan compute-reference`."""
-    parser.add_argument(
-        "dataset", type=Path, metavar="DATASET", help="table of clips (.csv, .json, .jsonl) or a folder"
-    )
-    parser.add_argument("--output", "-o", type=Path, help="table to write (default: the given one, in place)")
-    parser.add_argument(
-        "--kind", choices=REFERENCE_KINDS, default="edges", help="what references show (default: edges)"
-    )
-    parser.add_argument(
-        "--canny", type=float, nargs=2, metavar=("LOW", "HIGH"), default=(100, 200), help="thresholds of edges"
-    )
-    parser.add_argument(
-        "--blur-strength",
-        type=float,
-        default=0.01,
-        help="standard deviation of the blur, as a part of the frame's shorter side (default: 0.01, 7 px in 720p)",
-    )
-    parser.add_argument("--depth-model", type=Path, metavar="FOLDER", help="depth estimation model of transformers")
-    parser.add_argument("--batch-size", type=int, default=8, help="frames that the depth model takes at once")
-    parser.add_argument("--overwrite", action="store_true", help="make again what is there already")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be made, and stop")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where the depth model runs (default: cuda if there is one)",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run `ltx-titan compute-reference`; the exit status is 1 only where nothing at all could be made."""
-    options = ReferenceOptions(**{name: getattr(arguments, name) for name in ReferenceOptions.__dataclass_fields__})
-    report = compute_references(options)
-    report.print("compute-reference")
-    if not options.dry_run:
-        report.console.print(f"table: {options.table}", highlight=False, soft_wrap=True)
-    return 0 if options.dry_run or report.succeeded() else 1

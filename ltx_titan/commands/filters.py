@@ -1,8 +1,8 @@
-"""What a reference video shows of its clip: edges, grey values, a blur, or depth.
+"""Filters that turn a clip into a reference video: edges, grayscale, blur and depth.
 
-A filter takes the clip frame by frame and gives as many frames, of the same size, so that reference and clip stay
-aligned in every pixel and every frame. Depth is the exception to frame by frame: it is scaled over the whole clip,
-because nearest and farthest points of single frames would make it flicker.
+A filter maps frames to as many frames of the same size, so that reference and clip stay aligned in every pixel and
+frame. It streams frame by frame, except for depth, which is normalized over the whole clip: normalized per frame, it
+would flicker.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,41 +17,41 @@ from torch import Tensor
 
 Frames = Iterable[np.ndarray]
 Filter = Callable[[Frames], Iterator[np.ndarray]]
-"""Frames uint8 [H, W, 3] in, as many of the same size out."""
+"""Maps frames uint8 [H, W, 3] to as many frames of the same size."""
 
 
 def edges(low: float = 100, high: float = 200) -> Filter:
     """Canny edges, white on black.
 
     Args:
-        low: gradients below are no edge.
-        high: gradients above are one; those between are if they touch one.
+        low: gradients below are never an edge.
+        high: gradients above are always an edge; those in between only if they touch one.
     """
     cv2 = _opencv()
 
     def apply(frames: Frames) -> Iterator[np.ndarray]:
         for frame in frames:
-            yield _three(cv2.Canny(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), low, high))
+            yield _rgb(cv2.Canny(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), low, high))
 
     return apply
 
 
-def grey() -> Filter:
-    """Luminance, for colouring."""
+def gray() -> Filter:
+    """Luminance, to train colorization."""
     cv2 = _opencv()
 
     def apply(frames: Frames) -> Iterator[np.ndarray]:
         for frame in frames:
-            yield _three(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY))
+            yield _rgb(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY))
 
     return apply
 
 
 def blur(strength: float = 0.01) -> Filter:
-    """Gaussian blur, for sharpening.
+    """Gaussian blur, to train deblurring.
 
     Args:
-        strength: standard deviation, as a part of the frame's shorter side, so that clips of all sizes lose the same.
+        strength: standard deviation as a fraction of the frame's shorter side, so that clips of all sizes lose as much.
     """
     cv2 = _opencv()
 
@@ -63,18 +63,18 @@ def blur(strength: float = 0.01) -> Filter:
 
 
 def depth(model_path: str | Path, device: str = "cpu", batch_size: int = 8) -> Filter:
-    """Depth by a model of transformers, near is white.
+    """Output of a depth estimation model, normalized over the clip; near is white.
 
     Args:
         model_path: local folder of a depth estimation model (Depth Anything, DPT, ZoeDepth, Depth Pro, ...).
-        device: where it runs.
-        batch_size: frames at a time.
+        device: device of the model.
+        batch_size: frames per forward pass.
 
     Raises:
-        ValueError: the folder holds no such model.
+        ValueError: the folder contains no such model.
     """
     model, processor = _depth_model(Path(model_path), device)
-    # Models of distances in metres give far points large values; relative ones give them small values.
+    # Metric models output distances, which grow with depth; relative ones output inverse depth.
     config = model.config.to_dict()
     is_distance = config.get("depth_estimation_type") == "metric" or model.config.model_type in (
         "zoedepth",
@@ -92,7 +92,7 @@ def depth(model_path: str | Path, device: str = "cpu", batch_size: int = 8) -> F
         remaining, size, found = iter(frames), None, []
         while batch := list(islice(remaining, batch_size)):
             size = batch[0].shape[:2]
-            # At the model's own size and in half precision: a clip of 121 frames is some 60 MB.
+            # At the model's own size and in half precision: a clip of 121 frames takes about 60 MB.
             found.append(estimate(batch).half().cpu())
         if size is None:
             return
@@ -101,13 +101,13 @@ def depth(model_path: str | Path, device: str = "cpu", batch_size: int = 8) -> F
         for part in found:
             scaled = (part.float() - low) / max(high - low, 1e-6)
             for frame in F.interpolate(scaled[:, None], size, mode="bicubic", align_corners=False)[:, 0]:
-                yield _three((frame.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+                yield _rgb((frame.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 
     return apply
 
 
 def _depth_model(path: Path, device: str) -> tuple[Any, Any]:
-    # Here, because transformers takes seconds to import and the other filters need none of it.
+    # Here, because transformers takes seconds to import and the other filters do without it.
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     if not (path / "config.json").is_file():
@@ -118,7 +118,7 @@ def _depth_model(path: Path, device: str) -> tuple[Any, Any]:
         processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(
-            f"--depth-model: {path} is no depth estimation model that transformers reads: {error}"
+            f"--depth-model: transformers cannot load {path} as a depth estimation model: {error}"
         ) from error
     return model.to(device).eval(), processor
 
@@ -127,11 +127,11 @@ def _opencv() -> Any:
     try:
         import cv2
     except ModuleNotFoundError as error:
-        raise ValueError('needs OpenCV: pip install "ltx-titan[tools]"') from error
-    # Videos are spread over processes; threads of each on all cores would get in each other's way.
+        raise ValueError('OpenCV is not installed: pip install "ltx-titan[tools]"') from error
+    # Videos are distributed over processes, so the threads of each would compete for the same cores.
     cv2.setNumThreads(1)
     return cv2
 
 
-def _three(grey_values: np.ndarray) -> np.ndarray:
-    return np.repeat(grey_values[:, :, None], 3, axis=2)
+def _rgb(values: np.ndarray) -> np.ndarray:
+    return np.repeat(values[:, :, None], 3, axis=2)

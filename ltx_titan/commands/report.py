@@ -1,4 +1,4 @@
-"""What happened to each item: a progress bar with the time left while it runs, a table and the failures at the end."""
+"""Outcome of every item: a progress bar while a command runs, a table and the failures at its end."""
 
 import time
 from collections import Counter
@@ -19,12 +19,12 @@ from rich.progress import (
 from rich.table import Table
 
 _OUTCOMES = ("done", "skipped", "failed")
-# Between two lines where the output is no terminal, but a log.
+# Seconds between two lines if the output is a log and not a terminal.
 _LINE_INTERVAL_S = 30.0
 
 
 class Report:
-    """Counts outcomes per stage and remembers why items failed."""
+    """Counts outcomes per stage and keeps the reasons of failures."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -36,26 +36,26 @@ class Report:
         self.bytes: Counter[str] = Counter()
 
     def add(self, stage: str, outcome: str) -> None:
-        """Count one item as `done` or `skipped` (it was there already)."""
+        """Counts one item as `done`, or as `skipped` if its output exists already."""
         self.counts.setdefault(stage, Counter())[outcome] += 1
 
     def fail(self, stage: str, item: str, reason: str) -> None:
-        """Count one item as failed; the run goes on."""
+        """Counts one item as failed; the run continues."""
         self.add(stage, "failed")
         self.failures.append((stage, item, reason))
 
     def plan(self, stage: str, label: str, size_bytes: int) -> None:
-        """Count one item as `done` in a dry run: what it would become, and how many bytes of output."""
+        """Counts one item of a dry run with a description and the size of its output."""
         self.add(stage, "done")
         self.plans.setdefault(stage, Counter())[label] += 1
         self.bytes[stage] += size_bytes
 
     def tally(self) -> dict[str, Any]:
-        """Everything counted, to be sent to another process."""
+        """All counts in a form that can be sent to another process."""
         return {name: getattr(self, name) for name in ("counts", "failures", "notes", "seconds")}
 
     def merge(self, others: Iterable[dict[str, Any]]) -> None:
-        """Take over what other processes have counted; they ran side by side, so the longest time counts."""
+        """Adds the counts of other processes; they ran in parallel, so times are the maximum instead of the sum."""
         for other in others:
             for stage, counts in other["counts"].items():
                 self.counts.setdefault(stage, Counter()).update(counts)
@@ -65,7 +65,7 @@ class Report:
 
     @contextmanager
     def progress(self, stage: str, total: int) -> Iterator["Ticker"]:
-        """Show a bar for one stage, with the time left; call `advance` after each item."""
+        """Shows a progress bar with the remaining time; call `advance` after each item."""
         columns = (
             TextColumn("{task.description:<10}"),
             BarColumn(),
@@ -81,14 +81,18 @@ class Report:
         self.seconds[stage] += time.perf_counter() - started
 
     def succeeded(self) -> bool:
-        """Whether at least one item was done, now or before."""
+        """Whether at least one item was done, in this run or before."""
         return any(counts["done"] or counts["skipped"] for counts in self.counts.values())
 
+    def write(self, text: str) -> None:
+        """Prints a line as it is: file names may contain what rich takes for markup."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def print(self, title: str = "process-dataset") -> None:
-        """Print the table, the notes and the failures."""
+        """Prints the table, the notes and the failures."""
         is_dry = bool(self.plans)
         table = Table(
-            "stage", "to do" if is_dry else "done", "skipped (already there)", "failed", "size" if is_dry else "speed"
+            "stage", "to do" if is_dry else "done", "skipped (already done)", "failed", "size" if is_dry else "speed"
         )
         table.title = f"{title}, dry run" if is_dry else title
         for stage, counts in self.counts.items():
@@ -97,9 +101,9 @@ class Report:
         self.console.print(table)
         for stage, labels in self.plans.items():
             for label, count in sorted(labels.items()):
-                self.console.print(f"{stage}: {count} x {label}", markup=False, highlight=False, soft_wrap=True)
+                self.write(f"{stage}: {count} x {label}")
         for note, count in self.notes.items():
-            self.console.print(f"{note}: {count}", markup=False, highlight=False, soft_wrap=True)
+            self.write(f"{note}: {count}")
         for stage, item, reason in self.failures:
             self.console.print(f"[red]failed[/red] {stage}: {escape(item)}: {escape(reason)}", soft_wrap=True)
 
@@ -109,7 +113,7 @@ class Report:
 
 
 class Ticker:
-    """Moves one progress bar; where nobody could see it move, prints a line now and then."""
+    """Advances one progress bar; prints a line every 30 s instead if the output is not a terminal."""
 
     def __init__(self, report: Report, stage: str, total: int, bar: Progress, task: int) -> None:
         self._report, self._stage, self._total, self._bar, self._task = report, stage, total, bar, task
@@ -117,7 +121,7 @@ class Ticker:
         self._count = 0
 
     def advance(self) -> None:
-        """One item is through."""
+        """Counts one processed item."""
         self._count += 1
         self._bar.advance(self._task)
         now = time.perf_counter()
@@ -126,9 +130,7 @@ class Ticker:
         self._printed = now
         left_s = round((now - self._started) / self._count * (self._total - self._count))
         failed = self._report.counts.get(self._stage, Counter())["failed"]
-        self._report.console.print(
+        self._report.write(
             f"{self._stage}: {self._count}/{self._total}, {failed} failed, "
-            f"{left_s // 3600}:{left_s // 60 % 60:02d}:{left_s % 60:02d} left",
-            markup=False,
-            highlight=False,
+            f"{left_s // 3600}:{left_s // 60 % 60:02d}:{left_s % 60:02d} left"
         )

@@ -1,7 +1,7 @@
-"""Where a video's scenes begin and end, found with PySceneDetect's detectors.
+"""Scene boundaries of a video, from the detectors of PySceneDetect.
 
-The detectors are fed here, frame by frame from the decoder that also cuts, rather than by PySceneDetect's own reader:
-so a frame number means the same frame in both, and progress can be shown.
+The detectors receive frames from the decoder that also cuts, and not from PySceneDetect's own reader: an index refers
+to the same frame in both, and progress can be shown.
 """
 
 import re
@@ -10,53 +10,62 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from ltx_titan.common.options import Flag, Maybe, alias, placeholder
 from ltx_titan.media import MediaError, probe_video
-from ltx_titan.media.video import open_media
+from ltx_titan.media.container import open_media
 
-DETECTORS = ("content", "adaptive", "threshold", "histogram")
 _THRESHOLDS = {"content": 27.0, "adaptive": 3.0, "threshold": 12.0, "histogram": 0.2}
-# Detectors compare frames as a whole: more pixels cost time and change nothing.
+# Detectors compare whole frames: more pixels take longer and do not change the result.
 _DETECTION_WIDTH = 256
 
 
 @dataclass(frozen=True)
 class Detection:
-    """How scenes are found.
+    """Settings of scene detection."""
 
-    Attributes:
-        detector: content (cuts), adaptive (cuts, despite camera movement), threshold (fades), histogram (cuts).
-        threshold: of the detector; None: its default.
-        min_scene_length: shortest scene, as a time.
-        luma_only: look at brightness only (content, adaptive).
-        adaptive_window: frames at either side that a frame is compared with (adaptive).
-        fade_bias: where in a fade the cut is, from -1 (fully dark) to 1 (threshold passed) (threshold).
-        downscale: factor; None: to a width of about 256 pixels.
-        frame_skip: frames left out after each one looked at; faster, and cuts may be off by as many.
-        start: where in the video to begin, as a time.
-        end: where to stop; None: at the end.
-        max_scenes: how many to find.
-    """
+    detector: Literal["content", "adaptive", "threshold", "histogram"] = "content"
+    """Detector of cuts: content (hard cuts), adaptive (hard cuts despite fast camera movement), threshold (fades to
+    black) or histogram (hard cuts by brightness)."""
 
-    detector: str = "content"
-    threshold: float | None = None
-    min_scene_length: str = "15"
-    luma_only: bool = False
+    threshold: Maybe[float] = None
+    """Threshold of the detector; lower values find more scenes. Defaults: content 27, adaptive 3, threshold 12,
+    histogram 0.2."""
+
+    min_scene_length: Annotated[str, placeholder("TIME")] = "15"
+    """Length of the shortest scene."""
+
+    luma_only: Flag = False
+    """Compare brightness only (content, adaptive)."""
+
     adaptive_window: int = 2
+    """Frames on either side that a frame is compared with (adaptive)."""
+
     fade_bias: float = 0.0
-    downscale: int | None = None
+    """Position of the cut in a fade, from -1 (darkest frame) to 1 (threshold crossed) (threshold)."""
+
+    downscale: Maybe[int] = None
+    """Factor by which frames are reduced for detection. Default: to a width of about 256 pixels."""
+
     frame_skip: int = 0
-    start: str = "0"
-    end: str | None = None
-    max_scenes: int | None = None
+    """Frames to skip after each one: faster, and cuts may be off by as many frames."""
+
+    start: Annotated[str, alias("--skip-start"), placeholder("TIME")] = "0"
+    """Start of the part to split."""
+
+    end: Annotated[Maybe[str], alias("--duration", "-d"), placeholder("TIME")] = None
+    """End of the part to split, counted from the start of the video."""
+
+    max_scenes: Maybe[int] = None
+    """Number of scenes after which detection stops."""
 
 
 def parse_time(text: str, fps: Fraction, option: str) -> int:
-    """Frames that a time stands for: frames `123`, seconds `12.5s`, or `HH:MM:SS[.nnn]`.
+    """Converts a time to frames: `123` (frames), `12.5s` (seconds) or `HH:MM:SS[.nnn]`.
 
     Raises:
-        ValueError: text of another form.
+        ValueError: the text has another form.
     """
     text = text.strip()
     if re.fullmatch(r"\d+", text):
@@ -65,26 +74,26 @@ def parse_time(text: str, fps: Fraction, option: str) -> int:
         return round(float(match[1]) * fps)
     if match := re.fullmatch(r"(\d+):(\d{1,2}):(\d{1,2}(?:\.\d+)?)", text):
         return round((int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])) * fps)
-    raise ValueError(f"{option}: {text!r} is no time; expected frames (123), seconds (12.5s) or HH:MM:SS[.nnn]")
+    raise ValueError(f"{option}: {text!r} is not a time; expected frames (123), seconds (12.5s) or HH:MM:SS[.nnn]")
 
 
 def find_scenes(
     path: Path, detection: Detection, on_frame: Callable[[], None], stats_path: Path | None = None
 ) -> tuple[list[tuple[int, int]], int]:
-    """Find scenes.
+    """Finds the scenes of a video.
 
     Args:
         path: the video.
-        detection: how.
+        detection: settings of the detector.
         on_frame: called for every decoded frame.
-        stats_path: where to write what the detector measured for each frame (.csv), to choose a threshold by.
+        stats_path: file (.csv) for the detector's value of each frame, to choose a threshold by.
 
     Returns:
-        (first frame, frame after the last) of each scene in order, without gaps; and the number of frames decoded.
+        (first frame, frame after the last) of each scene in order, without gaps; and the number of decoded frames.
 
     Raises:
         MediaError: the video cannot be read.
-        ValueError: an option does not fit.
+        ValueError: a time has another form.
     """
     scenedetect, cv2 = _libraries()
     info = probe_video(path)
@@ -111,7 +120,7 @@ def find_scenes(
             if index < first or (index - first) % (1 + detection.frame_skip):
                 continue
             timecode = scenedetect.FrameTimecode(index, fps=info.fps)
-            # Areas are averaged: swscale's choice of filter would let noise through.
+            # Averages areas: the default filter of swscale would let noise through.
             image = cv2.resize(frame.to_ndarray(format="bgr24"), size, interpolation=cv2.INTER_AREA)
             cuts += [cut.frame_num for cut in detector.process_frame(timecode, image)]
             if detection.max_scenes is not None and len(cuts) >= detection.max_scenes:
@@ -130,29 +139,29 @@ def find_scenes(
 def arrange(
     scenes: list[tuple[int, int]], shortest: int, longest: int | None, trim: int = 0
 ) -> tuple[list[tuple[int, int]], int]:
-    """Scenes as they are cut: without short ones, and long ones in equal parts.
+    """Drops short scenes and cuts long ones into equal parts.
 
     Args:
-        scenes: (first, frame after the last).
-        shortest: frames; shorter ones are left out.
-        longest: frames of a part; None: scenes stay whole.
-        trim: frames taken off both ends of each scene, where transitions reach into it.
+        scenes: (first frame, frame after the last).
+        shortest: minimal length in frames.
+        longest: maximal length of a part in frames; None keeps scenes whole.
+        trim: frames removed from both ends of each scene, which transitions can reach into.
 
     Returns:
-        The parts, and how many scenes were left out.
+        The parts, and the number of skipped scenes.
     """
     parts = []
-    left_out = 0
+    skipped = 0
     for first, end in scenes:
         first, end = first + trim, end - trim
         length = end - first
         if length < max(1, shortest):
-            left_out += 1
+            skipped += 1
             continue
         count = 1 if longest is None else -(-length // longest)
         edges = [first + length * part // count for part in range(count + 1)]
         parts += pairwise(edges)
-    return parts, left_out
+    return parts, skipped
 
 
 def _detector(detection: Detection, fps: Fraction, scenedetect: Any) -> Any:
@@ -174,7 +183,7 @@ def _libraries() -> tuple[Any, Any]:
         import cv2
         import scenedetect
     except ModuleNotFoundError as error:
-        raise ValueError(f'needs {error.name}: pip install "ltx-titan[tools]"') from error
-    # Videos are spread over processes; threads of each on all cores would get in each other's way.
+        raise ValueError(f'{error.name} is not installed: pip install "ltx-titan[tools]"') from error
+    # Videos are distributed over processes, so the threads of each would compete for the same cores.
     cv2.setNumThreads(1)
     return scenedetect, cv2

@@ -1,4 +1,4 @@
-"""Where the samples of prepared data lie, whatever form they are stored in."""
+"""Samples of prepared data, in single `.pt` files or in shards."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,12 @@ from ltx_titan.data.shards import list_shards, read_shard_sample, shard_shapes
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A sample of one source folder.
+class StoredSample:
+    """Location of a sample of one source folder.
 
     Attributes:
-        path: its file, or the shard that holds it.
-        key: its name in the shard; None: it has a file of its own.
+        path: its file, or the shard that contains it.
+        key: its name in the shard; None if it has its own file.
     """
 
     path: Path
@@ -24,23 +24,23 @@ class Stored:
         return str(self.path) if self.key is None else f"{self.path}: {self.key}"
 
     def read(self, kind: Kind | None = None) -> Fields:
-        """Read it and check all of it.
+        """Reads and validates the sample.
 
         Raises:
-            ValueError: it is broken, or of another kind.
+            ValueError: it is damaged, or of another kind.
         """
         if self.key is not None:
             return read_shard_sample(self.path, self.key, kind)
         return read_sample(self.path, kind)
 
 
-def stored_samples(folder: Path) -> dict[str, Stored]:
-    """The samples of a source folder by their path below it, which ends in `.pt`; in order of these.
+def stored_samples(folder: Path) -> dict[str, StoredSample]:
+    """Samples of a source folder by their path below it, which ends in `.pt`; sorted by path.
 
     Raises:
-        ValueError: a shard is broken: which samples it holds is not known.
+        ValueError: a shard is damaged, so that its samples are unknown.
     """
-    found = {key: Stored(shard, key) for shard in list_shards(folder) for key in shard_shapes(shard)}
-    # A file is newer than the shard's sample of the same name.
-    found |= {path.relative_to(folder).as_posix(): Stored(path) for path in folder.rglob("*.pt")}
+    found = {key: StoredSample(shard, key) for shard in list_shards(folder) for key in shard_shapes(shard)}
+    # A file takes precedence over a sample of the same name in a shard, since it was written later.
+    found |= {path.relative_to(folder).as_posix(): StoredSample(path) for path in folder.rglob("*.pt")}
     return dict(sorted(found.items()))

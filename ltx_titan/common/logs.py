@@ -1,12 +1,23 @@
-"""Silences messages that libraries print on import and that a user cannot act on. Call before importing them."""
+"""Logging of jobs and commands, and silence for library messages that nobody running a job can act on."""
 
 import logging
 import os
+import sys
 import warnings
 
 
+def set_up_logging() -> None:
+    """Logs one line per event of rank 0 to standard output; other ranks log only what is critical."""
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(
+        format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stdout
+    )
+    logging.getLogger("ltx_titan").setLevel(logging.INFO if is_main else logging.CRITICAL)
+    logging.captureWarnings(is_main)
+
+
 def quiet_libraries() -> None:
-    """Sets the libraries' own switches unless the user has set them."""
+    """Sets the switches of the libraries unless the user has set them. Call before importing the libraries."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,8 +1,9 @@
+"""Prepared datasets: files, the order of samples, and batches read ahead."""
+
 from ltx_titan.data.dataset import PrecomputedDataset, Sample, ShapeKey, resolve_root, shape_key_of, token_counts
-from ltx_titan.data.layout import read_sample, read_shapes, relative_sample_path, write_sample
+from ltx_titan.data.layout import read_sample, read_shapes, write_sample
 from ltx_titan.data.loader import Batch, MicroBatch, StepBatches, StepLoader, collate, map_tensors
-from ltx_titan.data.plan import BatchPlan
-from ltx_titan.data.state import DataPosition, resume_step
+from ltx_titan.data.plan import BatchPlan, DataPosition, resume_step
 
 __all__ = [
     "Batch",
@@ -18,7 +19,6 @@ __all__ = [
     "map_tensors",
     "read_sample",
     "read_shapes",
-    "relative_sample_path",
     "resolve_root",
     "resume_step",
     "shape_key_of",

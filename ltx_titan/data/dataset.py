@@ -1,8 +1,7 @@
-"""A folder of prepared samples: which there are, what shape each has, and one of them at a time.
+"""A folder of prepared samples: lists them, reads their shapes, and reads one at a time.
 
-A sample exists where every source folder has one of the same relative path, in a `.pt` file of its own or in a shard;
-which of the two it is makes no difference to what is read or in which order. Shapes are known before training, because
-the batch plan needs them.
+A sample exists if every source folder has it at the same relative path, in a `.pt` file or in a shard; the two give
+the same samples in the same order. Shapes are read before training, because the batch plan needs them.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ltx_titan.data.index import READERS, SampleFile, ShapeIndex
+from ltx_titan.data.cache import READER_THREADS, SampleFile, ShapeIndex
 from ltx_titan.data.layout import Fields, Kind, read_sample
 from ltx_titan.data.shards import list_shards, read_shard_sample, shard_shapes
 
@@ -24,29 +23,29 @@ logger = logging.getLogger(__name__)
 Sample = dict[str, Fields]
 """Source -> field -> value, for one sample."""
 ShapeKey = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""(source, field, shape) of everything in a sample; samples of equal keys can share a batch."""
+"""(source, field, shape) of all fields of a sample; samples of equal keys can share a batch."""
 
 PRIMARY = "latents"
 _KINDS: dict[str, Kind] = {"conditions": "text", "video_latents": "video", "audio_latents": "audio"}
 _EXAMPLES = 3
 
 
-class _Place(NamedTuple):
-    """Where a sample of one source folder lies: in a file of its own, or under `key` in a shard."""
+class _Location(NamedTuple):
+    """Location of a sample of one source folder: a `.pt` file, or `key` in a shard."""
 
     file: SampleFile
     key: str | None = None
 
     def relative_path(self, folder: str) -> str:
-        """The sample's path below its source folder, ending in `.pt` wherever it lies."""
+        """The sample's path below its source folder, ending in `.pt` in a shard as well."""
         return self.key if self.key is not None else self.file.name.removeprefix(f"{folder}/")
 
 
 def resolve_root(path: str | Path) -> Path:
-    """The data root that `path` means: its `.precomputed` child where there is one, else itself.
+    """Returns the data root of a path: its `.precomputed` child if that exists, else the path itself.
 
     Raises:
-        ValueError: if there is no such folder.
+        ValueError: the folder does not exist.
     """
     root = Path(path)
     if not root.is_dir():
@@ -62,16 +61,16 @@ class PrecomputedDataset:
         """Finds the samples and their shapes.
 
         Args:
-            root: data root, or the folder that has it as `.precomputed`.
+            root: data root, or the folder with the data root `.precomputed`.
             sources: folders to read, each with its key in a batch; `conditions` is one of them.
 
         Raises:
-            ValueError: if a folder is missing or empty, no sample is in all of them, or a file cannot be used.
+            ValueError: a folder is missing or empty, no sample is in all of them, or a file cannot be used.
         """
         self.root = resolve_root(root)
         self.sources = dict(sources)
-        # Shapes of samples in shards, known from reading which samples there are.
-        self._shard_shapes: dict[_Place, dict[str, tuple[int, ...]]] = {}
+        # Filled while listing the samples of a shard: its header has both.
+        self._shard_shapes: dict[_Location, dict[str, tuple[int, ...]]] = {}
         self._samples = self._match()
         self._keys = self._read_keys()
         self.fingerprint = self._fingerprint()
@@ -80,28 +79,30 @@ class PrecomputedDataset:
         return len(self._samples)
 
     def name(self, index: int) -> str:
-        """The relative path of a sample, for messages."""
+        """Relative path of a sample, for messages."""
         primary = PRIMARY if PRIMARY in self.sources else next(iter(self.sources))
         return self._samples[index][primary].relative_path(primary)
 
     def shape_key(self, index: int) -> ShapeKey:
-        """Shapes that a batch of this sample and others must share."""
+        """Shapes of a sample; those of equal keys can share a batch."""
         return self._keys[index]
 
     def load(self, index: int) -> Sample:
         """Reads one sample: source -> field -> tensor or number, without a batch dim.
 
         Raises:
-            ValueError: if a file is broken; with its name.
+            ValueError: a file is broken; with its name.
         """
-        sample = {self.sources[folder]: self._read(folder, place) for folder, place in self._samples[index].items()}
+        sample = {
+            self.sources[folder]: self._read(folder, location) for folder, location in self._samples[index].items()
+        }
         self._check_shapes(index, sample)
         self._check_masks(index, sample)
         return sample
 
-    def _read(self, folder: str, place: _Place) -> Fields:
-        path, kind = self.root / place.file.name, self._kind(folder)
-        return read_sample(path, kind) if place.key is None else read_shard_sample(path, place.key, kind)
+    def _read(self, folder: str, location: _Location) -> Fields:
+        path, kind = self.root / location.file.name, self._kind(folder)
+        return read_sample(path, kind) if location.key is None else read_shard_sample(path, location.key, kind)
 
     def _kind(self, folder: str) -> Kind | None:
         return _KINDS.get(self.sources[folder])
@@ -111,7 +112,7 @@ class PrecomputedDataset:
             changed = sorted({source for source, _, _ in set(found) ^ set(self._keys[index])})
             raise ValueError(
                 f"{self.root}: {self.name(index)}: expected the shapes of when the run started, found others in "
-                f"{changed}; a data set must not change during a run; start the run again."
+                f"{changed}; a dataset must not change during a run; start the run again."
             )
 
     def _check_masks(self, index: int, sample: Sample) -> None:
@@ -124,8 +125,8 @@ class PrecomputedDataset:
                     f"found {mask.numel()} (shape {list(mask.shape)}); prepare the mask for this clip's size."
                 )
 
-    def _match(self) -> list[dict[str, _Place]]:
-        """The samples that every source has, in the order of the primary source's paths."""
+    def _match(self) -> list[dict[str, _Location]]:
+        """Samples that every source has, sorted by the primary source's paths."""
         folders = {folder: self._scan(folder) for folder in self.sources}
         primary = PRIMARY if PRIMARY in folders else next(iter(folders))
         kept, missing = [], {folder: [] for folder in folders}
@@ -139,7 +140,7 @@ class PrecomputedDataset:
         for folder, paths in missing.items():
             if paths:
                 logger.warning(
-                    "%s: %d of %d samples have no file in %s and are left out: %s%s",
+                    "%s: %d of %d samples lack a file in %s and are skipped: %s%s",
                     self.root,
                     len(paths),
                     len(folders[primary]),
@@ -156,8 +157,8 @@ class PrecomputedDataset:
             )
         return kept
 
-    def _scan(self, folder: str) -> dict[str, _Place]:
-        """Every sample of a source folder, by path relative to it."""
+    def _scan(self, folder: str) -> dict[str, _Location]:
+        """All samples of a source folder, by path relative to it."""
         base = self.root / folder
         if not base.is_dir():
             present = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
@@ -170,20 +171,20 @@ class PrecomputedDataset:
             for name in names:
                 if name.endswith(".pt"):
                     path = Path(parent, name)
-                    samples[path.relative_to(base).as_posix()] = _Place(self._file(path))
+                    samples[path.relative_to(base).as_posix()] = _Location(self._file(path))
         if not samples:
             raise ValueError(f"{base}: expected .pt files or shards, found none; run the preprocessing for it.")
         return samples
 
-    def _scan_shards(self, folder: str) -> dict[str, _Place]:
+    def _scan_shards(self, folder: str) -> dict[str, _Location]:
         paths = list_shards(self.root / folder)
-        with ThreadPoolExecutor(max_workers=READERS) as pool:
+        with ThreadPoolExecutor(max_workers=READER_THREADS) as pool:
             headers = list(pool.map(lambda path: shard_shapes(path, self._kind(folder)), paths))
         samples = {}
         for path, header in zip(paths, headers, strict=True):
             file = self._file(path)
             for key, shapes in header.items():
-                samples[key] = _Place(file, key)
+                samples[key] = _Location(file, key)
                 self._shard_shapes[samples[key]] = shapes
         return samples
 
@@ -192,33 +193,33 @@ class PrecomputedDataset:
         return SampleFile(path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime_ns)
 
     def _read_keys(self) -> list[ShapeKey]:
-        places = [(folder, place) for sample in self._samples for folder, place in sample.items()]
-        alone = {place.file: self._kind(folder) for folder, place in places if place.key is None}
+        locations = [(folder, location) for sample in self._samples for folder, location in sample.items()]
+        alone = {location.file: self._kind(folder) for folder, location in locations if location.key is None}
         shapes = ShapeIndex(self.root).shapes(alone)
 
-        def shapes_of(place: _Place) -> dict[str, tuple[int, ...]]:
-            return shapes[place.file] if place.key is None else self._shard_shapes[place]
+        def shapes_of(location: _Location) -> dict[str, tuple[int, ...]]:
+            return shapes[location.file] if location.key is None else self._shard_shapes[location]
 
         return [
             tuple(
                 (self.sources[folder], field, shape)
-                for folder, place in sample.items()
-                for field, shape in sorted(shapes_of(place).items())
+                for folder, location in sample.items()
+                for field, shape in sorted(shapes_of(location).items())
             )
             for sample in self._samples
         ]
 
     def _fingerprint(self) -> str:
-        """Changes with the set of samples and their shapes, not with the place of the folder or its form on disk."""
+        """Hash of the samples and their shapes; independent of the path of the root and of sharding."""
         digest = hashlib.sha256()
         for sample, key in zip(self._samples, self._keys, strict=True):
-            paths = [place.relative_path(folder) for folder, place in sample.items()]
+            paths = [location.relative_path(folder) for folder, location in sample.items()]
             digest.update(f"{paths}\0{key}\n".encode())
         return digest.hexdigest()[:32]
 
 
 def shape_key_of(sample: Sample) -> ShapeKey:
-    """The shape key of a sample in memory."""
+    """Shape key of a sample in memory."""
     return tuple(
         (source, field, tuple(value.shape) if isinstance(value, Tensor) else ())
         for source, fields in sample.items()
@@ -227,7 +228,7 @@ def shape_key_of(sample: Sample) -> ShapeKey:
 
 
 def token_counts(key: ShapeKey) -> dict[str, int]:
-    """Tokens of each clip in a sample, references included: frames x rows x columns of a video, time steps of audio."""
+    """Tokens of each stream of a sample, references included: frames x height x width of a video, steps of audio."""
     counts = {}
     for source, field, shape in key:
         if field == "latents":
@@ -235,8 +236,8 @@ def token_counts(key: ShapeKey) -> dict[str, int]:
     return counts
 
 
-def _paired(path: str, folder: str, primary: str, files: Mapping[str, _Place]) -> str | None:
-    """The file of `folder` that belongs to the primary's `path`; an older layout has `condition_X` for `latent_X`."""
+def _paired(path: str, folder: str, primary: str, files: Mapping[str, _Location]) -> str | None:
+    """Finds the sample of `folder` for the primary's `path`; an older layout has `condition_X` for `latent_X`."""
     if path in files:
         return path
     if folder == "conditions" and primary == PRIMARY and "/" not in path and path.startswith("latent_"):

@@ -1,22 +1,21 @@
-"""One prepared sample on disk: a `.pt` file per source, the same relative path in every source folder.
+"""One prepared sample on disk: a `.pt` file per source, at the same relative path in every source folder.
 
-The forms are those of the public LTX-2 trainer, so data prepared for it can be used as it is, its older forms
-included; they leave this module in one form:
+The formats are those of the public LTX-2 trainer, older ones included, so data prepared by it can be used as it is.
+This module converts all of them to one:
 
 - latents of a video or image: `latents` [128, F', H', W'], `num_frames`, `height`, `width` (latent sizes), `fps`
 - latents of audio: `latents` [8, T, 16], `num_time_steps`, `frequency_bins`, `duration` (seconds)
-- text features, which still pass the text connectors: `video_prompt_embeds` [N, D_v], optionally `audio_prompt_embeds`
+- text features, inputs of the text connectors: `video_prompt_embeds` [N, D_v], optionally `audio_prompt_embeds`
   [N, D_a], `prompt_attention_mask` [N] int64
-- text contexts, which have passed them: on disk `video_context`, `audio_context`, so that no other reader takes them
-  for features; in memory `video_prompt_embeds`, `audio_prompt_embeds` without a `prompt_attention_mask`
+- text contexts, outputs of the text connectors: on disk `video_context`, `audio_context`, so that no other trainer
+  reads them as features; in memory `video_prompt_embeds`, `audio_prompt_embeds` without a `prompt_attention_mask`
 - masks: `mask`, any tensor with one element per token, 1 = keep
 
-Latents may carry `present = False`: the sample has no such stream and the latents are a stand-in of the right size.
+Latents may have `present = False`: the sample lacks this stream and the latents are a placeholder of the right size.
 """
 
 import io
 import math
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +23,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ltx_titan.common.files import atomic_write
 
 Value = Tensor | int | float | bool
 Fields = dict[str, Value]
@@ -34,39 +35,21 @@ AUDIO_CHANNELS = 8
 AUDIO_BINS = 16
 AUDIO_STEPS_PER_SECOND = 25
 DEFAULT_FPS = 24.0
-"""What files from before the frame rate was stored count as."""
-
-
-def relative_sample_path(media: str | Path, base: str | Path) -> Path:
-    """Path of a sample below each source folder: that of its main media file below `base`, with the suffix `.pt`.
-
-    Media outside `base` are mirrored with their whole path, so that no two of them meet.
-
-    Args:
-        media: the video, or the audio where there is none.
-        base: folder of the metadata file.
-    """
-    media, base = Path(os.path.abspath(media)), Path(os.path.abspath(base))
-    relative = media.relative_to(base) if media.is_relative_to(base) else media.relative_to(media.anchor)
-    return relative.with_suffix(".pt")
+"""Frame rate of older files, which do not store one."""
 
 
 def write_sample(path: str | Path, fields: Mapping[str, Value]) -> None:
-    """Writes one sample file, whole or not at all; fields beyond the known ones are kept in the file.
+    """Writes one sample file atomically; fields beyond the known ones are kept in the file.
 
     Raises:
-        ValueError: if a reader would refuse the fields.
+        ValueError: `read_sample` would refuse the fields.
     """
     path = Path(path)
     clean = {key: _compact(value) if isinstance(value, Tensor) else value for key, value in fields.items()}
-    _check_values(path, _normalised(path, clean, None))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
-        torch.save(clean, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _check_values(path, _normalize(path, clean, None))
+    # Through a file object: given a path, torch.save stores its name, and the bytes would depend on the process.
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save(clean, file)
 
 
 def read_sample(path: str | Path, kind: Kind | None = None) -> Fields:
@@ -74,42 +57,42 @@ def read_sample(path: str | Path, kind: Kind | None = None) -> Fields:
 
     Args:
         path: the file.
-        kind: what it must hold; None accepts any.
+        kind: kind that it must be; None accepts any.
 
     Raises:
-        ValueError: if the file is missing, cut off or of another kind, or a field is missing, has a wrong type or
-            shape, contradicts another or is not finite; with file, field, what was expected and found, and the remedy.
+        ValueError: the file is missing, truncated or of another kind, or a field is missing, has a wrong type or
+            shape, contradicts another or is not finite; with file, field, expected and found values, and the remedy.
     """
     return check_fields(Path(path), load_fields(path), kind)
 
 
 def load_fields(path: str | Path) -> dict[str, Value]:
-    """The fields of a sample file as they were written, in whatever form.
+    """Reads the fields of a sample file as they were written, in any of the formats.
 
     Raises:
-        ValueError: if the file is missing, cut off or holds something else.
+        ValueError: the file is missing, truncated or not a sample.
     """
     return _load(Path(path), mmap=False)
 
 
 def check_fields(path: Path, data: dict, kind: Kind | None = None) -> Fields:
-    """Brings the fields of a stored sample to their one form and checks all of them.
+    """Converts the fields of a stored sample to the current format and checks all of them.
 
     Args:
-        path: what messages call the sample.
+        path: name of the sample in messages.
         data: as stored.
-        kind: what it must hold; None accepts any.
+        kind: kind that it must be; None accepts any.
 
     Raises:
         ValueError: as `read_sample`.
     """
-    fields = _normalised(path, data, kind)
+    fields = _normalize(path, data, kind)
     _check_values(path, fields)
     return fields
 
 
 def read_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, tuple[int, ...]]:
-    """The shape of each field of a sample file, () for numbers, without reading the tensors' values.
+    """Reads the shape of each field of a sample file, () for numbers, without reading the tensors' values.
 
     Raises:
         ValueError: as `read_sample`, for everything but the values.
@@ -119,17 +102,17 @@ def read_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, tuple[i
 
 
 def field_shapes(path: Path, data: dict, kind: Kind | None = None) -> dict[str, tuple[int, ...]]:
-    """The shape of each field of a stored sample, () for numbers; its tensors may be on the meta device.
+    """Returns the shape of each field of a stored sample, () for numbers; its tensors may be on the meta device.
 
     Raises:
         ValueError: as `read_sample`, for everything but the values.
     """
-    fields = _normalised(path, data, kind)
+    fields = _normalize(path, data, kind)
     return {key: tuple(value.shape) if isinstance(value, Tensor) else () for key, value in fields.items()}
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """The tensor alone: `torch.save` would write the whole storage that a view looks at."""
+    """Copies a tensor out of its storage: `torch.save` would write the whole storage of a view."""
     return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
 
 
@@ -138,7 +121,8 @@ def _load(path: Path, mmap: bool) -> dict:
     try:
         if path.stat().st_size == 0:
             raise ValueError(f"{path}: expected a sample file, found 0 bytes; {again}.")
-        # Reading first keeps a file that is replaced meanwhile whole, and tells a broken disk from a broken file.
+        # Read in one go, a file that is replaced in the meantime stays consistent, and a broken disk (OSError here) is
+        # distinct from a broken file (an error of torch.load below).
         content = str(path) if mmap and _is_zip(path) else io.BytesIO(path.read_bytes())
     except FileNotFoundError as error:
         raise ValueError(f"{path}: expected a sample file, found none; run the preprocessing again.") from error
@@ -155,24 +139,24 @@ def _load(path: Path, mmap: bool) -> dict:
 
 
 def _is_zip(path: Path) -> bool:
-    """Files of before torch 1.6 are not zip archives and cannot be mapped into memory."""
+    """Whether a file is a zip archive, as since torch 1.6; older files cannot be mapped into memory."""
     with path.open("rb") as file:
         return file.read(2) == b"PK"
 
 
-def _normalised(path: Path, data: dict, kind: Kind | None) -> Fields:
-    """The known fields of a file in their current form; checks all but the tensors' values."""
-    forms: dict[str, Callable[[Path, dict], Fields]] = {
+def _normalize(path: Path, data: dict, kind: Kind | None) -> Fields:
+    """Converts the known fields of a file to the current format; checks all but the tensors' values."""
+    parsers: dict[str, Callable[[Path, dict], Fields]] = {
         "latents": _latents,
-        "video_context": _text_contexts,  # First: who stored both does not want connectors in the step.
+        "video_context": _text_contexts,  # Before features: a file with both is meant to be read without connectors.
         "video_prompt_embeds": _text_features,
         "prompt_embeds": _text_features,
         "mask": _mask,
     }
-    form = next((form for key, form in forms.items() if key in data), None)
-    if form is None:
+    parse = next((parse for key, parse in parsers.items() if key in data), None)
+    if parse is None:
         raise _error(path, "latents, video_prompt_embeds, video_context or mask", "a sample's main field", sorted(data))
-    fields = form(path, data)
+    fields = parse(path, data)
     found = _kind_of(fields)
     if kind is not None and found != kind and not (kind == "latents" and found in ("video", "audio")):
         raise ValueError(
@@ -192,7 +176,7 @@ def _kind_of(fields: Fields) -> Kind:
 def _latents(path: Path, data: dict) -> Fields:
     latents = _tensor(path, data, "latents", floating=True)
     if latents.ndim == 2:
-        latents = _unpatchified(path, data, latents)
+        latents = _unpatchify(path, data, latents)
     if latents.ndim == 4:
         fields = _video(path, data, latents)
     elif latents.ndim == 3:
@@ -206,8 +190,11 @@ def _latents(path: Path, data: dict) -> Fields:
     return fields
 
 
-def _unpatchified(path: Path, data: dict, tokens: Tensor) -> Tensor:
-    """Older files hold tokens: [F' * H' * W', 128] of a video, or [T, 8 * 16] of audio, feature `16 * c + m`."""
+def _unpatchify(path: Path, data: dict, tokens: Tensor) -> Tensor:
+    """Converts tokens of older files to a grid: [F' * H' * W', 128] of a video, or [T, 8 * 16] of audio.
+
+    Feature `16 * c + m` of an audio token is channel `c` of frequency bin `m`.
+    """
     if "num_frames" not in data and "num_time_steps" in data:
         expected = [data["num_time_steps"], AUDIO_CHANNELS * AUDIO_BINS]
         if list(tokens.shape) != expected:
@@ -246,7 +233,7 @@ def _audio(path: Path, data: dict, latents: Tensor) -> Fields:
 
 
 def _text_features(path: Path, data: dict) -> Fields:
-    # The older form has one tensor for both streams; without audio features the video's serve both.
+    # The older format has one tensor for both streams; without audio features the video's are used for both.
     video = _tensor(path, data, "video_prompt_embeds" if "video_prompt_embeds" in data else "prompt_embeds", True)
     fields = _text(path, data, video, "audio_prompt_embeds")
     mask = _tensor(path, data, "prompt_attention_mask", floating=False)
@@ -287,7 +274,7 @@ def _check_values(path: Path, fields: Fields) -> None:
 
 
 def _tensor(path: Path, data: dict, key: str, floating: bool | None) -> Tensor:
-    """`data[key]`, which must be a tensor; of floats if `floating`, of whole numbers if False, of either if None."""
+    """Returns `data[key]`, a tensor: floating-point if `floating`, integer if False, either if None."""
     value = data.get(key)
     if not isinstance(value, Tensor):
         found = f"only {sorted(data)}" if key not in data else type(value).__name__

@@ -1,9 +1,8 @@
-"""Micro-batches of the coming steps, read ahead by threads.
+"""Prefetching of micro-batches by threads.
 
-A worker reads the samples of one micro-batch, stacks them, makes its random draws and pins it; so nothing but the
-copy to the device is left for the step. Threads suffice: reading files and random numbers release Python's lock, and
-tensors need not be sent between processes. No more than `prefetch` micro-batches wait at any time, however many an
-optimizer step has.
+A worker reads the samples of one micro-batch, stacks them, makes its random draws and pins it, so the step only copies
+it to the device. Threads suffice: file reads and random numbers release the GIL, and tensors need not be sent between
+processes. At most `prefetch` micro-batches wait at any time, independent of the number in an optimizer step.
 """
 
 import dataclasses
@@ -27,13 +26,13 @@ Draw = Callable[[Batch, int, tuple[int, ...]], Any]
 
 
 class Dataset(Protocol):
-    """What the loader needs of a data set."""
+    """Interface of a dataset to the loader."""
 
     def load(self, index: int) -> Sample:
-        """One sample."""
+        """Returns one sample."""
 
     def name(self, index: int) -> str:
-        """What messages call it."""
+        """Name of a sample in messages."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class MicroBatch:
     Attributes:
         batch: source -> field -> tensor [B, ...].
         positions: index of each sample in the global batch.
-        samples: index of each sample in the data set.
-        draws: what the draw callback gave; None without one.
+        samples: index of each sample in the dataset.
+        draws: result of the draw callback; None without one.
     """
 
     batch: Batch
@@ -58,10 +57,10 @@ class StepBatches:
     """The forwards of one optimizer step on one rank.
 
     Attributes:
-        step: optimizer step, as counted by whoever made the loader.
+        step: optimizer step, counted from the loader's `start_step`.
         batch_number: number of its global batch in the plan.
-        num_micro_batches: how many `micro_batches` will yield; the same on every rank.
-        micro_batches: each as soon as it is read; to be used up before the next step is asked for.
+        num_micro_batches: length of `micro_batches`; the same on every rank.
+        micro_batches: yields each as soon as it is read; must be consumed before the next step is requested.
     """
 
     step: int
@@ -71,7 +70,7 @@ class StepBatches:
 
 
 class StepLoader:
-    """Iterates over optimizer steps; used in a `with` block, or closed by hand."""
+    """Iterates over optimizer steps. Use it in a `with` block, or call `close`."""
 
     def __init__(
         self,
@@ -89,22 +88,22 @@ class StepLoader:
         prefetch: int = 4,
         pin_memory: bool | None = None,
     ) -> None:
-        """Describes what to read; reading starts with iteration.
+        """Prepares the threads; reading starts with iteration.
 
         Args:
-            dataset: gives samples.
-            plan: gives their order.
+            dataset: reads samples.
+            plan: their order.
             dp_rank: rank among the data-parallel ranks; ranks that share a sample (TP, CP) pass the same.
-            dp_size: number of these.
-            local_batch_size: most samples in a forward.
-            start_step: first optimizer step; the draw callback is told the step.
-            stop_step: the step before which to end; None never ends.
+            dp_size: number of data-parallel ranks.
+            local_batch_size: maximal number of samples in a forward.
+            start_step: first optimizer step; the draw callback receives the step.
+            stop_step: step to end before; None never ends.
             first_batch: global batch of the first step; None means `start_step`. Differs after the batch size changed.
             draw: makes the random draws of a micro-batch, in a worker; must depend on its arguments alone.
-            num_workers: threads; 0 reads when asked.
+            num_workers: threads; 0 reads in the calling thread.
             prefetch: micro-batches that are read ahead.
-            pin_memory: whether tensors get page-locked memory, from which copies to a GPU need not be waited for; None
-                does so where there is a GPU.
+            pin_memory: whether tensors get page-locked memory, whose copies to a GPU are asynchronous; None: if a GPU
+                is available.
         """
         self._dataset, self._plan, self._draw = dataset, plan, draw
         self._share = (dp_rank, dp_size, local_batch_size)
@@ -124,7 +123,7 @@ class StepLoader:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads and drops what they have read; may be called again."""
+        """Ends the threads and discards what they have read; may be called repeatedly."""
         self._waiting.clear()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -133,18 +132,18 @@ class StepLoader:
         """Yields each step in order, from the first.
 
         Raises:
-            ValueError: if a file of a sample is broken; with its name. Raised where its micro-batch is asked for.
+            ValueError: a file of a sample is broken; with its name. Raised when its micro-batch is requested.
         """
         for future in self._waiting:
             future.cancel()
         self._waiting.clear()
-        # One goes ahead to feed the workers, the other follows with the consumer.
+        # One iterator runs ahead to feed the workers, the other follows the consumer.
         ahead, steps = itertools.tee(self._steps())
         jobs = ((step, forward) for step, forwards in ahead for forward in forwards)
         for step, forwards in steps:
             micro_batches = self._take(jobs, len(forwards))
             yield StepBatches(step, step + self._offset, len(forwards), micro_batches)
-            assert next(micro_batches, None) is None, f"step {step}: its micro-batches were not used up"
+            assert next(micro_batches, None) is None, f"step {step}: its micro-batches were not all consumed"
 
     def _steps(self) -> Iterator[tuple[int, list[PlannedForward]]]:
         steps = itertools.count(self._start) if self._stop is None else range(self._start, self._stop)
@@ -179,7 +178,7 @@ class StepLoader:
         return map_tensors(micro_batch, Tensor.pin_memory) if self._pin else micro_batch
 
     def _device_setter(self) -> Callable[[], None] | None:
-        """Tells each thread the GPU of this rank: pinning in a fresh thread would open a context on GPU 0."""
+        """Initializer that selects this rank's GPU in each thread: pinning would otherwise open a context on GPU 0."""
         if not (self._pin and torch.cuda.is_available()):
             return None
         device = torch.cuda.current_device()
@@ -204,7 +203,7 @@ def _as_tensor(value: Tensor | float | bool) -> Tensor:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `function` applied to every tensor in its dicts, lists, tuples and dataclasses."""
+    """Applies `function` to every tensor in the dicts, lists, tuples and dataclasses of `value`."""
     match value:
         case Tensor():
             return function(value)

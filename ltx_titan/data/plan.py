@@ -1,20 +1,23 @@
-"""Which samples each optimizer step trains on: a pure function of (data fingerprint, seed, global batch size, step).
+"""The order of samples: a pure function of (data fingerprint, seed, global batch size, step).
 
-Nothing of the order is state. Any rank on any mesh computes the same plan and takes its part; resuming needs a number
-only.
+The order has no state. Any rank on any mesh computes the same plan and takes its part; resuming needs one number, the
+count of samples, which stays meaningful when the mesh or the batch size changes.
 
-An epoch is a shuffle of all samples, cut into global batches. Where it can be, a global batch has samples of one
-shape, since these share a forward; what is left of every shape forms mixed batches at shuffled places. An epoch ends
+An epoch is a shuffle of all samples, cut into global batches. As many global batches as possible have samples of one
+shape, which can share a forward; the remainders of all shapes form mixed batches at shuffled positions. An epoch ends
 on a batch boundary: its last batch is filled from a further shuffle.
 
-Within a step every data-parallel rank has the same number of samples and of micro-batches, for FSDP's collectives
-come with every forward. Ranks of a mixed batch get equal shares of its cost, and large micro-batches meet large ones.
+Within a step every data-parallel rank has the same number of samples and of micro-batches, because FSDP runs
+collectives in every forward. The ranks of a mixed batch get about equal costs, and large micro-batches run at the same
+time on all ranks.
 """
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
+from typing import Any, Self
 
 import numpy as np
 
@@ -40,46 +43,46 @@ class BatchPlan:
             costs: one per sample, relative (FLOPs); balanced over ranks.
             seed: the job's.
             global_batch_size: samples per optimizer step.
-            fingerprint: of the data set.
+            fingerprint: of the dataset.
 
         Raises:
-            ValueError: if there are no samples.
+            ValueError: the dataset is empty.
         """
         assert len(shape_keys) == len(costs)
         if not shape_keys:
-            raise ValueError("expected a data set with samples, found none.")
+            raise ValueError("expected a dataset with samples, found none.")
         self.global_batch_size = global_batch_size
         self.fingerprint = fingerprint
         self._seed = seed
         self._costs = [float(cost) for cost in costs]
         numbers: dict[Hashable, int] = {}
         self._buckets = np.array([numbers.setdefault(key, len(numbers)) for key in shape_keys])
-        # Two epochs at once: threads that read ahead cross from one to the next.
+        # Two epochs, because reading ahead crosses from one to the next.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     @property
     def num_samples(self) -> int:
-        """Samples in the data set."""
+        """Samples in the dataset."""
         return len(self._buckets)
 
     @property
     def batches_per_epoch(self) -> int:
-        """Global batches in which every sample comes at least once."""
+        """Global batches until every sample was used at least once."""
         return -(-self.num_samples // self.global_batch_size)
 
     def global_batch(self, n: int) -> tuple[int, ...]:
-        """Sample indices of global batch `n` (from 0), in its order."""
+        """Sample indices of global batch `n` (from 0), in order of their position."""
         epoch, index = divmod(n, self.batches_per_epoch)
         return tuple(self._epoch(epoch)[index].tolist())
 
     def micro_batches(self, n: int, dp_rank: int, dp_size: int, local_batch_size: int) -> list[PlannedForward]:
-        """The forwards of one data-parallel rank in global batch `n`, as many for every rank.
+        """The forwards of one data-parallel rank in global batch `n`; their number is the same on every rank.
 
         Args:
             n: global batch, from 0.
             dp_rank: rank among the data-parallel ranks.
-            dp_size: number of these; divides the global batch size.
-            local_batch_size: most samples in a forward.
+            dp_size: number of data-parallel ranks; divides the global batch size.
+            local_batch_size: maximal number of samples in a forward.
         """
         assert self.global_batch_size % dp_size == 0
         assert 0 <= dp_rank < dp_size
@@ -87,7 +90,7 @@ class BatchPlan:
         parts = [self._forwards(batch, part, local_batch_size) for part in self._deal(batch, dp_size)]
         count = max(len(part) for part in parts)
         forwards = _split_to(parts[dp_rank], count)
-        # A step waits for the slowest rank in every forward, so large ones should run at the same time.
+        # Collectives make every forward as slow as that of the slowest rank: large ones run at the same time.
         forwards.sort(key=lambda forward: (-sum(self._costs[batch[position]] for position in forward), forward))
         return [[(position, batch[position]) for position in forward] for forward in forwards]
 
@@ -99,8 +102,9 @@ class BatchPlan:
         order = generator.permutation(self.num_samples)
         while len(order) < total:
             order = np.concatenate([order, generator.permutation(self.num_samples)[: total - len(order)]])
-        # Stable, so that each shape keeps its samples in shuffled order.
+        # A stable sort keeps the samples of each shape in shuffled order.
         order = order[np.argsort(self._buckets[order], kind="stable")]
+        # Full batches of one shape first; the remainders of all shapes together fill the mixed batches.
         whole, rest = [], []
         for bucket in np.split(order, np.flatnonzero(np.diff(self._buckets[order])) + 1):
             cut = len(bucket) - len(bucket) % size
@@ -110,7 +114,7 @@ class BatchPlan:
         return batches[generator.permutation(len(batches))]
 
     def _deal(self, batch: Sequence[int], dp_size: int) -> list[list[int]]:
-        """Positions for each rank: the dearest sample first, each to the rank with least cost that has room."""
+        """Positions for each rank: the most expensive samples first, each to the least loaded rank with room."""
         room = len(batch) // dp_size
         parts: list[list[int]] = [[] for _ in range(dp_size)]
         waiting = [(0.0, 0, rank) for rank in range(dp_size)]
@@ -124,7 +128,7 @@ class BatchPlan:
         return parts
 
     def _forwards(self, batch: Sequence[int], positions: Sequence[int], local_batch_size: int) -> list[list[int]]:
-        """Positions of one rank, grouped by shape, at most `local_batch_size` together."""
+        """Positions of one rank in groups of one shape, each of at most `local_batch_size`."""
         shapes: dict[int, list[int]] = {}
         for position in sorted(positions):
             shapes.setdefault(int(self._buckets[batch[position]]), []).append(position)
@@ -135,8 +139,63 @@ class BatchPlan:
         ]
 
 
+@dataclass(frozen=True)
+class DataPosition:
+    """Position of a run in its data after a step, as stored in a checkpoint.
+
+    Attributes:
+        samples_seen: samples of all global batches so far.
+        global_batch_size: of the run that wrote it.
+        fingerprint: of its dataset.
+    """
+
+    samples_seen: int
+    global_batch_size: int
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, int | str]:
+        """Converts the position to plain values, for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Restores a position from the values of `to_dict`."""
+        return cls(int(values["samples_seen"]), int(values["global_batch_size"]), str(values["fingerprint"]))
+
+
+def resume_step(position: DataPosition, *, global_batch_size: int, fingerprint: str) -> tuple[int, list[str]]:
+    """Finds the global batch to resume with, and describes what changed since the checkpoint.
+
+    With an unchanged batch size it is exactly the next one. With another it is rounded down: up to a batch of samples
+    is used again rather than skipped.
+
+    Args:
+        position: from the checkpoint.
+        global_batch_size: of the job now.
+        fingerprint: of the dataset now.
+
+    Returns:
+        number of the next global batch in the plan (not the optimizer step, which the checkpoint stores), and one
+        line per change; no lines if the order is that of an uninterrupted run.
+    """
+    batch, rest = divmod(position.samples_seen, global_batch_size)
+    notes = []
+    if global_batch_size != position.global_batch_size:
+        again = f"; {rest} of them are used again" if rest else ""
+        notes.append(
+            f"training.global_batch_size changed from {position.global_batch_size} to {global_batch_size}: after "
+            f"{position.samples_seen} samples the data resumes at global batch {batch} of a new order{again}"
+        )
+    if fingerprint != position.fingerprint:
+        notes.append(
+            f"the dataset changed (fingerprint {position.fingerprint[:8]} -> {fingerprint[:8]}): its samples are in a "
+            "new order, and some may be used twice before others are used once"
+        )
+    return batch, notes
+
+
 def _split_to(forwards: list[list[int]], count: int) -> list[list[int]]:
-    """`forwards` with the largest ones halved until there are `count`."""
+    """Halves the largest forwards until there are `count`."""
     forwards = list(forwards)
     while len(forwards) < count:
         largest = max(range(len(forwards)), key=lambda i: (len(forwards[i]), -i))

@@ -1,14 +1,13 @@
-"""Many samples in one file: `shard-NNNNN.safetensors` in a source folder, instead of one `.pt` file for each.
+"""Shards: many samples in one `shard-NNNNN.safetensors` of a source folder, instead of a `.pt` file for each.
 
 A million small files are slow to copy, to list and to back up, and file systems run out of inodes. A shard holds some
-dozens of samples; its header says where each tensor lies, so that a sample is read by its slices of the file and
-nothing else. Tensors are called `<path of the sample>/<field>`, numbers stand in the metadata entry `samples` (JSON),
-and what comes out is what the `.pt` file would have given. A `.pt` file beside a shard is newer than the shard's
-sample of the same path and takes its place.
+dozens of samples; its header has the offset of each tensor, so reading a sample reads only its slices of the file.
+Tensors are named `<path of the sample>/<field>`, numbers are stored in the metadata entry `samples` (JSON), and a
+sample reads exactly as from its `.pt` file. A `.pt` file in the same folder is newer than the shard's sample of that
+path and overrides it.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,23 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ltx_titan.common.files import atomic_write
+from ltx_titan.common.tensors import SAFETENSORS_DTYPES
 from ltx_titan.data.layout import Fields, Kind, Value, check_fields, field_shapes
 
 _PREFIX, _SUFFIX = "shard-", ".safetensors"
-_META_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
-    """Where shard `number` of a source folder lies."""
+    """Path of shard `number` of a source folder."""
     return Path(folder) / f"{_PREFIX}{number:05d}{_SUFFIX}"
 
 
@@ -51,13 +42,12 @@ def shard_number(path: Path) -> int | None:
 
 
 def write_shard(path: str | Path, samples: Mapping[str, Mapping[str, Value]]) -> None:
-    """Writes a shard, whole or not at all; the same samples in the same order give the same bytes.
+    """Writes a shard atomically; the same samples in the same order give the same bytes.
 
     Args:
         path: target.
-        samples: path of each sample below the source folder, as `clips/a.pt` -> its fields.
+        samples: path of each sample below the source folder, such as `clips/a.pt` -> its fields.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     numbers: dict[str, dict[str, Any]] = {}
@@ -67,17 +57,12 @@ def write_shard(path: str | Path, samples: Mapping[str, Mapping[str, Value]]) ->
             if isinstance(value, Tensor):
                 value = value.contiguous()
                 storage = value.untyped_storage().data_ptr()
-                # The library refuses tensors that share memory, as one context for both streams would.
+                # safetensors refuses tensors that share memory, such as one context for both streams.
                 tensors[f"{key}/{name}"] = value.clone() if storage in storages else value
                 storages.add(storage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
-        # One metadata entry only: the library writes several in an order that differs from process to process.
+    with atomic_write(path) as temporary:
+        # One metadata entry only: safetensors writes several in an order that differs from process to process.
         save_file(tensors, temporary, metadata={"samples": json.dumps(numbers)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def shard_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -85,7 +70,7 @@ def shard_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, dict[s
 
     Args:
         path: the shard.
-        kind: what its samples must be; None accepts any.
+        kind: kind that its samples must be; None accepts any.
 
     Raises:
         ValueError: the shard is damaged, or a sample of it is of another kind.
@@ -96,23 +81,23 @@ def shard_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, dict[s
         for name in file.keys():  # noqa: SIM118  (a handle, not a dict)
             key, _, field = name.rpartition("/")
             slice_ = file.get_slice(name)
-            dtype = _META_DTYPES[slice_.get_dtype()]
+            dtype = SAFETENSORS_DTYPES[slice_.get_dtype()]
             samples[key][field] = torch.empty(slice_.get_shape(), dtype=dtype, device="meta")
     return {key: field_shapes(_label(path, key), fields, kind) for key, fields in samples.items()}
 
 
 def read_shard_sample(path: str | Path, key: str, kind: Kind | None = None) -> Fields:
-    """Reads one sample of a shard and checks all of it; as `read_sample` does for a file of its own.
+    """Reads one sample of a shard and checks all of it, as `read_sample` does for a `.pt` file.
 
     Raises:
-        ValueError: the shard is damaged, has no such sample, or its fields cannot be used.
+        ValueError: the shard is damaged, lacks the sample, or its fields cannot be used.
     """
     path = Path(path)
     return check_fields(_label(path, key), _read(path, [key])[key], kind)
 
 
 def read_shard(path: str | Path) -> dict[str, Fields]:
-    """All samples of a shard as they were written, in their order.
+    """Reads all samples of a shard as they were written, in their order.
 
     Raises:
         ValueError: the shard is damaged.
@@ -127,7 +112,7 @@ def _read(path: Path, keys: list[str] | None) -> dict[str, Fields]:
             names.setdefault(name.rpartition("/")[0], []).append(name)
         missing = [key for key in keys or () if key not in numbers]
         if missing:
-            raise ValueError(f"{path}: expected the sample {missing[0]!r}, found it gone; start the run again.")
+            raise ValueError(f"{path}: expected the sample {missing[0]!r}, found it removed; start the run again.")
         return {
             key: {**numbers[key], **{name.rpartition("/")[2]: file.get_tensor(name) for name in names.get(key, ())}}
             for key in (numbers if keys is None else keys)
@@ -150,5 +135,5 @@ def _open(path: Path) -> Iterator[tuple[Any, dict[str, Fields]]]:
 
 
 def _label(path: Path, key: str) -> Path:
-    """What messages call a sample."""
+    """Name of a sample in messages."""
     return path / key

@@ -1,8 +1,10 @@
-"""Resolution buckets: the few shapes that all clips of a data set are brought to."""
+"""Resolution buckets: the few shapes that all clips of a dataset are brought to."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ltx_titan.common.options import parse_size
 
 
 @dataclass(frozen=True)
@@ -17,44 +19,41 @@ class Bucket:
         return f"{self.width}x{self.height}x{self.frames}"
 
 
-def parse_buckets(text: str, scale_factors: tuple[int, int, int]) -> list[Bucket]:
-    """Parse `WxHxF;WxHxF;...`.
+def parse_buckets(text: str, scale_factors: tuple[int, int, int], option: str = "--resolution-buckets") -> list[Bucket]:
+    """Parses `WxHxF;WxHxF;...`.
 
     Args:
-        text: the option's value.
-        scale_factors: pixels per latent along (time, height, width), which the sizes have to fit.
+        text: the buckets.
+        scale_factors: pixels per latent along (time, height, width), which the sizes must be multiples of.
+        option: name of the option or job key, for messages.
 
     Raises:
-        ValueError: text of another form, or a size that does not fit.
+        ValueError: the text has another form, or a size does not fit the video VAE.
     """
     time, height_factor, width_factor = scale_factors
     buckets = []
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        try:
-            width, height, frames = (int(number) for number in part.lower().split("x"))
-        except ValueError:
+    for part in text.split(";"):
+        part = part.strip()
+        if not part:
+            continue
+        width, height, frames = parse_size(part, option)
+        fits_space = width % width_factor == 0 and height % height_factor == 0
+        # The first latent frame covers one frame, every later one `time` frames.
+        fits_time = (frames - 1) % time == 0
+        if not fits_space or not fits_time:
             raise ValueError(
-                f"--resolution-buckets: {part!r} is not of the form WIDTHxHEIGHTxFRAMES, as in '768x448x89;512x512x49'"
-            ) from None
-        if (
-            min(width, height, frames) < 1
-            or width % width_factor
-            or height % height_factor
-            or frames % time != 1 % time
-        ):
-            raise ValueError(
-                f"--resolution-buckets: {part!r} does not fit the video VAE: width must be a multiple of "
+                f"{option}: {part!r} does not fit the video VAE: width must be a multiple of "
                 f"{width_factor}, height of {height_factor}, frames 1 more than a multiple of {time} "
                 f"(1, {time + 1}, {2 * time + 1}, ...)"
             )
         buckets.append(Bucket(width, height, frames))
     if not buckets:
-        raise ValueError("--resolution-buckets: names no bucket; expected WxHxF;WxHxF;...")
+        raise ValueError(f"{option}: names no bucket; expected WxHxF;WxHxF;...")
     return buckets
 
 
 def choose_bucket(buckets: Sequence[Bucket], width: int, height: int, frames: int) -> Bucket | None:
-    """The bucket for a clip, or None where all need more frames than it has.
+    """Chooses the bucket of a clip; None if all buckets need more frames than it has.
 
     Among those with enough frames: the closest aspect ratio (in its logarithm), then the most frames, then the largest
     area.

@@ -1,7 +1,7 @@
-"""From a video or image to the pixels of its bucket: which frames, at which rate, cut where.
+"""From a video or image to the pixels of its bucket: the frames, their rate, and the crop.
 
-The rules are in one place because three stages need the same answer: a clip's mask and its reference must show what
-the clip shows.
+The rules are in one place because several outputs must agree: a clip's mask and its reference must show what the clip
+shows, and a clip that is encoded while training must equal the prepared one.
 """
 
 import hashlib
@@ -14,24 +14,36 @@ from typing import Literal
 from torch import Tensor
 
 from ltx_titan.encode.buckets import Bucket, choose_bucket
-from ltx_titan.media import MediaError, fit_frames, frames_at_rate, is_image, probe_video, read_clip, read_image
-from ltx_titan.media.frames import CENTRE
+from ltx_titan.media import (
+    Audio,
+    MediaError,
+    VideoInfo,
+    fit_frames,
+    frames_at_rate,
+    is_image,
+    probe_video,
+    read_audio,
+    read_clip,
+    read_image,
+    read_video_mask,
+)
+from ltx_titan.media.image import CENTER
 
 Reshape = Literal["center", "random"]
 
-# A still image lasts one second on the time axis of the positions, as in published data sets.
-_IMAGE_FPS = Fraction(1)
+# A still image lasts one second on the time axis of the positions, as in published datasets.
+IMAGE_FPS = Fraction(1)
 
 
 @dataclass(frozen=True)
 class ClipRules:
-    """How clips are brought to a shape.
+    """Rules by which clips are brought to a shape.
 
     Attributes:
         buckets: shapes to choose from.
         scale_factors: pixels per latent along (time, height, width).
         fps: rate that all videos are read at, None for each one's own.
-        reshape: where what does not fit is cut off: evenly, or at a place that differs from sample to sample.
+        reshape: position of the crop: the center, or one that differs from sample to sample.
     """
 
     buckets: Sequence[Bucket]
@@ -40,9 +52,9 @@ class ClipRules:
     reshape: Reshape = "center"
 
     def anchor(self, key: Path) -> tuple[float, float]:
-        """Place of a sample's cut; the same in every run, for its clip, its reference and its mask."""
+        """Position of a sample's crop (down, right); the same in every run, for its clip, reference and mask."""
         if self.reshape == "center":
-            return CENTRE
+            return CENTER
         digest = hashlib.blake2b(key.as_posix().encode(), digest_size=8).digest()
         return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:]) / 2**32
 
@@ -54,7 +66,7 @@ class Clip:
     Attributes:
         bucket: pixels and frames.
         fps: frames per second of the result.
-        repeats_frames: whether its own rate is lower than the one that was asked for.
+        repeats_frames: whether the file's own rate is below that of the rules.
     """
 
     bucket: Bucket
@@ -63,11 +75,11 @@ class Clip:
 
     @property
     def duration_s(self) -> float:
-        """Seconds."""
+        """Duration in seconds."""
         return float(self.bucket.frames / self.fps)
 
     def latent_size(self, scale_factors: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Latent frames, rows and columns."""
+        """Latent frames, height and width."""
         time, down, right = scale_factors
         return (self.bucket.frames - 1) // time + 1, self.bucket.height // down, self.bucket.width // right
 
@@ -75,25 +87,68 @@ class Clip:
         return str(self.bucket) if self.bucket.frames == 1 else f"{self.bucket} at {float(self.fps):.5g} fps"
 
 
-def plan_clip(path: Path, rules: ClipRules) -> Clip:
-    """Chooses the bucket of a video or image from its header.
+@dataclass(frozen=True)
+class DecodedClip:
+    """A clip as read from its file, before encoding.
+
+    Attributes:
+        clip: its shape.
+        pixels: [3, F, H, W] in [-1, 1].
+        audio: the whole audio track, None without one.
+    """
+
+    clip: Clip
+    pixels: Tensor
+    audio: Audio | None
+
+
+def read_header(path: Path) -> VideoInfo:
+    """Reads size, frame count and rate of a video or image.
+
+    Raises:
+        MediaError: the file cannot be read.
+    """
+    if is_image(path):
+        image = read_image(path)
+        return VideoInfo(frames=1, width=image.shape[2], height=image.shape[1], fps=IMAGE_FPS, has_audio=False)
+    return probe_video(path)
+
+
+def plan_clip(path: Path, rules: ClipRules, header: VideoInfo | None = None) -> Clip:
+    """Chooses the bucket and rate of a video or image.
+
+    Args:
+        path: the file.
+        rules: rules by which clips are brought to a shape.
+        header: the file's, if it was read before.
 
     Raises:
         MediaError: the file cannot be read, or is too short for every bucket.
     """
-    if is_image(path):
-        image = read_image(path)
-        return Clip(_bucket(path, rules, image.shape[2], image.shape[1], 1), _IMAGE_FPS)
-    info = probe_video(path)
-    bucket = _bucket(path, rules, info.width, info.height, frames_at_rate(info, rules.fps))
-    return Clip(bucket, rules.fps or info.fps, rules.fps is not None and info.fps < rules.fps)
+    header = header or read_header(path)
+    # An image has no rate to resample.
+    fps = None if is_image(path) else rules.fps
+    frames = frames_at_rate(header, fps)
+    bucket = choose_bucket(rules.buckets, header.width, header.height, frames)
+    if bucket is None:
+        shortest = min(bucket.frames for bucket in rules.buckets)
+        remedy = "add a bucket of 1 frame for still images" if frames == 1 else "add a shorter bucket"
+        at_rate = "" if fps is None or frames == 1 else f" at {float(fps):.5g} fps"
+        raise MediaError(path, f"has {frames} frame(s){at_rate}, the shortest bucket needs {shortest}; {remedy}")
+    return Clip(bucket, fps or header.fps, repeats_frames=fps is not None and header.fps < fps)
 
 
 def read_pixels(path: Path, clip: Clip, rules: ClipRules, key: Path) -> Tensor:
     """Reads the first frames of a video, or an image, at the size of its bucket: [3, F, H, W] in [-1, 1].
 
+    Args:
+        path: the file.
+        clip: the shape that it is brought to.
+        rules: rules by which clips are brought to a shape.
+        key: the sample's key, which a random crop depends on.
+
     Raises:
-        MediaError: the file cannot be read, or ends before its header says.
+        MediaError: the file cannot be read, or has fewer frames than its header states.
     """
     bucket, anchor = clip.bucket, rules.anchor(key)
     if is_image(path):
@@ -101,11 +156,25 @@ def read_pixels(path: Path, clip: Clip, rules: ClipRules, key: Path) -> Tensor:
     return read_clip(path, bucket.frames, bucket.width, bucket.height, fps=rules.fps, anchor=anchor)
 
 
-def _bucket(path: Path, rules: ClipRules, width: int, height: int, frames: int) -> Bucket:
-    bucket = choose_bucket(rules.buckets, width, height, frames)
-    if bucket is None:
-        shortest = min(bucket.frames for bucket in rules.buckets)
-        remedy = "add a bucket of 1 frame for still images" if frames == 1 else "add a shorter bucket"
-        at_rate = "" if rules.fps is None or frames == 1 else f" at {float(rules.fps):.5g} fps"
-        raise MediaError(path, f"has {frames} frame(s){at_rate}, the shortest bucket needs {shortest}; {remedy}")
-    return bucket
+def decode_clip(path: Path, rules: ClipRules, key: Path, with_audio: bool) -> DecodedClip:
+    """Reads a video or image at the shape of its bucket, and its audio track if `with_audio`.
+
+    Raises:
+        MediaError: the file cannot be read, or is too short for every bucket.
+    """
+    clip = plan_clip(path, rules)
+    pixels = read_pixels(path, clip, rules, key)
+    audio = read_audio(path) if with_audio and not is_image(path) else None
+    return DecodedClip(clip, pixels, audio)
+
+
+def read_clip_mask(path: Path, clip: Clip, rules: ClipRules, key: Path) -> Tensor:
+    """Reads the mask of a clip's latent cells [F', H', W'], True where conditioned; cropped like the clip.
+
+    Raises:
+        MediaError: the file cannot be read, or is shorter than the clip.
+    """
+    bucket = clip.bucket
+    return read_video_mask(
+        path, bucket.frames, bucket.width, bucket.height, rules.scale_factors, rules.fps, rules.anchor(key)
+    )

@@ -1,19 +1,17 @@
-"""A data set that encodes clips and captions while training, for sets too large to keep encoded.
+"""A dataset that encodes clips and captions while training, for datasets too large to be stored encoded.
 
-It reads the table that `process-dataset` reads and looks like prepared data to everything behind it: shapes are known
-from the headers of the files before training, `load` gives what a prepared sample would hold, to the bit, and random
-draws, batches and resuming are the same. What is encoded can be kept on disk up to a size.
+It reads the table that `process-dataset` reads and behaves like prepared data to the rest of training: shapes are known
+from headers before training, `load` returns what a prepared sample holds, bit for bit, and random draws, batches and
+resuming are the same. Encoded samples can be cached on disk up to a size.
 
-A clip can still turn out broken when it is decoded. Another one of the same shape then takes its place, with a warning:
-the order of all others stays, and a run of days does not end at one file.
+A clip can turn out to be broken when it is decoded. Another one of the same shape then replaces it, with a warning: the
+order of all others stays, and a run of several days does not end at one file.
 """
 
 import hashlib
-import json
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,22 +24,15 @@ from ltx_titan.codecs import load_audio_codec, load_video_codec, text_encoder_co
 from ltx_titan.codecs.text_encoder import MAX_TOKENS
 from ltx_titan.config.sections import MediaSection
 from ltx_titan.data import Sample, ShapeKey, shape_key_of
-from ltx_titan.data.layout import (
-    AUDIO_BINS,
-    AUDIO_CHANNELS,
-    AUDIO_STEPS_PER_SECOND,
-    VIDEO_CHANNELS,
-    Fields,
-    Kind,
-    check_fields,
-)
-from ltx_titan.encode.buckets import Bucket, choose_bucket, parse_buckets
+from ltx_titan.data.cache import READER_THREADS, SampleCache, read_index, write_index
+from ltx_titan.data.layout import AUDIO_BINS, AUDIO_CHANNELS, VIDEO_CHANNELS, Fields, Kind, check_fields
+from ltx_titan.encode.buckets import parse_buckets
 from ltx_titan.encode.captions import with_trigger
-from ltx_titan.encode.disk_cache import DiskCache
+from ltx_titan.encode.clips import Clip, ClipRules, plan_clip, read_header, read_pixels
 from ltx_titan.encode.encoders import EncoderFiles, Encoders
-from ltx_titan.media import MediaError, fit_frames, is_image, probe_video, read_audio, read_clip, read_image
-from ltx_titan.media.tables import Sample as Row
-from ltx_titan.media.tables import read_dataset
+from ltx_titan.encode.latents import audio_steps
+from ltx_titan.media import MediaError, VideoInfo, read_audio
+from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table
 from ltx_titan.weights.metadata import read_metadata, scale_factors
 
 logger = logging.getLogger(__name__)
@@ -49,51 +40,34 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _KINDS: dict[str, Kind] = {"video_latents": "video", "audio_latents": "audio", "conditions": "text"}
+# Rejected rows that a warning names.
 _EXAMPLES = 3
-# Clips that may fail in a row before it is taken to be the storage.
-_TRIES = 10
-# A still image lasts one second, as `process-dataset` has it.
-_IMAGE_FPS = "1"
+# After this many failures in a row the storage is at fault, not the clips.
+_MAX_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
-class _Header:
-    """What the header of a video or image says; all that a plan needs to know of it."""
+class _UsableRow:
+    """A row that can be used, and the shape that its clip is brought to."""
 
-    width: int
-    height: int
-    frames: int
-    fps: str
+    row: SampleRow
+    clip: Clip
     has_audio: bool
-
-
-@dataclass(frozen=True)
-class _Clip:
-    """A row that can be used, and the shape that its file is brought to."""
-
-    row: Row
-    bucket: Bucket
-    fps: Fraction
-    has_audio: bool
-
-    @property
-    def duration_s(self) -> float:
-        return float(self.bucket.frames / self.fps)
 
 
 class MediaDataset:
-    """The clips of a table, encoded when they are asked for."""
+    """The clips of a table, encoded when they are loaded."""
 
     def __init__(self, section: MediaSection, sources: Mapping[str, str], checkpoint_path: str | Path) -> None:
         """Reads the table and the headers of all files; loads no encoder.
 
         Args:
             section: the job's `[data.media]`.
-            sources: folders that a prepared data set would have, each with its key in a batch.
-            checkpoint_path: with the text projection, and the VAEs unless the section names other files.
+            sources: folders that a prepared dataset would have, each with its key in a batch.
+            checkpoint_path: file with the text projection, and with the VAEs unless the section names other files.
 
         Raises:
-            ValueError: the table, a checkpoint or the text encoder cannot be used, or no clip can.
+            ValueError: the table, a checkpoint or the text encoder cannot be used, or none of the clips.
         """
         assert section.dataset_path is not None
         assert section.text_encoder_path is not None
@@ -105,62 +79,62 @@ class MediaDataset:
             video_vae=_optional(section.video_vae_path),
             audio_vae=_optional(section.audio_vae_path),
             vae_tiling=section.vae_tiling,
-            offload_text_encoder=section.offload_text_encoder,
         )
+        assert files.text_encoder is not None
         config = read_metadata(files.checkpoint).config
-        video_vae, audio_vae = files.video_vae or files.checkpoint, files.audio_vae or files.checkpoint
         # On the meta device: every name and shape is checked, nothing is read.
-        load_video_codec(video_vae, "meta", part="encoder")
+        load_video_codec(files.video_path, "meta", part="encoder")
         if self._has_audio:
-            load_audio_codec(audio_vae, "meta", part="encoder")
+            load_audio_codec(files.audio_path, "meta", part="encoder")
         self._text_widths = text_feature_widths(config, text_encoder_config(files.text_encoder))
-        self._scale_factors = scale_factors(read_metadata(video_vae).config)
-        self._clips = self._find_clips()
-        self._keys = [shape_key_of(self._outline(clip)) for clip in self._clips]
+        self._scale_factors = scale_factors(read_metadata(files.video_path).config)
+        buckets = parse_buckets(section.resolution_buckets or "", self._scale_factors, "data.media.resolution_buckets")
+        self._rules = ClipRules(buckets, self._scale_factors)
+        self._rows = self._find_rows()
+        self._keys = [shape_key_of(self._outline(usable)) for usable in self._rows]
+        # Rows of each shape, and the position of each row among them: a broken clip is replaced by the next.
         self._alike: dict[ShapeKey, list[int]] = defaultdict(list)
-        self._places = []
+        self._positions = []
         for index, key in enumerate(self._keys):
-            self._places.append(len(self._alike[key]))
+            self._positions.append(len(self._alike[key]))
             self._alike[key].append(index)
-        self._stamps = {
-            "video_latents": (_stamp(video_vae), section.vae_tiling),
-            "audio_latents": (_stamp(audio_vae),),
+        self._model_stamps = {
+            "video_latents": (_stamp(files.video_path), section.vae_tiling),
+            "audio_latents": (_stamp(files.audio_path),),
             "conditions": (_stamp(files.checkpoint), _stamp(files.text_encoder)),
         }
-        self._encoders = Encoders(files)
-        self._cache = DiskCache(section.cache_dir, section.cache_gib * 2**30) if section.cache_dir else None
+        self._encoders = Encoders(files, section.offload_text_encoder)
+        self._cache = SampleCache(section.cache_dir, section.cache_gib * 2**30) if section.cache_dir else None
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
-        return len(self._clips)
+        return len(self._rows)
 
     def name(self, index: int) -> str:
-        """What messages call a sample: its place in a prepared data set."""
-        return self._clips[index].row.key.as_posix()
+        """Name of a sample in messages: its relative path in a prepared dataset."""
+        return self._rows[index].row.key.as_posix()
 
     def shape_key(self, index: int) -> ShapeKey:
-        """Shapes that a batch of this sample and others must share."""
+        """Shapes of a sample; those of equal keys can share a batch."""
         return self._keys[index]
 
     def load(self, index: int) -> Sample:
-        """Encodes one sample, or takes it from the cache: source -> field -> tensor or number, without a batch dim.
+        """Encodes one sample, or reads it from the cache: source -> field -> tensor or number, without a batch dim.
 
         Raises:
             ValueError: neither this clip nor the next ones of its shape can be read.
         """
-        alike, place = self._alike[self._keys[index]], self._places[index]
-        tries = min(len(alike), _TRIES)
-        for step in range(tries):
-            candidate = alike[(place + step) % len(alike)]
+        alike, position = self._alike[self._keys[index]], self._positions[index]
+        attempts = min(len(alike), _MAX_ATTEMPTS)
+        for attempt in range(attempts):
+            candidate = alike[(position + attempt) % len(alike)]
             try:
                 return self._load(candidate)
             except MediaError as error:
-                logger.warning(
-                    "%s: left out, another clip of its shape takes its place: %s", self.name(candidate), error
-                )
+                logger.warning("%s: skipped, another clip of its shape replaces it: %s", self.name(candidate), error)
         raise ValueError(
-            f"{self._section.dataset_path}: {self.name(index)} and the next {tries - 1} clips of its shape cannot be "
-            "read; is the storage still there?"
+            f"{self._section.dataset_path}: {self.name(index)} and the next {attempts - 1} clips of its shape cannot "
+            "be read; check that the storage is available."
         )
 
     @property
@@ -178,98 +152,95 @@ class MediaDataset:
         return sample
 
     def _fields(self, index: int, key: str) -> Fields:
-        clip = self._clips[index]
-        cache = self._cache  # another thread may have given it up
+        usable = self._rows[index]
+        cache = self._cache  # Once: another thread may disable it in the meantime.
         if cache is None:
-            return check_fields(clip.row.media, self._encode(clip, key), _KINDS[key])
-        entry = self._entry(clip, key)
-        if (kept := cache.get(entry, _KINDS[key])) is not None:
-            return kept
-        fields = self._encode(clip, key)
-        self._keep(cache, entry, fields)
-        return check_fields(clip.row.media, fields, _KINDS[key])
-
-    def _keep(self, cache: DiskCache, entry: str, fields: Fields) -> None:
+            return check_fields(usable.row.media, self._encode(usable, key), _KINDS[key])
+        entry = self._cache_key(usable, key)
+        cached = cache.get(entry, _KINDS[key])
+        if cached is not None:
+            return cached
+        fields = self._encode(usable, key)
         try:
             cache.put(entry, fields)
         except OSError as error:
             logger.warning(
-                "%s: cannot be written (%s); going on without a cache", self._section.cache_dir, error.strerror
+                "%s: cannot be written (%s); continuing without a cache", self._section.cache_dir, error.strerror
             )
             self._cache = None
+        return check_fields(usable.row.media, fields, _KINDS[key])
 
-    def _encode(self, clip: _Clip, key: str) -> Fields:
-        """Reads and encodes; only what is wrong with the clip's own files is a MediaError."""
-        path = clip.row.media
+    def _encode(self, usable: _UsableRow, key: str) -> Fields:
+        """Reads and encodes one source of a sample; a MediaError means that the row's own files are at fault."""
+        row, clip = usable.row, usable.clip
         match key:
             case "conditions":
-                return self._encoders.text(self._caption(clip.row))
+                return self._encoders.text(self._caption(row))
             case "video_latents":
-                pixels = _reading(path, lambda: _read_pixels(path, clip.bucket))
+                pixels = _with_media_error(row.media, lambda: read_pixels(row.media, clip, self._rules, row.key))
                 return self._encoders.video(pixels, float(clip.fps))
             case _:
-                own = clip.row.audio or path
-                audio = _reading(own, lambda: read_audio(own)) if clip.has_audio else None
-                if clip.has_audio and audio is None:
-                    raise MediaError(own, "has no audio track")
+                audio = None
+                if usable.has_audio:
+                    path = row.audio or row.media
+                    audio = _with_media_error(path, lambda: read_audio(path))
+                    if audio is None:
+                        raise MediaError(path, "has no audio track")
                 return self._encoders.audio(audio, clip.duration_s)
 
-    def _caption(self, row: Row) -> str:
+    def _caption(self, row: SampleRow) -> str:
         assert row.caption is not None
         return with_trigger(row.caption, self._section.lora_trigger)
 
-    def _entry(self, clip: _Clip, key: str) -> str:
-        """Name in the cache: all that the fields depend on."""
+    def _cache_key(self, usable: _UsableRow, key: str) -> str:
+        """Hash of everything that the fields depend on."""
+        row, clip = usable.row, usable.clip
         if key == "conditions":
-            made_from = (self._caption(clip.row),)
+            inputs = (self._caption(row),)
         else:
-            path = clip.row.audio or clip.row.media if key == "audio_latents" else clip.row.media
-            made_from = (str(path.resolve()), _stamp(path), str(clip.bucket), str(clip.fps), clip.has_audio)
-        return hashlib.sha256(repr((key, made_from, self._stamps[key])).encode()).hexdigest()
+            path = row.audio or row.media if key == "audio_latents" else row.media
+            inputs = (str(path.resolve()), _stamp(path), str(clip.bucket), str(clip.fps), usable.has_audio)
+        return hashlib.sha256(repr((key, inputs, self._model_stamps[key])).encode()).hexdigest()
 
-    def _find_clips(self) -> list[_Clip]:
+    def _find_rows(self) -> list[_UsableRow]:
         section = self._section
-        table = read_dataset(section.dataset_path, section.video_column, section.caption_column)
+        table = read_sample_table(section.dataset_path, section.video_column, section.caption_column)
         if not table.has_video:
             raise ValueError(
-                f"{section.dataset_path}: has audio only, whose latents are small enough to keep; prepare it with "
+                f"{section.dataset_path}: has audio only, whose latents are small enough to be stored; prepare it with "
                 'ltx-titan process-dataset and set data.source = "precomputed".'
             )
-        buckets = parse_buckets(section.resolution_buckets or "", self._scale_factors)
         rejected = list(table.rejected)
         headers = _read_headers(Path(section.dataset_path), [row.media for row in table.samples])
-        clips = []
+        usable = []
         for row in table.samples:
-            header = headers[row.media]
             try:
-                if isinstance(header, str):
-                    raise MediaError(row.media, header)
-                if row.caption is None:
-                    raise MediaError(row.media, "has no caption")
-                if self._has_audio and table.has_audio and (row.audio is None or not row.audio.is_file()):
-                    raise MediaError(row.media, f"has no file in the column 'audio' ({row.audio})")
-                bucket = choose_bucket(buckets, header.width, header.height, header.frames)
-                if bucket is None:
-                    shortest = min(bucket.frames for bucket in buckets)
-                    raise MediaError(row.media, f"has {header.frames} frame(s), the shortest bucket needs {shortest}")
+                usable.append(self._check_row(row, table, headers[row.media]))
             except MediaError as error:
                 rejected.append((str(row.media), error.reason))
-                continue
-            clips.append(_Clip(row, bucket, Fraction(header.fps), header.has_audio or row.audio is not None))
         if rejected:
             examples = "; ".join(f"{item}: {reason}" for item, reason in rejected[:_EXAMPLES])
             more = "; ..." if len(rejected) > _EXAMPLES else ""
-            logger.warning("%s: %d rows are left out: %s%s", section.dataset_path, len(rejected), examples, more)
-        if not clips:
+            logger.warning("%s: %d rows are skipped: %s%s", section.dataset_path, len(rejected), examples, more)
+        if not usable:
             raise ValueError(f"{section.dataset_path}: expected clips that can be used, found none.")
-        return clips
+        return usable
 
-    def _outline(self, clip: _Clip) -> Sample:
-        """A sample as `load` will give it, without values."""
-        time, down, right = self._scale_factors
-        bucket = clip.bucket
-        size = ((bucket.frames - 1) // time + 1, bucket.height // down, bucket.width // right)
-        steps = max(1, round(clip.duration_s * AUDIO_STEPS_PER_SECOND))
+    def _check_row(self, row: SampleRow, table: SampleTable, header: VideoInfo | MediaError) -> _UsableRow:
+        if isinstance(header, MediaError):
+            raise header
+        if row.caption is None:
+            raise MediaError(row.media, "has no caption")
+        if self._has_audio and table.has_audio and (row.audio is None or not row.audio.is_file()):
+            raise MediaError(row.media, f"has no file in the column 'audio' ({row.audio})")
+        clip = plan_clip(row.media, self._rules, header)
+        return _UsableRow(row, clip, header.has_audio or row.audio is not None)
+
+    def _outline(self, usable: _UsableRow) -> Sample:
+        """A sample of the shapes that `load` will return, on the meta device."""
+        clip = usable.clip
+        size = clip.latent_size(self._scale_factors)
+        steps = audio_steps(clip.duration_s)
         video_width, audio_width = self._text_widths
         audio: Fields = {
             "latents": torch.empty(AUDIO_CHANNELS, steps, AUDIO_BINS, device="meta"),
@@ -283,7 +254,7 @@ class MediaDataset:
                 **dict(zip(("num_frames", "height", "width"), size, strict=True)),
                 "fps": float(clip.fps),
             },
-            "audio_latents": audio if clip.has_audio else {**audio, "present": False},
+            "audio_latents": audio if usable.has_audio else {**audio, "present": False},
             "conditions": {
                 "video_prompt_embeds": torch.empty(MAX_TOKENS, video_width, device="meta"),
                 "audio_prompt_embeds": torch.empty(MAX_TOKENS, audio_width, device="meta"),
@@ -293,70 +264,58 @@ class MediaDataset:
         return {key: outlines[key] for key in self.sources.values()}
 
     def _fingerprint(self) -> str:
-        """Changes with the clips, their files' sizes, captions and shapes, not with the place of the folder."""
+        """Hash of the clips, their file sizes, captions and shapes; independent of the path of the table."""
         digest = hashlib.sha256()
-        for clip in self._clips:
-            size = clip.row.media.stat().st_size
-            digest.update(f"{clip.row.key}\0{size}\0{clip.bucket}\0{self._caption(clip.row)}\n".encode())
+        for usable in self._rows:
+            row = usable.row
+            size = row.media.stat().st_size
+            digest.update(f"{row.key}\0{size}\0{usable.clip.bucket}\0{self._caption(row)}\n".encode())
         return digest.hexdigest()[:32]
 
 
-def _read_pixels(path: Path, bucket: Bucket) -> torch.Tensor:
-    if is_image(path):
-        return fit_frames(read_image(path), bucket.width, bucket.height)
-    return read_clip(path, bucket.frames, bucket.width, bucket.height)
-
-
-def _reading(path: Path, read: Callable[[], T]) -> T:
+def _with_media_error(path: Path, read: Callable[[], T]) -> T:
+    """Calls `read`; an OSError becomes a MediaError, so that it is blamed on the clip and not on the encoder."""
     try:
         return read()
     except OSError as error:
         raise MediaError(path, str(error)) from error
 
 
-def _read_headers(table: Path, paths: list[Path]) -> dict[Path, _Header | str]:
-    """Header of each file, or why it has none; remembered beside the table while files keep their size and time."""
-    remembered = table.with_name(f".{table.name}.headers.json")
-    try:
-        known = {tuple(entry): _Header(*values) for entry, values in json.loads(remembered.read_text())}
-    except (OSError, ValueError, TypeError):
-        known = {}  # only a cache: without it the files are opened once more
+def _read_headers(table: Path, paths: Sequence[Path]) -> dict[Path, VideoInfo | MediaError]:
+    """Reads the header of each file, or the reason why it has none; indexed next to the table."""
+    index_path = table.with_name(f".{table.name}.headers.json")
+    known = read_index(index_path, _header_from_json)
 
-    def read(path: Path) -> tuple[tuple[str, str] | None, _Header | str]:
+    def read(path: Path) -> tuple[tuple[str, str] | None, VideoInfo | MediaError]:
         try:
             entry = (str(path), _stamp(path))
-            return entry, known.get(entry) or _read_header(path)
+            return entry, known.get(entry) or read_header(path)
         except MediaError as error:
-            return None, error.reason
+            return None, error
         except FileNotFoundError:
-            return None, "no such file"
+            return None, MediaError(path, "no such file")
         except OSError as error:
-            return None, str(error)
+            return None, MediaError(path, str(error))
 
-    # Opening files waits for the disk, so that more threads than cores help on network storage.
-    with ThreadPoolExecutor(max_workers=16) as pool:
+    with ThreadPoolExecutor(max_workers=READER_THREADS) as pool:
         found = list(pool.map(read, paths))
-    rows = [(entry, tuple(vars(header).values())) for entry, header in found if entry is not None]
-    if any(entry not in known for entry, _ in rows):
-        temporary = remembered.with_name(f"{remembered.name}.tmp.{os.getpid()}.{os.urandom(4).hex()}")
-        try:
-            temporary.write_text(json.dumps(rows))
-            os.replace(temporary, remembered)
-        except OSError as error:
-            logger.info("%s: not written (%s); headers are read again next time", remembered, error.strerror)
+    entries = {entry: header for entry, header in found if entry is not None}
+    if entries.keys() - known.keys():
+        write_index(index_path, {entry: _header_to_json(header) for entry, header in entries.items()})
     return {path: header for path, (_, header) in zip(paths, found, strict=True)}
 
 
-def _read_header(path: Path) -> _Header:
-    if is_image(path):
-        image = read_image(path)
-        return _Header(image.shape[2], image.shape[1], 1, _IMAGE_FPS, has_audio=False)
-    info = probe_video(path)
-    return _Header(info.width, info.height, info.frames, str(info.fps), info.has_audio)
+def _header_from_json(values: Sequence) -> VideoInfo:
+    width, height, frames, fps, has_audio = values
+    return VideoInfo(frames, width, height, Fraction(fps), has_audio)
+
+
+def _header_to_json(header: VideoInfo) -> tuple[int, int, int, str, bool]:
+    return header.width, header.height, header.frames, str(header.fps), header.has_audio
 
 
 def _stamp(path: Path) -> str:
-    """What tells that a file has changed. A folder's is that of its files."""
+    """Version of a file by size and modification time; that of a folder is the version of its files."""
     if path.is_dir():
         return " ".join(f"{file.name} {_stamp(file)}" for file in sorted(path.iterdir()) if file.is_file())
     status = path.stat()

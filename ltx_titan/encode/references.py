@@ -1,34 +1,28 @@
-"""Stage: the column `reference_video` to `reference_latents/`: what in-context training puts before the target.
+"""Reference videos of in-context training: brought to their target's bucket, then possibly made smaller or slower.
 
-A reference is brought to its target's bucket, cut at the same place, and may then be made smaller or slower than it.
-Slower keeps frame 0 and then frames 1, 1 + s, 1 + 2 s, ..., so that each of its latent frames covers whole latent
-frames of the target; its stored rate is that of the frames that are left.
+A reference is cropped at the position of its target. A temporal factor s keeps frame 0 and then frames 1, 1 + s,
+1 + 2 s, ..., so that each latent frame of the reference covers whole latent frames of the target; its stored rate is
+that of the kept frames.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ltx_titan.codecs import VideoCodec
-from ltx_titan.commands.process.stage import Output, Plan, Stage
-from ltx_titan.commands.report import Report
 from ltx_titan.encode.buckets import Bucket
-from ltx_titan.encode.clips import Clip, ClipRules, read_pixels
-from ltx_titan.encode.videos import latent_bytes, latent_fields
+from ltx_titan.encode.clips import IMAGE_FPS, Clip, ClipRules, read_pixels
 from ltx_titan.media import MediaError, frames_at_rate, is_image, probe_video
-from ltx_titan.media.tables import Sample
 
 
 @dataclass(frozen=True)
 class ReferenceScale:
-    """How much less a reference has than its target.
+    """Size of a reference relative to its target.
 
     Attributes:
         space: width and height are the target's divided by this.
-        time: so is the number of frames after the first.
+        time: the number of frames after the first is the target's divided by this.
     """
 
     space: int = 1
@@ -38,7 +32,7 @@ class ReferenceScale:
         """Checks that every bucket can be divided.
 
         Raises:
-            ValueError: one cannot; with the option that says so.
+            ValueError: a bucket cannot; with the option to change.
         """
         time, down, right = rules.scale_factors
         for option, value in (("downscale", self.space), ("temporal-scale", self.time)):
@@ -58,78 +52,77 @@ class ReferenceScale:
                     f"expected 1 more than a multiple of {time * self.time}"
                 )
 
-    def shrink(self, clip: Clip, fps: Fraction) -> Clip:
-        """Shape of the reference of a clip.
 
-        Args:
-            clip: the target's shape.
-            fps: frames per second of the reference before frames are left out.
-        """
-        bucket = clip.bucket
-        frames = (bucket.frames - 1) // self.time + 1
-        small = Bucket(bucket.width // self.space, bucket.height // self.space, frames)
-        return Clip(small, fps / self.time)
+@dataclass(frozen=True)
+class ReferencePlan:
+    """Shapes of a reference.
 
-
-def reference_stage(
-    rules: ClipRules,
-    scale: ReferenceScale,
-    report: Report,
-    clip_of: Callable[[Sample], Clip],
-    load_codec: Callable[[], VideoCodec],
-) -> Stage:
-    """The stage that encodes reference videos.
-
-    Args:
-        rules: how clips are brought to a shape.
-        scale: how much less a reference has than its target.
-        report: told what is out of the ordinary.
-        clip_of: shape of a sample's target.
-        load_codec: loads a video codec with an encoder.
+    Attributes:
+        decoded: as read from its file: small, with all frames.
+        stored: as encoded: without the frames that the temporal factor drops.
     """
 
-    def shape(sample: Sample) -> tuple[Clip, Clip]:
-        """The reference before and after frames are left out."""
-        path, target = sample.extras["reference_video"], clip_of(sample)
-        if is_image(path):
-            still = Clip(Bucket(target.bucket.width, target.bucket.height, 1), Fraction(1))
-            small = ReferenceScale(scale.space).shrink(still, still.fps)
-            return small, small
-        info = probe_video(path)
-        frames = frames_at_rate(info, rules.fps)
-        if frames < target.bucket.frames:
-            raise MediaError(path, f"has {frames} frames, its video's clip {target.bucket.frames}; give a longer one")
-        fps = rules.fps or info.fps
-        return ReferenceScale(scale.space).shrink(target, fps), scale.shrink(target, fps)
+    decoded: Clip
+    stored: Clip
 
-    def plan(sample: Sample) -> Plan:
-        small = shape(sample)[1]
-        return Plan(str(small), latent_bytes(small, rules))
 
-    def read(sample: Sample) -> tuple[Clip, Tensor, bool]:
-        whole, small = shape(sample)
-        pixels = read_pixels(sample.extras["reference_video"], whole, rules, sample.key)
-        if scale.time > 1:
-            pixels = torch.cat([pixels[:, :1], pixels[:, 1 :: scale.time]], dim=1)
-        differs = whole.bucket.frames > 1 and abs(float(whole.fps - clip_of(sample).fps)) > 1e-3
-        return small, pixels, differs
+@dataclass(frozen=True)
+class DecodedReference:
+    """A reference as read from its file, before encoding.
 
-    def load() -> Callable[[Sample, tuple[Clip, Tensor, bool]], Output]:
-        codec = load_codec()
+    Attributes:
+        clip: its shape.
+        pixels: [3, F, H, W] in [-1, 1].
+        has_other_rate: whether its frames are at another rate than those of its target.
+    """
 
-        def encode(sample: Sample, item: tuple[Clip, Tensor, bool]) -> Output:
-            small, pixels, differs = item
-            if differs:
-                report.notes["references of another frame rate than their video (--fps would make them equal)"] += 1
-            return {"reference_latents": latent_fields(pixels, float(small.fps), codec)}
+    clip: Clip
+    pixels: Tensor
+    has_other_rate: bool
 
-        return encode
 
-    return Stage(
-        "references",
-        ("reference_latents",),
-        lambda sample: str(sample.extras["reference_video"]),
-        plan,
-        read,
-        load,
-    )
+def plan_reference(path: Path, target: Clip, rules: ClipRules, scale: ReferenceScale) -> ReferencePlan:
+    """Finds the shapes of a reference from its header.
+
+    Args:
+        path: the reference, a video or image.
+        target: shape of the clip that it belongs to.
+        rules: rules by which clips are brought to a shape.
+        scale: size of a reference relative to its target.
+
+    Raises:
+        MediaError: the file cannot be read, or is shorter than its target.
+    """
+    width, height = target.bucket.width // scale.space, target.bucket.height // scale.space
+    if is_image(path):
+        still = Clip(Bucket(width, height, 1), IMAGE_FPS)
+        return ReferencePlan(still, still)
+    info = probe_video(path)
+    frames, needed = frames_at_rate(info, rules.fps), target.bucket.frames
+    if frames < needed:
+        raise MediaError(path, f"has {frames} frames, its video's clip {needed}; use a longer one")
+    fps = rules.fps or info.fps
+    kept = (needed - 1) // scale.time + 1
+    return ReferencePlan(Clip(Bucket(width, height, needed), fps), Clip(Bucket(width, height, kept), fps / scale.time))
+
+
+def decode_reference(path: Path, target: Clip, rules: ClipRules, scale: ReferenceScale, key: Path) -> DecodedReference:
+    """Reads a reference at its stored shape.
+
+    Args:
+        path: the reference, a video or image.
+        target: shape of the clip that it belongs to.
+        rules: rules by which clips are brought to a shape.
+        scale: size of a reference relative to its target.
+        key: the sample's key, which a random crop depends on.
+
+    Raises:
+        MediaError: the file cannot be read, or is shorter than its target.
+    """
+    plan = plan_reference(path, target, rules, scale)
+    pixels = read_pixels(path, plan.decoded, rules, key)
+    if scale.time > 1:
+        pixels = torch.cat([pixels[:, :1], pixels[:, 1 :: scale.time]], dim=1)
+    # Rates of stored targets are floats, hence the tolerance.
+    has_other_rate = plan.decoded.bucket.frames > 1 and abs(float(plan.decoded.fps - target.fps)) > 1e-3
+    return DecodedReference(plan.stored, pixels, has_other_rate)

@@ -1,20 +1,11 @@
-from ltx_titan.media.audio import Audio, encode_wav, read_audio, to_duration, to_stereo, write_wav
-from ltx_titan.media.errors import MediaError
-from ltx_titan.media.frames import fit_frames, to_uint8
-from ltx_titan.media.image import IMAGE_SUFFIXES, is_image, read_image
+"""Video, audio and image files as tensors and back, and the tables that list them."""
+
+from ltx_titan.media.audio import Audio, iter_audio_parts, read_audio, to_duration, to_stereo
+from ltx_titan.media.container import MediaError, open_media
+from ltx_titan.media.image import IMAGE_SUFFIXES, fit_frames, is_image, read_image, to_uint8
 from ltx_titan.media.masks import read_audio_mask, read_video_mask
-from ltx_titan.media.video import (
-    VideoInfo,
-    frames_at_rate,
-    iter_fitted,
-    iter_frames,
-    open_media,
-    probe_video,
-    read_clip,
-    write_video,
-)
-from ltx_titan.media.windows import cut_windows, window_starts
-from ltx_titan.media.writer import video_writer
+from ltx_titan.media.video import VideoInfo, frames_at_rate, iter_fitted, iter_frames, probe_video, read_clip
+from ltx_titan.media.writer import cut_windows, encode_wav, video_writer, window_starts, write_video, write_wav
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -26,6 +17,7 @@ __all__ = [
     "fit_frames",
     "frames_at_rate",
     "is_image",
+    "iter_audio_parts",
     "iter_fitted",
     "iter_frames",
     "open_media",

@@ -1,8 +1,8 @@
-"""Mask files to masks of latent tokens: True where a token is given.
+"""Reading mask files as masks of latent tokens: True marks a conditioned token.
 
-A video mask is scaled and cut as its clip is, so that it stays on what it covers. A latent cell takes the mean over
-its pixels and the maximum over its frames, and is given above one half. The first latent frame stands for one pixel
-frame, every later one for as many as the codec compresses.
+A video mask is scaled and cropped like its clip, so that it stays aligned with it. A latent cell takes the mean over
+its pixels and the maximum over its frames, and is conditioned above one half. The first latent frame covers one pixel
+frame, every later one the codec's temporal factor.
 """
 
 import pickle
@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltx_titan.media.audio import read_audio
-from ltx_titan.media.errors import MediaError
-from ltx_titan.media.frames import CENTRE, fit_frames
-from ltx_titan.media.image import is_image, read_image
+from ltx_titan.media.container import MediaError
+from ltx_titan.media.image import CENTER, fit_frames, is_image, read_image
 from ltx_titan.media.video import iter_fitted
 
 
@@ -28,32 +27,34 @@ def read_video_mask(
     height: int,
     scale_factors: tuple[int, int, int],
     fps: Fraction | None = None,
-    anchor: tuple[float, float] = CENTRE,
+    anchor: tuple[float, float] = CENTER,
 ) -> Tensor:
-    """Mask of a clip's latent cells [F', H', W'], from an image (for all frames) or a video.
+    """Reads a mask of a clip's latent cells [F', H', W'], from an image (for all frames) or a video.
 
     Args:
-        path: the mask; white is given.
+        path: the mask; white is conditioned.
         frames: pixel frames of the clip.
         width: of the clip, pixels.
         height: of the clip, pixels.
         scale_factors: pixels per latent along (time, height, width).
         fps: rate at which the clip is read, None for its own.
-        anchor: where the clip is cut.
+        anchor: position of the clip's crop.
 
     Raises:
         MediaError: the file cannot be read or is shorter than the clip.
     """
     if is_image(path):
-        mask = _grey(fit_frames(read_image(path), width, height, anchor)).expand(frames, -1, -1)
+        mask = _gray(fit_frames(read_image(path), width, height, anchor)).expand(frames, -1, -1)
     else:
-        decoded = [_grey(frame) for frame in islice(iter_fitted(path, width, height, fps, anchor), frames)]
+        decoded = [_gray(frame) for frame in islice(iter_fitted(path, width, height, fps, anchor), frames)]
         if len(decoded) < frames:
-            raise MediaError(path, f"has {len(decoded)} frames, its clip {frames}; give a longer mask or an image")
+            raise MediaError(path, f"has {len(decoded)} frames, its clip {frames}; use a longer mask or an image")
         mask = torch.cat(decoded)
     time, down, right = scale_factors
     cells = F.avg_pool2d(mask[:, None], (down, right))[:, 0]
-    groups = [cells[:1], *(cells[1:].split(time) if frames > 1 else ())]
+    groups = [cells[:1]]
+    if frames > 1:
+        groups += cells[1:].split(time)
     return torch.stack([group.amax(0) for group in groups]) > 0.5
 
 
@@ -89,6 +90,6 @@ def _load_tensor(path: str | Path) -> Tensor:
     return stored
 
 
-def _grey(pixels: Tensor) -> Tensor:
-    """Pixels [3, F, H, W] in [-1, 1] -> mean over the colours [F, H, W] in [0, 1]."""
+def _gray(pixels: Tensor) -> Tensor:
+    """Converts pixels [3, F, H, W] in [-1, 1] to their mean over the colors [F, H, W] in [0, 1]."""
     return (pixels.mean(0) + 1) / 2

@@ -1,44 +1,52 @@
-"""The metadata file of a data set: one row per sample, columns decide what is done with it.
+"""Dataset tables: one row per sample, in `.csv`, `.json` (a list of objects) or `.jsonl`.
 
-`.csv`, `.json` (a list of objects) and `.jsonl` are read. Columns: `video` (or `media_path`), `caption`, `audio`,
+Every command reads and writes tables through this module. Columns: `video` (or `media_path`), `caption`, `audio`,
 `reference_video` (or `ref_media_path`), `reference_audio`, `video_mask`, `audio_mask`. Paths are relative to the
-metadata file's folder. A sample is stored under the path of its main media in every output folder, so two rows with
-one path would overwrite each other; they are told apart here, before any work is done.
+table's folder.
+
+A sample is stored under the path of its main media in every output folder, so two rows with one path would overwrite
+each other; `read_sample_table` rejects the second before any work is done.
 """
 
 import csv
+import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ltx_titan.data import relative_sample_path
+from ltx_titan.common.files import write_text
 
-_SUFFIXES = (".csv", ".json", ".jsonl")
-_VIDEO_COLUMNS = ("video", "media_path")
-_REFERENCE_COLUMNS = ("reference_video", "ref_media_path")
-# Column of a file that goes with the main one -> names it may have.
-_EXTRAS = {
-    "reference_video": _REFERENCE_COLUMNS,
+TABLE_SUFFIXES = (".csv", ".json", ".jsonl")
+VIDEO_COLUMNS = ("video", "media_path")
+MEDIA_COLUMNS = (*VIDEO_COLUMNS, "audio")
+EXTRA_COLUMNS = {
+    "reference_video": ("reference_video", "ref_media_path"),
     "reference_audio": ("reference_audio",),
     "video_mask": ("video_mask",),
     "audio_mask": ("audio_mask",),
 }
+"""Column of a file that goes with the main one -> names that it may have."""
+PATH_COLUMNS = (*MEDIA_COLUMNS, *(name for names in EXTRA_COLUMNS.values() for name in names))
+
+Row = dict[str, Any]
+"""A row as stored: column -> value."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One row.
+class SampleRow:
+    """A usable row of a table.
 
     Attributes:
-        row: number in the file, from 1.
+        row: number in the table, from 1.
         key: path of the outputs below each output folder, ending in `.pt`.
-        video: video or still image, None in a data set of audio only.
-        audio: separate audio file, None where there is none.
-        caption: the text; None where the row has none.
-        extras: further files by column (`reference_video`, `reference_audio`, `video_mask`, `audio_mask`), those that
-            the row names.
+        video: video or still image, None in a dataset of audio only.
+        audio: separate audio file, None without one.
+        caption: the text; None if the row has none.
+        extras: further files by column (`reference_video`, `reference_audio`, `video_mask`, `audio_mask`); only those
+            that the row names.
     """
 
     row: int
@@ -50,116 +58,203 @@ class Sample:
 
     @property
     def media(self) -> Path:
-        """The file the sample is named after."""
+        """The main file, which the sample is named after: the video, or the audio without one."""
         media = self.video or self.audio
         assert media is not None
         return media
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """The rows of a metadata file.
+class SampleTable:
+    """All rows of a table.
 
     Attributes:
         samples: usable rows.
-        rejected: (what, why) of rows that cannot be used.
-        has_video: whether there is a column of videos.
-        has_audio: whether there is a column of audio.
-        extras: columns of further files that there are.
+        rejected: (item, reason) of rows that cannot be used.
+        has_video: whether the table has a column of videos.
+        has_audio: whether the table has a column of audio files.
+        extras: columns of further files that the table has.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[SampleRow, ...]
     rejected: tuple[tuple[str, str], ...]
     has_video: bool
     has_audio: bool
     extras: tuple[str, ...] = ()
 
 
-def read_dataset(
-    path: str | Path,
-    video_column: str | None = None,
-    caption_column: str | None = None,
-    needs_captions: bool = True,
-) -> Dataset:
-    """Read a metadata file.
+def is_table(path: Path) -> bool:
+    """Whether a path is a dataset table, by its suffix."""
+    return path.suffix.lower() in TABLE_SUFFIXES
 
-    Args:
-        path: the file.
-        video_column: name of the column of videos, if not `video` or `media_path`.
-        caption_column: name of the column of captions, if not `caption`.
-        needs_captions: whether a file without captions is of no use.
+
+def read_table(path: Path) -> list[Row]:
+    """Reads the rows of a table, all columns kept; a byte order mark is accepted.
 
     Raises:
-        ValueError: the file cannot be read, or its columns say nothing to do.
+        ValueError: the file is missing, is not UTF-8, or is not a table.
     """
-    path = Path(path)
-    rows = _read_rows(path)
-    if not rows:
-        raise ValueError(f"{path}: has no rows")
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    video_column = _choose(path, columns, video_column, _VIDEO_COLUMNS, "--video-column")
-    caption_column = _choose(path, columns, caption_column, ("caption",), "--caption-column")
-    audio_column = "audio" if "audio" in columns else None
-    if caption_column is None and needs_captions:
-        raise ValueError(f"{path}: has no column 'caption' (columns: {columns}); name it with --caption-column")
-    if video_column is None and audio_column is None:
-        raise ValueError(f"{path}: has no column 'video', 'media_path' or 'audio' (columns: {columns})")
-
-    extras = {
-        name: column
-        for name, names in _EXTRAS.items()
-        if (column := _choose(path, columns, None, names, "one name")) is not None
-    }
-
-    samples: list[Sample] = []
-    rejected: list[tuple[str, str]] = []
-    seen: dict[Path, Sample] = {}
-    for number, row in enumerate(rows, start=1):
-        video, audio = (_path(path, row.get(column)) if column else None for column in (video_column, audio_column))
-        main = video if video_column else audio
-        if main is None:
-            rejected.append((f"row {number}", f"column {video_column or audio_column!r} is empty"))
-            continue
-        caption = row.get(caption_column) if caption_column else None
-        key = relative_sample_path(main, path.parent)
-        files = {name: _path(path, row.get(column)) for name, column in extras.items()}
-        sample = Sample(
-            number,
-            key,
-            video,
-            audio,
-            None if caption is None else str(caption),
-            {name: file for name, file in files.items() if file is not None},
-        )
-        if key in seen:
-            rejected.append((str(main), f"row {number} has the same output {key} as row {seen[key].row}; rename one"))
-            continue
-        seen[key] = sample
-        samples.append(sample)
-    return Dataset(tuple(samples), tuple(rejected), video_column is not None, audio_column is not None, tuple(extras))
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected the data set's metadata, one of {', '.join(_SUFFIXES)}")
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path}: suffix {path.suffix!r} is not known, expected one of {', '.join(_SUFFIXES)}")
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".csv":
-        return [dict(row) for row in csv.DictReader(text.splitlines(keepends=True))]
+        raise ValueError(f"{path}: no such file; expected a table, one of {', '.join(TABLE_SUFFIXES)}")
+    if not is_table(path):
+        raise ValueError(f"{path}: suffix {path.suffix!r} is not known, expected one of {', '.join(TABLE_SUFFIXES)}")
     try:
-        if path.suffix == ".json":
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        # newline="": line breaks within quoted CSV fields stay as they are.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() == ".csv":
+                return [dict(row) for row in csv.DictReader(file)]
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); save it in that encoding") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: not valid CSV: {error}") from error
+    rows = _parse_json(path, text)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of objects, one per sample")
     return rows
 
 
-def _choose(path: Path, columns: Sequence[str], wanted: str | None, known: Sequence[str], option: str) -> str | None:
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a table atomically in the format of its suffix. Rows may lack columns."""
+    if path.suffix.lower() == ".csv":
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    elif path.suffix.lower() == ".json":
+        text = json.dumps(list(rows), ensure_ascii=False, indent=2) + "\n"
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, text)
+
+
+def media_of_row(row: Mapping[str, Any], table: Path) -> Path | None:
+    """The main file of a row: its video, or its audio without one; None for a row with neither."""
+    value = next((row[column] for column in MEDIA_COLUMNS if row.get(column)), None)
+    return None if value is None else table.parent / str(value)
+
+
+def relative_name(path: Path, base: Path) -> str:
+    """The name of a file in a table of folder `base`: relative if the file is below it, else the absolute path."""
+    path, base = Path(os.path.abspath(path)), Path(os.path.abspath(base))
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
+
+
+def moved_row(row: Mapping[str, Any], old: Path, new: Path) -> Row:
+    """A row of a table in folder `old` for a table in folder `new`: its paths are relative to the latter."""
+    if old.resolve() == new.resolve():
+        return dict(row)
+    return {
+        column: relative_name(old / str(value), new) if column in PATH_COLUMNS and value else value
+        for column, value in row.items()
+    }
+
+
+def relative_sample_path(media: str | Path, base: str | Path) -> Path:
+    """Path of a sample below each source folder: that of its main media file below `base`, with the suffix `.pt`.
+
+    Media outside `base` are mirrored with their absolute path, so that no two of them collide.
+
+    Args:
+        media: the video, or the audio without one.
+        base: folder of the table.
+    """
+    media, base = Path(os.path.abspath(media)), Path(os.path.abspath(base))
+    relative = media.relative_to(base) if media.is_relative_to(base) else media.relative_to(media.anchor)
+    return relative.with_suffix(".pt")
+
+
+def read_sample_table(
+    path: str | Path,
+    video_column: str | None = None,
+    caption_column: str | None = None,
+    needs_captions: bool = True,
+) -> SampleTable:
+    """Reads a table and resolves its columns and paths.
+
+    Args:
+        path: the table.
+        video_column: name of the column of videos, if not `video` or `media_path`.
+        caption_column: name of the column of captions, if not `caption`.
+        needs_captions: whether a table without captions is an error.
+
+    Raises:
+        ValueError: the table cannot be read, or lacks the columns that are needed.
+    """
+    path = Path(path)
+    rows = read_table(path)
+    if not rows:
+        raise ValueError(f"{path}: has no rows")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    video_column = _choose_column(path, columns, video_column, VIDEO_COLUMNS, "--video-column")
+    caption_column = _choose_column(path, columns, caption_column, ("caption",), "--caption-column")
+    audio_column = "audio" if "audio" in columns else None
+    if caption_column is None and needs_captions:
+        raise ValueError(f"{path}: has no column 'caption' (columns: {columns}); name it with --caption-column")
+    if video_column is None and audio_column is None:
+        raise ValueError(f"{path}: has no column 'video', 'media_path' or 'audio' (columns: {columns})")
+    extras = {}
+    for name, known in EXTRA_COLUMNS.items():
+        column = _choose_column(path, columns, None, known, "one name")
+        if column is not None:
+            extras[name] = column
+
+    samples: dict[Path, SampleRow] = {}
+    rejected: list[tuple[str, str]] = []
+    for number, row in enumerate(rows, start=1):
+        video = _resolve(path, row.get(video_column)) if video_column else None
+        audio = _resolve(path, row.get(audio_column)) if audio_column else None
+        # A table with a column of videos is never read as one of audio, not even in rows without a video.
+        main = video if video_column else audio
+        if main is None:
+            rejected.append((f"row {number}", f"column {video_column or audio_column!r} is empty"))
+            continue
+        caption = row.get(caption_column) if caption_column else None
+        files = {name: _resolve(path, row.get(column)) for name, column in extras.items()}
+        key = relative_sample_path(main, path.parent)
+        if key in samples:
+            reason = f"row {number} has the same output {key} as row {samples[key].row}; rename one"
+            rejected.append((str(main), reason))
+            continue
+        samples[key] = SampleRow(
+            row=number,
+            key=key,
+            video=video,
+            audio=audio,
+            caption=None if caption is None else str(caption),
+            extras={name: file for name, file in files.items() if file is not None},
+        )
+    return SampleTable(
+        samples=tuple(samples.values()),
+        rejected=tuple(rejected),
+        has_video=video_column is not None,
+        has_audio=audio_column is not None,
+        extras=tuple(extras),
+    )
+
+
+def _parse_json(path: Path, text: str) -> Any:
+    if path.suffix.lower() == ".json":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
+    rows = []
+    # Not splitlines(): it also splits at U+0085, U+2028 and U+2029, which JSON strings may hold as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from error
+    return rows
+
+
+def _choose_column(
+    path: Path, columns: Sequence[str], wanted: str | None, known: Sequence[str], option: str
+) -> str | None:
     if wanted is not None:
         if wanted not in columns:
             raise ValueError(f"{path}: has no column {wanted!r}, which {option} names (columns: {list(columns)})")
@@ -170,5 +265,5 @@ def _choose(path: Path, columns: Sequence[str], wanted: str | None, known: Seque
     return found[0] if found else None
 
 
-def _path(metadata: Path, value: Any) -> Path | None:
-    return metadata.parent / str(value) if value else None
+def _resolve(table: Path, value: Any) -> Path | None:
+    return table.parent / str(value) if value else None

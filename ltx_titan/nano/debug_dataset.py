@@ -1,40 +1,64 @@
-"""A small captioned data set from the clip that comes with the package: eight short windows with audio.
+"""A small captioned dataset from the clip in this package: eight short windows with audio.
 
-It is what a first job trains on, on any machine, before there are clips of one's own.
+First jobs can train on it, on any machine, before other clips are prepared.
 """
 
-import argparse
 import json
-import os
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from ltx_titan.common.files import write_text
+from ltx_titan.common.options import Positional
 from ltx_titan.media import cut_windows
+
+DESCRIPTION = """\
+Write a small dataset to test a job with: eight captioned windows of one second, with audio, from the five seconds of
+"Big Buck Bunny" (Blender Foundation, CC BY 3.0) in this package.
+
+example:
+  ltx-titan make-debug-dataset clips/
+  ltx-titan process-dataset clips/dataset.jsonl --resolution-buckets "256x160x25" --model-path ...
+"""
 
 CLIP_NAME = "big_buck_bunny_5s.mp4"
 _FRAMES, _WIDTH, _HEIGHT = 25, 384, 216
 
 _SETTING = (
-    "Animated film. A grassy hillside in warm morning light with a burrow under tree roots, grey boulders beside it "
+    "Animated film. A grassy hillside in warm morning light with a burrow under tree roots, gray boulders beside it "
     "and a stone ruin under a violet sky behind."
 )
-# What the clip shows from 0 s to 5 s; one caption per window.
+# Action in the clip from 0 s to 5 s, one line per window.
 _ACTIONS = (
-    "A big grey rabbit looks out of its burrow, drowsy, one paw on the ground.",
-    "A big grey rabbit crawls out of its burrow and props itself on a boulder, blinking.",
-    "A big grey rabbit leaves its burrow and straightens up, smiling with half-closed eyes.",
-    "A big grey rabbit rises in front of its burrow and spreads its arms for balance.",
-    "A big grey rabbit stands tall and begins to stretch, fists lifted to the sides.",
-    "A big grey rabbit stretches with its head thrown back and yawns with a wide open mouth.",
-    "A big grey rabbit finishes a long yawn, its arms still raised above its shoulders.",
-    "A big grey rabbit lowers its arms after a yawn and scratches the back of its head, content.",
+    "A big gray rabbit looks out of its burrow, drowsy, one paw on the ground.",
+    "A big gray rabbit crawls out of its burrow and props itself on a boulder, blinking.",
+    "A big gray rabbit leaves its burrow and straightens up, smiling with half-closed eyes.",
+    "A big gray rabbit rises in front of its burrow and spreads its arms for balance.",
+    "A big gray rabbit stands tall and begins to stretch, fists lifted to the sides.",
+    "A big gray rabbit stretches with its head thrown back and yawns with a wide open mouth.",
+    "A big gray rabbit finishes a long yawn, its arms still raised above its shoulders.",
+    "A big gray rabbit lowers its arms after a yawn and scratches the back of its head, content.",
 )
+
+
+@dataclass(frozen=True)
+class DebugDatasetOptions:
+    """Options of `ltx-titan make-debug-dataset`."""
+
+    out: Positional[Path]
+    """Folder to write to; created if it does not exist."""
+
+
+def run(options: DebugDatasetOptions) -> int:
+    """Runs the command and prints the path of the table."""
+    print(make_debug_dataset(options.out))
+    return 0
 
 
 def make_debug_dataset(folder: str | Path) -> Path:
-    """Write eight windows of 25 frames (384x216, 25 fps, with audio) and `dataset.jsonl`; returns the latter's path.
+    """Writes eight windows of 25 frames (384x216, 25 fps, with audio) and `dataset.jsonl`; returns the latter's path.
 
-    The clip's licence asks for its attribution, which goes into the folder as well.
+    The license of the clip requires attribution, which is written to the folder as well.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,30 +68,7 @@ def make_debug_dataset(folder: str | Path) -> Path:
     rows = [
         {"video": path.name, "caption": f"{_SETTING} {action}"} for path, action in zip(paths, _ACTIONS, strict=True)
     ]
-    (folder / "README.md").write_text((assets / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    metadata = folder / "dataset.jsonl"
-    temporary = metadata.with_name(f"{metadata.name}.tmp.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.rename(metadata)
-    return metadata
-
-
-DESCRIPTION = """\
-Write a small data set to try a job on: eight captioned windows of one second, with audio, cut from the five seconds of
-"Big Buck Bunny" (Blender Foundation, CC BY 3.0) that come with this package.
-
-example:
-  ltx-titan make-debug-dataset clips/
-  ltx-titan process-dataset clips/dataset.jsonl --resolution-buckets "256x160x25" --model-path ...
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `ltx-titan make-debug-dataset`."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to; made if it does not exist")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run `ltx-titan make-debug-dataset`; returns the exit status."""
-    print(make_debug_dataset(arguments.out))
-    return 0
+    write_text(folder / "README.md", (assets / "README.md").read_text(encoding="utf-8"))
+    table = folder / "dataset.jsonl"
+    write_text(table, "".join(json.dumps(row) + "\n" for row in rows))
+    return table

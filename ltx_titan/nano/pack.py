@@ -1,16 +1,16 @@
-"""A miniature, complete LTX-2.3 pack with seeded random weights, in the official layout.
+"""A miniature but complete LTX-2.3 pack with seeded random weights, in the official layout.
 
-It stands in for the real 46 GB wherever the way matters and not the picture: trying a job, teaching, tests. All tools
-read it as they would the real pack. The statistics of its VAEs are measured here on made-up clips and audio, so that
-latents of natural ones come out with a mean near 0 and a deviation near 1, as the diffusion process expects.
+It replaces the real 46 GB wherever the mechanics matter and not the output: test jobs, tutorials, the test suite. All
+commands read it like the real pack. The statistics of its VAEs are measured on synthetic clips and audio, so that
+latents of natural ones have a mean near 0 and a standard deviation near 1, as the diffusion process expects.
 """
 
-import argparse
 import json
 import math
-import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,22 @@ from ltx_titan.codecs.audio_vae import audio_vae_arguments, mel_settings
 from ltx_titan.codecs.mel import log_mel, slaney_filters
 from ltx_titan.codecs.video_vae import video_vae_layout
 from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name
+from ltx_titan.common.options import Positional
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.nano.pack_config import CONFIG, MODEL_VERSION, TEXT_ENCODER
 from ltx_titan.weights import save_safetensors
+
+DESCRIPTION = """\
+Write a miniature LTX-2.3 pack: transformer, connectors, text projection, video and audio VAE and vocoder in one
+safetensors file of a few MB in the official layout, and a tiny Gemma text encoder next to it. The weights are random,
+so its clips are noise, but all commands work on it as on the real pack. Use it to try a job before downloading 46 GB.
+
+example:
+  ltx-titan make-nano nano/
+  ltx-titan process-dataset clips/dataset.jsonl --resolution-buckets "256x160x25" \\
+      --model-path nano/ltx-2.3-nano.safetensors --text-encoder-path nano/text_encoder
+"""
 
 CHECKPOINT_NAME = "ltx-2.3-nano.safetensors"
 TEXT_ENCODER_NAME = "text_encoder"
@@ -35,8 +47,27 @@ TEXT_ENCODER_NAME = "text_encoder"
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
+@dataclass(frozen=True)
+class NanoOptions:
+    """Options of `ltx-titan make-nano`."""
+
+    out: Positional[Path]
+    """Folder to write to; created if it does not exist."""
+
+    seed: int = 0
+    """Seed of the weights; the same seed gives the same bytes."""
+
+
+def run(options: NanoOptions) -> int:
+    """Runs the command; returns the exit status."""
+    path = make_nano(options.out, options.seed)
+    print(f"checkpoint    {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    print(f"text encoder  {path.parent / TEXT_ENCODER_NAME}")
+    return 0
+
+
 def make_nano(folder: str | Path, seed: int = 0) -> Path:
-    """Write the pack: `ltx-2.3-nano.safetensors` and `text_encoder/`, the same bytes for the same seed.
+    """Writes the pack, `ltx-2.3-nano.safetensors` and `text_encoder/`; the same bytes for the same seed.
 
     Returns:
         The path of the checkpoint file.
@@ -66,13 +97,13 @@ def _transformer_tensors(seed: int) -> dict[str, Tensor]:
     tensors = {}
     for prefix, module in parts:
         init_random_(module, seed)
-        # Plain zeros and ones would hide a bias or a norm weight that is never used.
+        # Initial zeros and ones would hide a bias or norm weight that is never used.
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in sorted(module.state_dict().items()):
             if tensor.ndim == 1:
                 tensor = tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
             if name in ("proj_out.weight", "audio_proj_out.weight"):
-                # As large as a trained model's: through the small heads of a fresh one, adapters below hardly show.
+                # As large as in a trained model: the small initial heads would hide the effect of a LoRA below them.
                 tensor = 10 * tensor
             tensors[prefix + name] = tensor.to(torch.bfloat16)
     return tensors
@@ -88,7 +119,7 @@ def _video_vae_tensors(seed: int) -> dict[str, Tensor]:
         if not name.startswith("latents_")
     }
     with torch.no_grad():
-        latents = torch.cat([vae.encode(clip[None]).latent_dist.mode() for clip in _made_up_clips(generator)])
+        latents = torch.cat([vae.encode(clip[None]).latent_dist.mode() for clip in _synthetic_clips(generator)])
     return tensors | _statistics("vae.", latents.transpose(0, 1).flatten(1))
 
 
@@ -104,7 +135,7 @@ def _audio_vae_tensors(seed: int) -> dict[str, Tensor]:
     with torch.no_grad():
         spectrograms = log_mel(_synthetic_audio(generator, settings.sample_rate), settings)
         latents = vae.encode(spectrograms).latent_dist.mode()
-    # Statistics are kept on the packed layout: one entry per (channel, frequency).
+    # Statistics have the packed layout: one entry per (channel, frequency).
     return tensors | _statistics("audio_vae.", latents.permute(1, 3, 0, 2).flatten(0, 1).flatten(1))
 
 
@@ -113,7 +144,7 @@ def _vocoder_tensors(seed: int) -> dict[str, Tensor]:
     model = build_vocoder(section, device="cpu")
     _random_codec(model, torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        # Random layers are loud: unscaled, the sum would be clipped almost everywhere.
+        # Random layers have large outputs: unscaled, their sum would be clipped almost everywhere.
         model.vocoder.conv_out.weight *= 0.1
         model.bwe_generator.conv_out.weight *= 0.02
     stft = model.mel_stft.stft_fn
@@ -123,7 +154,7 @@ def _vocoder_tensors(seed: int) -> dict[str, Tensor]:
     filters = slaney_filters(bwe["n_fft"], bwe["num_mels"], bwe["input_sampling_rate"], 0.0, 8000.0)
     model.mel_stft.mel_basis.copy_(filters)
     parameters = {name for name, _ in model.named_parameters()}
-    # Filters and bases are no random weights; rounding them would only blur the audio.
+    # Filters and bases are exact, and rounding them would only degrade the audio.
     return {
         "vocoder." + stored_vocoder_name(name, True): tensor.to(torch.bfloat16) if name in parameters else tensor
         for name, tensor in model.state_dict().items()
@@ -141,7 +172,7 @@ def _causal_stft_basis(length: int) -> Tensor:
 
 @torch.no_grad()
 def _random_codec(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Fill convolutions with N(0, 1 / fan_in) and everything one-dimensional with values near zero."""
+    """Fills convolutions with N(0, 1 / fan_in) and one-dimensional parameters with values near zero."""
     for _, parameter in sorted(module.named_parameters()):
         fan_in = parameter[0].numel()
         std = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(fan_in)
@@ -150,7 +181,7 @@ def _random_codec(module: nn.Module, generator: torch.Generator) -> nn.Module:
     return module.eval()
 
 
-def _made_up_clips(generator: torch.Generator, clips: int = 8, frames: int = 17, size: int = 128) -> Tensor:
+def _synthetic_clips(generator: torch.Generator, clips: int = 8, frames: int = 17, size: int = 128) -> Tensor:
     """Clouds of all sizes, with about the spectrum of photographs: [clips, 3, frames, size, size] in [-1, 1]."""
     total = torch.zeros(clips, 3, frames, size, size)
     cells = 1
@@ -162,10 +193,10 @@ def _made_up_clips(generator: torch.Generator, clips: int = 8, frames: int = 17,
     return (0.4 * total).clamp(-1, 1)
 
 
-def _synthetic_audio(generator: torch.Generator, sample_rate: int, audios: int = 8, seconds: float = 3.0) -> Tensor:
-    """Chords over noise, swelling and fading, some of it near silence [audio, 2, N]."""
+def _synthetic_audio(generator: torch.Generator, sample_rate: int, clips: int = 8, seconds: float = 3.0) -> Tensor:
+    """Chords over noise with varying envelopes and volumes, some near silence [clips, 2, N]."""
     time = torch.arange(int(seconds * sample_rate)) / sample_rate
-    result = torch.zeros(audios, 2, len(time))
+    result = torch.zeros(clips, 2, len(time))
     for audio in result:
         for _ in range(6):
             hertz, phase, rate, pan = torch.rand(4, generator=generator).tolist()
@@ -180,16 +211,16 @@ def _synthetic_audio(generator: torch.Generator, sample_rate: int, audios: int =
 
 
 def _statistics(prefix: str, values: Tensor) -> dict[str, Tensor]:
-    """Mean and deviation of raw latents [C, samples] under the names in which checkpoints keep them."""
+    """Mean and standard deviation of raw latents [C, samples] under their names in checkpoints."""
     return {
-        # Rounded, so that the order in which a machine sums does not reach the file.
+        # Rounded, so that the file does not depend on the order in which a machine sums.
         f"{prefix}per_channel_statistics.mean-of-means": values.mean(1).to(torch.bfloat16),
         f"{prefix}per_channel_statistics.std-of-means": values.std(1).to(torch.bfloat16),
     }
 
 
 def _write_text_encoder(folder: Path, seed: int) -> None:
-    """Save a tiny Gemma 3 language model and a tokenizer of single bytes, as transformers keeps them."""
+    """Writes a tiny Gemma 3 language model and a byte tokenizer in the layout of transformers."""
     vocabulary = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     ids = {token: index for index, token in enumerate(vocabulary)}
     config = Gemma3TextConfig(
@@ -204,22 +235,23 @@ def _write_text_encoder(folder: Path, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
-            # Gemma scales embeddings by the root of the width and norms by one plus their weight.
+            # Gemma scales embeddings by the square root of the width, and norms by one plus their weight.
             std = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(parameter.shape[-1])
             parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
 
-    temporary = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
     config.architectures = [type(model).__name__]
-    config.save_pretrained(temporary)
-    save_safetensors(temporary / "model.safetensors", model.to(torch.bfloat16).state_dict(), {"format": "pt"})
-    _byte_tokenizer(ids).save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    with TemporaryDirectory(dir=folder.parent) as parent:
+        temporary = Path(parent) / folder.name
+        config.save_pretrained(temporary)
+        save_safetensors(temporary / "model.safetensors", model.to(torch.bfloat16).state_dict(), {"format": "pt"})
+        _byte_tokenizer(ids).save_pretrained(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
 
 
 def _byte_tokenizer(ids: dict[str, int]) -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte, BOS in front: any caption in any script, no training text needed."""
+    """Tokenizer with one token per UTF-8 byte after BOS: it needs no training text and accepts any script."""
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -228,29 +260,3 @@ def _byte_tokenizer(ids: dict[str, int]) -> PreTrainedTokenizerFast:
     )
     names = {f"{token.strip('<>')}_token": token for token in _SPECIAL_TOKENS}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-DESCRIPTION = """\
-Write a miniature LTX-2.3 pack: transformer, connectors, text projection, video and audio VAE, vocoder in one
-safetensors file of a few MB in the official layout, and a tiny Gemma text encoder beside it. The weights are random, so
-its clips show nothing, but every command works on it as on the real pack. Use it to try a job before downloading 46 GB.
-
-example:
-  ltx-titan make-nano nano/
-  ltx-titan process-dataset clips/dataset.jsonl --resolution-buckets "256x160x25" \\
-      --model-path nano/ltx-2.3-nano.safetensors --text-encoder-path nano/text_encoder
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `ltx-titan make-nano`."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to; made if it does not exist")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights; the same seed gives the same bytes (0)")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run `ltx-titan make-nano`; returns the exit status."""
-    path = make_nano(arguments.out, arguments.seed)
-    print(f"checkpoint    {path} ({path.stat().st_size / 2**20:.1f} MiB)")
-    print(f"text encoder  {path.parent / TEXT_ENCODER_NAME}")
-    return 0

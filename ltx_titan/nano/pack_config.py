@@ -1,8 +1,8 @@
-"""Sizes of the miniature pack: everything LTX-2.3 has, as small as its layout allows.
+"""Configuration of the miniature pack: every component of LTX-2.3, as small as its layout allows.
 
-What data and positions depend on is as published: 8 x 32 x 32 pixels per latent, 128 video channels, 8 x 16 audio
-channels, 25 audio steps per second, 16 kHz to 48 kHz, 1024 text tokens, 128 registers. Widths and depths are not.
-Both streams have 8 heads, so that tensor parallelism over 2, 4 and 8 ranks can be tried.
+Everything that data and positions depend on is as published: 8 x 32 x 32 pixels per latent, 128 video channels, 8 x 16
+audio channels, 25 audio steps per second, 16 kHz to 48 kHz, 1024 text tokens, 128 registers. Widths and depths are
+reduced. Both streams have 8 heads, which tensor parallelism over 2, 4 and 8 ranks can divide.
 """
 
 from typing import Any

@@ -1,31 +1,32 @@
-"""`ltx-titan make-checkpoint`: a file of a released model's size, names and metadata, with random weights.
+"""`ltx-titan make-checkpoint`: a checkpoint with the size, names and metadata of a released model and random weights.
 
-It stands in for the official 38 GB where what matters is bytes and not pictures: measuring how fast they are loaded,
-how much memory that takes, whether a job fits. Drawing 19 billion normal numbers would take longer than writing them,
-so all tensors are cut from one bank of them, each at a place that follows from its name, and scaled as new weights are.
-A tensor that ends up under another's name is therefore noticed. Memory: the bank and one tensor.
+It replaces the official 38 GB in measurements of loading time, memory and speed. Sampling 19 billion normal numbers
+would take longer than writing them, so all tensors are slices of one bank of numbers, each from an offset that is
+hashed from its name, scaled like initial weights. A tensor loaded under another name therefore differs. Memory: the
+bank and one tensor.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+from ltx_titan.common.options import Flag, Maybe, Positional, placeholder
 from ltx_titan.model import LTXTransformer, TextConnectors
 from ltx_titan.model.init import initial_spread
-from ltx_titan.weights import CONNECTORS, RELEASED, TRANSFORMER, ExportTensor, export_safetensors, released_config
+from ltx_titan.weights import CONNECTORS, TRANSFORMER, ExportTensor, export_safetensors, released_config
 
 DESCRIPTION = """\
-Write a checkpoint of a released model's shape with random weights: official names and metadata, bfloat16. Jobs load and
-train it as they would the official file, so that loading times, memory and speed can be measured without it.
+Write a checkpoint with the shape of a released model and random weights: official names and metadata, bfloat16. Jobs
+load and train it like the official file, so that loading time, memory and speed can be measured without that file.
 The transformer of ltx-2.3-22b takes 38.0 GB; --num-layers keeps fewer of its 48 blocks (0.77 GB each).
 
 example:
@@ -35,8 +36,43 @@ example:
 
 VERSIONS = {"ltx-2-19b": "2.0.0", "ltx-2.3-22b": "2.3.0", "ltx-2.5-22b": "2.5.0"}
 
-# A prime, so that rows of a tensor larger than the bank do not repeat one another.
+# A prime, so that rows of a tensor larger than the bank do not repeat.
 _BANK = 16_777_213
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Options of `ltx-titan make-checkpoint`."""
+
+    out: Annotated[Positional[Path], placeholder("OUT.safetensors")]
+    """File to write."""
+
+    shape: str = "ltx-2.3-22b"
+    """ltx-2-19b, ltx-2.3-22b, ltx-2.5-22b, or a JSON file with checkpoint metadata."""
+
+    num_layers: Maybe[int] = None
+    """Number of transformer blocks to keep. Default: all."""
+
+    connectors: Flag = False
+    """Also write the text connectors."""
+
+    seed: int = 0
+    """Seed of the weights; the same seed gives the same bytes."""
+
+
+def run(options: CheckpointOptions) -> int:
+    """Runs the command; returns the exit status."""
+    if options.num_layers is not None and options.num_layers < 1:
+        raise ValueError(f"--num-layers: expected at least 1, found {options.num_layers}.")
+    size = make_checkpoint(
+        options.out,
+        options.shape,
+        num_layers=options.num_layers,
+        connectors=options.connectors,
+        seed=options.seed,
+    )
+    print(f"{options.out}: {size / 1e9:.2f} GB of random weights, shape {options.shape}")
+    return 0
 
 
 def make_checkpoint(
@@ -45,14 +81,14 @@ def make_checkpoint(
     """Writes the file, tensor by tensor; the same bytes for the same arguments.
 
     Args:
-        path: target; appears when complete.
+        path: file to write, atomically.
         shape: released model, or a JSON file with checkpoint metadata.
-        num_layers: blocks to keep; None keeps all.
-        connectors: also write the text connectors, for data that holds text features.
-        seed: of the weights.
+        num_layers: number of transformer blocks; None keeps all.
+        connectors: also write the text connectors, for data of text features.
+        seed: seed of the weights.
 
     Returns:
-        Bytes of weights.
+        Size of the weights in bytes.
 
     Raises:
         ValueError: the shape is unknown, or the disk is too small.
@@ -90,7 +126,8 @@ def _cut(bank: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     mean, std = initial_spread(name, shape)
     if std == 0:
         return torch.full(shape, mean, dtype=torch.bfloat16)
-    count, start = math.prod(shape), int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) % _BANK
+    count = math.prod(shape)
+    start = int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) % _BANK
     tensor = torch.empty(count, dtype=torch.bfloat16)
     filled = 0
     while filled < count:
@@ -107,29 +144,3 @@ def _reporting(tensor: ExportTensor, progress: Progress, task: int) -> ExportTen
         return value
 
     return ExportTensor(tensor.name, tensor.shape, tensor.dtype, read)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `ltx-titan make-checkpoint`."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument(
-        "--shape", default="ltx-2.3-22b", help=f"{', '.join(RELEASED)} or a JSON file with checkpoint metadata"
-    )
-    parser.add_argument("--num-layers", type=int, help="blocks to keep (all)")
-    parser.add_argument("--connectors", action="store_true", help="also write the text connectors")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights; the same seed gives the same bytes (0)")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run `ltx-titan make-checkpoint`; returns the exit status."""
-    if arguments.num_layers is not None and arguments.num_layers < 1:
-        raise ValueError(f"--num-layers: expected at least 1, found {arguments.num_layers}.")
-    size = make_checkpoint(
-        arguments.out,
-        arguments.shape,
-        num_layers=arguments.num_layers,
-        connectors=arguments.connectors,
-        seed=arguments.seed,
-    )
-    print(f"{arguments.out}: {size / 1e9:.2f} GB of random weights, shape {arguments.shape}")
-    return 0

@@ -27,7 +27,7 @@ def shape(tmp_path):
     return path
 
 
-def test_a_provider_that_fails_does_not_cost_the_others_their_rows(shape, tmp_path, monkeypatch, capsys):
+def test_a_failing_provider_is_reported_and_the_others_are_measured(shape, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     out = tmp_path / "rows.jsonl"
     options = ["--shape", str(shape), "--tokens", "24", "--timesteps", "1", "2", "--out", str(out)]
@@ -41,6 +41,6 @@ def test_a_provider_that_fails_does_not_cost_the_others_their_rows(shape, tmp_pa
         ("torch", 2),
     ]
     assert all("need a CUDA GPU" in row["error"] for row in rows if row["provider"] == "triton")
-    # Steps of this size are all noise; that they were measured is what can be asked.
+    # Times of steps this small are noise, so only their presence is checked.
     assert all(row["step_ms"] > 0 and "error" not in row for row in rows if row["provider"] == "torch")
     assert "FAILED" in capsys.readouterr().out

@@ -4,7 +4,7 @@ from ltx_titan.cli import main
 from ltx_titan.nano.pack_config import CONFIG
 
 
-def test_whole_and_in_tiles_are_timed_at_the_size_asked_for(tmp_path):
+def test_whole_clips_and_tiles_are_timed_at_the_given_size(tmp_path):
     shape, out = tmp_path / "nano.json", tmp_path / "rows.jsonl"
     shape.write_text(json.dumps(CONFIG))
     assert main(["bench", "encode", "--shape", str(shape), "--clip", "96x64x9", "--out", str(out)]) == 0
@@ -13,6 +13,6 @@ def test_whole_and_in_tiles_are_timed_at_the_size_asked_for(tmp_path):
     assert all(row["latent"] == [128, 2, 2, 3] and row["clip_s"] > 0 for row in rows)
 
 
-def test_a_size_of_another_form_is_named(tmp_path, capsys):
+def test_an_invalid_size_is_named(tmp_path, capsys):
     assert main(["bench", "encode", "--clip", "1280x704"]) == 1
     assert "--clip is '1280x704'" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def made(tmp_path_factory):
     return path
 
 
-def test_a_made_checkpoint_is_read_like_an_official_one(made):
+def test_a_random_checkpoint_is_read_like_an_official_one(made):
     metadata = read_metadata(made)
     with torch.device("meta"):
         model = LTXTransformer.from_config(metadata.transformer_config())
@@ -38,7 +38,7 @@ def test_a_made_checkpoint_is_read_like_an_official_one(made):
 
 
 def test_the_full_size_has_the_official_names_and_bytes(tmp_path, monkeypatch):
-    """Of the whole 38 GB only the header is looked at: writing is stopped at the check of free space."""
+    """The file of 38 GB is not written: the check of free space fails first."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
     with pytest.raises(ValueError, match=r"needs 37,97\d,\d{3},\d{3} bytes"):
         make_checkpoint(tmp_path / "full.safetensors", "ltx-2.3-22b")
@@ -55,7 +55,7 @@ def test_the_load_benchmark_writes_a_row_per_state_of_the_page_cache(made, tmp_p
     assert (cold["page_cache"], warm["page_cache"]) == ("cold", "warm")
     assert warm["cached_before_load"] == 1.0
     for row in (cold, warm):
-        # Two clocks: one begins and ends with the slowest rank, give or take a barrier.
+        # load_s is the time of the slowest rank plus a barrier.
         assert row["load_s"] > 0.9 * max(rank["load_s"] for rank in row["ranks"]) > 0
         assert row["read_once_s"] > 0
         assert 0 < row["ranks"][1]["host_gib"] < 8

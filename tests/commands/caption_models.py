@@ -1,4 +1,4 @@
-"""Tiny multimodal models of transformers' own classes, random weights, with processors and chat templates, on disk."""
+"""Tiny multimodal models of transformers' own classes, random weights, saved with processors and chat templates."""
 
 from pathlib import Path
 
@@ -26,8 +26,8 @@ _TEMPLATE = (
 )
 
 
-def write_seeing_model(folder: Path) -> Path:
-    """A Gemma 3 that takes pictures of 32x32."""
+def write_vision_model(folder: Path) -> Path:
+    """A Gemma 3 for images of 32x32."""
     tokenizer = _tokenizer(boi_token="<boi>", eoi_token="<eoi>", image_token="<image>")
     processor = Gemma3Processor(
         Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, _TEMPLATE, image_seq_length=4
@@ -46,8 +46,8 @@ def write_seeing_model(folder: Path) -> Path:
     return _write(folder, Gemma3ForConditionalGeneration(config), processor)
 
 
-def write_hearing_model(folder: Path) -> Path:
-    """A Qwen2-Audio that takes sound and no pictures."""
+def write_audio_model(folder: Path) -> Path:
+    """A Qwen2-Audio, which accepts audio and no images."""
     tokenizer = _tokenizer(audio_token="<audio>")
     extractor = WhisperFeatureExtractor(feature_size=16, sampling_rate=16000)
     processor = Qwen2AudioProcessor(
@@ -65,7 +65,7 @@ def write_hearing_model(folder: Path) -> Path:
 
 
 def write_depth_model(folder: Path) -> Path:
-    """A Depth Anything that works at 28x28."""
+    """A Depth Anything for images of 28x28."""
     backbone = {"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     backbone |= {"image_size": 28, "patch_size": 14, "out_features": ["stage1", "stage2"]}
     config = DepthAnythingConfig(
@@ -111,7 +111,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 def _write(folder: Path, model: torch.nn.Module, processor: object) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
-            # At their first values all answers are alike, whatever is seen or heard.
+            # With the initial weights all answers are equal, whatever the input.
             parameter *= 10 if parameter.ndim > 1 else 1
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,14 +1,15 @@
 """Runs of the preparation on the miniature pack."""
 
+import dataclasses
 import io
 import json
 
 import torch
 from rich.console import Console
 
-from ltx_titan.commands.process.options import ProcessOptions
+from ltx_titan.commands.process.options import CaptionOptions, DataOptions, MediaOptions
 from ltx_titan.commands.process.pipeline import process
-from ltx_titan.data.index import INDEX_NAME
+from ltx_titan.data.cache import INDEX_NAME
 
 
 def write_rows(folder, rows):
@@ -18,10 +19,16 @@ def write_rows(folder, rows):
 
 
 def run(nano, path, buckets="64x32x17;64x32x1", media=True, captions=True, **options):
-    """Process a data set; returns the report and what it printed."""
+    """Prepares a dataset; returns the report and what it printed. `options` are fields of the three option classes."""
+    options = {"model_path": nano, "text_encoder_path": nano.parent / "text_encoder", "device": "cpu", **options}
+    options |= {"dataset_path": path, "resolution_buckets": buckets}
+    groups = []
+    for group in (DataOptions, MediaOptions, CaptionOptions):
+        names = [field.name for field in dataclasses.fields(group)]
+        groups.append(group(**{name: options.pop(name) for name in names if name in options}))
+    assert not options, f"no such options: {sorted(options)}"
     console = Console(file=io.StringIO(), width=200)
-    options = ProcessOptions(path, nano, nano.parent / "text_encoder", resolution_buckets=buckets, **options)
-    report = process(options, console, media=media, captions=captions)
+    report = process(groups[0], groups[1] if media else None, groups[2] if captions else None, console)
     report.print()
     return report, console.file.getvalue()
 
@@ -31,6 +38,6 @@ def load(folder, source, key):
 
 
 def contents(root):
-    """Every file below a folder, by relative path, but for the index that reading it leaves."""
+    """Every file below a folder, by relative path, except the shape index that reading it leaves."""
     files = [path for path in root.rglob("*") if path.is_file() and path.name != INDEX_NAME]
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}

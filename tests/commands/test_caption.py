@@ -16,7 +16,7 @@ from tests.media.clips import tone, write_clip
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks the OpenAI protocol. Its caption of a file is what it got of it; `refuses(number, body)` may fail it."""
+    """OpenAI-compatible server that answers with the parts of a request; `refuses(number, body)` may fail it."""
 
     daemon_threads = True
 
@@ -40,7 +40,7 @@ class Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self._answer(200, {"object": "list", "data": [{"id": "see-and-hear", "object": "model"}]})
+        self._answer(200, {"object": "list", "data": [{"id": "audio-visual", "object": "model"}]})
 
     def do_POST(self):
         server = self.server
@@ -54,9 +54,9 @@ class _Handler(BaseHTTPRequestHandler):
         refusal = server.refuses(number, body)
         if refusal is None:
             parts = body["messages"][0]["content"]
-            pictures = sum(part["type"] == "image_url" for part in parts)
-            sounds = sum(part["type"] == "input_audio" for part in parts)
-            caption = f"{pictures} pictures and {sounds} sounds"
+            frames = sum(part["type"] == "image_url" for part in parts)
+            audio = sum(part["type"] == "input_audio" for part in parts)
+            caption = f"{frames} frames and {audio} audio"
             text = f'Let me see.</think>\n```json\n{{"caption": "{caption}"}}\n```'
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
             answer = (200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A folder of what one meets; tests copy nothing, their tables lie in it under names of their own."""
+    """A folder of typical files; every test writes a table of another name into it."""
     folder = tmp_path_factory.mktemp("clips")
     write_clip(folder / "a.mp4", frames=25)
     write_clip(folder / "mönö ☃.mp4", frames=50, channels=1)
@@ -100,15 +100,15 @@ def texts(body):
     return "\n".join(part["text"] for part in body["messages"][0]["content"] if part["type"] == "text")
 
 
-def test_a_folder_is_seen_and_heard_and_bad_files_are_named(clips, console):
+def test_a_folder_is_captioned_and_bad_files_are_named(clips, console):
     output = clips / "first.jsonl"
     with Server() as server:
         report = caption_files(CaptionOptions(clips, output, server=server.url, fps=2, num_workers=2), console)
     assert rows_of(output) == [
-        {"video": "a.mp4", "caption": "2 pictures and 1 sounds"},
-        {"video": "mönö ☃.mp4", "caption": "4 pictures and 1 sounds"},
-        {"video": "silent.mp4", "caption": "2 pictures and 0 sounds"},
-        {"video": "still.png", "caption": "1 pictures and 0 sounds"},
+        {"video": "a.mp4", "caption": "2 frames and 1 audio"},
+        {"video": "mönö ☃.mp4", "caption": "4 frames and 1 audio"},
+        {"video": "silent.mp4", "caption": "2 frames and 0 audio"},
+        {"video": "still.png", "caption": "1 frames and 0 audio"},
     ]
     assert report.counts["caption"] == {"done": 4, "failed": 2}
     reasons = {Path(item).name: reason for _, item, reason in report.failures}
@@ -116,13 +116,13 @@ def test_a_folder_is_seen_and_heard_and_bad_files_are_named(clips, console):
     assert "0 bytes" in reasons["zero.mp4"]
     asked = {texts(body).count(" s:"): texts(body) for body in server.bodies}
     assert "0.2 s:\n0.7 s:\n1.2 s:" in asked[4]
-    assert "sound is attached" in asked[4]
-    assert all(body["model"] == "see-and-hear" for body in server.bodies)
+    assert "audio is attached" in asked[4]
+    assert all(body["model"] == "audio-visual" for body in server.bodies)
     silent = next(text for body in server.bodies if "There is no sound" in (text := texts(body)))
     assert "attached" not in silent
 
 
-def test_failed_requests_are_named_and_a_second_run_asks_only_for_them(clips, console):
+def test_failed_requests_are_named_and_a_second_run_repeats_only_them(clips, console):
     output = clips / "second.json"
 
     def refuses(number, body):
@@ -130,15 +130,15 @@ def test_failed_requests_are_named_and_a_second_run_asks_only_for_them(clips, co
             return 400, {"error": {"message": "this model takes no audio", "type": "BadRequestError"}}
         return (503, {"error": {"message": "busy"}}) if number == 1 else None
 
-    options = CaptionOptions(clips, output, num_workers=1, extensions=("mp4", "PNG"))
+    options = CaptionOptions(clips, output, num_workers=1, extensions="mp4,PNG")
     with Server(refuses) as server:
         report = caption_files(CaptionOptions(**{**vars(options), "server": server.url}), console)
-    # A busy server is asked again, a refusal is not.
+    # A busy server is retried, a rejected request is not.
     assert report.counts["caption"] == {"done": 3, "failed": 3}
     assert (
         "caption",
         str(clips / "mönö ☃.mp4"),
-        "the server answers 400: this model takes no audio",
+        "the server returned 400: this model takes no audio",
     ) in report.failures
     assert len(server.bodies) == 5
     interrupted = output.read_bytes()
@@ -154,22 +154,22 @@ def test_failed_requests_are_named_and_a_second_run_asks_only_for_them(clips, co
 def test_captions_of_a_killed_run_are_kept(clips, console):
     output = clips / "killed.jsonl"
     journal = clips / ".killed.jsonl.journal"
-    # A run that was killed has a journal, whose last line may be cut off.
+    # A killed run leaves a journal whose last line may be incomplete.
     journal.write_text('\n{"media": "a.mp4", "caption": "a tone"}\n\n{"media": "silent.mp4", "capt', encoding="utf-8")
     with Server() as server:
         caption_files(CaptionOptions(clips, output, server=server.url), console)
     assert len(server.bodies) == 3
-    assert [row["caption"] for row in rows_of(output)][:2] == ["a tone", "4 pictures and 1 sounds"]
+    assert [row["caption"] for row in rows_of(output)][:2] == ["a tone", "4 frames and 1 audio"]
     assert not journal.exists()
 
 
-def test_a_server_that_goes_away_ends_the_run_and_loses_nothing(clips, console):
+def test_a_server_that_stops_ends_the_run_and_loses_nothing(clips, console):
     output = clips / "gone.jsonl"
     with Server() as server:
         first = CaptionOptions(clips, output, server=server.url, num_workers=1, retries=0)
-        # With its first answer it closes its door.
+        # It stops with its first answer.
         server.refuses = lambda number, body: server.close()
-        with pytest.raises(ValueError, match=r"does not answer any more.*what is captioned is kept"):
+        with pytest.raises(ValueError, match=r"stopped answering.*captions so far are saved"):
             caption_files(first, console)
     with Server() as server:
         report = caption_files(CaptionOptions(clips, output, server=server.url), console)
@@ -188,7 +188,7 @@ def test_a_table_gets_a_column_and_keeps_the_others(clips, console):
         caption_files(CaptionOptions(table, server=server.url, skip_audio=True), console)
     with table.open(newline="", encoding="utf-8") as file:
         assert list(csv.DictReader(file)) == [
-            {"media_path": "a.mp4", "caption": "2 pictures and 0 sounds", "split": "train"},
+            {"media_path": "a.mp4", "caption": "2 frames and 0 audio", "split": "train"},
             {"media_path": "silent.mp4", "caption": "kept", "split": "test"},
         ]
     assert "say nothing about sounds" in texts(server.bodies[0])
@@ -196,14 +196,14 @@ def test_a_table_gets_a_column_and_keeps_the_others(clips, console):
         assert next(csv.DictReader(file))["media_path"] == str(clips / "a.mp4")
 
 
-def test_sounds_alone_and_text_files(tmp_path, console):
+def test_audio_files_and_text_output(tmp_path, console):
     write_wav(tmp_path / "rain.wav", Audio(tone(1.0, 44100), 44100))
     options = CaptionOptions(tmp_path, tmp_path / "out.txt")
     for requests in (1, 0):
         with Server() as server:
             caption_files(CaptionOptions(**{**vars(options), "server": server.url}), console)
         assert len(server.bodies) == requests
-    assert (tmp_path / "out_captions.txt").read_text() == "0 pictures and 1 sounds\n"
+    assert (tmp_path / "out_captions.txt").read_text() == "0 frames and 1 audio\n"
     assert (tmp_path / "out_paths.txt").read_text() == "rain.wav\n"
 
 
@@ -241,10 +241,10 @@ def test_ranks_share_the_work_and_the_table(clips, console, monkeypatch):
     ]
 
 
-def test_dry_run_asks_nobody_and_shows_the_question(clips, console):
+def test_dry_run_sends_nothing_and_shows_the_request(clips, console):
     report = caption_files(CaptionOptions(clips / "a.mp4", server="http://127.0.0.1:9/v1", dry_run=True), console)
     printed = console.file.getvalue()
-    assert "2 frame(s) of 96x64, 1.0 s of sound" in printed
+    assert "2 frame(s) of 96x64, 1.0 s of audio" in printed
     assert "word for word" in printed
     assert report.notes["would be captioned"] == 1
     assert not (clips / "a.dataset.jsonl").exists()
@@ -256,11 +256,11 @@ def test_dry_run_asks_nobody_and_shows_the_question(clips, console):
         (["--server", "http://127.0.0.1:9/v1"], "vllm serve"),
         (["--server", "URL", "--model", "other"], "has no model 'other'"),
         (["--extra-body", "{"], "--extra-body: not valid JSON"),
-        (["--output", "x.parquet"], "no table"),
+        (["--output", "x.parquet"], "not a table"),
         (["--local-model", "nowhere"], "no config.json"),
     ],
 )
-def test_what_cannot_work_is_said_at_once(clips, capsys, arguments, message):
+def test_invalid_options_are_refused(clips, capsys, arguments, message):
     with Server() as server:
         arguments = [server.url if argument == "URL" else argument for argument in arguments]
         assert main(["caption", str(clips / "a.mp4"), *arguments]) == 1

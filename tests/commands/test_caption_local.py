@@ -5,27 +5,29 @@ import torch
 
 from ltx_titan.commands.captioning.caption import CaptionOptions, caption_files
 from ltx_titan.media import Audio, write_wav
-from tests.commands.caption_models import write_hearing_model, write_seeing_model
+from tests.commands.caption_models import write_audio_model, write_vision_model
 from tests.media.clips import tone, write_clip
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
+def vision_model(tmp_path_factory):
     torch.manual_seed(0)
-    return write_seeing_model(tmp_path_factory.mktemp("seeing"))
+    return write_vision_model(tmp_path_factory.mktemp("vision"))
 
 
 @pytest.fixture(scope="module")
-def hearing(tmp_path_factory):
+def audio_model(tmp_path_factory):
     torch.manual_seed(1)
-    return write_hearing_model(tmp_path_factory.mktemp("hearing"))
+    return write_audio_model(tmp_path_factory.mktemp("audio"))
 
 
-def test_a_model_that_sees_captions_clips(seeing, tmp_path, console):
+def test_a_vision_model_captions_clips(vision_model, tmp_path, console):
     write_clip(tmp_path / "a.mp4", frames=25)
     write_clip(tmp_path / "b.mp4", frames=12, channels=0)
     (tmp_path / "zero.mp4").touch()
-    options = CaptionOptions(tmp_path, local_model=seeing, skip_audio=True, fps=2, max_tokens=12, instruction="Go.")
+    options = CaptionOptions(
+        tmp_path, local_model=vision_model, skip_audio=True, fps=2, max_tokens=12, instruction="Go."
+    )
     report = caption_files(options, console)
     assert report.counts["caption"] == {"done": 2, "failed": 1}
     rows = [json.loads(line) for line in (tmp_path / "dataset.jsonl").read_text().splitlines()]
@@ -37,26 +39,26 @@ def test_a_model_that_sees_captions_clips(seeing, tmp_path, console):
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "dataset.jsonl").read_bytes()
 
 
-def test_a_model_that_hears_gets_the_sound(hearing, tmp_path, console):
+def test_an_audio_model_receives_the_audio(audio_model, tmp_path, console):
     captions = []
     for name, hertz in (("low", 220.0), ("high", 3520.0)):
         folder = tmp_path / name
         folder.mkdir()
         write_wav(folder / "tone.wav", Audio(tone(0.5, 44100, hertz=hertz), 44100))
-        options = CaptionOptions(folder, local_model=hearing, max_tokens=12, instruction="Go.")
+        options = CaptionOptions(folder, local_model=audio_model, max_tokens=12, instruction="Go.")
         assert caption_files(options, console).counts["caption"] == {"done": 1}
         captions.append(json.loads((folder / "dataset.jsonl").read_text())["caption"])
     assert captions[0] != captions[1]
 
 
-def test_weights_in_8_bit(seeing, tmp_path, console):
+def test_weights_in_8_bit(vision_model, tmp_path, console):
     write_clip(tmp_path / "a.mp4")
-    options = CaptionOptions(tmp_path, local_model=seeing, load_in_8bit=True, skip_audio=True, max_tokens=4)
+    options = CaptionOptions(tmp_path, local_model=vision_model, load_in_8bit=True, skip_audio=True, max_tokens=4)
     assert caption_files(options, console).counts["caption"] == {"done": 1}
 
 
-def test_sound_is_not_sent_to_a_model_that_cannot_hear(seeing, tmp_path, console):
+def test_a_model_without_audio_input_needs_skip_audio(vision_model, tmp_path, console):
     write_clip(tmp_path / "a.mp4")
-    with pytest.raises(ValueError, match=r"cannot hear.*--skip-audio"):
-        caption_files(CaptionOptions(tmp_path, local_model=seeing), console)
+    with pytest.raises(ValueError, match=r"does not accept audio.*--skip-audio"):
+        caption_files(CaptionOptions(tmp_path, local_model=vision_model), console)
     assert not (tmp_path / "dataset.jsonl").exists()

@@ -11,7 +11,7 @@ from ltx_titan.commands.captioning.text import instruction, read_answer
         ('```json\n{"caption": "A rabbit."}\n```', "A rabbit."),
         ('<think>Is it a {hare}?</think>\n\n{"caption": "A rabbit."}', "A rabbit."),
         ('Hm, a hare?</think>{"description": "A rabbit."}', "A rabbit."),
-        # Out of tokens in the middle of the answer.
+        # Truncated by the token limit.
         ('{"caption": "A rabbit says \\"no\\" and', 'A rabbit says "no" and'),
         ('{"caption": "Two lines\nin a string"}', "Two lines in a string"),
     ],
@@ -26,11 +26,11 @@ def test_an_answer_without_a_caption_is_an_error(answer, message):
         read_answer(answer)
 
 
-def test_the_question_says_what_is_heard():
-    assert "word for word" in instruction("video", "sound")
-    assert "There is no sound" in instruction("video", "silence")
-    assert "nothing about sounds" in instruction("video", "unknown")
-    assert "sound" not in instruction("image", "silence")
-    own = instruction("video", "silence", "Say what the dog does.")
-    assert own.startswith("Say what the dog does.")
-    assert "There is no sound" in own
+def test_the_instruction_states_whether_there_is_audio():
+    assert "word for word" in instruction("video", "attached")
+    assert "There is no sound" in instruction("video", "absent")
+    assert "nothing about sounds" in instruction("video", "not sent")
+    assert "sound" not in instruction("image", "absent")
+    custom = instruction("video", "absent", "Say what the dog does.")
+    assert custom.startswith("Say what the dog does.")
+    assert "There is no sound" in custom

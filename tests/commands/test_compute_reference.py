@@ -29,7 +29,7 @@ def frames_of(path):
 
 @pytest.fixture
 def clips(tmp_path):
-    """A table with columns of its own, in which one video is broken and one row names none."""
+    """A table with other columns, in which one video is broken and one row names none."""
     write_square(tmp_path / "a.mp4")
     (tmp_path / "sub").mkdir()
     write_square(tmp_path / "sub" / "mönö ☃.mp4", frames=5)
@@ -48,7 +48,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_edges_beside_the_clips_and_in_the_table(clips, console):
+def test_edges_are_written_next_to_clips_and_into_the_table(clips, console):
     report = compute_references(ReferenceOptions(clips / "dataset.csv"), console)
     assert [(row["video"], row["caption"], row["reference_video"]) for row in rows_of(clips / "dataset.csv")] == [
         ("a.mp4", "one", "a_edges.mp4"),
@@ -64,7 +64,7 @@ def test_edges_beside_the_clips_and_in_the_table(clips, console):
     assert (info.frames, info.width, info.height, info.fps, info.has_audio) == (12, 96, 64, FPS, False)
     edges = frames_of(clips / "a_edges.mp4")
     for index in (0, 11):
-        # White where the square's left side is in this frame, black inside of it.
+        # White at the left side of the square in this frame, black inside of it.
         side = 8 + 2 * index
         assert edges[index, 20:44, side - 2 : side + 2].amax(1).mean() > 150
         assert edges[index, 24:40, side + 8 : side + 24].mean() < 20
@@ -77,24 +77,24 @@ def test_edges_beside_the_clips_and_in_the_table(clips, console):
     assert (clips / "dataset.csv").read_bytes() == table
 
 
-def test_grey_and_blur_of_a_folder(clips, console):
+def test_gray_and_blur_of_a_folder(clips, console):
     folder = clips / "sub"
-    compute_references(ReferenceOptions(folder, kind="grey"), console)
+    compute_references(ReferenceOptions(folder, kind="gray"), console)
     assert json.loads((folder / "dataset.jsonl").read_text()) == {
         "video": "mönö ☃.mp4",
         "reference_video": "mönö ☃_grey.mp4",
     }
-    grey, clip = frames_of(folder / "mönö ☃_grey.mp4"), frames_of(folder / "mönö ☃.mp4")
-    assert grey.std(-1).max() < 6
+    gray, clip = frames_of(folder / "mönö ☃_grey.mp4"), frames_of(folder / "mönö ☃.mp4")
+    assert gray.std(-1).max() < 6
     luma = clip @ torch.tensor((0.299, 0.587, 0.114))
-    assert (grey.mean(-1) - luma).abs().mean() < 6
+    assert (gray.mean(-1) - luma).abs().mean() < 6
 
-    # References are no clips: a second kind is made of the clip alone.
+    # References are not clips: a second kind is computed from the clip alone.
     options = ReferenceOptions(folder, folder / "blur.json", kind="blur", blur_strength=0.1)
     assert compute_references(options, console).counts["blur"] == {"done": 1}
     blurred = frames_of(folder / "mönö ☃_blur.mp4")
     assert blurred.shape == clip.shape
-    steps = [pictures.diff(dim=2).abs().amax() for pictures in (clip, blurred)]
+    steps = [frames.diff(dim=2).abs().amax() for frames in (clip, blurred)]
     assert steps[1] < steps[0] / 4
 
 
@@ -110,7 +110,7 @@ def test_depth_is_scaled_over_the_whole_clip(clips, tmp_path, console):
     assert depth.min() < 25
 
 
-def test_a_table_elsewhere_and_a_dry_run(clips, console):
+def test_a_table_in_another_folder_and_a_dry_run(clips, console):
     out = clips / "elsewhere" / "new.jsonl"
     compute_references(ReferenceOptions(clips / "dataset.csv", out, dry_run=True), console)
     assert "a_edges.mp4" in console.file.getvalue()
@@ -123,19 +123,20 @@ def test_a_table_elsewhere_and_a_dry_run(clips, console):
     assert row["reference_video"] == str(clips / "a_edges.mp4")
 
 
-def test_odd_sizes_and_stills(tmp_path, console):
+@pytest.mark.parametrize("kind", ["gray", "grey"])
+def test_odd_sizes_and_stills_under_either_spelling(tmp_path, console, kind):
     Image.new("RGB", (33, 21), "orange").save(tmp_path / "still.png")
     (tmp_path / "t.json").write_text(json.dumps([{"media_path": "still.png"}]))
-    compute_references(ReferenceOptions(tmp_path / "t.json", kind="grey"), console)
+    compute_references(ReferenceOptions(tmp_path / "t.json", kind=kind), console)
     assert read_image(tmp_path / "still_grey.png").shape == (1, 21, 33, 3)
     assert json.loads((tmp_path / "t.json").read_text()) == [
         {"media_path": "still.png", "reference_video": "still_grey.png"}
     ]
 
 
-def test_what_cannot_work_is_said_at_once(clips, capsys):
+def test_invalid_options_are_refused(clips, capsys):
     assert main(["compute-reference", str(clips / "dataset.csv"), "--kind", "depth"]) == 1
     assert "--depth-model" in capsys.readouterr().err
     (clips / "dataset.jsonl").write_text('{"video": "a.mp4", "caption": "one"}\n')
     assert main(["compute-reference", str(clips)]) == 1
-    assert "would lose its columns" in capsys.readouterr().err
+    assert "its columns would be lost" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from tests.media.clips import tone
 
 @pytest.fixture(scope="module")
 def root(nano, tmp_path_factory):
-    """A clip with audio, one marked as without, a still, a lone audio, references, and a broken file."""
+    """A clip with audio, one marked as without, a still image, audio alone, references, and a broken file."""
     root = tmp_path_factory.mktemp("prepared")
     video, audio = load_video_codec(nano, dtype=torch.float32, part="encoder"), load_audio_codec(nano, part="encoder")
     pixels = torch.linspace(-1, 1, 9 * 64).view(1, 1, 9, 1, 64).expand(1, 3, 9, 32, 64)
@@ -25,13 +25,13 @@ def root(nano, tmp_path_factory):
         _, frames, height, width = latents.shape
         return {"latents": latents, "num_frames": frames, "height": height, "width": width, "fps": fps}
 
-    heard = {"latents": audio_latents, "num_time_steps": 9, "frequency_bins": 16, "duration": 9 / 24}
+    present = {"latents": audio_latents, "num_time_steps": 9, "frequency_bins": 16, "duration": 9 / 24}
     write_sample(root / "latents" / "a.pt", fields(clip, 24.0))
     write_sample(root / "latents" / "sub" / "mönö ☃.pt", fields(clip, 24.0))
     write_sample(root / "latents" / "still.pt", fields(clip[:, :1], 1.0))
-    write_sample(root / "audio_latents" / "a.pt", heard)
-    write_sample(root / "audio_latents" / "sub" / "mönö ☃.pt", {**heard, "present": False})
-    write_sample(root / "audio_latents" / "rain.pt", heard)
+    write_sample(root / "audio_latents" / "a.pt", present)
+    write_sample(root / "audio_latents" / "sub" / "mönö ☃.pt", {**present, "present": False})
+    write_sample(root / "audio_latents" / "rain.pt", present)
     write_sample(root / "reference_latents" / "a.pt", fields(clip, 24.0))
     (root / "latents" / "broken.pt").write_bytes(b"PK noise")
     return root
@@ -41,7 +41,7 @@ def files_of(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_everything_is_decoded_and_a_second_run_has_nothing_to_do(root, nano, tmp_path, console):
+def test_everything_is_decoded_and_a_second_run_skips_it(root, nano, tmp_path, console):
     report = decode_latents(DecodeOptions(root, tmp_path, nano), console)
     assert files_of(tmp_path) == [
         "audio_latents/rain.wav",
@@ -52,9 +52,9 @@ def test_everything_is_decoded_and_a_second_run_has_nothing_to_do(root, nano, tm
     ]
     info = probe_video(tmp_path / "latents" / "a.mp4")
     assert (info.frames, info.width, info.height, info.fps, info.has_audio) == (9, 64, 32, 24, True)
-    audio_latents = read_audio(tmp_path / "latents" / "a.mp4")
-    assert audio_latents.sample_rate == 48000
-    assert audio_latents.duration_s == pytest.approx(9 / 24, abs=0.06)
+    audio = read_audio(tmp_path / "latents" / "a.mp4")
+    assert audio.sample_rate == 48000
+    assert audio.duration_s == pytest.approx(9 / 24, abs=0.06)
     assert not probe_video(tmp_path / "latents" / "sub" / "mönö ☃.mp4").has_audio
     assert probe_video(tmp_path / "reference_latents" / "a.mp4").frames == 9
     assert read_audio(tmp_path / "audio_latents" / "rain.wav").waveform.shape[0] == 2
@@ -70,7 +70,7 @@ def test_everything_is_decoded_and_a_second_run_has_nothing_to_do(root, nano, tm
     assert report.counts["decode"] == {"done": 1, "skipped": 4, "failed": 1}
 
 
-def test_a_still_is_what_the_decoder_gives(root, nano, tmp_path, console):
+def test_a_still_equals_the_output_of_the_decoder(root, nano, tmp_path, console):
     decode_latents(DecodeOptions(root / "latents" / "still.pt", tmp_path, nano), console)
     codec = load_video_codec(nano, dtype=torch.float32, part="decoder")
     latents = torch.load(root / "latents" / "still.pt", weights_only=True)["latents"]
@@ -97,7 +97,7 @@ def test_ranks_share_the_work(root, nano, tmp_path, console, monkeypatch):
     assert not files_of(tmp_path)
 
 
-def test_split_packs_and_wrong_places(root, nano, tmp_path, capsys):
+def test_split_packs_and_wrong_paths(root, nano, tmp_path, capsys):
     split = tmp_path / "vae.safetensors"
     shutil.copy(nano, split)
     arguments = ["--model-path", "nowhere.safetensors", "--video-vae-path", str(split), "--audio-vae-path", str(split)]

@@ -31,7 +31,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Three samples: one whole, one without audio, one whose text is missing; and a file of noise."""
+    """Three samples: one complete, one without audio, one whose text is missing; and a damaged file."""
     root = tmp_path_factory.mktemp("clips") / ".precomputed"
     generator = torch.Generator().manual_seed(0)
     for name, present in (("a.pt", True), ("sub/b.pt", False), ("c.pt", True)):
@@ -49,10 +49,10 @@ def prepared(tmp_path_factory):
     return root
 
 
-def test_clips_in_numbers_and_pictures(clips, tmp_path, console):
+def test_clips_are_measured_and_drawn(clips, tmp_path, console):
     sheet, findings = tmp_path / "sheet.png", tmp_path / "findings.json"
     report = inspect_data(
-        InspectOptions(clips, sheet, findings, resolution_buckets="96x64x17;64x96x9;96x64x1", deep=True), console
+        InspectOptions(clips, sheet, json=findings, resolution_buckets="96x64x17;64x96x9;96x64x1", deep=True), console
     )
     found = {record["path"].rsplit("/", 1)[-1]: record for record in json.loads(findings.read_text())}
     assert {name: record["bucket"] for name, record in found.items() if record["bucket"]} == {
@@ -67,15 +67,15 @@ def test_clips_in_numbers_and_pictures(clips, tmp_path, console):
     assert (found["silent.mp4"]["audio_tokens"], found["rain.wav"]["audio_tokens"]) == (0, 25)
     assert {name for name, record in found.items() if record["problem"]} == {"zero.mp4", "cut.mp4"}
     assert report.counts["files"] == {"done": 6, "failed": 2}
-    assert report.notes["videos without audio beside others with it"] == 1
+    assert report.notes["videos without audio among others with audio"] == 1
     with Image.open(sheet) as picture:
-        # Every clip is there, two a row, below the header.
+        # All clips, two in a row, below the header.
         assert picture.width > 1900
         assert picture.height > 500
         assert len(picture.resize((64, 64)).getcolors(4096)) > 50
 
 
-def test_a_table_shows_captions_and_says_which_lack(clips, tmp_path, console):
+def test_missing_captions_of_a_table_are_counted(clips, tmp_path, console):
     table = clips / "table.jsonl"
     rows = [{"video": "a.mp4", "caption": "a tone"}, {"video": "silent.mp4", "caption": ""}]
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -84,12 +84,11 @@ def test_a_table_shows_captions_and_says_which_lack(clips, tmp_path, console):
 
 
 def test_step_time_follows_from_the_tokens(clips, tmp_path, console, nano):
-    options = InspectOptions(
-        clips / "a.mp4", None, resolution_buckets="96x64x17", model_path=nano, mfu=0.5, mode="full"
-    )
     table = clips / "one.json"
     table.write_text(json.dumps([{"video": "a.mp4"}]))
-    inspect_data(InspectOptions(**{**vars(options), "source": table}), console)
+    options = InspectOptions(table, no_sheet=True, resolution_buckets="96x64x17", model_path=nano, mfu=0.5, mode="full")
+    inspect_data(options, console)
+    assert not options.sheet.exists()
     config = read_metadata(nano).transformer_config()
     flops = training_flops(config, video_tokens=18, audio_tokens=17, text_tokens=1024)
     printed = console.file.getvalue()
@@ -97,21 +96,21 @@ def test_step_time_follows_from_the_tokens(clips, tmp_path, console, nano):
     assert "H100 at 50% of its peak, full fine-tuning" in printed
 
 
-def test_prepared_data_in_numbers_and_false_colours(prepared, tmp_path, console):
+def test_prepared_data_is_measured_and_drawn_in_false_colors(prepared, tmp_path, console):
     sheet, findings = tmp_path / "sheet.png", tmp_path / "findings.json"
-    # The folder that has the root as `.precomputed` will do, where it holds no clips of its own.
-    report = inspect_data(InspectOptions(prepared.parent, sheet, findings), console)
+    # The folder that contains the root as `.precomputed` works as well if it contains no clips.
+    report = inspect_data(InspectOptions(prepared.parent, sheet, json=findings), console)
     found = {record["name"]: record for record in json.loads(findings.read_text())}
-    whole = found["a.pt"]
-    assert whole["bucket"] == "96x64x17"
-    assert (whole["video_tokens"], whole["audio_tokens"], whole["text_tokens"]) == (18, 17, 16)
-    assert whole["duration_s"] == pytest.approx(17 / 25)
+    complete = found["a.pt"]
+    assert complete["bucket"] == "96x64x17"
+    assert (complete["video_tokens"], complete["audio_tokens"], complete["text_tokens"]) == (18, 17, 16)
+    assert complete["duration_s"] == pytest.approx(17 / 25)
     assert not found["sub/b.pt"]["has_audio"]
     assert report.counts["samples"]["done"] == 2
     reasons = {item: reason for _, item, reason in report.failures}
     assert reasons["conditions/c.pt"] == "is missing"
     assert "run the preprocessing again" in reasons["latents/broken.pt"]
-    assert report.notes["prompts that fill all tokens (their end was likely cut off)"] == 1
+    assert report.notes["prompts that fill all tokens (probably truncated)"] == 1
     printed = console.file.getvalue()
     assert "96x64x17" in printed
     assert "latents: mean" in printed
@@ -140,6 +139,6 @@ def test_prepared_data_decoded(prepared, nano, tmp_path, console):
         (["SOURCE", "--shape", "ltx-9"], "ltx-9"),
     ],
 )
-def test_what_cannot_work_is_said_at_once(clips, capsys, arguments, message):
+def test_invalid_options_are_refused(clips, capsys, arguments, message):
     assert main(["inspect", *[str(clips) if argument == "SOURCE" else argument for argument in arguments]]) == 1
     assert message in capsys.readouterr().err

@@ -1,15 +1,13 @@
-import io
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
+from ltx_titan.cli import main
 from ltx_titan.codecs import load_text_encoder, load_video_codec
-from ltx_titan.commands.process import process_dataset
-from ltx_titan.commands.process.options import ProcessOptions
+from ltx_titan.commands.captioning.table import CaptionTable
 from ltx_titan.data import PrecomputedDataset
 from ltx_titan.media import Audio, read_clip, write_wav
 from tests.commands.process_helpers import load, run, write_rows
@@ -18,7 +16,7 @@ from tests.media.clips import tone, write_clip
 
 @pytest.fixture(scope="module")
 def mixed(nano, tmp_path_factory):
-    """A data set of everything one meets, processed once."""
+    """A dataset of every kind of file, processed once."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "sub").mkdir()
     write_clip(folder / "stereo.mp4", frames=20, fps=Fraction(24000, 1001), channels=2)
@@ -27,7 +25,7 @@ def mixed(nano, tmp_path_factory):
     write_clip(folder / "short.mp4", frames=3)
     Image.new("RGB", (90, 50), "orange").save(folder / "still.png")
     (folder / "zero.mp4").touch()
-    (folder / "text.mp4").write_text("this is no video")
+    (folder / "text.mp4").write_text("not a video")
     cut = write_clip(folder / "cut.mp4", frames=20)
     cut.write_bytes(cut.read_bytes()[:2000])
     files = ["stereo.mp4", "sub/mönö ☃.mp4", "silent.mp4", "short.mp4", "still.png", "zero.mp4", "text.mp4"]
@@ -65,14 +63,14 @@ def test_fields_of_a_clip_with_audio(mixed):
     assert text["prompt_attention_mask"][-1] == 1
 
 
-def test_latents_are_those_of_the_first_frames(mixed, nano):
+def test_latents_encode_the_first_frames(mixed, nano):
     folder = mixed[0]
     codec = load_video_codec(nano, dtype=torch.float32, part="encoder")
     expected = codec.encode(read_clip(folder / "stereo.mp4", 17, 64, 32)[None])[0]
     torch.testing.assert_close(load(folder, "latents", "stereo.pt")["latents"], expected.to(torch.bfloat16))
 
 
-def test_names_folders_and_mono(mixed):
+def test_unicode_names_folders_and_mono_audio(mixed):
     folder = mixed[0]
     audio = load(folder, "audio_latents", "sub/mönö ☃.pt")
     assert audio["num_time_steps"] == round(25 * 17 / 25)
@@ -87,11 +85,11 @@ def test_still_image(mixed):
     assert load(folder, "audio_latents", "still.pt")["present"] is False
 
 
-def test_clip_without_audio_says_so_and_stays_usable_beside_others(mixed):
+def test_clip_without_audio_gets_a_placeholder(mixed):
     folder, _, report, printed = mixed
-    stand_in = load(folder, "audio_latents", "silent.pt")
-    assert stand_in["present"] is False
-    assert stand_in["latents"].shape == (8, round(25 * 17 / 25), 16)
+    placeholder = load(folder, "audio_latents", "silent.pt")
+    assert placeholder["present"] is False
+    assert placeholder["latents"].shape == (8, round(25 * 17 / 25), 16)
     assert "present" not in load(folder, "audio_latents", "stereo.pt")
     assert report.notes["videos and images without audio"] == 2
     assert "videos and images without audio: 2" in printed
@@ -104,7 +102,7 @@ def test_training_reads_what_was_written(mixed):
     assert {dataset.name(i) for i in range(5)} >= {"sub/mönö ☃.pt", "silent.pt", "still.pt"}
 
 
-def test_bad_files_are_named_and_left_out(mixed):
+def test_bad_files_are_reported_and_skipped(mixed):
     folder, _, report, printed = mixed
     reasons = {item.rsplit("/", 1)[-1]: reason for _, item, reason in report.failures}
     assert set(reasons) == {"zero.mp4", "text.mp4", "cut.mp4", "missing.mp4"}
@@ -120,7 +118,7 @@ def test_bad_files_are_named_and_left_out(mixed):
     assert not list(folder.rglob("*.tmp.*"))
 
 
-def test_second_run_skips_what_is_there_and_redoes_what_is_damaged(mixed, nano):
+def test_second_run_skips_stored_samples_and_remakes_damaged_ones(mixed, nano):
     folder, path, *_ = mixed
     root = folder / ".precomputed"
     damaged, deleted = root / "latents" / "stereo.pt", root / "conditions" / "silent.pt"
@@ -136,7 +134,7 @@ def test_second_run_skips_what_is_there_and_redoes_what_is_damaged(mixed, nano):
     assert changed == {root / "audio_latents" / "stereo.pt"}
 
 
-def test_separate_audios_follow_their_video(nano, tmp_path):
+def test_separate_audio_gets_the_duration_of_its_video(nano, tmp_path):
     write_clip(tmp_path / "a.mp4", frames=17, fps=Fraction(10))
     write_clip(tmp_path / "b.mp4", frames=17, fps=Fraction(10))
     write_wav(tmp_path / "a.wav", Audio(tone(0.5, 16000, 1), 16000))
@@ -148,7 +146,7 @@ def test_separate_audios_follow_their_video(nano, tmp_path):
     audio = load(tmp_path, "audio_latents", "a.pt")
     assert audio["duration"] == pytest.approx(1.7)
     assert audio["num_time_steps"] == round(25 * 1.7)
-    # The column is a choice against the videos' own audio.
+    # The column replaces the audio of videos, also in rows without a file.
     assert not (tmp_path / ".precomputed" / "audio_latents" / "b.pt").exists()
     assert report.counts["audio"] == {"done": 1}
 
@@ -183,16 +181,50 @@ def test_clip_shorter_than_every_bucket_fails_with_a_remedy(nano, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resolution_buckets": None}, "--resolution-buckets: needed"),
-        ({"resolution_buckets": "60x32x17"}, "multiple of 32"),
+        ({"buckets": None}, "--resolution-buckets: needed"),
+        ({"buckets": "60x32x17"}, "multiple of 32"),
         ({"text_encoder_path": "nowhere"}, "no config.json"),
         ({"model_path": "nowhere.safetensors"}, "no such file"),
     ],
 )
 def test_wrong_options_fail_before_any_work(nano, tmp_path, changes, message):
     path = write_rows(tmp_path, [{"video": "a.mp4", "caption": "x"}])
-    options = {"model_path": nano, "text_encoder_path": nano.parent / "text_encoder", "resolution_buckets": "64x32x17"}
-    options |= {key: Path(value) if key.endswith("_path") else value for key, value in changes.items()}
+    changes = {key: Path(value) if key.endswith("_path") else value for key, value in changes.items()}
     with pytest.raises(ValueError, match=message):
-        process_dataset(ProcessOptions(path, **options), Console(file=io.StringIO()))
+        run(nano, path, **{"buckets": "64x32x17", **changes})
     assert not (tmp_path / ".precomputed").exists()
+
+
+def test_captions_with_unicode_line_breaks_reach_the_encoder(nano, tmp_path):
+    """`ltx-titan caption` writes tables with `CaptionTable`, which does not escape U+2028, U+2029 and U+0085."""
+    caption = "a dog\u2028a cat\u2029a cow\u0085a pig"
+    encoder = load_text_encoder(nano.parent / "text_encoder", dtype=torch.float32)
+    for suffix in (".jsonl", ".csv", ".json"):
+        write_clip(tmp_path / "a.mp4", frames=3)
+        table = CaptionTable(tmp_path, tmp_path / f"dataset{suffix}", frozenset({".mp4"}), recursive=False)
+        table.add(tmp_path / "a.mp4", caption)
+        table.save()
+        out = tmp_path / suffix
+        report, _ = run(nano, table.path, media=False, output_dir=out)
+        assert report.counts["captions"] == {"done": 1}
+        mask = torch.load(out / "conditions" / "a.pt", weights_only=True)["prompt_attention_mask"]
+        assert mask.sum() == len(encoder.tokenize(caption))
+
+
+def test_commands_share_their_options(nano, tmp_path, capsys):
+    write_clip(tmp_path / "a.mp4", frames=9)
+    path = write_rows(tmp_path, [{"video": "a.mp4", "caption": "x"}])
+    encoder = ["--text-encoder-path", str(nano.parent / "text_encoder")]
+    media = ["--resolution-buckets", "64x32x9", "--skip-audio"]
+    common = [str(path), "--model-path", str(nano), "--device", "cpu", "--dry-run"]
+    assert main(["process-dataset", *common, *encoder, *media]) == 0
+    assert {"videos: 1 x 64x32x9 at 25 fps", "captions: 1 x caption"} <= set(capsys.readouterr().out.split("\n"))
+    assert main(["process-videos", *common, *media]) == 0
+    assert "captions" not in capsys.readouterr().out
+    assert main(["process-captions", *common, *encoder, "--load-text-encoder-in-8bit"]) == 0
+    assert "videos" not in capsys.readouterr().out
+    for arguments in (["process-dataset", *common, *media], ["process-videos", *common, *encoder]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert "--text-encoder-path" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Columns and options beyond clips and captions; every tensor is read back."""
+"""Columns and options in addition to clips and captions; every tensor is read back."""
 
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ from tests.media.clips import tone, write_clip
 
 
 def half_white(path, width=96, height=64):
-    """Black on the left, white on the right."""
+    """Writes an image that is black on the left and white on the right."""
     image = Image.new("L", (width, height))
     image.paste(255, (width // 2, 0, width, height))
     image.save(path)
@@ -25,7 +25,7 @@ def half_white(path, width=96, height=64):
 
 @pytest.fixture(scope="module")
 def extras(nano, tmp_path_factory):
-    """A set with every column; references of half the size and half the frames."""
+    """A dataset with every column; references of half the size and half the frames."""
     folder = tmp_path_factory.mktemp("extras")
     for name in ("a", "b"):
         write_clip(folder / f"{name}.mp4", frames=40, fps=Fraction(10), width=128, height=64)
@@ -64,7 +64,7 @@ def test_reference_video_is_smaller_and_slower(extras, nano):
     torch.testing.assert_close(reference["latents"], expected.to(torch.bfloat16))
 
 
-def test_reference_audio_is_cut_but_not_filled_up(extras):
+def test_reference_audio_is_cut_but_not_padded(extras):
     reference = load(extras[0], "reference_audio_latents", "a.pt")
     assert set(reference) == {"latents", "num_time_steps", "frequency_bins", "duration"}
     assert reference["latents"].shape == (8, 25, 16)
@@ -86,7 +86,7 @@ def test_masks_have_the_shape_of_their_latents(extras):
     assert not audio[steps // 2 + 1 :].any()
 
 
-def test_a_bad_extra_file_is_named_and_its_sample_still_of_use(extras):
+def test_bad_extra_file_is_reported_and_its_sample_kept(extras):
     folder, _, report, printed, _ = extras
     assert report.counts["captions"] == {"done": 3}
     assert report.counts["references"] == {"done": 2, "failed": 1}
@@ -101,7 +101,7 @@ def test_a_bad_extra_file_is_named_and_its_sample_still_of_use(extras):
     data.load(0)
 
 
-def test_all_of_it_is_skipped_the_next_time(extras, nano):
+def test_second_run_skips_everything(extras, nano):
     folder, path, _, _, options = extras
     before = contents(folder / ".precomputed")
     report, _ = run(nano, path, buckets="128x64x33", **options)
@@ -110,7 +110,7 @@ def test_all_of_it_is_skipped_the_next_time(extras, nano):
     assert contents(folder / ".precomputed") == before
 
 
-def test_dry_run_tells_the_same_without_writing(extras, nano, tmp_path):
+def test_dry_run_reports_the_same_without_writing(extras, nano, tmp_path):
     folder, path, real, _, options = extras
     report, printed = run(nano, path, buckets="128x64x33", output_dir=tmp_path / "out", dry_run=True, **options)
     assert report.counts == real.counts
@@ -128,7 +128,7 @@ def test_dry_run_tells_the_same_without_writing(extras, nano, tmp_path):
         ({"reference_downscale_factor": 3}, "128x64x33 would have 42.6"),
         ({"reference_temporal_scale_factor": 3}, "1 more than a multiple of 24"),
         ({"reference_downscale_factor": 0}, "expected 1 or more"),
-        ({"audio_durations": "2.0"}, "the videos say how long"),
+        ({"audio_durations": "2.0"}, "omit it"),
         ({"fps": "fast"}, "--fps = 'fast'"),
         ({"shard_size": 0}, "--shard-size = 0"),
     ],
@@ -139,7 +139,7 @@ def test_wrong_options_fail_before_any_work(extras, nano, tmp_path, options, mes
     assert not (tmp_path / "out").exists()
 
 
-def test_other_options_for_a_set_that_is_there_are_refused(extras, nano):
+def test_other_options_for_a_stored_dataset_are_refused(extras, nano):
     folder, path, _, _, options = extras
     with pytest.raises(ValueError, match=r"latents: was prepared with resolution_buckets = \['128x64x33'\]"):
         run(nano, path, buckets="64x64x33", **options)
@@ -148,7 +148,7 @@ def test_other_options_for_a_set_that_is_there_are_refused(extras, nano):
     assert load(folder, "latents", "a.pt")["latents"].shape == (128, 5, 2, 4)
 
 
-def test_another_frame_rate(nano, tmp_path):
+def test_fps_resamples_all_videos(nano, tmp_path):
     write_clip(tmp_path / "fast.mp4", frames=34, fps=Fraction(50))
     write_clip(tmp_path / "slow.mp4", frames=9, fps=Fraction(12))
     path = write_rows(tmp_path, [{"video": "fast.mp4", "caption": "x"}, {"video": "slow.mp4", "caption": "y"}])
@@ -156,7 +156,7 @@ def test_another_frame_rate(nano, tmp_path):
     fast, slow = (load(tmp_path, "latents", name) for name in ("fast.pt", "slow.pt"))
     assert fast["latents"].shape == slow["latents"].shape == (128, 3, 1, 2)
     assert fast["fps"] == slow["fps"] == 25.0
-    # Every second frame of the fast one, without re-encoding anything.
+    # Every second frame of the fast one.
     pixels = read_clip(tmp_path / "fast.mp4", 33, 64, 32)[:, ::2]
     expected = load_video_codec(nano, dtype=torch.float32, part="encoder").encode(pixels[None])[0]
     torch.testing.assert_close(fast["latents"], expected.to(torch.bfloat16))
@@ -165,8 +165,8 @@ def test_another_frame_rate(nano, tmp_path):
     assert "whose frames were repeated: 1" in printed
 
 
-def test_random_cuts_differ_between_samples_and_not_between_runs(nano, tmp_path):
-    # Stripes from left to right: the mean of a cut tells where it lies.
+def test_random_crops_differ_between_samples_and_not_between_runs(nano, tmp_path):
+    # A gradient from left to right: the mean of a crop depends on its position.
     frames = torch.linspace(0, 255, 200).to(torch.uint8).view(1, 1, -1, 1).expand(9, 32, -1, 3).contiguous()
     for name in ("a", "b"):
         write_video(tmp_path / f"{name}.mp4", frames, 25)
@@ -179,7 +179,7 @@ def test_random_cuts_differ_between_samples_and_not_between_runs(nano, tmp_path)
     assert not torch.equal(a, b)
 
 
-def test_audios_of_equal_length_without_videos(nano, tmp_path):
+def test_audio_is_cut_to_listed_durations_without_videos(nano, tmp_path):
     for name, seconds in (("long", 1.3), ("short", 0.6), ("tiny", 0.2)):
         write_wav(tmp_path / f"{name}.wav", Audio(tone(seconds, 24000, 1), 24000))
     path = write_rows(tmp_path, [{"audio": f"{name}.wav", "caption": "x"} for name in ("long", "short", "tiny")])
@@ -190,7 +190,7 @@ def test_audios_of_equal_length_without_videos(nano, tmp_path):
     assert not (tmp_path / ".precomputed" / "conditions").exists()
 
 
-def test_captions_alone_then_videos_alone_are_the_whole(nano, tmp_path):
+def test_captions_and_videos_in_two_runs_equal_one_run(nano, tmp_path):
     write_clip(tmp_path / "a.mp4", frames=9)
     path = write_rows(tmp_path, [{"video": "a.mp4", "caption": "a rabbit"}])
     options = {"buckets": "64x32x9"}
@@ -203,7 +203,7 @@ def test_captions_alone_then_videos_alone_are_the_whole(nano, tmp_path):
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_contexts_are_what_the_connectors_give(nano, tmp_path):
+def test_contexts_are_outputs_of_the_connectors(nano, tmp_path):
     path = write_rows(tmp_path, [{"video": "a.mp4", "caption": "a rabbit"}])
     run(nano, path, output_dir=tmp_path / "features", media=False)
     run(nano, path, output_dir=tmp_path / "contexts", media=False, contexts=True)
@@ -217,12 +217,12 @@ def test_contexts_are_what_the_connectors_give(nano, tmp_path):
         torch.testing.assert_close(
             stored[f"{stream}_context"].float(), expected[f"{stream}_prompt_embeds"][0], atol=0.03, rtol=0.03
         )
-    # Training takes them for contexts: no mask, so no connectors.
+    # Without a mask, training reads them as contexts and loads no connectors.
     assert "prompt_attention_mask" not in read_sample(tmp_path / "contexts" / "conditions" / "a.pt", "text")
 
 
 @pytest.mark.parametrize(("precision", "error"), [("int8", 0.02), ("float8", 0.06), ("int4", 0.3)])
-def test_a_smaller_text_encoder_gives_nearly_the_same_features(nano, precision, error):
+def test_quantized_text_encoder_gives_nearly_the_same_features(nano, precision, error):
     folder = nano.parent / "text_encoder"
     full, mask = load_text_encoder(folder, dtype=torch.float32).encode(["A rabbit stretches in the sun."])
     encoder = quantize_text_encoder(load_text_encoder(folder, dtype=torch.float32), precision, "cpu")
@@ -231,7 +231,7 @@ def test_a_smaller_text_encoder_gives_nearly_the_same_features(nano, precision, 
     assert 1e-4 < relative < error
 
 
-def test_quantised_text_encoder_in_a_run(nano, tmp_path):
+def test_quantized_text_encoder_in_a_run(nano, tmp_path):
     path = write_rows(tmp_path, [{"video": "a.mp4", "caption": "a rabbit"}])
     run(nano, path, media=False, text_encoder_precision="int4")
     assert load(tmp_path, "conditions", "a.pt")["video_prompt_embeds"].shape == (1024, 128)
@@ -246,5 +246,5 @@ def test_quantised_text_encoder_in_a_run(nano, tmp_path):
         ("A dog. The video shows it.", "A dog. The video shows it."),
     ],
 )
-def test_lead_ins_are_taken_off_once(caption, expected):
+def test_one_introductory_phrase_is_removed(caption, expected):
     assert without_prefix(caption) == expected

@@ -1,4 +1,4 @@
-"""Any number of processes and interruptions end in the same bytes."""
+"""Any number of processes and interruptions give the same bytes."""
 
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ def prepare(nano, path, out, form):
 
 
 def prepare_alone(*arguments):
-    """In a process of its own; with as many threads as here, for sums to be formed in the same order."""
+    """Prepares in a separate process, with as many threads as this one, so that sums are formed in the same order."""
     torch.set_num_threads(1)
     prepare(*arguments)
 
@@ -41,7 +41,7 @@ def assert_equal_sets(first, second):
 
 
 def prepare_both(nano, path, out):
-    """What each rank does; reports are checked where they are made."""
+    """Prepares files and shards on one rank, and checks its report."""
     for form in FORMS:
         report, printed = prepare(nano, path, out / form, form)
         assert report.counts["videos"] == {"done": 7, "failed": 1}
@@ -51,7 +51,7 @@ def prepare_both(nano, path, out):
 
 @pytest.fixture(scope="module")
 def unbroken(nano, tmp_path_factory):
-    """Metadata of eight files, one of them corrupt, and a root for each form."""
+    """A table of eight files, one of them corrupt, and a prepared root for each form."""
     folder = tmp_path_factory.mktemp("clips")
     names = [f"clip_{i}.mp4" for i in range(5)]
     for i, name in enumerate(names):
@@ -67,7 +67,7 @@ def unbroken(nano, tmp_path_factory):
     return path, roots
 
 
-def test_both_forms_are_one_data_set(unbroken):
+def test_both_forms_are_the_same_dataset(unbroken):
     files, shards = (PrecomputedDataset(unbroken[1] / form, SOURCES) for form in FORMS)
     assert len(list_shards(unbroken[1] / "shards" / "latents")) == 3
     assert not list((unbroken[1] / "shards").rglob("*.pt"))
@@ -75,7 +75,7 @@ def test_both_forms_are_one_data_set(unbroken):
     assert_equal_sets(files, shards)
 
 
-def test_two_ranks_write_what_one_does(unbroken, nano, tmp_path):
+def test_two_ranks_write_the_same_bytes_as_one(unbroken, nano, tmp_path):
     path, roots = unbroken
     run_ranks(prepare_both, 2, nano, path, tmp_path)
     for form in FORMS:
@@ -83,7 +83,7 @@ def test_two_ranks_write_what_one_does(unbroken, nano, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_killed_in_the_middle_and_run_again(unbroken, nano, tmp_path, form):
+def test_killed_run_resumes_to_the_same_bytes(unbroken, nano, tmp_path, form):
     path, roots = unbroken
     process = multiprocessing.get_context("forkserver").Process(target=prepare_alone, args=(nano, path, tmp_path, form))
     process.start()
@@ -92,7 +92,7 @@ def test_killed_in_the_middle_and_run_again(unbroken, nano, tmp_path, form):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    # What a kill within a write leaves.
+    # An unfinished file, as a kill during a write leaves it.
     (tmp_path / "latents" / "clip_9.pt.tmp.123").write_bytes(b"half")
     report, _ = prepare(nano, path, tmp_path, form)
     assert report.counts["videos"]["skipped"] >= 1
@@ -100,7 +100,7 @@ def test_killed_in_the_middle_and_run_again(unbroken, nano, tmp_path, form):
     assert contents(tmp_path) == contents(roots / form)
 
 
-def test_a_shard_that_was_damaged_is_made_again(unbroken, nano, tmp_path):
+def test_damaged_shard_is_made_again(unbroken, nano, tmp_path):
     path, roots = unbroken
     for name, content in contents(roots / "shards").items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -113,8 +113,8 @@ def test_a_shard_that_was_damaged_is_made_again(unbroken, nano, tmp_path):
     assert contents(tmp_path) == contents(roots / "shards")
 
 
-def test_new_rows_join_what_is_there(unbroken, nano, tmp_path):
-    """A sample stays in its shard, wherever rows are put in."""
+def test_new_rows_are_added_to_stored_shards(unbroken, nano, tmp_path):
+    """A sample stays in its shard, even if rows are inserted before it."""
     path, roots = unbroken
     rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
     (path.parent / "part.jsonl").write_text("".join(rows[2:]), encoding="utf-8")

@@ -1,10 +1,9 @@
-import argparse
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ltx_titan.commands import sample
+from ltx_titan.commands.sample import SampleOptions, sample_clips
+from ltx_titan.common.options import parse_options
 from ltx_titan.media import probe_video, read_audio, read_clip
 from ltx_titan.model import LTXTransformer
 from ltx_titan.weights import fuse_lora, load_parameters, read_metadata
@@ -30,8 +29,6 @@ def run(nano, cache, folder, *options):
     (folder / ".contexts").symlink_to(cache)
     plain = folder / "plain.toml"
     plain.write_text("[validation]\n" + "".join(f"{key} = {value}\n" for key, value in NEUTRAL.items()))
-    parser = argparse.ArgumentParser()
-    sample.add_arguments(parser)
     base = [
         "--model-path",
         nano,
@@ -43,7 +40,8 @@ def run(nano, cache, folder, *options):
         plain,
     ]
     size = ["--size", "64x64x9", "--steps", "2", "--stg-blocks", "1", "--negative-prompt", "blur", "--device", "cpu"]
-    return sample.sample_clips(parser.parse_args([str(part) for part in (*base, *size, *options)]))
+    arguments = [str(part) for part in (*base, *size, *options)]
+    return sample_clips(parse_options(SampleOptions, arguments, prog="sample", description=""))
 
 
 def lora(path, scale):
@@ -68,7 +66,7 @@ def test_prompts_become_clips(nano, cache, tmp_path):
     assert read_audio(second.path).sample_rate == 48000
 
 
-def test_an_adapter_changes_the_clip_and_an_empty_one_does_not(nano, cache, tmp_path):
+def test_a_lora_changes_the_clip_and_an_empty_one_does_not(nano, cache, tmp_path):
     found = {}
     for name, options in (
         ("base", ()),
@@ -85,7 +83,7 @@ def test_an_adapter_changes_the_clip_and_an_empty_one_does_not(nano, cache, tmp_
     assert (found["base"] - found["full"]).abs().mean() > 0.1
 
 
-def test_a_fine_tuned_transformer_takes_the_place_of_the_checkpoints_own(nano, cache, tmp_path):
+def test_a_fine_tuned_transformer_replaces_that_of_the_checkpoint(nano, cache, tmp_path):
     tensors = {
         name: tensor * (-1 if name.endswith("diffusion_model.proj_out.weight") else 1)
         for name, tensor in load_file(nano).items()
@@ -101,7 +99,7 @@ def test_a_fine_tuned_transformer_takes_the_place_of_the_checkpoints_own(nano, c
     assert (pixels(base) - pixels(tuned)).abs().mean() > 0.08
 
 
-def test_a_jobs_samples_are_sampled_and_options_win_over_them(nano, cache, tmp_path):
+def test_samples_of_a_job_are_overridden_by_options(nano, cache, tmp_path):
     job = tmp_path / "job.toml"
     table = "[validation]\ninterval = 10\nseed = 3\nvideo_dims = [960, 544, 89]\n"
     blocks = '[video]\nis_generated = true\nlatents_dir = "latents"\n'
@@ -117,17 +115,17 @@ def test_a_jobs_samples_are_sampled_and_options_win_over_them(nano, cache, tmp_p
     ("options", "message"),
     [
         ((), "nothing to sample"),
-        (("--image", "a.png"), "--image goes with --prompt"),
-        (("--prompt", "a", "--size", "64x64"), "it is WxHxF"),
+        (("--image", "a.png"), "--image needs --prompt"),
+        (("--prompt", "a", "--size", "64x64"), "expected WxHxF"),
         (("--prompt", "a", "--distilled", "--steps", "3"), "distilled schedule has 8"),
     ],
 )
-def test_options_that_cannot_be_meant_are_named(nano, cache, tmp_path, options, message):
+def test_contradicting_options_are_named(nano, cache, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(nano, cache, tmp_path, *options)
 
 
-def test_fusing_adds_the_product_to_the_weight(nano, tmp_path):
+def test_fusing_adds_the_low_rank_update_to_the_weight(nano, tmp_path):
     def fresh():
         made = LTXTransformer.from_config(read_metadata(nano).config["transformer"])
         load_parameters(made, nano)

@@ -15,17 +15,17 @@ from ltx_titan.media import iter_frames, probe_video, read_audio, write_video
 from tests.media.clips import tone, write_clip
 
 FPS = Fraction(30000, 1001)
-_COLOURS = ((200, 40, 40), (40, 180, 60), (50, 60, 220))
+_COLORS = ((200, 40, 40), (40, 180, 60), (50, 60, 220))
 _HERTZ = (440.0, 880.0, 1320.0)
 _LENGTHS = (30, 45, 24)
 
 
 def write_film(path, with_audio=True):
-    """Three scenes of one colour and one tone each, with a moving bar; even its frame numbers can be told."""
+    """Three scenes of one color and one tone each, with a moving bar; the bar encodes the frame number."""
     frames = []
-    for colour, length in zip(_COLOURS, _LENGTHS, strict=True):
+    for color, length in zip(_COLORS, _LENGTHS, strict=True):
         for index in range(length):
-            frame = torch.tensor(colour, dtype=torch.uint8).expand(48, 64, 3).clone()
+            frame = torch.tensor(color, dtype=torch.uint8).expand(48, 64, 3).clone()
             frame[:, index : index + 4] = 255
             frames.append(frame)
     parts = [tone(float(n / FPS), 48000, 2, hertz) for n, hertz in zip(_LENGTHS, _HERTZ, strict=True)]
@@ -73,17 +73,17 @@ def test_clips_are_cut_to_the_frame_with_their_audio(cut):
         ("sub/silent-scene-002.mp4", 45),
         ("sub/silent-scene-003.mp4", 24),
     ]
-    for row, colour, hertz in zip(rows_of(out), _COLOURS, _HERTZ, strict=False):
+    for row, color, hertz in zip(rows_of(out), _COLORS, _HERTZ, strict=False):
         path = out / row["video"]
         assert probe_video(path).fps == FPS
         frames = list(iter_frames(path))
         assert len(frames) == row["frames"]
-        # The bar stands at the left in the first frame, and at the frame's number in the last.
-        for place in (0, row["frames"] - 1):
-            bar = torch.from_numpy(frames[place].copy()).float().mean((0, 2)).argmax()
-            assert place <= bar < place + 4
+        # The position of the bar is the frame number.
+        for index in (0, row["frames"] - 1):
+            bar = torch.from_numpy(frames[index].copy()).float().mean((0, 2)).argmax()
+            assert index <= bar < index + 4
             assert (
-                abs(torch.from_numpy(frames[place][:, -4:].copy()).float().mean((0, 1)) - torch.tensor(colour)).max()
+                abs(torch.from_numpy(frames[index][:, -4:].copy()).float().mean((0, 1)) - torch.tensor(color)).max()
                 < 12
             )
         assert hertz_of(path) == pytest.approx(hertz, abs=4)
@@ -101,7 +101,7 @@ def test_bad_videos_are_named(cut):
     assert "not a readable media file" in reasons["text.mkv"]
 
 
-def test_a_second_run_cuts_what_is_missing_to_the_same_bytes(cut, console):
+def test_a_second_run_cuts_missing_clips_to_the_same_bytes(cut, console):
     out, options, _ = cut
     lost = out / "fílm ☃-scene-002.mp4"
     before, table = lost.read_bytes(), (out / "scenes.jsonl").read_bytes()
@@ -114,22 +114,22 @@ def test_a_second_run_cuts_what_is_missing_to_the_same_bytes(cut, console):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_other_options_do_not_mix_with_what_is_there(cut, films, console):
+def test_other_options_do_not_mix_with_existing_clips(cut, films, console):
     out, _, _ = cut
     film = films / "fílm ☃.mp4"
     report = split_scenes(SplitOptions(film, out, max_length="20"), console)
-    assert "was split differently" in report.failures[0][2]
+    assert "was split with other options" in report.failures[0][2]
     assert len(list(out.glob("fílm*.mp4"))) == 3
 
 
-def test_long_scenes_in_parts_short_ones_left_out_and_overwrite(films, tmp_path, console):
+def test_long_scenes_are_cut_short_ones_skipped_and_overwritten(films, tmp_path, console):
     film = films / "fílm ☃.mp4"
     split_scenes(SplitOptions(film, tmp_path), console)
     options = SplitOptions(film, tmp_path, filter_shorter_than="0.9s", max_length="00:00:00.8", trim=1, overwrite=True)
     report = split_scenes(options, console)
     # 30, 45 and 24 frames, less one at either end; shortest 27, longest 24.
     assert [row["frames"] for row in rows_of(tmp_path)] == [14, 14, 21, 22]
-    assert report.notes["scenes left out because they are short"] == 1
+    assert report.notes["short scenes skipped"] == 1
     assert len(list(tmp_path.glob("*.mp4"))) == 4
 
 
@@ -168,7 +168,7 @@ def _die_at_the_second_clip(films, out):
     split_scenes(SplitOptions(films, out, recursive=True))
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(films, cut, tmp_path, console):
+def test_a_killed_run_resumes_to_the_same_bytes(films, cut, tmp_path, console):
     out, _, _ = cut
     process = multiprocessing.get_context("fork").Process(target=_die_at_the_second_clip, args=(films, tmp_path))
     process.start()
@@ -185,15 +185,15 @@ def test_times():
     assert parse_time("123", FPS, "--x") == 123
     assert parse_time("12.5s", Fraction(24), "--x") == 300
     assert parse_time("01:00:01.500", Fraction(10), "--x") == 36015
-    with pytest.raises(ValueError, match=r"--x: '3 min' is no time"):
+    with pytest.raises(ValueError, match=r"--x: '3 min' is not a time"):
         parse_time("3 min", FPS, "--x")
     assert arrange([(0, 10), (10, 35)], 1, 10) == ([(0, 10), (10, 18), (18, 26), (26, 35)], 0)
 
 
-def test_what_cannot_work_is_said_at_once(tmp_path, capsys):
+def test_invalid_input_is_refused(tmp_path, capsys):
     assert main(["split-scenes", str(tmp_path), str(tmp_path / "out")]) == 1
-    assert "holds no media files" in capsys.readouterr().err
+    assert "contains no media files" in capsys.readouterr().err
     write_clip(tmp_path / "a.mp4")
     (tmp_path / "a.mkv").write_bytes((tmp_path / "a.mp4").read_bytes())
     assert main(["split-scenes", str(tmp_path), str(tmp_path / "out")]) == 1
-    assert "would have the names" in capsys.readouterr().err
+    assert "would have the same names" in capsys.readouterr().err

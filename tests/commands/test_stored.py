@@ -6,7 +6,7 @@ from ltx_titan.data.layout import write_sample
 from ltx_titan.data.shards import shard_path, write_shard
 
 
-def test_samples_in_shards_and_in_files_of_their_own(tmp_path):
+def test_samples_in_shards_and_in_single_files(tmp_path):
     masks = {name: {"mask": torch.full((4,), value)} for name, value in (("a.pt", 0.0), ("sub/ä.pt", 1.0))}
     write_shard(shard_path(tmp_path, 0), masks)
     write_sample(tmp_path / "a.pt", {"mask": torch.ones(2)})

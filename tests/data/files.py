@@ -32,7 +32,7 @@ def without(fields, *keys):
     return {key: value for key, value in fields.items() if key not in keys}
 
 
-def write_data_set(root, names, frames=lambda i: 2, folders=("conditions", "latents", "audio_latents")):
+def write_dataset(root, names, frames=lambda i: 2, folders=("conditions", "latents", "audio_latents")):
     makers = {
         "conditions": lambda i: features(seed=i),
         "latents": lambda i: video(frames=frames(i), seed=i),

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ltx_titan.data import read_sample, read_shapes, relative_sample_path, write_sample
+from ltx_titan.data import read_sample, read_shapes, write_sample
 from tests.data.files import audio, features, video, without
 
 CONTEXTS = {"video_context": torch.ones(8, 6), "audio_context": torch.ones(8, 4)}
@@ -25,21 +25,21 @@ def save(path, data):
 
 
 @pytest.mark.parametrize("fields", [video(), audio(), features(), video(present=False), {"mask": torch.ones(5)}])
-def test_what_is_written_is_read_back(tmp_path, fields):
+def test_fields_round_trip(tmp_path, fields):
     path = tmp_path / "deep" / "er" / "clip.pt"
     write_sample(path, fields)
     assert_equal_fields(read_sample(path), fields)
     assert [file.name for file in path.parent.iterdir()] == ["clip.pt"], "no temporary file is left"
 
 
-def test_contexts_are_told_from_features_by_their_missing_mask(tmp_path):
+def test_contexts_are_read_without_a_mask(tmp_path):
     write_sample(tmp_path / "clip.pt", CONTEXTS)
     fields = read_sample(tmp_path / "clip.pt", "text")
     assert sorted(fields) == ["audio_prompt_embeds", "video_prompt_embeds"]
     assert torch.equal(fields["audio_prompt_embeds"], CONTEXTS["audio_context"])
 
 
-def test_view_is_written_without_the_storage_behind_it(tmp_path):
+def test_view_is_written_without_its_whole_storage(tmp_path):
     latents = torch.randn(100, 8, 5, 16)[3]
     write_sample(tmp_path / "clip.pt", audio(latents=latents))
     assert (tmp_path / "clip.pt").stat().st_size < 8 * 5 * 16 * 4 + 4096
@@ -74,7 +74,7 @@ def test_legacy_prompt_embeds_serve_as_video_features(tmp_path):
     assert_equal_fields(read_sample(save(tmp_path / "clip.pt", legacy), "text"), expected)
 
 
-def test_fields_that_older_files_lack_take_their_defaults(tmp_path):
+def test_missing_fields_of_older_files_get_defaults(tmp_path):
     old = {"latents": video()["latents"]}
     assert_equal_fields(read_sample(save(tmp_path / "old.pt", old)), video(fps=24.0))
     bare = {"latents": audio()["latents"]}
@@ -87,13 +87,13 @@ def test_boolean_prompt_mask_becomes_integers(tmp_path):
     assert_equal_fields(read_sample(path), text)
 
 
-def test_files_from_before_zip_archives_are_read(tmp_path):
+def test_files_older_than_zip_archives_are_read(tmp_path):
     torch.save(video(), tmp_path / "clip.pt", _use_new_zipfile_serialization=False)
     assert_equal_fields(read_sample(tmp_path / "clip.pt"), video())
     assert read_shapes(tmp_path / "clip.pt")["latents"] == (128, 2, 3, 4)
 
 
-def test_shapes_are_those_of_the_sample(tmp_path):
+def test_shapes_equal_those_of_the_sample(tmp_path):
     path = save(tmp_path / "clip.pt", video(frames=3))
     assert read_shapes(path) == {"latents": (128, 3, 3, 4), "num_frames": (), "height": (), "width": (), "fps": ()}
 
@@ -127,7 +127,7 @@ def test_shapes_are_those_of_the_sample(tmp_path):
         ({"mask": torch.zeros(0)}, None, ["mask: expected one element per token"]),
     ],
 )
-def test_unusable_fields_are_named_with_what_was_expected(tmp_path, fields, kind, words):
+def test_unusable_field_is_named_with_what_was_expected(tmp_path, fields, kind, words):
     path = save(tmp_path / "clip.pt", fields)
     with pytest.raises(ValueError) as caught:
         read_sample(path, kind)
@@ -163,9 +163,3 @@ def test_broken_file_is_named_with_the_remedy(tmp_path, damage, read):
     damage(path)
     with pytest.raises(ValueError, match=r"clip\.pt.*(expected|found).*run the preprocessing again"):
         read(path)
-
-
-def test_sample_path_follows_the_media_below_the_metadata(tmp_path):
-    assert str(relative_sample_path(tmp_path / "a" / "b.clip.mp4", tmp_path)) == "a/b.clip.pt"
-    assert str(relative_sample_path("/media/disk/b.mp4", "/data/set")) == "media/disk/b.pt"
-    assert str(relative_sample_path("/data/set/../other/b.mp4", "/data/set")) == "data/other/b.pt"

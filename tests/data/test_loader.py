@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ltx_titan.data import BatchPlan, PrecomputedDataset, StepLoader, collate, map_tensors
 from ltx_titan.nano.synthetic import SyntheticDataset
-from tests.data.files import AV_SOURCES, write_data_set
+from tests.data.files import AV_SOURCES, write_dataset
 
 
 class Numbers:
-    """Sample `i` is the number `i`; remembers which were read."""
+    """Dataset whose sample `i` is the number `i`; records which were read."""
 
     def __init__(self, count, broken=()):
         self.count, self.broken = count, broken
@@ -46,7 +46,7 @@ def steps_of(loader, count=None):
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (1, 1), (2, 4), (3, 50)])
-def test_order_is_the_plans_for_any_number_of_workers(workers, prefetch):
+def test_order_is_that_of_the_plan_for_any_number_of_workers(workers, prefetch):
     plan = plan_of(20, 6)
     options = {"dp_rank": 1, "dp_size": 2, "local_batch_size": 2, "start_step": 3, "stop_step": 9}
     with StepLoader(Numbers(20), plan, num_workers=workers, prefetch=prefetch, **options) as loader:
@@ -57,7 +57,7 @@ def test_order_is_the_plans_for_any_number_of_workers(workers, prefetch):
         assert [list(zip(*forward, strict=True)) for forward in forwards] == planned
 
 
-def test_batches_hold_the_samples_they_name():
+def test_batches_hold_the_listed_samples():
     with StepLoader(Numbers(8), plan_of(8, 4), local_batch_size=4, stop_step=3) as loader:
         for step in loader:
             (forward,) = step.micro_batches
@@ -74,7 +74,7 @@ def test_resumed_loader_continues_as_if_never_interrupted():
     assert steps_of(StepLoader(Numbers(10), plan, start_step=5, stop_step=8)) == whole[5:]
 
 
-def test_first_batch_moves_the_data_and_not_the_steps():
+def test_first_batch_shifts_the_data_and_not_the_steps():
     plan = plan_of(10, 4)
     (expected,) = steps_of(StepLoader(Numbers(10), plan, start_step=2, stop_step=3))
     loader = StepLoader(Numbers(10), plan, start_step=7, stop_step=8, first_batch=2)
@@ -128,7 +128,7 @@ def test_error_of_a_worker_surfaces_at_its_micro_batch_with_the_file(workers):
     assert f"while preparing step 2 from number {bad}" in caught.value.__notes__
 
 
-def test_closing_ends_the_threads_and_may_be_repeated():
+def test_close_ends_the_threads_and_may_be_repeated():
     before = threading.active_count()
     loader = StepLoader(Numbers(64), plan_of(64, 4), num_workers=3)
     steps_of(loader, 2)
@@ -138,8 +138,8 @@ def test_closing_ends_the_threads_and_may_be_repeated():
     assert threading.active_count() == before
 
 
-def test_prepared_files_reach_the_batch(tmp_path):
-    data = PrecomputedDataset(write_data_set(tmp_path, ["a", "b", "c"], frames=lambda i: 1 + i // 2), AV_SOURCES)
+def test_files_are_collated_by_shape(tmp_path):
+    data = PrecomputedDataset(write_dataset(tmp_path, ["a", "b", "c"], frames=lambda i: 1 + i // 2), AV_SOURCES)
     plan = BatchPlan([data.shape_key(i) for i in range(3)], [1.0] * 3, 0, 3, data.fingerprint)
     with StepLoader(data, plan, local_batch_size=2, stop_step=1) as loader:
         forwards = [forward for step in loader for forward in step.micro_batches]
@@ -150,7 +150,7 @@ def test_prepared_files_reach_the_batch(tmp_path):
     }
 
 
-def test_synthetic_samples_reach_the_batch():
+def test_synthetic_samples_are_collated():
     data = SyntheticDataset(
         AV_SOURCES,
         width=32,
@@ -169,7 +169,7 @@ def test_synthetic_samples_reach_the_batch():
     assert forward.batch["video_latents"]["fps"].tolist() == [24.0, 24.0]
 
 
-def test_collating_keeps_the_dtype_of_latents():
+def test_collate_keeps_the_dtype_of_latents():
     batch = collate([{"a": {"x": torch.ones(2, dtype=torch.bfloat16)}}] * 2)
     assert batch["a"]["x"].dtype == torch.bfloat16
 
@@ -186,7 +186,7 @@ class Record:
     nothing: None = None
 
 
-def test_tensors_are_mapped_wherever_they_are():
+def test_map_tensors_reaches_nested_containers():
     record = Record([torch.ones(1), None], Pair(torch.ones(1), 2))
     mapped = map_tensors({"a": (record, "text")}, lambda tensor: tensor + 1)
     assert mapped["a"][0].items[0].item() == 2

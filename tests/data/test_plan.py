@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ltx_titan.data import BatchPlan
+from ltx_titan.data import BatchPlan, DataPosition, resume_step
 
 COST = {"short": 1.0, "middle": 3.0, "long": 10.0}
 
@@ -17,6 +17,7 @@ def mixed_shapes(count, seed):
     return np.random.Generator(np.random.PCG64(seed)).choice(sorted(COST), count).tolist()
 
 
+POSITION = DataPosition(samples_seen=96, global_batch_size=8, fingerprint="a" * 32)
 SIZES = list(itertools.product([1, 2, 3, 7, 24, 50], [1, 2, 4, 12]))
 MESHES = [(dp, local) for dp in (1, 2, 4) for local in (1, 2, 3, 8)]
 
@@ -57,23 +58,23 @@ def test_order_changes_with_epoch_seed_and_data():
     assert all(a != b for a, b in itertools.combinations(orders, 2))
 
 
-def test_order_is_that_of_earlier_versions():
-    # A run that resumes after an update must go on with the data it has not seen.
+def test_order_equals_that_of_earlier_versions():
+    # A run that resumes with a newer version must continue with the samples that it has not used.
     plan = make(["short", "long"] * 4, 4, seed=42)
     assert [plan.global_batch(n) for n in range(2)] == [(5, 3, 7, 1), (4, 0, 6, 2)]
 
 
-def test_global_batches_have_one_shape_wherever_a_bucket_fills_them():
+def test_global_batches_have_one_shape_if_a_bucket_fills_them():
     shapes = mixed_shapes(50, 1)
     plan = make(shapes, 4)
     whole = sum(count // 4 for count in Counter(shapes).values())
-    places = set()
+    positions = set()
     for epoch in range(4):
         batches = [plan.global_batch(epoch * plan.batches_per_epoch + n) for n in range(plan.batches_per_epoch)]
         mixed = [n for n, batch in enumerate(batches) if len({shapes[i] for i in batch}) > 1]
         assert len(batches) - len(mixed) >= whole
-        places.add(tuple(mixed))
-    assert len(places) > 1, "mixed batches come at shuffled places"
+        positions.add(tuple(mixed))
+    assert len(positions) > 1, "mixed batches are at shuffled positions"
 
 
 @pytest.mark.parametrize(("dp_size", "local"), MESHES)
@@ -98,7 +99,7 @@ def test_equal_samples_make_full_forwards():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_mixed_batches_cost_every_rank_about_the_same(seed):
+def test_mixed_batches_balance_the_cost_of_ranks(seed):
     shapes = mixed_shapes(16, seed)
     plan = make(shapes, 16)
     loads = [
@@ -110,7 +111,7 @@ def test_mixed_batches_cost_every_rank_about_the_same(seed):
     assert max(loads) <= max(naive)
 
 
-def test_dear_forwards_run_at_the_same_time_on_all_ranks():
+def test_expensive_forwards_run_at_the_same_time_on_all_ranks():
     shapes = ["long"] * 4 + ["short"] * 12
     plan = make(shapes, 16)
     for rank in range(4):
@@ -119,6 +120,30 @@ def test_dear_forwards_run_at_the_same_time_on_all_ranks():
         assert {shapes[forward[0][1]] for forward in others} == {"short"}
 
 
-def test_empty_data_set_is_refused():
+def test_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="found none"):
         make([], 1)
+
+
+def test_position_round_trips_through_plain_values():
+    assert DataPosition.from_dict(POSITION.to_dict()) == POSITION
+
+
+def test_unchanged_job_resumes_at_the_next_batch():
+    assert resume_step(POSITION, global_batch_size=8, fingerprint="a" * 32) == (12, [])
+
+
+def test_changed_batch_size_keeps_the_sample_count_and_is_reported():
+    batch, (note,) = resume_step(POSITION, global_batch_size=32, fingerprint="a" * 32)
+    assert batch == 3
+    assert "from 8 to 32" in note
+    assert "again" not in note
+    batch, (note,) = resume_step(POSITION, global_batch_size=10, fingerprint="a" * 32)
+    assert batch == 9
+    assert "6 of them are used again" in note
+
+
+def test_changed_data_is_reported():
+    batch, (note,) = resume_step(POSITION, global_batch_size=8, fingerprint="b" * 32)
+    assert batch == 12
+    assert "aaaaaaaa -> bbbbbbbb" in note

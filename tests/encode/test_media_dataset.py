@@ -1,4 +1,3 @@
-import io
 import json
 import logging
 from fractions import Fraction
@@ -6,17 +5,14 @@ from fractions import Fraction
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
-from ltx_titan.commands.process import process_dataset
-from ltx_titan.commands.process.options import ProcessOptions
 from ltx_titan.config import ConfigError, load_job
 from ltx_titan.config.sections import MediaSection
 from ltx_titan.data import BatchPlan, PrecomputedDataset, StepLoader, write_sample
-from ltx_titan.encode.disk_cache import DiskCache
 from ltx_titan.encode.media_dataset import MediaDataset
 from ltx_titan.media import write_video, write_wav
 from ltx_titan.media.audio import Audio
+from tests.commands.process_helpers import run
 from tests.media.clips import tone, write_clip
 
 BUCKETS = "64x32x17;32x64x1"
@@ -42,13 +38,12 @@ def section(nano, table, **fields):
 
 
 def prepare(nano, table):
-    options = ProcessOptions(table, nano, nano.parent / "text_encoder", resolution_buckets=BUCKETS)
-    process_dataset(options, Console(file=io.StringIO()))
+    run(nano, table, BUCKETS)
     return PrecomputedDataset(table.parent, SOURCES)
 
 
 def same(one, two):
-    """Equality of samples to the bit, types included."""
+    """Compares samples bit for bit, types included."""
     assert one.keys() == two.keys()
     for source, fields in one.items():
         assert fields.keys() == two[source].keys()
@@ -65,7 +60,7 @@ def same(one, two):
 
 @pytest.fixture(scope="module")
 def mixed(nano, tmp_path_factory):
-    """A table of everything one meets, and what process-dataset makes of it."""
+    """A table with every kind of file, and the output of process-dataset for it."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "sub").mkdir()
     write_clip(folder / "stereo.mp4", frames=20, fps=Fraction(24000, 1001), channels=2)
@@ -74,28 +69,28 @@ def mixed(nano, tmp_path_factory):
     write_clip(folder / "short.mp4", frames=3)
     Image.new("RGB", (90, 50), "orange").save(folder / "still.png")
     (folder / "zero.mp4").touch()
-    (folder / "text.mp4").write_text("this is no video")
+    (folder / "text.mp4").write_text("not a video")
     names = ["stereo.mp4", "sub/mönö ☃.mp4", "silent.mp4", "short.mp4", "still.png", "zero.mp4", "text.mp4"]
     table = write_table(folder, [*names, "missing.mp4"])
     return table, prepare(nano, table)
 
 
-def test_samples_and_shapes_are_those_of_prepared_data(nano, mixed, caplog):
+def test_samples_and_shapes_equal_prepared_data(nano, mixed, caplog):
     table, prepared = mixed
     with caplog.at_level(logging.WARNING):
         media = MediaDataset(section(nano, table), SOURCES, nano)
-    assert "3 rows are left out" in caplog.text
+    assert "3 rows are skipped" in caplog.text
     assert "zero.mp4: is empty" in caplog.text
     assert "missing.mp4: no such file" in caplog.text
-    places = {prepared.name(index): index for index in range(len(prepared))}
-    assert {media.name(index) for index in range(len(media))} == places.keys()
+    positions = {prepared.name(index): index for index in range(len(prepared))}
+    assert {media.name(index) for index in range(len(media))} == positions.keys()
     for index in range(len(media)):
-        other = places[media.name(index)]
+        other = positions[media.name(index)]
         assert media.shape_key(index) == prepared.shape_key(other)
         assert same(media.load(index), prepared.load(other))
 
 
-def test_the_loader_s_threads_give_the_same_batches(nano, mixed):
+def test_threads_of_the_loader_give_the_same_batches(nano, mixed):
     table, _ = mixed
     media = MediaDataset(section(nano, table), SOURCES, nano)
     keys = [media.shape_key(index) for index in range(len(media))]
@@ -109,7 +104,7 @@ def test_the_loader_s_threads_give_the_same_batches(nano, mixed):
         assert all(torch.equal(one[s][f], two[s][f]) for s in one for f in one[s])
 
 
-def test_a_separate_audio_is_used_instead_of_the_clip_s_own(nano, tmp_path):
+def test_separate_audio_replaces_that_of_the_clip(nano, tmp_path):
     for name in ("a.mp4", "b.mp4"):
         write_clip(tmp_path / name, frames=17)
     write_wav(tmp_path / "a.wav", Audio(tone(0.3, 22050, hertz=300.0), 22050))
@@ -120,25 +115,25 @@ def test_a_separate_audio_is_used_instead_of_the_clip_s_own(nano, tmp_path):
     assert same(media.load(0), prepared.load(0))
 
 
-def test_a_clip_that_breaks_off_is_replaced_by_one_of_its_shape(nano, tmp_path, caplog):
+def test_truncated_clip_is_replaced_by_one_of_its_shape(nano, tmp_path, caplog):
     for name in ("good.mp4", "broken.mp4"):
         noise = torch.randint(0, 256, (20, 64, 96, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         write_video(tmp_path / name, noise, Fraction(25))
     broken = tmp_path / "broken.mp4"
     content = broken.read_bytes()
-    broken.write_bytes(content[: len(content) // 2])  # the header, in front, still promises 20 frames
+    broken.write_bytes(content[: len(content) // 2])  # the header, at the start, still states 20 frames
     table = write_table(tmp_path, ["broken.mp4", "good.mp4"])
     media = MediaDataset(section(nano, table), SOURCES, nano)
     assert len(media) == 2
     with caplog.at_level(logging.WARNING):
         assert same(media.load(0), media.load(1))
-    assert "broken.pt: left out, another clip of its shape takes its place" in caplog.text
+    assert "broken.pt: skipped, another clip of its shape replaces it" in caplog.text
     alone = MediaDataset(section(nano, write_table(tmp_path, ["broken.mp4"])), SOURCES, nano)
     with pytest.raises(ValueError, match=r"broken\.pt and the next 0 clips of its shape cannot be read"):
         alone.load(0)
 
 
-def test_what_was_encoded_is_kept_and_known_again(nano, mixed, tmp_path):
+def test_encoded_samples_are_cached(nano, mixed, tmp_path):
     table, prepared = mixed
     cached = section(nano, table, cache_dir=str(tmp_path / "cache"), lora_trigger="SKS")
     first = MediaDataset(cached, SOURCES, nano).load(0)
@@ -146,7 +141,7 @@ def test_what_was_encoded_is_kept_and_known_again(nano, mixed, tmp_path):
     assert len(files) == 3
     again = MediaDataset(cached, SOURCES, nano)
     assert same(again.load(0), first)
-    # What lies in the cache is what is given, and it depends on the caption as it is encoded.
+    # A cached entry is returned as it is, and depends on the caption with its trigger word.
     changed = {"mask": torch.ones(3)}
     for file in files:
         if "prompt_attention_mask" in torch.load(file, weights_only=True):
@@ -162,32 +157,15 @@ def other_index(dataset, name):
     return next(index for index in range(len(dataset)) if dataset.name(index) == name)
 
 
-def test_the_cache_drops_what_was_not_used_for_longest(tmp_path):
-    fields = {"mask": torch.zeros(4096)}
-    probe = tmp_path / "probe.pt"
-    write_sample(probe, fields)
-    size = probe.stat().st_size
-    cache = DiskCache(tmp_path / "cache", 3.5 * size)
-    for key in ("aa1", "bb2", "cc3"):
-        cache.put(key, fields)
-    assert cache.get("aa1", "mask") is not None
-    cache.put("dd4", fields)
-    assert cache.get("bb2", "mask") is None
-    assert all(cache.get(key, "mask") is not None for key in ("aa1", "cc3", "dd4"))
-    # Another process knows what is there already.
-    DiskCache(tmp_path / "cache", 2.5 * size).put("ee5", fields)
-    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.pt")) <= 2.5 * size
-
-
-def test_an_offloaded_text_encoder_gives_the_same_features(nano, mixed):
+def test_offloaded_text_encoder_gives_the_same_features(nano, mixed):
     table, _ = mixed
-    here = MediaDataset(section(nano, table), {"conditions": "conditions"}, nano)
-    lent = MediaDataset(section(nano, table, offload_text_encoder=True), {"conditions": "conditions"}, nano)
+    resident = MediaDataset(section(nano, table), {"conditions": "conditions"}, nano)
+    offloaded = MediaDataset(section(nano, table, offload_text_encoder=True), {"conditions": "conditions"}, nano)
     for index in (0, 1):
-        assert same(lent.load(index), here.load(index))
+        assert same(offloaded.load(index), resident.load(index))
 
 
-def test_what_is_missing_is_said_before_anything_is_loaded(nano, mixed, tmp_path):
+def test_missing_settings_are_reported_before_anything_is_loaded(nano, mixed, tmp_path):
     table, _ = mixed
     job = tmp_path / "job.toml"
     conditions = '[{type = "mask", probability = 0.5, mask_dir = "masks"}]'
@@ -204,7 +182,7 @@ def test_what_is_missing_is_said_before_anything_is_loaded(nano, mixed, tmp_path
 
 
 def write_video_only(nano, folder):
-    """A file of a split pack without an audio VAE."""
+    """Writes a file of a split pack without an audio VAE."""
     from safetensors.torch import save_file
 
     from ltx_titan.nano.pack_config import CONFIG

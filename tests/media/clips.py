@@ -9,7 +9,7 @@ from ltx_titan.media import write_video
 
 
 def ramp(frames, height=64, width=96):
-    """A clip whose frame i is grey of value 8 i."""
+    """A clip whose frame i is gray of value 8 i."""
     values = (torch.arange(frames) * 8).clamp(max=255).to(torch.uint8)
     return values.view(-1, 1, 1, 1).expand(-1, height, width, 3).contiguous()
 
@@ -20,14 +20,14 @@ def tone(seconds, rate, channels=2, hertz=440.0):
 
 
 def write_clip(path, frames=20, fps=Fraction(25), channels=2, height=64, width=96, rate=48000):
-    """A ramp with a tone of its length; `channels=0` for no audio."""
+    """Writes a ramp with a tone of the same duration; `channels=0` for no audio."""
     audio = tone(frames / fps, rate, channels) if channels else None
     write_video(path, ramp(frames, height, width), fps, audio, rate if channels else None)
     return path
 
 
 def write_late_audio(path, delay_s, rate=48000, seconds=1.0):
-    """A video of one second whose audio begins later, as cameras write."""
+    """Writes a video of one second whose audio starts `delay_s` later, as some cameras do."""
     with av.open(str(path), "w", format="matroska") as container:
         video = container.add_stream("libx264", rate=25)
         video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"

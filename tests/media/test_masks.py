@@ -8,32 +8,34 @@ from ltx_titan.media import Audio, MediaError, read_audio_mask, read_video_mask,
 FACTORS = (8, 32, 32)
 
 
-def picture(path, width, height, left):
-    """White from column `left` on."""
+def half_white(path, width, height, left):
+    """An image that is white from column `left` to the right edge."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[:, left:] = 255
     Image.fromarray(pixels).save(path)
     return path
 
 
-def test_an_image_marks_the_same_cells_in_every_frame(tmp_path):
-    mask = read_video_mask(picture(tmp_path / "m.png", 128, 64, 64), 17, 128, 64, FACTORS)
+def test_image_mask_applies_to_every_frame(tmp_path):
+    mask = read_video_mask(half_white(tmp_path / "m.png", 128, 64, 64), 17, 128, 64, FACTORS)
     assert mask.shape == (3, 2, 4)
     assert torch.equal(mask, torch.tensor([False, False, True, True]).expand(3, 2, 4))
 
 
-def test_a_mask_is_cut_as_its_clip_is(tmp_path):
-    # Twice as wide as the clip: the outer quarters are cut off, the white half begins in the middle.
-    mask = read_video_mask(picture(tmp_path / "m.png", 256, 64, 128), 1, 128, 64, FACTORS)
+def test_mask_is_cropped_like_its_clip(tmp_path):
+    # Twice as wide as the clip: the outer quarters are cropped, the white half starts at the center.
+    mask = read_video_mask(half_white(tmp_path / "m.png", 256, 64, 128), 1, 128, 64, FACTORS)
     assert torch.equal(mask, torch.tensor([False, False, True, True]).expand(1, 2, 4))
 
 
-def test_a_cell_is_given_when_most_of_it_is_marked(tmp_path):
-    assert read_video_mask(picture(tmp_path / "a.png", 64, 32, 50), 1, 64, 32, FACTORS).tolist() == [[[False, False]]]
-    assert read_video_mask(picture(tmp_path / "b.png", 64, 32, 40), 1, 64, 32, FACTORS).tolist() == [[[False, True]]]
+def test_cell_is_conditioned_if_most_of_it_is_white(tmp_path):
+    assert read_video_mask(half_white(tmp_path / "a.png", 64, 32, 50), 1, 64, 32, FACTORS).tolist() == [
+        [[False, False]]
+    ]
+    assert read_video_mask(half_white(tmp_path / "b.png", 64, 32, 40), 1, 64, 32, FACTORS).tolist() == [[[False, True]]]
 
 
-def test_frames_of_a_video_mask_belong_to_the_latent_frames_they_become(tmp_path):
+def test_frames_of_a_video_mask_map_to_latent_frames(tmp_path):
     frames = torch.zeros(17, 64, 64, 3, dtype=torch.uint8)
     frames[8] = 255
     write_video(tmp_path / "m.mp4", frames, 24)
@@ -41,13 +43,13 @@ def test_frames_of_a_video_mask_belong_to_the_latent_frames_they_become(tmp_path
     assert read_video_mask(tmp_path / "m.mp4", 17, 64, 64, FACTORS)[:, 0, 0].tolist() == [False, True, False]
 
 
-def test_a_video_mask_that_is_too_short_is_named(tmp_path):
+def test_too_short_a_video_mask_is_named(tmp_path):
     write_video(tmp_path / "m.mp4", torch.zeros(9, 64, 64, 3, dtype=torch.uint8), 24)
     with pytest.raises(MediaError, match=r"m\.mp4: has 9 frames, its clip 17"):
         read_video_mask(tmp_path / "m.mp4", 17, 64, 64, FACTORS)
 
 
-def test_audio_masks_from_tensors_and_from_loudness(tmp_path):
+def test_audio_mask_from_a_tensor_or_from_loudness(tmp_path):
     torch.save({"mask": torch.tensor([1, 1, 0, 0])}, tmp_path / "m.pt")
     assert read_audio_mask(tmp_path / "m.pt", 8).tolist() == [True] * 4 + [False] * 4
     waveform = torch.zeros(1, 800)
@@ -56,7 +58,7 @@ def test_audio_masks_from_tensors_and_from_loudness(tmp_path):
     assert read_audio_mask(tmp_path / "m.wav", 4).tolist() == [False, False, True, True]
 
 
-def test_a_file_without_a_mask_is_named(tmp_path):
+def test_file_without_a_mask_is_named(tmp_path):
     torch.save({"other": torch.zeros(2)}, tmp_path / "m.pt")
     with pytest.raises(MediaError, match="holds no mask"):
         read_audio_mask(tmp_path / "m.pt", 4)

@@ -19,7 +19,7 @@ def test_same_seed_same_bytes(nano, tmp_path):
     assert nano.stat().st_size < 20 * 2**20
 
 
-def test_layout_is_that_of_the_official_file(nano):
+def test_layout_equals_that_of_the_official_file(nano):
     with safe_open(nano, framework="pt") as handle:
         metadata, names = handle.metadata(), set(handle.keys())
     config = json.loads(metadata["config"])
@@ -45,7 +45,7 @@ def test_layout_is_that_of_the_official_file(nano):
     assert all(any(name.startswith(prefix) for name in names) for prefix in prefixes)
 
 
-def test_transformer_and_connectors_load_and_predict_calmly(nano, generator):
+def test_transformer_and_connectors_load_and_predict_unit_scale(nano, generator):
     with safe_open(nano, framework="pt") as handle:
         config = json.loads(handle.metadata()["config"])
     prefix = "model.diffusion_model."
@@ -73,7 +73,7 @@ def test_transformer_and_connectors_load_and_predict_calmly(nano, generator):
         assert 0.1 < velocity.std() < 10
 
 
-def test_latents_of_other_clips_and_audios_are_about_standard(nano):
+def test_latents_of_other_clips_and_audio_are_about_standard_normal(nano):
     generator = torch.Generator().manual_seed(99)
     edges = torch.rand(1, 3, 3, 6, 8, generator=generator) * 2 - 1
     pixels = torch.nn.functional.interpolate(edges, (17, 96, 128), mode="trilinear")

@@ -21,7 +21,7 @@ def make(sources=AV_SOURCES, **changes):
     return SyntheticDataset(sources, **(DEFAULTS | changes))
 
 
-def test_samples_have_the_form_of_prepared_ones():
+def test_samples_have_the_format_of_prepared_data():
     data = make()
     sample = data.load(0)
     assert sample["video_latents"]["latents"].shape == (128, 3, 1, 2)
@@ -48,13 +48,13 @@ def test_values_depend_on_seed_and_index_alone():
     assert not torch.equal(make(seed=1).load(2)["video_latents"]["latents"], first)
 
 
-def test_absent_streams_are_absent():
+def test_streams_that_the_job_does_not_read_are_absent():
     data = make({"conditions": "conditions", "audio_latents": "audio_latents"}, audio_text_dim=None)
     assert sorted(data.load(0)) == ["audio_latents", "conditions"]
     assert sorted(data.load(0)["conditions"]) == ["video_prompt_embeds"]
 
 
-def test_fingerprint_tells_data_sets_apart():
+def test_fingerprint_distinguishes_datasets():
     assert make().fingerprint == make().fingerprint
     assert len({make().fingerprint, make(num_samples=5).fingerprint, make(width=96).fingerprint}) == 3
 
@@ -67,6 +67,6 @@ def test_fingerprint_tells_data_sets_apart():
         ({"sources": AV_SOURCES | {"video_masks": "video_masks"}}, r"found the folders \['video_masks'\]"),
     ],
 )
-def test_what_no_encoder_makes_is_refused(changes, words):
+def test_impossible_shapes_and_folders_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         make(**changes)

@@ -3,7 +3,6 @@
 Clips are compared by their contact sheets: eight frames of each, without loss.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ltx_titan
-from ltx_titan.commands import sample
+from ltx_titan.commands.sample import SampleOptions, sample_clips
+from ltx_titan.common.options import parse_options
 from ltx_titan.media import probe_video, read_audio
 from ltx_titan.train import main
 from tests.jobs import read_run, small_validation, train, write_job
@@ -74,14 +74,13 @@ def same_pictures(a, b):
     return a.shape == b.shape and abs(a - b).max() <= 1
 
 
-def infer(job, folder, *options):
+def infer(job, folder, *changes):
     """What `ltx-titan sample` makes of the samples of a job."""
     folder.mkdir()
     (folder / ".contexts").symlink_to(job.parent / "run/validation-cache")
-    parser = argparse.ArgumentParser()
-    sample.add_arguments(parser)
-    arguments = ["--job", job, "--output-dir", folder, "--device", "cpu", *options]
-    sample.sample_clips(parser.parse_args([str(argument) for argument in arguments]))
+    arguments = ["--job", job, "--output-dir", folder, "--device", "cpu", *changes]
+    options = parse_options(SampleOptions, [str(argument) for argument in arguments], prog="sample", description="")
+    sample_clips(options)
     return sheet(folder)
 
 

@@ -1,1 +1,1 @@
-"""`caption`."""
+"""Captioning of clips with a multimodal model: `ltx-titan caption`."""

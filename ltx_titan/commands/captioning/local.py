@@ -1,4 +1,4 @@
-"""A captioning model run here, with transformers: any chat model of its kind that takes pictures, and maybe sound."""
+"""Captioning model in this process: any multimodal chat model of transformers that accepts images, or audio as well."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from ltx_titan.commands.captioning.parts import ClipParts
 from ltx_titan.commands.captioning.server import Captioner, CaptionError
 
-# Models that also speak: the part that answers in text is loaded alone, it is all a caption needs.
+# Models that also generate speech: captions need only the part that generates text.
 _TEXT_PARTS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
@@ -16,30 +16,30 @@ _TEXT_PARTS = {
 
 
 def local_captioner(
-    folder: Path, device: str = "cpu", max_tokens: int = 1024, load_in_8bit: bool = False, with_sound: bool = True
+    folder: Path, device: str = "cpu", max_tokens: int = 1024, load_in_8bit: bool = False, with_audio: bool = True
 ) -> Captioner:
-    """Load a model and its processor.
+    """Loads a model and its processor.
 
     Args:
         folder: local folder of a multimodal chat model, with its processor and chat template.
-        device: where it runs; `auto` spreads it over all GPUs (needs accelerate).
-        max_tokens: length of an answer.
-        load_in_8bit: weights in int8 (torchao), about half the memory.
-        with_sound: whether it will get sound.
+        device: device of the model; `auto` distributes it over all GPUs (needs accelerate).
+        max_tokens: maximal length of an answer.
+        load_in_8bit: int8 weights (torchao), about half the memory.
+        with_audio: whether it receives audio.
 
     Raises:
-        ValueError: the folder holds no such model, or the model cannot hear what it will get.
+        ValueError: the folder contains no such model, or the model does not accept audio that it would receive.
     """
     model, processor = _load(folder, device, load_in_8bit)
-    # Processors drop sound they have no use for without a word, and the question would speak of it all the same.
-    if with_sound and not any(getattr(processor, name, None) for name in ("feature_extractor", "audio_processor")):
-        raise ValueError(f"--local-model: {folder} cannot hear (its processor takes no sound); give --skip-audio")
+    # Processors without audio support silently drop it, and the instruction would still state that it is attached.
+    if with_audio and not any(getattr(processor, name, None) for name in ("feature_extractor", "audio_processor")):
+        raise ValueError(f"--local-model: the processor of {folder} does not accept audio; add --skip-audio")
     tokenizer = getattr(processor, "tokenizer", processor)
 
     @torch.inference_mode()
     def caption(parts: ClipParts, instruction: str) -> str:
         messages = [{"role": "user", "content": _content(parts, instruction)}]
-        options = {"sampling_rate": parts.sound.sample_rate} if parts.sound is not None else {}
+        options = {"sampling_rate": parts.audio.sample_rate} if parts.audio is not None else {}
         try:
             inputs = processor.apply_chat_template(
                 messages,
@@ -53,16 +53,16 @@ def local_captioner(
             found = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            raise CaptionError("out of GPU memory; send less (--fps, --max-frames, --max-side)") from error
+            raise CaptionError("out of GPU memory; lower --fps, --max-frames or --max-side") from error
         except (ValueError, TypeError, IndexError, KeyError) as error:
-            raise CaptionError(f"the model cannot take it ({type(error).__name__}: {error})") from error
+            raise CaptionError(f"the model rejects the input ({type(error).__name__}: {error})") from error
         return tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     return caption
 
 
 def _load(folder: Path, device: str, load_in_8bit: bool) -> tuple[Any, Any]:
-    # Here, because transformers takes seconds to import and a server needs none of it.
+    # Here, because transformers takes seconds to import and clients of a server do without it.
     import transformers
 
     if not (folder / "config.json").is_file():
@@ -91,11 +91,11 @@ def _load(folder: Path, device: str, load_in_8bit: bool) -> tuple[Any, Any]:
 
 def _content(parts: ClipParts, instruction: str) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = []
-    for time_s, picture in parts.frames:
+    for time_s, frame in parts.frames:
         if parts.kind == "video":
             content.append({"type": "text", "text": f"{time_s:.1f} s:"})
-        content.append({"type": "image", "image": picture})
-    if parts.sound is not None:
-        content.append({"type": "audio", "audio": parts.sound.waveform[0].numpy()})
+        content.append({"type": "image", "image": frame})
+    if parts.audio is not None:
+        content.append({"type": "audio", "audio": parts.audio.waveform[0].numpy()})
     content.append({"type": "text", "text": instruction})
     return content

@@ -1,4 +1,4 @@
-"""What a captioning model gets of a file: some frames, evenly over time, and the sound."""
+"""Parts of a file that are sent to a captioning model: frames at even intervals, and the audio."""
 
 import base64
 import io
@@ -6,107 +6,111 @@ import math
 import wave
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
 import torch
 from PIL import Image
 
-from ltx_titan.commands.captioning.text import Heard
+from ltx_titan.commands.captioning.text import AudioState, MediaKind
 from ltx_titan.commands.files import AUDIO_SUFFIXES
 from ltx_titan.media import Audio, MediaError, is_image, iter_frames, probe_video, read_audio, read_image, to_stereo
 
-# What the audio encoders of multimodal models work at.
-_SOUND_RATE = 16000
+# Sample rate of the audio encoders of multimodal models.
+_SAMPLE_RATE = 16000
 
 
 @dataclass(frozen=True)
 class ClipParts:
-    """A file as a model gets it.
+    """A file as a captioning model receives it.
 
     Attributes:
         path: the file.
-        kind: what it is.
-        frames: (seconds from the start, picture) in order of time; none for a sound.
-        sound: mono at 16 kHz; None where it is not sent.
-        heard: what the model is told of the sound.
+        kind: its media type.
+        frames: (seconds from the start, frame) in order of time; empty for audio files.
+        audio: mono at 16 kHz; None if no audio is sent.
+        audio_state: whether audio is attached, absent or not sent.
     """
 
     path: Path
-    kind: Literal["video", "image", "sound"]
+    kind: MediaKind
     frames: tuple[tuple[float, Image.Image], ...]
-    sound: Audio | None
-    heard: Heard
+    audio: Audio | None
+    audio_state: AudioState
 
 
-def read_parts(path: Path, fps: float, max_frames: int, max_side: int, with_sound: bool) -> ClipParts:
-    """Read what is sent of a file.
+def read_parts(path: Path, fps: float, max_frames: int, max_side: int, with_audio: bool) -> ClipParts:
+    """Reads the parts of a file that are sent.
 
     Args:
-        path: a video, an image or a sound.
-        fps: pictures for each second of video.
-        max_frames: at most; longer videos get fewer for each second.
-        max_side: pictures are made smaller to this many pixels on their longer side.
-        with_sound: whether the model can hear.
+        path: a video, an image or an audio file.
+        fps: frames per second of video.
+        max_frames: upper bound; longer videos get fewer frames per second.
+        max_side: frames are reduced to this many pixels on their longer side.
+        with_audio: whether audio is sent.
 
     Raises:
-        MediaError: the file cannot be read, or is a sound for a model that cannot hear.
+        MediaError: the file cannot be read, or is an audio file and audio is not sent.
     """
     if is_image(path):
-        return ClipParts(path, "image", ((0.0, _picture(read_image(path)[0].numpy(), max_side)),), None, "silence")
+        frame = _reduced(read_image(path)[0].numpy(), max_side)
+        return ClipParts(path, "image", ((0.0, frame),), None, "absent")
     if path.suffix.lower() in AUDIO_SUFFIXES:
-        sound = read_audio(path) if with_sound else None
-        if sound is None:
-            raise MediaError(path, "has no sound track" if with_sound else "is a sound, and sound is not sent")
-        return ClipParts(path, "sound", (), _mono(sound), "sound")
+        audio = read_audio(path) if with_audio else None
+        if audio is None:
+            raise MediaError(path, "has no audio track" if with_audio else "is an audio file, and audio is not sent")
+        return ClipParts(path, "audio", (), _to_mono(audio), "attached")
     info = probe_video(path)
-    sound = read_audio(path) if with_sound and info.has_audio else None
-    heard: Heard = "sound" if sound is not None else "unknown" if info.has_audio else "silence"
+    audio = read_audio(path) if with_audio and info.has_audio else None
+    audio_state: AudioState = "absent"
+    if audio is not None:
+        audio_state = "attached"
+    elif info.has_audio:
+        audio_state = "not sent"
     duration_s = info.frames / info.fps
     count = max(1, min(info.frames, max_frames, math.ceil(duration_s * fps)))
-    # The middles of equal parts: first and last frames are often black.
+    # The middle frames of equal parts, since first and last frames are often black.
     wanted = {info.frames * (2 * part + 1) // (2 * count) for part in range(count)}
     frames = tuple(
-        (float(index / info.fps), _picture(frame, max_side))
+        (float(index / info.fps), _reduced(frame, max_side))
         for index, frame in enumerate(iter_frames(path))
         if index in wanted
     )
     if not frames:
         raise MediaError(path, "no frame can be decoded")
-    return ClipParts(path, "video", frames, None if sound is None else _mono(sound), heard)
+    return ClipParts(path, "video", frames, None if audio is None else _to_mono(audio), audio_state)
 
 
-def jpeg_url(picture: Image.Image) -> str:
-    """A picture as a `data:` address, as chat servers take it."""
+def jpeg_url(frame: Image.Image) -> str:
+    """A frame as a JPEG in a `data:` URL, as chat servers accept it."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
+    frame.save(buffer, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def wav_base64(sound: Audio) -> str:
-    """A sound as a 16-bit WAV file, in base64."""
+def wav_base64(audio: Audio) -> str:
+    """Audio as a 16-bit WAV file in base64."""
     buffer = io.BytesIO()
-    samples = (sound.waveform.clamp(-1, 1) * 32767).round().to(torch.int16)
+    samples = (audio.waveform.clamp(-1, 1) * 32767).round().to(torch.int16)
     with wave.open(buffer, "wb") as file:
         file.setnchannels(samples.shape[0])
         file.setsampwidth(2)
-        file.setframerate(sound.sample_rate)
+        file.setframerate(audio.sample_rate)
         file.writeframes(samples.T.contiguous().numpy().tobytes())
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _picture(frame: np.ndarray, max_side: int) -> Image.Image:
-    picture = Image.fromarray(np.ascontiguousarray(frame))
-    picture.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
-    return picture
+def _reduced(frame: np.ndarray, max_side: int) -> Image.Image:
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    return image
 
 
-def _mono(sound: Audio) -> Audio:
-    # FFmpeg's resampler: ours comes with the audio VAE's libraries, which a captioner behind a server needs none of.
-    mixed = to_stereo(sound.waveform).mean(0, keepdim=True).contiguous().numpy()
+def _to_mono(audio: Audio) -> Audio:
+    # FFmpeg's resampler: ours needs the libraries of the audio VAE, which a client of a server does without.
+    mixed = to_stereo(audio.waveform).mean(0, keepdim=True).contiguous().numpy()
     frame = av.AudioFrame.from_ndarray(mixed, format="fltp", layout="mono")
-    frame.sample_rate = sound.sample_rate
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=_SOUND_RATE)
+    frame.sample_rate = audio.sample_rate
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=_SAMPLE_RATE)
     chunks = [part.to_ndarray() for part in (*resampler.resample(frame), *resampler.resample(None))]
-    return Audio(torch.from_numpy(np.concatenate(chunks, axis=1)), _SOUND_RATE)
+    return Audio(torch.from_numpy(np.concatenate(chunks, axis=1)), _SAMPLE_RATE)

@@ -1,7 +1,7 @@
-"""A captioning model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, LM Studio, a vendor's.
+"""Captioning model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, LM Studio, a commercial one.
 
-Frames go as pictures with their times between them, which every server with a vision model takes; whole videos only
-some take, and each samples them in its own way.
+Frames are sent as images with their times in between, which every server with a vision model accepts. Only some accept
+whole videos, and each samples frames in its own way.
 """
 
 import base64
@@ -17,15 +17,15 @@ vllm serve Qwen/Qwen3-Omni-30B-A3B-Instruct --port 8001 --max-model-len 32768 \\
       --limit-mm-per-prompt '{"image": 64, "audio": 1, "video": 1}'"""
 
 Captioner = Callable[[ClipParts, str], str]
-"""(a file, the instruction) -> the model's answer."""
+"""(parts of a file, instruction) -> answer of the model."""
 
 
 class CaptionError(Exception):
-    """A model did not caption one file; others may work."""
+    """One file could not be captioned; others may succeed."""
 
 
-class ServerGone(Exception):
-    """The server does not answer any more: no further file can be captioned."""
+class ServerUnreachable(Exception):
+    """The server stopped answering, so no further file can be captioned."""
 
 
 def server_captioner(
@@ -40,29 +40,29 @@ def server_captioner(
     send: Literal["frames", "video"] = "frames",
     extra_body: Mapping[str, Any] | None = None,
 ) -> Captioner:
-    """Connect to a server; may be called from several threads at once.
+    """Connects to a server; the returned function may be called from several threads.
 
     Args:
-        url: base address, as in http://127.0.0.1:8001/v1.
-        model: name on the server; None: the first that it lists.
-        api_key: None: the variable OPENAI_API_KEY, if there is one.
-        max_tokens: length of an answer, reasoning included.
-        temperature: 0 gives the same caption again.
-        timeout_s: of one request.
-        retries: of a request that the server could not take or answer, with growing pauses.
-        send: sampled frames with their times, or the file itself.
-        extra_body: further fields of the request, for what single servers offer.
+        url: base address, for example http://127.0.0.1:8001/v1.
+        model: name of the model on the server; None selects the first that it lists.
+        api_key: None reads the variable OPENAI_API_KEY.
+        max_tokens: maximal length of an answer, reasoning included.
+        temperature: sampling temperature; 0 is greedy.
+        timeout_s: timeout of one request.
+        retries: retries of a failed request, with exponential backoff.
+        send: sampled frames with their times, or the video file itself.
+        extra_body: further fields of the request that some servers understand.
 
     Raises:
-        ValueError: there is no server, or it has no such model.
+        ValueError: the server does not answer, or does not serve the model.
     """
     openai = _library()
     client = openai.OpenAI(base_url=url, api_key=api_key or _key(), timeout=timeout_s, max_retries=retries)
     model = _check(client, openai, url, model)
-    failures = _Consecutive()
+    failures = _FailureCount()
 
     def caption(parts: ClipParts, instruction: str) -> str:
-        content = [*(_file(parts) if send == "video" else _frames(parts)), *_sound(parts)]
+        content = [*(_file(parts) if send == "video" else _frames(parts)), *_audio(parts)]
         content.append({"type": "text", "text": instruction})
         try:
             answer = client.chat.completions.create(
@@ -76,25 +76,27 @@ def server_captioner(
             raise CaptionError(f"no answer within {timeout_s:g} s (--timeout)") from error
         except openai.APIConnectionError as error:
             if failures.add() >= _GIVE_UP_AFTER:
-                raise ServerGone(f"{url} does not answer any more ({error})") from error
+                raise ServerUnreachable(f"{url} stopped answering ({error})") from error
             raise CaptionError(f"the server cannot be reached ({error})") from error
         except openai.APIStatusError as error:
-            raise CaptionError(f"the server answers {error.status_code}: {_message(error)}") from error
+            raise CaptionError(f"the server returned {error.status_code}: {_message(error)}") from error
         except openai.OpenAIError as error:
-            raise CaptionError(f"the server's answer cannot be read ({error})") from error
+            raise CaptionError(f"the answer of the server is invalid ({error})") from error
         failures.clear()
         if not answer.choices:
-            raise CaptionError("the server's answer holds no choice")
+            raise CaptionError("the answer of the server contains no choice")
         return answer.choices[0].message.content or ""
 
     return caption
 
 
-# One request may meet a restart; several in a row mean that nobody is there.
+# One request can hit a restart of the server; several in a row mean that it is down.
 _GIVE_UP_AFTER = 3
 
 
-class _Consecutive:
+class _FailureCount:
+    """Consecutive connection failures, counted by several threads."""
+
     def __init__(self) -> None:
         self._count = 0
         self._lock = threading.Lock()
@@ -113,33 +115,35 @@ def _library() -> Any:
     try:
         import openai
     except ModuleNotFoundError as error:
-        raise ValueError('--server needs the package openai: pip install "ltx-titan[tools]"') from error
+        raise ValueError('--server needs the package openai: pip install "ltx-titan[captioning]"') from error
     return openai
 
 
 def _key() -> str:
-    # The client insists on some key; local servers look at none.
+    # The client requires a key; local servers ignore it.
     return os.environ.get("OPENAI_API_KEY") or "none"
 
 
 def _check(client: Any, openai: Any, url: str, model: str | None) -> str:
-    """The model's name, after a look at what the server has."""
+    """Checks that the server serves the model; returns its name."""
     try:
         names = [entry.id for entry in client.with_options(timeout=20, max_retries=0).models.list()]
     except openai.APIConnectionError as error:
-        raise ValueError(f"--server {url}: nobody answers. A local server is started with\n  {LAUNCH}") from error
+        raise ValueError(
+            f"--server {url}: connection failed ({error}). Start a local server with\n  {LAUNCH}"
+        ) from error
     except openai.APIStatusError as error:
         if model is not None and error.status_code == 404:
-            return model  # Not every server lists its models.
-        raise ValueError(f"--server {url}: answers {error.status_code}: {_message(error)}") from error
+            return model  # not every server lists its models
+        raise ValueError(f"--server {url}: returned {error.status_code}: {_message(error)}") from error
     except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"--server {url}: is no OpenAI-compatible server ({error}); the address ends in /v1"
+            f"--server {url}: not an OpenAI-compatible server ({error}); its address usually ends in /v1"
         ) from error
     if model is None and not names:
-        raise ValueError(f"--server {url}: lists no model; name it with --model")
+        raise ValueError(f"--server {url}: lists no model; set --model")
     if model is not None and names and model not in names:
-        raise ValueError(f"--server {url}: has no model {model!r}, it has {names}; correct --model")
+        raise ValueError(f"--server {url}: has no model {model!r}, it serves {names}; correct --model")
     return model or names[0]
 
 
@@ -153,10 +157,10 @@ def _message(error: Any) -> str:
 
 def _frames(parts: ClipParts) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = []
-    for time_s, picture in parts.frames:
+    for time_s, frame in parts.frames:
         if parts.kind == "video":
             content.append({"type": "text", "text": f"{time_s:.1f} s:"})
-        content.append({"type": "image_url", "image_url": {"url": jpeg_url(picture)}})
+        content.append({"type": "image_url", "image_url": {"url": jpeg_url(frame)}})
     return content
 
 
@@ -168,7 +172,7 @@ def _file(parts: ClipParts) -> list[dict[str, Any]]:
     return [{"type": "video_url", "video_url": {"url": f"data:video/{kind};base64,{encoded}"}}]
 
 
-def _sound(parts: ClipParts) -> list[dict[str, Any]]:
-    if parts.sound is None:
+def _audio(parts: ClipParts) -> list[dict[str, Any]]:
+    if parts.audio is None:
         return []
-    return [{"type": "input_audio", "input_audio": {"data": wav_base64(parts.sound), "format": "wav"}}]
+    return [{"type": "input_audio", "input_audio": {"data": wav_base64(parts.audio), "format": "wav"}}]

@@ -1,48 +1,38 @@
-"""The table that captions go into: what it has, what it gets, and the journal in between.
+"""Table of captions, with a journal that keeps new captions until the table is written.
 
-Several processes may work on one table. All write to one journal, line by line, and each puts the journal into the
-table when it is through; both under one lock.
+Several processes may work on one table. All append to one journal, and each merges the journal into the table when it
+is done; both under one lock.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ltx_titan.commands.files import (
-    AUDIO_SUFFIXES,
-    VIDEO_SUFFIXES,
-    Row,
-    find_media,
-    is_table,
-    media_of_row,
-    moved_row,
-    read_table,
-    relative_name,
-    write_table,
-)
+from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES, find_media
 from ltx_titan.common.files import locked, write_text
 from ltx_titan.media import is_image
+from ltx_titan.media.tables import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
 
 
 class CaptionTable:
     """Files to be captioned, and their captions."""
 
     def __init__(self, source: Path, output: Path | None, suffixes: frozenset[str], recursive: bool) -> None:
-        """Find the files.
+        """Finds the files.
 
         Args:
             source: a file, a folder, or a table.
-            output: the table to write, of .csv, .json, .jsonl or .txt; None: the source, or a file in its folder.
-            suffixes: of files in a folder.
-            recursive: look into subfolders.
+            output: table to write (.csv, .json, .jsonl, .txt); None: the source, or a file in its folder.
+            suffixes: suffixes of the files in a folder.
+            recursive: whether to search subfolders.
 
         Raises:
-            ValueError: there are no files, or the output is of another form.
+            ValueError: there are no files, or the output is not a table.
         """
         self._source = source if is_table(source) else None
         self.path = output or _default_output(source)
         if not is_table(self.path) and self.path.suffix != ".txt":
-            raise ValueError(f"--output: {self.path} is no table; expected .csv, .json, .jsonl or .txt")
+            raise ValueError(f"--output: {self.path} is not a table; expected .csv, .json, .jsonl or .txt")
         self._journal = self.path.with_name(f".{self.path.name}.journal")
         self.rows_without_file: list[int] = []
         if self._source is not None:
@@ -60,14 +50,14 @@ class CaptionTable:
         return bool(self._captions.get(self._key(path)))
 
     def add(self, path: Path, caption: str) -> None:
-        """Keep a caption; it is safe on disk when this returns."""
+        """Appends a caption to the journal on disk."""
         line = json.dumps({"media": self._key(path), "caption": caption}, ensure_ascii=False)
         with locked(self.path), self._journal.open("a", encoding="utf-8") as journal:
-            # The line break in front ends what a killed run may have left unfinished.
+            # The leading line break ends a line that a killed run may have left incomplete.
             journal.write(f"\n{line}\n")
 
     def save(self) -> None:
-        """Put the journal into the table."""
+        """Merges the journal into the table."""
         with locked(self.path):
             captions = self._known()
             rows = self._rows(captions)
@@ -79,7 +69,7 @@ class CaptionTable:
         return relative_name(path, self.path.parent)
 
     def _known(self) -> dict[str, str]:
-        """Captions of the source, the output and the journal, by file; the latest counts."""
+        """Captions in the source, the output and the journal by file; later ones win."""
         captions: dict[str, str] = {}
         for table in dict.fromkeys(path for path in (self._source, self.path) if path is not None):
             for row in _read(table):
@@ -91,12 +81,12 @@ class CaptionTable:
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
-                    continue  # The end of a line that a killed run could not finish; its file is captioned again.
+                    continue  # the incomplete line of a killed run; its file is captioned again
                 captions[entry["media"]] = entry["caption"]
         return captions
 
     def _rows(self, captions: Mapping[str, str]) -> list[Row]:
-        """The whole table: the source's rows, or one for each captioned file after rows that are none of ours."""
+        """All rows: those of the source, or other rows of the output and then one row for each captioned file."""
         if self._source is not None:
             return [self._moved(row, captions) for row in read_table(self._source)]
         own = {self._key(path): path for path in self.files}
@@ -117,7 +107,7 @@ class CaptionTable:
         return others + rows
 
     def _moved(self, row: Row, captions: Mapping[str, str]) -> Row:
-        """A row of the source with its caption, and with paths that start from the output's folder."""
+        """A row of the source with its caption, and with paths relative to the folder of the output."""
         assert self._source is not None
         media = media_of_row(row, self._source)
         caption = None if media is None else captions.get(self._key(media))
@@ -132,9 +122,9 @@ def _default_output(source: Path) -> Path:
 
 
 def _without_audio_of_videos(files: list[Path]) -> list[Path]:
-    """Audio count only in a folder of audio: beside videos they are something else's, such as their own."""
-    pictures = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES or is_image(path)]
-    return pictures or files
+    """Drops audio files next to videos or images, since they usually belong to these."""
+    visual = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES or is_image(path)]
+    return visual or files
 
 
 def _read(path: Path) -> list[Row]:

@@ -1,45 +1,47 @@
-"""What a captioning model is asked, and how its answer is read.
+"""Instruction for a captioning model, and the caption in its answer.
 
-The question says what the model is given: a caption that describes sounds nobody sent teaches the trained model that
-captions mean nothing, and one that leaves audible speech out wastes the sound track.
+The instruction states whether audio is attached. A caption that describes audio which the clip does not have teaches
+the trained model to ignore captions, and one that omits audible speech wastes the audio track.
 """
 
 import json
 import re
 from typing import Literal
 
-Heard = Literal["sound", "silence", "unknown"]
-"""Whether the sound is sent along, there is none, or nothing is known of it because it is not sent."""
+MediaKind = Literal["video", "image", "audio"]
+
+AudioState = Literal["attached", "absent", "not sent"]
+"""Audio of a file as its captioning model receives it: attached, absent from the file, or present but not sent."""
 
 _KEY = "caption"
 
 _VIDEO = """\
-Describe this video clip in one exhaustive paragraph for training a model that generates video and sound from text.
+Describe this video clip in one exhaustive paragraph for training a model that generates video and audio from text.
 
-Go through it in the order of events. Say who and what is there (looks, clothes, age, materials, colours), where it is
+Go through it in the order of events. Say who and what is there (looks, clothes, age, materials, colors), where it is
 and in what light, and what happens, movement by movement. Say how it is filmed: the kind of shot, the angle, how the
-camera moves, and the look (live action, animation, film grain, colours). Quote text that can be read.
+camera moves, and the look (live action, animation, film grain, colors). Quote text that can be read.
 """
 _IMAGE = """\
-Describe this image in one exhaustive paragraph for training a model that generates pictures from text.
+Describe this image in one exhaustive paragraph for training a model that generates images from text.
 
-Say who and what is there (looks, clothes, age, materials, colours), where it is and in what light, what goes on, how
-it is framed and at what angle, and the look (photograph, drawing, film grain, colours). Quote text that can be read.
+Say who and what is there (looks, clothes, age, materials, colors), where it is and in what light, what happens, how
+it is framed and at what angle, and the look (photograph, drawing, film grain, colors). Quote text that can be read.
 """
-_SOUND_ALONE = """\
-Describe this sound recording in one exhaustive paragraph for training a model that generates sound from text, in the
+_AUDIO_ONLY = """\
+Describe this audio recording in one exhaustive paragraph for training a model that generates audio from text, in the
 order of events.
 """
-_HEARD: dict[Heard, str] = {
-    "sound": """
-The clip's sound is attached. Describe all of it where it happens: speech word for word in quotation marks, with its
+_AUDIO: dict[AudioState, str] = {
+    "attached": """
+The clip's audio is attached. Describe all of it where it happens: speech word for word in quotation marks, with its
 language, voice and tone; music with its instruments, tempo and mood; noises and the sound of the room. If there is no
 speech, or no music, say so.
 """,
-    "silence": """
+    "absent": """
 The clip has no sound. End with: "There is no sound." Do not describe any.
 """,
-    "unknown": """
+    "not sent": """
 Describe only what can be seen; say nothing about sounds.
 """,
 }
@@ -48,41 +50,41 @@ State only what is certain. Do not begin with "The video shows" or the like. Ans
 else: {{"{_KEY}": "..."}}
 """
 
-_THOUGHT = re.compile(r"^.*?</think(?:ing)?>", re.DOTALL)
-_FENCE = re.compile(r"^```[a-z]*\s*|\s*```$")
-_CUT_OFF = re.compile(r'^\{\s*"[a-z_ ]+"\s*:\s*"(?P<text>.*)$', re.DOTALL | re.IGNORECASE)
+_REASONING = re.compile(r"^.*?</think(?:ing)?>", re.DOTALL)
+_CODE_FENCE = re.compile(r"^```[a-z]*\s*|\s*```$")
+_TRUNCATED = re.compile(r'^\{\s*"[a-z_ ]+"\s*:\s*"(?P<text>.*)$', re.DOTALL | re.IGNORECASE)
 
 
-def instruction(kind: Literal["video", "image", "sound"], heard: Heard, own: str | None = None) -> str:
-    """The question for one file.
+def instruction(kind: MediaKind, audio: AudioState, custom: str | None = None) -> str:
+    """Builds the instruction for one file.
 
     Args:
-        kind: what the file is.
-        heard: what the model gets of its sound.
-        own: the user's own instruction in place of ours; what is known of the sound is added to it.
+        kind: media type of the file.
+        audio: whether its audio is attached.
+        custom: instruction of the user that replaces the built-in one; the statement about audio is appended to it.
     """
-    if own is not None:
-        return own.strip() + ("" if kind == "image" else "\n" + _HEARD[heard])
+    if custom is not None:
+        return custom.strip() + ("" if kind == "image" else "\n" + _AUDIO[audio])
     if kind == "image":
         return _IMAGE + _FORM
-    return (_VIDEO if kind == "video" else _SOUND_ALONE) + _HEARD[heard] + _FORM
+    return (_VIDEO if kind == "video" else _AUDIO_ONLY) + _AUDIO[audio] + _FORM
 
 
 def read_answer(answer: str | None) -> str:
-    """The caption in a model's answer: reasoning, code fences and JSON around it are taken off, also if cut off.
+    """Extracts the caption from a model's answer: removes reasoning, code fences and JSON, also if it is truncated.
 
     Raises:
-        ValueError: there is no caption in it.
+        ValueError: the answer contains no caption.
     """
-    text = _THOUGHT.sub("", answer or "").strip()
+    text = _REASONING.sub("", answer or "").strip()
     if text.startswith("<think"):
-        raise ValueError("the model used up its tokens on reasoning; raise --max-tokens, or turn thinking off")
-    text = _FENCE.sub("", text).strip()
+        raise ValueError("the model spent all tokens on reasoning; raise --max-tokens, or disable thinking")
+    text = _CODE_FENCE.sub("", text).strip()
     if text.startswith("{"):
         text = _from_json(text)
     caption = " ".join(text.split())
     if not caption:
-        raise ValueError("the model's answer holds no caption")
+        raise ValueError("the model's answer contains no caption")
     return caption
 
 
@@ -90,10 +92,10 @@ def _from_json(text: str) -> str:
     try:
         found = json.loads(text, strict=False)
     except json.JSONDecodeError:
-        cut_off = _CUT_OFF.match(text)
-        if cut_off is None:
+        truncated = _TRUNCATED.match(text)
+        if truncated is None:
             return text
-        # The closing quote is missing, or something follows it that is no JSON.
-        return cut_off["text"].rstrip('`}\n\t "\\').replace('\\"', '"').replace("\\n", " ")
+        # The closing quote is missing, or the JSON is followed by other text.
+        return truncated["text"].rstrip('`}\n\t "\\').replace('\\"', '"').replace("\\n", " ")
     values = [value for value in found.values() if isinstance(value, str)]
     return found[_KEY] if isinstance(found.get(_KEY), str) else " ".join(values)

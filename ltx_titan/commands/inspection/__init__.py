@@ -1,1 +1,1 @@
-"""`inspect`."""
+"""Inspection of clips and prepared data: `ltx-titan inspect`."""

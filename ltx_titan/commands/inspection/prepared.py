@@ -1,4 +1,4 @@
-"""What prepared data is: samples and their shapes, rates, lengths and text, what is missing, and what is broken."""
+"""Prepared data: shape, frame rate, duration and text of each sample, and its missing or damaged files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ltx_titan.commands.inspection.sheet import Entry
-from ltx_titan.commands.stored import Stored, stored_samples
+from ltx_titan.commands.stored import StoredSample, stored_samples
+from ltx_titan.common.tensors import evenly_spaced
 from ltx_titan.data.layout import Fields
 from ltx_titan.validation.decode import Decoders, decode_sample
 from ltx_titan.validation.sampling import SampledLatents
@@ -20,18 +21,18 @@ _SHEET_FRAMES = 6
 
 
 @dataclass
-class PreparedSample:
-    """One sample: what its files in all source folders say.
+class InspectedSample:
+    """One sample, merged from its files in all source folders.
 
     Attributes:
         name: path below the source folders.
         shapes: shape of the latents by source folder.
-        fps: of the video latents; 0 without.
-        duration_s: seconds of video, or of audio where there is none.
-        has_audio: whether there are audio latents that are no stand-in.
-        text_tokens: tokens of the prompt, 0 where finished contexts are stored.
-        is_text_full: whether the prompt fills its whole length, so that its end was likely cut off.
-        problems: (source folder, why) of files that cannot be used.
+        fps: frame rate of the video latents; 0 without video.
+        duration_s: seconds of video, or of audio without video.
+        has_audio: whether its audio latents are real and not a placeholder for missing audio.
+        text_tokens: tokens of the prompt; 0 if contexts after the connectors are stored.
+        is_text_full: whether the prompt fills its whole length, so that it was probably truncated.
+        problems: (source folder, reason) of unusable files.
     """
 
     name: str
@@ -45,7 +46,7 @@ class PreparedSample:
 
     @property
     def bucket(self) -> str:
-        """Size in pixels and frames that the video latents stand for."""
+        """Size of the video in pixels and frames."""
         shape = self.shapes.get("latents")
         if shape is None:
             return "audio"
@@ -54,17 +55,17 @@ class PreparedSample:
 
     @property
     def video_tokens(self) -> int:
-        """Tokens of all its video latents, references included."""
+        """Tokens of all video latents, references included."""
         return sum(shape[1] * shape[2] * shape[3] for shape in self.shapes.values() if len(shape) == 4)
 
     @property
     def audio_tokens(self) -> int:
-        """Tokens of all its audio latents, references included."""
+        """Tokens of all audio latents, references included."""
         return sum(shape[1] for shape in self.shapes.values() if len(shape) == 3)
 
     @property
     def facts(self) -> str:
-        """In one line."""
+        """Summary in one line."""
         parts = [self.bucket]
         if self.fps:
             parts.append(f"{self.fps:.6g} fps")
@@ -76,35 +77,35 @@ class PreparedSample:
         return "   ".join(parts)
 
 
-Folders = Mapping[str, Mapping[str, Stored]]
-"""Source folder -> path of the sample below it -> where it lies."""
+Folders = Mapping[str, Mapping[str, StoredSample]]
+"""Source folder -> path of a sample below it -> its location."""
 
 
 def find_samples(root: Path) -> Folders:
-    """All samples of a data root; folders without any are left out."""
+    """All samples below a data root; folders without samples are skipped."""
     found = {entry.name: stored_samples(entry) for entry in sorted(root.iterdir()) if entry.is_dir()}
     return {folder: samples for folder, samples in found.items() if samples}
 
 
 def read_samples(
     folders: Folders, names: Sequence[str], num_workers: int, on_sample: Callable[[], None]
-) -> list[PreparedSample]:
-    """Read samples from all source folders, with all of their values: a NaN is found here or in training.
+) -> list[InspectedSample]:
+    """Reads samples from all source folders and validates all values: a NaN is found here or in training.
 
     Args:
         folders: the data.
         names: samples to read.
-        num_workers: samples at once.
-        on_sample: called after each.
+        num_workers: samples in parallel.
+        on_sample: called after each sample.
     """
 
-    def read(name: str) -> PreparedSample:
-        sample = PreparedSample(name)
+    def read(name: str) -> InspectedSample:
+        sample = InspectedSample(name)
         for folder, samples in folders.items():
             stored = samples.get(name)
             try:
                 if stored is not None:
-                    _take(sample, folder, stored.read())
+                    _merge(sample, folder, stored.read())
                 else:
                     sample.problems.append((folder, "is missing"))
             except ValueError as error:
@@ -116,29 +117,29 @@ def read_samples(
         return list(pool.map(read, names))
 
 
-def warnings_of(samples: Sequence[PreparedSample]) -> dict[str, int]:
-    """What is likely not meant, with how many samples it concerns."""
+def warnings_of(samples: Sequence[InspectedSample]) -> dict[str, int]:
+    """Probable mistakes, with the number of samples that they concern."""
     good = [sample for sample in samples if not sample.problems]
     texts = [sample for sample in good if sample.text_tokens]
     counts = {
-        "prompts that fill all tokens (their end was likely cut off)": sum(sample.is_text_full for sample in texts),
+        "prompts that fill all tokens (probably truncated)": sum(sample.is_text_full for sample in texts),
         "empty prompts": sum(sample.text_tokens <= 1 for sample in texts),
     }
     without = sum(not sample.has_audio for sample in good)
     if 0 < without < len(good):
-        counts["samples without audio beside others with it"] = without
+        counts["samples without audio among others with audio"] = without
     return {text: count for text, count in counts.items() if count}
 
 
 def statistics_of(
-    folders: Folders, folder: str, samples: Sequence[PreparedSample], limit: int = 64
+    folders: Folders, folder: str, samples: Sequence[InspectedSample], limit: int = 64
 ) -> tuple[float, float] | None:
-    """Mean and standard deviation of some samples' latents; None for a folder without.
+    """Mean and standard deviation of the latents of at most `limit` samples; None for a folder without latents.
 
-    They are about 0 and 1 where the right VAE made them.
+    They are about 0 and 1 if the right VAE encoded them.
     """
-    heard = [sample for sample in samples if folder != "audio_latents" or sample.has_audio]
-    names = [sample.name for sample in heard if folder in sample.shapes]
+    real = [sample for sample in samples if folder != "audio_latents" or sample.has_audio]
+    names = [sample.name for sample in real if folder in sample.shapes]
     if not names:
         return None
     chosen = names[:: max(1, len(names) // limit)]
@@ -146,48 +147,51 @@ def statistics_of(
     return float(values.mean()), float(values.std())
 
 
-def sheet_entry(sample: PreparedSample, folders: Folders, decoders: Decoders | None) -> Entry:
-    """A sample on a contact sheet: decoded, or without decoders its latents in false colours."""
+def sheet_entry(sample: InspectedSample, folders: Folders, decoders: Decoders | None) -> Entry:
+    """A sample on a contact sheet: decoded, or its latents in false colors without decoders."""
     if sample.problems:
         folder, reason = sample.problems[0]
         return Entry(sample.name, sample.facts, warning=f"{folder}: {reason}")
     video = _latents(folders, "latents", sample)
     audio = _latents(folders, "audio_latents", sample) if sample.has_audio else None
     if decoders is None:
-        frames = [] if video is None else false_colours(video)
+        frames = [] if video is None else false_colors(video)
         return Entry(sample.name, sample.facts, frames, None if audio is None else _spectrum(audio))
     latents = SampledLatents(
-        None if video is None else _first(video)[None],
+        # The first frames are enough to recognize a clip, and fast to decode.
+        None if video is None else video[None, :, :4],
         None if audio is None or decoders.audio is None else audio[None],
     )
     decoded = decode_sample(latents, decoders)
-    frames = (
-        []
-        if decoded.frames is None
-        else [Image.fromarray(decoded.frames[i].numpy()) for i in _spread(len(decoded.frames))]
-    )
+    frames = []
+    if decoded.frames is not None:
+        indices = evenly_spaced(len(decoded.frames), _SHEET_FRAMES)
+        frames = [Image.fromarray(decoded.frames[index].numpy()) for index in indices]
     return Entry(sample.name, sample.facts, frames, decoded.audio)
 
 
-def false_colours(latents: Tensor) -> list[Image.Image]:
-    """Pictures of latents [C, F, H, W]: their three main components as red, green and blue, over the whole clip."""
+def false_colors(latents: Tensor) -> list[Image.Image]:
+    """Images of latents [C, F, H, W]: their three main components over the whole clip as red, green and blue."""
     channels, frames, height, width = latents.shape
     values = latents.float().permute(1, 2, 3, 0).reshape(-1, channels)
     values = values - values.mean(0)
     count = min(3, *values.shape)
     _, _, axes = torch.pca_lowrank(values, q=count, center=False, niter=2)
-    colours = torch.zeros(values.shape[0], 3)
-    colours[:, :count] = values @ axes[:, :count]
-    low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
-    scaled = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    pictures = (scaled * 255).to(torch.uint8).reshape(frames, height, width, 3).numpy()
+    colors = torch.zeros(values.shape[0], 3)
+    colors[:, :count] = values @ axes[:, :count]
+    low, high = colors.quantile(0.02, dim=0), colors.quantile(0.98, dim=0)
+    scaled = ((colors - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    images = (scaled * 255).to(torch.uint8).reshape(frames, height, width, 3).numpy()
     factor = max(1, 256 // max(height, width))
     size = (width * factor, height * factor)
-    return [Image.fromarray(pictures[i]).resize(size, Image.Resampling.NEAREST) for i in _spread(frames)]
+    return [
+        Image.fromarray(images[index]).resize(size, Image.Resampling.NEAREST)
+        for index in evenly_spaced(frames, _SHEET_FRAMES)
+    ]
 
 
-def as_record(sample: PreparedSample) -> Mapping[str, Any]:
-    """A sample for a JSON file."""
+def as_record(sample: InspectedSample) -> Mapping[str, Any]:
+    """The sample as JSON."""
     return {
         **vars(sample),
         "bucket": sample.bucket,
@@ -196,7 +200,7 @@ def as_record(sample: PreparedSample) -> Mapping[str, Any]:
     }
 
 
-def _take(sample: PreparedSample, folder: str, fields: Fields) -> None:
+def _merge(sample: InspectedSample, folder: str, fields: Fields) -> None:
     latents = fields.get("latents")
     if isinstance(latents, Tensor):
         sample.shapes[folder] = tuple(latents.shape)
@@ -211,21 +215,12 @@ def _take(sample: PreparedSample, folder: str, fields: Fields) -> None:
         sample.is_text_full = sample.text_tokens == mask.numel()
 
 
-def _latents(folders: Folders, folder: str, sample: PreparedSample) -> Tensor | None:
+def _latents(folders: Folders, folder: str, sample: InspectedSample) -> Tensor | None:
     return folders[folder][sample.name].read()["latents"] if folder in sample.shapes else None
 
 
-def _first(latents: Tensor, frames: int = 4) -> Tensor:
-    """The first frames: enough to see what a clip is, and quick to decode."""
-    return latents[:, :frames]
-
-
-def _spread(count: int) -> list[int]:
-    return torch.linspace(0, count - 1, min(count, _SHEET_FRAMES)).round().int().tolist()
-
-
 def _spectrum(latents: Tensor) -> Image.Image:
-    """Audio latents [8, T, 16] as a picture: time to the right, channels and frequencies downwards."""
+    """Audio latents [8, T, 16] as an image: time to the right, channels and frequencies downwards."""
     values = latents.float().permute(0, 2, 1).flatten(0, 1)
     scaled = ((values.clamp(-2.5, 2.5) + 2.5) / 5 * 255).to(torch.uint8)
     return Image.fromarray(scaled.numpy())

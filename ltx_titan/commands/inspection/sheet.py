@@ -1,6 +1,5 @@
-"""A contact sheet: one picture of many clips, each with frames in order of time, its audio, and what is known of it."""
+"""Contact sheet: one image of many clips, each with frames in order of time, its waveform and a summary."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ltx_titan.common.files import atomic_write
 from ltx_titan.media import Audio
 
 _CELL_WIDTH = 960
@@ -33,12 +33,12 @@ class Entry:
     """One clip on a sheet.
 
     Attributes:
-        title: its name.
-        facts: what is known of it, in one line.
-        frames: pictures in order of time, all of one size; none for an audio.
-        audio: drawn as a waveform, or a picture of it; None: without one.
-        caption: its text, shortened to a few lines.
-        warning: what is wrong with it.
+        title: name of the clip.
+        facts: summary in one line.
+        frames: frames in order of time, all of one size; empty for audio.
+        audio: audio that is drawn as a waveform, or an image of it; None without audio.
+        caption: its caption, shortened to a few lines.
+        warning: problem with the clip.
     """
 
     title: str
@@ -50,13 +50,13 @@ class Entry:
 
 
 def write_sheet(path: Path, header: Sequence[str], entries: Sequence[Entry], columns: int = 2) -> None:
-    """Draw a sheet as PNG; it appears when complete.
+    """Draws a sheet as PNG, atomically.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         header: lines above the clips, the first one large.
         entries: the clips.
-        columns: clips side by side.
+        columns: number of columns.
     """
     columns = max(1, min(columns, len(entries)))
     cells = [_cell(entry) for entry in entries]
@@ -67,18 +67,16 @@ def write_sheet(path: Path, header: Sequence[str], entries: Sequence[Entry], col
     sheet = Image.new("RGB", (width, top + sum(heights) + _MARGIN * (len(rows) + 1)), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(header):
-        place = (_MARGIN, _MARGIN + _HEADER_LINE * number + (6 if number else 0))
-        draw.text(place, line, fill=_FAINT if number else _TEXT, font=_font(13 if number else 18, bold=not number))
+        position = (_MARGIN, _MARGIN + _HEADER_LINE * number + (6 if number else 0))
+        draw.text(position, line, fill=_FAINT if number else _TEXT, font=_font(13 if number else 18, bold=not number))
     draw.line([(_MARGIN, top - 8), (width - _MARGIN, top - 8)], fill=(210, 210, 210))
     y = top + 6
     for row, height in zip(rows, heights, strict=True):
         for number, cell in enumerate(row):
             sheet.paste(cell, (_MARGIN + number * (_CELL_WIDTH + _MARGIN), y))
         y += height + _MARGIN
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    sheet.save(temporary, format="PNG")
-    temporary.rename(path)
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def _cell(entry: Entry) -> Image.Image:
@@ -109,7 +107,7 @@ def _cell(entry: Entry) -> Image.Image:
 
 
 def _strip(frames: Sequence[Image.Image]) -> Image.Image | None:
-    """Frames side by side, as large as the width and height of a cell let them be."""
+    """Frames in a row, as large as the width and height of a cell allow."""
     if not frames:
         return None
     width, height = frames[0].size
@@ -129,9 +127,9 @@ def _audio(audio: Audio | Image.Image | None, width: int) -> Image.Image | None:
 
 
 def _waveform(audio: Audio, width: int) -> Image.Image:
-    """Largest and smallest sample under each column of pixels, on a scale of decibels so that quiet audio shows."""
-    picture = Image.new("RGB", (width, _AUDIO_HEIGHT), _SILENT)
-    draw = ImageDraw.Draw(picture)
+    """Peak level of each column of pixels, in decibels so that quiet audio is visible."""
+    image = Image.new("RGB", (width, _AUDIO_HEIGHT), _SILENT)
+    draw = ImageDraw.Draw(image)
     mono = audio.waveform.float().abs().amax(0)
     if mono.numel():
         padded = torch.nn.functional.pad(mono, (0, -mono.numel() % width))
@@ -141,11 +139,11 @@ def _waveform(audio: Audio, width: int) -> Image.Image:
         for x, level in enumerate(np.asarray(loudness)):
             reach = level * (middle - 1)
             draw.line([(x, middle - reach), (x, middle + reach)], fill=_WAVE)
-    return picture
+    return image
 
 
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    # matplotlib brings a font with many alphabets; Pillow's own has Latin letters only.
+    # The font of matplotlib covers many scripts; that of Pillow has Latin letters only.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)

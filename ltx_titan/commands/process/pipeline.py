@@ -1,47 +1,47 @@
-"""The whole preparation: what the options ask for is checked, then one stage runs after the other.
+"""The whole preparation: checks the options, then runs one stage after the other.
 
-Each stage loads its encoder, does its part and lets go of it, so that VAE and text encoder never share a GPU. Videos
-come first: a caption of a file that cannot be read needs no 12 B text encoder. A process does all stages for its share
-of the samples, so what a stage needs of an earlier one is there.
+Videos come first: the caption of a file that cannot be read needs no 12 B text encoder. A process runs all stages on
+its share of the rows, so the outputs that a later stage needs of an earlier one are always stored.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from ltx_titan.codecs import (
-    AudioCodec,
-    VideoCodec,
-    load_audio_codec,
-    load_feature_extractor,
-    load_text_encoder,
-    load_video_codec,
-    quantize_text_encoder,
-    text_encoder_config,
+from ltx_titan.codecs import text_encoder_config
+from ltx_titan.commands.process.loop import Run, Stage, run_stage
+from ltx_titan.commands.process.options import (
+    CaptionOptions,
+    DataOptions,
+    MediaOptions,
+    parse_durations,
+    parse_fps,
 )
-from ltx_titan.commands.process.options import ProcessOptions, parse_durations, parse_fps
-from ltx_titan.commands.process.settings import Settings, check_settings, write_settings
-from ltx_titan.commands.process.stage import Stage, plan_stage, run_stage
-from ltx_titan.commands.process.store import Store
+from ltx_titan.commands.process.stages import (
+    AudioMaskStage,
+    AudioStage,
+    CaptionStage,
+    ReferenceAudioStage,
+    ReferenceVideoStage,
+    Targets,
+    VideoMaskStage,
+    VideoStage,
+)
+from ltx_titan.commands.process.store import Settings, Store, check_settings, write_settings
 from ltx_titan.commands.report import Report
-from ltx_titan.common.ranks import Ranks, join_ranks, own_device
-from ltx_titan.encode.audio import AUDIO, REFERENCE_AUDIO, audio_stage
-from ltx_titan.encode.buckets import Bucket, parse_buckets
-from ltx_titan.encode.captions import TextModels, caption_stage
-from ltx_titan.encode.clips import Clip, ClipRules, plan_clip
-from ltx_titan.encode.masks import audio_mask_stage, video_mask_stage
-from ltx_titan.encode.references import ReferenceScale, reference_stage
-from ltx_titan.encode.videos import video_stage
-from ltx_titan.media.tables import Dataset, Sample, read_dataset
-from ltx_titan.model.config import caption_projected_before_connector
-from ltx_titan.weights import load_text_connectors, read_config, scale_factors
+from ltx_titan.common.ranks import Ranks, join_ranks
+from ltx_titan.encode.buckets import parse_buckets
+from ltx_titan.encode.captions import text_bytes
+from ltx_titan.encode.clips import ClipRules
+from ltx_titan.encode.encoders import EncoderFiles
+from ltx_titan.encode.references import ReferenceScale
+from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table
+from ltx_titan.weights import read_config, scale_factors
 
+# Column -> folder of its output.
 _EXTRA_FOLDERS = {
     "reference_video": "reference_latents",
     "reference_audio": "reference_audio_latents",
@@ -52,267 +52,218 @@ _EXTRA_FOLDERS = {
 
 @dataclass(frozen=True)
 class _Task:
-    """What a run is to do, all of it checked."""
+    """The checked work of a run."""
 
-    options: ProcessOptions
-    dataset: Dataset
+    data: DataOptions
+    media: MediaOptions | None
+    captions: CaptionOptions | None
+    table: SampleTable
+    files: EncoderFiles
+    checkpoint: dict[str, Any]
     rules: ClipRules
     scale: ReferenceScale
     durations_s: tuple[float, ...]
-    does_media: bool
-    does_captions: bool
-    checkpoint: dict[str, Any]
 
     @property
     def extracts_audio(self) -> bool:
-        """A column of audio is a choice against the videos' own."""
-        return self.dataset.has_video and not self.options.skip_audio and not self.dataset.has_audio
+        """Whether the audio of videos is encoded; a column of audio replaces it."""
+        if self.media is None or self.media.skip_audio:
+            return False
+        return self.table.has_video and not self.table.has_audio
+
+    @property
+    def folders(self) -> list[str]:
+        """Source folders that the run reads or writes."""
+        folders = []
+        if self.media is not None:
+            if self.table.has_video:
+                folders.append("latents")
+            if not self.media.skip_audio or self.table.has_audio:
+                folders.append("audio_latents")
+            folders += [_EXTRA_FOLDERS[column] for column in self.table.extras]
+            # Audio masks take the shape of audio that an earlier run may have made.
+            if "audio_mask" in self.table.extras and "audio_latents" not in folders:
+                folders.append("audio_latents")
+        if self.captions is not None:
+            folders.append("conditions")
+        return folders
 
 
 def process(
-    options: ProcessOptions, console: Console | None = None, *, media: bool = True, captions: bool = True
+    data: DataOptions,
+    media: MediaOptions | None = None,
+    captions: CaptionOptions | None = None,
+    console: Console | None = None,
 ) -> Report:
-    """Prepares a data set; files that cannot be used are named in the report and left out.
+    """Prepares a dataset; files that cannot be used are reported and skipped.
 
     Under torchrun each process does its share, and all return the report of the whole.
 
     Args:
-        options: what to do.
-        console: where to show progress; the other processes show none.
-        media: whether to encode videos, audio, references and masks.
-        captions: whether to encode captions.
+        data: the dataset and its output.
+        media: encodes videos, audio, references and masks; None does not.
+        captions: encodes captions; None does not.
+        console: shows progress; only on the main process.
 
     Raises:
-        ValueError: the metadata file, the options or a checkpoint cannot be used at all.
+        ValueError: the table, the options or a checkpoint cannot be used at all.
     """
     with join_ranks() as ranks:
         report = Report((console or Console()) if ranks.is_main else Console(quiet=True))
-        task = _check(options, media, captions)
-        store = Store(options.root, task.dataset.samples, _folders(task), options.shard_size)
+        task = _check(data, media, captions)
+        store = Store(data.root, task.table.samples, task.folders, data.shard_size)
         settings = _settings(task)
-        if not options.overwrite:
-            check_settings(options.root, settings)
+        if not data.overwrite:
+            check_settings(data.root, settings)
         if ranks.is_main:
             _report_start(task, store, ranks, report)
-        if options.dry_run:
+        if data.dry_run:
             # Headers only: not worth sharing.
-            mine = task.dataset.samples if ranks.is_main else ()
+            rows = list(task.table.samples) if ranks.is_main else []
         else:
-            ranks.wait()  # until all have seen what was there before
+            # The first barrier: every rank has listed the root before it changes. The second: no rank writes before
+            # unfinished files are removed.
+            ranks.wait()
             if ranks.is_main:
                 store.clean()
-                write_settings(options.root, settings)
+                write_settings(data.root, settings)
             ranks.wait()
-            mine = store.share(task.dataset.samples, ranks.rank, ranks.world_size)
-        _run_stages(task, mine, store, report)
+            rows = store.share(task.table.samples, ranks.rank, ranks.world_size)
+        run = Run(store, report, data.num_workers, data.overwrite, data.dry_run)
+        if media is not None:
+            rows = _process_media(task, rows, run)
+        if captions is not None:
+            _process_captions(task, captions, rows, run)
         tallies = ranks.gather(report.tally())
         report.merge(tally for rank, tally in enumerate(tallies) if rank != ranks.rank)
         return report
 
 
-def _run_stages(task: _Task, samples: Iterable[Sample], store: Store, report: Report) -> None:
-    options, dataset = task.options, task.dataset
-    run = partial(
-        plan_stage if options.dry_run else run_stage,
-        store=store,
-        report=report,
-        num_workers=options.num_workers,
-        overwrite=options.overwrite,
+def report_and_status(report: Report, title: str, root: Path) -> int:
+    """Prints a report; returns the exit status, 1 only if nothing at all could be prepared."""
+    report.print(title)
+    if not report.plans:
+        report.console.print(f"prepared data: {root}", highlight=False, soft_wrap=True)
+    return 0 if report.succeeded() else 1
+
+
+def _process_media(task: _Task, rows: Sequence[SampleRow], run: Run) -> list[SampleRow]:
+    """Runs the stages of videos, audio, references and masks; returns the rows whose main files could be used."""
+    rules, files, device = task.rules, task.files, task.data.device
+    targets = Targets(run.store, rules)
+    # Without videos there is no clip whose duration audio could follow.
+    audio_targets = targets if task.table.has_video else None
+    main: list[Stage] = []
+    if task.table.has_video:
+        main.append(VideoStage(rules, files, device, task.extracts_audio))
+    if task.table.has_audio:
+        main.append(AudioStage(files, device, audio_targets, task.durations_s))
+    for stage in main:
+        failed = run_stage(stage, rows, run)
+        rows = [row for row in rows if row.key not in failed]
+    # A row without one of its extras is still of use to jobs that do not read it, so it is kept.
+    for column in task.table.extras:
+        match column:
+            case "reference_video":
+                run_stage(ReferenceVideoStage(rules, task.scale, files, device, targets), rows, run)
+            case "reference_audio":
+                run_stage(ReferenceAudioStage(files, device, audio_targets, task.durations_s), rows, run)
+            case "video_mask":
+                run_stage(VideoMaskStage(rules, targets), rows, run)
+            case "audio_mask":
+                run_stage(AudioMaskStage(targets), rows, run)
+    return list(rows)
+
+
+def _process_captions(task: _Task, options: CaptionOptions, rows: Sequence[SampleRow], run: Run) -> None:
+    stage = CaptionStage(
+        files=task.files,
+        device=task.data.device,
+        precision=options.precision,
+        size_bytes=text_bytes(task.checkpoint.get("transformer") or {}),
+        trigger=options.lora_trigger,
+        removes_prefixes=options.remove_llm_prefixes,
+        with_contexts=options.contexts,
     )
-    samples = list(samples)
-    clip_of = partial(_clip_of, store=store, rules=task.rules)
-
-    def run_on(stage: Stage, has_file: Callable[[Sample], bool]) -> list[Sample]:
-        """Runs a stage on the samples that have its file; returns all but those that failed."""
-        todo = [sample for sample in samples if has_file(sample)]
-        if without := len(samples) - len(todo):
-            report.notes[f"rows without a file for {stage.name}"] += without
-        usable = {sample.key for sample in run(stage, todo)}
-        return [sample for sample in samples if sample.key in usable or not has_file(sample)]
-
-    if task.does_media:
-        load_video, load_audio = _codec_loaders(options)
-        if dataset.has_video:
-            samples = run(
-                video_stage(task.rules, report, load_video, load_audio if task.extracts_audio else None), samples
-            )
-        clip_duration_s = (lambda sample: clip_of(sample).duration_s) if dataset.has_video else None
-        if dataset.has_audio:
-            stage = audio_stage(AUDIO, load_audio, clip_duration_s, task.durations_s)
-            samples = run_on(stage, lambda sample: sample.audio is not None)
-        extras = {
-            "reference_video": lambda: reference_stage(task.rules, task.scale, report, clip_of, load_video),
-            "reference_audio": lambda: audio_stage(REFERENCE_AUDIO, load_audio, clip_duration_s, task.durations_s),
-            "video_mask": lambda: video_mask_stage(task.rules, clip_of),
-            "audio_mask": lambda: audio_mask_stage(partial(_audio_steps, store=store)),
-        }
-        for column in dataset.extras:
-            # A sample without one of them is of use to jobs that do not ask for it.
-            run_on(extras[column](), lambda sample, column=column: column in sample.extras)
-    if task.does_captions:
-        loader = partial(_load_text_models, options)
-        stage = caption_stage(loader, _text_bytes(task), options.lora_trigger, options.remove_llm_prefixes)
-        run(stage, samples)
+    run_stage(stage, rows, run)
 
 
-def _check(options: ProcessOptions, media: bool, captions: bool) -> _Task:
-    """Everything that can be wrong is found here, before an encoder is loaded."""
-    dataset = read_dataset(options.dataset_path, options.video_column, options.caption_column, captions)
-    checkpoint = read_config(options.model_path)
-    if captions:
-        if options.text_encoder_path is None:
-            raise ValueError("--text-encoder-path: needed to encode captions")
-        text_encoder_config(options.text_encoder_path)
-    for name, least in (("shard_size", 1), ("num_workers", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} = {value}: expected {least} or more")
-    if not media:
-        return _Task(options, dataset, ClipRules((), (1, 1, 1)), ReferenceScale(), (), media, captions, checkpoint)
-    factors = scale_factors(read_config(options.video_vae_path or options.model_path))
-    if dataset.has_video and options.resolution_buckets is None:
+def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptions | None) -> _Task:
+    """Finds all errors of a run before an encoder is loaded."""
+    caption_column = captions.caption_column if captions else None
+    table = read_sample_table(data.dataset_path, data.video_column, caption_column, captions is not None)
+    checkpoint = read_config(data.model_path)
+    if captions is not None:
+        text_encoder_config(captions.text_encoder_path)
+    if data.shard_size is not None and data.shard_size < 1:
+        raise ValueError(f"--shard-size = {data.shard_size}: expected 1 or more")
+    if data.num_workers < 0:
+        raise ValueError(f"--num-workers = {data.num_workers}: expected 0 or more")
+    files = EncoderFiles(
+        checkpoint=data.model_path,
+        text_encoder=captions.text_encoder_path if captions else None,
+        video_vae=media.video_vae_path if media else None,
+        audio_vae=media.audio_vae_path if media else None,
+        vae_tiling=media.vae_tiling if media else False,
+    )
+    if media is None:
+        # Captions alone: no rule of clips is ever read.
+        rules = ClipRules(buckets=(), scale_factors=(1, 1, 1))
+        return _Task(data, media, captions, table, files, checkpoint, rules, ReferenceScale(), ())
+    factors = scale_factors(read_config(files.video_path))
+    if table.has_video and media.resolution_buckets is None:
         raise ValueError(
-            "--resolution-buckets: needed for a data set with videos, as in --resolution-buckets '768x448x89'"
+            "--resolution-buckets: needed for a dataset with videos, as in --resolution-buckets '768x448x89'"
         )
-    buckets = parse_buckets(options.resolution_buckets, factors) if dataset.has_video else []
-    rules = ClipRules(buckets, factors, parse_fps(options.fps), options.reshape_mode)
-    scale = ReferenceScale(options.reference_downscale_factor, options.reference_temporal_scale_factor)
+    buckets = parse_buckets(media.resolution_buckets, factors) if table.has_video else []
+    rules = ClipRules(buckets, factors, parse_fps(media.fps), media.reshape_mode)
+    scale = ReferenceScale(media.reference_downscale_factor, media.reference_temporal_scale_factor)
     scale.check(rules)
-    durations_s = parse_durations(options.audio_durations)
-    if durations_s and dataset.has_video:
-        raise ValueError("--audio-durations: the videos say how long audio are; leave it out")
+    durations_s = parse_durations(media.audio_durations)
+    if durations_s and table.has_video:
+        raise ValueError("--audio-durations: the clips of the videos specify the duration of audio; omit it")
     for column in ("reference_video", "video_mask"):
-        if column in dataset.extras and not dataset.has_video:
-            raise ValueError(f"{options.dataset_path}: has a column {column!r}, but none of videos that it goes with")
-    return _Task(options, dataset, rules, scale, durations_s, media, captions, checkpoint)
-
-
-def _folders(task: _Task) -> list[str]:
-    """Source folders that the run reads or writes."""
-    folders = []
-    if task.does_media:
-        folders += ["latents"] if task.dataset.has_video else []
-        # Audio masks belong to audio that may have been made before.
-        folders += ["audio_latents"] if not task.options.skip_audio or task.dataset.has_audio else []
-        folders += [_EXTRA_FOLDERS[column] for column in task.dataset.extras]
-        folders += ["audio_latents"] if "audio_mask" in task.dataset.extras else []
-    return [*dict.fromkeys(folders), *(["conditions"] if task.does_captions else [])]
+        if column in table.extras and not table.has_video:
+            raise ValueError(f"{data.dataset_path}: has a column {column!r}, but no column of videos for it")
+    return _Task(data, media, captions, table, files, checkpoint, rules, scale, durations_s)
 
 
 def _settings(task: _Task) -> Settings:
-    """What the samples of each folder depend on, for the note in the data root."""
-    options = task.options
+    """Options that the samples of each folder depend on, for the note in the data root."""
+    settings: Settings = {}
     rules = {
         "resolution_buckets": sorted(str(bucket) for bucket in task.rules.buckets),
         "fps": None if task.rules.fps is None else str(task.rules.fps),
         "reshape_mode": task.rules.reshape,
     }
-    video = {**rules, "video_vae": (options.video_vae_path or options.model_path).name}
+    video = {**rules, "video_vae": task.files.video_path.name}
     audio = {
-        **(rules if task.dataset.has_video else {"audio_durations": list(task.durations_s)}),
-        "audio_vae": (options.audio_vae_path or options.model_path).name,
-        "from_videos": task.extracts_audio,
+        **(rules if task.table.has_video else {"audio_durations": list(task.durations_s)}),
+        "audio_vae": task.files.audio_path.name,
     }
-    scale = {"downscale": task.scale.space, "temporal_scale": task.scale.time}
-    captions = {
-        "model": options.model_path.name,
-        "text_encoder": options.text_encoder_path.name if options.text_encoder_path else None,
-        "precision": options.text_encoder_precision,
-        "lora_trigger": (options.lora_trigger or "").strip() or None,
-        "remove_llm_prefixes": options.remove_llm_prefixes,
-        "form": "contexts" if options.contexts else "features",
-    }
-    every = {
-        "latents": video,
-        "audio_latents": audio,
-        "reference_latents": {**video, **scale},
-        "reference_audio_latents": {key: value for key, value in audio.items() if key != "from_videos"},
-        "video_masks": rules,
-        "conditions": captions,
-    }
-    writes_audio = task.extracts_audio or task.dataset.has_audio
-    return {
-        folder: every[folder]
-        for folder in _folders(task)
-        if folder in every and (folder != "audio_latents" or writes_audio)
-    }
+    settings["latents"] = video
+    if task.extracts_audio or task.table.has_audio:
+        settings["audio_latents"] = {**audio, "from_videos": task.extracts_audio}
+    settings["reference_latents"] = {**video, "downscale": task.scale.space, "temporal_scale": task.scale.time}
+    settings["reference_audio_latents"] = audio
+    settings["video_masks"] = rules
+    if task.captions is not None:
+        settings["conditions"] = {
+            "model": task.files.checkpoint.name,
+            "text_encoder": task.captions.text_encoder_path.name,
+            "precision": task.captions.precision,
+            "lora_trigger": (task.captions.lora_trigger or "").strip() or None,
+            "remove_llm_prefixes": task.captions.remove_llm_prefixes,
+            "form": "contexts" if task.captions.contexts else "features",
+        }
+    return {folder: settings[folder] for folder in task.folders if folder in settings}
 
 
 def _report_start(task: _Task, store: Store, ranks: Ranks, report: Report) -> None:
-    for item, reason in task.dataset.rejected:
+    for item, reason in task.table.rejected:
         report.fail("rows", item, reason)
     for path in store.damaged:
         report.notes[f"damaged shard, made again: {path}"] += 1
-    if task.options.shard_size and store.num_groups() < ranks.world_size:
-        report.notes["processes without work; a smaller --shard-size would give them some"] += (
-            ranks.world_size - store.num_groups()
-        )
-
-
-def _clip_of(sample: Sample, store: Store, rules: ClipRules) -> Clip:
-    """Shape of a sample's clip: that of its latents, or what it will be where they are not there yet."""
-    if not store.has("latents", sample.key):
-        assert sample.video is not None
-        return plan_clip(sample.video, rules)
-    fields = store.read("latents", sample.key)
-    time, down, right = rules.scale_factors
-    bucket = Bucket(fields["width"] * right, fields["height"] * down, (fields["num_frames"] - 1) * time + 1)
-    return Clip(bucket, Fraction(fields["fps"]).limit_denominator(100_000))
-
-
-def _audio_steps(sample: Sample, store: Store) -> int | None:
-    if not store.has("audio_latents", sample.key):
-        return None
-    return int(store.read("audio_latents", sample.key)["num_time_steps"])
-
-
-def _codec_loaders(options: ProcessOptions) -> tuple[Callable[[], VideoCodec], Callable[[], AudioCodec]]:
-    def load_video() -> VideoCodec:
-        device, path = own_device(options.device), options.video_vae_path or options.model_path
-        return load_video_codec(path, device, _dtype(device), part="encoder", tiling=options.vae_tiling)
-
-    def load_audio() -> AudioCodec:
-        return load_audio_codec(
-            options.audio_vae_path or options.model_path, own_device(options.device), part="encoder"
-        )
-
-    return load_video, load_audio
-
-
-def _load_text_models(options: ProcessOptions) -> TextModels:
-    device = own_device(options.device)
-    dtype = _dtype(device)
-    assert options.text_encoder_path is not None
-    # Whole only on the host where it is to be quantised: the device may be too small for it.
-    loads_on = device if options.text_encoder_precision == "full" else "cpu"
-    encoder = load_text_encoder(options.text_encoder_path, loads_on, dtype)
-    encoder = quantize_text_encoder(encoder, options.text_encoder_precision, device)
-    extractor = load_feature_extractor(options.model_path, encoder, device, dtype)
-    if not options.contexts:
-        return TextModels(encoder, extractor, None)
-    connectors = load_text_connectors(options.model_path, device, dtype)
-    if not connectors.fills_padding:
-        raise ValueError(f"{options.model_path}: its connectors keep padding; leave --contexts out")
-    return TextModels(encoder, extractor, connectors)
-
-
-def _text_bytes(task: _Task) -> int:
-    """Size of a caption's file: 1,024 tokens for both streams, in 16 bits."""
-    transformer = task.checkpoint.get("transformer") or {}
-    widths = [transformer.get("cross_attention_dim", 4096), transformer.get("audio_cross_attention_dim", 2048)]
-    if not caption_projected_before_connector(transformer):
-        widths = [transformer.get("caption_channels", 3840)] * 2
-    return 1024 * sum(widths) * 2
-
-
-def _dtype(device: str) -> torch.dtype:
-    """Of video VAE and text encoder: results are stored in 16 bits; a CPU computes faster in 32."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-
-
-def report_and_status(report: Report, title: str, root: Path) -> int:
-    """Prints a report; returns the exit status, 1 only where nothing at all could be prepared."""
-    report.print(title)
-    if not report.plans:
-        report.console.print(f"prepared data: {root}", highlight=False, soft_wrap=True)
-    return 0 if report.succeeded() else 1
+    idle = ranks.world_size - store.num_groups()
+    if task.data.shard_size and idle > 0:
+        report.notes["processes without work; a smaller --shard-size would give them some"] += idle

@@ -1,21 +1,26 @@
-"""Where prepared samples go, what is there already, and which of them a rank makes.
+"""The data root that preparation writes to: samples, shards, and a note of the options they were made with.
 
-Every sample is first written to a `.pt` file of its own, whole or not at all, so that a run that is killed loses the
-sample it was working on and nothing else. With a shard size, the files of a shard's samples are then put together as
-soon as all of them have been through (`seal`). Which shard a sample belongs to follows from its row alone, and one rank
-does all of a shard: any number of ranks, and any number of interruptions, end in the same bytes.
+Every sample is first written to its own `.pt` file, atomically, so a killed run loses the sample that it was working on
+and nothing else. With a shard size, the files of a shard's samples are merged once all of them are done (`seal`). The
+shard of a sample follows from its row alone, and one rank makes all samples of a shard: any number of ranks and any
+number of interruptions end in the same bytes.
 
-Files are written under a temporary name, but a full disk or an interrupted copy can still cut one off. A `.pt` file is
-a zip archive whose table of contents stands at its end, and the header of a shard tells its length: neither needs to be
-read to know that it is whole.
+A full disk or an interrupted copy can still truncate a file. A `.pt` file is a zip archive with its table of contents
+at the end, and the header of a shard states its length: both are checked without reading the tensors.
+
+`prepare.json` notes the options of each folder. A run skips what is stored; without the note, a run with other buckets
+would skip everything and look successful.
 """
 
+import json
 import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from ltx_titan.common.files import write_text
 from ltx_titan.data.layout import Fields, Value, load_fields, read_sample, write_sample
 from ltx_titan.data.shards import (
     list_shards,
@@ -26,8 +31,14 @@ from ltx_titan.data.shards import (
     shard_shapes,
     write_shard,
 )
-from ltx_titan.media.tables import Sample
+from ltx_titan.media.tables import SampleRow
 
+SETTINGS_NAME = "prepare.json"
+
+Settings = dict[str, dict[str, Any]]
+"""Source folder -> options that its samples depend on."""
+
+# Names of unfinished files: those of `atomic_write`, and of earlier versions.
 _TEMPORARY = re.compile(r"\.(pt|safetensors)\.tmp\.\d+(\.[0-9a-f]+)?$")
 
 
@@ -35,22 +46,22 @@ class Store:
     """The data root that a run writes to."""
 
     def __init__(
-        self, root: Path, samples: Sequence[Sample], folders: Iterable[str], shard_size: int | None = None
+        self, root: Path, samples: Sequence[SampleRow], folders: Iterable[str], shard_size: int | None = None
     ) -> None:
-        """Looks at what is there.
+        """Lists the shards that exist.
 
         Args:
             root: root of the prepared data; need not exist.
-            samples: all samples of the data set, in the order of their rows.
+            samples: all samples of the dataset, in the order of their rows.
             folders: source folders that the run may read or write.
-            shard_size: samples per shard, None for a `.pt` file each.
+            shard_size: samples per shard, None for one `.pt` file per sample.
         """
         self.root = root
         self.damaged: list[Path] = []
         self._is_sharded = shard_size is not None
         self._shards = {folder: self._list(root / folder) for folder in folders}
         present = {key: number for keys in self._shards.values() for key, number in keys.items()}
-        # A sample stays in the shard it is in, also where rows have come in before it since.
+        # A stored sample stays in its shard, even if rows were inserted before it since.
         self._shard = {
             key: present.get(key, index // (shard_size or 1)) if shard_size else index
             for index, key in enumerate(sample.key.as_posix() for sample in samples)
@@ -60,15 +71,15 @@ class Store:
             self._members.setdefault(number, []).append(key)
 
     def has(self, folder: str, key: Path) -> bool:
-        """Whether a sample is there and whole."""
+        """Whether a sample is stored and complete."""
         path = self.root / folder / key
         return key.as_posix() in self._shards[folder] or (path.is_file() and zipfile.is_zipfile(path))
 
     def read(self, folder: str, key: Path) -> Fields:
-        """A sample, as training reads it.
+        """Reads a sample, as training does.
 
         Raises:
-            ValueError: it is not there, or broken.
+            ValueError: it is missing or broken.
         """
         path = self.root / folder / key
         number = self._shards[folder].get(key.as_posix())
@@ -80,27 +91,27 @@ class Store:
         """Writes a sample.
 
         Raises:
-            ValueError: a reader would refuse its fields.
+            ValueError: `read` would refuse its fields.
         """
         write_sample(self.root / folder / key, fields)
 
-    def share(self, samples: Iterable[Sample], rank: int, world_size: int) -> list[Sample]:
-        """The samples that a rank makes, in the order in which it does: shard by shard, else every n-th."""
+    def share(self, samples: Iterable[SampleRow], rank: int, world_size: int) -> list[SampleRow]:
+        """Samples that a rank makes, in order: shard by shard, or every n-th without shards."""
         mine = [sample for sample in samples if self.group(sample) % world_size == rank]
         return sorted(mine, key=lambda sample: (self.group(sample), sample.row))
 
-    def group(self, sample: Sample) -> int:
-        """Number of the shard that a sample belongs to; where there are no shards, one of its own."""
+    def group(self, sample: SampleRow) -> int:
+        """Number of the shard that a sample belongs to; without shards, the number of the sample."""
         return self._shard[sample.key.as_posix()]
 
     def num_groups(self) -> int:
-        """How many groups there are to share among ranks."""
+        """Number of shards, or of samples without shards: the units that ranks share."""
         return len(self._members)
 
     def seal(self, folder: str, group: int) -> None:
-        """Puts the files of a shard's samples together, with what the shard holds already; does nothing without files.
+        """Merges the files of a shard's samples into the shard; does nothing without files.
 
-        May be called again after any interruption: files go only when the shard that holds them is complete.
+        May be called again after any interruption: files are removed only after the shard with them is written.
         """
         if not self._is_sharded:
             return
@@ -111,7 +122,7 @@ class Store:
         path = shard_path(base, group)
         held = read_shard(path) if path.is_file() and path not in self.damaged else {}
         merged = held | {key: load_fields(file) for key, file in alone.items()}
-        # Rows that are gone from the metadata keep their samples, behind the others.
+        # Samples whose rows were removed from the table are kept, after the others.
         names = [key for key in keys if key in merged] + sorted(merged.keys() - set(keys))
         write_shard(path, {key: merged[key] for key in names})
         self._shards[folder] |= {key: group for key in names}
@@ -120,7 +131,7 @@ class Store:
             _remove_empty(file.parent, base)
 
     def clean(self) -> None:
-        """Removes what a run that was killed left half-written."""
+        """Removes the unfinished files of killed runs."""
         for folder in self._shards:
             for parent, _, names in os.walk(self.root / folder):
                 for name in names:
@@ -128,7 +139,7 @@ class Store:
                         Path(parent, name).unlink(missing_ok=True)
 
     def _list(self, folder: Path) -> dict[str, int]:
-        """Samples in the shards of a folder; a damaged shard counts as not there."""
+        """Samples in the shards of a folder, with the number of their shard; damaged shards count as missing."""
         found = {}
         for path in list_shards(folder):
             number = shard_number(path)
@@ -138,6 +149,44 @@ class Store:
             except ValueError:
                 self.damaged.append(path)
         return found
+
+
+def check_settings(root: Path, settings: Settings) -> None:
+    """Compares the options of a run with those that the stored samples were made with.
+
+    Raises:
+        ValueError: they differ; with folder, option and both values.
+    """
+    before = read_settings(root)
+    for folder, values in settings.items():
+        for name, value in values.items():
+            if folder in before and name in before[folder] and before[folder][name] != value:
+                raise ValueError(
+                    f"{root / folder}: was prepared with {name} = {before[folder][name]!r}, now it is {value!r}; "
+                    f"choose another --output-dir, or --overwrite to make all of it again (or delete "
+                    f"{root / SETTINGS_NAME} to have both kinds in one dataset)"
+                )
+
+
+def read_settings(root: Path) -> Settings:
+    """Reads the options that the samples of a data root were made with; empty without a note.
+
+    Raises:
+        ValueError: the note is damaged.
+    """
+    path = root / SETTINGS_NAME
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); delete it") from error
+
+
+def write_settings(root: Path, settings: Settings) -> None:
+    """Notes the options of some folders and keeps the notes of the others."""
+    merged = dict(sorted({**read_settings(root), **settings}.items()))
+    write_text(root / SETTINGS_NAME, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
 
 
 def _remove_empty(folder: Path, base: Path) -> None:

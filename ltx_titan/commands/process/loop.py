@@ -1,0 +1,223 @@
+"""The loop over the rows of one stage: skips what is stored, reads ahead, reports bad files, and completes shards.
+
+Reading decodes and scales on the CPU, so threads do it ahead of the encoder. A file that cannot be used is reported and
+skipped; any other error (a full disk, a GPU out of memory) would recur for the next file, and ends the run.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from ltx_titan.commands.process.store import Store
+from ltx_titan.commands.report import Report
+from ltx_titan.common.tensors import free_device_memory
+from ltx_titan.data.layout import Fields
+from ltx_titan.media import MediaError
+from ltx_titan.media.tables import SampleRow
+
+Item = TypeVar("Item")
+Encoder = TypeVar("Encoder")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class PlannedOutput:
+    """Output that a row would have, for a dry run.
+
+    Attributes:
+        label: description, the same for rows with outputs of one shape.
+        size_bytes: approximate size on disk.
+    """
+
+    label: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """Output of a row.
+
+    Attributes:
+        fields: source folder -> fields, in the order in which they are written.
+        notes: anything unusual; the report counts equal notes.
+    """
+
+    fields: dict[str, Fields]
+    notes: tuple[str, ...] = ()
+
+
+class Stage(ABC, Generic[Item, Encoder]):
+    """One kind of output. Subclasses are in `stages`; the loop calls their methods in the order below.
+
+    Attributes:
+        name: name in the progress bar and the report.
+        folders: source folders that it writes; a row is done when all of them have it.
+    """
+
+    name: str
+    folders: tuple[str, ...]
+
+    def applies_to(self, row: SampleRow) -> bool:
+        """Whether the row has the file of this stage."""
+        return True
+
+    @abstractmethod
+    def subject(self, row: SampleRow) -> str:
+        """Name of the row in messages, usually its file."""
+
+    @abstractmethod
+    def plan(self, row: SampleRow) -> PlannedOutput:
+        """Describes the output from headers alone. Raises ValueError or OSError for an unusable file."""
+
+    @abstractmethod
+    def load(self) -> Encoder:
+        """Loads the encoder; called only if there is work."""
+
+    @abstractmethod
+    def read(self, row: SampleRow) -> Item:
+        """Reads the row's file, in a thread. Raises ValueError or OSError for an unusable file."""
+
+    @abstractmethod
+    def encode(self, row: SampleRow, item: Item, encoder: Encoder) -> Output:
+        """Encodes what was read. Raises ValueError for an unusable file."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings that all stages of a run share.
+
+    Attributes:
+        store: prepared data that the run writes to.
+        report: counts outcomes.
+        num_workers: threads that read ahead; each holds one decoded clip.
+        overwrite: make samples again that are stored.
+        dry_run: only report what would be done.
+    """
+
+    store: Store
+    report: Report
+    num_workers: int
+    overwrite: bool
+    dry_run: bool
+
+
+def run_stage(stage: Stage[Any, Any], rows: Sequence[SampleRow], run: Run) -> set[Path]:
+    """Runs a stage on the rows that have its file and are not stored yet.
+
+    Args:
+        stage: the stage.
+        rows: this process' share, the rows of a shard next to each other.
+        run: settings of the run.
+
+    Returns:
+        Keys of the rows that failed.
+    """
+    applicable = [row for row in rows if stage.applies_to(row)]
+    if missing := len(rows) - len(applicable):
+        run.report.notes[f"rows without a file for {stage.name}"] += missing
+    todo = []
+    for row in applicable:
+        if not run.overwrite and all(run.store.has(folder, row.key) for folder in stage.folders):
+            run.report.add(stage.name, "skipped")
+        else:
+            todo.append(row)
+    if run.dry_run:
+        return _plan_rows(stage, todo, run)
+    failed = _encode_rows(stage, todo, run) if todo else set()
+    # Shards whose samples an interrupted run made but did not merge.
+    _seal(stage, applicable, run.store)
+    return failed
+
+
+def _plan_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run) -> set[Path]:
+    failed = set()
+    with run.report.progress(stage.name, len(todo)) as bar:
+        for row, planned in _read_ahead(stage.plan, todo, run.num_workers):
+            if isinstance(planned, Exception):
+                run.report.fail(stage.name, stage.subject(row), _reason(planned))
+                failed.add(row.key)
+            else:
+                run.report.plan(stage.name, planned.label, planned.size_bytes)
+            bar.advance()
+    return failed
+
+
+def _encode_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run) -> set[Path]:
+    failed = set()
+    encoder = stage.load()
+    remaining = deque(todo)
+    with run.report.progress(stage.name, len(todo)) as bar:
+        for row, item in _read_ahead(stage.read, todo, run.num_workers):
+            remaining.popleft()
+            try:
+                if isinstance(item, Exception):
+                    raise item
+                output = stage.encode(row, item, encoder)
+                for folder, fields in output.fields.items():
+                    run.store.write(folder, row.key, fields)
+            except ValueError as error:
+                run.report.fail(stage.name, stage.subject(row), _reason(error))
+                failed.add(row.key)
+            else:
+                run.report.notes.update(output.notes)
+                run.report.add(stage.name, "done")
+            # Rows of a shard are adjacent: it is complete when the next row belongs to another.
+            if not remaining or run.store.group(remaining[0]) != run.store.group(row):
+                _seal(stage, [row], run.store)
+            bar.advance()
+    # VAE and text encoder never share a GPU: this one is freed before the next stage loads its own.
+    del encoder
+    free_device_memory()
+    return failed
+
+
+def _read_ahead(
+    read: Callable[[SampleRow], Result], rows: Iterable[SampleRow], num_workers: int
+) -> Iterator[tuple[SampleRow, Result | ValueError]]:
+    """Yields each row with the result of `read`, or with the error if its file cannot be used."""
+
+    def attempt(row: SampleRow) -> Result | ValueError:
+        try:
+            return read(row)
+        except ValueError as error:
+            return error
+        except OSError as error:
+            return MediaError(row.key, str(error))
+
+    if num_workers == 0:
+        for row in rows:
+            yield row, attempt(row)
+        return
+    waiting_rows = iter(rows)
+    pending: deque[tuple[SampleRow, Future[Result | ValueError]]] = deque()
+    pool = ThreadPoolExecutor(num_workers, "ltx-titan-read")
+
+    def refill() -> None:
+        # One per thread and no more: a decoded clip of 121 frames in 720p is 1.3 GB.
+        for row in islice(waiting_rows, num_workers - len(pending)):
+            pending.append((row, pool.submit(attempt, row)))
+
+    try:
+        refill()
+        while pending:
+            row, future = pending.popleft()
+            result = future.result()
+            refill()
+            yield row, result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _seal(stage: Stage[Any, Any], rows: Iterable[SampleRow], store: Store) -> None:
+    for group in dict.fromkeys(store.group(row) for row in rows):
+        for folder in stage.folders:
+            store.seal(folder, group)
+
+
+def _reason(error: Exception) -> str:
+    return error.reason if isinstance(error, MediaError) else str(error)

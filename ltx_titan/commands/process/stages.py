@@ -1,0 +1,334 @@
+"""The stages of preparation: for each column, what is read of a row, and how the functions of `encode` are applied."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ltx_titan.codecs import AudioCodec, TextPrecision, VideoCodec
+from ltx_titan.commands.process.loop import Output, PlannedOutput, Stage
+from ltx_titan.commands.process.store import Store
+from ltx_titan.common.ranks import own_device
+from ltx_titan.encode.buckets import Bucket
+from ltx_titan.encode.captions import TextModels, encode_caption, with_trigger, without_prefix
+from ltx_titan.encode.clips import Clip, ClipRules, DecodedClip, decode_clip, plan_clip, read_clip_mask
+from ltx_titan.encode.encoders import EncoderFiles, load_audio_encoder, load_text_models, load_video_encoder
+from ltx_titan.encode.latents import (
+    audio_bytes,
+    audio_steps,
+    encode_audio,
+    encode_video,
+    longest_duration,
+    video_bytes,
+)
+from ltx_titan.encode.references import DecodedReference, ReferenceScale, decode_reference, plan_reference
+from ltx_titan.media import Audio, MediaError, read_audio, read_audio_mask
+from ltx_titan.media.audio import probe_duration_s
+from ltx_titan.media.container import check_file
+from ltx_titan.media.tables import SampleRow
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Shapes of the clips that references, masks and separate audio belong to.
+
+    Attributes:
+        store: prepared data; stored latents decide, since they may be older than the options.
+        rules: rules by which clips are brought to a shape.
+    """
+
+    store: Store
+    rules: ClipRules
+
+    def clip(self, row: SampleRow) -> Clip:
+        """Shape of a row's clip: that of its latents, or the planned one if they are not stored yet."""
+        if not self.store.has("latents", row.key):
+            assert row.video is not None
+            return plan_clip(row.video, self.rules)
+        fields = self.store.read("latents", row.key)
+        time, down, right = self.rules.scale_factors
+        bucket = Bucket(fields["width"] * right, fields["height"] * down, (fields["num_frames"] - 1) * time + 1)
+        return Clip(bucket, Fraction(fields["fps"]).limit_denominator(100_000))
+
+    def audio_steps(self, row: SampleRow) -> int | None:
+        """Latent steps of a row's audio; None if it is not stored."""
+        if not self.store.has("audio_latents", row.key):
+            return None
+        return int(self.store.read("audio_latents", row.key)["num_time_steps"])
+
+
+@dataclass(frozen=True)
+class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
+    """Videos and still images to `latents/`, and the audio of videos to `audio_latents/`."""
+
+    rules: ClipRules
+    files: EncoderFiles
+    device: str
+    with_audio: bool
+    name: str = "videos"
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return ("latents", "audio_latents") if self.with_audio else ("latents",)
+
+    def subject(self, row: SampleRow) -> str:
+        return str(row.media)
+
+    def plan(self, row: SampleRow) -> PlannedOutput:
+        clip = plan_clip(row.media, self.rules)
+        size = video_bytes(clip.latent_size(self.rules.scale_factors))
+        if self.with_audio:
+            size += audio_bytes(audio_steps(clip.duration_s))
+        return PlannedOutput(str(clip), size)
+
+    def load(self) -> tuple[VideoCodec, AudioCodec | None]:
+        device = own_device(self.device)
+        audio_codec = load_audio_encoder(self.files, device) if self.with_audio else None
+        return load_video_encoder(self.files, device), audio_codec
+
+    def read(self, row: SampleRow) -> DecodedClip:
+        return decode_clip(row.media, self.rules, row.key, self.with_audio)
+
+    def encode(self, row: SampleRow, item: DecodedClip, encoder: tuple[VideoCodec, AudioCodec | None]) -> Output:
+        video_codec, audio_codec = encoder
+        clip, notes = item.clip, []
+        if clip.repeats_frames:
+            notes.append("videos slower than the frame rate asked for, whose frames were repeated")
+        latents = encode_video(item.pixels, float(clip.fps), video_codec)
+        if audio_codec is None:
+            return Output({"latents": latents}, tuple(notes))
+        if item.audio is None:
+            notes.append("videos and images without audio")
+        elif item.audio.duration_s < clip.duration_s - 1 / clip.fps:
+            notes.append("audio shorter than their video, filled up with silence")
+        audio = encode_audio(item.audio, clip.duration_s, audio_codec)
+        # Audio first: latents without their audio would look finished to a run with --skip-audio.
+        return Output({"audio_latents": audio, "latents": latents}, tuple(notes))
+
+
+@dataclass(frozen=True)
+class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
+    """A column of audio files to a folder of audio latents.
+
+    With videos, an audio file is brought to the duration of its clip. Without videos the whole file is encoded, or the
+    longest of the listed durations that it reaches, so that rows can share a batch.
+
+    Attributes:
+        targets: shapes of the clips; None in a dataset without videos.
+        durations_s: durations to cut audio to in a dataset without videos; empty: as long as it is.
+        is_padded: whether audio shorter than its clip is padded with silence; references are only cut.
+    """
+
+    files: EncoderFiles
+    device: str
+    targets: Targets | None
+    durations_s: Sequence[float]
+    name: str = "audio"
+    folder: str = "audio_latents"
+    is_padded: bool = True
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return (self.folder,)
+
+    def file(self, row: SampleRow) -> Path | None:
+        """The row's file in the column of this stage."""
+        return row.audio
+
+    def applies_to(self, row: SampleRow) -> bool:
+        return self.file(row) is not None
+
+    def subject(self, row: SampleRow) -> str:
+        return str(self.file(row))
+
+    def plan(self, row: SampleRow) -> PlannedOutput:
+        seconds = self._duration_s(row, probe_duration_s(self._path(row)))
+        return PlannedOutput(f"{seconds:.2f} s", audio_bytes(audio_steps(seconds)))
+
+    def load(self) -> AudioCodec:
+        return load_audio_encoder(self.files, own_device(self.device))
+
+    def read(self, row: SampleRow) -> tuple[Audio, float]:
+        audio = read_audio(self._path(row))
+        if audio is None:
+            raise MediaError(self._path(row), "has no audio track")
+        return audio, self._duration_s(row, audio.duration_s)
+
+    def encode(self, row: SampleRow, item: tuple[Audio, float], encoder: AudioCodec) -> Output:
+        audio, duration_s = item
+        return Output({self.folder: encode_audio(audio, duration_s, encoder)})
+
+    def _path(self, row: SampleRow) -> Path:
+        path = self.file(row)
+        assert path is not None
+        return path
+
+    def _duration_s(self, row: SampleRow, own_s: float) -> float:
+        if self.targets is not None:
+            clip_s = self.targets.clip(row).duration_s
+            return clip_s if self.is_padded else min(own_s, clip_s)
+        if not self.durations_s:
+            return own_s
+        duration_s = longest_duration(self.durations_s, own_s)
+        if duration_s is None:
+            shortest = f"the shortest of --audio-durations is {min(self.durations_s):g} s; add a shorter one"
+            raise MediaError(self._path(row), f"lasts {own_s:.2f} s, {shortest}")
+        return duration_s
+
+
+@dataclass(frozen=True)
+class ReferenceAudioStage(AudioStage):
+    """The column `reference_audio` to `reference_audio_latents/`."""
+
+    name: str = "reference audio"
+    folder: str = "reference_audio_latents"
+    is_padded: bool = False
+
+    def file(self, row: SampleRow) -> Path | None:
+        return row.extras.get("reference_audio")
+
+
+@dataclass(frozen=True)
+class ReferenceVideoStage(Stage[DecodedReference, VideoCodec]):
+    """The column `reference_video` to `reference_latents/`."""
+
+    rules: ClipRules
+    scale: ReferenceScale
+    files: EncoderFiles
+    device: str
+    targets: Targets
+    name: str = "references"
+    folders: tuple[str, ...] = ("reference_latents",)
+
+    def applies_to(self, row: SampleRow) -> bool:
+        return "reference_video" in row.extras
+
+    def subject(self, row: SampleRow) -> str:
+        return str(row.extras["reference_video"])
+
+    def plan(self, row: SampleRow) -> PlannedOutput:
+        path, target = row.extras["reference_video"], self.targets.clip(row)
+        stored = plan_reference(path, target, self.rules, self.scale).stored
+        return PlannedOutput(str(stored), video_bytes(stored.latent_size(self.rules.scale_factors)))
+
+    def load(self) -> VideoCodec:
+        return load_video_encoder(self.files, own_device(self.device))
+
+    def read(self, row: SampleRow) -> DecodedReference:
+        path, target = row.extras["reference_video"], self.targets.clip(row)
+        return decode_reference(path, target, self.rules, self.scale, row.key)
+
+    def encode(self, row: SampleRow, item: DecodedReference, encoder: VideoCodec) -> Output:
+        fields = encode_video(item.pixels, float(item.clip.fps), encoder)
+        note = "references of another frame rate than their video (--fps would make them equal)"
+        return Output({"reference_latents": fields}, (note,) if item.has_other_rate else ())
+
+
+@dataclass(frozen=True)
+class VideoMaskStage(Stage[Tensor, None]):
+    """The column `video_mask` to `video_masks/`, one number per latent cell: 1 is conditioned, 0 is generated."""
+
+    rules: ClipRules
+    targets: Targets
+    name: str = "video masks"
+    folders: tuple[str, ...] = ("video_masks",)
+
+    def applies_to(self, row: SampleRow) -> bool:
+        return "video_mask" in row.extras
+
+    def subject(self, row: SampleRow) -> str:
+        return str(row.extras["video_mask"])
+
+    def plan(self, row: SampleRow) -> PlannedOutput:
+        clip = self.targets.clip(row)
+        check_file(row.extras["video_mask"])
+        size = prod(clip.latent_size(self.rules.scale_factors)) * torch.float32.itemsize
+        return PlannedOutput(str(clip.bucket), size)
+
+    def load(self) -> None:
+        """Masks need no encoder."""
+
+    def read(self, row: SampleRow) -> Tensor:
+        return read_clip_mask(row.extras["video_mask"], self.targets.clip(row), self.rules, row.key)
+
+    def encode(self, row: SampleRow, item: Tensor, encoder: None) -> Output:
+        return Output({"video_masks": {"mask": item.to(torch.float32)}})
+
+
+@dataclass(frozen=True)
+class AudioMaskStage(Stage[Tensor, None]):
+    """The column `audio_mask` to `audio_masks/`, one number per latent step."""
+
+    targets: Targets
+    name: str = "audio masks"
+    folders: tuple[str, ...] = ("audio_masks",)
+
+    def applies_to(self, row: SampleRow) -> bool:
+        return "audio_mask" in row.extras
+
+    def subject(self, row: SampleRow) -> str:
+        return str(row.extras["audio_mask"])
+
+    def plan(self, row: SampleRow) -> PlannedOutput:
+        check_file(row.extras["audio_mask"])
+        steps = self.targets.audio_steps(row)
+        # In a dry run the audio may not be encoded yet.
+        if steps is None:
+            return PlannedOutput("as its audio", 0)
+        return PlannedOutput(f"{steps} steps", steps * torch.float32.itemsize)
+
+    def load(self) -> None:
+        """Masks need no encoder."""
+
+    def read(self, row: SampleRow) -> Tensor:
+        steps = self.targets.audio_steps(row)
+        if steps is None:
+            raise ValueError("its sample has no audio in audio_latents/, which the mask would belong to")
+        return read_audio_mask(row.extras["audio_mask"], steps)
+
+    def encode(self, row: SampleRow, item: Tensor, encoder: None) -> Output:
+        return Output({"audio_masks": {"mask": item.to(torch.float32)}})
+
+
+@dataclass(frozen=True)
+class CaptionStage(Stage[str, TextModels]):
+    """Captions to `conditions/`.
+
+    Attributes:
+        size_bytes: size of one output, for a dry run.
+        trigger: word put in front of every caption.
+        removes_prefixes: whether phrases such as "The video shows" are removed from captions.
+        with_contexts: whether the outputs of the text connectors are stored.
+    """
+
+    files: EncoderFiles
+    device: str
+    precision: TextPrecision
+    size_bytes: int
+    trigger: str | None
+    removes_prefixes: bool
+    with_contexts: bool
+    name: str = "captions"
+    folders: tuple[str, ...] = ("conditions",)
+
+    def subject(self, row: SampleRow) -> str:
+        return f"row {row.row} ({row.media})"
+
+    def plan(self, row: SampleRow) -> PlannedOutput:
+        return PlannedOutput("caption" if self.read(row) else "empty caption", self.size_bytes)
+
+    def load(self) -> TextModels:
+        return load_text_models(self.files, own_device(self.device), self.precision, self.with_contexts)
+
+    def read(self, row: SampleRow) -> str:
+        if row.caption is None:
+            raise ValueError("has no caption")
+        caption = without_prefix(row.caption) if self.removes_prefixes else row.caption
+        return with_trigger(caption, self.trigger)
+
+    def encode(self, row: SampleRow, item: str, encoder: TextModels) -> Output:
+        return Output({"conditions": encode_caption(item, encoder)})
