@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import wave
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 from ltx_titan.commands.captioning.text import AudioState, MediaKind
 from ltx_titan.commands.files import AUDIO_SUFFIXES
 from ltx_titan.media import Audio, MediaError, is_image, iter_frames, probe_video, read_audio, read_image, to_stereo
+from ltx_titan.media.writer import encode_wav
 
 # Sample rate of the audio encoders of multimodal models.
 _SAMPLE_RATE = 16000
@@ -91,12 +91,7 @@ def jpeg_url(frame: Image.Image) -> str:
 def wav_base64(audio: Audio) -> str:
     """Audio as a 16-bit WAV file in base64."""
     buffer = io.BytesIO()
-    samples = (audio.waveform.clamp(-1, 1) * 32767).round().to(torch.int16)
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(samples.shape[0])
-        file.setsampwidth(2)
-        file.setframerate(audio.sample_rate)
-        file.writeframes(samples.T.contiguous().numpy().tobytes())
+    encode_wav(buffer, audio)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
