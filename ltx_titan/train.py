@@ -26,8 +26,7 @@ from ltx_titan.checkpoint import BackgroundSaver, TrainingState, latest_complete
 from ltx_titan.checkpoint.state import save_everything
 from ltx_titan.common.hardware import peak_flops
 from ltx_titan.common.logs import quiet_libraries
-from ltx_titan.conditioning import Loss, absent_streams
-from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.conditioning import Loss, absent_streams, to_contexts
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step

@@ -1,7 +1,7 @@
 """Conditions of a stream: the `[[video.conditions]]` and `[[audio.conditions]]` tables of a job file.
 
 Five are intrinsic: they leave some of the target's own tokens clean. The sixth, a reference, prepends further tokens.
-`ltx_titan.conditioning.conditions` turns an intrinsic one into a token mask.
+`ltx_titan.conditioning.conditioned` turns an intrinsic one into a token mask.
 """
 
 from typing import Annotated, Literal, Self

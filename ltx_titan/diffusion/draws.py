@@ -14,12 +14,21 @@ for sigma alone, a single number, because samplers take it.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ltx_titan.diffusion.sigma import SigmaSampler
+
+
+class StreamDraws(NamedTuple):
+    """The random numbers of one stream, see `StepDraws`; sigma and noise are None for a frozen stream."""
+
+    sigma: Tensor | None
+    noise: Tensor | None
+    uses: list[Tensor | None] | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,16 @@ class StepDraws:
     audio_noise: Tensor | None
     video_uses: list[Tensor | None] | None
     audio_uses: list[Tensor | None] | None
+
+    @property
+    def video(self) -> StreamDraws:
+        """Draws of the video stream."""
+        return StreamDraws(self.video_sigma, self.video_noise, self.video_uses)
+
+    @property
+    def audio(self) -> StreamDraws:
+        """Draws of the audio stream."""
+        return StreamDraws(self.audio_sigma, self.audio_noise, self.audio_uses)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def euler_ancestral_step(
     return (rescale * lower + noise_scale * renoise * noise.float()).to(sample.dtype)
 
 
-def noise_given(latent: Tensor, clean: Tensor, noise: Tensor, denoise_mask: Tensor, noise_scale: float) -> Tensor:
+def initial_latent(latent: Tensor, clean: Tensor, noise: Tensor, denoise_mask: Tensor, noise_scale: float) -> Tensor:
     """Start of a sampling run: noise where the mask is 1, the given content where it is 0.
 
     Args:
@@ -89,7 +89,7 @@ def noise_given(latent: Tensor, clean: Tensor, noise: Tensor, denoise_mask: Tens
     return torch.lerp(clean.float(), noisy, denoise_mask.float()).to(latent.dtype)
 
 
-def keep_given(denoised: Tensor, clean: Tensor, denoise_mask: Tensor) -> Tensor:
+def restore_clean(denoised: Tensor, clean: Tensor, denoise_mask: Tensor) -> Tensor:
     """Puts the given content back into a prediction: denoised * mask + clean * (1 - mask)."""
     mask = denoise_mask.float()
     return (denoised.float() * mask + clean.float() * (1 - mask)).to(denoised.dtype)

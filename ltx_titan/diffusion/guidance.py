@@ -21,7 +21,6 @@ class Guidance:
         modality_scale: agreement with the other stream; 1 is neutral.
         rescale: how far the spread of the result is pulled back to that of the conditional prediction, 0 to 1. Strong
             guidance widens it, which shows as glaring contrast.
-        skip_step: after each guided step, this many steps reuse its prediction; 0 predicts anew in every step.
     """
 
     cfg_scale: float = 1.0
@@ -29,7 +28,6 @@ class Guidance:
     stg_blocks: tuple[int, ...] | None = None
     modality_scale: float = 1.0
     rescale: float = 0.0
-    skip_step: int = 0
 
     @property
     def needs_uncond(self) -> bool:
@@ -45,10 +43,6 @@ class Guidance:
     def needs_isolated(self) -> bool:
         """Whether the prediction without the other stream has a weight."""
         return self.modality_scale != 1
-
-    def predicts(self, step: int) -> bool:
-        """Whether step number `step`, counted from 0, asks the model and does not reuse the last prediction."""
-        return step % (self.skip_step + 1) == 0
 
 
 def cfg_delta(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:

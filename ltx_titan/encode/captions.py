@@ -11,7 +11,7 @@ import torch
 
 from ltx_titan.codecs import TextEncoder
 from ltx_titan.commands.process.stage import Output, Plan, Stage
-from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.conditioning import to_contexts
 from ltx_titan.data.layout import Value
 from ltx_titan.media.tables import Sample
 from ltx_titan.model import FeatureExtractor, TextConnectors

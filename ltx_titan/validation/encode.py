@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ltx_titan.codecs import AudioCodec, VideoCodec
-from ltx_titan.conditioning import audio_steps, video_grid
-from ltx_titan.conditioning.conditions import given_tokens
+from ltx_titan.conditioning import StreamTokens, audio_steps, conditioned_tokens, video_grid
 from ltx_titan.config.conditions import SpatialCrop
 from ltx_titan.config.validation import (
     AudioToVideo,
@@ -43,11 +42,10 @@ from ltx_titan.media import (
     to_uint8,
 )
 from ltx_titan.validation.start import (
-    StreamStart,
     audio_start,
-    frozen,
-    given_frames,
-    given_where,
+    condition_frames,
+    condition_where,
+    freeze,
     video_start,
     with_audio_reference,
     with_video_reference,
@@ -97,8 +95,8 @@ class EncodedSample:
         beside_every: how many frames of the result one of them stands for, after the first.
     """
 
-    video: StreamStart | None
-    audio: StreamStart | None
+    video: StreamTokens | None
+    audio: StreamTokens | None
     beside: Tensor | None = None
     beside_every: int = 1
 
@@ -123,7 +121,7 @@ def encode_sample(
     Raises:
         MediaError: a file cannot be read, or is too short; with its name.
     """
-    starts: dict[str, StreamStart] = {}
+    starts: dict[str, StreamTokens] = {}
     if "video" in streams:
         grid = video_grid(shape.frames, shape.height, shape.width, encoders.scale_factors)
         starts["video"] = video_start(
@@ -144,8 +142,8 @@ def encode_sample(
 
 
 def _with_video(
-    start: StreamStart, condition: SampleCondition, shape: ClipShape, encoders: Encoders
-) -> tuple[StreamStart, Tensor]:
+    start: StreamTokens, condition: SampleCondition, shape: ClipShape, encoders: Encoders
+) -> tuple[StreamTokens, Tensor]:
     """The stream with one more condition, and the pixels that it gives [3, F, H, W]."""
     codec = encoders.video
     assert codec is not None, f"{condition.type} needs a video encoder"
@@ -153,12 +151,12 @@ def _with_video(
     match condition:
         case GivenFirstFrame(image_or_video=path):
             pixels = _read_frames(path, 1, shape.width, shape.height)
-            return given_frames(start, _encode(codec, pixels)), pixels
+            return condition_frames(start, _encode(codec, pixels)), pixels
         case GivenPrefix(video=path, num_frames=count):
             pixels = _read_frames(path, count or shape.frames, shape.width, shape.height)
             _must_have(path, pixels, count or 1)
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
-            return given_frames(start, _encode(codec, pixels)), pixels
+            return condition_frames(start, _encode(codec, pixels)), pixels
         case GivenSuffix(video=path, num_frames=count):
             # All that is read is encoded, so that the given part has its past in it, as in a training clip.
             pixels = _read_frames(path, shape.frames, shape.width, shape.height)
@@ -167,19 +165,19 @@ def _with_video(
             if count is not None:
                 _must_have(path, pixels, count + 1)
                 latents = latents[:, :, -(count // time) :]
-            return given_frames(start, latents, at_end=True), pixels
+            return condition_frames(start, latents, at_end=True), pixels
         case GivenCrop(video=path, spatial_region=region):
             pixels = _read_whole(path, shape)
             crop = SpatialCrop(type="spatial_crop", spatial_region=region)
-            mask = given_tokens(crop, start.grid, encoders.scale_factors, None, torch.device("cpu"))
-            return given_where(start, _encode(codec, pixels), mask), pixels
+            mask = conditioned_tokens(crop, start.target.grid, encoders.scale_factors)
+            return condition_where(start, _encode(codec, pixels), mask), pixels
         case GivenMask(video=path, mask=mask_path):
             pixels = _read_whole(path, shape)
             mask = read_video_mask(mask_path, shape.frames, shape.width, shape.height, encoders.scale_factors)
-            return given_where(start, _encode(codec, pixels), mask), pixels
+            return condition_where(start, _encode(codec, pixels), mask), pixels
         case VideoToAudio(video=path):
             pixels = _read_whole(path, shape)
-            return frozen(start, _encode(codec, pixels)), pixels
+            return freeze(start, _encode(codec, pixels)), pixels
     assert isinstance(condition, GivenReference)
     space, every = condition.downscale_factor, condition.temporal_scale_factor
     pixels = _read_frames(condition.video, shape.frames, shape.width // space, shape.height // space)
@@ -191,19 +189,19 @@ def _with_video(
 
 
 def _with_audio(
-    start: StreamStart, condition: SampleCondition, shape: ClipShape, codec: AudioCodec | None
-) -> StreamStart:
+    start: StreamTokens, condition: SampleCondition, shape: ClipShape, codec: AudioCodec | None
+) -> StreamTokens:
     assert codec is not None, f"{condition.type} needs an audio encoder"
     audio = _read_audio(condition.audio)
     longest_s = min(audio.duration_s, shape.duration_s)
     match condition:
         case GivenPrefix(duration=wanted_s):
-            return given_frames(start, _encode_audio(codec, audio, min(wanted_s or longest_s, longest_s)))
+            return condition_frames(start, _encode_audio(codec, audio, min(wanted_s or longest_s, longest_s)))
         case GivenSuffix(duration=wanted_s):
             length_s = min(wanted_s or longest_s, longest_s)
             first = audio.waveform.shape[1] - round(length_s * audio.sample_rate)
             end = Audio(audio.waveform[:, first:], audio.sample_rate)
-            return given_frames(start, _encode_audio(codec, end, length_s), at_end=True)
+            return condition_frames(start, _encode_audio(codec, end, length_s), at_end=True)
         case GivenMask(mask=mask_path):
             if audio.duration_s < shape.duration_s - 1 / codec.steps_per_second:
                 raise MediaError(
@@ -211,10 +209,10 @@ def _with_audio(
                     f"lasts {audio.duration_s:.2f} s, the sample {shape.duration_s:.2f} s; give a longer one",
                 )
             latents = _encode_audio(codec, audio, shape.duration_s)
-            return given_where(start, latents, read_audio_mask(mask_path, start.grid.frames))
+            return condition_where(start, latents, read_audio_mask(mask_path, start.target.grid.frames))
         case AudioToVideo():
             latents = _encode_audio(codec, audio, longest_s)
-            return frozen(audio_start(latents.shape[2]), latents)
+            return freeze(audio_start(latents.shape[2]), latents)
     assert isinstance(condition, GivenReference)
     return with_audio_reference(start, _encode_audio(codec, audio, longest_s))
 

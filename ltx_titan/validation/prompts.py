@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltx_titan.codecs import load_feature_extractor, load_text_encoder
-from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.conditioning import to_contexts
 from ltx_titan.weights import load_text_connectors
 
 logger = logging.getLogger(__name__)

@@ -2,8 +2,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from ltx_titan.conditioning import Grid
-from ltx_titan.conditioning.conditions import given_tokens
+from ltx_titan.conditioning import Grid, conditioned_tokens
 from ltx_titan.config.conditions import VideoCondition
 
 GRID = Grid(4, 3, 5)
@@ -11,7 +10,7 @@ ADAPTER = TypeAdapter(VideoCondition)
 
 
 def given(condition, file_mask=None, grid=GRID):
-    found = given_tokens(ADAPTER.validate_python(condition), grid, (8, 32, 32), file_mask, torch.device("cpu"))
+    found = conditioned_tokens(ADAPTER.validate_python(condition), grid, (8, 32, 32), file_mask, torch.device("cpu"))
     return found.view(-1, *grid)
 
 

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from ltx_titan.conditioning import Grid, reference_factors, video_coordinates
-from ltx_titan.conditioning.references import scale_reference
+from ltx_titan.conditioning import Grid, reference_factors, scale_reference, video_coordinates
 
 
 @pytest.mark.parametrize(
