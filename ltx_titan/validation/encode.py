@@ -1,7 +1,7 @@
-"""From the media files of a sample's conditions to what its streams start from.
+"""Encodes the media files of a sample's conditions into the initial tokens of its streams.
 
-Runs once, before training, and only for the samples of this rank's group; the encoders are then let go. Clips are read
-from their start, scaled to cover the sample's size and cut around the centre, as training data is.
+Runs once, before training, and only for the samples of this rank's group; the encoders are then freed. Clips are read
+from their start, scaled to cover the sample's size and center-cropped, as training data is.
 """
 
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class Encoders:
-    """What turns media into latents; None where no condition asks for it.
+    """Encoders from media to latents; None if no condition needs one.
 
     Attributes:
         video: video VAE with its encoder.
@@ -86,13 +86,13 @@ class Encoders:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """Starts of both streams, None where the sample has none, and frames to show beside the result.
+    """Initial tokens of both streams, None for an absent one, and frames to show next to the result.
 
     Attributes:
-        video: start of the video stream.
-        audio: start of the audio stream.
-        beside: frames of the video reference that is to be shown, uint8 [F, H, W, 3], or None.
-        beside_every: how many frames of the result one of them stands for, after the first.
+        video: tokens of the video stream.
+        audio: tokens of the audio stream.
+        beside: frames of the video reference to show next to the result, uint8 [F, H, W, 3], or None.
+        beside_every: frames of the result per frame of the reference, after the first.
     """
 
     video: StreamTokens | None
@@ -102,7 +102,7 @@ class EncodedSample:
 
 
 def needed_encoders(samples: tuple[ValidationSample, ...]) -> tuple[bool, bool]:
-    """Whether any condition gives video, and whether any gives audio."""
+    """Whether any condition is on video, and whether any is on audio."""
     streams = {condition.stream for sample in samples for condition in sample.conditions}
     return "video" in streams, "audio" in streams
 
@@ -110,13 +110,13 @@ def needed_encoders(samples: tuple[ValidationSample, ...]) -> tuple[bool, bool]:
 def encode_sample(
     sample: ValidationSample, shape: ClipShape, streams: tuple[str, ...], encoders: Encoders
 ) -> EncodedSample:
-    """Encodes what a sample's conditions give.
+    """Encodes the conditions of a sample.
 
     Args:
         sample: its conditions.
         shape: its size.
         streams: those it has, generated or frozen.
-        encoders: for the streams that conditions give.
+        encoders: for the streams with conditions.
 
     Raises:
         MediaError: a file cannot be read, or is too short; with its name.
@@ -130,7 +130,7 @@ def encode_sample(
     if "audio" in streams:
         starts["audio"] = audio_start(max(1, audio_steps(shape.duration_s)))
     beside, every = None, 1
-    # References last: their factors and places follow from the whole target.
+    # References last: their factors and positions follow from the whole target.
     for condition in sorted(sample.conditions, key=lambda condition: condition.type == "reference"):
         if condition.stream == "audio":
             starts["audio"] = _with_audio(starts["audio"], condition, shape, encoders.audio)
@@ -144,7 +144,7 @@ def encode_sample(
 def _with_video(
     start: StreamTokens, condition: SampleCondition, shape: ClipShape, encoders: Encoders
 ) -> tuple[StreamTokens, Tensor]:
-    """The stream with one more condition, and the pixels that it gives [3, F, H, W]."""
+    """Adds one condition, and returns its pixels [3, F, H, W] as well."""
     codec = encoders.video
     assert codec is not None, f"{condition.type} needs a video encoder"
     time, down, right = encoders.scale_factors
@@ -158,7 +158,7 @@ def _with_video(
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
             return condition_frames(start, _encode(codec, pixels)), pixels
         case GivenSuffix(video=path, num_frames=count):
-            # All that is read is encoded, so that the given part has its past in it, as in a training clip.
+            # Encode the whole clip: the codec is causal, so the suffix must have its past in it, as in a training clip.
             pixels = _read_frames(path, shape.frames, shape.width, shape.height)
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
             latents = _encode(codec, pixels)
@@ -206,7 +206,7 @@ def _with_audio(
             if audio.duration_s < shape.duration_s - 1 / codec.steps_per_second:
                 raise MediaError(
                     condition.audio,
-                    f"lasts {audio.duration_s:.2f} s, the sample {shape.duration_s:.2f} s; give a longer one",
+                    f"lasts {audio.duration_s:.2f} s, the sample {shape.duration_s:.2f} s; use a longer one",
                 )
             latents = _encode_audio(codec, audio, shape.duration_s)
             return condition_where(start, latents, read_audio_mask(mask_path, start.target.grid.frames))
@@ -222,7 +222,7 @@ def _encode(codec: VideoCodec, pixels: Tensor) -> Tensor:
 
 
 def _encode_audio(codec: AudioCodec, audio: Audio, duration_s: float) -> Tensor:
-    """Latents [1, 8, round(25 * seconds), 16] of the first seconds, as training data has them."""
+    """Encodes the first `duration_s` seconds to latents [1, 8, round(25 * seconds), 16], as in training data."""
     shortest_s = codec.mel.filter_length / codec.mel.sample_rate
     audio = to_duration(audio, max(duration_s, shortest_s))
     latents = codec.encode(to_stereo(audio.waveform)[None], audio.sample_rate)
@@ -230,7 +230,7 @@ def _encode_audio(codec: AudioCodec, audio: Audio, duration_s: float) -> Tensor:
 
 
 def _read_frames(path: str, count: int, width: int, height: int) -> Tensor:
-    """At most `count` frames from the start, at least one: pixels [3, F, H, W] in [-1, 1]."""
+    """Reads at least one and at most `count` frames from the start: pixels [3, F, H, W] in [-1, 1]."""
     if is_image(path):
         return fit_frames(read_image(path), width, height)
     frames = [
@@ -250,7 +250,7 @@ def _read_whole(path: str, shape: ClipShape) -> Tensor:
 
 def _must_have(path: str, pixels: Tensor, count: int) -> None:
     if pixels.shape[1] < count:
-        raise MediaError(path, f"has {pixels.shape[1]} frames, {count} are needed; give a longer one or fewer frames")
+        raise MediaError(path, f"has {pixels.shape[1]} frames, {count} are needed; use a longer one or fewer frames")
 
 
 def _read_audio(path: str) -> Audio:

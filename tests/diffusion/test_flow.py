@@ -94,5 +94,5 @@ def test_given_content_is_put_back():
 
 
 def test_a_velocity_at_noise_level_zero_is_refused():
-    with pytest.raises(ValueError, match="noise level 0"):
+    with pytest.raises(ValueError, match="sigma is 0"):
         velocity_from_denoised(torch.ones(1, 1, 1), torch.ones(1, 1, 1), 0.0)
