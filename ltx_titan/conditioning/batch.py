@@ -72,6 +72,7 @@ def read_clip(batch: Batch, source: str, stream: str, scale_factors: tuple[int, 
 def token_shape(batch: Batch, source: str, stream: str) -> tuple[int, int]:
     """Number and width of the tokens of `read_clip`, from the shape of the latents alone."""
     latents = _read_latents(batch, source, stream)
+    # From shapes, in the loader's threads: patchifying only to measure would copy the latents.
     num_tokens = latent_grid(latents).num_tokens
     return num_tokens, latents[0].numel() // num_tokens
 

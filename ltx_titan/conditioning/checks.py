@@ -95,6 +95,7 @@ def reference_scale(
     """
     found: tuple[tuple[int, int], str] | None = None
     folders = [c.latents_dir for c in (strategy.video.conditions if strategy.video else ()) if isinstance(c, Reference)]
+    # One check per distinct shape: a dataset has few shapes and many samples.
     for shape in _distinct(keys) if folders else ():
         for folder in folders:
             where = f"{folder}: {name_of(shape.first)}"

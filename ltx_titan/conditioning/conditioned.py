@@ -53,9 +53,11 @@ class StreamTokens:
         """
         target = self.target
         if content is not None:
+            # The record is frozen, and samples may share an empty target.
             tokens = target.tokens.clone()
             tokens[:, mask[0]] = content
             target = target._replace(tokens=tokens)
+        # A [1, S] mask is the same for all samples; training passes [B, S], each sample with its own draw.
         conditioned = mask.expand(target.tokens.shape[:2])
         if self.conditioned is not None:
             conditioned = self.conditioned | conditioned

@@ -65,6 +65,7 @@ def absent_streams(inputs: ModelInputs) -> Perturbations | None:
     present = [flags for flags in (inputs.video_present, inputs.audio_present) if flags is not None]
     if not present or inputs.video is None or inputs.audio is None:
         return None
+    # A perturbation rather than a missing stream: samples of one batch share a forward.
     return Perturbations(has_both=torch.stack(present).all(dim=0))
 
 
@@ -90,6 +91,7 @@ def token_weights(loss_mask: Tensor) -> Tensor:
     A sample without a generated token has weights 0, and therefore loss 0.
     """
     mask = loss_mask.float()
+    # The clamp turns 0 / 0 of a fully conditioned sample into 0.
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 

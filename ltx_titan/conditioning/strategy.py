@@ -174,6 +174,7 @@ class FlexibleStrategy:
         for condition, uses in zip(block.conditions, _uses(name, block, draws), strict=True):
             if isinstance(condition, Reference):
                 reference = read_clip(batch, condition.latents_dir, name, self.scale_factors)
+                # Checked in every batch, fired or not: an adapter stores the factors.
                 if name == "video":
                     scales[condition.latents_dir] = reference_factors(target.grid, reference.grid)
                 # A reference's decision is on the host: it changes the length of the sequence.
@@ -189,6 +190,7 @@ class FlexibleStrategy:
         if tokens.is_frozen:
             sigma, latent = target.tokens.new_zeros(shape[0]), target.tokens
         else:
+            # Draws come from the loader's threads; a mismatch here would broadcast silently.
             found = [None if draw is None else list(draw.shape) for draw in (draws.sigma, draws.noise)]
             assert found == [[shape[0]], list(shape)], f"{name} tokens {list(shape)} with sigma and noise {found}"
             sigma = draws.sigma.to(device, torch.float32, non_blocking=True)
@@ -196,6 +198,7 @@ class FlexibleStrategy:
             latent, velocity = add_noise(target.tokens, noise, sigma), velocity_target(target.tokens, noise)
             if tokens.conditioned is not None:
                 latent = torch.where(tokens.conditioned[:, :, None], target.tokens, latent)
+            # Without a condition there are no references either, so the mask has the target's length.
             loss_mask = torch.ones(shape[:2], dtype=torch.bool, device=device) if clean_mask is None else ~clean_mask
             if present is not None:
                 loss_mask = loss_mask & present[:, None]

@@ -113,6 +113,7 @@ def patchify_video(latents: Tensor, patch_size: int = 1) -> Tensor:
     batch, channels, frames, height, width = latents.shape
     rows, columns = height // patch_size, width // patch_size
     cells = latents.reshape(batch, channels, frames, rows, patch_size, columns, patch_size)
+    # [B, C, F, H/p, p, W/p, p] -> [B, F, H/p, W/p, C, p, p].
     return cells.permute(0, 2, 3, 5, 1, 4, 6).reshape(batch, frames * rows * columns, channels * patch_size**2)
 
 
@@ -121,6 +122,7 @@ def unpatchify_video(tokens: Tensor, grid: Grid, patch_size: int = 1) -> Tensor:
     batch, rows, columns = tokens.shape[0], grid.height // patch_size, grid.width // patch_size
     channels = tokens.shape[2] // patch_size**2
     cells = tokens.reshape(batch, grid.frames, rows, columns, channels, patch_size, patch_size)
+    # [B, F, H/p, W/p, C, p, p] -> [B, C, F, H/p, p, W/p, p].
     return cells.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, channels, *grid)
 
 
@@ -196,6 +198,7 @@ def audio_coordinates(
         causal: whether the codec is causal in time.
         shift: latent steps before the first one.
     """
+    # Integers up to the division: step bounds are exact, seconds are rounded once.
     frames = (_bounds(num_steps, 1, device) + shift) * downsample
     if causal:
         frames = (frames + 1 - downsample).clamp(min=0)

@@ -130,6 +130,7 @@ def _draw_stream(
         return StreamDraws(None, None, uses)
     sigma = torch.cat([sampler.sample((1,), plan.num_tokens, _torch_generator(f"{key}/sigma")) for key in keys])
     noise = np.empty((len(keys), plan.num_tokens, plan.channels), dtype=np.float32)
+    # In place, one generator per sample.
     for row, key in zip(noise, keys, strict=True):
         _numpy_generator(f"{key}/noise").standard_normal(out=row, dtype=np.float32)
     return StreamDraws(sigma, torch.from_numpy(noise), uses)

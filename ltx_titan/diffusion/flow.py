@@ -68,9 +68,11 @@ def euler_ancestral_step(
     """
     if next_sigma == 0:
         return denoised.to(sample.dtype)
+    # eta moves the target of the deterministic part from s' down towards s'^2 / s.
     down = next_sigma * (1 + (next_sigma / sigma - 1) * eta)
     lower = down / sigma * sample.float() + (1 - down / sigma) * denoised.float()
     rescale = (1 - next_sigma) / (1 - down)
+    # max: rounding can make a difference of nearly equal variances negative.
     renoise = math.sqrt(max(next_sigma**2 - (down * rescale) ** 2, 0.0))
     return (rescale * lower + noise_scale * renoise * noise.float()).to(sample.dtype)
 

@@ -56,6 +56,7 @@ def cfg_star_delta(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     The multiple is computed per sample. Not exposed as a validation key; held to the golden case `guiders`.
     """
     cond, uncond = cond.float(), uncond.float()
+    # The epsilon keeps the multiple of an all-zero prediction finite.
     multiple = _inner(cond, uncond) / (_inner(uncond, uncond) + 1e-8)
     return (scale - 1) * (cond - multiple * uncond)
 
@@ -115,7 +116,9 @@ def guide(
     if perturbed is not None and guidance.needs_perturbed:
         result = result + stg_delta(full, perturbed, guidance.stg_scale)
     if isolated is not None and guidance.needs_isolated:
+        # The same formula as CFG, with the isolated prediction as the weaker one.
         result = result + cfg_delta(full, isolated, guidance.modality_scale)
+    # A neutral combination is `cond` itself; rescaling it would only add rounding.
     if guidance.rescale != 0 and result is not full:
         result = result * (guidance.rescale * full.std() / result.std() + 1 - guidance.rescale)
     return result.to(cond.dtype)

@@ -146,12 +146,14 @@ def sample(
     if stepper == "euler_ancestral" and generator is None:
         raise ValueError("stepper euler_ancestral draws noise in every step; give it a generator.")
     passes = needed_passes(video, audio)
+    # Steps accumulate in float32, whatever the dtype of the model.
     latents = {name: (s.clean if s.is_frozen else s.latent).float() for name, s in streams.items()}
     # Found once per run: `unique` makes the host wait for the device.
     fractions = {name: _noise_fractions(stream) for name, stream in streams.items()}
     for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
         inputs = {name: _modality(s, latents[name], sigma, *fractions[name]) for name, s in streams.items()}
         predictions: dict[str, dict[str, Tensor]] = {name: {} for name in generated}
+        # The tokens of all passes are equal, so the inputs are built once per step.
         for chunk in _chunks(passes, passes_at_once):
             velocities = _forward(model, streams, inputs, chunk)
             for name in generated:
@@ -212,6 +214,7 @@ def _forward(
 def _repeat(modality: Modality, stream: SampledStream, chunk: Sequence[str]) -> Modality:
     """Repeats the tokens once per pass, each with the context of its pass."""
     contexts = [_context(stream, name) for name in chunk]
+    # Spares a copy of every tensor in the usual case of one pass at a time.
     if len(chunk) == 1:
         return replace(modality, context=contexts[0])
 
@@ -233,6 +236,7 @@ def _repeat(modality: Modality, stream: SampledStream, chunk: Sequence[str]) -> 
 
 
 def _context(stream: SampledStream, name: str) -> Tensor:
+    # A frozen stream is not guided: it keeps its own text in every pass.
     if name == "uncond" and not stream.is_frozen and stream.guidance.needs_uncond:
         return stream.negative_context
     return stream.context

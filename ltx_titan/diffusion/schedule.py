@@ -58,6 +58,7 @@ def sigma_schedule(
     if not 0 < terminal < 1:
         raise ValueError(f"terminal: expected a sigma between 0 and 1 (default 0.1), found {terminal}.")
     shift = mu(DEFAULT_TOKENS if num_tokens is None else num_tokens, base_shift, max_shift)
+    # float64, rounded once at the end. The last 0 is dropped, since 1 / s has no value there.
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
     sigmas = math.exp(shift) / (math.exp(shift) + 1 / even - 1)
     # One step has the single value 1, which no stretch about 1 can move.

@@ -58,9 +58,13 @@ class ShiftedLogitNormal:
         if not (math.isfinite(self.std) and self.std > 0):
             raise ValueError(f"sigma.std is {self.std}; it must be a finite number above 0 (default 1.0).")
         if not 0 <= self.eps < 0.5:
-            raise ValueError(f"sigma.eps is {self.eps}; it must lie in [0, 0.5), as a floor of sigma (default 1e-3).")
+            raise ValueError(
+                f"sigma.eps is {self.eps}; expected a value in [0, 0.5), as a floor of sigma (default 1e-3)."
+            )
         if not 0 <= self.uniform_prob <= 1:
-            raise ValueError(f"sigma.uniform_prob is {self.uniform_prob}; a probability lies in [0, 1] (default 0.1).")
+            raise ValueError(
+                f"sigma.uniform_prob is {self.uniform_prob}; expected a probability in [0, 1] (default 0.1)."
+            )
 
     def mu(self, num_tokens: int) -> float:
         """Center of the log-odds of sigma for a token count (see `mu`)."""
@@ -79,15 +83,18 @@ class ShiftedLogitNormal:
             num_tokens: target tokens of the stream, references not counted.
         """
         shift = self.mu(num_tokens)
+        # Quantiles of the shifted distribution: the stretch follows the token count.
         low = _sigmoid(shift + LOW_QUANTILE * self.std)
         high = _sigmoid(shift + HIGH_QUANTILE * self.std)
         stretched = (torch.sigmoid(shift + self.std * z) - low) / (high - low)
+        # Reflected rather than clamped, so that no mass piles up at eps.
         reflected = torch.where(stretched >= self.eps, stretched, 2 * self.eps - stretched)
         return torch.where(p > self.uniform_prob, reflected.clamp(0, 1), self.eps + (1 - self.eps) * u)
 
     def sample(self, shape: tuple[int, ...], num_tokens: int, generator: Generator) -> Tensor:
         """Draws sigmas of the given shape, float32, for streams of `num_tokens` target tokens."""
         device = generator.device
+        # All three are drawn for every sample, so that the mixture choice shifts no later draw.
         z = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         u = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
         p = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)

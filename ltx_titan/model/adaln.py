@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Of the released checkpoints; `linear_1` has this input width.
 _SINUSOID_WIDTH = 256
 
 
@@ -21,8 +22,9 @@ def sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
     """
     half = _SINUSOID_WIDTH // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.float()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+    # float32 even in a bfloat16 model: scaled timesteps reach 1000, where bfloat16 has a step of 4.
+    phases = t.float()[..., None] * frequencies
+    return torch.cat([phases.cos(), phases.sin()], dim=-1).to(dtype)
 
 
 class TimestepEmbedder(nn.Module):
@@ -83,5 +85,6 @@ def distinct_timesteps(timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
     flat = timesteps.reshape(timesteps.shape[0], -1)
     if flat.shape[1] == 1:
         return flat, None
+    # One list for the whole batch: samples share the values, and K is their number over all samples.
     values, index = flat.unique(return_inverse=True)
     return values.expand(flat.shape[0], -1), index

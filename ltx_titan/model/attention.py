@@ -67,6 +67,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(inner, eps=eps)
         self.k_norm = nn.RMSNorm(inner, eps=eps)
         self.to_gate_logits = nn.Linear(query_dim, heads) if gated else None
+        # A list, because the checkpoint names the projection `to_out.0`.
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim)])
         self.softmax = SoftmaxAttention(operators.attention_backends)
 
@@ -115,6 +116,7 @@ class Attention(nn.Module):
             out_BHSK = out_BHSK * keep + v * (1 - keep)
         out_BSHK = out_BHSK.transpose(1, 2)
         if self.to_gate_logits is not None:
+            # The factor 2 makes a gate of logit 0 neutral.
             out_BSHK = out_BSHK * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
         return self.to_out[0](out_BSHK.flatten(2))
 

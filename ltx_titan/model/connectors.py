@@ -83,6 +83,7 @@ class TextConnector(nn.Module):
         """
         x, mask = features, attention_mask
         additive = None
+        # Registers fill the padding, so attention needs no mask.
         if self.learnable_registers is not None:
             x, mask = self._fill_with_registers(x, mask), torch.ones_like(mask)
         else:

@@ -77,6 +77,7 @@ def _scale_by_range(states_BSDL: Tensor, valid_BS11: Tensor) -> Tensor:
     """
     count = valid_BS11.sum(dim=(1, 2), keepdim=True) * states_BSDL.shape[2]
     mean = torch.where(valid_BS11, states_BSDL, 0).sum(dim=(1, 2), keepdim=True) / (count + _EPS)
+    # Padding must not win the minimum or the maximum.
     highest = torch.where(valid_BS11, states_BSDL, -torch.inf).amax(dim=(1, 2), keepdim=True)
     lowest = torch.where(valid_BS11, states_BSDL, torch.inf).amin(dim=(1, 2), keepdim=True)
     scaled = 8 * (states_BSDL - mean) / (highest - lowest + _EPS)

@@ -61,16 +61,20 @@ def layer_flops(
         if tokens == 0:
             continue
         width = stream.width
+        # Self-attention 4, queries and output of the text attention 2, feed-forward 2 x 4.
         weights_times_tokens += tokens * 14 * width**2
         if parsed.gated_attention:
             weights_times_tokens += tokens * 2 * stream.heads * width
+        # Keys and values of the text attention.
         weights_times_tokens += text_tokens * 2 * width * stream.context_dim
+        # Self-attention and text attention.
         scores_times_width += (tokens**2 + tokens * text_tokens) * width
     if video_tokens and audio_tokens:
         # Both cross-modal attentions have the audio width; q and out act on their own stream, k and v on the other one.
         weights_times_tokens += video_tokens * 4 * v * a + audio_tokens * 4 * a**2
         if parsed.gated_attention:
             weights_times_tokens += video_tokens * audio.heads * v + audio_tokens * audio.heads * a
+        # Both directions.
         scores_times_width += 2 * video_tokens * audio_tokens * a
     return Flops((6 if trained == "full" else 4) * weights_times_tokens, 12 * scores_times_width)
 

@@ -70,6 +70,7 @@ class Perturbations:
             any(name == kind and (blocks is None or block in blocks) for name, blocks in sample)
             for sample in self.samples
         ]
+        # No mask instead of one of ones: unperturbed blocks keep the graph they were compiled for.
         if not any(skipped):
             return None
         return torch.tensor([0.0 if skip else 1.0 for skip in skipped], device=device, dtype=dtype)[:, None, None]

@@ -68,6 +68,7 @@ class RotaryTables:
         starts = [0]
         for table in self.cos[:-1]:
             starts.append(starts[-1] + table.shape[0])
+        # Indices count within an axis, rows within the concatenated table.
         offsets = torch.tensor(starts, device=self.index.device)[:, None]
         table = torch.stack([torch.cat(self.cos), torch.cat(self.sin)], dim=-1)
         return PackedRotation(table, (self.index + offsets).int().contiguous())
@@ -157,6 +158,7 @@ def rotate(x_BHSK: Tensor, rotation: Rotation, interleaved: bool) -> Tensor:
         rotation: cos/sin of each pair.
         interleaved: pairs are neighbors (2i, 2i + 1); otherwise pair i is (i, i + head_dim / 2).
     """
+    # In bfloat16 cos and sin would have 8 significant bits.
     x = x_BHSK.float()
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     rotated = (first * rotation.cos - second * rotation.sin, second * rotation.cos + first * rotation.sin)

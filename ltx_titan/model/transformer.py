@@ -153,6 +153,7 @@ class LTXTransformer(nn.Module):
         if audio is not None:
             audio_ends = self._audio_ends()
             audio_x, audio_embedded, audio_inputs = self._embed_stream(audio_ends, audio, video)
+        # Masks are made on the device and in the dtype of whichever stream is present.
         anchor = video_x if video_x is not None else audio_x
         for number, block in enumerate(self.transformer_blocks):
             keep = KeepMasks()
@@ -213,6 +214,7 @@ class LTXTransformer(nn.Module):
             Tokens [B, S, D], timestep embedding [B, K, D] for the output head, and the block inputs.
         """
         config = self.config
+        # Not autocast: latents and text are cast here, sigma, timesteps and positions stay float32.
         dtype = ends.embed.weight.dtype
         x = ends.embed(own.latent.to(dtype))
         if ends.keyframe_embedding is not None and own.keyframes_mask is not None:
@@ -270,6 +272,7 @@ class LTXTransformer(nn.Module):
         rotation = self.operators.rotation(tables)
         if not with_cross:
             return rotation, None
+        # Both streams share width and max_position here, so that equal times have equal phases.
         cross = rotary_tables(
             values[:1],
             index[:, :1],
@@ -290,6 +293,7 @@ def _text_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Mask [B, T] of 0/1, or already additive floats -> additive [B, 1, 1, T]."""
     if mask is None:
         return None
+    # finfo.max instead of infinity: a row that is masked entirely gives a uniform softmax instead of NaN.
     if not mask.is_floating_point():
         mask = (mask.to(dtype) - 1) * torch.finfo(dtype).max
     return mask.to(dtype)[:, None, None, :] if mask.ndim == 2 else mask.to(dtype)
@@ -300,5 +304,6 @@ def _self_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None:
         return None
     limits = torch.finfo(dtype)
+    # A strength multiplies the softmax weight, so its logarithm is added to the score.
     logarithm = mask.float().clamp(min=limits.tiny).log()
     return torch.where(mask > 0, logarithm, limits.min).to(dtype)[:, None]

@@ -152,6 +152,7 @@ def begin(
     else:
         assert clean_mask is not None, "a stream to sample starts with an empty mask"
         denoise_mask = (~clean_mask).float()
+        # On the generator's device (the host): every mesh and GPU samples the same clip.
         noise = torch.randn(target.tokens.shape, generator=generator, device=generator.device, dtype=torch.float32)
     clean = tokens.with_references(target.tokens).to(device)
     denoise_mask = denoise_mask[:, :, None].to(device)
