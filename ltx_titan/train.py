@@ -27,8 +27,7 @@ from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.common.ranks import rank_and_size
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.common.titan import GarbageCollection, peak_flops
-from ltx_titan.conditioning import absent_streams, weigh
-from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.conditioning import absent_streams, to_contexts, weigh
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step

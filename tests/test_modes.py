@@ -12,8 +12,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ltx_titan.build import build_transformer
-from ltx_titan.conditioning import ModelInputs, check_conditions, patchify_audio, patchify_video, reference_scale
-from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.conditioning import (
+    ModelInputs,
+    check_conditions,
+    patchify_audio,
+    patchify_video,
+    reference_scale,
+    to_contexts,
+)
 from ltx_titan.config import load_job
 from ltx_titan.data import Batch, collate, write_sample
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, draw_step

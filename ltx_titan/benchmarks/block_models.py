@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ltx_titan.model import LTXTransformer, Modality
+from ltx_titan.model import LTXTransformer, Modality, TransformerConfig
+from ltx_titan.model.config import StreamConfig
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
+from ltx_titan.model.rope import distinct_coordinates, midpoints
 from ltx_titan.parallel.compile import apply_compile
 
 AUDIO_TOKENS = 126
@@ -150,7 +152,7 @@ def _grid(tokens: int) -> tuple[int, int, int]:
 
 
 def _modalities(transformer: dict, tokens: int, timesteps: int, device: torch.device) -> tuple[Modality, Modality]:
-    """One sample of both streams; with two timesteps the first latent frame is conditioned."""
+    """One sample of both streams; with two timesteps the first latent frame is clean."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -164,25 +166,22 @@ def _modalities(transformer: dict, tokens: int, timesteps: int, device: torch.de
     second = torch.arange(AUDIO_TOKENS + 1, device=device, dtype=torch.float32) / 25
     sigma = torch.full((1,), _SIGMA, device=device)
 
-    def modality(count: int, positions: Tensor, width: int, index: Tensor | None) -> Modality:
-        values = sigma[:, None] if index is None else torch.stack([torch.zeros_like(sigma), sigma], dim=1)
-        middle = positions.mean(-1)
-        found = [axis.unique(return_inverse=True) for axis in middle.unbind(1)]
-        return Modality(
-            latent=draw(1, count, transformer.get("in_channels", 128)),
-            sigma=sigma,
-            timesteps=sigma[:, None] if index is None else values.gather(1, index),
+    def modality(count: int, positions: Tensor, stream: StreamConfig, clean_mask: Tensor | None) -> Modality:
+        values, index = distinct_coordinates(midpoints(positions))
+        return Modality.from_sigma(
+            draw(1, count, stream.in_channels),
+            sigma,
+            clean_mask,
             positions=positions,
-            context=draw(1, TEXT_TOKENS, width),
-            timestep_values=values,
-            timestep_index=index,
-            coordinate_values=tuple(values for values, _ in found),
-            coordinate_index=torch.stack([inverse for _, inverse in found], dim=1),
+            context=draw(1, TEXT_TOKENS, stream.context_dim),
+            coordinate_values=values,
+            coordinate_index=index,
         )
 
-    index = None if timesteps == 1 else (cell[0] > 0).long()[None]
+    config = TransformerConfig.from_metadata(transformer)
+    clean_mask = None if timesteps == 1 else (cell[0] == 0)[None]
     audio_positions = torch.stack([second[:-1], second[1:]], dim=-1)[None, None]
     return (
-        modality(tokens, torch.stack([start, end], dim=-1)[None], transformer.get("cross_attention_dim", 4096), index),
-        modality(AUDIO_TOKENS, audio_positions, transformer.get("audio_cross_attention_dim", 2048), None),
+        modality(tokens, torch.stack([start, end], dim=-1)[None], config.video, clean_mask),
+        modality(AUDIO_TOKENS, audio_positions, config.audio, None),
     )

@@ -1,8 +1,16 @@
+from ltx_titan.conditioning.batch import Batch, latent_grid, to_contexts
 from ltx_titan.conditioning.checks import check_conditions, reference_scale
-from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights, weigh
-from ltx_titan.conditioning.references import reference_factors
-from ltx_titan.conditioning.strategy import FlexibleStrategy, ModelInputs, absent_streams
+from ltx_titan.conditioning.conditioned import (
+    StreamTokens,
+    conditioned_tokens,
+    frames_mask,
+    reference_factors,
+    scale_reference,
+)
+from ltx_titan.conditioning.loss import Loss, ModelInputs, absent_streams, stream_loss, token_weights, weigh
+from ltx_titan.conditioning.strategy import FlexibleStrategy
 from ltx_titan.conditioning.tokens import (
+    Clip,
     Coordinates,
     Grid,
     audio_coordinates,
@@ -16,20 +24,28 @@ from ltx_titan.conditioning.tokens import (
 )
 
 __all__ = [
+    "Batch",
+    "Clip",
     "Coordinates",
     "FlexibleStrategy",
     "Grid",
     "Loss",
     "ModelInputs",
+    "StreamTokens",
     "absent_streams",
     "audio_coordinates",
     "audio_steps",
     "check_conditions",
+    "conditioned_tokens",
+    "frames_mask",
+    "latent_grid",
     "patchify_audio",
     "patchify_video",
     "reference_factors",
     "reference_scale",
+    "scale_reference",
     "stream_loss",
+    "to_contexts",
     "token_weights",
     "unpatchify_audio",
     "unpatchify_video",

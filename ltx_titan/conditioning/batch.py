@@ -1,72 +1,65 @@
-"""Reads a batch: clips become tokens with coordinates, text becomes a context.
+"""Reads a batch: latents become tokens with coordinates, text features become contexts.
 
 A batch is `{source: {field: tensor}}`, on any device:
 
-- a clip has `latents` ([B, C, F, H, W] video, [B, C, T, M] audio), a video also `fps` ([B]; 24 where absent). Its
-  optional `present` ([B], bool) is False where a sample has no such stream and the latents are a (finite) stand-in;
+- a clip has `latents` ([B, C, F, H, W] video, [B, C, T, M] audio), a video also `fps` ([B]; 24 if absent). Its optional
+  `present` ([B], bool) is False for a sample without this stream, whose latents are a (finite) placeholder;
 - a mask has `mask`;
-- `conditions` has `video_prompt_embeds`, `audio_prompt_embeds` (absent: the video's serve both) and
-  `prompt_attention_mask` (absent: no text token is masked), as they leave the text connectors.
+- `conditions` has `video_prompt_embeds`, `audio_prompt_embeds` (absent: the video's serve both streams) and
+  `prompt_attention_mask` (absent: no text token is masked). A dataset stores text either as features, as they leave the
+  feature extractor, or as contexts, as they leave the text connectors; `to_contexts` turns the former into the latter.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ltx_titan.conditioning.tokens import (
-    Coordinates,
+    Clip,
     Grid,
     audio_coordinates,
     patchify_audio,
     patchify_video,
     video_coordinates,
 )
+from ltx_titan.model import TextConnectors
 
 Batch = Mapping[str, Mapping[str, Tensor]]
 
-# What older latent files, which have no frame rate, count as.
+# Frame rate of latent files without `fps`, as in the reference trainer.
 DEFAULT_FPS = 24.0
 
 _DIMS = {"video": ("batch", "channels", "frames", "rows", "columns"), "audio": ("batch", "channels", "steps", "bins")}
 
 
-class Clip(NamedTuple):
-    """Latents as tokens [B, S, C], their latent sizes and coordinates."""
-
-    tokens: Tensor
-    grid: Grid
-    coordinates: Coordinates
-
-
 def read_field(batch: Batch, source: str, name: str) -> Tensor:
-    """One field of one source.
+    """Reads one field of one source.
 
     Raises:
-        ValueError: if the batch lacks the source, or the source the field.
+        ValueError: the batch lacks the source, or the source the field.
     """
     if source not in batch:
-        raise ValueError(f"the batch has no source {source!r}, only {sorted(batch)}; is its folder among the data's?")
+        raise ValueError(f"the batch has no source {source!r}, only {sorted(batch)}; add its folder to the data root.")
     if name not in batch[source]:
         raise ValueError(f"source {source!r} has no field {name!r}, only {sorted(batch[source])}; prepare it again.")
     return batch[source][name]
 
 
 def read_clip(batch: Batch, source: str, stream: str, scale_factors: tuple[int, int, int]) -> Clip:
-    """A source's latents as tokens, with coordinates from its own grid and frame rate.
+    """Reads a source's latents as tokens, with coordinates from its own grid and frame rate.
 
     Args:
         batch: the batch.
-        source: which source.
+        source: key of the clip.
         stream: "video" or "audio".
         scale_factors: compression factors of the video codec (time, height, width).
 
     Raises:
-        ValueError: if the source is missing or its latents have the wrong number of dims.
+        ValueError: the source is missing or its latents have the wrong number of dims.
     """
     latents = _read_latents(batch, source, stream)
-    grid, device = _grid(latents), latents.device
+    grid, device = latent_grid(latents), latents.device
     if stream == "audio":
         return Clip(patchify_audio(latents), grid, audio_coordinates(grid.frames, latents.shape[0], device))
     fps = batch[source].get("fps")
@@ -77,17 +70,51 @@ def read_clip(batch: Batch, source: str, stream: str, scale_factors: tuple[int, 
 
 
 def token_shape(batch: Batch, source: str, stream: str) -> tuple[int, int]:
-    """Tokens and channels that `read_clip` would give, from the latents' shape alone."""
+    """Number and width of the tokens of `read_clip`, from the shape of the latents alone."""
     latents = _read_latents(batch, source, stream)
-    num_tokens = _grid(latents).num_tokens
+    # From shapes, in the loader's threads: patchifying only to measure would copy the latents.
+    num_tokens = latent_grid(latents).num_tokens
     return num_tokens, latents[0].numel() // num_tokens
 
 
+def latent_grid(latents: Tensor) -> Grid:
+    """Latent sizes of [B, C, F, H, W] (video) or [B, C, T, M] (audio, whose bins are part of a token)."""
+    return Grid(*latents.shape[2:]) if latents.ndim == 5 else Grid(latents.shape[2], 1, 1)
+
+
 def read_text(batch: Batch, stream: str) -> tuple[Tensor, Tensor | None]:
-    """Context of a stream [B, T, D] and its mask, None where no text token is masked."""
+    """Reads the context of a stream [B, T, D] and its mask, None if no text token is masked."""
     text = batch.get("conditions", {})
     field = "audio_prompt_embeds" if stream == "audio" and "audio_prompt_embeds" in text else "video_prompt_embeds"
     return read_field(batch, "conditions", field), text.get("prompt_attention_mask")
+
+
+@torch.no_grad()
+def to_contexts(
+    conditions: Mapping[str, Tensor], connectors: TextConnectors | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Runs the frozen text connectors on a batch that stores text features; contexts pass through.
+
+    Args:
+        conditions: `video_prompt_embeds` [B, T, D_video], optionally `audio_prompt_embeds` [B, T, D_audio] (the video's
+            serve both streams if it is missing); features come with `prompt_attention_mask` [B, T], 1 for a prompt
+            token.
+        connectors: None if the whole dataset stores contexts.
+        dtype: dtype to run the connectors in.
+
+    Returns:
+        The same fields with contexts instead of features. The mask is dropped if it masks nothing, as after connectors
+        with registers: attention without a mask is a third faster.
+    """
+    mask = conditions.get("prompt_attention_mask")
+    if mask is None:
+        return dict(conditions)
+    assert connectors is not None, "the batch holds text features, but no connectors were loaded"
+    video = conditions["video_prompt_embeds"].to(dtype)
+    audio = conditions["audio_prompt_embeds"].to(dtype) if "audio_prompt_embeds" in conditions else video
+    video, audio, mask = connectors(video, audio, mask)
+    contexts = {"video_prompt_embeds": video, "audio_prompt_embeds": audio}
+    return contexts if connectors.fills_padding else {**contexts, "prompt_attention_mask": mask}
 
 
 def _read_latents(batch: Batch, source: str, stream: str) -> Tensor:
@@ -96,8 +123,3 @@ def _read_latents(batch: Batch, source: str, stream: str) -> Tensor:
         expected = ", ".join(_DIMS[stream])
         raise ValueError(f"{source}: {stream} latents have shape {list(latents.shape)}; expected [{expected}].")
     return latents
-
-
-def _grid(latents: Tensor) -> Grid:
-    """Latent sizes; audio's bins are part of a token."""
-    return Grid(*latents.shape[2:]) if latents.ndim == 5 else Grid(latents.shape[2], 1, 1)

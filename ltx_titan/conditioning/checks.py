@@ -1,19 +1,17 @@
-"""What a job's conditions come to on its data, known from the shapes of all samples before the first step.
+"""Checks a job's conditions against the shapes of all samples, before the first step.
 
-A condition that asks for more than a clip has is clamped to it, here as in the reference trainer. That can leave it
-without effect, or leave nothing to generate, and neither shows in a loss curve. So the plan of a job says it, once for
-each condition and by name. References must stand in one scale to their targets throughout, because an adapter's file
-has room for one pair of factors.
+A condition that exceeds a clip is clamped to it, here as in the reference trainer. It may then have no effect, or leave
+nothing to generate, and neither shows in a loss curve: the plan of a job warns once for each such condition, by name.
+All references must have the same scale relative to their targets, because an adapter stores one pair of factors.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ltx_titan.conditioning.conditions import given_tokens
-from ltx_titan.conditioning.references import reference_factors
+from ltx_titan.conditioning.conditioned import conditioned_tokens, reference_factors
 from ltx_titan.conditioning.strategy import FlexibleStrategy
 from ltx_titan.conditioning.tokens import Grid
 from ltx_titan.config.streams import (
@@ -28,12 +26,12 @@ from ltx_titan.config.streams import (
 )
 
 ShapeKey = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""(source, field, shape) of everything in a sample, as the data package has it."""
+"""(source, field, shape) of every tensor of a sample, as in the data package."""
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """All samples of one shape: their fields' shapes, how many there are, and the first one's number."""
+    """All samples of one shape: shapes of their fields, their number, and the index of the first one."""
 
     fields: dict[tuple[str, str], tuple[int, ...]]
     count: int
@@ -48,38 +46,41 @@ class _Shape:
 def check_conditions(
     strategy: FlexibleStrategy, keys: Sequence[ShapeKey], name_of: Callable[[int], str] = str
 ) -> list[str]:
-    """Looks for conditions that cannot do what they say.
+    """Finds conditions without effect, or with another effect than configured.
 
     Args:
-        strategy: the job's.
-        keys: shapes of each sample of the data set.
-        name_of: what messages call a sample.
+        strategy: of the job.
+        keys: shapes of each sample of the dataset.
+        name_of: names a sample in messages.
 
     Returns:
-        Warnings, at most one per condition and kind of trouble.
+        Warnings, at most one per condition and problem.
 
     Raises:
         ValueError: a mask does not have one element per token of its target.
     """
     shapes = _distinct(keys)
-    warnings, given_away = [], {id(shape) for shape in shapes}
-    for name, block in _blocks(strategy):
+    # Shapes without a generated token left, whichever stream: a job needs one shape with a token to learn from.
+    warnings, without_loss = [], {id(shape) for shape in shapes}
+    for name, block in strategy.blocks.items():
         _check_masks(name, block, shapes, name_of)
         warnings += [
-            f"{_label(name, block, place)} has probability 0, so it never applies; raise it, or remove the condition"
-            for place, condition in enumerate(block.conditions)
+            f"{_label(name, block, i)} has probability 0, so it never applies; raise it, or remove the condition"
+            for i, condition in enumerate(block.conditions)
             if condition.probability == 0
         ]
         if not block.is_generated:
             continue
         warnings += _stream_warnings(name, block, strategy.scale_factors, shapes, name_of)
-        given_away &= {
-            id(shape) for shape in shapes if _always_given(block, shape.grid(f"{name}_latents"), strategy.scale_factors)
+        without_loss &= {
+            id(shape)
+            for shape in shapes
+            if _always_conditioned(block, shape.grid(f"{name}_latents"), strategy.scale_factors)
         }
-    if shapes and len(given_away) == len(shapes):
+    if shapes and len(without_loss) == len(shapes):
         warnings.append(
-            "nothing is left to learn: in every sample and step the conditions give every token of what is generated, "
-            "so the loss is 0 throughout; give less of the clips, or set a probability below 1"
+            "no training signal: the conditions cover every target token of every sample, so the loss is always 0; "
+            "condition on less of the clips, or set a probability below 1"
         )
     return warnings
 
@@ -87,12 +88,12 @@ def check_conditions(
 def reference_scale(
     strategy: FlexibleStrategy, keys: Sequence[ShapeKey], name_of: Callable[[int], str] = str
 ) -> tuple[int, int] | None:
-    """How much smaller the video references of a job are than their targets: what an adapter's metadata says.
+    """Computes how much smaller the video references of a job are than their targets, for an adapter's metadata.
 
     Args:
-        strategy: the job's.
-        keys: shapes of each sample of the data set.
-        name_of: what messages call a sample.
+        strategy: of the job.
+        keys: shapes of each sample of the dataset.
+        name_of: names a sample in messages.
 
     Returns:
         (spatial, temporal), None for a job without video references.
@@ -102,6 +103,7 @@ def reference_scale(
     """
     found: tuple[tuple[int, int], str] | None = None
     folders = [c.latents_dir for c in (strategy.video.conditions if strategy.video else ()) if isinstance(c, Reference)]
+    # One check per distinct shape: a dataset has few shapes and many samples.
     for shape in _distinct(keys) if folders else ():
         for folder in folders:
             where = f"{folder}: {name_of(shape.first)}"
@@ -114,7 +116,7 @@ def reference_scale(
             elif found[0] != factors:
                 raise ValueError(
                     f"{where} has the (spatial, temporal) factors {factors}, {found[1]} has {found[0]}; an adapter "
-                    "knows one pair only. Prepare all references with the same factors, or split the data set."
+                    "stores one pair only. Prepare all references with the same factors, or split the dataset."
                 )
     return found[0] if found else None
 
@@ -127,12 +129,6 @@ def _distinct(keys: Sequence[ShapeKey]) -> list[_Shape]:
         _Shape({(source, field): shape for source, field, shape in key}, count, first)
         for key, (count, first) in counts.items()
     ]
-
-
-def _blocks(strategy: FlexibleStrategy) -> Iterator[tuple[str, VideoSection | AudioSection]]:
-    for name, block in (("video", strategy.video), ("audio", strategy.audio)):
-        if block is not None:
-            yield name, block
 
 
 def _check_masks(
@@ -158,75 +154,72 @@ def _stream_warnings(
     shapes: list[_Shape],
     name_of: Callable[[int], str],
 ) -> list[str]:
-    """Of each condition, how many samples it gives altogether, not at all, or less of than it says."""
-    troubles: dict[str, list[_Shape]] = {}
+    """Counts, per condition, the samples that it covers entirely, not at all, or less than configured."""
+    problems: dict[str, list[_Shape]] = {}
     for shape in shapes:
         grid = shape.grid(f"{name}_latents")
         union = torch.zeros(1, grid.num_tokens, dtype=torch.bool)
-        is_said = False
-        for place, condition in _from_shapes(block):
-            given = _given(condition, grid, factors)
-            union |= given
-            if trouble := _trouble(condition, given, grid, factors):
-                troubles.setdefault(f"{_label(name, block, place)} {trouble}", []).append(shape)
-                is_said |= bool(given.all())
-        if union.all() and not is_said:
-            places = ", ".join(str(place) for place, _ in _from_shapes(block))
-            text = f"{name}.conditions {places} together give all of the clip, which then adds nothing to the loss"
-            troubles.setdefault(text, []).append(shape)
+        # A condition that covers the clip by itself is named; the union is then not worth a second warning.
+        is_named = False
+        for i, condition in _known_from_shapes(block):
+            mask = conditioned_tokens(condition, grid, factors)
+            union |= mask
+            if problem := _problem(condition, mask, grid, factors):
+                problems.setdefault(f"{_label(name, block, i)} {problem}", []).append(shape)
+                is_named |= bool(mask.all())
+        if union.all() and not is_named:
+            indices = ", ".join(str(i) for i, _ in _known_from_shapes(block))
+            text = f"{name}.conditions {indices} together cover the whole clip, so it contributes no loss"
+            problems.setdefault(text, []).append(shape)
     total = sum(shape.count for shape in shapes)
     return [
-        f"{trouble}: {sum(shape.count for shape in found)} of {total} samples, for example "
+        f"{problem}: {sum(shape.count for shape in found)} of {total} samples, for example "
         f"{name_of(found[0].first)} ({_size(found[0].grid(f'{name}_latents'))})"
-        for trouble, found in troubles.items()
+        for problem, found in problems.items()
     ]
 
 
-def _trouble(condition: IntrinsicCondition, given: Tensor, grid: Grid, factors: tuple[int, int, int]) -> str:
-    if given.all():
-        return "gives all of the clip, which then adds nothing to the loss"
-    if not given.any():
-        return "lies outside the frame, so it has no effect"
+def _problem(condition: IntrinsicCondition, mask: Tensor, grid: Grid, factors: tuple[int, int, int]) -> str:
+    if mask.all():
+        return "covers the whole clip, so it contributes no loss"
+    if not mask.any():
+        return "is outside the frame, so it has no effect"
     if isinstance(condition, SpatialCrop):
         _, _, bottom, right = condition.spatial_region
         if bottom > grid.height * factors[1] or right > grid.width * factors[2]:
-            return "reaches beyond the frame; only the part inside is given"
+            return "exceeds the frame; only the part inside is conditioned on"
     return ""
 
 
-def _from_shapes(block: VideoSection | AudioSection) -> list[tuple[int, IntrinsicCondition]]:
-    """The conditions, with their places, of which shapes alone say what they give."""
+def _known_from_shapes(block: VideoSection | AudioSection) -> list[tuple[int, IntrinsicCondition]]:
+    """Conditions, with their indices, whose token masks follow from shapes alone."""
     return [
-        (place, condition)
-        for place, condition in enumerate(block.conditions)
+        (i, condition)
+        for i, condition in enumerate(block.conditions)
         if not isinstance(condition, Mask | Reference) and condition.probability > 0
     ]
 
 
-def _always_given(block: VideoSection | AudioSection, grid: Grid, factors: tuple[int, int, int]) -> bool:
+def _always_conditioned(block: VideoSection | AudioSection, grid: Grid, factors: tuple[int, int, int]) -> bool:
     """Whether the conditions of probability 1 leave no token to generate."""
     union = torch.zeros(1, grid.num_tokens, dtype=torch.bool)
-    for _, condition in _from_shapes(block):
+    for _, condition in _known_from_shapes(block):
         if condition.probability == 1:
-            union |= _given(condition, grid, factors)
+            union |= conditioned_tokens(condition, grid, factors)
     return bool(union.all())
 
 
-def _given(condition: IntrinsicCondition, grid: Grid, factors: tuple[int, int, int]) -> Tensor:
-    return given_tokens(condition, grid, factors, None, torch.device("cpu"))
-
-
-def _label(name: str, block: VideoSection | AudioSection, place: int) -> str:
-    condition = block.conditions[place]
+def _label(name: str, block: VideoSection | AudioSection, index: int) -> str:
+    condition = block.conditions[index]
     detail = ""
     if isinstance(condition, Prefix | Suffix):
         detail = f", temporal_boundary = {condition.temporal_boundary}"
     elif isinstance(condition, SpatialCrop):
         detail = f", spatial_region = {list(condition.spatial_region)}"
-    return f"{name}.conditions[{place}] ({condition.type}{detail})"
+    return f"{name}.conditions[{index}] ({condition.type}{detail})"
 
 
 def _size(grid: Grid) -> str:
     if (grid.height, grid.width) == (1, 1):
         return f"{grid.frames} latent steps"
-    return f"{grid.frames} x {grid.height} x {grid.width} latent frames, rows, columns"
+    return f"{grid} latent frames, rows, columns"

@@ -1,13 +1,46 @@
-"""The training loss: a mean squared error over generated tokens, per sample and stream.
+"""Inputs of the model with their targets, and the training loss: a masked mean squared error of the velocity.
 
-Each sample is normalised by its own count of generated tokens, so one with few of them weighs as much as a full one,
-and audio (about a hundred tokens) as much as video (thousands). The normalisation is a weight per token, known before
-the forward pass: a rank that holds part of a sequence sums its own part, and the parts add up.
+Each sample is normalized by its own number of generated tokens, so a sample with few of them weighs as much as a full
+one, and audio (about a hundred tokens) as much as video (thousands). The normalization is a weight per token, known
+before the forward pass: a rank that holds part of a sequence sums its own part, and the parts add up.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from ltx_titan.model import Modality, Perturbations
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Inputs of the model, and the targets and masks of the loss.
+
+    Attributes:
+        video: input of the video stream, references before the target; None if absent.
+        audio: the same for audio.
+        video_target: velocity [B, S, C], target tokens only; None if no video is generated.
+        audio_target: the same for audio.
+        video_loss_mask: True for a token with loss [B, S], with S as in `video`: False for references and conditioned
+            tokens.
+        audio_loss_mask: the same for audio.
+        video_present: False for a sample whose video is a placeholder [B]: its two streams must not attend to each
+            other. None: every sample has a video.
+        audio_present: the same for audio.
+        reference_scale: (spatial, temporal) factors of the video references, None without any. Known from shapes in
+            every batch, even if the reference does not fire.
+    """
+
+    video: Modality | None
+    audio: Modality | None
+    video_target: Tensor | None
+    audio_target: Tensor | None
+    video_loss_mask: Tensor | None
+    audio_loss_mask: Tensor | None
+    video_present: Tensor | None = None
+    audio_present: Tensor | None = None
+    reference_scale: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -17,14 +50,39 @@ class Loss:
     Attributes:
         total: mean over samples, scalar; what is differentiated.
         per_sample: sum of both streams [B].
-        video: video part [B], None where no video is generated.
-        audio: audio part [B], None where no audio is generated.
+        video: video part [B], None if no video is generated.
+        audio: audio part [B], None if no audio is generated.
     """
 
     total: Tensor
     per_sample: Tensor
     video: Tensor | None
     audio: Tensor | None
+
+
+def absent_streams(inputs: ModelInputs) -> Perturbations | None:
+    """Cuts the cross-modal attention of samples with a placeholder stream; None if every sample has both streams."""
+    present = [flags for flags in (inputs.video_present, inputs.audio_present) if flags is not None]
+    if not present or inputs.video is None or inputs.audio is None:
+        return None
+    # A perturbation rather than a missing stream: samples of one batch share a forward.
+    return Perturbations(has_both=torch.stack(present).all(dim=0))
+
+
+def flow_matching_loss(video_pred: Tensor | None, audio_pred: Tensor | None, inputs: ModelInputs) -> Loss:
+    """Masked mean squared error of the velocities, per sample, summed over the generated streams.
+
+    Args:
+        video_pred: predicted velocity [B, S, C] of all video tokens, references included; ignored if frozen.
+        audio_pred: the same for audio.
+        inputs: result of `FlexibleStrategy.prepare`.
+    """
+    video = _generated_loss("video", video_pred, inputs.video_target, inputs.video_loss_mask)
+    audio = _generated_loss("audio", audio_pred, inputs.audio_target, inputs.audio_loss_mask)
+    parts = [part for part in (video, audio) if part is not None]
+    assert parts, "no stream is generated"
+    per_sample = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    return Loss(per_sample.mean(), per_sample, video, audio)
 
 
 def weigh(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
@@ -38,11 +96,12 @@ def weigh(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
 
 
 def token_weights(loss_mask: Tensor) -> Tensor:
-    """Weight of each token [B, S], float32: 1 / number of generated tokens of its sample, 0 for a given token.
+    """Weight of each token [B, S], float32: 1 / number of generated tokens of its sample, 0 for a clean token.
 
     A sample without a generated token has weights 0, and therefore loss 0.
     """
     mask = loss_mask.float()
+    # The clamp turns 0 / 0 of a fully conditioned sample into 0.
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
@@ -59,3 +118,15 @@ def stream_loss(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """
     error = (prediction.float() - target.float()).square().mean(dim=2)
     return (weights * error).sum(dim=1)
+
+
+def _generated_loss(
+    name: str, prediction: Tensor | None, target: Tensor | None, loss_mask: Tensor | None
+) -> Tensor | None:
+    if target is None:
+        return None
+    assert prediction is not None, f"{name} is generated but has no prediction"
+    assert loss_mask is not None, f"{name} is generated but has no loss mask"
+    # References come first in training, so the target's tokens are the last ones.
+    length = target.shape[1]
+    return stream_loss(prediction[:, -length:], target, token_weights(loss_mask[:, -length:]))

@@ -1,4 +1,4 @@
-"""The training strategy: one batch and one set of draws become the model's inputs, and its predictions a loss.
+"""Training strategy: turns a batch and its random draws into the model's inputs, and predictions into a loss.
 
 Every training mode (text, image, video or audio to video and audio; extension, inpainting, outpainting, in-context) is
 a combination of two blocks and their conditions. Nothing here is random or stateful: `prepare` is a pure function of
@@ -7,57 +7,29 @@ the batch and the draws, stays on the batch's device and never makes the host wa
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ltx_titan.conditioning.batch import Batch, read_clip, read_field, read_text, token_shape
-from ltx_titan.conditioning.conditions import crop_cells, given_tokens
-from ltx_titan.conditioning.loss import Loss, stream_loss, token_weights
-from ltx_titan.conditioning.references import reference_factors, scale_reference
-from ltx_titan.conditioning.stream import Stream, build_stream
-from ltx_titan.conditioning.tokens import DEFAULT_SCALE_FACTORS, Coordinates
+from ltx_titan.conditioning.conditioned import StreamTokens, conditioned_tokens, crop_cells, reference_factors
+from ltx_titan.conditioning.loss import Loss, ModelInputs, flow_matching_loss
+from ltx_titan.conditioning.tokens import DEFAULT_SCALE_FACTORS
 from ltx_titan.config.streams import AudioSection, Mask, Reference, SpatialCrop, StrategyConfig, VideoSection
-from ltx_titan.diffusion.draws import StepDraws, StreamPlan
-from ltx_titan.model import Modality, Perturbations
+from ltx_titan.diffusion.draws import StepDraws, StreamDraws, StreamPlan
+from ltx_titan.diffusion.flow import add_noise, velocity_target
+from ltx_titan.model import Modality
 
 
-@dataclass(frozen=True)
-class ModelInputs:
-    """What the model is given and what its predictions are held against.
+class _Stream(NamedTuple):
+    """One prepared stream; `target` and `loss_mask` are None if it is frozen, `scales` has one key per reference."""
 
-    Attributes:
-        video: input of the video stream, references before the target; None where absent.
-        audio: the same for audio.
-        video_target: velocity [B, S, C], target tokens only; None where no video is generated.
-        audio_target: the same for audio.
-        video_loss_mask: True where a token counts [B, S], with S as in `video`: False for references and given tokens.
-        audio_loss_mask: the same for audio.
-        video_present: False for a sample whose video is a stand-in [B]: the two streams must not attend to each other
-            there. None: every sample has its video.
-        audio_present: the same for audio.
-        reference_scale: (spatial, temporal) factors of the video references, None where no block has one. Known from
-            shapes in every batch, also where the reference does not fire.
-    """
-
-    video: Modality | None
-    audio: Modality | None
-    video_target: Tensor | None
-    audio_target: Tensor | None
-    video_loss_mask: Tensor | None
-    audio_loss_mask: Tensor | None
-    video_present: Tensor | None = None
-    audio_present: Tensor | None = None
-    reference_scale: tuple[int, int] | None = None
-
-
-def absent_streams(inputs: ModelInputs) -> Perturbations | None:
-    """Keeps a sample's stand-in stream and its real one apart; None where every sample has both streams."""
-    present = [flags for flags in (inputs.video_present, inputs.audio_present) if flags is not None]
-    if not present or inputs.video is None or inputs.audio is None:
-        return None
-    return Perturbations(has_both=torch.stack(present).all(dim=0))
+    modality: Modality
+    target: Tensor | None
+    loss_mask: Tensor | None
+    present: Tensor | None
+    scales: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -65,11 +37,11 @@ class FlexibleStrategy:
     """Two blocks, video and audio, each absent, frozen or generated under conditions.
 
     Attributes:
-        video: the video block, None where the transformer gets no video.
-        audio: the audio block, None where the transformer gets no audio.
+        video: the video block, None if the transformer gets no video.
+        audio: the audio block, None if the transformer gets no audio.
         scale_factors: compression factors of the video codec (time, height, width).
-        keyframe_marker: whether the model has an embedding for tokens that stand for a single pixel frame (LTX-2.5).
-            The target's first latent frame is then marked, as it is when sampling.
+        keyframe_marker: whether the model has an embedding for tokens of a single pixel frame (LTX-2.5). The target's
+            first latent frame is then marked, as it is when sampling.
     """
 
     video: VideoSection | None
@@ -89,10 +61,10 @@ class FlexibleStrategy:
         Args:
             config: `{"name": "flexible", "video": block or None, "audio": block or None}`, blocks as dicts or models.
             scale_factors: compression factors of the video codec (time, height, width).
-            keyframe_marker: whether the model marks tokens that stand for a single pixel frame.
+            keyframe_marker: whether the model marks tokens of a single pixel frame.
 
         Raises:
-            ValueError: if the blocks are not valid or contradict each other, or a region covers no latent cell.
+            ValueError: blocks are invalid or contradict each other, or a region covers no latent cell.
         """
         blocks = StrategyConfig.model_validate(config)
         for condition in blocks.video.conditions if blocks.video else ():
@@ -108,17 +80,23 @@ class FlexibleStrategy:
         return strategy
 
     @property
+    def blocks(self) -> dict[str, VideoSection | AudioSection]:
+        """The present blocks by stream name, video first."""
+        blocks = {"video": self.video, "audio": self.audio}
+        return {name: block for name, block in blocks.items() if block is not None}
+
+    @property
     def sources(self) -> dict[str, str]:
         """Folders to read under the data root, each with its key in a batch.
 
-        Target latents go under `video_latents` and `audio_latents`, every other folder under its own name. A mask that
-        a frozen stream ignores is not read.
+        Target latents get the keys `video_latents` and `audio_latents`, every other folder its own name. A mask that a
+        frozen stream ignores is not read.
 
         Raises:
-            ValueError: if one folder serves two purposes, or two folders would share a key.
+            ValueError: one folder serves two purposes, or two folders would share a key.
         """
         wanted = [("conditions", "conditions", "text features")]
-        for name, block in self._blocks():
+        for name, block in self.blocks.items():
             wanted.append((block.latents_dir, f"{name}_latents", f"the {name} target"))
             for condition, is_applied in zip(block.conditions, block.applied, strict=True):
                 if isinstance(condition, Mask) and is_applied:
@@ -131,15 +109,15 @@ class FlexibleStrategy:
                 if (folder == other or key == other_key) and purpose != other_purpose:
                     raise ValueError(
                         f"folder {folder!r} ({purpose}) collides with folder {other!r} ({other_purpose}); "
-                        "give each purpose a folder of its own, and name none after a batch key of another."
+                        "use a separate folder for each purpose, and name none after a batch key of another."
                     )
             owners[folder] = key, purpose
         return {folder: key for folder, (key, _) in owners.items()}
 
     def draw_plan(self, batch: Batch) -> tuple[StreamPlan | None, StreamPlan | None]:
-        """What `draw_step` must draw for this batch: plans of the video and of the audio stream."""
+        """Lists what `draw_step` must draw for this batch, for the video and for the audio stream."""
         plans: dict[str, StreamPlan] = {}
-        for name, block in self._blocks():
+        for name, block in self.blocks.items():
             num_tokens, channels = token_shape(batch, f"{name}_latents", name)
             conditions = tuple((c.probability, isinstance(c, Reference)) for c in block.conditions)
             plans[name] = StreamPlan(num_tokens, channels, block.is_generated, conditions)
@@ -148,21 +126,21 @@ class FlexibleStrategy:
     def prepare(self, batch: Batch, draws: StepDraws) -> ModelInputs:
         """Turns a batch into the model's inputs, targets and loss masks.
 
-        Latents come out in float32, as do noise levels and positions.
+        Latents, sigmas, timesteps and positions are float32.
 
         Args:
             batch: sources and their fields, on any device.
             draws: the random numbers of the batch.
 
         Raises:
-            ValueError: if a source or field is missing, a mask does not fit its target, or a reference's size is not in
-                a whole ratio to its target's.
+            ValueError: a source or field is missing, a mask does not fit its target, or a reference's size is not in a
+                whole ratio to its target's.
         """
-        streams: dict[str, Stream] = {}
-        scales: dict[str, tuple[int, int]] = {}
-        for name, _ in self._blocks():
-            streams[name] = self._prepare_stream(name, batch, draws, scales)
-        video, audio = streams.get("video"), streams.get("audio")
+        video = audio = None
+        if self.video is not None:
+            video = self._prepare_stream("video", self.video, batch, draws.video)
+        if self.audio is not None:
+            audio = self._prepare_stream("audio", self.audio, batch, draws.audio)
         return ModelInputs(
             video=None if video is None else video.modality,
             audio=None if audio is None else audio.modality,
@@ -170,87 +148,89 @@ class FlexibleStrategy:
             audio_target=None if audio is None else audio.target,
             video_loss_mask=None if video is None else video.loss_mask,
             audio_loss_mask=None if audio is None else audio.loss_mask,
-            video_present=None if video is None else batch["video_latents"].get("present"),
-            audio_present=None if audio is None else batch["audio_latents"].get("present"),
-            reference_scale=_single_scale(scales),
+            video_present=None if video is None else video.present,
+            audio_present=None if audio is None else audio.present,
+            reference_scale=None if video is None else _single_scale(video.scales),
         )
 
     def loss(self, video_pred: Tensor | None, audio_pred: Tensor | None, inputs: ModelInputs) -> Loss:
-        """Masked mean squared error of the velocities, per sample, summed over the generated streams.
+        """Masked mean squared error of the velocities; see `flow_matching_loss`."""
+        return flow_matching_loss(video_pred, audio_pred, inputs)
 
-        Args:
-            video_pred: predicted velocity [B, S, C] of all video tokens, references included; ignored where frozen.
-            audio_pred: the same for audio.
-            inputs: what `prepare` returned.
-        """
-        video = _generated_loss("video", video_pred, inputs.video_target, inputs.video_loss_mask)
-        audio = _generated_loss("audio", audio_pred, inputs.audio_target, inputs.audio_loss_mask)
-        parts = [part for part in (video, audio) if part is not None]
-        assert parts, "no stream is generated"
-        per_sample = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        return Loss(per_sample.mean(), per_sample, video, audio)
-
-    def _blocks(self) -> list[tuple[str, VideoSection | AudioSection]]:
-        return [(name, block) for name, block in (("video", self.video), ("audio", self.audio)) if block is not None]
-
-    def _prepare_stream(self, name: str, batch: Batch, draws: StepDraws, scales: dict[str, tuple[int, int]]) -> Stream:
-        """One stream; `scales` collects the factors of each video reference under its folder."""
-        block: VideoSection | AudioSection = getattr(self, name)
+    def _prepare_stream(
+        self, name: str, block: VideoSection | AudioSection, batch: Batch, draws: StreamDraws
+    ) -> _Stream:
+        """Reads, conditions and noises one stream."""
         target = read_clip(batch, f"{name}_latents", name, self.scale_factors)
+        target = target._replace(tokens=target.tokens.float())
         device, shape = target.tokens.device, target.tokens.shape
-        sigma, noise = _moved(getattr(draws, f"{name}_sigma"), device), _moved(getattr(draws, f"{name}_noise"), device)
-        if block.is_generated:
-            found = [None if draw is None else list(draw.shape) for draw in (sigma, noise)]
-            assert found == [[shape[0]], list(shape)], f"{name} tokens {list(shape)} with sigma and noise {found}"
-        else:
-            sigma = noise = None
-        given = torch.zeros(shape[:2], dtype=torch.bool, device=device) if block.conditions else None
-        references: list[tuple[Tensor, Coordinates]] = []
+        tokens = StreamTokens(
+            target,
+            # All False rather than None if no condition fires, so that K is the same in every step of a job.
+            conditioned=torch.zeros(shape[:2], dtype=torch.bool, device=device) if block.conditions else None,
+            is_frozen=not block.is_generated,
+            marks_first_frame=name == "video" and self.keyframe_marker,
+        )
+        scales: dict[str, tuple[int, int]] = {}
         for condition, uses in zip(block.conditions, _uses(name, block, draws), strict=True):
             if isinstance(condition, Reference):
-                clip = read_clip(batch, condition.latents_dir, name, self.scale_factors)
+                reference = read_clip(batch, condition.latents_dir, name, self.scale_factors)
+                # Checked in every batch, fired or not: an adapter stores the factors.
                 if name == "video":
-                    factors = scales[condition.latents_dir] = reference_factors(target.grid, clip.grid)
-                    clip = clip._replace(coordinates=scale_reference(clip.coordinates, target.coordinates, *factors))
+                    scales[condition.latents_dir] = reference_factors(target.grid, reference.grid)
                 # A reference's decision is on the host: it changes the length of the sequence.
                 if bool(uses):
-                    references.append((clip.tokens, clip.coordinates))
+                    tokens = tokens.add_reference(reference)
             elif uses is not None:
-                assert given is not None
                 file_mask = read_field(batch, condition.mask_dir, "mask") if isinstance(condition, Mask) else None
-                tokens = given_tokens(condition, target.grid, self.scale_factors, file_mask, device)
-                given = given | (tokens & uses.to(device, non_blocking=True)[:, None])
+                mask = conditioned_tokens(condition, target.grid, self.scale_factors, file_mask, device)
+                tokens = tokens.condition(mask & uses.to(device, non_blocking=True)[:, None])
+
+        present = batch[f"{name}_latents"].get("present")
+        clean_mask, velocity, loss_mask = tokens.clean_mask, None, None
+        if tokens.is_frozen:
+            sigma, latent = target.tokens.new_zeros(shape[0]), target.tokens
+        else:
+            # Draws come from the loader's threads; a mismatch here would broadcast silently.
+            found = [None if draw is None else list(draw.shape) for draw in (draws.sigma, draws.noise)]
+            assert found == [[shape[0]], list(shape)], f"{name} tokens {list(shape)} with sigma and noise {found}"
+            sigma = draws.sigma.to(device, torch.float32, non_blocking=True)
+            noise = draws.noise.to(device, torch.float32, non_blocking=True)
+            latent, velocity = add_noise(target.tokens, noise, sigma), velocity_target(target.tokens, noise)
+            if tokens.conditioned is not None:
+                latent = torch.where(tokens.conditioned[:, :, None], target.tokens, latent)
+            # Without a condition there are no references either, so the mask has the target's length.
+            loss_mask = torch.ones(shape[:2], dtype=torch.bool, device=device) if clean_mask is None else ~clean_mask
+            if present is not None:
+                loss_mask = loss_mask & present[:, None]
+        coordinates = tokens.coordinates
         context, context_mask = read_text(batch, name)
-        return build_stream(
-            target.tokens,
-            target.coordinates,
-            sigma=sigma,
-            noise=noise,
-            given=given,
-            references=references,
-            present=batch[f"{name}_latents"].get("present"),
-            num_marked=target.grid.tokens_per_frame if name == "video" and self.keyframe_marker else 0,
+        modality = Modality.from_sigma(
+            tokens.with_references(latent),
+            sigma,
+            clean_mask,
+            positions=coordinates.positions,
+            coordinate_values=coordinates.midpoints,
+            coordinate_index=coordinates.index,
             context=context,
             context_mask=context_mask,
+            keyframes_mask=tokens.keyframes_mask,
         )
+        return _Stream(modality, velocity, loss_mask, present, scales)
 
 
-def _uses(name: str, block: VideoSection | AudioSection, draws: StepDraws) -> list[Tensor | None]:
-    """Which conditions fire, parallel to the block's; None for one without effect."""
-    uses = getattr(draws, f"{name}_uses") or [None] * len(block.conditions)
+def _uses(name: str, block: VideoSection | AudioSection, draws: StreamDraws) -> list[Tensor | None]:
+    """Lists which conditions fire, parallel to the block's; None for one without effect."""
+    uses = draws.uses or [None] * len(block.conditions)
     assert len(uses) == len(block.conditions), f"{name} has {len(block.conditions)} conditions and {len(uses)} draws"
     applied = [use if is_applied else None for use, is_applied in zip(uses, block.applied, strict=True)]
-    missing = [place for place, use in enumerate(applied) if use is None and block.applied[place]]
+    missing = [i for i, use in enumerate(applied) if use is None and block.applied[i]]
     assert not missing, f"{name} conditions {missing} have no draws"
     return applied
 
 
-def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, torch.float32, non_blocking=True)
-
-
 def _single_scale(scales: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
-    """An adapter stores one pair of factors, so several references must agree."""
+    """Merges the factors of all video references: an adapter stores one pair."""
     if len(set(scales.values())) > 1:
         found = ", ".join(f"{folder} {factors}" for folder, factors in scales.items())
         raise ValueError(
@@ -258,15 +238,3 @@ def _single_scale(scales: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
             "Encode the references with the same factors."
         )
     return next(iter(scales.values()), None)
-
-
-def _generated_loss(
-    name: str, prediction: Tensor | None, target: Tensor | None, loss_mask: Tensor | None
-) -> Tensor | None:
-    """Loss of one stream over its last tokens, those of the target; None for an absent or frozen stream."""
-    if target is None:
-        return None
-    assert prediction is not None, f"{name} is generated but has no prediction"
-    assert loss_mask is not None, f"{name} is generated but has no loss mask"
-    length = target.shape[1]
-    return stream_loss(prediction[:, -length:], target, token_weights(loss_mask[:, -length:]))

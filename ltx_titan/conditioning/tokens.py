@@ -1,14 +1,16 @@
-"""Latents as tokens, and where in time and space each token lies.
+"""Latents as tokens, and the position of each token in time and space.
 
 A video token is one latent cell, frame by frame, row by row; an audio token is one latent step. Its position is a
-half-open interval [start, end) per axis, in seconds and pixels, always float32: rotary angles are wrong in bfloat16.
+half-open interval [start, end) per axis, in seconds and pixels, always float32: RoPE is wrong in bfloat16.
 
-A clip has few distinct coordinates per axis, and which token has which follows from its shape. `Coordinates` therefore
-holds the intervals of each axis and an index per token, and positions and midpoints are both read from it. Nothing is
-searched for, so the host never waits for the device, and table sizes depend on shapes only: frame rates of a batch
-cannot make a compiled model recompile. (Two samples with one frame rate have the same time intervals twice.)
+A clip has few distinct coordinates per axis, and the index of each token into them follows from its shape.
+`Coordinates` therefore holds the intervals of each axis and an index per token, and positions and midpoints are both
+read from it. Without a search the host never waits for the device, and table sizes depend on shapes only: the frame
+rates of a batch cannot make a compiled model recompile. (Two samples of one frame rate store equal time intervals
+twice.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,24 +27,27 @@ class Grid(NamedTuple):
     height: int
     width: int
 
+    def __str__(self) -> str:
+        return " x ".join(map(str, self))
+
     @property
     def tokens_per_frame(self) -> int:
-        """Cells of one latent frame."""
+        """Tokens of one latent frame."""
         return self.height * self.width
 
     @property
     def num_tokens(self) -> int:
-        """Cells of the clip."""
+        """Tokens of the clip."""
         return self.frames * self.tokens_per_frame
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Positions of a batch of token sequences, in the small form.
+    """Positions of a batch of token sequences, in compact form.
 
     Attributes:
         intervals: per axis, [start, end) of each coordinate [N_axis, 2], float32: seconds, pixels down, pixels right.
-        index: which of them each token has [B, n, S], int64.
+        index: index into them for each token and axis [B, n, S], int64.
     """
 
     intervals: tuple[Tensor, ...]
@@ -55,21 +60,40 @@ class Coordinates:
 
     @property
     def midpoints(self) -> tuple[Tensor, ...]:
-        """Per axis, (start + end) / 2 of each coordinate [N_axis]: bitwise that of `positions`, where it is read."""
+        """Per axis, (start + end) / 2 of each coordinate [N_axis], bitwise equal to the midpoints of `positions`."""
         return tuple((axis[:, 0] + axis[:, 1]) / 2 for axis in self.intervals)
 
-    def prepend(self, first: "Coordinates") -> "Coordinates":
-        """These tokens after those of `first`."""
-        intervals = tuple(torch.cat(pair) for pair in zip(first.intervals, self.intervals, strict=True))
-        shifted = [self.index[:, n] + axis.shape[0] for n, axis in enumerate(first.intervals)]
-        return Coordinates(intervals, torch.cat([first.index, torch.stack(shifted, dim=1)], dim=2))
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Coordinates]") -> "Coordinates":
+        """Coordinates of several token sequences, one after the other."""
+        axes = range(len(parts[0].intervals))
+        intervals = tuple(torch.cat([part.intervals[axis] for part in parts]) for axis in axes)
+        shifted, first = [], [0 for _ in axes]
+        for part in parts:
+            # Each part's index continues after the intervals of the parts before it.
+            shifted.append(torch.stack([part.index[:, axis] + first[axis] for axis in axes], dim=1))
+            first = [start + part.intervals[axis].shape[0] for axis, start in enumerate(first)]
+        return cls(intervals, torch.cat(shifted, dim=2))
+
+
+class Clip(NamedTuple):
+    """Latents as tokens [B, S, C], with their latent sizes and coordinates."""
+
+    tokens: Tensor
+    grid: Grid
+    coordinates: Coordinates
+
+    @property
+    def is_video(self) -> bool:
+        """Whether tokens have positions in space."""
+        return len(self.coordinates.intervals) == 3
 
 
 def video_grid(frames: int, height: int, width: int, scale_factors: tuple[int, int, int]) -> Grid:
-    """Latent sizes of a clip of pixel sizes, for compression factors (time, height, width).
+    """Converts pixel frames, height and width to latent sizes, for compression factors (time, height, width).
 
     Raises:
-        ValueError: if the sizes do not fit the factors.
+        ValueError: the sizes do not fit the factors.
     """
     time, down, right = scale_factors
     if frames < 1 or (frames - 1) % time:
@@ -80,7 +104,7 @@ def video_grid(frames: int, height: int, width: int, scale_factors: tuple[int, i
 
 
 def audio_steps(duration: float, *, sample_rate: int = 16000, hop_length: int = 160, downsample: int = 4) -> int:
-    """Latent steps of an audio of `duration` seconds: rounded to the nearest."""
+    """Number of latent steps of `duration` seconds of audio, rounded to the nearest."""
     return round(duration * sample_rate / hop_length / downsample)
 
 
@@ -89,6 +113,7 @@ def patchify_video(latents: Tensor, patch_size: int = 1) -> Tensor:
     batch, channels, frames, height, width = latents.shape
     rows, columns = height // patch_size, width // patch_size
     cells = latents.reshape(batch, channels, frames, rows, patch_size, columns, patch_size)
+    # [B, C, F, H/p, p, W/p, p] -> [B, F, H/p, W/p, C, p, p].
     return cells.permute(0, 2, 3, 5, 1, 4, 6).reshape(batch, frames * rows * columns, channels * patch_size**2)
 
 
@@ -97,6 +122,7 @@ def unpatchify_video(tokens: Tensor, grid: Grid, patch_size: int = 1) -> Tensor:
     batch, rows, columns = tokens.shape[0], grid.height // patch_size, grid.width // patch_size
     channels = tokens.shape[2] // patch_size**2
     cells = tokens.reshape(batch, grid.frames, rows, columns, channels, patch_size, patch_size)
+    # [B, F, H/p, W/p, C, p, p] -> [B, C, F, H/p, p, W/p, p].
     return cells.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, channels, *grid)
 
 
@@ -120,12 +146,12 @@ def video_coordinates(
 ) -> Coordinates:
     """Coordinates of video tokens: seconds, pixels down, pixels right.
 
-    A latent cell i spans the pixels [i, i + 1) * factor. Of a causal codec the first latent frame stands for a single
-    pixel frame, so all times move forward by factor - 1 frames and stop at 0. Seconds are frames / fps.
+    A latent cell i spans the pixels [i, i + 1) * factor. The first latent frame of a causal codec decodes to a single
+    pixel frame, so all times move back by factor - 1 frames and are clamped at 0. Seconds are frames / fps.
 
     Args:
         grid: latent sizes.
-        fps: frame rate of each sample [B]; its device is that of the result.
+        fps: frames per second of each sample [B]; its device is that of the result.
         scale_factors: compression factors (time, height, width).
         patch_size: rows and columns of latent cells in one token.
         causal: whether the codec is causal in time.
@@ -134,13 +160,14 @@ def video_coordinates(
     frames = _bounds(grid.frames, 1, device) * scale_factors[0]
     if causal:
         frames = (frames + 1 - scale_factors[0]).clamp(min=0)
-    # Division by a tensor: division by a number is a multiplication by its rounded inverse on some devices.
+    # Divide by a tensor: some devices turn a division by a Python number into a multiplication by its rounded inverse.
     seconds = frames.float()[None] / fps.float()[:, None, None]
     down = _bounds(grid.height, patch_size, device) * scale_factors[1]
     right = _bounds(grid.width, patch_size, device) * scale_factors[2]
     shape = grid.frames, down.shape[0], right.shape[0]
     index = torch.stack(torch.meshgrid(*(torch.arange(size, device=device) for size in shape), indexing="ij"))
     index = index.flatten(1).repeat(batch, 1, 1)
+    # Frame rates differ between samples, so each sample has its own time intervals; rows and columns are shared.
     index[:, 0] += grid.frames * torch.arange(batch, device=device)[:, None]
     return Coordinates((seconds.flatten(0, 1), down.float(), right.float()), index)
 
@@ -169,8 +196,9 @@ def audio_coordinates(
         hop_length: samples per spectrogram frame.
         downsample: spectrogram frames per latent step.
         causal: whether the codec is causal in time.
-        shift: latent steps that come before the first one.
+        shift: latent steps before the first one.
     """
+    # Integers up to the division: step bounds are exact, seconds are rounded once.
     frames = (_bounds(num_steps, 1, device) + shift) * downsample
     if causal:
         frames = (frames + 1 - downsample).clamp(min=0)

@@ -1,18 +1,17 @@
-from ltx_titan.diffusion.draws import StepDraws, StreamPlan, draw_caption_drops, draw_step
+from ltx_titan.diffusion.draws import StepDraws, StreamDraws, StreamPlan, draw_caption_drops, draw_step
 from ltx_titan.diffusion.flow import (
     add_noise,
     denoised_from_velocity,
     euler_ancestral_step,
     euler_step,
-    keep_given,
-    noise_given,
+    initial_latent,
+    restore_clean,
     velocity_from_denoised,
     velocity_target,
 )
 from ltx_titan.diffusion.guidance import Guidance, apg_delta, cfg_delta, cfg_star_delta, guide, stg_delta
 from ltx_titan.diffusion.sampler import PASSES, SampledStream, StepReport, count_forwards, needed_passes, sample
-from ltx_titan.diffusion.schedule import linear_quadratic_schedule, sigma_schedule
-from ltx_titan.diffusion.schedule_variants import beta_schedule, distilled_schedule
+from ltx_titan.diffusion.schedule import beta_schedule, distilled_schedule, linear_quadratic_schedule, sigma_schedule
 from ltx_titan.diffusion.sigma import ShiftedLogitNormal, SigmaSampler, UniformSigma
 
 __all__ = [
@@ -23,6 +22,7 @@ __all__ = [
     "SigmaSampler",
     "StepDraws",
     "StepReport",
+    "StreamDraws",
     "StreamPlan",
     "UniformSigma",
     "add_noise",
@@ -38,10 +38,10 @@ __all__ = [
     "euler_ancestral_step",
     "euler_step",
     "guide",
-    "keep_given",
+    "initial_latent",
     "linear_quadratic_schedule",
     "needed_passes",
-    "noise_given",
+    "restore_clean",
     "sample",
     "sigma_schedule",
     "stg_delta",

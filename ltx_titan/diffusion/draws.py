@@ -1,19 +1,20 @@
 """Every random number of a training step, drawn in one place.
 
 A sample's numbers depend on (seed, step, its index in the global batch) and nothing else, and a reference condition's
-decision on (seed, step, its place) alone. So every mesh, micro-batch size and accumulation setting draws the same
-numbers, tensor- and context-parallel ranks agree without talking, and a resumed run continues exactly. What follows
-(`FlexibleStrategy.prepare`) is a pure function of the batch and these draws.
+decision on (seed, step, index of the condition) alone. So every mesh, micro-batch size and accumulation setting draws
+the same numbers, tensor- and context-parallel ranks agree without communication, and a resumed run continues exactly.
+What follows (`FlexibleStrategy.prepare`) is a pure function of the batch and these draws.
 
-Each quantity has a key of its own: 128 bits of BLAKE2b over its full name. Neighbouring steps and indices thus share
-nothing, and adding a condition moves no other draw. The key drives NumPy's counter-based Philox. PyTorch's CPU
-generator uses only the low 32 bits of a seed, so among a million noises about a hundred pairs would coincide; it serves
-for sigma alone, a single number, because samplers take it.
+Each quantity has a separate key: 128 bits of BLAKE2b over its full name. Adjacent steps and indices are therefore
+independent, and adding a condition changes no other draw. The key drives NumPy's counter-based Philox. PyTorch's CPU
+generator uses only the low 32 bits of a seed, so among a million noise tensors about a hundred pairs would be equal; it
+is used for sigma alone, a single number, because samplers take a torch generator.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,17 +23,25 @@ from torch import Tensor
 from ltx_titan.diffusion.sigma import SigmaSampler
 
 
+class StreamDraws(NamedTuple):
+    """The random numbers of one stream, see `StepDraws`; sigma and noise are None for a frozen stream."""
+
+    sigma: Tensor | None
+    noise: Tensor | None
+    uses: list[Tensor | None] | None
+
+
 @dataclass(frozen=True)
 class StepDraws:
     """The random numbers of one micro-batch of `B` samples; None for an absent or frozen stream.
 
     Attributes:
-        video_sigma: noise level of each sample [B], float32.
-        audio_sigma: noise level of each sample [B], float32, drawn independently of the video's.
+        video_sigma: sigma of each sample [B], float32.
+        audio_sigma: sigma of each sample [B], float32, drawn independently of the video's.
         video_noise: standard normal noise [B, S, C], float32, patchified, target tokens only.
         audio_noise: the same for the audio tokens.
         video_uses: which conditions fire, parallel to the block's conditions: a boolean tensor, [B] for an intrinsic
-            condition and scalar for a reference; None where none is drawn (an intrinsic condition of a frozen stream).
+            condition and scalar for a reference; None if none is drawn (an intrinsic condition of a frozen stream).
         audio_uses: the same for the audio block's conditions.
     """
 
@@ -43,16 +52,26 @@ class StepDraws:
     video_uses: list[Tensor | None] | None
     audio_uses: list[Tensor | None] | None
 
+    @property
+    def video(self) -> StreamDraws:
+        """Draws of the video stream."""
+        return StreamDraws(self.video_sigma, self.video_noise, self.video_uses)
+
+    @property
+    def audio(self) -> StreamDraws:
+        """Draws of the audio stream."""
+        return StreamDraws(self.audio_sigma, self.audio_noise, self.audio_uses)
+
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """What must be drawn for one stream.
+    """Shapes and probabilities of one stream's draws.
 
     Attributes:
         num_tokens: target tokens; references are not counted.
         channels: width of a token.
         is_generated: False for a frozen stream, which has no sigma and no noise.
-        conditions: (probability, whether it is a reference) of each of the block's conditions, in their order.
+        conditions: (probability, whether it is a reference) of each condition of the block, in order.
     """
 
     num_tokens: int
@@ -75,47 +94,46 @@ def draw_step(
     Neither stream's draws depend on the other stream's presence or length.
 
     Args:
-        video: plan of the video stream, None where it is absent.
-        audio: plan of the audio stream, None where it is absent.
-        sampler: where the noise levels come from.
+        video: plan of the video stream, None if absent.
+        audio: plan of the audio stream, None if absent.
+        sampler: distribution of sigma.
         seed: seed of the job.
         step: optimizer step; all micro-batches of a step share it.
-        indices: place of each sample of this micro-batch in the global batch.
+        indices: index of each sample of this micro-batch in the global batch.
     """
-    drawn = {
-        name: _draw_stream(name, plan, sampler, f"{seed}/{step}", indices)
-        for name, plan in (("video", video), ("audio", audio))
-    }
-    (video_sigma, video_noise, video_uses), (audio_sigma, audio_noise, audio_uses) = drawn["video"], drawn["audio"]
-    return StepDraws(video_sigma, audio_sigma, video_noise, audio_noise, video_uses, audio_uses)
+    v = _draw_stream("video", video, sampler, f"{seed}/{step}", indices)
+    a = _draw_stream("audio", audio, sampler, f"{seed}/{step}", indices)
+    return StepDraws(v.sigma, a.sigma, v.noise, a.noise, v.uses, a.uses)
 
 
 def draw_caption_drops(probability: float, *, seed: int, step: int, indices: Sequence[int]) -> Tensor:
-    """Which samples of a micro-batch are trained without their caption [B], bool; keyed like everything else."""
+    """Draws which samples of a micro-batch are trained without their caption [B], bool; keyed like all other draws."""
     return torch.tensor([_uniform(f"{seed}/{step}/{index}/caption") < probability for index in indices])
 
 
 def _draw_stream(
     name: str, plan: StreamPlan | None, sampler: SigmaSampler, step_key: str, indices: Sequence[int]
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None] | None]:
+) -> StreamDraws:
     if plan is None:
-        return None, None, None
+        return StreamDraws(None, None, None)
     keys = [f"{step_key}/{index}/{name}" for index in indices]
     uses: list[Tensor | None] = []
-    for place, (probability, is_reference) in enumerate(plan.conditions):
+    for i, (probability, is_reference) in enumerate(plan.conditions):
         if is_reference:
-            uses.append(torch.tensor(_uniform(f"{step_key}/{name}/reference {place}") < probability))
+            # One decision for the whole global batch: a reference changes the length of the sequence.
+            uses.append(torch.tensor(_uniform(f"{step_key}/{name}/reference {i}") < probability))
         elif plan.is_generated:
-            uses.append(torch.tensor([_uniform(f"{key}/condition {place}") < probability for key in keys]))
+            uses.append(torch.tensor([_uniform(f"{key}/condition {i}") < probability for key in keys]))
         else:
             uses.append(None)
     if not plan.is_generated:
-        return None, None, uses
+        return StreamDraws(None, None, uses)
     sigma = torch.cat([sampler.sample((1,), plan.num_tokens, _torch_generator(f"{key}/sigma")) for key in keys])
     noise = np.empty((len(keys), plan.num_tokens, plan.channels), dtype=np.float32)
+    # In place, one generator per sample.
     for row, key in zip(noise, keys, strict=True):
         _numpy_generator(f"{key}/noise").standard_normal(out=row, dtype=np.float32)
-    return sigma, torch.from_numpy(noise), uses
+    return StreamDraws(sigma, torch.from_numpy(noise), uses)
 
 
 def _key(name: str) -> int:
@@ -131,5 +149,5 @@ def _torch_generator(name: str) -> torch.Generator:
 
 
 def _uniform(name: str) -> float:
-    """A uniform number in [0, 1): never below probability 0, always below probability 1."""
+    """A uniform number in [0, 1): probability 0 never fires, probability 1 always does."""
     return float(_numpy_generator(name).random())

@@ -1,6 +1,6 @@
-"""The maths of flow matching: a straight line from data to noise, and steps back along it.
+"""Flow matching: the straight path from data to noise, and the steps back along it.
 
-A point on the line is x = (1 - sigma) x0 + sigma eps; the network predicts its velocity eps - x0. Training uses the
+A point on the path is x = (1 - sigma) x0 + sigma eps; the network predicts its velocity eps - x0. Training uses the
 first two functions, sampling the others. All arithmetic is float32; steps return the sample's dtype.
 """
 
@@ -17,12 +17,12 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """What the network learns to predict: noise - clean, in float32."""
+    """Velocity target of the network: noise - clean, in float32."""
     return noise.float() - clean.float()
 
 
 def denoised_from_velocity(sample: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
-    """Clean tokens: sample - velocity * timesteps. With timesteps [B, S, 1], given tokens (0) stay as they are."""
+    """Clean tokens: sample - velocity * timesteps. With timesteps [B, S, 1], clean tokens (0) are unchanged."""
     return (sample.float() - velocity.float() * timesteps.float()).to(sample.dtype)
 
 
@@ -30,15 +30,15 @@ def velocity_from_denoised(sample: Tensor, denoised: Tensor, sigma: float) -> Te
     """Velocity (sample - denoised) / sigma, in the sample's dtype.
 
     Raises:
-        ValueError: if `sigma` is 0, where the velocity is not defined.
+        ValueError: `sigma` is 0, where the velocity is not defined.
     """
     if sigma == 0:
-        raise ValueError("a velocity was asked for at noise level 0; only a positive noise level defines one.")
+        raise ValueError("sigma is 0, where a velocity is not defined; expected a positive sigma.")
     return ((sample.float() - denoised.float()) / sigma).to(sample.dtype)
 
 
 def euler_step(sample: Tensor, denoised: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """One Euler step from noise level `sigma` to `next_sigma`, given the denoised prediction at `sigma`."""
+    """One Euler step from `sigma` to `next_sigma`, with the denoised prediction at `sigma`."""
     velocity = velocity_from_denoised(sample.float(), denoised, sigma)
     return (sample.float() + velocity * (next_sigma - sigma)).to(sample.dtype)
 
@@ -52,44 +52,46 @@ def euler_ancestral_step(
     eta: float = 1.0,
     noise_scale: float = 1.0,
 ) -> Tensor:
-    """One Euler step that goes lower than `next_sigma` and comes back up with fresh noise.
+    """One Euler step that goes below `next_sigma` and returns to it with fresh noise.
 
     The step goes down to d = s' (1 + (s' / s - 1) eta), from s = `sigma` towards s' = `next_sigma`; then the signal is
     rescaled by (1 - s') / (1 - d) and noise with the missing variance s'^2 - d^2 ((1 - s') / (1 - d))^2 is added.
 
     Args:
-        sample: tokens at noise level `sigma`.
+        sample: tokens at `sigma`.
         denoised: prediction of the clean tokens.
-        sigma: present noise level, above 0.
-        next_sigma: noise level to reach; 0 returns the prediction.
+        sigma: current sigma, above 0.
+        next_sigma: sigma to reach; 0 returns the prediction.
         noise: fresh standard normal noise of the sample's shape.
         eta: 0 is a plain Euler step, 1 replaces as much noise as the step allows.
         noise_scale: factor on the fresh noise.
     """
     if next_sigma == 0:
         return denoised.to(sample.dtype)
+    # eta moves the target of the deterministic part from s' down towards s'^2 / s.
     down = next_sigma * (1 + (next_sigma / sigma - 1) * eta)
     lower = down / sigma * sample.float() + (1 - down / sigma) * denoised.float()
     rescale = (1 - next_sigma) / (1 - down)
+    # max: rounding can make a difference of nearly equal variances negative.
     renoise = math.sqrt(max(next_sigma**2 - (down * rescale) ** 2, 0.0))
     return (rescale * lower + noise_scale * renoise * noise.float()).to(sample.dtype)
 
 
-def noise_given(latent: Tensor, clean: Tensor, noise: Tensor, denoise_mask: Tensor, noise_scale: float) -> Tensor:
-    """Start of a sampling run: noise where the mask is 1, the given content where it is 0.
+def initial_latent(latent: Tensor, clean: Tensor, noise: Tensor, denoise_mask: Tensor, noise_scale: float) -> Tensor:
+    """Initial latent of a sampling run: noise where the mask is 1, clean content where it is 0.
 
     Args:
         latent: starting tokens [B, S, C], zeros or an earlier result to refine.
-        clean: given content [B, S, C].
+        clean: content of conditioned tokens [B, S, C].
         noise: standard normal noise [B, S, C].
-        denoise_mask: 1 generates a token, 0 gives it, [B, S, 1].
-        noise_scale: share of noise in generated tokens: the first noise level of the schedule.
+        denoise_mask: 1 for a generated token, 0 for a clean one [B, S, 1].
+        noise_scale: fraction of noise in generated tokens: the first sigma of the schedule.
     """
     noisy = torch.lerp(latent.float(), noise.float(), noise_scale)
     return torch.lerp(clean.float(), noisy, denoise_mask.float()).to(latent.dtype)
 
 
-def keep_given(denoised: Tensor, clean: Tensor, denoise_mask: Tensor) -> Tensor:
-    """Puts the given content back into a prediction: denoised * mask + clean * (1 - mask)."""
+def restore_clean(denoised: Tensor, clean: Tensor, denoise_mask: Tensor) -> Tensor:
+    """Restores clean tokens in a prediction: denoised * mask + clean * (1 - mask)."""
     mask = denoise_mask.float()
     return (denoised.float() * mask + clean.float() * (1 - mask)).to(denoised.dtype)

@@ -1,8 +1,8 @@
-"""Guidance: how several predictions of the same clean tokens are combined into a better one.
+"""Guidance: combines several predictions of the same clean tokens into a better one.
 
 All functions work on denoised predictions [B, S, C], in float32. `uncond` comes from the negative prompt, `perturbed`
 from a model some of whose self-attentions are skipped (STG), `isolated` from one whose two streams do not attend to
-each other. Each difference from `cond` points away from what the weaker prediction lacks, and is added with a weight.
+each other. Each difference from `cond` points towards what the weaker prediction lacks, and is added with a weight.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,8 @@ class Guidance:
         stg_scale: weight of the difference from the perturbed prediction; 0 is neutral.
         stg_blocks: blocks whose self-attention the perturbed pass skips; None skips every block's.
         modality_scale: agreement with the other stream; 1 is neutral.
-        rescale: how far the spread of the result is pulled back to that of the conditional prediction, 0 to 1. Strong
-            guidance widens it, which shows as glaring contrast.
-        skip_step: after each guided step, this many steps reuse its prediction; 0 predicts anew in every step.
+        rescale: how far the standard deviation is reset to that of the conditional prediction, 0 to 1. Strong
+            guidance increases it, which shows as excessive contrast.
     """
 
     cfg_scale: float = 1.0
@@ -29,7 +28,6 @@ class Guidance:
     stg_blocks: tuple[int, ...] | None = None
     modality_scale: float = 1.0
     rescale: float = 0.0
-    skip_step: int = 0
 
     @property
     def needs_uncond(self) -> bool:
@@ -46,10 +44,6 @@ class Guidance:
         """Whether the prediction without the other stream has a weight."""
         return self.modality_scale != 1
 
-    def predicts(self, step: int) -> bool:
-        """Whether step number `step`, counted from 0, asks the model and does not reuse the last prediction."""
-        return step % (self.skip_step + 1) == 0
-
 
 def cfg_delta(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: (scale - 1) (cond - uncond), to be added to `cond`."""
@@ -59,9 +53,10 @@ def cfg_delta(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 def cfg_star_delta(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Guidance against the best multiple of `uncond`: (scale - 1) (cond - a uncond), a = <cond, uncond> / |uncond|^2.
 
-    The multiple is each sample's own.
+    The multiple is computed per sample. Not exposed as a validation key; held to the golden case `guiders`.
     """
     cond, uncond = cond.float(), uncond.float()
+    # The epsilon keeps the multiple of an all-zero prediction finite.
     multiple = _inner(cond, uncond) / (_inner(uncond, uncond) + 1e-8)
     return (scale - 1) * (cond - multiple * uncond)
 
@@ -72,17 +67,17 @@ def stg_delta(cond: Tensor, perturbed: Tensor, scale: float) -> Tensor:
 
 
 def apg_delta(cond: Tensor, uncond: Tensor, scale: float, eta: float = 1.0, norm_threshold: float = 0.0) -> Tensor:
-    """Adaptive projected guidance: (scale - 1) (orthogonal + eta parallel), each sample on its own.
+    """Adaptive projected guidance: (scale - 1) (orthogonal + eta parallel), per sample.
 
-    The difference cond - uncond is shortened to `norm_threshold` where it is longer, then split into a part parallel to
-    `cond`, which mostly saturates, and the rest.
+    The difference cond - uncond is shortened to `norm_threshold` if it is longer, then split into a part parallel to
+    `cond`, which mostly saturates, and the rest. Not exposed as a validation key; held to the golden case `guiders`.
 
     Args:
         cond: conditional prediction.
         uncond: unconditional prediction.
         scale: as in classifier-free guidance.
-        eta: share of the parallel part that is kept.
-        norm_threshold: longest difference; 0 leaves every length.
+        eta: fraction of the parallel part that is kept.
+        norm_threshold: maximum norm of the difference; 0 sets no limit.
     """
     cond, uncond = cond.float(), uncond.float()
     difference = cond - uncond
@@ -104,15 +99,15 @@ def guide(
     """The guided prediction of one stream [B, S, C], in the dtype of `cond`.
 
     pred = cond + (cfg - 1) (cond - uncond) + stg (cond - perturbed) + (mod - 1) (cond - isolated), multiplied by
-    r std(cond) / std(pred) + 1 - r with r = rescale. The standard deviations are over whole tensors, given tokens and
-    all samples included, as in the released pipelines: sample one clip at a time where it must not depend on others.
+    r std(cond) / std(pred) + 1 - r with r = rescale. The standard deviations are over whole tensors, conditioned tokens
+    and all samples included, as in the released pipelines: sample one clip at a time if it must not depend on others.
 
     Args:
         guidance: the stream's weights.
         cond: conditional prediction.
-        uncond: prediction for the negative prompt; None leaves its term out.
-        perturbed: prediction with skipped self-attentions; None leaves its term out.
-        isolated: prediction without the other stream; None leaves its term out.
+        uncond: prediction for the negative prompt; None omits its term.
+        perturbed: prediction with skipped self-attentions; None omits its term.
+        isolated: prediction without the other stream; None omits its term.
     """
     full = cond.float()
     result = full
@@ -121,7 +116,9 @@ def guide(
     if perturbed is not None and guidance.needs_perturbed:
         result = result + stg_delta(full, perturbed, guidance.stg_scale)
     if isolated is not None and guidance.needs_isolated:
+        # The same formula as CFG, with the isolated prediction as the weaker one.
         result = result + cfg_delta(full, isolated, guidance.modality_scale)
+    # A neutral combination is `cond` itself; rescaling it would only add rounding.
     if guidance.rescale != 0 and result is not full:
         result = result * (guidance.rescale * full.std() / result.std() + 1 - guidance.rescale)
     return result.to(cond.dtype)

@@ -1,11 +1,11 @@
-"""The denoising loop: from noise to clean tokens of both streams, guided, with part of them given.
+"""The denoising loop: from noise to clean tokens of both streams, with guidance and conditioned tokens.
 
-It knows nothing of files, prompts or meshes: plain tensors and a callable in, tokens out, so validation during
-training, the command line and tests run one and the same loop. With a sharded model every rank must call it with as
-many forwards as the others; `count_forwards` says how many there will be.
+Plain tensors and a callable in, tokens out: validation during training, the command line and tests run the same loop,
+without files, prompts or meshes. With a sharded model all ranks must make equally many forwards; `count_forwards`
+computes their number beforehand.
 
 Each step needs up to four predictions of the model (see `guidance`). They differ in context and perturbations alone, so
-they can be one forward on a larger batch, several smaller ones, or one after the other, at equal results.
+they can run as one forward on a larger batch, as several smaller ones, or one after the other, with equal results.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ltx_titan.diffusion.flow import denoised_from_velocity, euler_ancestral_step, euler_step, keep_given
+from ltx_titan.diffusion.flow import denoised_from_velocity, euler_ancestral_step, euler_step, restore_clean
 from ltx_titan.diffusion.guidance import Guidance, guide
 from ltx_titan.model import Modality, Perturbations
 
@@ -31,16 +31,17 @@ class SampledStream:
     """State of one stream at the start of a run: `B` samples, `S` tokens, references included.
 
     Attributes:
-        latent: starting tokens [B, S, C], float32: noise, with the given content in given tokens (`noise_given`).
-        clean: given content [B, S, C]; only read where the mask is below 1.
-        denoise_mask: 1 generates a token, 0 gives it, [B, S, 1], float32.
+        latent: starting tokens [B, S, C], float32: noise, or clean content in conditioned tokens (`initial_latent`).
+        clean: content of conditioned tokens [B, S, C]; only read where the mask is below 1.
+        denoise_mask: fraction of sigma that each token has [B, S, 1], float32: 1 for a generated token, 0 for a clean
+            one.
         positions: [B, n, S, 2], as in `Modality`.
         context: text of the prompt [B, T, D].
-        negative_context: text of the negative prompt [B, T, D]; None where guidance asks for no unconditional pass.
+        negative_context: text of the negative prompt [B, T, D]; None if guidance needs no unconditional pass.
         guidance: the stream's weights; without effect on a frozen stream.
-        is_frozen: the stream is given altogether: clean, noise level 0, never stepped.
-        keyframes_mask: marks tokens that stand for a single pixel frame [B, S, 1], or None.
-        coordinate_values: positions in the small form, see `Modality`; None leaves it to the model to find them.
+        is_frozen: the whole stream is clean: sigma 0, never stepped.
+        keyframes_mask: marks tokens of a single pixel frame [B, S, 1], or None.
+        coordinate_values: positions in compact form, see `Modality`; None: the model computes it.
         coordinate_index: likewise.
     """
 
@@ -66,14 +67,14 @@ class SampledStream:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step predicted, for tests and previews; None for an absent or frozen stream.
+    """Predictions of one step, for tests and previews; None for an absent or frozen stream.
 
     Attributes:
         step: number of the step, from 0.
-        sigma: noise level at which it was predicted.
-        video: guided prediction of the clean video tokens [B, S, C], before given tokens are put back.
+        sigma: sigma of the step.
+        video: guided prediction of the clean video tokens [B, S, C], before conditioned tokens are restored.
         audio: the same for audio.
-        video_passes: the single predictions that went into it; empty where the step reused an earlier one.
+        video_passes: the predictions that guidance combined, by the name of their pass.
         audio_passes: the same for audio.
     """
 
@@ -86,7 +87,7 @@ class StepReport:
 
 
 def needed_passes(video: SampledStream | None, audio: SampledStream | None) -> tuple[str, ...]:
-    """Predictions a guided step needs, in the order of `PASSES`; one that either stream needs is made for both."""
+    """Names the predictions that a step needs, in the order of `PASSES`; what one stream needs runs for both."""
     guided = [s.guidance for s in (video, audio) if s is not None and not s.is_frozen]
     wanted = {
         "cond": True,
@@ -100,10 +101,8 @@ def needed_passes(video: SampledStream | None, audio: SampledStream | None) -> t
 def count_forwards(
     video: SampledStream | None, audio: SampledStream | None, steps: int, passes_at_once: int | None = None
 ) -> int:
-    """How often `sample` will call the model; ranks that share a sharded model must all come to the same number."""
-    generated = [stream for stream in (video, audio) if stream is not None and not stream.is_frozen]
-    asking = sum(any(stream.guidance.predicts(step) for stream in generated) for step in range(steps))
-    return asking * len(_chunks(needed_passes(video, audio), passes_at_once))
+    """Computes how often `sample` will call the model; ranks that share a sharded model need equal numbers."""
+    return steps * len(_chunks(needed_passes(video, audio), passes_at_once))
 
 
 @torch.no_grad()
@@ -120,25 +119,25 @@ def sample(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Denoises both streams.
 
-    In every step, for each generated stream: noise level of a token = mask * sigma; prediction = latent - velocity *
-    noise level; guidance; given tokens put back; one step of the ODE (or SDE) solver. Given tokens come out bit for bit
-    as they went in.
+    In every step, for each generated stream: timestep of a token = mask * sigma; prediction = latent - velocity *
+    timestep; guidance; conditioned tokens restored; one step of the ODE (or SDE) solver. Clean tokens come out bit for
+    bit as they went in.
 
     Args:
-        model: the transformer, or anything called like it. It should be in eval mode.
+        model: the transformer, or a callable with its signature. It should be in eval mode.
         video: start of the video stream, None for a run without video.
         audio: start of the audio stream, None for a run without audio.
-        sigmas: decreasing noise levels [steps + 1], the first one that of the starting tokens.
+        sigmas: decreasing sigmas [steps + 1], the first one that of the starting tokens.
         stepper: `euler` is deterministic, `euler_ancestral` adds fresh noise in every step.
         generator: source of that noise, drawn on its device, video before audio.
-        passes_at_once: predictions in one forward; None puts all into one, 1 needs the least memory.
+        passes_at_once: predictions in one forward; None runs all in one, 1 needs the least memory.
         on_step: called after each prediction.
 
     Returns:
         Clean video and audio tokens [B, S, C], float32, None where the stream is absent; a frozen stream's are `clean`.
 
     Raises:
-        ValueError: if no stream is generated, or noise is asked for without a generator.
+        ValueError: no stream is generated, or the stepper draws noise and there is no generator.
     """
     streams = {name: stream for name, stream in (("video", video), ("audio", audio)) if stream is not None}
     generated = {name: stream for name, stream in streams.items() if not stream.is_frozen}
@@ -147,29 +146,26 @@ def sample(
     if stepper == "euler_ancestral" and generator is None:
         raise ValueError("stepper euler_ancestral draws noise in every step; give it a generator.")
     passes = needed_passes(video, audio)
+    # Steps accumulate in float32, whatever the dtype of the model.
     latents = {name: (s.clean if s.is_frozen else s.latent).float() for name, s in streams.items()}
-    levels = {name: _mask_levels(stream) for name, stream in streams.items()}
-    guided: dict[str, Tensor] = {}
+    # Found once per run: `unique` makes the host wait for the device.
+    fractions = {name: _noise_fractions(stream) for name, stream in streams.items()}
     for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
-        asking = {name for name, stream in generated.items() if stream.guidance.predicts(step)}
+        inputs = {name: _modality(s, latents[name], sigma, *fractions[name]) for name, s in streams.items()}
         predictions: dict[str, dict[str, Tensor]] = {name: {} for name in generated}
-        if asking:
-            inputs = {
-                name: _modality(stream, latents[name], levels[name], sigma, enabled=name in asking or stream.is_frozen)
-                for name, stream in streams.items()
-            }
-            for chunk in _chunks(passes, passes_at_once):
-                velocities = _forward(model, streams, inputs, chunk)
-                for name in asking:
-                    each = _denoised(latents[name], velocities[name], inputs[name].timesteps, len(chunk))
-                    predictions[name].update(zip(chunk, each, strict=True))
-        for name in asking:
-            guided[name] = guide(generated[name].guidance, **predictions[name])
+        # The tokens of all passes are equal, so the inputs are built once per step.
+        for chunk in _chunks(passes, passes_at_once):
+            velocities = _forward(model, streams, inputs, chunk)
+            for name in generated:
+                timesteps = inputs[name].timesteps[:, :, None]
+                each = [denoised_from_velocity(latents[name], v, timesteps) for v in velocities[name].chunk(len(chunk))]
+                predictions[name].update(zip(chunk, each, strict=True))
+        guided = {name: guide(stream.guidance, **predictions[name]) for name, stream in generated.items()}
         if on_step is not None:
             per_pass = (predictions.get("video", {}), predictions.get("audio", {}))
             on_step(StepReport(step, sigma, guided.get("video"), guided.get("audio"), *per_pass))
         for name, stream in generated.items():
-            denoised = keep_given(guided[name], stream.clean, stream.denoise_mask)
+            denoised = restore_clean(guided[name], stream.clean, stream.denoise_mask)
             latents[name] = _step(stream, latents[name], denoised, sigma, next_sigma, stepper, generator)
     return latents.get("video"), latents.get("audio")
 
@@ -179,32 +175,25 @@ def _chunks(passes: Sequence[str], at_once: int | None) -> list[tuple[str, ...]]
     return [tuple(passes[start : start + size]) for start in range(0, len(passes), size)]
 
 
-def _mask_levels(stream: SampledStream) -> tuple[Tensor, Tensor]:
-    """Distinct values of the denoise mask [K] and which one each token has [B, S].
+def _noise_fractions(stream: SampledStream) -> tuple[Tensor, Tensor]:
+    """Distinct values of the denoise mask [K] and the index of each token's value [B, S].
 
-    0 and 1 are always among them, so that all runs with whole tokens given or not look alike to a compiled model.
+    0 and 1 are always among them, so K is 2 with or without conditioned tokens and compiled blocks see one shape.
     """
     flat = stream.denoise_mask.float().flatten(1)
     values, index = torch.cat([flat.new_tensor([0.0, 1.0]), flat.flatten()]).unique(return_inverse=True)
     return values, index[2:].view_as(flat)
 
 
-def _modality(
-    stream: SampledStream, latent: Tensor, levels: tuple[Tensor, Tensor], sigma: float, enabled: bool
-) -> Modality:
-    batch = latent.shape[0]
-    level = 0.0 if stream.is_frozen else sigma
-    values, index = levels
-    return Modality(
-        latent=latent,
-        sigma=latent.new_full((batch,), level),
-        timesteps=stream.denoise_mask.float() * level,
+def _modality(stream: SampledStream, latent: Tensor, sigma: float, fractions: Tensor, index: Tensor) -> Modality:
+    return Modality.from_fractions(
+        latent,
+        latent.new_full(latent.shape[:1], 0.0 if stream.is_frozen else sigma),
+        fractions,
+        index,
         positions=stream.positions,
         context=stream.context,
-        enabled=enabled,
         keyframes_mask=stream.keyframes_mask,
-        timestep_values=(values * level).expand(batch, -1),
-        timestep_index=index,
         coordinate_values=stream.coordinate_values,
         coordinate_index=stream.coordinate_index,
     )
@@ -223,8 +212,9 @@ def _forward(
 
 
 def _repeat(modality: Modality, stream: SampledStream, chunk: Sequence[str]) -> Modality:
-    """The same tokens once per pass, each with the context of its pass."""
+    """Repeats the tokens once per pass, each with the context of its pass."""
     contexts = [_context(stream, name) for name in chunk]
+    # Spares a copy of every tensor in the usual case of one pass at a time.
     if len(chunk) == 1:
         return replace(modality, context=contexts[0])
 
@@ -246,13 +236,14 @@ def _repeat(modality: Modality, stream: SampledStream, chunk: Sequence[str]) -> 
 
 
 def _context(stream: SampledStream, name: str) -> Tensor:
+    # A frozen stream is not guided: it keeps its own text in every pass.
     if name == "uncond" and not stream.is_frozen and stream.guidance.needs_uncond:
         return stream.negative_context
     return stream.context
 
 
 def _skipped(streams: dict[str, SampledStream], name: str) -> list[dict]:
-    """What the model leaves out in one pass, as `Perturbations.from_lists` takes it."""
+    """Attention that one pass skips, in the form of `Perturbations.from_lists`."""
     if name == "isolated":
         return [{"type": kind, "blocks": None} for kind in ("skip_a2v_cross_attn", "skip_v2a_cross_attn")]
     if name != "perturbed":
@@ -262,10 +253,6 @@ def _skipped(streams: dict[str, SampledStream], name: str) -> list[dict]:
         for stream_name, stream in streams.items()
         if not stream.is_frozen and stream.guidance.needs_perturbed
     ]
-
-
-def _denoised(latent: Tensor, velocities: Tensor, timesteps: Tensor, num_passes: int) -> list[Tensor]:
-    return [denoised_from_velocity(latent, velocity, timesteps) for velocity in velocities.chunk(num_passes)]
 
 
 def _step(
@@ -282,5 +269,5 @@ def _step(
     assert generator is not None
     noise = torch.randn(latent.shape, generator=generator, device=generator.device, dtype=torch.float32)
     stepped = euler_ancestral_step(latent, denoised, sigma, next_sigma, noise.to(latent.device))
-    # Fresh noise belongs to generated tokens; a given token carries none at any noise level.
+    # Fresh noise is for generated tokens; a clean token has none at any sigma.
     return torch.where(stream.denoise_mask == 0, stream.clean.float(), stepped)

@@ -1,9 +1,9 @@
-"""Which noise levels a training step sees.
+"""Distributions of sigma in training.
 
-A sampler turns a token count and a generator into noise levels sigma in [0, 1] (1 is pure noise). The default follows
-the resolution: more tokens carry more redundant signal, so the same sigma leaves an easier task and the distribution
-moves up. Every sampler splits into a draw (`sample`) and an exact map of the drawn numbers (`map`), so that the map can
-be compared with reference values.
+A sampler turns a token count and a generator into sigmas in [0, 1] (1 is pure noise). The default follows the
+resolution: more tokens carry more redundant signal, so the same sigma leaves an easier task and the distribution moves
+up. Every sampler splits into a draw (`sample`) and an exact map of the drawn numbers (`map`), so that the map can be
+compared with reference values.
 """
 
 import math
@@ -22,10 +22,10 @@ LOW_QUANTILE, HIGH_QUANTILE = -2.5758, 3.0902
 
 
 class SigmaSampler(Protocol):
-    """What `draw_step` asks of a sampler."""
+    """Interface that `draw_step` requires of a sampler."""
 
     def sample(self, shape: tuple[int, ...], num_tokens: int, generator: Generator) -> Tensor:
-        """Noise levels of the given shape, float32 on the generator's device."""
+        """Draws sigmas of the given shape, float32 on the generator's device."""
         ...
 
 
@@ -40,14 +40,14 @@ def mu(num_tokens: int, low_shift: float = LOW_SHIFT, high_shift: float = HIGH_S
 
 @dataclass(frozen=True)
 class ShiftedLogitNormal:
-    """Logit-normal whose centre grows with the token count, stretched, with a uniform share.
+    """Logit-normal whose center grows with the token count, stretched, mixed with a uniform distribution.
 
-    The stretch and the uniform share keep it from collapsing to sigma = 1 on long clips.
+    The stretch and the uniform part keep it from collapsing to sigma = 1 on long clips.
 
     Attributes:
         std: standard deviation of the log-odds of sigma.
-        eps: smallest noise level; values below are reflected at it.
-        uniform_prob: share of samples drawn uniformly from [eps, 1] instead.
+        eps: smallest sigma; values below are reflected at it.
+        uniform_prob: fraction of samples drawn uniformly from [eps, 1] instead.
     """
 
     std: float = 1.0
@@ -58,36 +58,43 @@ class ShiftedLogitNormal:
         if not (math.isfinite(self.std) and self.std > 0):
             raise ValueError(f"sigma.std is {self.std}; it must be a finite number above 0 (default 1.0).")
         if not 0 <= self.eps < 0.5:
-            raise ValueError(f"sigma.eps is {self.eps}; it must lie in [0, 0.5), as a floor of sigma (default 1e-3).")
+            raise ValueError(
+                f"sigma.eps is {self.eps}; expected a value in [0, 0.5), as a floor of sigma (default 1e-3)."
+            )
         if not 0 <= self.uniform_prob <= 1:
-            raise ValueError(f"sigma.uniform_prob is {self.uniform_prob}; a probability lies in [0, 1] (default 0.1).")
+            raise ValueError(
+                f"sigma.uniform_prob is {self.uniform_prob}; expected a probability in [0, 1] (default 0.1)."
+            )
 
     def mu(self, num_tokens: int) -> float:
-        """Centre of the log-odds of sigma for a token count (see `mu`)."""
+        """Center of the log-odds of sigma for a token count (see `mu`)."""
         return mu(num_tokens)
 
     def map(self, z: Tensor, u: Tensor, p: Tensor, num_tokens: int) -> Tensor:
-        """The exact map from drawn numbers to noise levels.
+        """Maps drawn numbers to sigmas, exactly as the reference trainer does.
 
         With s = sigmoid(mu + std z), stretched so that its 0.5 % and 99.9 % quantiles become 0 and 1, reflected at eps
         and clamped to [0, 1]; where p <= uniform_prob the value is eps + (1 - eps) u instead.
 
         Args:
             z: standard normal numbers.
-            u: uniform numbers in [0, 1): the value of the uniform share.
-            p: uniform numbers in [0, 1): which samples belong to the uniform share.
+            u: uniform numbers in [0, 1): the value of the uniform part.
+            p: uniform numbers in [0, 1): which samples belong to the uniform part.
             num_tokens: target tokens of the stream, references not counted.
         """
         shift = self.mu(num_tokens)
+        # Quantiles of the shifted distribution: the stretch follows the token count.
         low = _sigmoid(shift + LOW_QUANTILE * self.std)
         high = _sigmoid(shift + HIGH_QUANTILE * self.std)
         stretched = (torch.sigmoid(shift + self.std * z) - low) / (high - low)
+        # Reflected rather than clamped, so that no mass piles up at eps.
         reflected = torch.where(stretched >= self.eps, stretched, 2 * self.eps - stretched)
         return torch.where(p > self.uniform_prob, reflected.clamp(0, 1), self.eps + (1 - self.eps) * u)
 
     def sample(self, shape: tuple[int, ...], num_tokens: int, generator: Generator) -> Tensor:
-        """Noise levels of the given shape, float32, for streams of `num_tokens` target tokens."""
+        """Draws sigmas of the given shape, float32, for streams of `num_tokens` target tokens."""
         device = generator.device
+        # All three are drawn for every sample, so that the mixture choice shifts no later draw.
         z = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         u = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
         p = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
@@ -96,7 +103,7 @@ class ShiftedLogitNormal:
 
 @dataclass(frozen=True)
 class UniformSigma:
-    """Uniform noise levels in [min_value, max_value), whatever the token count."""
+    """Uniform sigmas in [min_value, max_value), independent of the token count."""
 
     min_value: float = 0.0
     max_value: float = 1.0
@@ -105,15 +112,15 @@ class UniformSigma:
         if not 0 <= self.min_value <= self.max_value <= 1:
             raise ValueError(
                 f"sigma.min_value is {self.min_value} and sigma.max_value is {self.max_value}; "
-                "noise levels need 0 <= min_value <= max_value <= 1."
+                "expected 0 <= min_value <= max_value <= 1."
             )
 
     def map(self, u: Tensor) -> Tensor:
-        """Noise levels of uniform numbers in [0, 1)."""
+        """Maps uniform numbers in [0, 1) to sigmas."""
         return self.min_value + (self.max_value - self.min_value) * u
 
     def sample(self, shape: tuple[int, ...], num_tokens: int, generator: Generator) -> Tensor:
-        """Noise levels of the given shape, float32; `num_tokens` has no influence."""
+        """Draws sigmas of the given shape, float32; `num_tokens` is ignored."""
         return self.map(torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ltx_titan.codecs import TextEncoder
 from ltx_titan.codecs.text_encoder import MAX_TOKENS
-from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.conditioning import to_contexts
 from ltx_titan.data.layout import Fields
 from ltx_titan.model import FeatureExtractor, TextConnectors
 from ltx_titan.model.config import caption_projected_before_connector

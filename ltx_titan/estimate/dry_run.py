@@ -24,8 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ltx_titan.build import give_storage, shape_transformer
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.conditioning import ModelInputs, absent_streams, weigh
-from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.conditioning import ModelInputs, absent_streams, to_contexts, weigh
 from ltx_titan.config import CompileSection, JobConfig, KernelsSection
 from ltx_titan.data import collate
 from ltx_titan.diffusion import UniformSigma, draw_step

@@ -18,7 +18,7 @@ from ltx_titan.estimate.workload import Setup, Workload, has_measured_kernels, m
 from ltx_titan.model import TransformerConfig
 from ltx_titan.model.flops import Trained
 from ltx_titan.parallel.activation_checkpoint import Mode
-from ltx_titan.weights.source import read_source
+from ltx_titan.weights import read_source
 
 # Prompts are padded to this many tokens.
 _TEXT_TOKENS = 1024

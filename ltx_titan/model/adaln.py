@@ -1,8 +1,8 @@
-"""Timestep embedding and the modulation rows made from it (adaptive layer norm).
+"""AdaLN: timestep embedding and the modulation computed from it.
 
 In training a token's timestep is 0 or its sample's sigma, so modulation is computed for the K distinct timesteps of a
-sample only: [B, K, rows, D] and an index per token instead of [B, S, rows * D], which for 16k tokens would be 1.2 GB
-read again by every block.
+sample only: [B, K, rows, D] and an index per token instead of [B, S, rows * D], which for 16k tokens is 1.2 GB that
+every block reads again.
 """
 
 import math
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Of the released checkpoints; `linear_1` has this input width.
 _SINUSOID_WIDTH = 256
 
 
 def sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal embedding [..., 256]: cosines first, then sines, of t * 10000 ** (-j / 128).
+    """Sinusoidal embedding [..., 256]: cosines, then sines, of t * 10000 ** (-j / 128), j = 0 .. 127.
 
     Computed in float32, result in `dtype`.
     """
     half = _SINUSOID_WIDTH // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.float()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+    # float32 even in a bfloat16 model: scaled timesteps reach 1000, where bfloat16 has a step of 4.
+    phases = t.float()[..., None] * frequencies
+    return torch.cat([phases.cos(), phases.sin()], dim=-1).to(dtype)
 
 
 class TimestepEmbedder(nn.Module):
@@ -39,7 +41,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class _Embedding(nn.Module):
-    """Holds the embedder one level down, where the checkpoint has it."""
+    """Wraps the embedder under the name that the checkpoint uses (`emb.timestep_embedder`)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class _Embedding(nn.Module):
 
 
 class AdaLayerNormSingle(nn.Module):
-    """Maps a scaled noise level to modulation rows, shared by all blocks."""
+    """Maps a scaled timestep to modulation embeddings that all blocks share."""
 
     def __init__(self, width: int, rows: int) -> None:
         super().__init__()
@@ -59,29 +61,30 @@ class AdaLayerNormSingle(nn.Module):
         self.linear = nn.Linear(width, rows * width)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Modulation of each of K noise levels.
+        """Computes the modulation of each of K timesteps.
 
         Args:
-            t: scaled noise levels [B, K].
+            t: scaled timesteps [B, K].
 
         Returns:
-            Rows [B, K, rows, D], and the embedding they were made from [B, K, D].
+            Modulation [B, K, rows, D], and the timestep embedding that it is computed from [B, K, D].
         """
         embedded = self.emb(t)
         return self.linear(F.silu(embedded)).unflatten(-1, (self.rows, -1)), embedded
 
 
 def distinct_timesteps(timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Distinct noise levels of a batch whose maker did not say them.
+    """Finds the distinct timesteps of a batch without `timestep_values`; the host waits for the device.
 
     Args:
         timesteps: [B, S], [B, S, 1] or [B, 1].
 
     Returns:
-        Values [B, K] and the index of each token's value [B, S], or None where a sample has a single timestep.
+        Values [B, K] and the index of each token's value [B, S], or None if each sample has a single timestep.
     """
     flat = timesteps.reshape(timesteps.shape[0], -1)
     if flat.shape[1] == 1:
         return flat, None
+    # One list for the whole batch: samples share the values, and K is their number over all samples.
     values, index = flat.unique(return_inverse=True)
     return values.expand(flat.shape[0], -1), index

@@ -2,7 +2,7 @@
 
     q = RMSNorm(to_q(x)),  k = RMSNorm(to_k(c)),  v = to_v(c)         norms over the full inner width, before the heads
     o = softmax(rotate(q) rotate(k)^T / sqrt(head_dim) + mask) v
-    out = to_out(o * 2 sigmoid(to_gate_logits(x)))                    gate per head, only where the checkpoint has it
+    out = to_out(o * 2 sigmoid(to_gate_logits(x)))                    gate per head, if the checkpoint has it
 
 Letters: `B` samples, `S` query tokens, `T` key tokens, `H` heads, `K` head width.
 """
@@ -17,10 +17,10 @@ from ltx_titan.model.rope import PackedRotation, Rotation
 
 
 class SoftmaxAttention(nn.Module):
-    """The parameterless core. A module of its own so that context parallelism can wrap it from outside.
+    """Softmax attention without parameters: a separate module so that context parallelism can wrap it from outside.
 
     Args:
-        backends: implementations to try, the preferred one first; None leaves the choice to torch.
+        backends: implementations to try, the preferred one first; None: torch chooses.
     """
 
     def __init__(self, backends: tuple[SDPBackend, ...] | None = None) -> None:
@@ -36,10 +36,10 @@ class SoftmaxAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from one stream to itself, to text, or to the other stream.
+    """Multi-head attention from one stream to itself, to its text, or to the other stream.
 
     Attributes:
-        share: which heads this rank has; set by tensor parallelism, None on one device.
+        share: the heads of this rank; set by tensor parallelism, None on one device.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(inner, eps=eps)
         self.k_norm = nn.RMSNorm(inner, eps=eps)
         self.to_gate_logits = nn.Linear(query_dim, heads) if gated else None
+        # A list, because the checkpoint names the projection `to_out.0`.
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim)])
         self.softmax = SoftmaxAttention(operators.attention_backends)
 
@@ -85,14 +86,14 @@ class Attention(nn.Module):
         Args:
             x: [B, S, query_dim].
             context: [B, T, context_dim]; None attends to `x`.
-            q_rotation, k_rotation: rotary angles of all heads, as the operators read them; without, no rotation.
+            q_rotation, k_rotation: RoPE cos/sin of all heads, in the form of the operators; None rotates nothing.
             mask: added to the scores, broadcastable to [B, H, S, T].
-            keep: [B, 1, 1]; where 0 the values pass unmixed (self-attention only), between 0 and 1 a blend.
+            keep: [B, 1, 1]; 0 returns the values unmixed (self-attention only), between 0 and 1 blends.
 
         Returns:
             [B, S, query_dim].
         """
-        # Their weights are read, not their forward: a norm put in their place would silently not be computed.
+        # Only the weights of the norms are used, in the fused operator: the forward of a replacement would never run.
         assert isinstance(self.q_norm, nn.RMSNorm), "set `share` instead of replacing the norms"
         context = x if context is None else context
         q, k = self.operators.qk_norm_rope(
@@ -107,7 +108,7 @@ class Attention(nn.Module):
             interleaved=self.rope_interleaved,
             share=self.share,
         )
-        # The number of heads follows the tensor: under tensor parallelism it is this rank's share.
+        # -1: under tensor parallelism a rank has only its share of the heads.
         v = self.to_v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         out_BHSK = self.softmax(q, k, v, mask)
         if keep is not None:
@@ -115,6 +116,7 @@ class Attention(nn.Module):
             out_BHSK = out_BHSK * keep + v * (1 - keep)
         out_BSHK = out_BHSK.transpose(1, 2)
         if self.to_gate_logits is not None:
+            # The factor 2 makes a gate of logit 0 neutral.
             out_BSHK = out_BSHK * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
         return self.to_out[0](out_BSHK.flatten(2))
 
@@ -131,7 +133,7 @@ class _Gelu(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GELU (tanh form) network, four times as wide inside. `net.1` is empty in the checkpoint."""
+    """Feed-forward network with tanh GELU and an inner width of 4D. `net.1` has no weights in the checkpoint."""
 
     def __init__(self, width: int, bias: bool) -> None:
         super().__init__()

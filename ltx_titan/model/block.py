@@ -1,12 +1,13 @@
 """One block of the audio-video transformer.
 
     1. each stream: self-attention, then attention to its text
-    2. attention between the streams, both ways, each reading the other as it was before this step
+    2. cross-modal attention, both directions, each reading the other stream as it was before this step
     3. each stream: feed-forward
 
 Every sub-layer reads rms(x) * (1 + scale) + shift, and most add their result times a gate. Scale, shift and gate are
-rows of a learned table of the block plus rows made from the timestep (adaln.py). What a sub-layer adds is kept apart
-until the next one reads the sum, so that adding, norm and modulation are one pass over the tokens.
+the sum of a learned table of the block and an AdaLN embedding of the timestep (adaln.py). The result of a sub-layer is
+not added at once but carried along until the next one reads the sum, so that gated residual, norm and modulation are
+one pass over the tokens.
 """
 
 from collections.abc import Sequence
@@ -23,17 +24,17 @@ from ltx_titan.model.rope import PackedRotation, Rotation
 
 
 class StreamInputs(NamedTuple):
-    """What every block reads about one stream besides its tokens.
+    """Inputs of every block for one stream, besides its tokens.
 
     A tuple, not a dataclass: FSDP2 and activation checkpointing look for tensors inside tuples.
 
     Attributes:
-        modulation: rows for self-attention, feed-forward (and text attention) [B, K, 6 | 9, D].
-        cross_modulation: scale and shift rows for the attention between the streams [B, K, 4, D]; None for one stream.
-        cross_gate: gate row for what the other stream adds [B, 1, 1, D]; None for one stream.
-        index: which of the K timesteps each token has [B, S]; None where K is 1.
-        prompt_modulation: shift and scale rows for the text [B, 1, 2, D], where the checkpoint has them.
-        rotation, cross_rotation: rotary angles for self-attention and for the attention between the streams.
+        modulation: AdaLN embeddings of self-attention, feed-forward (and text attention) [B, K, 6 | 9, D].
+        cross_modulation: scale and shift embeddings of the cross-modal attention [B, K, 4, D]; None for one stream.
+        cross_gate: embedding of the gate on what comes from the other stream [B, 1, 1, D]; None for one stream.
+        index: which of the K timesteps each token has [B, S]; None if K is 1.
+        prompt_modulation: shift and scale embeddings of the text [B, 1, 2, D]; None if the checkpoint has none.
+        rotation, cross_rotation: RoPE cos/sin of the self-attention and of the cross-modal attention.
         text: [B, T, D_text].
         text_mask: added to the text attention's scores [B, 1, 1, T].
         self_mask: added to the self-attention's scores [B, 1, S, S].
@@ -52,7 +53,7 @@ class StreamInputs(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What a sub-layer adds to its stream, not yet added.
+    """Result of a sub-layer that is not yet added to its stream.
 
     Attributes:
         value: [B, S, D].
@@ -102,6 +103,7 @@ class AVTransformerBlock(nn.Module):
             if config.text_modulation:
                 self.audio_prompt_scale_shift_table = nn.Parameter(torch.empty(2, audio.width))
         if has_video and has_audio:
+            # Both directions have the audio's head width, the smaller of the two.
             self.audio_to_video_attn = attention(video, audio.width, audio.head_dim)
             self.video_to_audio_attn = attention(audio, video.width, audio.head_dim)
             self.scale_shift_table_a2v_ca_video = nn.Parameter(torch.empty(5, video.width))
@@ -120,14 +122,17 @@ class AVTransformerBlock(nn.Module):
         """Updates the tokens of both streams.
 
         Args:
-            video, audio: tokens [B, S, D] of each stream, None where absent.
-            video_inputs, audio_inputs: the rest of what is known of each stream.
+            video, audio: tokens [B, S, D] of each stream, None if absent.
+            video_inputs, audio_inputs: the other inputs of each stream.
             keep: attention skipped for some samples.
-            video_enabled, audio_enabled: False leaves that stream's tokens as they are.
+            video_enabled, audio_enabled: False returns that stream's tokens unchanged.
 
         Returns:
             The updated video and audio tokens.
         """
+        # Tables and sub-layers are looked up in every forward: wrappers replace parameters (FSDP2, TP) and modules
+        # (LoRA, float8) after construction. They are plain arguments, not a record per stream, because Dynamo would
+        # guard on the class of the record in every block.
         video_update = audio_update = None
         if video is not None and video_enabled:
             rows = rows_of(self.scale_shift_table, video_inputs.modulation)
@@ -142,7 +147,7 @@ class AVTransformerBlock(nn.Module):
                 audio, audio_rows, audio_inputs, self.audio_attn1, self.audio_attn2, prompt_table, keep.audio_self
             )
         if video is not None and audio is not None:
-            video, audio, video_update, audio_update = self._exchange(
+            video, audio, video_update, audio_update = self._cross_attend(
                 video, audio, video_update, audio_update, video_inputs, audio_inputs, keep, video_enabled, audio_enabled
             )
         if video is not None and video_enabled:
@@ -161,13 +166,27 @@ class AVTransformerBlock(nn.Module):
         prompt_table: Tensor | None,
         keep: Tensor | None,
     ) -> tuple[Tensor, Update]:
-        """Self-attention, then attention to the text. Rows: shift, scale, gate, ... (6, 7, 8 for the text)."""
+        """Self-attention, then attention to the text.
+
+        Args:
+            x: tokens [B, S, D].
+            rows: shift, scale, gate of self-attention (0-2), of feed-forward (3-5), of text attention (6-8).
+            inputs: of the stream.
+            self_attention, text_attention: sub-layers of the stream.
+            prompt_table: shift and scale of the text [2, D_text], None if the text attention is not modulated (LTX-2).
+            keep: self-attention skipped for some samples [B, 1, 1].
+
+        Returns:
+            The tokens, and the text attention's update of them.
+        """
         h = self.operators.norm_modulate(x, rows[1], rows[0], inputs.index, self.eps)
         h = self_attention(h, q_rotation=inputs.rotation, k_rotation=inputs.rotation, mask=inputs.self_mask, keep=keep)
         update = Update(h, rows[2])
         if prompt_table is None:
+            # The text attention's queries then have a bare norm.
             x, (h,) = self._add_and_norm(x, update, (None,), inputs.index)
             return x, Update(text_attention(h, inputs.text, mask=inputs.text_mask), None)
+        # The text's own modulation depends on sigma, not on the tokens' timesteps, hence no index.
         prompt = prompt_table[None, None]
         if inputs.prompt_modulation is not None:
             prompt = prompt + inputs.prompt_modulation
@@ -175,7 +194,7 @@ class AVTransformerBlock(nn.Module):
         x, (h,) = self._add_and_norm(x, update, ((rows[7], rows[6]),), inputs.index)
         return x, Update(text_attention(h, text, mask=inputs.text_mask), rows[8])
 
-    def _exchange(
+    def _cross_attend(
         self,
         video: Tensor,
         audio: Tensor,
@@ -187,23 +206,35 @@ class AVTransformerBlock(nn.Module):
         video_enabled: bool,
         audio_enabled: bool,
     ) -> tuple[Tensor, Tensor, Update | None, Update | None]:
-        """Attention between the streams. Rows: scale, shift for audio-to-video, then for video-to-audio, then gate."""
-        # Scale comes before shift in these two tables, unlike in all others.
+        """Cross-modal attention.
+
+        Rows of its two tables: scale, shift for audio-to-video, then for video-to-audio, then the gate. Scale comes
+        before shift, unlike in all other tables.
+        """
         video_rows = rows_of(self.scale_shift_table_a2v_ca_video[:4], video_inputs.cross_modulation)
         audio_rows = rows_of(self.scale_shift_table_a2v_ca_audio[:4], audio_inputs.cross_modulation)
-        used = [slice(0, 2)] * video_enabled + [slice(2, 4)] * audio_enabled
-        video, video_h = self._add_and_norm(video, video_update, [video_rows[s] for s in used], video_inputs.index)
-        audio, audio_h = self._add_and_norm(audio, audio_update, [audio_rows[s] for s in used], audio_inputs.index)
+        # Each stream is normed once per direction that runs: as queries of its own and as keys of the other one.
+        directions = []
+        if video_enabled:
+            directions.append(slice(0, 2))
+        if audio_enabled:
+            directions.append(slice(2, 4))
+        video, video_h = self._add_and_norm(
+            video, video_update, [video_rows[d] for d in directions], video_inputs.index
+        )
+        audio, audio_h = self._add_and_norm(
+            audio, audio_update, [audio_rows[d] for d in directions], audio_inputs.index
+        )
         video_update = audio_update = None
         v_rotation, a_rotation = video_inputs.cross_rotation, audio_inputs.cross_rotation
         if video_enabled:
             to_video = self.audio_to_video_attn(video_h[0], audio_h[0], q_rotation=v_rotation, k_rotation=a_rotation)
             gate = self.scale_shift_table_a2v_ca_video[4] + video_inputs.cross_gate[:, :, 0]
-            video_update = _kept(to_video, gate, keep.audio_to_video)
+            video_update = _masked_update(to_video, gate, keep.audio_to_video)
         if audio_enabled:
             to_audio = self.video_to_audio_attn(audio_h[-1], video_h[-1], q_rotation=a_rotation, k_rotation=v_rotation)
             gate = self.scale_shift_table_a2v_ca_audio[4] + audio_inputs.cross_gate[:, :, 0]
-            audio_update = _kept(to_audio, gate, keep.video_to_audio)
+            audio_update = _masked_update(to_audio, gate, keep.video_to_audio)
         return video, audio, video_update, audio_update
 
     def _feed_forward(
@@ -219,12 +250,13 @@ class AVTransformerBlock(nn.Module):
         modulations: Sequence[Modulation | None],
         index: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The stream with its update added, and what is read of it under each modulation."""
+        """Adds the pending update, and norms and modulates the sum once per modulation."""
         if update is None:
             return x, norm_modulate_each(self.operators.norm_modulate, x, modulations, index, self.eps)
         x, *h = self.operators.gated_residual_norm(x, update.value, update.gate, modulations, index, self.eps)
         return x, h
 
 
-def _kept(received: Tensor, gate_B1D: Tensor, keep: Tensor | None) -> Update:
-    return Update(received, Row(gate_B1D if keep is None else gate_B1D * keep))
+def _masked_update(value: Tensor, gate_B1D: Tensor, keep: Tensor | None) -> Update:
+    """An update that is 0 for samples whose cross-modal attention is skipped (`keep` [B, 1, 1])."""
+    return Update(value, Row(gate_B1D if keep is None else gate_B1D * keep))

@@ -1,12 +1,13 @@
-"""Every difference between LTX-2, 2.3 and 2.5, read from the `transformer` object of a checkpoint's metadata.
+"""Architecture config: every difference between LTX-2, 2.3 and 2.5, from the `transformer` object of the metadata.
 
-One table of fields with the defaults that apply where a key is absent. The code never asks for a version: it asks for
-these fields. Keys that the released files carry but that we build in only one way are checked against that one value,
-so a checkpoint of another kind is refused by name instead of giving wrong numbers.
+One table of fields with the defaults of absent keys. The code branches on these fields, never on a version. Keys that
+released files have but that we build in only one way are checked against that one value, so a checkpoint of another
+architecture is refused by name instead of producing wrong numbers.
 """
 
 from dataclasses import dataclass
 
+# The one value of each key that the model code implements.
 _FIXED_VALUES = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -31,6 +32,7 @@ _FIXED_VALUES = {
     "use_middle_indices_grid": True,
 }
 
+# Together these keys mark a checkpoint whose captions are projected before the connectors (2.3 and later).
 _CAPTION_KEYS = {
     "caption_proj_before_connector": True,
     "caption_projection_first_linear": False,
@@ -68,11 +70,11 @@ class TransformerConfig:
         norm_eps: epsilon of every norm.
         rope_theta, rope_interleaved, rope_double_precision: rotary embedding (see rope.py).
         timestep_scale: factor on sigma and timesteps before the sinusoid.
-        cross_gate_timestep_scale: the same for the gates between the streams.
+        cross_gate_timestep_scale: the same for the gates of the cross-modal attention.
         gated_attention: per-head output gates.
         text_modulation: timestep modulation of the text attention (nine-row tables instead of six).
         prompt_adaln: that modulation depends on sigma; otherwise its table is used alone.
-        keyframe_embedding: learned embedding for tokens that stand for a single pixel frame.
+        keyframe_embedding: learned embedding for tokens of a single pixel frame.
     """
 
     video: StreamConfig
@@ -99,13 +101,13 @@ class TransformerConfig:
         """Reads the `transformer` object of checkpoint metadata.
 
         Raises:
-            ValueError: a key has a value we do not build, or the streams' head counts differ.
+            ValueError: a key has a value that we do not build, or the streams' head counts differ.
         """
         for key, required in _FIXED_VALUES.items():
             if key in config and config[key] != required:
                 raise ValueError(
                     f"config.transformer.{key}: expected {required!r}, found {config[key]!r}. This is not an LTX-2 "
-                    f"family transformer that ltx_titan knows; check which checkpoint this is."
+                    f"family transformer that ltx_titan supports; check model.checkpoint_path."
                 )
         text_projected_outside = caption_projected_before_connector(config)
         caption_dim = None if text_projected_outside else config.get("caption_channels", 3840)
@@ -132,7 +134,7 @@ class TransformerConfig:
         if video.heads != audio.heads:
             raise ValueError(
                 f"config.transformer: num_attention_heads ({video.heads}) and audio_num_attention_heads "
-                f"({audio.heads}) differ; attention between the streams needs them equal."
+                f"({audio.heads}) differ; cross-modal attention needs them equal."
             )
         rope_type = config.get("rope_type", "split")
         if rope_type not in ("split", "interleaved"):

@@ -1,13 +1,14 @@
 """Text connectors: small transformers that turn text features into the context of each stream.
 
-Prompt tokens are moved to the front and the rest of the sequence is filled with learned registers, so that afterwards
-nothing is padding and no mask is needed. They are frozen in training and run without gradients.
+Prompt tokens are moved to the front and the rest of the sequence is filled with learned registers, so the result has no
+padding and needs no mask. Connectors are frozen in training and run without gradients.
 """
 
 import torch
 from torch import Tensor, nn
 
 from ltx_titan.model.attention import Attention, FeedForward
+from ltx_titan.model.config import TransformerConfig
 from ltx_titan.model.ops import rms_norm
 from ltx_titan.model.rope import Rotation, rotary_tables
 
@@ -34,7 +35,7 @@ class TextConnector(nn.Module):
     Args:
         attention_head_dim, num_attention_heads, num_layers: sizes.
         positional_embedding_theta, positional_embedding_max_pos, rope_type, double_precision_rope: see rope.py;
-            coordinates are plain token numbers.
+            coordinates are token indices.
         num_learnable_registers: length of the register cycle, or None to keep and mask the padding.
         apply_gated_attention: per-head output gates.
         ff_bias: bias in the feed-forward.
@@ -72,16 +73,17 @@ class TextConnector(nn.Module):
 
         Args:
             features: [B, S, width].
-            attention_mask: [B, S], 1 marks a prompt token; padding may stand on either side.
+            attention_mask: [B, S], 1 marks a prompt token; padding may be on either side.
 
         Returns:
-            Context [B, S, width] and the mask that now holds [B, S]: all ones where there are registers.
+            Context [B, S, width] and its mask [B, S]: all ones with registers.
 
         Raises:
             ValueError: S is not a multiple of the register count.
         """
         x, mask = features, attention_mask
         additive = None
+        # Registers fill the padding, so attention needs no mask.
         if self.learnable_registers is not None:
             x, mask = self._fill_with_registers(x, mask), torch.ones_like(mask)
         else:
@@ -99,19 +101,20 @@ class TextConnector(nn.Module):
                 f"text length {tokens} is not a multiple of the connector's {registers.shape[0]} registers; "
                 f"encode captions padded to 1024 tokens."
             )
+        # A stable sort moves prompt tokens to the front and keeps their order, whichever side the padding was on.
         order = (1 - mask.int()).argsort(dim=1, stable=True)
         packed = features.gather(1, order[..., None].expand_as(features))
         is_prompt = mask.gather(1, order).bool()[..., None]
-        # A register belongs to its absolute position, however long the prompt before it is.
+        # A register belongs to its absolute position, whatever the length of the prompt before it.
         return torch.where(is_prompt, packed, registers.repeat(tokens // registers.shape[0], 1))
 
     @torch.compiler.disable
     def _rotation(self, x: Tensor) -> Rotation:
         batch, tokens, _ = x.shape
-        numbers = torch.arange(tokens, device=x.device)
+        indices = torch.arange(tokens, device=x.device)
         tables = rotary_tables(
-            (numbers.float(),),
-            numbers.expand(batch, 1, tokens),
+            (indices.float(),),
+            indices.expand(batch, 1, tokens),
             width=self.width,
             heads=self.heads,
             max_positions=self.max_positions,
@@ -131,7 +134,7 @@ class TextConnectors(nn.Module):
 
     @property
     def fills_padding(self) -> bool:
-        """Whether registers take the place of padding, so that the returned mask masks nothing."""
+        """Whether registers replace the padding, so that the returned mask masks nothing."""
         return self.video_embeddings_connector.learnable_registers is not None
 
     @classmethod
@@ -140,12 +143,13 @@ class TextConnectors(nn.Module):
         t = config["transformer"]
         heads, head_dim = t.get("connector_num_attention_heads", 30), t.get("connector_attention_head_dim", 128)
         layers = t.get("connector_num_layers", 2)
+        transformer = TransformerConfig.from_metadata(t)
         shared = {
-            "positional_embedding_theta": t.get("positional_embedding_theta", 10000.0),
+            "positional_embedding_theta": transformer.rope_theta,
             "positional_embedding_max_pos": tuple(t.get("connector_positional_embedding_max_pos", (1,))),
             "num_learnable_registers": t.get("connector_num_learnable_registers", 128),
-            "rope_type": t.get("rope_type", "split"),
-            "double_precision_rope": t.get("frequencies_precision") == "float64",
+            "rope_type": "interleaved" if transformer.rope_interleaved else "split",
+            "double_precision_rope": transformer.rope_double_precision,
             "apply_gated_attention": t.get("connector_apply_gated_attention", False),
             "ff_bias": t.get("connector_ff_bias", True),
         }
@@ -161,14 +165,14 @@ class TextConnectors(nn.Module):
     def forward(
         self, video_features: Tensor, audio_features: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Contexts of both streams.
+        """Computes the contexts of both streams.
 
         Args:
             video_features, audio_features: [B, S, D] from the feature extractor.
             attention_mask: [B, S], 1 marks a prompt token.
 
         Returns:
-            Video context, audio context, and the mask that holds for both [B, S].
+            Video context, audio context, and the mask of both [B, S].
         """
         video, mask = self.video_embeddings_connector(video_features, attention_mask)
         audio, _ = self.audio_embeddings_connector(audio_features, attention_mask)

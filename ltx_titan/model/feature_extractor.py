@@ -1,7 +1,7 @@
-"""Hidden states of all layers of the text encoder -> one feature per text token, before the connectors.
+"""Feature extractor: hidden states of all text encoder layers -> one feature per text token, before the connectors.
 
-V1 (LTX-2): every layer is centred and scaled by its range over a prompt's tokens; one projection serves both streams.
-V2 (2.3 and later): every token of every layer is RMS-normalised; one projection per stream.
+V1 (LTX-2): every layer is centered and scaled by its range over a prompt's tokens; one projection serves both streams.
+V2 (2.3 and later): every token of every layer is RMS-normalized; one projection per stream.
 Layers and channels are flattened with the channel outermost: index = channel * layers + layer.
 """
 
@@ -10,7 +10,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from ltx_titan.model.config import caption_projected_before_connector
+from ltx_titan.model.config import TransformerConfig, caption_projected_before_connector
 
 _EPS = 1e-6
 
@@ -38,11 +38,12 @@ class FeatureExtractor(nn.Module):
             text_encoder: `hidden_size` and `num_hidden_layers` of the text encoder.
         """
         transformer = config["transformer"]
+        streams = TransformerConfig.from_metadata(transformer)
         return cls(
             hidden_size=text_encoder["hidden_size"],
             num_states=text_encoder["num_hidden_layers"] + 1,
-            video_dim=transformer.get("cross_attention_dim", 4096),
-            audio_dim=transformer.get("audio_cross_attention_dim", 2048),
+            video_dim=streams.video.context_dim,
+            audio_dim=streams.audio.context_dim,
             per_stream=caption_projected_before_connector(transformer),
         )
 
@@ -72,10 +73,11 @@ class FeatureExtractor(nn.Module):
 def _scale_by_range(states_BSDL: Tensor, valid_BS11: Tensor) -> Tensor:
     """8 * (x - mean) / (max - min) per sample and layer, over prompt tokens and channels; 0 at padding.
 
-    Reckoned in float32 at least (the number of tokens is), returned in the dtype of the states.
+    Computed in float32 or higher, because the number of tokens is; cast back to the input dtype.
     """
     count = valid_BS11.sum(dim=(1, 2), keepdim=True) * states_BSDL.shape[2]
     mean = torch.where(valid_BS11, states_BSDL, 0).sum(dim=(1, 2), keepdim=True) / (count + _EPS)
+    # Padding must not win the minimum or the maximum.
     highest = torch.where(valid_BS11, states_BSDL, -torch.inf).amax(dim=(1, 2), keepdim=True)
     lowest = torch.where(valid_BS11, states_BSDL, torch.inf).amin(dim=(1, 2), keepdim=True)
     scaled = 8 * (states_BSDL - mean) / (highest - lowest + _EPS)

@@ -1,16 +1,17 @@
 """Seeded random weights for benchmarks, miniature packs and tests.
 
-Each parameter is drawn in full from a generator of its own, keyed by (seed, name), and every rank keeps its slice:
-the same weights on every mesh, at the price of one whole parameter at a time in memory.
+Each parameter is drawn in full from a separate generator, keyed by (seed, name), and every rank keeps its slice: the
+same weights on every mesh, at the cost of one whole parameter at a time in memory.
 """
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ltx_titan.common.tensors import local, seed_of, without_wrappers
 
 # Small first predictions: an untrained model then starts near the loss of predicting zero.
 _OUTPUT_HEAD_SCALE = 0.1
@@ -18,32 +19,27 @@ _OUTPUT_HEAD_SCALE = 0.1
 
 @torch.no_grad()
 def init_random_(module: nn.Module, seed: int) -> None:
-    """Fills every parameter in place. Parameters may be DTensors; buffers are left alone.
+    """Fills every parameter in place. Parameters may be DTensors; buffers are not changed.
 
     Norm weights become 1, biases 0, registers N(0, 1); everything else is N(0, 1 / fan_in), the output heads a tenth of
     that.
     """
     for name, parameter in module.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        generator = torch.Generator(local.device).manual_seed(_key(seed, name))
-        full = _draw(name, parameter.shape, local.device, generator)
+        shard = local(parameter)
+        generator = torch.Generator(shard.device).manual_seed(seed_of(f"{seed}/{without_wrappers(name)}"))
+        full = _draw(name, parameter.shape, shard.device, generator)
         if isinstance(parameter, DTensor):
             # Every rank drew the same tensor, so there is nothing to broadcast.
             full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
-        local.copy_(full)
-
-
-def _key(seed: int, name: str) -> int:
-    name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-    return int.from_bytes(blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()) >> 1
+        shard.copy_(full)
 
 
 def initial_spread(name: str, shape: Sequence[int]) -> tuple[float, float]:
-    """Mean and standard deviation of a parameter's first values.
+    """Mean and standard deviation of a parameter's initial values.
 
     Args:
         name: of the parameter.
-        shape: its whole shape.
+        shape: its full shape.
     """
     if name.endswith("_norm.weight"):
         return 1.0, 0.0

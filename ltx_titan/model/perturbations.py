@@ -1,7 +1,7 @@
-"""Attention switched off for some samples in some blocks, which guidance at sampling time compares against.
+"""Attention skipped for some samples in some blocks: the weaker predictions that guidance compares against.
 
-A skipped self-attention hands its values on unmixed; a skipped attention between the streams adds nothing. Text
-attention and feed-forward are never touched.
+A skipped self-attention returns its values unmixed; a skipped cross-modal attention adds nothing. Text attention and
+feed-forward are never skipped.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _KINDS = ("skip_video_self_attn", "skip_audio_self_attn", "skip_a2v_cross_attn",
 
 
 class KeepMasks(NamedTuple):
-    """For one block: 1 where a sample keeps an attention and 0 where it is skipped, [B, 1, 1]; None keeps all."""
+    """Masks of one block: 1 if a sample keeps an attention, 0 if it is skipped [B, 1, 1]; None keeps all."""
 
     video_self: Tensor | None = None
     audio_self: Tensor | None = None
@@ -25,11 +25,11 @@ class KeepMasks(NamedTuple):
 
 @dataclass(frozen=True)
 class Perturbations:
-    """What is skipped.
+    """Attention to skip, per sample and block.
 
     Attributes:
         samples: per sample, pairs of a kind and its blocks (None: every block).
-        has_both: [B], False for a sample with one stream only, whose other stream is a stand-in: the two must not
+        has_both: [B], False for a sample with one stream only, whose other stream is a placeholder: the two must not
             attend to each other in any block. None: all samples have both.
     """
 
@@ -54,14 +54,15 @@ class Perturbations:
         return cls(tuple(samples))
 
     def keep_masks(self, block: int, device: torch.device, dtype: torch.dtype) -> KeepMasks:
-        """Masks of the block with this index."""
+        """Builds the masks of one block."""
         masks = KeepMasks(*(self._keep(kind, block, device, dtype) for kind in _KINDS))
         if self.has_both is None:
             return masks
-        exchanges = self.has_both.to(device, dtype)[:, None, None]
+        # A factor of 0 on the gate makes a placeholder stream equal to an absent one, gradients included.
+        both = self.has_both.to(device, dtype)[:, None, None]
         return masks._replace(
-            audio_to_video=exchanges if masks.audio_to_video is None else masks.audio_to_video * exchanges,
-            video_to_audio=exchanges if masks.video_to_audio is None else masks.video_to_audio * exchanges,
+            audio_to_video=both if masks.audio_to_video is None else masks.audio_to_video * both,
+            video_to_audio=both if masks.video_to_audio is None else masks.video_to_audio * both,
         )
 
     def _keep(self, kind: str, block: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
@@ -69,6 +70,7 @@ class Perturbations:
             any(name == kind and (blocks is None or block in blocks) for name, blocks in sample)
             for sample in self.samples
         ]
+        # No mask instead of one of ones: unperturbed blocks keep the graph they were compiled for.
         if not any(skipped):
             return None
         return torch.tensor([0.0 if skip else 1.0 for skip in skipped], device=device, dtype=dtype)[:, None, None]

@@ -1,16 +1,16 @@
 """Rotary position embedding over continuous coordinates (seconds, pixels).
 
     frequencies  w_j = theta ** (j / (n - 1)) * pi / 2,   j = 0 .. n-1,   n = width // (2 * axes)
-    angle        w_j * (coordinate / max_position * 2 - 1)
+    phase        w_j * (coordinate / max_position * 2 - 1)
 
 A frequency belongs to one axis, so cos and sin of each axis' distinct coordinates are small tables [N, n], and a
 token needs only the index of its coordinate on each axis. Over the width the frequency index is outermost and the
-axis index innermost; the few angles missing to width / 2 are padded at the front with zero rotation, before the split
-into heads, so that every head turns by angles of its own.
+axis index innermost; if axes * n < width / 2, the front is padded with zero rotation, before the split into heads, so
+heads have different frequencies.
 
-Angles reach 1.6e4 rad, where float32 has a step of 1e-3: the order of operations above, in float32, *is* the
-specification. Only the frequencies are computed in float64, and only where the checkpoint says so. Everything here runs
-eagerly: a compiler's rewrite of the division moves cos by 2e-3.
+Phases reach 1.6e4 rad, where float32 has a step of 1e-3: the order of operations above, in float32, *is* the
+specification. Only the frequencies are computed in float64, and only if the checkpoint requires it
+(`frequencies_precision`). Everything here runs eagerly: a compiler's rewrite of the division moves cos by 2e-3.
 """
 
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ from ltx_titan_kernels.formulas import rotate as rotate
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of every token and head, [B, H, S, head_dim / 2] each, float32."""
+    """RoPE cos/sin of every token and head, [B, H, S, head_dim / 2] each, float32."""
 
     cos: Tensor
     sin: Tensor
 
 
 class PackedRotation(NamedTuple):
-    """The same rotation as the small tables it is made of, all axes in one, as kernels read it.
+    """RoPE cos/sin as tables of distinct coordinates, all axes concatenated, in the form that kernels read.
 
     Attributes:
-        table: cosines and sines [N, n, 2] float32; the rows of one axis follow those of another.
+        table: cos and sin [N, n, 2] float32, one axis after the other.
         rows: row of the table for each token and axis [B, axes, S], int32.
     """
 
@@ -46,11 +46,11 @@ class PackedRotation(NamedTuple):
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """Rotation of a set of tokens, as one small table per axis.
+    """RoPE cos/sin of a set of tokens, as one table of distinct coordinates per axis.
 
     Attributes:
         cos, sin: per axis, [N_axis, n] float32 for its N_axis distinct coordinates.
-        index: row of those tables for each token, [B, axes, S].
+        index: row of those tables for each token and axis [B, axes, S].
         width: inner width of the attention, over all heads.
         heads: number of heads.
     """
@@ -62,14 +62,15 @@ class RotaryTables:
     heads: int
 
     def expand(self) -> Rotation:
-        """The rotation written out for every token."""
+        """Expands the tables to cos/sin of every token and head."""
         return Rotation(self._per_token(self.cos, padding=1.0), self._per_token(self.sin, padding=0.0))
 
     def pack(self) -> PackedRotation:
-        """The tables joined into one, without writing anything out per token."""
+        """Concatenates the tables of all axes, without expanding anything per token."""
         starts = [0]
         for table in self.cos[:-1]:
             starts.append(starts[-1] + table.shape[0])
+        # Indices count within an axis, rows within the concatenated table.
         offsets = torch.tensor(starts, device=self.index.device)[:, None]
         table = torch.stack([torch.cat(self.cos), torch.cat(self.sin)], dim=-1)
         return PackedRotation(table, (self.index + offsets).int().contiguous())
@@ -77,9 +78,10 @@ class RotaryTables:
     def _per_token(self, tables: tuple[Tensor, ...], padding: float) -> Tensor:
         batch, _, tokens = self.index.shape
         by_axis = torch.stack([table[self.index[:, axis]] for axis, table in enumerate(tables)], dim=-1)
-        angles = by_axis.flatten(-2)
-        front = angles.new_full((batch, tokens, self.width // 2 - angles.shape[-1]), padding)
-        return torch.cat([front, angles], dim=-1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        # [B, S, n, axes] -> [B, S, n * axes]: the axis is innermost.
+        packed = by_axis.flatten(-2)
+        front = packed.new_full((batch, tokens, self.width // 2 - packed.shape[-1]), padding)
+        return torch.cat([front, packed], dim=-1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 @cache
@@ -96,13 +98,13 @@ def frequency_grid(theta: float, count: int, double_precision: bool) -> Tensor:
 
 
 def midpoints(positions: Tensor) -> Tensor:
-    """Middle of each interval: [B, axes, S, 2] -> [B, axes, S]."""
+    """Midpoint of each interval: [B, axes, S, 2] -> [B, axes, S]."""
     start, end = positions.unbind(-1)
     return (start + end) / 2
 
 
 def distinct_coordinates(coordinates: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Distinct values of each axis over the batch, and which of them each token has.
+    """Finds the distinct values of each axis over the batch; the host waits for the device.
 
     Args:
         coordinates: [B, axes, S].
@@ -124,11 +126,11 @@ def rotary_tables(
     theta: float,
     double_precision: bool,
 ) -> RotaryTables:
-    """Cosine and sine tables of the given coordinates.
+    """Computes the cos/sin tables of distinct coordinates.
 
     Args:
         values: per axis, its distinct coordinates [N_axis], float32.
-        index: which of them each token has, [B, axes, S].
+        index: index into them for each token and axis [B, axes, S].
         width: inner width of the attention, over all heads.
         heads: number of heads.
         max_positions: per axis, the coordinate that maps to the end of the range.
@@ -140,9 +142,9 @@ def rotary_tables(
     grid = frequency_grid(float(theta), width // (2 * axes), double_precision).to(index.device)
     cos, sin = [], []
     for coordinates, max_position in zip(values, max_positions, strict=True):
-        # A tensor as divisor: dividing by a Python number may become a product with its rounded reciprocal.
+        # Divide by a tensor: a division by a Python number may become a multiplication by its rounded reciprocal.
         fraction = coordinates / torch.tensor(max_position, dtype=torch.float32, device=coordinates.device)
-        angles = (fraction * 2 - 1)[:, None] * grid
-        cos.append(angles.cos())
-        sin.append(angles.sin())
+        phase = (fraction * 2 - 1)[:, None] * grid
+        cos.append(phase.cos())
+        sin.append(phase.sin())
     return RotaryTables(tuple(cos), tuple(sin), index, width, heads)

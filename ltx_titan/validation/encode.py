@@ -1,7 +1,7 @@
-"""From the media files of a sample's conditions to what its streams start from.
+"""Encodes the media files of a sample's conditions into the initial tokens of its streams.
 
-Runs once, before training, and only for the samples of this rank's group; the encoders are then let go. Clips are read
-from their start, scaled to cover the sample's size and cut around the centre, as training data is.
+Runs once, before training, and only for the samples of this rank's group; the encoders are then freed. Clips are read
+from their start, scaled to cover the sample's size and center-cropped, as training data is.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ltx_titan.codecs import AudioCodec, VideoCodec
-from ltx_titan.conditioning import audio_steps, video_grid
-from ltx_titan.conditioning.conditions import given_tokens
+from ltx_titan.conditioning import StreamTokens, audio_steps, conditioned_tokens, video_grid
 from ltx_titan.config.streams import SpatialCrop
 from ltx_titan.config.validation import (
     AudioToVideo,
@@ -43,11 +42,10 @@ from ltx_titan.media import (
     to_uint8,
 )
 from ltx_titan.validation.start import (
-    StreamStart,
     audio_start,
-    frozen,
-    given_frames,
-    given_where,
+    condition_frames,
+    condition_where,
+    freeze,
     video_start,
     with_audio_reference,
     with_video_reference,
@@ -71,7 +69,7 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class Encoders:
-    """What turns media into latents; None where no condition asks for it.
+    """Encoders from media to latents; None if no condition needs one.
 
     Attributes:
         video: video VAE with its encoder.
@@ -88,23 +86,23 @@ class Encoders:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """Starts of both streams, None where the sample has none, and frames to show beside the result.
+    """Initial tokens of both streams, None for an absent one, and frames to show next to the result.
 
     Attributes:
-        video: start of the video stream.
-        audio: start of the audio stream.
-        beside: frames of the video reference that is to be shown, uint8 [F, H, W, 3], or None.
-        beside_every: how many frames of the result one of them stands for, after the first.
+        video: tokens of the video stream.
+        audio: tokens of the audio stream.
+        beside: frames of the video reference to show next to the result, uint8 [F, H, W, 3], or None.
+        beside_every: frames of the result per frame of the reference, after the first.
     """
 
-    video: StreamStart | None
-    audio: StreamStart | None
+    video: StreamTokens | None
+    audio: StreamTokens | None
     beside: Tensor | None = None
     beside_every: int = 1
 
 
 def needed_encoders(samples: tuple[ValidationSample, ...]) -> tuple[bool, bool]:
-    """Whether any condition gives video, and whether any gives audio."""
+    """Whether any condition is on video, and whether any is on audio."""
     streams = {condition.stream for sample in samples for condition in sample.conditions}
     return "video" in streams, "audio" in streams
 
@@ -112,18 +110,18 @@ def needed_encoders(samples: tuple[ValidationSample, ...]) -> tuple[bool, bool]:
 def encode_sample(
     sample: ValidationSample, shape: ClipShape, streams: tuple[str, ...], encoders: Encoders
 ) -> EncodedSample:
-    """Encodes what a sample's conditions give.
+    """Encodes the conditions of a sample.
 
     Args:
         sample: its conditions.
         shape: its size.
         streams: those it has, generated or frozen.
-        encoders: for the streams that conditions give.
+        encoders: for the streams with conditions.
 
     Raises:
         MediaError: a file cannot be read, or is too short; with its name.
     """
-    starts: dict[str, StreamStart] = {}
+    starts: dict[str, StreamTokens] = {}
     if "video" in streams:
         grid = video_grid(shape.frames, shape.height, shape.width, encoders.scale_factors)
         starts["video"] = video_start(
@@ -132,7 +130,7 @@ def encode_sample(
     if "audio" in streams:
         starts["audio"] = audio_start(max(1, audio_steps(shape.duration_s)))
     beside, every = None, 1
-    # References last: their factors and places follow from the whole target.
+    # References last: their factors and positions follow from the whole target.
     for condition in sorted(sample.conditions, key=lambda condition: condition.type == "reference"):
         if condition.stream == "audio":
             starts["audio"] = _with_audio(starts["audio"], condition, shape, encoders.audio)
@@ -144,42 +142,42 @@ def encode_sample(
 
 
 def _with_video(
-    start: StreamStart, condition: SampleCondition, shape: ClipShape, encoders: Encoders
-) -> tuple[StreamStart, Tensor]:
-    """The stream with one more condition, and the pixels that it gives [3, F, H, W]."""
+    start: StreamTokens, condition: SampleCondition, shape: ClipShape, encoders: Encoders
+) -> tuple[StreamTokens, Tensor]:
+    """Adds one condition, and returns its pixels [3, F, H, W] as well."""
     codec = encoders.video
     assert codec is not None, f"{condition.type} needs a video encoder"
     time, down, right = encoders.scale_factors
     match condition:
         case GivenFirstFrame(image_or_video=path):
             pixels = _read_frames(path, 1, shape.width, shape.height)
-            return given_frames(start, _encode(codec, pixels)), pixels
+            return condition_frames(start, _encode(codec, pixels)), pixels
         case GivenPrefix(video=path, num_frames=count):
             pixels = _read_frames(path, count or shape.frames, shape.width, shape.height)
             _must_have(path, pixels, count or 1)
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
-            return given_frames(start, _encode(codec, pixels)), pixels
+            return condition_frames(start, _encode(codec, pixels)), pixels
         case GivenSuffix(video=path, num_frames=count):
-            # All that is read is encoded, so that the given part has its past in it, as in a training clip.
+            # Encode the whole clip: the codec is causal, so the suffix must have its past in it, as in a training clip.
             pixels = _read_frames(path, shape.frames, shape.width, shape.height)
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
             latents = _encode(codec, pixels)
             if count is not None:
                 _must_have(path, pixels, count + 1)
                 latents = latents[:, :, -(count // time) :]
-            return given_frames(start, latents, at_end=True), pixels
+            return condition_frames(start, latents, at_end=True), pixels
         case GivenCrop(video=path, spatial_region=region):
             pixels = _read_whole(path, shape)
             crop = SpatialCrop(type="spatial_crop", spatial_region=region)
-            mask = given_tokens(crop, start.grid, encoders.scale_factors, None, torch.device("cpu"))
-            return given_where(start, _encode(codec, pixels), mask), pixels
+            mask = conditioned_tokens(crop, start.target.grid, encoders.scale_factors)
+            return condition_where(start, _encode(codec, pixels), mask), pixels
         case GivenMask(video=path, mask=mask_path):
             pixels = _read_whole(path, shape)
             mask = read_video_mask(mask_path, shape.frames, shape.width, shape.height, encoders.scale_factors)
-            return given_where(start, _encode(codec, pixels), mask), pixels
+            return condition_where(start, _encode(codec, pixels), mask), pixels
         case VideoToAudio(video=path):
             pixels = _read_whole(path, shape)
-            return frozen(start, _encode(codec, pixels)), pixels
+            return freeze(start, _encode(codec, pixels)), pixels
     assert isinstance(condition, GivenReference)
     space, every = condition.downscale_factor, condition.temporal_scale_factor
     pixels = _read_frames(condition.video, shape.frames, shape.width // space, shape.height // space)
@@ -191,30 +189,30 @@ def _with_video(
 
 
 def _with_audio(
-    start: StreamStart, condition: SampleCondition, shape: ClipShape, codec: AudioCodec | None
-) -> StreamStart:
+    start: StreamTokens, condition: SampleCondition, shape: ClipShape, codec: AudioCodec | None
+) -> StreamTokens:
     assert codec is not None, f"{condition.type} needs an audio encoder"
     audio = _read_audio(condition.audio)
     longest_s = min(audio.duration_s, shape.duration_s)
     match condition:
         case GivenPrefix(duration=wanted_s):
-            return given_frames(start, _encode_audio(codec, audio, min(wanted_s or longest_s, longest_s)))
+            return condition_frames(start, _encode_audio(codec, audio, min(wanted_s or longest_s, longest_s)))
         case GivenSuffix(duration=wanted_s):
             length_s = min(wanted_s or longest_s, longest_s)
             first = audio.waveform.shape[1] - round(length_s * audio.sample_rate)
             end = Audio(audio.waveform[:, first:], audio.sample_rate)
-            return given_frames(start, _encode_audio(codec, end, length_s), at_end=True)
+            return condition_frames(start, _encode_audio(codec, end, length_s), at_end=True)
         case GivenMask(mask=mask_path):
             if audio.duration_s < shape.duration_s - 1 / codec.steps_per_second:
                 raise MediaError(
                     condition.audio,
-                    f"lasts {audio.duration_s:.2f} s, the sample {shape.duration_s:.2f} s; give a longer one",
+                    f"lasts {audio.duration_s:.2f} s, the sample {shape.duration_s:.2f} s; use a longer one",
                 )
             latents = _encode_audio(codec, audio, shape.duration_s)
-            return given_where(start, latents, read_audio_mask(mask_path, start.grid.frames))
+            return condition_where(start, latents, read_audio_mask(mask_path, start.target.grid.frames))
         case AudioToVideo():
             latents = _encode_audio(codec, audio, longest_s)
-            return frozen(audio_start(latents.shape[2]), latents)
+            return freeze(audio_start(latents.shape[2]), latents)
     assert isinstance(condition, GivenReference)
     return with_audio_reference(start, _encode_audio(codec, audio, longest_s))
 
@@ -224,7 +222,7 @@ def _encode(codec: VideoCodec, pixels: Tensor) -> Tensor:
 
 
 def _encode_audio(codec: AudioCodec, audio: Audio, duration_s: float) -> Tensor:
-    """Latents [1, 8, round(25 * seconds), 16] of the first seconds, as training data has them."""
+    """Encodes the first `duration_s` seconds to latents [1, 8, round(25 * seconds), 16], as in training data."""
     shortest_s = codec.mel.filter_length / codec.mel.sample_rate
     audio = to_duration(audio, max(duration_s, shortest_s))
     latents = codec.encode(to_stereo(audio.waveform)[None], audio.sample_rate)
@@ -232,7 +230,7 @@ def _encode_audio(codec: AudioCodec, audio: Audio, duration_s: float) -> Tensor:
 
 
 def _read_frames(path: str, count: int, width: int, height: int) -> Tensor:
-    """At most `count` frames from the start, at least one: pixels [3, F, H, W] in [-1, 1]."""
+    """Reads at least one and at most `count` frames from the start: pixels [3, F, H, W] in [-1, 1]."""
     if is_image(path):
         return fit_frames(read_image(path), width, height)
     frames = [
@@ -252,7 +250,7 @@ def _read_whole(path: str, shape: ClipShape) -> Tensor:
 
 def _must_have(path: str, pixels: Tensor, count: int) -> None:
     if pixels.shape[1] < count:
-        raise MediaError(path, f"has {pixels.shape[1]} frames, {count} are needed; give a longer one or fewer frames")
+        raise MediaError(path, f"has {pixels.shape[1]} frames, {count} are needed; use a longer one or fewer frames")
 
 
 def _read_audio(path: str) -> Audio:

@@ -16,7 +16,7 @@ from ltx_titan.codecs import load_feature_extractor, load_text_encoder
 from ltx_titan.common.files import atomic_write
 from ltx_titan.common.ranks import is_distributed, is_main_rank
 from ltx_titan.common.tensors import free_device_memory
-from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.conditioning import to_contexts
 from ltx_titan.weights import load_text_connectors
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ltx_titan.conditioning import StreamTokens
 from ltx_titan.config.validation import ValidationSection
 from ltx_titan.diffusion import (
     Guidance,
@@ -26,7 +27,7 @@ from ltx_titan.diffusion import (
     sigma_schedule,
 )
 from ltx_titan.model import LTXTransformer, Modality
-from ltx_titan.validation.start import StreamStart, begin, target_latents
+from ltx_titan.validation.start import begin, target_latents
 
 # Default of the released pipelines for LTX-2.3 and later.
 _DEFAULT_STEPS = 30
@@ -70,8 +71,8 @@ class PreparedSample:
         seed: of the noise.
     """
 
-    video: StreamStart | None
-    audio: StreamStart | None
+    video: StreamTokens | None
+    audio: StreamTokens | None
     contexts: Contexts
     seed: int
 
@@ -160,7 +161,7 @@ def sample_all(
                 if on_sample is not None:
                     on_sample(index)
                 found[index] = _finish_run(run, prepared, model, section, sigmas, on_step)
-            _keep_up(model, missing, device)
+            _run_dummy_forwards(model, missing, device)
     return found
 
 
@@ -190,17 +191,16 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def stand_in(model: LTXTransformer, device: torch.device | str) -> tuple[Modality | None, Modality | None]:
-    """The least that the model can be given: one token of each of its streams."""
+def placeholder_inputs(model: LTXTransformer, device: torch.device | str) -> tuple[Modality | None, Modality | None]:
+    """Builds the smallest inputs of the model: one token of each of its streams."""
     config = model.config
     sizes = {"video": (config.video, 3), "audio": (config.audio, 1)}
     streams: dict[str, Modality] = {}
     for name, (stream, axes) in sizes.items():
         if model.modalities in ("av", name):
-            streams[name] = Modality(
-                latent=torch.zeros(1, 1, stream.in_channels, device=device),
-                sigma=torch.ones(1, device=device),
-                timesteps=torch.ones(1, 1, device=device),
+            streams[name] = Modality.from_sigma(
+                torch.zeros(1, 1, stream.in_channels, device=device),
+                torch.ones(1, device=device),
                 positions=torch.zeros(1, axes, 1, 2, device=device),
                 context=torch.zeros(1, 1, stream.caption_dim or stream.context_dim, device=device),
             )
@@ -272,10 +272,10 @@ def _most_forwards(forwards: int, groups: SampleGroups, device: torch.device | s
     return int(most)
 
 
-def _keep_up(model: nn.Module, missing: int, device: torch.device | str) -> None:
-    """Takes part in the forwards that other groups still make."""
+def _run_dummy_forwards(model: nn.Module, missing: int, device: torch.device | str) -> None:
+    """Joins the remaining collective forwards of other groups."""
     if missing:
-        video, audio = stand_in(model, device)
+        video, audio = placeholder_inputs(model, device)
         # A compiled block would be compiled once more for these few tokens.
         with torch.compiler.set_stance("force_eager"):
             for _ in range(missing):

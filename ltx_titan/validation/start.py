@@ -1,50 +1,33 @@
-"""Where a sampled stream starts: which of its tokens are given, what lies beside them, and noise for the rest.
+"""Initial latents for sampling: conditioned tokens, references and noise.
 
-Everything here works on encoded latents; `encode` makes them from media files. A `StreamStart` holds what is known
-before training and is kept on the host; `begin` adds text, guidance and noise when it is sampled.
-
-References come after the target's tokens (in training they come before; attention does not mind, positions are what
-counts) and are cut off by `target_tokens`.
+Everything here works on encoded latents; `encode` makes them from media files. A `StreamTokens` holds one stream of one
+sample (a batch of one) on the host, from before training until it is sampled; `begin` adds text, guidance and noise.
+Which tokens are conditioned, where references are placed and what is marked is decided in `conditioning.conditioned`,
+for training and sampling alike.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ltx_titan.conditioning import Coordinates, Grid, patchify_audio, patchify_video, unpatchify_audio, unpatchify_video
-from ltx_titan.conditioning.references import reference_factors, scale_reference
-from ltx_titan.conditioning.tokens import audio_coordinates, video_coordinates
-from ltx_titan.diffusion import Guidance, SampledStream, noise_given
+from ltx_titan.conditioning import (
+    Clip,
+    Grid,
+    StreamTokens,
+    audio_coordinates,
+    frames_mask,
+    latent_grid,
+    patchify_audio,
+    patchify_video,
+    unpatchify_audio,
+    unpatchify_video,
+    video_coordinates,
+)
+from ltx_titan.diffusion import Guidance, SampledStream, initial_latent
 
 # An audio latent has 8 channels of 16 mel bins, one token per step.
 AUDIO_CHANNELS, AUDIO_BINS = 8, 16
-
-
-@dataclass(frozen=True)
-class StreamStart:
-    """One stream of one sample before sampling: `S` target tokens of width `C`, then those of its references.
-
-    Attributes:
-        grid: latent sizes of the target; audio is a grid of height and width 1.
-        clean: given content [1, S + R, C], float32; zeros where a token is generated.
-        given: True where a token is given [1, S + R].
-        coordinates: of all tokens.
-        num_marked: target tokens at the start that stand for a single pixel frame and are marked; 0 marks none.
-        is_frozen: the whole stream is given.
-    """
-
-    grid: Grid
-    clean: Tensor
-    given: Tensor
-    coordinates: Coordinates
-    num_marked: int = 0
-    is_frozen: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the model is given, references included."""
-        return self.clean.shape[1]
 
 
 def video_start(
@@ -54,8 +37,8 @@ def video_start(
     *,
     channels: int = 128,
     marks_first_frame: bool = False,
-) -> StreamStart:
-    """A video that is generated altogether.
+) -> StreamTokens:
+    """Creates a video that is generated entirely.
 
     Args:
         grid: latent sizes.
@@ -65,171 +48,156 @@ def video_start(
         marks_first_frame: whether the model has an embedding for tokens of a single pixel frame (LTX-2.5).
     """
     coordinates = video_coordinates(grid, torch.tensor([fps]), scale_factors)
-    marked = grid.tokens_per_frame if marks_first_frame else 0
-    return _all_generated(grid, channels, coordinates, marked)
+    return _empty(Clip(torch.zeros(1, grid.num_tokens, channels), grid, coordinates), marks_first_frame)
 
 
-def audio_start(steps: int, *, width: int = AUDIO_CHANNELS * AUDIO_BINS) -> StreamStart:
-    """An audio of so many latent steps that is generated altogether, in tokens of `width` channels."""
-    return _all_generated(Grid(steps, 1, 1), width, audio_coordinates(steps, 1))
+def audio_start(steps: int, *, width: int = AUDIO_CHANNELS * AUDIO_BINS) -> StreamTokens:
+    """Creates audio of `steps` latent steps that is generated entirely, in tokens of `width` channels."""
+    return _empty(Clip(torch.zeros(1, steps, width), Grid(steps, 1, 1), audio_coordinates(steps, 1)))
 
 
-def frozen(start: StreamStart, latents: Tensor) -> StreamStart:
-    """The stream with all of its target given: latents [1, C, F, H, W] or [1, 8, T, 16].
+def freeze(tokens: StreamTokens, latents: Tensor) -> StreamTokens:
+    """Fixes the whole target to latents [1, C, F, H, W] or [1, 8, T, 16].
 
     Raises:
-        ValueError: if their sizes are not the stream's.
+        ValueError: their sizes are not the stream's.
     """
-    whole = given_where(start, latents, torch.ones(start.grid.num_tokens, dtype=torch.bool))
+    whole = condition_where(tokens, latents, torch.ones(tokens.target.grid.num_tokens, dtype=torch.bool))
     return replace(whole, is_frozen=True)
 
 
-def given_frames(start: StreamStart, latents: Tensor, *, at_end: bool = False) -> StreamStart:
-    """The stream with its first latent frames (or audio steps), or its last ones, given.
+def condition_frames(tokens: StreamTokens, latents: Tensor, *, at_end: bool = False) -> StreamTokens:
+    """Conditions on the first latent frames (or audio steps) of the target, or on its last ones.
 
     Raises:
-        ValueError: if the latents are larger than the stream or of other height and width.
+        ValueError: the latents are longer than the target or of other height and width.
     """
-    tokens, grid = _tokens(latents)
-    own = start.grid
+    content, grid = _patchify(latents)
+    own = tokens.target.grid
     if grid.frames > own.frames or grid[1:] != own[1:]:
         raise ValueError(
-            f"given latents are {_size(grid)} (frames, rows, columns), the sample's {_size(own)}; "
-            "give a clip of the same size that is not longer."
+            f"conditioning latents are {grid} (frames, rows, columns), the sample's {own}; "
+            "use a clip of the same size that is not longer."
         )
-    first = (own.frames - grid.frames) * own.tokens_per_frame if at_end else 0
-    return _with_given(start, tokens, torch.arange(first, first + grid.num_tokens))
+    return _condition(tokens, frames_mask(own, grid.frames, at_end=at_end), content)
 
 
-def given_where(start: StreamStart, latents: Tensor, mask: Tensor) -> StreamStart:
-    """The stream with the tokens given that a mask [S] marks True, from latents of the stream's own sizes.
+def condition_where(tokens: StreamTokens, latents: Tensor, mask: Tensor) -> StreamTokens:
+    """Conditions on the tokens that a mask [S] marks True, from latents of the target's own sizes.
 
     Raises:
-        ValueError: if the latents' sizes are not the stream's, or the mask has not one element per token.
+        ValueError: the latents' sizes are not the target's, or the mask does not have one element per token.
     """
-    tokens, grid = _tokens(latents)
-    if grid != start.grid or mask.numel() != grid.num_tokens:
+    content, grid = _patchify(latents)
+    own = tokens.target.grid
+    if grid != own or mask.numel() != grid.num_tokens:
         raise ValueError(
-            f"given latents are {_size(grid)} (frames, rows, columns) with a mask of {mask.numel()} elements, the "
-            f"sample is {_size(start.grid)}; give a clip and a mask of the sample's size and length."
+            f"conditioning latents are {grid} (frames, rows, columns) with a mask of {mask.numel()} elements, the "
+            f"sample is {own}; use a clip and a mask of the sample's size and length."
         )
-    places = mask.flatten().nonzero()[:, 0]
-    return _with_given(start, tokens[:, places], places)
+    mask = mask.flatten().bool()[None]
+    return _condition(tokens, mask, content[:, mask[0]])
 
 
 def with_video_reference(
-    start: StreamStart, latents: Tensor, fps: float, scale_factors: tuple[int, int, int]
-) -> StreamStart:
-    """The stream with a reference video beside it.
-
-    Its coordinates are stretched to the target's by the factors between their sizes, as in training.
+    tokens: StreamTokens, latents: Tensor, fps: float, scale_factors: tuple[int, int, int]
+) -> StreamTokens:
+    """Adds a reference video, with coordinates scaled to the target's.
 
     Args:
-        start: the stream, without or with earlier references.
+        tokens: the stream, without or with earlier references.
         latents: reference [1, C, F, H, W].
         fps: the reference's own frames per second: the sample's divided by the temporal factor.
         scale_factors: compression factors of the video codec (time, height, width).
 
     Raises:
-        ValueError: if the reference's sizes are not in a whole ratio to the sample's.
+        ValueError: the reference's sizes are not in a whole ratio to the sample's.
     """
-    tokens, grid = _tokens(latents)
+    content, grid = _patchify(latents)
     coordinates = video_coordinates(grid, torch.tensor([fps]), scale_factors)
-    coordinates = scale_reference(coordinates, start.coordinates, *reference_factors(start.grid, grid))
-    return _with_reference(start, tokens, coordinates)
+    return tokens.add_reference(Clip(content.cpu(), grid, coordinates))
 
 
-def with_audio_reference(start: StreamStart, latents: Tensor) -> StreamStart:
-    """The stream with a reference audio [1, 8, T, 16] beside it, whose time starts where the target's does."""
-    tokens, grid = _tokens(latents)
-    return _with_reference(start, tokens, audio_coordinates(grid.frames, 1))
+def with_audio_reference(tokens: StreamTokens, latents: Tensor) -> StreamTokens:
+    """Adds reference audio [1, 8, T, 16], which starts at the same time as the target."""
+    content, grid = _patchify(latents)
+    return tokens.add_reference(Clip(content.cpu(), grid, audio_coordinates(grid.frames, 1)))
 
 
 def begin(
-    start: StreamStart,
+    tokens: StreamTokens,
     context: Tensor,
     negative_context: Tensor | None,
     guidance: Guidance,
     generator: torch.Generator,
-    noise_level: float,
+    sigma: float,
     device: torch.device | str,
 ) -> SampledStream:
-    """The stream at its first noise level.
+    """Adds noise, text and guidance: the state of a stream before the first step.
 
     Args:
-        start: what is given.
+        tokens: target and references.
         context: text of the prompt [1, T, D].
-        negative_context: text of the negative prompt, None where guidance does not ask for it.
+        negative_context: text of the negative prompt, None if guidance needs no unconditional pass.
         guidance: the stream's weights.
-        generator: source of the noise, drawn on its device for the target's tokens alone: a reference moves no noise.
-        noise_level: first value of the schedule.
-        device: where the run takes place.
+        generator: source of the noise, drawn on its device for the target's tokens alone: a reference changes no noise.
+        sigma: first sigma of the schedule.
+        device: device of the run.
     """
-    clean = start.clean.to(device)
-    mask = (~start.given).float()[:, :, None].to(device)
-    noise = torch.zeros_like(start.clean)
-    if not start.is_frozen:
-        shape = (1, start.grid.num_tokens, start.clean.shape[2])
-        target_noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
-        noise[:, : start.grid.num_tokens] = target_noise.to(noise.device)
-    marker = None
-    if start.num_marked:
-        marker = torch.zeros_like(mask)
-        marker[:, : start.num_marked] = 1
-    coordinates = start.coordinates
+    target = tokens.target
+    clean_mask = tokens.clean_mask
+    if tokens.is_frozen:
+        denoise_mask = tokens.extend(torch.zeros(1, target.grid.num_tokens), 0)
+        noise = torch.zeros_like(target.tokens)
+    else:
+        assert clean_mask is not None, "a stream to sample starts with an empty mask"
+        denoise_mask = (~clean_mask).float()
+        # On the generator's device (the host): every mesh and GPU samples the same clip.
+        noise = torch.randn(target.tokens.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    clean = tokens.with_references(target.tokens).to(device)
+    denoise_mask = denoise_mask[:, :, None].to(device)
+    noise = tokens.extend(noise.to(target.tokens.device), 0).to(device)
+    marker = tokens.keyframes_mask
+    coordinates = tokens.coordinates
     return SampledStream(
-        latent=noise_given(torch.zeros_like(clean), clean, noise.to(device), mask, noise_level),
+        latent=initial_latent(torch.zeros_like(clean), clean, noise, denoise_mask, sigma),
         clean=clean,
-        denoise_mask=mask,
+        denoise_mask=denoise_mask,
         positions=coordinates.positions.to(device),
         context=context.to(device),
         negative_context=None if negative_context is None else negative_context.to(device),
         guidance=guidance,
-        is_frozen=start.is_frozen,
-        keyframes_mask=marker,
+        is_frozen=tokens.is_frozen,
+        keyframes_mask=None if marker is None else marker.to(device),
         coordinate_values=tuple(axis.to(device) for axis in coordinates.midpoints),
         coordinate_index=coordinates.index.to(device),
     )
 
 
-def target_latents(tokens: Tensor, start: StreamStart, stream: str) -> Tensor:
-    """Sampled tokens [1, S + R, C] as latents [1, C, F, H, W] (video) or [1, 8, T, 16] (audio), references cut off."""
-    tokens = tokens[:, : start.grid.num_tokens]
-    return unpatchify_video(tokens, start.grid) if stream == "video" else unpatchify_audio(tokens, AUDIO_CHANNELS)
+def target_latents(sampled: Tensor, tokens: StreamTokens, stream: str) -> Tensor:
+    """Turns sampled tokens [1, S + R, C] into latents [1, C, F, H, W] (video) or [1, 8, T, 16] (audio)."""
+    sampled = tokens.select_target(sampled)
+    if stream == "video":
+        return unpatchify_video(sampled, tokens.target.grid)
+    return unpatchify_audio(sampled, AUDIO_CHANNELS)
 
 
-def _all_generated(grid: Grid, width: int, coordinates: Coordinates, num_marked: int = 0) -> StreamStart:
-    clean = torch.zeros(1, grid.num_tokens, width)
-    return StreamStart(grid, clean, torch.zeros(1, grid.num_tokens, dtype=torch.bool), coordinates, num_marked)
+def _empty(target: Clip, marks_first_frame: bool = False) -> StreamTokens:
+    nothing = torch.zeros(target.tokens.shape[:2], dtype=torch.bool)
+    # References are appended when sampling, see `StreamTokens`.
+    return StreamTokens(target, nothing, references_first=False, marks_first_frame=marks_first_frame)
 
 
-def _tokens(latents: Tensor) -> tuple[Tensor, Grid]:
-    if latents.ndim == 5:
-        return patchify_video(latents).float(), Grid(*latents.shape[2:])
-    assert latents.ndim == 4, f"latents have shape {list(latents.shape)}"
-    return patchify_audio(latents).float(), Grid(latents.shape[2], 1, 1)
+def _patchify(latents: Tensor) -> tuple[Tensor, Grid]:
+    tokens = patchify_video(latents) if latents.ndim == 5 else patchify_audio(latents)
+    return tokens.float(), latent_grid(latents)
 
 
-def _with_given(start: StreamStart, tokens: Tensor, places: Tensor) -> StreamStart:
-    if tokens.shape[2] != start.clean.shape[2]:
+def _condition(tokens: StreamTokens, mask: Tensor, content: Tensor) -> StreamTokens:
+    width = tokens.target.tokens.shape[2]
+    if content.shape[2] != width:
         raise ValueError(
-            f"given tokens have {tokens.shape[2]} channels, the sample's {start.clean.shape[2]}; they come from "
+            f"conditioning tokens have {content.shape[2]} channels, the sample's {width}; they come from "
             "another codec than the model's."
         )
-    clean, given = start.clean.clone(), start.given.clone()
-    clean[:, places] = tokens.cpu()
-    given[:, places] = True
-    return replace(start, clean=clean, given=given)
-
-
-def _with_reference(start: StreamStart, tokens: Tensor, coordinates: Coordinates) -> StreamStart:
-    return replace(
-        start,
-        clean=torch.cat([start.clean, tokens.cpu()], dim=1),
-        given=torch.cat([start.given, torch.ones(tokens.shape[:2], dtype=torch.bool)], dim=1),
-        coordinates=coordinates.prepend(start.coordinates),
-    )
-
-
-def _size(grid: Grid) -> str:
-    return " x ".join(map(str, grid))
+    return tokens.condition(mask, content.cpu())

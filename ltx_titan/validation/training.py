@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.conditioning import to_contexts
 from ltx_titan.data import Batch, PrecomputedDataset
 from ltx_titan.model import TextConnectors, TransformerConfig
 from ltx_titan.optim import EMA, Optimizers

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ltx_titan.codecs import load_text_encoder, load_video_codec, quantize_text_encoder
-from ltx_titan.conditioning.text import to_contexts
+from ltx_titan.conditioning import to_contexts
 from ltx_titan.data import PrecomputedDataset, read_sample
 from ltx_titan.encode.captions import without_prefix
 from ltx_titan.media import Audio, read_clip, write_video, write_wav

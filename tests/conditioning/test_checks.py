@@ -28,7 +28,7 @@ def prefix(boundary, **fields):
 @pytest.mark.parametrize(
     ("conditions", "words"),
     [
-        ([prefix(3)], ["video.conditions[0] (prefix, temporal_boundary = 3)", "nothing to the loss", "1 of 3"]),
+        ([prefix(3)], ["video.conditions[0] (prefix, temporal_boundary = 3)", "contributes no loss", "1 of 3"]),
         ([{"type": "first_frame"}, {"type": "suffix", "temporal_boundary": 9}], ["conditions[1] (suffix", "3 of 3"]),
         ([prefix(2), {"type": "suffix", "temporal_boundary": 1}], ["conditions 0, 1 together", "1 of 3", "clip_1"]),
         ([{**CROP, "spatial_region": [0, 0, 32, 97]}], ["[0, 0, 32, 97]", "only the part inside", "3 of 3"]),
@@ -57,7 +57,7 @@ def test_conditions_that_fit_are_not_mentioned():
 
 def test_a_job_with_nothing_left_to_learn_is_told_so():
     def is_told(job, *keys):
-        return any("nothing is left to learn" in line for line in check_conditions(job, keys))
+        return any("no training signal" in line for line in check_conditions(job, keys))
 
     halves = [prefix(2), {"type": "suffix", "temporal_boundary": 2}]
     assert is_told(strategy([prefix(4)]), sample(), sample(frames=2))

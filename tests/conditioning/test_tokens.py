@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ltx_titan.conditioning import (
+    Coordinates,
     Grid,
     audio_coordinates,
     audio_steps,
@@ -87,8 +88,11 @@ def test_each_sample_has_the_times_of_its_own_frame_rate():
     [
         video_coordinates(Grid(5, 3, 4), torch.tensor([23.976, 29.97])),
         audio_coordinates(9, 2),
-        video_coordinates(Grid(3, 2, 2), torch.tensor([24.0, 30.0])).prepend(
-            video_coordinates(Grid(2, 1, 2), torch.tensor([12.0, 15.0]))
+        Coordinates.concatenate(
+            [
+                video_coordinates(Grid(2, 1, 2), torch.tensor([12.0, 15.0])),
+                video_coordinates(Grid(3, 2, 2), torch.tensor([24.0, 30.0])),
+            ]
         ),
     ],
     ids=["video", "audio", "reference"],

@@ -20,6 +20,5 @@ def sampled_stream(case: Case, name: str) -> SampledStream:
             stg_blocks=tuple(weights["stg_blocks"]),
             modality_scale=weights["modality_scale"],
             rescale=weights["rescale_scale"],
-            skip_step=weights["skip_step"],
         ),
     )

@@ -6,8 +6,8 @@ from ltx_titan.diffusion import (
     denoised_from_velocity,
     euler_ancestral_step,
     euler_step,
-    keep_given,
-    noise_given,
+    initial_latent,
+    restore_clean,
     velocity_from_denoised,
     velocity_target,
 )
@@ -50,7 +50,7 @@ def test_conversions_equal_the_reference():
 @pytest.mark.parametrize("place", range(len(CASE.entry["noiser_scales"])))
 def test_noising_with_a_mask_equals_the_reference(place):
     inputs = CASE.under("input.noiser.")
-    found = noise_given(
+    found = initial_latent(
         inputs["latent"],
         inputs["clean_latent"],
         inputs["noise"],
@@ -88,11 +88,11 @@ def test_an_ancestral_step_without_eta_is_a_plain_step():
 def test_given_content_is_put_back():
     denoised, clean = torch.randn(2, 1, 3, 2, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([1.0, 0.0, 1.0])[None, :, None]
-    found = keep_given(denoised, clean, mask)
+    found = restore_clean(denoised, clean, mask)
     assert torch.equal(found[:, 1], clean[:, 1])
     assert torch.equal(found[:, ::2], denoised[:, ::2])
 
 
 def test_a_velocity_at_noise_level_zero_is_refused():
-    with pytest.raises(ValueError, match="noise level 0"):
+    with pytest.raises(ValueError, match="sigma is 0"):
         velocity_from_denoised(torch.ones(1, 1, 1), torch.ones(1, 1, 1), 0.0)

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -105,22 +103,10 @@ def test_modality_guidance_of_a_lone_stream_costs_nothing():
     assert [call[0].latent.shape[0] for call in model.calls] == [1, 1]
 
 
-def test_a_stream_that_skips_a_step_reuses_its_prediction_and_only_serves_the_other():
-    model, reports = Recorder(), []
-    video = stream(guidance=Guidance(skip_step=1))
-    sample(model, video, stream(5), torch.tensor([1.0, 0.7, 0.4, 0.0]), on_step=reports.append)
-    assert [call[0].enabled for call in model.calls] == [True, False, True]
-    assert [call[1].enabled for call in model.calls] == [True, True, True]
-    assert torch.equal(reports[1].video, reports[0].video)
-    assert not torch.equal(reports[1].audio, reports[0].audio)
-
-
 @pytest.mark.parametrize("passes_at_once", [None, 1, 3])
-@pytest.mark.parametrize("skip_step", [0, 2])
-def test_forwards_are_counted_before_they_are_made(passes_at_once, skip_step):
+def test_forwards_are_counted_before_they_are_made(passes_at_once):
     model = Recorder()
-    video = stream(guidance=replace(ALL, skip_step=skip_step))
-    audio = stream(5, is_frozen=True)
+    video, audio = stream(guidance=ALL), stream(5, is_frozen=True)
     sample(model, video, audio, distilled_schedule(), passes_at_once=passes_at_once)
     assert len(model.calls) == count_forwards(video, audio, 8, passes_at_once)
 
@@ -141,8 +127,8 @@ def test_partly_given_tokens_have_their_own_noise_level():
     mask = torch.tensor([0.0, 0.5, 1.0])[None, :, None]
     sample(model, stream(3, denoise_mask=mask), None, torch.tensor([0.8, 0.0]))
     (given, _, _) = model.calls[0]
-    torch.testing.assert_close(given.timesteps[0, :, 0], torch.tensor([0.0, 0.4, 0.8]))
-    torch.testing.assert_close(given.timestep_values.gather(1, given.timestep_index), given.timesteps[:, :, 0])
+    torch.testing.assert_close(given.timesteps[0], torch.tensor([0.0, 0.4, 0.8]))
+    torch.testing.assert_close(given.timestep_values.gather(1, given.timestep_index), given.timesteps)
 
 
 def test_what_is_missing_is_named():

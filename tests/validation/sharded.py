@@ -21,9 +21,9 @@ from ltx_titan.validation import (
     PreparedSample,
     SampleGroups,
     audio_start,
+    condition_frames,
     evaluating,
-    frozen,
-    given_frames,
+    freeze,
     held_out_losses,
     sample_all,
     video_start,
@@ -78,8 +78,8 @@ def prepared_samples() -> list[PreparedSample]:
 
     video = video_start(Grid(3, 2, 2), 24.0, (8, 32, 32), channels=VIDEO_CHANNELS)
     audio = audio_start(6, width=AUDIO_WIDTH)
-    first = given_frames(video, draw(1, VIDEO_CHANNELS, 1, 2, 2))
-    frozen_audio = frozen(audio, draw(1, AUDIO_WIDTH, 6, 1))
+    first = condition_frames(video, draw(1, VIDEO_CHANNELS, 1, 2, 2))
+    frozen_audio = freeze(audio, draw(1, AUDIO_WIDTH, 6, 1))
     return [
         PreparedSample(first, audio, text(), 0),
         PreparedSample(video, frozen_audio, text(), 1),

@@ -23,7 +23,7 @@ from ltx_titan.validation import (
     PreparedSample,
     audio_start,
     begin,
-    given_frames,
+    condition_frames,
     guidance_of,
     sample_all,
     schedule_of,
@@ -119,7 +119,7 @@ def test_latents_equal_those_of_the_diffusers_pipeline(pack, pipeline, texts, vi
 def test_given_tokens_change_the_attention_between_the_streams_and_nothing_else(pack, pipeline, texts):
     sigma, steps = 0.7, audio_steps(17 / FPS)
     frame = torch.randn(1, 128, 1, GRID.height, GRID.width, generator=torch.Generator().manual_seed(0))
-    starts = given_frames(video_start(GRID, FPS, (8, 32, 32)), frame), audio_start(steps)
+    starts = condition_frames(video_start(GRID, FPS, (8, 32, 32)), frame), audio_start(steps)
     generator = torch.Generator().manual_seed(SEED)
     streams = []
     for start, context in zip(starts, texts[0][PROMPTS[0]], strict=True):

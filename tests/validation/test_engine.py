@@ -185,7 +185,7 @@ def test_a_reference_may_be_smaller_and_have_fewer_frames_as_in_training(run, vi
     # Frames 0, 1, 3, ... 15 at half the size: 9 frames of 32 x 32, one latent cell each.
     pixels = read_clip(CLIP, FRAMES, WIDTH // 2, HEIGHT // 2)
     given = video_codec.encode(torch.cat([pixels[:, :1], pixels[:, 1::2]], dim=1)[None])
-    assert same(start.clean[:, start.grid.num_tokens :], given.flatten(2).mT)
+    assert same(start.references[0].tokens, given.flatten(2).mT)
     assert not same(run.latents["smaller_reference"].video, run.latents["none"].video)
 
 

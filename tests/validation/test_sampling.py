@@ -3,7 +3,7 @@ import torch
 
 from ltx_titan.config import ValidationSection
 from ltx_titan.model import Modality
-from ltx_titan.validation import evaluating, guidance_of, sample_all, schedule_of, stand_in
+from ltx_titan.validation import evaluating, guidance_of, placeholder_inputs, sample_all, schedule_of
 from tests.golden_cases import assert_close_to_max
 from tests.model.golden_transformer import build_transformer
 from tests.processes import run_ranks
@@ -70,8 +70,8 @@ def test_held_out_losses_do_not_depend_on_the_number_of_ranks(two_ranks, model):
 def test_what_is_given_survives_and_seeds_decide_the_rest(model):
     samples = sharded.prepared_samples()
     found = sample_all(model, samples, sharded.SECTION, "cpu")
-    assert torch.equal(found[0].video[:, :, :1].flatten(2).mT, samples[0].video.clean[:, :4])
-    assert torch.equal(found[1].audio.transpose(1, 2).flatten(2), samples[1].audio.clean)
+    assert torch.equal(found[0].video[:, :, :1].flatten(2).mT, samples[0].video.target.tokens[:, :4])
+    assert torch.equal(found[1].audio.transpose(1, 2).flatten(2), samples[1].audio.target.tokens)
     again = sample_all(model, samples, sharded.SECTION, "cpu")
     assert all(torch.equal(found[index].video, again[index].video) for index in found)
     assert not torch.isclose(found[1].video, found[2].video).all()
@@ -99,8 +99,8 @@ def test_guided_passes_run_together_as_far_as_tokens_fit(model, budget, forwards
     assert len(calls) == forwards
 
 
-def test_a_stand_in_suits_the_model(model):
-    video, audio = stand_in(model, "cpu")
+def test_placeholder_inputs_suit_the_model(model):
+    video, audio = placeholder_inputs(model, "cpu")
     assert isinstance(video, Modality)
     with torch.no_grad():
         outputs = model(video, audio, None)

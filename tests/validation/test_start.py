@@ -7,9 +7,9 @@ from ltx_titan.validation import (
     FixedSigma,
     audio_start,
     begin,
-    frozen,
-    given_frames,
-    given_where,
+    condition_frames,
+    condition_where,
+    freeze,
     target_latents,
     video_start,
     with_audio_reference,
@@ -47,7 +47,7 @@ def sampled(made):
 
 def test_prefix_and_suffix_survive_a_run_and_the_rest_is_generated():
     given = latents(Grid(2, 2, 3))
-    first, last = sampled(given_frames(start(), given)), sampled(given_frames(start(), given, at_end=True))
+    first, last = sampled(condition_frames(start(), given)), sampled(condition_frames(start(), given, at_end=True))
     assert torch.equal(first[:, :, :2], given)
     assert torch.equal(last[:, :, 2:], given)
     assert not torch.isclose(first[:, :, 2:], last[:, :, :2]).any()
@@ -57,20 +57,20 @@ def test_a_masked_part_and_a_first_frame_together_survive_a_run():
     whole, frame = latents(), latents(Grid(1, 2, 3), seed=5)
     mask = torch.zeros(tuple(GRID), dtype=torch.bool)
     mask[:, 1, 1:] = True
-    found = sampled(given_frames(given_where(start(), whole, mask), frame))
+    found = sampled(condition_frames(condition_where(start(), whole, mask), frame))
     assert torch.equal(found[:, :, :1], frame)
     assert torch.equal(found[:, :, 1:, 1, 1:], whole[:, :, 1:, 1, 1:])
     assert not torch.isclose(found[:, :, 1:, 0], whole[:, :, 1:, 0]).any()
 
 
 def test_a_frozen_stream_is_its_latents():
-    made = frozen(start(), latents())
+    made = freeze(start(), latents())
     assert made.is_frozen
     assert torch.equal(target_latents(begun(made).latent, made, "video"), latents())
 
 
 def test_audio_latents_come_back_in_their_layout():
-    made = frozen(audio_start(6), audio(6))
+    made = freeze(audio_start(6), audio(6))
     assert torch.equal(target_latents(begun(made).latent, made, "audio"), audio(6))
 
 
@@ -125,12 +125,12 @@ def test_positions_in_the_small_form_are_the_same_positions():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"given latents are 5 x 2 x 3 .* the sample's 4 x 2 x 3"):
-        given_frames(start(), latents(Grid(5, 2, 3)))
-    with pytest.raises(ValueError, match="give a clip and a mask of the sample's size"):
-        given_where(start(), latents(Grid(4, 2, 2)), torch.ones(16, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"conditioning latents are 5 x 2 x 3 .* the sample's 4 x 2 x 3"):
+        condition_frames(start(), latents(Grid(5, 2, 3)))
+    with pytest.raises(ValueError, match="use a clip and a mask of the sample's size"):
+        condition_where(start(), latents(Grid(4, 2, 2)), torch.ones(16, dtype=torch.bool))
     with pytest.raises(ValueError, match="another codec"):
-        given_frames(start(), latents(Grid(1, 2, 3), channels=4))
+        condition_frames(start(), latents(Grid(1, 2, 3), channels=4))
 
 
 def test_a_clip_of_89_frames_at_24_per_second_has_93_audio_steps():
