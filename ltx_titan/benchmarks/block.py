@@ -30,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from ltx_titan.benchmarks.block_models import AUDIO_TOKENS, TEXT_TOKENS, BlockModel, diffusers_model, our_model
 from ltx_titan.benchmarks.measure import environment, write_rows
 from ltx_titan.benchmarks.turns import in_turns
-from ltx_titan.common.hardware import peak_flops
 from ltx_titan.common.options import Flag, Maybe
+from ltx_titan.common.titan import peak_flops
 from ltx_titan.model.flops import layer_flops
 from ltx_titan.weights.shapes import released_config
 

@@ -49,7 +49,7 @@ class _EitherStream(Section):
         return self
 
 
-class GivenFirstFrame(Section):
+class SampleFirstFrame(Section):
     """The first frame is an image: image to video."""
 
     type: Literal["first_frame"]
@@ -59,7 +59,7 @@ class GivenFirstFrame(Section):
     stream: ClassVar[StreamName] = "video"
 
 
-class _GivenEnd(_EitherStream):
+class _SampleEnd(_EitherStream):
     num_frames: Positive | None = None
     """Video: number of conditioned pixel frames; unset uses the whole file."""
     duration: AboveZero | None = None
@@ -75,19 +75,19 @@ class _GivenEnd(_EitherStream):
         return self
 
 
-class GivenPrefix(_GivenEnd):
+class SamplePrefix(_SampleEnd):
     """The beginning is conditioned; the model continues it."""
 
     type: Literal["prefix"]
 
 
-class GivenSuffix(_GivenEnd):
+class SampleSuffix(_SampleEnd):
     """The end is conditioned; the model generates what precedes it."""
 
     type: Literal["suffix"]
 
 
-class GivenCrop(Section):
+class SampleSpatialCrop(Section):
     """A rectangle of every frame is conditioned: outpainting."""
 
     type: Literal["spatial_crop"]
@@ -99,7 +99,7 @@ class GivenCrop(Section):
     stream: ClassVar[StreamName] = "video"
 
 
-class GivenMask(_EitherStream):
+class SampleMask(_EitherStream):
     """A mask selects what is conditioned: inpainting."""
 
     type: Literal["mask"]
@@ -107,7 +107,7 @@ class GivenMask(_EitherStream):
     """Video: image or video, bright pixels are conditioned. Audio: `.pt` or audio file, loud steps are conditioned."""
 
 
-class GivenReference(_EitherStream):
+class SampleReference(_EitherStream):
     """Another clip that the model attends to: in-context conditioning."""
 
     type: Literal["reference"]
@@ -149,7 +149,14 @@ class AudioToVideo(Section):
 
 
 SampleCondition = Annotated[
-    GivenFirstFrame | GivenPrefix | GivenSuffix | GivenCrop | GivenMask | GivenReference | VideoToAudio | AudioToVideo,
+    SampleFirstFrame
+    | SamplePrefix
+    | SampleSuffix
+    | SampleSpatialCrop
+    | SampleMask
+    | SampleReference
+    | VideoToAudio
+    | AudioToVideo,
     Field(discriminator="type"),
 ]
 

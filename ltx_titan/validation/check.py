@@ -10,12 +10,12 @@ from pathlib import Path
 from ltx_titan.conditioning import Grid, video_grid
 from ltx_titan.config.validation import (
     AudioToVideo,
-    GivenFirstFrame,
-    GivenMask,
-    GivenPrefix,
-    GivenReference,
-    GivenSuffix,
     SampleCondition,
+    SampleFirstFrame,
+    SampleMask,
+    SamplePrefix,
+    SampleReference,
+    SampleSuffix,
     ValidationSample,
     ValidationSection,
 )
@@ -124,11 +124,11 @@ def _sample_problems(
 
 def _files(condition: SampleCondition) -> tuple[str, ...]:
     match condition:
-        case GivenFirstFrame():
+        case SampleFirstFrame():
             return (condition.image_or_video,)
         case AudioToVideo():
             return (condition.audio,)
-        case GivenMask():
+        case SampleMask():
             return (getattr(condition, condition.stream), condition.mask)
         case _:
             return (getattr(condition, condition.stream),)
@@ -142,11 +142,11 @@ def _size_problems(
     # A causal video VAE encodes frame 0 alone and each further `time` frames as one latent frame, so a prefix holds
     # 1 + n * time frames and a suffix, which does not contain frame 0, n * time.
     match condition:
-        case GivenPrefix(num_frames=int(count)) if (count - 1) % time or count > frames:
+        case SamplePrefix(num_frames=int(count)) if (count - 1) % time or count > frames:
             yield f"num_frames is {count}; expected 1 + a multiple of {time}, at most {frames}, for a prefix."
-        case GivenSuffix(num_frames=int(count)) if count % time or count > frames:
+        case SampleSuffix(num_frames=int(count)) if count % time or count > frames:
             yield f"num_frames is {count}; expected a multiple of {time}, at most {frames}, for a suffix."
-        case GivenReference(video=str(), downscale_factor=space, temporal_scale_factor=every):
+        case SampleReference(video=str(), downscale_factor=space, temporal_scale_factor=every):
             if height % (space * vertical) or width % (space * horizontal):
                 yield (
                     f"downscale_factor {space} reduces {width}x{height} pixels to {width / space:g}x"

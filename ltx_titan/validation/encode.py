@@ -17,13 +17,13 @@ from ltx_titan.conditioning import StreamTokens, audio_steps, conditioned_tokens
 from ltx_titan.config.streams import SpatialCrop
 from ltx_titan.config.validation import (
     AudioToVideo,
-    GivenCrop,
-    GivenFirstFrame,
-    GivenMask,
-    GivenPrefix,
-    GivenReference,
-    GivenSuffix,
     SampleCondition,
+    SampleFirstFrame,
+    SampleMask,
+    SamplePrefix,
+    SampleReference,
+    SampleSpatialCrop,
+    SampleSuffix,
     ValidationSample,
     VideoToAudio,
 )
@@ -136,7 +136,7 @@ def encode_sample(
             starts["audio"] = _with_audio(starts["audio"], condition, shape, encoders.audio)
             continue
         starts["video"], pixels = _with_video(starts["video"], condition, shape, encoders)
-        if isinstance(condition, GivenReference) and condition.include_in_output:
+        if isinstance(condition, SampleReference) and condition.include_in_output:
             beside, every = to_uint8(pixels), condition.temporal_scale_factor
     return EncodedSample(starts.get("video"), starts.get("audio"), beside, every)
 
@@ -149,15 +149,15 @@ def _with_video(
     assert codec is not None, f"{condition.type} needs a video encoder"
     time, down, right = encoders.scale_factors
     match condition:
-        case GivenFirstFrame(image_or_video=path):
+        case SampleFirstFrame(image_or_video=path):
             pixels = _read_frames(path, 1, shape.width, shape.height)
             return condition_frames(start, _encode(codec, pixels)), pixels
-        case GivenPrefix(video=path, num_frames=count):
+        case SamplePrefix(video=path, num_frames=count):
             pixels = _read_frames(path, count or shape.frames, shape.width, shape.height)
             _must_have(path, pixels, count or 1)
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
             return condition_frames(start, _encode(codec, pixels)), pixels
-        case GivenSuffix(video=path, num_frames=count):
+        case SampleSuffix(video=path, num_frames=count):
             # Encode the whole clip: the codec is causal, so the suffix must have its past in it, as in a training clip.
             pixels = _read_frames(path, shape.frames, shape.width, shape.height)
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
@@ -166,19 +166,19 @@ def _with_video(
                 _must_have(path, pixels, count + 1)
                 latents = latents[:, :, -(count // time) :]
             return condition_frames(start, latents, at_end=True), pixels
-        case GivenCrop(video=path, spatial_region=region):
+        case SampleSpatialCrop(video=path, spatial_region=region):
             pixels = _read_whole(path, shape)
             crop = SpatialCrop(type="spatial_crop", spatial_region=region)
             mask = conditioned_tokens(crop, start.target.grid, encoders.scale_factors)
             return condition_where(start, _encode(codec, pixels), mask), pixels
-        case GivenMask(video=path, mask=mask_path):
+        case SampleMask(video=path, mask=mask_path):
             pixels = _read_whole(path, shape)
             mask = read_video_mask(mask_path, shape.frames, shape.width, shape.height, encoders.scale_factors)
             return condition_where(start, _encode(codec, pixels), mask), pixels
         case VideoToAudio(video=path):
             pixels = _read_whole(path, shape)
             return freeze(start, _encode(codec, pixels)), pixels
-    assert isinstance(condition, GivenReference)
+    assert isinstance(condition, SampleReference)
     space, every = condition.downscale_factor, condition.temporal_scale_factor
     pixels = _read_frames(condition.video, shape.frames, shape.width // space, shape.height // space)
     # Frame 0, then 1, 1 + every, ...: each latent frame of the reference then covers whole ones of the target.
@@ -195,14 +195,14 @@ def _with_audio(
     audio = _read_audio(condition.audio)
     longest_s = min(audio.duration_s, shape.duration_s)
     match condition:
-        case GivenPrefix(duration=wanted_s):
+        case SamplePrefix(duration=wanted_s):
             return condition_frames(start, _encode_audio(codec, audio, min(wanted_s or longest_s, longest_s)))
-        case GivenSuffix(duration=wanted_s):
+        case SampleSuffix(duration=wanted_s):
             length_s = min(wanted_s or longest_s, longest_s)
             first = audio.waveform.shape[1] - round(length_s * audio.sample_rate)
             end = Audio(audio.waveform[:, first:], audio.sample_rate)
             return condition_frames(start, _encode_audio(codec, end, length_s), at_end=True)
-        case GivenMask(mask=mask_path):
+        case SampleMask(mask=mask_path):
             if audio.duration_s < shape.duration_s - 1 / codec.steps_per_second:
                 raise MediaError(
                     condition.audio,
@@ -213,7 +213,7 @@ def _with_audio(
         case AudioToVideo():
             latents = _encode_audio(codec, audio, longest_s)
             return freeze(audio_start(latents.shape[2]), latents)
-    assert isinstance(condition, GivenReference)
+    assert isinstance(condition, SampleReference)
     return with_audio_reference(start, _encode_audio(codec, audio, longest_s))
 
 

@@ -25,7 +25,7 @@ def test_an_image_is_written_and_differs_with_the_data(tmp_path):
 
 
 def test_a_run_without_losses_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"empty\.jsonl: no losses to plot"):
+    with pytest.raises(ValueError, match=r"empty\.jsonl: expected steps with a loss"):
         plot_loss(write(tmp_path / "empty.jsonl", loss=[None] * 4), tmp_path / "x.png")
 
 

@@ -71,6 +71,7 @@ def test_attention_term_equals_a_flop_counter():
 def test_outside_terms_equal_a_flop_counter(trains):
     config = {
         "num_attention_heads": 1,
+        "audio_num_attention_heads": 1,
         "attention_head_dim": 8,
         "cross_attention_dim": 8,
         "in_channels": 3,
