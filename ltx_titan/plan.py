@@ -56,6 +56,7 @@ class Plan:
         job: the job file with its overrides.
         degrees: sizes of the mesh axes.
         source: config and file of the transformer.
+        architecture: sizes and options of the transformer.
         modalities: streams that the transformer has.
         strategy: turns batches into inputs and predictions into a loss.
         dataset: the samples.
@@ -67,6 +68,7 @@ class Plan:
     job: JobConfig
     degrees: Degrees
     source: ModelSource
+    architecture: TransformerConfig
     modalities: Modalities
     strategy: FlexibleStrategy
     dataset: Dataset
@@ -86,7 +88,8 @@ class Plan:
 
     def sample_flops(self, index: int) -> float:
         """Model FLOPs of a training step on one sample of the dataset."""
-        return _sample_flops(self.job, self.source, self.dataset.shape_key(index), self.modalities)
+        tokens = stream_tokens(self.dataset.shape_key(index), self.modalities)
+        return training_flops(self.architecture, **vars(tokens), trained=self.job.model.mode)
 
     def sample_tokens(self, index: int) -> int:
         """Video and audio tokens of one sample, references included."""
@@ -127,12 +130,17 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     for warning in check_conditions(strategy, keys, dataset.name):
         logger.warning("%s", warning)
+    connectors_path = _connectors_path(job, source, keys)
     # Datasets have few distinct shapes, so FLOPs are computed once per shape, not per sample.
-    flops = {key: _sample_flops(job, source, key, modalities) for key in set(keys)}
+    flops = {
+        key: training_flops(architecture, **vars(stream_tokens(key, modalities)), trained=model.mode)
+        for key in set(keys)
+    }
     return Plan(
         job=job,
         degrees=degrees,
         source=source,
+        architecture=architecture,
         modalities=modalities,
         strategy=strategy,
         dataset=dataset,
@@ -143,7 +151,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
             job.training.global_batch_size,
             dataset.fingerprint,
         ),
-        connectors_path=_connectors_path(job, source, keys),
+        connectors_path=connectors_path,
         reference_scale=reference_scale(strategy, keys, dataset.name),
     )
 
@@ -241,8 +249,3 @@ def stream_tokens(key: ShapeKey, modalities: Modalities) -> TokenCounts:
     video = sum(counts.values()) - audio
     text = max(shape[0] for owner, name, shape in key if owner == "conditions" and name == "video_prompt_embeds")
     return TokenCounts(0 if modalities == "audio" else video, 0 if modalities == "video" else audio, text)
-
-
-def _sample_flops(job: JobConfig, source: ModelSource, key: ShapeKey, modalities: Modalities) -> float:
-    tokens = stream_tokens(key, modalities)
-    return training_flops(source.config["transformer"], **vars(tokens), trained=job.model.mode)

@@ -32,6 +32,7 @@ from ltx_titan.benchmarks.measure import environment, write_rows
 from ltx_titan.benchmarks.turns import in_turns
 from ltx_titan.common.options import Flag, Maybe
 from ltx_titan.common.titan import peak_flops
+from ltx_titan.model import TransformerConfig
 from ltx_titan.model.flops import layer_flops
 from ltx_titan.weights.shapes import released_config
 
@@ -148,7 +149,7 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     )
     layer_ms = (many_ms - one_ms) / (LAYERS - 1)
     counts = {"video_tokens": case.tokens, "audio_tokens": AUDIO_TOKENS, "text_tokens": TEXT_TOKENS}
-    tflop = layer_flops(case.transformer, **counts).total / 1e12
+    tflop = layer_flops(TransformerConfig.from_metadata(case.transformer), **counts).total / 1e12
     times = steps[LAYERS][0]
     row = {
         "layer_ms": layer_ms,

@@ -11,6 +11,7 @@ A batch is `{source: {field: tensor}}`, on any device:
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ltx_titan.conditioning.tokens import (
     patchify_video,
     video_coordinates,
 )
+from ltx_titan.config.streams import AudioSection, Mask, Reference, VideoSection
 from ltx_titan.model import TextConnectors
 
 Batch = Mapping[str, Mapping[str, Tensor]]
@@ -30,7 +32,60 @@ Batch = Mapping[str, Mapping[str, Tensor]]
 # Frame rate of latent files without `fps`, as in the reference trainer.
 DEFAULT_FPS = 24.0
 
+
+class StreamBatch(NamedTuple):
+    """Everything that a batch holds for one stream.
+
+    Attributes:
+        target: the clip to generate, or the frozen one, in float32.
+        references: clips of the `reference` conditions, by folder.
+        masks: stored masks of the `mask` conditions that have an effect [B, ...], by folder.
+        present: False for a sample whose latents are a placeholder [B]; None if every sample has the stream.
+        context: text that the stream attends to [B, T, D].
+        context_mask: 1 for a text token [B, T]; None if no text token is masked.
+    """
+
+    target: Clip
+    references: dict[str, Clip]
+    masks: dict[str, Tensor]
+    present: Tensor | None
+    context: Tensor
+    context_mask: Tensor | None
+
+
 _DIMS = {"video": ("batch", "channels", "frames", "rows", "columns"), "audio": ("batch", "channels", "steps", "bins")}
+
+
+def read_stream(
+    batch: Batch, stream: str, section: VideoSection | AudioSection, scale_factors: tuple[int, int, int]
+) -> StreamBatch:
+    """Reads everything of one stream: target, references, masks and text.
+
+    Args:
+        batch: the batch.
+        stream: "video" or "audio".
+        section: the stream's section of the job, whose conditions name the folders of references and masks.
+        scale_factors: compression factors of the video codec (time, height, width).
+
+    Raises:
+        ValueError: a source or field is missing, or latents have the wrong number of dims.
+    """
+    source = f"{stream}_latents"
+    context, context_mask = read_text(batch, stream)
+    masks = {
+        condition.mask_dir: read_field(batch, condition.mask_dir, "mask")
+        for condition, is_applied in zip(section.conditions, section.applied, strict=True)
+        if isinstance(condition, Mask) and is_applied
+    }
+    # References are read whether or not they fire in this step: their sizes are checked in every batch.
+    references = {
+        condition.latents_dir: read_clip(batch, condition.latents_dir, stream, scale_factors)
+        for condition in section.conditions
+        if isinstance(condition, Reference)
+    }
+    target = read_clip(batch, source, stream, scale_factors)
+    target = target._replace(tokens=target.tokens.float())
+    return StreamBatch(target, references, masks, batch[source].get("present"), context, context_mask)
 
 
 def read_field(batch: Batch, source: str, name: str) -> Tensor:

@@ -10,14 +10,26 @@ Training reads target and references from the dataset (`strategy`), sampling sta
 (`validation.start`). Both build a `StreamTokens`, so that a model is sampled under the conditions it was trained on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from ltx_titan.conditioning.batch import StreamBatch
 from ltx_titan.conditioning.tokens import Clip, Coordinates, Grid
-from ltx_titan.config.streams import FirstFrame, IntrinsicCondition, Mask, Prefix, SpatialCrop, Suffix
+from ltx_titan.config.streams import (
+    AudioSection,
+    FirstFrame,
+    IntrinsicCondition,
+    Mask,
+    Prefix,
+    Reference,
+    SpatialCrop,
+    Suffix,
+    VideoSection,
+)
 
 _T = TypeVar("_T")
 
@@ -135,6 +147,55 @@ class StreamTokens:
         stays comparable to those pipelines.
         """
         return [*reversed(of_references), of_target] if self.references_first else [of_target, *of_references]
+
+
+def condition_stream(
+    read: StreamBatch,
+    section: VideoSection | AudioSection,
+    uses: Sequence[Tensor | None],
+    scale_factors: tuple[int, int, int],
+    marks_first_frame: bool,
+) -> tuple[StreamTokens, dict[str, tuple[int, int]]]:
+    """Applies the conditions of a training batch to one stream.
+
+    Args:
+        read: the stream's part of the batch.
+        section: the stream's section of the job.
+        uses: for each condition, whether it fires: [B] for an intrinsic condition, a scalar for a reference, None for
+            one without effect.
+        scale_factors: compression factors of the video codec (time, height, width).
+        marks_first_frame: whether the model has an embedding for tokens of a single pixel frame.
+
+    Returns:
+        The stream's tokens, and the (spatial, temporal) factors of each video reference by folder.
+
+    Raises:
+        ValueError: a mask does not fit its target, or a reference's size is not in a whole ratio to its target's.
+    """
+    target = read.target
+    device, shape = target.tokens.device, target.tokens.shape
+    tokens = StreamTokens(
+        target,
+        # All False rather than None if no condition fires, so that K is the same in every step of a job.
+        conditioned=torch.zeros(shape[:2], dtype=torch.bool, device=device) if section.conditions else None,
+        is_frozen=not section.is_generated,
+        marks_first_frame=marks_first_frame,
+    )
+    factors: dict[str, tuple[int, int]] = {}
+    for condition, fires in zip(section.conditions, uses, strict=True):
+        if isinstance(condition, Reference):
+            reference = read.references[condition.latents_dir]
+            # Checked in every batch, fired or not: an adapter stores the factors.
+            if target.is_video:
+                factors[condition.latents_dir] = reference_factors(target.grid, reference.grid)
+            # A reference's decision is on the host: it changes the length of the sequence.
+            if bool(fires):
+                tokens = tokens.add_reference(reference)
+        elif fires is not None:
+            file_mask = read.masks[condition.mask_dir] if isinstance(condition, Mask) else None
+            mask = conditioned_tokens(condition, target.grid, scale_factors, file_mask, device)
+            tokens = tokens.condition(mask & fires.to(device, non_blocking=True)[:, None])
+    return tokens, factors
 
 
 def conditioned_tokens(

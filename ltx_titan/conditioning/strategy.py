@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ltx_titan.conditioning.batch import Batch, read_clip, read_field, read_text, token_shape
-from ltx_titan.conditioning.conditioned import StreamTokens, conditioned_tokens, crop_cells, reference_factors
+from ltx_titan.conditioning.batch import Batch, read_stream, token_shape
+from ltx_titan.conditioning.conditioned import condition_stream, crop_cells
 from ltx_titan.conditioning.loss import Loss, ModelInputs, flow_matching_loss
 from ltx_titan.conditioning.tokens import DEFAULT_SCALE_FACTORS
 from ltx_titan.config.streams import AudioSection, Mask, Reference, SpatialCrop, StrategyConfig, VideoSection
@@ -161,32 +161,13 @@ class FlexibleStrategy:
         self, name: str, block: VideoSection | AudioSection, batch: Batch, draws: StreamDraws
     ) -> _Stream:
         """Reads, conditions and noises one stream."""
-        target = read_clip(batch, f"{name}_latents", name, self.scale_factors)
-        target = target._replace(tokens=target.tokens.float())
-        device, shape = target.tokens.device, target.tokens.shape
-        tokens = StreamTokens(
-            target,
-            # All False rather than None if no condition fires, so that K is the same in every step of a job.
-            conditioned=torch.zeros(shape[:2], dtype=torch.bool, device=device) if block.conditions else None,
-            is_frozen=not block.is_generated,
-            marks_first_frame=name == "video" and self.keyframe_marker,
-        )
-        scales: dict[str, tuple[int, int]] = {}
-        for condition, uses in zip(block.conditions, _uses(name, block, draws), strict=True):
-            if isinstance(condition, Reference):
-                reference = read_clip(batch, condition.latents_dir, name, self.scale_factors)
-                # Checked in every batch, fired or not: an adapter stores the factors.
-                if name == "video":
-                    scales[condition.latents_dir] = reference_factors(target.grid, reference.grid)
-                # A reference's decision is on the host: it changes the length of the sequence.
-                if bool(uses):
-                    tokens = tokens.add_reference(reference)
-            elif uses is not None:
-                file_mask = read_field(batch, condition.mask_dir, "mask") if isinstance(condition, Mask) else None
-                mask = conditioned_tokens(condition, target.grid, self.scale_factors, file_mask, device)
-                tokens = tokens.condition(mask & uses.to(device, non_blocking=True)[:, None])
+        read = read_stream(batch, name, block, self.scale_factors)
+        uses = _uses(name, block, draws)
+        marks_first_frame = name == "video" and self.keyframe_marker
+        tokens, scales = condition_stream(read, block, uses, self.scale_factors, marks_first_frame)
 
-        present = batch[f"{name}_latents"].get("present")
+        target, present = read.target, read.present
+        device, shape = target.tokens.device, target.tokens.shape
         clean_mask, velocity, loss_mask = tokens.clean_mask, None, None
         if tokens.is_frozen:
             sigma, latent = target.tokens.new_zeros(shape[0]), target.tokens
@@ -204,7 +185,6 @@ class FlexibleStrategy:
             if present is not None:
                 loss_mask = loss_mask & present[:, None]
         coordinates = tokens.coordinates
-        context, context_mask = read_text(batch, name)
         modality = Modality.from_sigma(
             tokens.with_references(latent),
             sigma,
@@ -212,8 +192,8 @@ class FlexibleStrategy:
             positions=coordinates.positions,
             coordinate_values=coordinates.midpoints,
             coordinate_index=coordinates.index,
-            context=context,
-            context_mask=context_mask,
+            context=read.context,
+            context_mask=read.context_mask,
             keyframes_mask=tokens.keyframes_mask,
         )
         return _Stream(modality, velocity, loss_mask, present, scales)

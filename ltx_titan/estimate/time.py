@@ -104,7 +104,7 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
 def model_flops(work: Workload) -> float:
     """Model FLOPs of a step over all GPUs, the numerator of MFU."""
     return training_flops(
-        work.transformer,
+        work.architecture,
         video_tokens=work.video_tokens,
         audio_tokens=work.audio_tokens,
         text_tokens=work.text_tokens,
@@ -118,7 +118,7 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
     """Seconds of one block and micro-batch on one rank: (matmul, attention, memory-bound), forward and backward."""
     share = setup.local_batch_size / (setup.degrees.cp * setup.degrees.tp)
     counts = {"video_tokens": work.video_tokens, "audio_tokens": work.audio_tokens, "text_tokens": work.text_tokens}
-    flops = layer_flops(work.transformer, **counts, trained=work.trained)
+    flops = layer_flops(work.architecture, **counts, trained=work.trained)
     # Backward has one matmul for the input's gradient and, unless weights are frozen, one for the weight's.
     linear_forward = flops.linear / (3 if work.trained == "full" else 2)
     rate = gpu.matmul if setup.float8 == "none" else gpu.matmul_float8
@@ -216,7 +216,7 @@ def _outside(work: Workload, setup: Setup, gpu: Gpu, micro_batches: int) -> floa
     """Seconds of embeddings, output heads, gradient norm and optimizer."""
     counts = {"video_tokens": work.video_tokens, "audio_tokens": work.audio_tokens, "text_tokens": work.text_tokens}
     share = setup.local_batch_size / (setup.degrees.cp * setup.degrees.tp)
-    flops = outside_flops(work.transformer, **counts, trained=work.trained).total * share
+    flops = outside_flops(work.architecture, **counts, trained=work.trained).total * share
     columns = work.video_tokens * work.video_width + work.audio_tokens * work.audio_width
     # RoPE tables, input, norm and modulation run uncompiled in float32: about 10 x the bytes saved of them (OUTSIDE).
     moved = 75 * columns * work.itemsize * share

@@ -126,23 +126,24 @@ class Workload:
     ema: bool = False
 
     @cached_property
-    def _architecture(self) -> TransformerConfig:
+    def architecture(self) -> TransformerConfig:
+        """Sizes and options of the transformer."""
         return TransformerConfig.from_metadata(dict(self.transformer))
 
     @property
     def video_width(self) -> int:
         """Width of the video stream."""
-        return self._architecture.video.width
+        return self.architecture.video.width
 
     @property
     def audio_width(self) -> int:
         """Width of the audio stream."""
-        return self._architecture.audio.width
+        return self.architecture.audio.width
 
     @property
     def heads(self) -> int:
         """Attention heads, the same in both streams."""
-        return self._architecture.video.heads
+        return self.architecture.video.heads
 
     @property
     def weights(self) -> int:

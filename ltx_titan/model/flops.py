@@ -9,9 +9,8 @@ flash attention, and padding. Modulation (AdaLN) is omitted as well: its matrice
 clip, not on tokens.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ltx_titan.model.config import TransformerConfig
 
@@ -32,7 +31,7 @@ class Flops:
 
 
 def layer_flops(
-    config: Mapping[str, Any], *, video_tokens: int, audio_tokens: int, text_tokens: int, trained: Trained = "full"
+    config: TransformerConfig, *, video_tokens: int, audio_tokens: int, text_tokens: int, trained: Trained = "full"
 ) -> Flops:
     """FLOPs of one transformer block for one sample, forward and backward.
 
@@ -45,15 +44,14 @@ def layer_flops(
         text:  2 v^2 + 2 a^2 (keys and values of both text attentions)
 
     Args:
-        config: the `transformer` section of a checkpoint's config.
+        config: architecture of the transformer.
         video_tokens: tokens of a sample, references included; 0 for an absent stream, without cross-modal attention.
         audio_tokens: the same.
         text_tokens: tokens of the prompt.
         trained: "lora" counts 4 instead of 6 per frozen weight (no weight gradient) and omits the adapters
             themselves, about 1 % at rank 32.
     """
-    parsed = TransformerConfig.from_metadata(dict(config))
-    video, audio = parsed.video, parsed.audio
+    video, audio = config.video, config.audio
     v, a = video.width, audio.width
     weights_times_tokens = 0
     scores_times_width = 0
@@ -63,7 +61,7 @@ def layer_flops(
         width = stream.width
         # Self-attention 4, queries and output of the text attention 2, feed-forward 2 x 4.
         weights_times_tokens += tokens * 14 * width**2
-        if parsed.gated_attention:
+        if config.gated_attention:
             weights_times_tokens += tokens * 2 * stream.heads * width
         # Keys and values of the text attention.
         weights_times_tokens += text_tokens * 2 * width * stream.context_dim
@@ -72,7 +70,7 @@ def layer_flops(
     if video_tokens and audio_tokens:
         # Both cross-modal attentions have the audio width; q and out act on their own stream, k and v on the other one.
         weights_times_tokens += video_tokens * 4 * v * a + audio_tokens * 4 * a**2
-        if parsed.gated_attention:
+        if config.gated_attention:
             weights_times_tokens += video_tokens * audio.heads * v + audio_tokens * audio.heads * a
         # Both directions.
         scores_times_width += 2 * video_tokens * audio_tokens * a
@@ -80,7 +78,7 @@ def layer_flops(
 
 
 def outside_flops(
-    config: Mapping[str, Any], *, video_tokens: int, audio_tokens: int, text_tokens: int, trained: Trained = "full"
+    config: TransformerConfig, *, video_tokens: int, audio_tokens: int, text_tokens: int, trained: Trained = "full"
 ) -> Flops:
     """FLOPs outside the blocks for one sample: input, output and (LTX-2 19B) caption projections.
 
@@ -88,9 +86,8 @@ def outside_flops(
     forward 2, and the output projections 4.
     """
     into, out = (4, 6) if trained == "full" else (2, 4)
-    parsed = TransformerConfig.from_metadata(dict(config))
     linear = 0
-    for stream, tokens in ((parsed.video, video_tokens), (parsed.audio, audio_tokens)):
+    for stream, tokens in ((config.video, video_tokens), (config.audio, audio_tokens)):
         if tokens == 0:
             continue
         linear += tokens * stream.width * (into * stream.in_channels + out * stream.out_channels)
@@ -103,7 +100,7 @@ def outside_flops(
 
 
 def training_flops(
-    config: Mapping[str, Any],
+    config: TransformerConfig,
     *,
     video_tokens: int,
     audio_tokens: int,
@@ -115,7 +112,7 @@ def training_flops(
     """Model FLOPs of a training step on `batch` samples of equal token counts.
 
     Args:
-        config: the `transformer` section of a checkpoint's config.
+        config: architecture of the transformer.
         video_tokens: tokens of a sample; 0 for an absent stream.
         audio_tokens: the same.
         text_tokens: tokens of the prompt.
@@ -124,7 +121,7 @@ def training_flops(
         trained: see `layer_flops`.
     """
     tokens = {"video_tokens": video_tokens, "audio_tokens": audio_tokens, "text_tokens": text_tokens}
-    layers = TransformerConfig.from_metadata(dict(config)).num_layers if num_layers is None else num_layers
+    layers = config.num_layers if num_layers is None else num_layers
     layer = layer_flops(config, **tokens, trained=trained)
     outside = outside_flops(config, **tokens, trained=trained)
     return float(batch * (layers * layer.total + outside.total))

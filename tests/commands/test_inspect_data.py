@@ -9,6 +9,7 @@ from ltx_titan.cli import main
 from ltx_titan.commands.inspection.inspect_data import InspectOptions, inspect_data
 from ltx_titan.data import write_sample
 from ltx_titan.media import Audio, write_wav
+from ltx_titan.model import TransformerConfig
 from ltx_titan.model.flops import training_flops
 from ltx_titan.weights import read_metadata
 from tests.media.clips import tone, write_clip
@@ -89,7 +90,7 @@ def test_step_time_follows_from_the_tokens(clips, tmp_path, console, nano):
     options = InspectOptions(table, no_sheet=True, resolution_buckets="96x64x17", model_path=nano, mfu=0.5, mode="full")
     inspect_data(options, console)
     assert not options.sheet.exists()
-    config = read_metadata(nano).transformer_config()
+    config = TransformerConfig.from_metadata(read_metadata(nano).transformer_config())
     flops = training_flops(config, video_tokens=18, audio_tokens=17, text_tokens=1024)
     printed = console.file.getvalue()
     assert f"{flops / (0.5 * 989e12):.3g}" in printed

@@ -6,11 +6,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ltx_titan.benchmarks.block_models import AUDIO_TOKENS, TEXT_TOKENS, our_model
 from ltx_titan.common.titan import peak_flops
+from ltx_titan.model import TransformerConfig
 from ltx_titan.model.flops import layer_flops, outside_flops, training_flops
 from ltx_titan.weights import released_config
 from tests.golden_cases import load_case
 
-LTX23 = released_config("ltx-2.3-22b")["transformer"]
+LTX23 = TransformerConfig.from_metadata(released_config("ltx-2.3-22b")["transformer"])
 TOKENS = {"video_tokens": 4032, "audio_tokens": 126, "text_tokens": 1024}
 
 
@@ -55,7 +56,8 @@ def test_linear_terms_equal_a_count_over_the_model_s_weights(case):
         assert len(tokens) == 1, name
         counted += 6 * weight.numel() * tokens[0]
 
-    flops = layer_flops(golden.entry["config"]["transformer"], video_tokens=video, audio_tokens=audio, text_tokens=text)
+    config = TransformerConfig.from_metadata(golden.entry["config"]["transformer"])
+    flops = layer_flops(config, video_tokens=video, audio_tokens=audio, text_tokens=text)
     assert flops.linear == counted
 
 
@@ -85,7 +87,9 @@ def test_outside_terms_equal_a_flop_counter(trains):
     with FlopCounterMode(display=False) as counter:
         context = caption_2(torch.nn.functional.gelu(caption_1(torch.randn(1, 4, 6)))).sum()
         (out(patchify(torch.randn(1, 7, 3)) * adapter) + context).sum().backward()
-    flops = outside_flops(config, video_tokens=7, audio_tokens=0, text_tokens=4, trained="full" if trains else "lora")
+    trained = "full" if trains else "lora"
+    architecture = TransformerConfig.from_metadata(config)
+    flops = outside_flops(architecture, video_tokens=7, audio_tokens=0, text_tokens=4, trained=trained)
     assert counter.get_total_flops() == flops.total
 
 
@@ -142,4 +146,4 @@ def test_a_layer_equals_a_flop_counter_over_the_whole_block():
             model.step(layers)
         counted[layers] = counter.get_total_flops()
     tokens = {"video_tokens": 24, "audio_tokens": AUDIO_TOKENS, "text_tokens": TEXT_TOKENS}
-    assert counted[2] - counted[1] == layer_flops(config, **tokens).total
+    assert counted[2] - counted[1] == layer_flops(TransformerConfig.from_metadata(config), **tokens).total

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
+from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors, TransformerConfig
 from ltx_titan.model.flops import training_flops
 from ltx_titan.weights import released_config
 from tests.golden_cases import load_case
@@ -76,7 +76,8 @@ def test_the_flop_formula_equals_a_count_of_the_blocks():
         "audio_tokens": audio.latent.shape[1],
         "text_tokens": video.context.shape[1],
     }
-    stated = [training_flops(config, **tokens, batch=video.latent.shape[0], num_layers=n) for n in (1, 2)]
+    architecture = TransformerConfig.from_metadata(config)
+    stated = [training_flops(architecture, **tokens, batch=video.latent.shape[0], num_layers=n) for n in (1, 2)]
     assert counted[1] - counted[0] == pytest.approx(stated[1] - stated[0], rel=1e-12)
 
 
