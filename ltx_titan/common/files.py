@@ -42,6 +42,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove_empty_folders(folder: Path, base: Path) -> None:
+    """Removes `folder` and its parents below `base` as far as they are empty."""
+    while folder != base and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock for `path`; other processes wait. The lock is a hidden file next to it that stays."""

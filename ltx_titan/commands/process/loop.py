@@ -11,10 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ltx_titan.commands.process.store import Store
-from ltx_titan.commands.report import Report
+from ltx_titan.commands.report import Report, Ticker
 from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.data.layout import Fields
 from ltx_titan.media import MediaError
@@ -57,10 +57,13 @@ class Stage(ABC, Generic[Item, Encoder]):
     Attributes:
         name: name in the progress bar and the report.
         folders: source folders that it writes; a row is done when all of them have it.
+        is_required: whether later stages skip rows that fail here. A row without one of its extras is still of use to
+            jobs that do not read it.
     """
 
     name: str
     folders: tuple[str, ...]
+    is_required: ClassVar[bool] = False
 
     def applies_to(self, row: SampleRow) -> bool:
         """Whether the row has the file of this stage."""
@@ -106,17 +109,22 @@ class Run:
     dry_run: bool
 
 
-def run_stage(stage: Stage[Any, Any], rows: Sequence[SampleRow], run: Run) -> set[Path]:
-    """Runs a stage on the rows that have its file and are not stored yet.
+def run_stages(stages: Iterable[Stage[Any, Any]], rows: Sequence[SampleRow], run: Run) -> None:
+    """Runs one stage after the other.
 
     Args:
-        stage: the stage.
+        stages: the stages, in order.
         rows: this process' share, the rows of a shard next to each other.
         run: settings of the run.
-
-    Returns:
-        Keys of the rows that failed.
     """
+    for stage in stages:
+        failed = _run_stage(stage, rows, run)
+        if stage.is_required:
+            rows = [row for row in rows if row.key not in failed]
+
+
+def _run_stage(stage: Stage[Any, Any], rows: Sequence[SampleRow], run: Run) -> set[Path]:
+    """Runs a stage on the rows that have its file and are not stored yet; returns the keys of those that failed."""
     applicable = [row for row in rows if stage.applies_to(row)]
     if missing := len(rows) - len(applicable):
         run.report.notes[f"rows without a file for {stage.name}"] += missing
@@ -126,50 +134,51 @@ def run_stage(stage: Stage[Any, Any], rows: Sequence[SampleRow], run: Run) -> se
             run.report.add(stage.name, "skipped")
         else:
             todo.append(row)
-    if run.dry_run:
-        return _plan_rows(stage, todo, run)
-    failed = _encode_rows(stage, todo, run) if todo else set()
-    # Shards whose samples an interrupted run made but did not merge.
-    _seal(stage, applicable, run.store)
+    failed: set[Path] = set()
+    if todo:
+        with run.report.progress(stage.name, len(todo)) as bar:
+            handle_rows = _plan_rows if run.dry_run else _encode_rows
+            failed = handle_rows(stage, todo, run, bar)
+    if not run.dry_run:
+        # Shards whose samples an interrupted run made but did not merge.
+        _seal(stage, applicable, run.store)
     return failed
 
 
-def _plan_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run) -> set[Path]:
+def _plan_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run, bar: Ticker) -> set[Path]:
     failed = set()
-    with run.report.progress(stage.name, len(todo)) as bar:
-        for row, planned in _read_ahead(stage.plan, todo, run.num_workers):
-            if isinstance(planned, Exception):
-                run.report.fail(stage.name, stage.subject(row), _reason(planned))
-                failed.add(row.key)
-            else:
-                run.report.plan(stage.name, planned.label, planned.size_bytes)
-            bar.advance()
+    for row, planned in _read_ahead(stage.plan, todo, run.num_workers):
+        if isinstance(planned, Exception):
+            run.report.fail(stage.name, stage.subject(row), _reason(planned))
+            failed.add(row.key)
+        else:
+            run.report.plan(stage.name, planned.label, planned.size_bytes)
+        bar.advance()
     return failed
 
 
-def _encode_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run) -> set[Path]:
+def _encode_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run, bar: Ticker) -> set[Path]:
     failed = set()
     encoder = stage.load()
     remaining = deque(todo)
-    with run.report.progress(stage.name, len(todo)) as bar:
-        for row, item in _read_ahead(stage.read, todo, run.num_workers):
-            remaining.popleft()
-            try:
-                if isinstance(item, Exception):
-                    raise item
-                output = stage.encode(row, item, encoder)
-                for folder, fields in output.fields.items():
-                    run.store.write(folder, row.key, fields)
-            except ValueError as error:
-                run.report.fail(stage.name, stage.subject(row), _reason(error))
-                failed.add(row.key)
-            else:
-                run.report.notes.update(output.notes)
-                run.report.add(stage.name, "done")
-            # Rows of a shard are adjacent: it is complete when the next row belongs to another.
-            if not remaining or run.store.group(remaining[0]) != run.store.group(row):
-                _seal(stage, [row], run.store)
-            bar.advance()
+    for row, item in _read_ahead(stage.read, todo, run.num_workers):
+        remaining.popleft()
+        try:
+            if isinstance(item, Exception):
+                raise item
+            output = stage.encode(row, item, encoder)
+            for folder, fields in output.fields.items():
+                run.store.write(folder, row.key, fields)
+        except ValueError as error:
+            run.report.fail(stage.name, stage.subject(row), _reason(error))
+            failed.add(row.key)
+        else:
+            run.report.notes.update(output.notes)
+            run.report.add(stage.name, "done")
+        # Rows of a shard are adjacent: it is complete when the next row belongs to another.
+        if not remaining or run.store.group(remaining[0]) != run.store.group(row):
+            _seal(stage, [row], run.store)
+        bar.advance()
     # VAE and text encoder never share a GPU: this one is freed before the next stage loads its own.
     del encoder
     free_device_memory()

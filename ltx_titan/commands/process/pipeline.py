@@ -4,7 +4,6 @@ Videos come first: the caption of a file that cannot be read needs no 12 B text 
 its share of the rows, so the outputs that a later stage needs of an earlier one are always stored.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from ltx_titan.codecs import text_encoder_config
-from ltx_titan.commands.process.loop import Run, Stage, run_stage
+from ltx_titan.commands.process.loop import Run, Stage, run_stages
 from ltx_titan.commands.process.options import (
     CaptionOptions,
     DataOptions,
@@ -30,15 +29,15 @@ from ltx_titan.commands.process.stages import (
     VideoMaskStage,
     VideoStage,
 )
-from ltx_titan.commands.process.store import Settings, Store, check_settings, write_settings
+from ltx_titan.commands.process.store import Settings, Store
 from ltx_titan.commands.report import Report
-from ltx_titan.common.ranks import Ranks, join_ranks
+from ltx_titan.common.ranks import join_ranks
 from ltx_titan.encode.buckets import parse_buckets
 from ltx_titan.encode.captions import text_bytes
 from ltx_titan.encode.clips import ClipRules
 from ltx_titan.encode.encoders import EncoderFiles
 from ltx_titan.encode.references import ReferenceScale
-from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table
+from ltx_titan.media.tables import SampleTable, read_sample_table
 from ltx_titan.weights import read_config, scale_factors
 
 # Column -> folder of its output.
@@ -111,29 +110,29 @@ def process(
     with join_ranks() as ranks:
         report = Report((console or Console()) if ranks.is_main else Console(quiet=True))
         task = _check(data, media, captions)
-        store = Store(data.root, task.table.samples, task.folders, data.shard_size)
-        settings = _settings(task)
-        if not data.overwrite:
-            check_settings(data.root, settings)
+        store = Store(
+            data.root,
+            task.table.samples,
+            task.folders,
+            _settings(task),
+            shard_size=data.shard_size,
+            overwrite=data.overwrite,
+        )
         if ranks.is_main:
-            _report_start(task, store, ranks, report)
+            for item, reason in task.table.rejected:
+                report.fail("rows", item, reason)
+            for path in store.damaged:
+                report.notes[f"damaged shard, made again: {path}"] += 1
+            idle = ranks.world_size - store.num_groups()
+            if data.shard_size and idle > 0:
+                report.notes["processes without work; a smaller --shard-size would give them some"] += idle
         if data.dry_run:
             # Headers only: not worth sharing.
             rows = list(task.table.samples) if ranks.is_main else []
         else:
-            # The first barrier: every rank has listed the root before it changes. The second: no rank writes before
-            # unfinished files are removed.
-            ranks.wait()
-            if ranks.is_main:
-                store.clean()
-                write_settings(data.root, settings)
-            ranks.wait()
-            rows = store.share(task.table.samples, ranks.rank, ranks.world_size)
+            rows = store.begin(task.table.samples, ranks)
         run = Run(store, report, data.num_workers, data.overwrite, data.dry_run)
-        if media is not None:
-            rows = _process_media(task, rows, run)
-        if captions is not None:
-            _process_captions(task, captions, rows, run)
+        run_stages(_stages(task, store), rows, run)
         tallies = ranks.gather(report.tally())
         report.merge(tally for rank, tally in enumerate(tallies) if rank != ranks.rank)
         return report
@@ -147,45 +146,38 @@ def report_and_status(report: Report, title: str, root: Path) -> int:
     return 0 if report.succeeded() else 1
 
 
-def _process_media(task: _Task, rows: Sequence[SampleRow], run: Run) -> list[SampleRow]:
-    """Runs the stages of videos, audio, references and masks; returns the rows whose main files could be used."""
+def _stages(task: _Task, store: Store) -> list[Stage[Any, Any]]:
+    """The stages of a run: the columns of main files, their extras, then captions."""
     rules, files, device = task.rules, task.files, task.data.device
-    targets = Targets(run.store, rules)
-    # Without videos there is no clip whose duration audio could follow.
-    audio_targets = targets if task.table.has_video else None
-    main: list[Stage] = []
-    if task.table.has_video:
-        main.append(VideoStage(rules, files, device, task.extracts_audio))
-    if task.table.has_audio:
-        main.append(AudioStage(files, device, audio_targets, task.durations_s))
-    for stage in main:
-        failed = run_stage(stage, rows, run)
-        rows = [row for row in rows if row.key not in failed]
-    # A row without one of its extras is still of use to jobs that do not read it, so it is kept.
-    for column in task.table.extras:
-        match column:
-            case "reference_video":
-                run_stage(ReferenceVideoStage(rules, task.scale, files, device, targets), rows, run)
-            case "reference_audio":
-                run_stage(ReferenceAudioStage(files, device, audio_targets, task.durations_s), rows, run)
-            case "video_mask":
-                run_stage(VideoMaskStage(rules, targets), rows, run)
-            case "audio_mask":
-                run_stage(AudioMaskStage(targets), rows, run)
-    return list(rows)
-
-
-def _process_captions(task: _Task, options: CaptionOptions, rows: Sequence[SampleRow], run: Run) -> None:
-    stage = CaptionStage(
-        files=task.files,
-        device=task.data.device,
-        precision=options.precision,
-        size_bytes=text_bytes(task.checkpoint.get("transformer") or {}),
-        trigger=options.lora_trigger,
-        removes_prefixes=options.remove_llm_prefixes,
-        with_contexts=options.contexts,
-    )
-    run_stage(stage, rows, run)
+    stages: list[Stage[Any, Any]] = []
+    if task.media is not None:
+        targets = Targets(store, rules)
+        # Without videos there is no clip whose duration audio could follow.
+        audio_targets = targets if task.table.has_video else None
+        if task.table.has_video:
+            stages.append(VideoStage(rules, files, device, task.extracts_audio))
+        if task.table.has_audio:
+            stages.append(AudioStage(files, device, audio_targets, task.durations_s))
+        extras = {
+            "reference_video": lambda: ReferenceVideoStage(rules, task.scale, files, device, targets),
+            "reference_audio": lambda: ReferenceAudioStage(files, device, audio_targets, task.durations_s),
+            "video_mask": lambda: VideoMaskStage(rules, targets),
+            "audio_mask": lambda: AudioMaskStage(targets),
+        }
+        stages += [extras[column]() for column in task.table.extras]
+    if task.captions is not None:
+        stages.append(
+            CaptionStage(
+                files=files,
+                device=device,
+                precision=task.captions.precision,
+                size_bytes=text_bytes(task.checkpoint.get("transformer") or {}),
+                trigger=task.captions.lora_trigger,
+                removes_prefixes=task.captions.remove_llm_prefixes,
+                with_contexts=task.captions.contexts,
+            )
+        )
+    return stages
 
 
 def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptions | None) -> _Task:
@@ -257,13 +249,3 @@ def _settings(task: _Task) -> Settings:
             "form": "contexts" if task.captions.contexts else "features",
         }
     return {folder: settings[folder] for folder in task.folders if folder in settings}
-
-
-def _report_start(task: _Task, store: Store, ranks: Ranks, report: Report) -> None:
-    for item, reason in task.table.rejected:
-        report.fail("rows", item, reason)
-    for path in store.damaged:
-        report.notes[f"damaged shard, made again: {path}"] += 1
-    idle = ranks.world_size - store.num_groups()
-    if task.data.shard_size and idle > 0:
-        report.notes["processes without work; a smaller --shard-size would give them some"] += idle

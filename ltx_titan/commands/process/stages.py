@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
     device: str
     with_audio: bool
     name: str = "videos"
+    is_required: ClassVar[bool] = True
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -130,6 +132,7 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
     name: str = "audio"
     folder: str = "audio_latents"
     is_padded: bool = True
+    is_required: ClassVar[bool] = True
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -187,6 +190,7 @@ class ReferenceAudioStage(AudioStage):
     name: str = "reference audio"
     folder: str = "reference_audio_latents"
     is_padded: bool = False
+    is_required: ClassVar[bool] = False
 
     def file(self, row: SampleRow) -> Path | None:
         return row.extras.get("reference_audio")

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ltx_titan.common.files import write_text
+from ltx_titan.common.files import remove_empty_folders, write_text
+from ltx_titan.common.ranks import Ranks
 from ltx_titan.data.layout import Fields, Value, load_fields, read_sample, write_sample
 from ltx_titan.data.shards import (
     list_shards,
@@ -46,17 +47,32 @@ class Store:
     """The data root that a run writes to."""
 
     def __init__(
-        self, root: Path, samples: Sequence[SampleRow], folders: Iterable[str], shard_size: int | None = None
+        self,
+        root: Path,
+        samples: Sequence[SampleRow],
+        folders: Iterable[str],
+        settings: Settings,
+        *,
+        shard_size: int | None = None,
+        overwrite: bool = False,
     ) -> None:
-        """Lists the shards that exist.
+        """Compares the options of the run with those of the stored samples, and lists the shards that exist.
 
         Args:
             root: root of the prepared data; need not exist.
             samples: all samples of the dataset, in the order of their rows.
             folders: source folders that the run may read or write.
+            settings: options that the samples of each folder depend on.
             shard_size: samples per shard, None for one `.pt` file per sample.
+            overwrite: whether stored samples are made again, so that their options do not matter.
+
+        Raises:
+            ValueError: samples were made with other options.
         """
+        if not overwrite:
+            _check_settings(root, settings)
         self.root = root
+        self._settings = settings
         self.damaged: list[Path] = []
         self._is_sharded = shard_size is not None
         self._shards = {folder: self._list(root / folder) for folder in folders}
@@ -95,9 +111,20 @@ class Store:
         """
         write_sample(self.root / folder / key, fields)
 
-    def share(self, samples: Iterable[SampleRow], rank: int, world_size: int) -> list[SampleRow]:
-        """Samples that a rank makes, in order: shard by shard, or every n-th without shards."""
-        mine = [sample for sample in samples if self.group(sample) % world_size == rank]
+    def begin(self, samples: Iterable[SampleRow], ranks: Ranks) -> list[SampleRow]:
+        """Removes what killed runs left unfinished and notes the options of this one; all ranks call it.
+
+        Returns:
+            Samples that this rank makes, in order: shard by shard, or every n-th without shards.
+        """
+        mine = [sample for sample in samples if self.group(sample) % ranks.world_size == ranks.rank]
+        # The first barrier: every rank has listed the root before it changes. The second: no rank writes before
+        # unfinished files are removed.
+        ranks.wait()
+        if ranks.is_main:
+            self._clean()
+            _write_settings(self.root, self._settings)
+        ranks.wait()
         return sorted(mine, key=lambda sample: (self.group(sample), sample.row))
 
     def group(self, sample: SampleRow) -> int:
@@ -128,9 +155,9 @@ class Store:
         self._shards[folder] |= {key: group for key in names}
         for file in alone.values():
             file.unlink()
-            _remove_empty(file.parent, base)
+            remove_empty_folders(file.parent, base)
 
-    def clean(self) -> None:
+    def _clean(self) -> None:
         """Removes the unfinished files of killed runs."""
         for folder in self._shards:
             for parent, _, names in os.walk(self.root / folder):
@@ -151,13 +178,13 @@ class Store:
         return found
 
 
-def check_settings(root: Path, settings: Settings) -> None:
+def _check_settings(root: Path, settings: Settings) -> None:
     """Compares the options of a run with those that the stored samples were made with.
 
     Raises:
         ValueError: they differ; with folder, option and both values.
     """
-    before = read_settings(root)
+    before = _read_settings(root)
     for folder, values in settings.items():
         for name, value in values.items():
             if folder in before and name in before[folder] and before[folder][name] != value:
@@ -168,7 +195,7 @@ def check_settings(root: Path, settings: Settings) -> None:
                 )
 
 
-def read_settings(root: Path) -> Settings:
+def _read_settings(root: Path) -> Settings:
     """Reads the options that the samples of a data root were made with; empty without a note.
 
     Raises:
@@ -183,13 +210,7 @@ def read_settings(root: Path) -> Settings:
         raise ValueError(f"{path}: not valid JSON ({error}); delete it") from error
 
 
-def write_settings(root: Path, settings: Settings) -> None:
+def _write_settings(root: Path, settings: Settings) -> None:
     """Notes the options of some folders and keeps the notes of the others."""
-    merged = dict(sorted({**read_settings(root), **settings}.items()))
+    merged = dict(sorted({**_read_settings(root), **settings}.items()))
     write_text(root / SETTINGS_NAME, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
-
-
-def _remove_empty(folder: Path, base: Path) -> None:
-    while folder != base and not any(folder.iterdir()):
-        folder.rmdir()
-        folder = folder.parent
