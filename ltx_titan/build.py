@@ -19,9 +19,10 @@ from ltx_titan.model.kernel_ops import select_operators
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import parallelize
-from ltx_titan.plan import Plan, build_connectors, build_transformer
+from ltx_titan.plan import Plan, build_transformer
 from ltx_titan.weights import (
     CONNECTORS,
+    build_connectors,
     export_lora,
     export_merged,
     export_transformer,

@@ -13,17 +13,17 @@ import torch
 from ltx_titan.checkpoint import latest_complete, read_trainer_state
 from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
-from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, token_counts
-from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
+from ltx_titan.data import BatchPlan, PrecomputedDataset, stores_text_features, stream_tokens, token_counts
+from ltx_titan.model import LTXTransformer, TransformerConfig
 from ltx_titan.model.flops import training_flops
 from ltx_titan.model.ops import TORCH, Operators
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.nano.synthetic import SyntheticDataset
 from ltx_titan.parallel.limits import check_parallelism
 from ltx_titan.weights import (
-    CONNECTORS,
     ModelSource,
     check_fits,
+    find_connectors,
     read_metadata,
     read_source,
     refuse_quantized,
@@ -37,15 +37,6 @@ if TYPE_CHECKING:
     from ltx_titan.encode.media_dataset import MediaDataset
 
 Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset"
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Tokens of one sample as the transformer meets them, references included; 0 for an absent stream."""
-
-    video_tokens: int
-    audio_tokens: int
-    text_tokens: int
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,14 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     for warning in check_conditions(strategy, keys, dataset.name):
         logger.warning("%s", warning)
-    connectors_path = _connectors_path(job, source, keys)
+    connectors_path = None
+    if any(stores_text_features(key) for key in set(keys)):
+        connectors_path = find_connectors(source, model.connectors_path)
+    elif job.data.caption_dropout > 0:
+        raise ValueError(
+            f"data.caption_dropout = {job.data.caption_dropout}: expected text features, found finished contexts, "
+            f"whose caption can no longer be dropped; set it to 0, or prepare the data without --contexts."
+        )
     # Datasets have few distinct shapes, so FLOPs are computed once per shape, not per sample.
     flops = {
         key: training_flops(architecture, **vars(stream_tokens(key, modalities)), trained=model.mode)
@@ -185,14 +183,6 @@ def build_transformer(source: ModelSource, modalities: Modalities, operators: Op
     return model
 
 
-def build_connectors(source: ModelSource, path: Path) -> TextConnectors:
-    """Builds the text connectors on the meta device; names and shapes are checked against `path`."""
-    with torch.device("meta"):
-        connectors = TextConnectors.from_config(source.config)
-    check_fits(connectors, path, component=CONNECTORS)
-    return connectors
-
-
 def _modalities(job: JobConfig) -> Modalities:
     if job.model.modalities != "auto":
         return job.model.modalities
@@ -221,31 +211,3 @@ def _open_dataset(
         seed=job.training.seed,
         scale_factors=factors,
     )
-
-
-def _connectors_path(job: JobConfig, source: ModelSource, keys: list[ShapeKey]) -> Path | None:
-    """File of the text connectors, checked; None if no sample needs them."""
-    if not any(name == "prompt_attention_mask" for key in set(keys) for _, name, _ in key):
-        if job.data.caption_dropout > 0:
-            raise ValueError(
-                f"data.caption_dropout = {job.data.caption_dropout}: expected text features, found finished contexts, "
-                f"whose caption can no longer be dropped; set it to 0, or prepare the data without --contexts."
-            )
-        return None
-    path = job.model.connectors_path or source.path
-    if path is None:
-        raise ValueError(
-            'the data holds text features, which need text connectors, but model.init = "random" has no file. Set '
-            "model.connectors_path, or use finished contexts (data.synthetic.contexts = true)."
-        )
-    build_connectors(source, Path(path))
-    return Path(path)
-
-
-def stream_tokens(key: ShapeKey, modalities: Modalities) -> TokenCounts:
-    """Counts the tokens of a sample by stream."""
-    counts = token_counts(key)
-    audio = sum(count for name, count in counts.items() if "audio" in name)
-    video = sum(counts.values()) - audio
-    text = max(shape[0] for owner, name, shape in key if owner == "conditions" and name == "video_prompt_embeds")
-    return TokenCounts(0 if modalities == "audio" else video, 0 if modalities == "video" else audio, text)

@@ -25,8 +25,8 @@ from ltx_titan.data import Batch, collate, write_sample
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, draw_step
 from ltx_titan.lora import apply_lora, init_lora_, is_adapter, load_base
 from ltx_titan.model import TextConnectors
-from ltx_titan.plan import Plan, build_connectors, plan_job
-from ltx_titan.weights import CONNECTORS, load_parameters, read_metadata, unused_by
+from ltx_titan.plan import Plan, plan_job
+from ltx_titan.weights import CONNECTORS, build_connectors, load_parameters, read_metadata, unused_by
 from tests.jobs import train_rank
 from tests.processes import run_ranks
 

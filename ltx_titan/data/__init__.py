@@ -1,6 +1,16 @@
 """Prepared datasets: files, the order of samples, and batches read ahead."""
 
-from ltx_titan.data.dataset import PrecomputedDataset, Sample, ShapeKey, resolve_root, shape_key_of, token_counts
+from ltx_titan.data.dataset import (
+    PrecomputedDataset,
+    Sample,
+    ShapeKey,
+    TokenCounts,
+    resolve_root,
+    shape_key_of,
+    stores_text_features,
+    stream_tokens,
+    token_counts,
+)
 from ltx_titan.data.layout import read_sample, read_shapes, write_sample
 from ltx_titan.data.loader import Batch, MicroBatch, StepBatches, StepLoader, collate, map_tensors
 from ltx_titan.data.plan import BatchPlan, DataPosition, resume_step
@@ -15,6 +25,7 @@ __all__ = [
     "ShapeKey",
     "StepBatches",
     "StepLoader",
+    "TokenCounts",
     "collate",
     "map_tensors",
     "read_sample",
@@ -22,6 +33,8 @@ __all__ = [
     "resolve_root",
     "resume_step",
     "shape_key_of",
+    "stores_text_features",
+    "stream_tokens",
     "token_counts",
     "write_sample",
 ]

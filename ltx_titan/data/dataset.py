@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ltx_titan.data.cache import READER_THREADS, SampleFile, ShapeIndex
 from ltx_titan.data.layout import Fields, Kind, read_sample
 from ltx_titan.data.shards import list_shards, read_shard_sample, shard_shapes
+from ltx_titan.model.transformer import Modalities
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,15 @@ def resolve_root(path: str | Path) -> Path:
         raise ValueError(f"data.root = {str(path)!r}: expected a folder, found none; correct the path.")
     child = root / ".precomputed"
     return child if child.is_dir() else root
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of one sample as the transformer meets them, references included; 0 for an absent stream."""
+
+    video_tokens: int
+    audio_tokens: int
+    text_tokens: int
 
 
 class PrecomputedDataset:
@@ -234,6 +245,20 @@ def token_counts(key: ShapeKey) -> dict[str, int]:
         if field == "latents":
             counts[source] = shape[1] * shape[2] * shape[3] if len(shape) == 4 else shape[1]
     return counts
+
+
+def stream_tokens(key: ShapeKey, modalities: Modalities) -> TokenCounts:
+    """Counts the tokens of a sample by stream."""
+    counts = token_counts(key)
+    audio = sum(count for name, count in counts.items() if "audio" in name)
+    video = sum(counts.values()) - audio
+    text = max(shape[0] for owner, name, shape in key if owner == "conditions" and name == "video_prompt_embeds")
+    return TokenCounts(0 if modalities == "audio" else video, 0 if modalities == "video" else audio, text)
+
+
+def stores_text_features(key: ShapeKey) -> bool:
+    """Whether a sample holds text features, which still need the text connectors, and not finished contexts."""
+    return any(name == "prompt_attention_mask" for _, name, _ in key)
 
 
 def _paired(path: str, folder: str, primary: str, files: Mapping[str, _Location]) -> str | None:

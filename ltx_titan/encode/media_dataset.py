@@ -81,6 +81,7 @@ class MediaDataset:
             vae_tiling=section.vae_tiling,
         )
         assert files.text_encoder is not None
+        table = read_sample_table(section.dataset_path, section.video_column, section.caption_column)
         config = read_metadata(files.checkpoint).config
         # On the meta device: every name and shape is checked, nothing is read.
         load_video_codec(files.video_path, "meta", part="encoder")
@@ -90,7 +91,7 @@ class MediaDataset:
         self._scale_factors = scale_factors(read_metadata(files.video_path).config)
         buckets = parse_buckets(section.resolution_buckets or "", self._scale_factors, "data.media.resolution_buckets")
         self._rules = ClipRules(buckets, self._scale_factors)
-        self._rows = self._find_rows()
+        self._rows = self._find_rows(table)
         self._keys = [shape_key_of(self._outline(usable)) for usable in self._rows]
         # Rows of each shape, and the position of each row among them: a broken clip is replaced by the next.
         self._alike: dict[ShapeKey, list[int]] = defaultdict(list)
@@ -103,9 +104,9 @@ class MediaDataset:
             "audio_latents": (_stamp(files.audio_path),),
             "conditions": (_stamp(files.checkpoint), _stamp(files.text_encoder)),
         }
+        self.fingerprint = self._fingerprint()
         self._encoders = Encoders(files, section.offload_text_encoder)
         self._cache = SampleCache(section.cache_dir, section.cache_gib * 2**30) if section.cache_dir else None
-        self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -202,9 +203,8 @@ class MediaDataset:
             inputs = (str(path.resolve()), _stamp(path), str(clip.bucket), str(clip.fps), usable.has_audio)
         return hashlib.sha256(repr((key, inputs, self._model_stamps[key])).encode()).hexdigest()
 
-    def _find_rows(self) -> list[_UsableRow]:
+    def _find_rows(self, table: SampleTable) -> list[_UsableRow]:
         section = self._section
-        table = read_sample_table(section.dataset_path, section.video_column, section.caption_column)
         if not table.has_video:
             raise ValueError(
                 f"{section.dataset_path}: has audio only, whose latents are small enough to be stored; prepare it with "

@@ -16,13 +16,14 @@ from torch.distributed.tensor import Shard
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
 from ltx_titan.config import Degrees, JobConfig, LoRASection
+from ltx_titan.data import stream_tokens
 from ltx_titan.lora import apply_lora
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
 from ltx_titan.model.flops import Trained
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.parallel.activation_checkpoint import Mode
 from ltx_titan.parallel.tp import placement_of
-from ltx_titan.plan import Plan, stream_tokens
+from ltx_titan.plan import Plan
 from ltx_titan.weights.quantized import QuantizedLinear
 
 

@@ -2,7 +2,9 @@
 
 from ltx_titan.weights.export import ExportTensor, export_safetensors, export_transformer, save_safetensors
 from ltx_titan.weights.load import (
+    build_connectors,
     check_fits,
+    find_connectors,
     load_module,
     load_parameters,
     load_text_connectors,
@@ -54,11 +56,13 @@ __all__ = [
     "ModelSource",
     "QuantizedLinear",
     "StoredWeight",
+    "build_connectors",
     "check_fits",
     "export_lora",
     "export_merged",
     "export_safetensors",
     "export_transformer",
+    "find_connectors",
     "fuse_lora",
     "is_adapter",
     "load_lora",

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ltx_titan.model import TextConnectors
-from ltx_titan.weights.metadata import CheckpointMetadata, read_metadata
+from ltx_titan.weights.metadata import CheckpointMetadata, ModelSource, read_metadata
 from ltx_titan.weights.names import CONNECTORS, TRANSFORMER, Component, listed
 from ltx_titan.weights.stored import StoredWeight, stored_weights
 from ltx_titan.weights.tensors import full_box, local_box, module_tensors
@@ -103,6 +103,34 @@ def load_module(
     if torch.device(device).type != "meta":
         # assign, because copying into meta tensors is a no-op.
         module.load_state_dict(tensors, strict=True, assign=True)
+
+
+def build_connectors(source: ModelSource, path: Path) -> TextConnectors:
+    """Builds the text connectors on the meta device; names and shapes are checked against `path`."""
+    with torch.device("meta"):
+        connectors = TextConnectors.from_config(source.config)
+    check_fits(connectors, path, component=CONNECTORS)
+    return connectors
+
+
+def find_connectors(source: ModelSource, connectors_path: str | None) -> Path:
+    """Path of the file with a job's text connectors, checked.
+
+    Args:
+        source: the transformer, whose file usually holds its connectors as well.
+        connectors_path: `model.connectors_path` of the job.
+
+    Raises:
+        ValueError: there is no file, or it does not hold the connectors.
+    """
+    path = connectors_path or source.path
+    if path is None:
+        raise ValueError(
+            'the data holds text features, which need text connectors, but model.init = "random" has no file. Set '
+            "model.connectors_path, or use finished contexts (data.synthetic.contexts = true)."
+        )
+    build_connectors(source, Path(path))
+    return Path(path)
 
 
 def load_text_connectors(path: str | Path, device: str | torch.device, dtype: torch.dtype) -> TextConnectors:
