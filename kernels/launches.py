@@ -41,9 +41,6 @@ _SUM_PROGRAMS = 64
 _SUM_WIDTH = 16
 
 
-# --- Launch shapes ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Launch:
     """Launch shape of a kernel, measured on an H100 and scaled by width.
@@ -134,9 +131,6 @@ def _multiprocessors(device: torch.device) -> int:
     return 3  # the interpreter: enough for several partials
 
 
-# --- Arguments of launches --------------------------------------------------------------------------------------------
-
-
 def is_supported(x: Tensor, parameters: Sequence[AdaLN]) -> bool:
     """Whether the kernels take tokens [B, S, D] of this dtype and width, and modulation of so many timesteps."""
     return x.dtype in _DTYPES and x.shape[-1] <= MAX_WIDTH and all(e.shape[1] <= MAX_TIMESTEPS for e, _ in parameters)
@@ -173,9 +167,6 @@ def index_arguments(index: Tensor | None, tiles: Tiles, placeholder: Tensor) -> 
     }
 
 
-# --- Inside kernels: tiles and modulation -----------------------------------------------------------------------------
-
-
 @triton.jit
 def tile_of_program(tokens, tokens_per_program):
     """First token and end of a program's tile."""
@@ -210,9 +201,6 @@ def load_modulation(embedding_ptr, table_ptr, offset, cols, inside):
 def load_token(ptr, cols, inside):
     """Channels of one token in float32, 0 beyond the width."""
     return tl.load(ptr + cols, mask=inside, other=0.0).to(tl.float32)
-
-
-# --- Inside kernels: sums over tokens without atomics -----------------------------------------------------------------
 
 
 @triton.jit
@@ -349,9 +337,6 @@ def sum_weight_partials(partial: Tensor, q_programs: int, dtype: torch.dtype) ->
         num_warps=4,
     )
     return grad
-
-
-# --- Registration -----------------------------------------------------------------------------------------------------
 
 
 def wrap_if_traced(kernel: Callable, x: Tensor) -> Callable:

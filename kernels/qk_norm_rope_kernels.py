@@ -5,16 +5,15 @@ channels that is rotated together is then two elements of the same thread.
 
 The signatures list the arguments of queries and of keys, because one launch does both. A launch for each would halve
 the signature and double the launches: at 4,032 tokens a step waits for the host, which needs 25 us for each of them
-(1.2 ms for the 48 of a layer, docs/benchmarks/log.md, third round), where the forward takes 12 us at width 2048; keys
-of 126 audio tokens alone would leave most multiprocessors idle; and self-attention would load cosines and sines twice.
+(1.2 ms for the 48 of a layer under a profiler, docs/benchmarks/log.md, third round), where the forward takes 12 us at
+width 2048; 126 audio tokens alone would leave multiprocessors idle; and self-attention would load cosines and sines
+twice.
 What is done to one tensor is written once: `_forward_one`, `_backward_one`, `_backward_token` and `_store_rotated` are
 compiled for queries and for keys.
 """
 
 import triton
 import triton.language as tl
-
-# --- Channels of a program --------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -75,9 +74,8 @@ def _sum_two(a, b):
     return tl.reduce((a, b), 0, _add_pairs)
 
 
-# --- Cosines and sines ------------------------------------------------------------------------------------------------
-# They come from a small table [N, FREQUENCIES, 2] of the distinct coordinates of all axes. `index_ptr` points at the
-# token's row for the first axis; those for the other axes are `index_stride` apart.
+# Cosines and sines come from a small table [N, FREQUENCIES, 2] of the distinct coordinates of all axes. `index_ptr`
+# points at the token's row for the first axis; those for the other axes are `index_stride` apart.
 
 
 @triton.jit
@@ -129,9 +127,6 @@ def _unpack(packed):
     """Cosines and sines, float32."""
     cos = packed.to(tl.int32).to(tl.float32, bitcast=True)
     return cos, (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-# --- Forward ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -262,9 +257,6 @@ def qk_norm_rope_forward_kernel(
             batch, (program - q_programs) * k_tokens_per_program, k_tokens_per_program, k_tokens, k_stride_s, width,
             eps, cols, inside, axis, frequency, is_rotated, D, HALF, FREQUENCIES, AXES, ROTATED, SUMMED,
         )  # fmt: skip
-
-
-# --- Backward ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
