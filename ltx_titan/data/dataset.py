@@ -7,7 +7,7 @@ the same samples in the same order. Shapes are read before training, because the
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,11 @@ class PrecomputedDataset:
         self._shard_shapes: dict[_Location, dict[str, tuple[int, ...]]] = {}
         self._samples = self._match()
         self._keys = self._read_keys()
-        self.fingerprint = self._fingerprint()
+        # Independent of the path of the root and of sharding: a moved or packed dataset keeps its order.
+        self.fingerprint = fingerprint_of(
+            f"{[location.relative_path(folder) for folder, location in sample.items()]}\0{key}"
+            for sample, key in zip(self._samples, self._keys, strict=True)
+        )
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -220,14 +224,6 @@ class PrecomputedDataset:
             for sample in self._samples
         ]
 
-    def _fingerprint(self) -> str:
-        """Hash of the samples and their shapes; independent of the path of the root and of sharding."""
-        digest = hashlib.sha256()
-        for sample, key in zip(self._samples, self._keys, strict=True):
-            paths = [location.relative_path(folder) for folder, location in sample.items()]
-            digest.update(f"{paths}\0{key}\n".encode())
-        return digest.hexdigest()[:32]
-
 
 def shape_key_of(sample: Sample) -> ShapeKey:
     """Shape key of a sample in memory."""
@@ -236,6 +232,14 @@ def shape_key_of(sample: Sample) -> ShapeKey:
         for source, fields in sample.items()
         for field, value in sorted(fields.items())
     )
+
+
+def fingerprint_of(samples: Iterable[str]) -> str:
+    """Hashes what identifies each sample, in order: the identity of a dataset, which its batch plan depends on."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def token_counts(key: ShapeKey) -> dict[str, int]:

@@ -23,7 +23,7 @@ import torch
 from ltx_titan.codecs import load_audio_codec, load_video_codec, text_encoder_config, text_feature_widths
 from ltx_titan.codecs.text_encoder import MAX_TOKENS
 from ltx_titan.config.sections import MediaSection
-from ltx_titan.data import Sample, ShapeKey, shape_key_of
+from ltx_titan.data import Sample, ShapeKey, fingerprint_of, shape_key_of
 from ltx_titan.data.cache import READER_THREADS, SampleCache, read_index, write_index
 from ltx_titan.data.layout import AUDIO_BINS, AUDIO_CHANNELS, VIDEO_CHANNELS, Fields, Kind, check_fields
 from ltx_titan.encode.buckets import parse_buckets
@@ -104,7 +104,11 @@ class MediaDataset:
             "audio_latents": (_stamp(files.audio_path),),
             "conditions": (_stamp(files.checkpoint), _stamp(files.text_encoder)),
         }
-        self.fingerprint = self._fingerprint()
+        # Independent of the path of the table, as for prepared data.
+        self.fingerprint = fingerprint_of(
+            f"{usable.row.key}\0{usable.row.media.stat().st_size}\0{usable.clip.bucket}\0{self._caption(usable.row)}"
+            for usable in self._rows
+        )
         self._encoders = Encoders(files, section.offload_text_encoder)
         self._cache = SampleCache(section.cache_dir, section.cache_gib * 2**30) if section.cache_dir else None
 
@@ -262,15 +266,6 @@ class MediaDataset:
             },
         }
         return {key: outlines[key] for key in self.sources.values()}
-
-    def _fingerprint(self) -> str:
-        """Hash of the clips, their file sizes, captions and shapes; independent of the path of the table."""
-        digest = hashlib.sha256()
-        for usable in self._rows:
-            row = usable.row
-            size = row.media.stat().st_size
-            digest.update(f"{row.key}\0{size}\0{usable.clip.bucket}\0{self._caption(row)}\n".encode())
-        return digest.hexdigest()[:32]
 
 
 def _with_media_error(path: Path, read: Callable[[], T]) -> T:
