@@ -23,6 +23,8 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
 
 def denoised_from_velocity(sample: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
     """Clean tokens: sample - velocity * timesteps. With timesteps [B, S, 1], clean tokens (0) are unchanged."""
+    # Per-token timesteps rather than the sample's sigma: a clean token must come out as it went in, whatever the
+    # network predicts for it.
     return (sample.float() - velocity.float() * timesteps.float()).to(sample.dtype)
 
 
@@ -39,6 +41,8 @@ def velocity_from_denoised(sample: Tensor, denoised: Tensor, sigma: float) -> Te
 
 def euler_step(sample: Tensor, denoised: Tensor, sigma: float, next_sigma: float) -> Tensor:
     """One Euler step from `sigma` to `next_sigma`, with the denoised prediction at `sigma`."""
+    # Through the denoised prediction and not the network's velocity, because guidance and restored tokens change the
+    # former.
     velocity = velocity_from_denoised(sample.float(), denoised, sigma)
     return (sample.float() + velocity * (next_sigma - sigma)).to(sample.dtype)
 
@@ -70,6 +74,7 @@ def euler_ancestral_step(
         return denoised.to(sample.dtype)
     # eta moves the target of the deterministic part from s' down towards s'^2 / s.
     down = next_sigma * (1 + (next_sigma / sigma - 1) * eta)
+    # The same Euler step, written as an interpolation between sample and prediction.
     lower = down / sigma * sample.float() + (1 - down / sigma) * denoised.float()
     rescale = (1 - next_sigma) / (1 - down)
     # max: rounding can make a difference of nearly equal variances negative.
