@@ -165,7 +165,6 @@ def sample(
         guided = {name: guide(stream.guidance, **predictions[name]) for name, stream in generated.items()}
         if on_step is not None:
             per_pass = (predictions.get("video", {}), predictions.get("audio", {}))
-            # Before the restoration, so that a preview shows what the network predicts for conditioned tokens as well.
             on_step(StepReport(step, sigma, guided.get("video"), guided.get("audio"), *per_pass))
         for name, stream in generated.items():
             # After guidance, whose rescale would otherwise change clean tokens as well.

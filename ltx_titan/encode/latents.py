@@ -55,6 +55,7 @@ def encode_audio(audio: Audio | None, duration_s: float, codec: AudioCodec) -> F
     latents = codec.encode(to_stereo(audio.waveform)[None], audio.sample_rate)[0].cpu()
     # Centered STFT frames make the encoder return at least as many steps, often one more.
     assert latents.shape[1] >= steps
+    # A slice would keep the storage of the longer tensor, which `torch.save` writes in full.
     return {"latents": latents[:, :steps].contiguous(), **fields}
 
 

@@ -55,8 +55,11 @@ def video_writer(
         raise MediaError(path, f"frames of {width}x{height} cannot be written as H.264, width and height must be even")
     with (
         atomic_write(path) as temporary,
+        # The format is named, because the temporary file's suffix is not .mp4. `faststart` puts the index first, so
+        # that browsers play the file while it loads.
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
+        # A float such as 23.976 would become a fraction with a huge denominator, which mp4's time base cannot hold.
         rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(100_000)
         video = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
@@ -71,8 +74,10 @@ def video_writer(
             container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
 
         yield write_frame
+        # Without a frame, `encode` flushes those that the encoder still holds.
         container.mux(video.encode())
         if audio_stream is not None:
+            # Last and as a whole: the track is given in full, while frames arrive one by one.
             samples = np.ascontiguousarray(audio.detach().float().clamp(-1, 1).cpu().numpy())
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
             frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
@@ -112,11 +117,13 @@ def write_wav(path: str | Path, audio: Audio) -> None:
 
 def encode_wav(file: BinaryIO, audio: Audio) -> None:
     """Writes 16-bit WAV bytes to a file object that is open for writing, such as `io.BytesIO()`."""
+    # 32767 for both signs: 32768 would overflow at +1.
     samples = (audio.waveform.detach().float().cpu().clamp(-1, 1) * 32767).round().to(torch.int16)
     with wave.open(file, "wb") as writer:
         writer.setnchannels(samples.shape[0])
         writer.setsampwidth(2)
         writer.setframerate(audio.sample_rate)
+        # [channels, N] -> [N, channels]: WAV interleaves the channels.
         writer.writeframes(samples.T.contiguous().numpy().tobytes())
 
 
