@@ -121,6 +121,7 @@ class Validation:
         """
         with ExitStack() as stack:
             for optimizer in optimizers if self.section.offload_optimizer else ():
+                # First, so that averaged weights and activations find the memory free.
                 stack.enter_context(offloaded(optimizer))
             if self.section.use_ema:
                 if averaged_weights is None:
@@ -129,6 +130,7 @@ class Validation:
                 reshard(model)
                 stack.enter_context(averaged_weights())
             latents = self.sample(model, on_step)
+            # Within the stack: decoders use the memory of the optimizer state as well.
             written = self.write(latents, folder) if self.groups.is_first else []
         found = gather_samples(written, self.groups)
         if self.groups.is_first and self.groups.rank == 0 and found:
@@ -153,6 +155,7 @@ class Validation:
         if not latents:
             return []
         decoders = load_decoders(
+            # Each decoder only if a sample of this rank needs it: a few GB of reading less.
             self.files.video if any(found.video is not None for found in latents.values()) else None,
             self.files.audio if any(found.audio is not None for found in latents.values()) else None,
             self.device,
@@ -216,6 +219,8 @@ def prepare_validation(
     )
     files = CodecFiles(Path(section.video_vae_path or checkpoint_path), Path(section.audio_vae_path or checkpoint_path))
     shapes = tuple(ClipShape(*section.dims_of(sample), section.frame_rate) for sample in section.samples)
+    # Prompts before codecs, so that the text encoder has the device to itself. All groups take part: rank 0 encodes for
+    # all.
     known = _contexts(section, contexts, checkpoint_path, cache_folder, device)
     # Conditions are encoded only by the group that samples them: they can be large, and groups may be many.
     own = {index: section.samples[index] for index in range(groups.rank, len(section.samples), groups.size)}
@@ -235,6 +240,7 @@ def prepare_validation(
         samples[index] = PreparedSample(
             encoded[index].video, encoded[index].audio, _contexts_of(section, sample, known), section.seed_of(sample)
         )
+    # Freed here: in training the model is loaded next and needs the memory.
     del encoders
     free_device_memory()
     return Validation(section, tuple(samples), tuple(encoded), shapes, files, device, groups)
@@ -287,5 +293,6 @@ def gather_samples(written: list[SampledFile], groups: SampleGroups) -> list[Sam
     if groups.size == 1 or not groups.is_first:
         return sorted(written, key=lambda sample: sample.index)
     gathered: list[list[SampledFile]] | None = [[] for _ in range(groups.size)] if groups.rank == 0 else None
+    # Previews are a few MB, so pickling them is cheap; clips stay where they were written.
     dist.gather_object(written, gathered, group=groups.process_group, group_dst=0)
     return sorted((s for part in gathered or [written] for s in part), key=lambda sample: sample.index)

@@ -147,6 +147,7 @@ def sample_all(
     sigmas = schedule_of(section)
     found: dict[int, SampledLatents] = {}
     with evaluating(model):
+        # Round-robin, in rounds: within one, all groups start and end their forwards together.
         for first in range(0, len(samples), groups.size):
             index = first + groups.rank
             run = None
@@ -172,6 +173,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     FSDP2 keeps the gathered parameters of the root after a forward, and without a backward pass nothing frees them.
     They would shadow weights that are changed afterwards, for example when averaged weights are swapped out.
     """
+    # Per module rather than `model.train()`: modules that were in eval mode before stay in it.
     training = [module for module in model.modules() if module.training]
     model.eval()
     reshard(model)
@@ -200,6 +202,7 @@ def placeholder_inputs(model: LTXTransformer, device: torch.device | str) -> tup
         if model.modalities in ("av", name):
             streams[name] = Modality.from_sigma(
                 torch.zeros(1, 1, stream.in_channels, device=device),
+                # Zeros at sigma 1 with one text token: any finite input will do, the result is discarded.
                 torch.ones(1, device=device),
                 positions=torch.zeros(1, axes, 1, 2, device=device),
                 context=torch.zeros(1, 1, stream.caption_dim or stream.context_dim, device=device),
@@ -259,6 +262,7 @@ def _finish_run(
         on_step=on_step,
     )
     return SampledLatents(
+        # Frozen streams as well: they are decoded and shown with the generated one.
         None if prepared.video is None else target_latents(video, prepared.video, "video").cpu(),
         None if prepared.audio is None else target_latents(audio, prepared.audio, "audio").cpu(),
     )

@@ -147,6 +147,7 @@ def begin(
     target = tokens.target
     clean_mask = tokens.clean_mask
     if tokens.is_frozen:
+        # A frozen stream has no clean mask (its sigma is 0 instead), but the sampler reads one.
         denoise_mask = tokens.extend(torch.zeros(1, target.grid.num_tokens), 0)
         noise = torch.zeros_like(target.tokens)
     else:
@@ -183,6 +184,7 @@ def target_latents(sampled: Tensor, tokens: StreamTokens, stream: str) -> Tensor
 
 
 def _empty(target: Clip, marks_first_frame: bool = False) -> StreamTokens:
+    # All False rather than None: `begin` reads a mask of every stream that is not frozen.
     nothing = torch.zeros(target.tokens.shape[:2], dtype=torch.bool)
     # References are appended when sampling, see `StreamTokens`.
     return StreamTokens(target, nothing, references_first=False, marks_first_frame=marks_first_frame)

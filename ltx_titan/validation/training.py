@@ -44,6 +44,7 @@ class TrainingValidation:
             mesh.dp_rank,
             mesh.degrees.dp,
             data.get_group("dp") if mesh.degrees.dp > 1 else None,
+            # All ranks of a group have the same latents; one of them decodes.
             is_first=data.get_local_rank("cp") == 0 and data.get_local_rank("tp") == 0,
         )
         self.sampler = None
@@ -155,6 +156,7 @@ def check_validation_files(plan: Plan) -> None:
             'validation.samples: expected a checkpoint with codecs, found model.init = "random"; remove the samples.'
         )
     if section.held_out_root is not None:
+        # Opened and dropped: a missing folder should be an error before any GPU is touched.
         PrecomputedDataset(section.held_out_root, plan.strategy.sources)
     check_validation(
         section,
