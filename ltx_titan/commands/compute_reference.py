@@ -107,6 +107,7 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
             report.fail(options.kind, f"row {number}", "names no video")
     todo = []
     for clip in own_share(list(dict.fromkeys(clip for clip in clips if clip is not None))):
+        # A file is complete if it exists, since it is written under another name and renamed.
         if not options.overwrite and reference_path(clip, options.kind).is_file():
             report.add(options.kind, "skipped")
         else:
@@ -157,6 +158,7 @@ def _rows(options: ReferenceOptions) -> tuple[Path, list[Row]]:
         return options.dataset.parent, read_table(options.dataset)
     found = find_media(options.dataset, VIDEO_SUFFIXES)
     if options.table.is_file():
+        # A folder has no captions; the table next to it may have, and would be overwritten by bare rows.
         raise ValueError(f"{options.table}: exists, and its columns would be lost; pass the table, or --output")
     return options.dataset, [{"video": relative_name(path, options.dataset)} for path in found]
 
@@ -164,6 +166,7 @@ def _rows(options: ReferenceOptions) -> tuple[Path, list[Row]]:
 def _compute(clips: list[Path], options: ReferenceOptions, report: Report) -> None:
     if not clips:
         return
+    # Once for all clips: the depth model takes longer to load than a clip to filter.
     apply = _filter(options)
     with report.progress(options.kind, len(clips)) as bar:
         for clip in clips:

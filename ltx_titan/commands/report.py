@@ -61,6 +61,7 @@ class Report:
                 self.counts.setdefault(stage, Counter()).update(counts)
             self.failures += other["failures"]
             self.notes.update(other["notes"])
+            # `|` of two Counters takes the maximum of each key.
             self.seconds |= other["seconds"]
 
     @contextmanager
@@ -75,6 +76,7 @@ class Report:
             TimeRemainingColumn(),
         )
         started = time.perf_counter()
+        # A long window: clips differ widely in length, and the default of 30 s would make the remaining time jump.
         with Progress(*columns, console=self.console, speed_estimate_period=600) as bar:
             task = bar.add_task(stage, total=total)
             yield Ticker(self, stage, total, bar, task)

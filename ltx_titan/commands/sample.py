@@ -167,6 +167,7 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
         raise ValueError("nothing to sample: add --prompt, or --job with [[validation.samples]].")
     if options.distilled:
         table.pop("inference_steps", None)
+        # As in the released pipelines: distilled checkpoints are sampled without guidance.
         table |= {"schedule": "distilled", **_NO_GUIDANCE}
     overrides = {
         "text_encoder_path": None if options.text_encoder_path is None else str(options.text_encoder_path),
@@ -191,5 +192,6 @@ def _load_model(options: SampleOptions, model_path: str | Path, modalities: str)
     model.to_empty(device=options.device)
     load_parameters(model, path, allow_unused=unused_by(modalities))
     if options.lora is not None:
+        # Fused rather than wrapped: sampling never changes the adapter, and a fused layer adds no matmul.
         fuse_lora(model, options.lora, options.lora_strength)
     return model.requires_grad_(False).eval()

@@ -96,6 +96,7 @@ def make_checkpoint(
     config = released_config(shape)
     if num_layers is not None:
         config["transformer"]["num_layers"] = num_layers
+    # Drawn once: 19 billion normal numbers would take longer than writing them.
     bank = torch.randn(_BANK, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     tensors = [
         ExportTensor(key, dims, torch.bfloat16, partial(_cut, bank, key, dims))
@@ -127,18 +128,21 @@ def _cut(bank: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     if std == 0:
         return torch.full(shape, mean, dtype=torch.bfloat16)
     count = math.prod(shape)
+    # Not `hash`, which Python salts per process.
     start = int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) % _BANK
     tensor = torch.empty(count, dtype=torch.bfloat16)
     filled = 0
     while filled < count:
         piece = bank[start : start + count - filled]
         torch.mul(piece, std, out=tensor[filled : filled + len(piece)])
+        # The bank repeats from its start.
         filled, start = filled + len(piece), 0
     return tensor.view(shape)
 
 
 def _reporting(tensor: ExportTensor, progress: Progress, task: int) -> ExportTensor:
     def read() -> Tensor:
+        # Read when it is written, so that memory holds one tensor.
         value = tensor.source()
         progress.advance(task, value.nbytes)
         return value

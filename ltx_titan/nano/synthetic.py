@@ -83,6 +83,7 @@ class SyntheticDataset:
         self._text_dims = {"video": video_text_dim, "audio": audio_text_dim}
         self._contexts = contexts
         self._seed = seed
+        # From a real sample rather than computed here, so that shape and values cannot disagree.
         self._key = shape_key_of(self.load(0))
         self.fingerprint = hashlib.sha256(repr((self._key, num_samples, seed, "synthetic")).encode()).hexdigest()[:32]
 
@@ -125,5 +126,6 @@ class SyntheticDataset:
         }
         if not self._contexts:
             length = int(torch.randint(1, tokens + 1, (), generator=generator))
+            # Padding on the left, as the text encoders produce it.
             fields["prompt_attention_mask"] = (torch.arange(tokens) >= tokens - length).to(torch.int64)
         return dict(fields)

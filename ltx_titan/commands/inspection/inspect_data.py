@@ -117,6 +117,7 @@ def inspect_data(options: InspectOptions, console: Console | None = None) -> Rep
         ValueError: there is no data, or an option is invalid.
     """
     report = Report(console or Console())
+    # First, because it checks options: reading a large dataset takes minutes.
     times = step_times(options.model_path, options.shape, options.gpu, options.mfu, options.mode)
     root = _prepared_root(options.source)
     if root is not None and (folders := prepared.find_samples(root)):
@@ -134,6 +135,7 @@ def _prepared_root(source: Path) -> Path | None:
     has_media = any(
         path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES | AUDIO_SUFFIXES for path in source.iterdir()
     )
+    # A folder of clips with `.precomputed` in it: the user named the clips.
     return None if root != source and has_media else root
 
 
@@ -199,6 +201,7 @@ def _inspect_prepared(
     _write_lines(report, header)
     _print_buckets([(s.bucket, s.fps, s.video_tokens, s.audio_tokens) for s in good], times, report)
     report.notes.update(prepared.warnings_of(samples))
+    # After the checks: a missing checkpoint should not hide their result.
     decoders = _decoders(options) if options.decode else None
 
     def entry(sample: InspectedSample) -> Entry:
@@ -209,6 +212,7 @@ def _inspect_prepared(
 
 def _print_buckets(rows: Sequence[tuple[str, float, int, int]], times: SampleTimes, report: Report) -> None:
     """Prints a table of equal shapes with their numbers of samples and tokens, and the time of a step."""
+    # By tokens and not by frame rate, which changes neither time nor memory of a step.
     groups: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     for bucket, fps, video, audio in rows:
         groups[bucket, video, audio].append(fps)

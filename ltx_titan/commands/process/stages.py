@@ -52,7 +52,9 @@ class Targets:
             return plan_clip(row.video, self.rules)
         fields = self.store.read("latents", row.key)
         time, down, right = self.rules.scale_factors
+        # From the stored latents: they may have been made with other buckets, and what is made now must fit them.
         bucket = Bucket(fields["width"] * right, fields["height"] * down, (fields["num_frames"] - 1) * time + 1)
+        # The rate is stored as a float; the nearest simple fraction is the container's.
         return Clip(bucket, Fraction(fields["fps"]).limit_denominator(100_000))
 
     def audio_steps(self, row: SampleRow) -> int | None:
@@ -105,6 +107,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
             return Output({"latents": latents}, tuple(notes))
         if item.audio is None:
             notes.append("videos and images without audio")
+        # One frame of tolerance: audio tracks often end slightly before the video.
         elif item.audio.duration_s < clip.duration_s - 1 / clip.fps:
             notes.append("audio shorter than their video, filled up with silence")
         audio = encode_audio(item.audio, clip.duration_s, audio_codec)
@@ -173,6 +176,7 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
     def _duration_s(self, row: SampleRow, own_s: float) -> float:
         if self.targets is not None:
             clip_s = self.targets.clip(row).duration_s
+            # A reference keeps its own length: padding would add silence as content.
             return clip_s if self.is_padded else min(own_s, clip_s)
         if not self.durations_s:
             return own_s
@@ -260,6 +264,7 @@ class VideoMaskStage(Stage[Tensor, None]):
         return read_clip_mask(row.extras["video_mask"], self.targets.clip(row), self.rules, row.key)
 
     def encode(self, row: SampleRow, item: Tensor, encoder: None) -> Output:
+        # float32, as the reference trainer stores masks.
         return Output({"video_masks": {"mask": item.to(torch.float32)}})
 
 
