@@ -85,6 +85,7 @@ def norm_heads(x_BSD: Tensor, weight_D: Tensor, head_dim: int, eps: float, share
     if share is None:
         x_BSD = F.rms_norm(x_BSD, (x_BSD.shape[-1],), weight_D, eps)
     else:
+        # `F.rms_norm` would take the mean over this rank's heads alone.
         rstd = torch.rsqrt(sum_squares(x_BSD, share) / share.width + eps)
         x_BSD = (upcast(x_BSD) * rstd[..., None] * weight_D).to(x_BSD.dtype)
     return x_BSD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
@@ -99,6 +100,7 @@ def rotate(x_BHSK: Tensor, rotation: CosSin, interleaved: bool = False) -> Tenso
         interleaved: pair i is (2i, 2i + 1); otherwise it is (i, i + head_dim / 2).
     """
     cos, sin = rotation
+    # In float32, as in diffusers and in the kernel: in bfloat16 cosines and sines would be rounded as well.
     x = x_BHSK.float()
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     rotated = (a * cos - b * sin, b * cos + a * sin)
@@ -111,6 +113,7 @@ def rotate_heads(x_BHSK: Tensor, rotation: CosSin | None, share: HeadShare | Non
     if rotation is None:
         return x_BHSK
     if share is not None:
+        # Heads differ in their frequencies, so each rank needs its own part of the tables.
         heads = slice(share.first, share.first + x_BHSK.shape[1])
         rotation = (rotation[0][:, heads], rotation[1][:, heads])
     return rotate(x_BHSK, rotation, interleaved)
