@@ -37,7 +37,7 @@ class HeadShare:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """`x` in float32, or unchanged if it is float64."""
+    """`x` of any shape in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -64,12 +64,12 @@ def rms_norm(x_BSD: Tensor, eps: float) -> Tensor:
 
 
 def modulate(x_BSD: Tensor, scale: AdaLN, shift: AdaLN, index_BS: Tensor | None) -> Tensor:
-    """AdaLN modulation: `x * (1 + scale) + shift`."""
+    """AdaLN modulation [B, S, D]: `x * (1 + scale) + shift`."""
     return (upcast(x_BSD) * (1 + per_token(scale, index_BS)) + per_token(shift, index_BS)).to(x_BSD.dtype)
 
 
 def gated_residual(x_BSD: Tensor, y_BSD: Tensor, gate: AdaLN | None, index_BS: Tensor | None) -> Tensor:
-    """Gated residual: `x + gate * y`, or `x + y` without a gate. A gate with K = 1 applies to every token."""
+    """Gated residual [B, S, D]: `x + gate * y`, or `x + y` without a gate. A gate with K = 1 applies to every token."""
     if gate is None:
         return x_BSD + y_BSD
     return (upcast(x_BSD) + upcast(y_BSD) * per_token(gate, index_BS)).to(x_BSD.dtype)

@@ -56,7 +56,11 @@ class LoadOptions:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
+    """Resident memory of this process that no file backs, in bytes.
+
+    Raises:
+        ValueError: the kernel does not report it.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -92,7 +96,11 @@ def drop_from_cache(path: Path) -> None:
 
 
 def cached_share(path: Path) -> float:
-    """Fraction of the pages of a file that are in the page cache."""
+    """Fraction of the pages of a file that are in the page cache.
+
+    Raises:
+        OSError: `mincore` failed.
+    """
     size = path.stat().st_size
     pages = -(-size // mmap.PAGESIZE)
     resident = (ctypes.c_ubyte * pages)()

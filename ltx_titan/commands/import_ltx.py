@@ -379,7 +379,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Converts one file; returns the exit status."""
+    """Converts one file; returns the exit status.
+
+    Raises:
+        ValueError: `--ranks` is less than 1, or the output exists.
+        ConfigError: as `import_job`.
+    """
     if arguments.ranks < 1:
         raise ValueError(f"--ranks {arguments.ranks}: expected at least 1.")
     output: Path | None = arguments.output

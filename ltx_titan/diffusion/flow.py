@@ -17,7 +17,7 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """Velocity target of the network: noise - clean, in float32."""
+    """Velocity target of the network [B, S, C]: noise - clean, in float32."""
     return noise.float() - clean.float()
 
 
@@ -29,7 +29,7 @@ def denoised_from_velocity(sample: Tensor, velocity: Tensor, timesteps: Tensor) 
 
 
 def velocity_from_denoised(sample: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-    """Velocity (sample - denoised) / sigma, in the sample's dtype.
+    """Velocity (sample - denoised) / sigma of tokens [B, S, C], in the sample's dtype.
 
     Raises:
         ValueError: `sigma` is 0, where the velocity is not defined.
@@ -40,7 +40,11 @@ def velocity_from_denoised(sample: Tensor, denoised: Tensor, sigma: float) -> Te
 
 
 def euler_step(sample: Tensor, denoised: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """One Euler step from `sigma` to `next_sigma`, with the denoised prediction at `sigma`."""
+    """One Euler step of tokens [B, S, C] from `sigma` to `next_sigma`, with the denoised prediction at `sigma`.
+
+    Raises:
+        ValueError: `sigma` is 0.
+    """
     # Through the denoised prediction and not the network's velocity, because guidance and restored tokens change the
     # former.
     velocity = velocity_from_denoised(sample.float(), denoised, sigma)
@@ -62,8 +66,8 @@ def euler_ancestral_step(
     rescaled by (1 - s') / (1 - d) and noise with the missing variance s'^2 - d^2 ((1 - s') / (1 - d))^2 is added.
 
     Args:
-        sample: tokens at `sigma`.
-        denoised: prediction of the clean tokens.
+        sample: tokens at `sigma` [B, S, C].
+        denoised: prediction of the clean tokens [B, S, C].
         sigma: current sigma, above 0.
         next_sigma: sigma to reach; 0 returns the prediction.
         noise: fresh standard normal noise of the sample's shape.
@@ -97,6 +101,6 @@ def initial_latent(latent: Tensor, clean: Tensor, noise: Tensor, denoise_mask: T
 
 
 def restore_clean(denoised: Tensor, clean: Tensor, denoise_mask: Tensor) -> Tensor:
-    """Restores clean tokens in a prediction: denoised * mask + clean * (1 - mask)."""
+    """Restores clean tokens in a prediction [B, S, C]: denoised * mask + clean * (1 - mask), with a mask [B, S, 1]."""
     mask = denoise_mask.float()
     return (denoised.float() * mask + clean.float() * (1 - mask)).to(denoised.dtype)

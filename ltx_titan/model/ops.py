@@ -79,13 +79,13 @@ class Operators:
 
 
 def rows_of(table_RD: Tensor, embedding_BKRD: Tensor) -> tuple[Row, ...]:
-    """Splits a table and the timestep embeddings added to it into R AdaLN parameters."""
+    """Splits a table [R, D] and the timestep embeddings added to it [B, K, R, D] into R AdaLN parameters."""
     # Table and embedding stay apart: the fused kernels add them in registers, one launch less per row and block.
     return tuple(Row(e, t) for t, e in zip(table_RD.unbind(0), embedding_BKRD.unbind(2), strict=True))
 
 
 def norm_modulate(x_BSD: Tensor, scale: Row, shift: Row, index_BS: Tensor | None, eps: float) -> Tensor:
-    """RMS norm without weight, then AdaLN modulation."""
+    """RMS norm without weight, then AdaLN modulation: [B, S, D] in the dtype of `x_BSD`."""
     # Upcast before the norm: a norm in bfloat16 would round once more before the modulation.
     return modulate(rms_norm(upcast(x_BSD), eps), scale, shift, index_BS).to(x_BSD.dtype)
 
@@ -122,7 +122,7 @@ def norm_modulate_each(
     index_BS: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    """Norm, then modulation by each of several scale and shift pairs; `one` implements `norm_modulate`."""
+    """Norm, then modulation by each scale and shift pair, one [B, S, D] per pair; `one` implements `norm_modulate`."""
     return [rms_norm(x_BSD, eps) if m is None else one(x_BSD, *m, index_BS, eps) for m in modulations]
 
 

@@ -61,7 +61,11 @@ class CheckpointOptions:
 
 
 def run(options: CheckpointOptions) -> int:
-    """Runs the command; returns the exit status."""
+    """Runs the command; returns the exit status.
+
+    Raises:
+        ValueError: `--num-layers` is less than 1, or as `make_checkpoint`.
+    """
     if options.num_layers is not None and options.num_layers < 1:
         raise ValueError(f"--num-layers: expected at least 1, found {options.num_layers}.")
     size = make_checkpoint(

@@ -118,6 +118,9 @@ class Validation:
 
         Returns:
             All samples on rank 0, the samples that this rank wrote on other ranks.
+
+        Raises:
+            ValueError: `use_ema` is set and the job has no averaged weights.
         """
         with ExitStack() as stack:
             for optimizer in optimizers if self.section.offload_optimizer else ():

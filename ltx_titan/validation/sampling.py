@@ -106,7 +106,7 @@ def guidance_of(section: ValidationSection) -> tuple[Guidance, Guidance]:
 
 
 def schedule_of(section: ValidationSection) -> Tensor:
-    """Sigmas of the schedule; the standard ones do not depend on the clip's size, as in the released pipelines."""
+    """Sigmas of the schedule [steps + 1]; the standard ones ignore the clip's size, as in the released pipelines."""
     if section.schedule == "distilled":
         return distilled_schedule()
     return sigma_schedule(None, section.inference_steps or _DEFAULT_STEPS)

@@ -69,6 +69,11 @@ def freeze(tokens: StreamTokens, latents: Tensor) -> StreamTokens:
 def condition_frames(tokens: StreamTokens, latents: Tensor, *, at_end: bool = False) -> StreamTokens:
     """Conditions on the first latent frames (or audio steps) of the target, or on its last ones.
 
+    Args:
+        tokens: the stream.
+        latents: content [1, C, F, H, W] or [1, 8, T, 16]; its length is the number of conditioned frames or steps.
+        at_end: condition on the last ones.
+
     Raises:
         ValueError: the latents are longer than the target or of other height and width.
     """
