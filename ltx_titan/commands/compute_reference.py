@@ -106,6 +106,7 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
         if clip is None:
             report.fail(options.kind, f"row {number}", "names no video")
     todo = []
+    # Rows may share a clip, which is filtered once.
     for clip in own_share(list(dict.fromkeys(clip for clip in clips if clip is not None))):
         # A file is complete if it exists, since it is written under another name and renamed.
         if not options.overwrite and reference_path(clip, options.kind).is_file():
@@ -142,6 +143,7 @@ def write_reference(clip: Path, target: Path, apply: Filter) -> None:
         MediaError: the clip cannot be read to its end.
     """
     if is_image(clip):
+        # A still image is a clip of one frame to a filter.
         write_image(target, next(apply(read_image(clip).numpy())))
         return
     info = probe_video(clip)

@@ -219,6 +219,7 @@ def _decode(clip: _Clip, decoders: _LazyDecoders, seed: int, report: Report) -> 
     if not is_video:
         fields, audio = {}, fields
     if audio is not None and not audio.get("present", True):
+        # Placeholders are zeros in latent space, which is not silence.
         report.notes["without audio (marked as absent)"] += 1
         audio = None
     if is_video or audio is not None:

@@ -216,6 +216,7 @@ def _targets(source: LtxJob, result: Imported) -> list[str]:
             found.append(part)
             patterns = [pattern for pattern in patterns if pattern not in PRESETS[part]]
     absent = {"video", "audio"} - result.job.keys()
+    # A target of an absent stream matches no layer, which is an error in our jobs.
     kept = [target for target in [*found, *patterns] if not absent & _needed_streams(target)]
     for target in [*found, *patterns]:
         if target not in kept:
@@ -237,6 +238,7 @@ def _optimization(source: LtxJob, result: Imported, ranks: int) -> Iterable[Prob
         return source.get("optimization", key)
 
     batch = get("batch_size")
+    # Ours is the total, so that a job trains the same on any number of GPUs.
     total = batch * get("gradient_accumulation_steps") * ranks
     result.put("training.steps", get("steps"))
     result.put("training.global_batch_size", total)
@@ -341,6 +343,7 @@ def _validation(source: LtxJob, result: Imported) -> Iterable[Problem]:
         elif key in section and key not in ("prompts", "images") and section.get("reference_videos") is None:
             result.note(f"validation.{key}", section[key], "had no effect, because reference_videos is unset")
     if "samples" in table:
+        # Only with samples: that trainer's default of 100 steps has no effect without any.
         table.setdefault("interval", source.get("validation", "interval"))
     elif table.get("interval") is not None:
         result.note("validation.interval", table.pop("interval"), "had no effect, because there are no samples")

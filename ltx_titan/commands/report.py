@@ -127,6 +127,7 @@ class Ticker:
         self._count += 1
         self._bar.advance(self._task)
         now = time.perf_counter()
+        # On a terminal rich draws the bar; in a log it shows nothing until the end.
         if self._report.console.is_terminal or now - self._printed < _LINE_INTERVAL_S:
             return
         self._printed = now

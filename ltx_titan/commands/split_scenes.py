@@ -132,6 +132,7 @@ def split_scenes(options: SplitOptions, console: Console | None = None) -> Repor
         except (MediaError, OSError) as error:
             report.fail(_STAGE, str(video), error.reason if isinstance(error, MediaError) else str(error))
     if not options.dry_run:
+        # By every rank when it is done: the last one finds the clips of all.
         _write_table(options.output_dir)
     return report
 
@@ -258,6 +259,7 @@ def _write_table(folder: Path) -> None:
     """Writes `scenes.jsonl` with all clips in the folder, from the stored scenes of every video and every process."""
     with locked(folder / _TABLE):
         rows = []
+        # From the records on disk and not from this run: the table also has the clips of earlier runs.
         for record in sorted(folder.rglob(f"{_SCENES_FOLDER}/*.json")):
             stored = json.loads(record.read_text(encoding="utf-8"))
             fps = Fraction(stored["fps"])

@@ -60,6 +60,7 @@ def choose_bucket(buckets: Sequence[Bucket], width: int, height: int, frames: in
     """
     # In the logarithm, 2:1 is as far from 1:1 as 1:2 is.
     aspect = math.log(width / height)
+    # Never padded: repeated frames would be trained on as content.
     fitting = [bucket for bucket in buckets if bucket.frames <= frames]
     return min(
         fitting,

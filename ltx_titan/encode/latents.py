@@ -27,6 +27,7 @@ def encode_video(pixels: Tensor, fps: float, codec: VideoCodec) -> Fields:
     Returns:
         `latents` [128, F', H', W'] in bfloat16, their sizes, and the rate.
     """
+    # bfloat16, as the reference trainer stores video latents, in half the size of float32.
     latents = codec.encode(pixels[None])[0].to(torch.bfloat16).cpu()
     frames, height, width = latents.shape[1:]
     return {"latents": latents, "num_frames": frames, "height": height, "width": width, "fps": fps}

@@ -88,6 +88,7 @@ class MediaDataset:
         if self._has_audio:
             load_audio_codec(files.audio_path, "meta", part="encoder")
         self._text_widths = text_feature_widths(config, text_encoder_config(files.text_encoder))
+        # Of the file with the video VAE: the transformer's file need not describe it.
         self._scale_factors = scale_factors(read_metadata(files.video_path).config)
         buckets = parse_buckets(section.resolution_buckets or "", self._scale_factors, "data.media.resolution_buckets")
         self._rules = ClipRules(buckets, self._scale_factors)
@@ -100,6 +101,7 @@ class MediaDataset:
         for index, key in enumerate(self._keys):
             self._positions.append(len(self._alike[key]))
             self._alike[key].append(index)
+        # Part of every cache key: another model, or the same name with other weights, must not hit old entries.
         self._model_stamps = {
             "video_latents": (_stamp(files.video_path), section.vae_tiling),
             "audio_latents": (_stamp(files.audio_path),),
@@ -285,6 +287,7 @@ def _with_media_error(path: Path, read: Callable[[], T]) -> T:
 def _read_headers(table: Path, paths: Sequence[Path]) -> dict[Path, VideoInfo | MediaError]:
     """Reads the header of each file, or the reason why it has none; indexed next to the table."""
     index_path = table.with_name(f".{table.name}.headers.json")
+    # Probing every file of a large dataset takes far longer than reading one index.
     known = read_index(index_path, _header_from_json)
 
     def read(path: Path) -> tuple[tuple[str, str] | None, VideoInfo | MediaError]:

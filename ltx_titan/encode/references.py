@@ -100,6 +100,7 @@ def plan_reference(path: Path, target: Clip, rules: ClipRules, scale: ReferenceS
         return ReferencePlan(still, still)
     info = probe_video(path)
     frames, needed = frames_at_rate(info, rules.fps), target.bucket.frames
+    # Not repeated or padded: reference and target must show the same moments.
     if frames < needed:
         raise MediaError(path, f"has {frames} frames, its video's clip {needed}; use a longer one")
     fps = rules.fps or info.fps

@@ -124,6 +124,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
         text = buffer.getvalue()
     elif path.suffix.lower() == ".json":
+        # Captions in any script stay readable.
         text = json.dumps(list(rows), ensure_ascii=False, indent=2) + "\n"
     else:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -133,6 +134,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def media_of_row(row: Mapping[str, Any], table: Path) -> Path | None:
     """The main file of a row: its video, or its audio without one; None for a row with neither."""
     value = next((row[column] for column in MEDIA_COLUMNS if row.get(column)), None)
+    # An absolute path replaces the folder, so both kinds may be mixed.
     return None if value is None else table.parent / str(value)
 
 
@@ -145,6 +147,7 @@ def relative_name(path: Path, base: Path) -> str:
 
 def moved_row(row: Mapping[str, Any], old: Path, new: Path) -> Row:
     """A row of a table in folder `old` for a table in folder `new`: its paths are relative to the latter."""
+    # Unchanged, so that a table that is written back keeps its paths as the user wrote them.
     if old.resolve() == new.resolve():
         return dict(row)
     return {

@@ -159,6 +159,7 @@ def cut_windows(source: str | Path, folder: str | Path, window: int, count: int,
     info = probe_video(source)
     if info.frames < window:
         raise MediaError(source, f"has {info.frames} frames, a window needs {window}")
+    # Decoded once for all windows, which may overlap.
     pixels = to_uint8(read_clip(source, info.frames, width, height))
     audio = read_audio(source)
     paths = []
@@ -168,7 +169,9 @@ def cut_windows(source: str | Path, folder: str | Path, window: int, count: int,
         if audio is None:
             write_video(path, frames, info.fps)
         else:
+            # `info.fps` is a fraction: late windows stay in time with their audio.
             rest = to_stereo(audio.waveform)[:, round(start / info.fps * audio.sample_rate) :]
+            # Audio tracks often end before the video; the last window is then padded with silence.
             part = to_duration(Audio(rest, audio.sample_rate), float(window / info.fps))
             write_video(path, frames, info.fps, part.waveform, part.sample_rate)
         paths.append(path)

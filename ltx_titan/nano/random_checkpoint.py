@@ -129,6 +129,7 @@ def _official_shapes(config: dict[str, Any], connectors: bool) -> Iterator[tuple
 
 def _cut(bank: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     mean, std = initial_spread(name, shape)
+    # Norm weights and biases are constants, as at the start of training.
     if std == 0:
         return torch.full(shape, mean, dtype=torch.bfloat16)
     count = math.prod(shape)

@@ -77,6 +77,7 @@ class SyntheticDataset:
         self._latent_sizes = ((num_frames - 1) // time + 1, height // rows, width // columns)
         self._fps = float(fps)
         self._duration = num_frames / fps
+        # The count that preparation stores, so that shapes equal those of real data.
         self._audio_steps = max(round(AUDIO_STEPS_PER_SECOND * self._duration), 1)
         self._num_samples = num_samples
         self._text_tokens = text_tokens
@@ -114,6 +115,7 @@ class SyntheticDataset:
 
     def _audio(self, generator: torch.Generator) -> Fields:
         steps = self._audio_steps
+        # float32, as audio latents are stored.
         latents = torch.randn(AUDIO_CHANNELS, steps, AUDIO_BINS, generator=generator)
         return {"latents": latents, "num_time_steps": steps, "frequency_bins": AUDIO_BINS, "duration": self._duration}
 

@@ -57,6 +57,7 @@ def generated_streams(
     section: ValidationSection, sample: ValidationSample, has_video: bool, has_audio: bool
 ) -> tuple[str, ...]:
     """Names of the streams that a sample generates; a frozen stream is not one of them."""
+    # Unset means every stream of the model.
     wanted = {
         "video": has_video if section.generate_video is None else section.generate_video,
         "audio": has_audio if section.generate_audio is None else section.generate_audio,
@@ -117,6 +118,7 @@ def _sample_problems(
         stream = condition.stream
         if not has_stream[stream]:
             yield f"{where} conditions the {stream}, but the model is built without it; add a [{stream}] section."
+        # A condition on a stream that is neither would be dropped in silence.
         elif stream not in (*generated, sample.frozen_stream):
             yield f"{where} conditions the {stream}, which is not generated; set generate_{stream}."
         for path in _files(condition):

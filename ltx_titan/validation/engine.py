@@ -228,6 +228,7 @@ def prepare_validation(
     # Conditions are encoded only by the group that samples them: they can be large, and groups may be many.
     own = {index: section.samples[index] for index in range(groups.rank, len(section.samples), groups.size)}
     wants_video, wants_audio = needed_encoders(tuple(own.values()))
+    # CPUs compute faster in float32; on a GPU bfloat16, as in preparation.
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     encoders = Encoders(
         load_video_codec(files.video, device, dtype, part="encoder") if wants_video else None,
@@ -235,6 +236,7 @@ def prepare_validation(
         factors,
         architecture.keyframe_embedding,
     )
+    # Lists of all samples with gaps: an index means the same clip on every rank.
     samples: list[PreparedSample | None] = [None] * len(shapes)
     encoded: list[EncodedSample | None] = [None] * len(shapes)
     for index, sample in own.items():
@@ -259,6 +261,7 @@ def _negative_prompt(section: ValidationSection) -> str | None:
     """The negative prompt; None if no guidance needs it."""
     if not any(guidance.needs_uncond for guidance in guidance_of(section)):
         return None
+    # An empty string is a negative prompt, too, and not the default.
     return default_negative_prompt() if section.negative_prompt is None else section.negative_prompt
 
 
@@ -273,6 +276,7 @@ def _contexts(
     negative = _negative_prompt(section)
     wanted = [sample.prompt for sample in section.samples] + ([] if negative is None else [negative])
     missing = [prompt for prompt in wanted if prompt not in known]
+    # A job that only computes held-out losses has no prompt and needs no text encoder.
     if section.samples and missing:
         known |= prompt_contexts(
             missing,

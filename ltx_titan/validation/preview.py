@@ -93,6 +93,7 @@ def write_preview(writer: SummaryWriter, tag: str, prompt: str, preview: Preview
         values.append(Summary.Value(tag=f"{tag}/audio", tensor=audio, metadata=about))
     # SummaryWriter's own methods encode again: GIFs need moviepy, audio becomes mono, and cards get no titles.
     writer._get_file_writer().add_summary(Summary(value=values), step)
+    # In full, since titles are shortened.
     writer.add_text(f"{tag}/prompt", prompt, step)
 
 
@@ -120,6 +121,7 @@ def wandb_media(clips: Iterable[tuple[str, str, Path, Preview]]) -> Iterator[dic
                 media[f"{tag}/frames"] = wandb.Image(Image.open(io.BytesIO(preview.frames)), caption=prompt)
             if preview.audio is not None:
                 audio = Path(folder) / f"{tag}.wav"
+                # A file, because `wandb.Audio` takes a path and no bytes.
                 audio.write_bytes(preview.audio)
                 media[f"{tag}/audio"] = wandb.Audio(str(audio), caption=prompt)
         yield media

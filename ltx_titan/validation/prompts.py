@@ -111,6 +111,7 @@ def _encode(
         }
     del text_encoder, extractor
     connectors = load_text_connectors(checkpoint_path, device, dtype)
+    # Contexts are stored without a mask, so padding would be attended to.
     if not connectors.fills_padding:
         raise ValueError(f"{checkpoint_path}: its connectors keep padding tokens, which sampling does not support.")
     contexts = {}

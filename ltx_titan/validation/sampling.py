@@ -162,6 +162,7 @@ def sample_all(
                 if on_sample is not None:
                     on_sample(index)
                 found[index] = _finish_run(run, prepared, model, section, sigmas, on_step)
+            # After its own sample, and also without one: the other groups count on these forwards.
             _run_dummy_forwards(model, missing, device)
     return found
 
@@ -257,6 +258,7 @@ def _finish_run(
         run.audio,
         sigmas,
         stepper=section.stepper,
+        # The generator of the initial noise also draws that of ancestral steps: one seed fixes the whole clip.
         generator=run.generator,
         passes_at_once=run.passes_at_once,
         on_step=on_step,
@@ -271,6 +273,7 @@ def _finish_run(
 def _most_forwards(forwards: int, groups: SampleGroups, device: torch.device | str) -> int:
     if groups.size == 1:
         return forwards
+    # On the device: NCCL reduces no CPU tensors.
     most = torch.tensor([forwards], device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=groups.process_group)
     return int(most)

@@ -166,6 +166,7 @@ def begin(
     marker = tokens.keyframes_mask
     coordinates = tokens.coordinates
     return SampledStream(
+        # Zeros as the starting result: a run that refines an earlier one would pass that instead.
         latent=initial_latent(torch.zeros_like(clean), clean, noise, denoise_mask, sigma),
         clean=clean,
         denoise_mask=denoise_mask,
@@ -175,6 +176,7 @@ def begin(
         guidance=guidance,
         is_frozen=tokens.is_frozen,
         keyframes_mask=None if marker is None else marker.to(device),
+        # Compact form as well, so that the model does not search for distinct coordinates in every step.
         coordinate_values=tuple(axis.to(device) for axis in coordinates.midpoints),
         coordinate_index=coordinates.index.to(device),
     )

@@ -106,6 +106,7 @@ class TrainingValidation:
         if self.held_out is not None:
             losses = self._held_out_losses(self.held_out, model, connectors)
         where = f", clips in {folder}" if self.sampler is not None else ""
+        # Without the losses of single sigmas: those are in TensorBoard.
         figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if "sigma" not in name)
         logger.info("validation after step %d: %.1f s%s%s", step, time.perf_counter() - started, figures, where)
         return losses
@@ -117,6 +118,7 @@ class TrainingValidation:
             if gathers_float8:  # the scales were computed for the other weights
                 precompute_float8_scales(model)
             yield
+        # Again for the restored weights, or the next training step would use the scales of the average.
         if gathers_float8:
             precompute_float8_scales(model)
 
@@ -127,6 +129,7 @@ class TrainingValidation:
 
         def load(index: int) -> Batch:
             batch = as_batch(held_out.load(index), self.device)
+            # The function of the training step, so that both losses see the same contexts.
             return {**batch, "conditions": to_contexts(batch["conditions"], connectors, dtype)}
 
         return held_out_losses(

@@ -174,6 +174,7 @@ def _inspect_clips(options: InspectOptions, times: SampleTimes, report: Report) 
 def _inspect_prepared(
     root: Path, folders: Folders, options: InspectOptions, times: SampleTimes, report: Report
 ) -> None:
+    # Of all folders, so that a sample that one of them lacks is reported.
     names = sorted({name for samples in folders.values() for name in samples})
     with report.progress(_STAGE, len(names)) as bar:
         samples = prepared.read_samples(folders, names, options.num_workers, bar.advance)
@@ -220,6 +221,7 @@ def _print_buckets(rows: Sequence[tuple[str, float, int, int]], times: SampleTim
         "bucket", "samples", "fps", "video tokens", "audio tokens", "s/sample", title="buckets", title_justify="left"
     )
     total_s = 0.0
+    # The largest bucket first: it decides how long training takes.
     for (bucket, video, audio), rates in sorted(groups.items(), key=lambda group: -len(group[1])):
         seconds = times.seconds(video, audio)
         total_s += seconds * len(rates)

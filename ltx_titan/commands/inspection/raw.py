@@ -162,6 +162,7 @@ def sheet_entry(clip: RawClip) -> Entry:
     warning = clip.problem
     frames: list[Image.Image] = []
     audio: Audio | None = None
+    # A file whose end is damaged can still be shown.
     if clip.problem is None or clip.frames:
         try:
             frames = _sheet_frames(clip)
@@ -183,6 +184,7 @@ def warnings_of(clips: Sequence[RawClip], has_buckets: bool, is_table: bool) -> 
     good = [clip for clip in clips if clip.problem is None]
     counts = {
         "clips without a caption": sum(is_table and not clip.caption for clip in good),
+        # Here for its position in the report; counted below.
         "videos without audio among others with audio": 0,
         "silent audio tracks": sum(bool(clip.is_silent) for clip in good),
         f"clips enlarged more than {_TOO_SMALL:g} times for their bucket": sum(

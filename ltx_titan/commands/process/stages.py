@@ -95,6 +95,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
         return load_video_encoder(self.files, device), audio_codec
 
     def read(self, row: SampleRow) -> DecodedClip:
+        # Video and audio in one call, so that a file is opened once.
         return decode_clip(row.media, self.rules, row.key, self.with_audio)
 
     def encode(self, row: SampleRow, item: DecodedClip, encoder: tuple[VideoCodec, AudioCodec | None]) -> Output:
@@ -152,6 +153,7 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
         return str(self.file(row))
 
     def plan(self, row: SampleRow) -> PlannedOutput:
+        # From the header: planning decodes nothing.
         seconds = self._duration_s(row, probe_duration_s(self._path(row)))
         return PlannedOutput(f"{seconds:.2f} s", audio_bytes(audio_steps(seconds)))
 
@@ -253,6 +255,7 @@ class VideoMaskStage(Stage[Tensor, None]):
 
     def plan(self, row: SampleRow) -> PlannedOutput:
         clip = self.targets.clip(row)
+        # Existence alone: reading every mask would make a dry run as slow as the run.
         check_file(row.extras["video_mask"])
         size = prod(clip.latent_size(self.rules.scale_factors)) * torch.float32.itemsize
         return PlannedOutput(str(clip.bucket), size)
@@ -328,6 +331,7 @@ class CaptionStage(Stage[str, TextModels]):
         return f"row {row.row} ({row.media})"
 
     def plan(self, row: SampleRow) -> PlannedOutput:
+        # One label for all captions: outputs of one shape are counted together.
         return PlannedOutput("caption" if self.read(row) else "empty caption", self.size_bytes)
 
     def load(self) -> TextModels:
@@ -336,6 +340,7 @@ class CaptionStage(Stage[str, TextModels]):
     def read(self, row: SampleRow) -> str:
         if row.caption is None:
             raise ValueError("has no caption")
+        # Before the trigger word is prepended, which would hide the phrase at the start.
         caption = without_prefix(row.caption) if self.removes_prefixes else row.caption
         return with_trigger(caption, self.trigger)
 
