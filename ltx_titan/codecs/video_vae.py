@@ -245,7 +245,8 @@ class VideoCodec:
         if self.vae.config.timestep_conditioning:
             assert generator is not None, "a decoder with timestep conditioning draws noise: pass a generator"
             noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents.device)
-            # Noise is added to normalized latents: their standard deviation is 1, so one scale fits all channels.
+            # Noise is added to normalized latents: all channels have a standard deviation of about 1, so one scale fits
+            # them.
             latents = _DECODE_NOISE_SCALE * noise + (1 - _DECODE_NOISE_SCALE) * latents
             timestep = torch.full((latents.shape[0],), _DECODE_TIMESTEP, device=latents.device, dtype=self.vae.dtype)
         raw = (latents * self.std + self.mean).to(self.vae.dtype)

@@ -162,7 +162,7 @@ def _scenes(
     source = {"source": str(video), "size": status and status.st_size, "mtime_ns": status and status.st_mtime_ns}
     if record.is_file():
         stored = json.loads(record.read_text(encoding="utf-8"))
-        # Size and time as well as the path: a replaced video must be detected again.
+        # Size and time as well as the path: a replaced video has other scenes.
         is_same = all(stored[key] == value for key, value in {**source, "options": options.fingerprint()}.items())
         if is_same and not options.overwrite:
             return _named(target, stored["scenes"]), Fraction(stored["fps"])

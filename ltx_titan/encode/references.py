@@ -124,8 +124,8 @@ def decode_reference(path: Path, target: Clip, rules: ClipRules, scale: Referenc
     plan = plan_reference(path, target, rules, scale)
     pixels = read_pixels(path, plan.decoded, rules, key)
     if scale.time > 1:
-        # Frame 0 is a latent frame of its own in target and reference; the rest is thinned out in step with the
-        # target's latent frames.
+        # Frame 0 is a latent frame of its own in target and reference; the frames after it are subsampled, whole latent
+        # frames of the target at a time.
         pixels = torch.cat([pixels[:, :1], pixels[:, 1 :: scale.time]], dim=1)
     # Rates of stored targets are floats, hence the tolerance.
     has_other_rate = plan.decoded.bucket.frames > 1 and abs(float(plan.decoded.fps - target.fps)) > 1e-3

@@ -77,7 +77,7 @@ def video_writer(
         # Without a frame, `encode` flushes those that the encoder still holds.
         container.mux(video.encode())
         if audio_stream is not None:
-            # Last and as a whole: the track is given in full, while frames arrive one by one.
+            # Last and in one call: the track is passed in full, while frames arrive one by one.
             samples = np.ascontiguousarray(audio.detach().float().clamp(-1, 1).cpu().numpy())
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
             frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0

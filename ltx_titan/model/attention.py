@@ -119,7 +119,7 @@ class Attention(nn.Module):
             # Guidance (STG) removes only the mixing of tokens: gate, output projection and AdaLN gate still act on the
             # values. Skipping the whole attention would be another, stronger perturbation.
             out_BHSK = out_BHSK * keep + v * (1 - keep)
-        # Heads beside their channels, as the gates [B, S, H] and the merge of heads below need them.
+        # [B, H, S, K] -> [B, S, H, K]: the gates are [B, S, H], and the heads are merged below.
         out_BSHK = out_BHSK.transpose(1, 2)
         if self.to_gate_logits is not None:
             # The factor 2 makes a gate of logit 0 neutral.

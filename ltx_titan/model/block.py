@@ -194,7 +194,7 @@ class AVTransformerBlock(nn.Module):
         prompt = prompt_table[None, None]
         if inputs.prompt_modulation is not None:
             prompt = prompt + inputs.prompt_modulation
-        # Recomputed in every block, because each has its own table; the text is short beside the video.
+        # Recomputed in every block, because each has its own table; the text is short compared with the video.
         text = modulate(inputs.text, Row(prompt[:, :, 1]), Row(prompt[:, :, 0]), None)
         x, (h,) = self._add_and_norm(x, update, ((rows[7], rows[6]),), inputs.index)
         return x, Update(text_attention(h, text, mask=inputs.text_mask), rows[8])

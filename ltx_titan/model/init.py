@@ -33,8 +33,8 @@ def init_random_(module: nn.Module, seed: int) -> None:
         if isinstance(parameter, DTensor):
             # Every rank drew the same tensor, so there is nothing to broadcast.
             full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
-        # `copy_` casts: drawn in float32 whatever the dtype of the parameter, so a bfloat16 model is the rounded
-        # float32 one.
+        # `copy_` casts: drawn in float32 for any dtype of the parameter, so a bfloat16 model is the rounded float32
+        # one.
         shard.copy_(full)
 
 

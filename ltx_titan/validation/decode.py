@@ -115,7 +115,7 @@ def put_beside(reference: Tensor, frames: Tensor, every: int = 1) -> Tensor:
     """
     count, height = frames.shape[:2]
     if every > 1:
-        # Frame 0 of a causal clip is a latent frame of its own and was not thinned out.
+        # Frame 0 is a latent frame of its own in a causal codec and was not subsampled.
         index = [0, *(1 + later // every for later in range(count - 1))]
         index = [min(frame, reference.shape[0] - 1) for frame in index]
     elif reference.shape[0] < count:

@@ -48,7 +48,7 @@ def offloaded(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     parked = [
         entry for state in optimizer.state.values() for name in list(state) if (entry := _park(state, name)) is not None
     ]
-    # The allocator keeps freed blocks; sampling runs in another pattern of sizes and could not reuse them.
+    # The allocator keeps freed blocks, in sizes that sampling may not be able to reuse.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     try:
