@@ -37,7 +37,7 @@ class HeadShare:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """`x` in float32, or unchanged if it is float64."""
+    """`x` of any shape in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -64,12 +64,12 @@ def rms_norm(x_BSD: Tensor, eps: float) -> Tensor:
 
 
 def modulate(x_BSD: Tensor, scale: AdaLN, shift: AdaLN, index_BS: Tensor | None) -> Tensor:
-    """AdaLN modulation: `x * (1 + scale) + shift`."""
+    """AdaLN modulation [B, S, D]: `x * (1 + scale) + shift`."""
     return (upcast(x_BSD) * (1 + per_token(scale, index_BS)) + per_token(shift, index_BS)).to(x_BSD.dtype)
 
 
 def gated_residual(x_BSD: Tensor, y_BSD: Tensor, gate: AdaLN | None, index_BS: Tensor | None) -> Tensor:
-    """Gated residual: `x + gate * y`, or `x + y` without a gate. A gate with K = 1 applies to every token."""
+    """Gated residual [B, S, D]: `x + gate * y`, or `x + y` without a gate. A gate with K = 1 applies to every token."""
     if gate is None:
         return x_BSD + y_BSD
     return (upcast(x_BSD) + upcast(y_BSD) * per_token(gate, index_BS)).to(x_BSD.dtype)
@@ -85,6 +85,7 @@ def norm_heads(x_BSD: Tensor, weight_D: Tensor, head_dim: int, eps: float, share
     if share is None:
         x_BSD = F.rms_norm(x_BSD, (x_BSD.shape[-1],), weight_D, eps)
     else:
+        # `F.rms_norm` would take the mean over this rank's heads alone.
         rstd = torch.rsqrt(sum_squares(x_BSD, share) / share.width + eps)
         x_BSD = (upcast(x_BSD) * rstd[..., None] * weight_D).to(x_BSD.dtype)
     return x_BSD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
@@ -99,6 +100,7 @@ def rotate(x_BHSK: Tensor, rotation: CosSin, interleaved: bool = False) -> Tenso
         interleaved: pair i is (2i, 2i + 1); otherwise it is (i, i + head_dim / 2).
     """
     cos, sin = rotation
+    # In float32, as in diffusers and in the kernel: in bfloat16 cosines and sines would be rounded as well.
     x = x_BHSK.float()
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     rotated = (a * cos - b * sin, b * cos + a * sin)
@@ -111,6 +113,7 @@ def rotate_heads(x_BHSK: Tensor, rotation: CosSin | None, share: HeadShare | Non
     if rotation is None:
         return x_BHSK
     if share is not None:
+        # Heads differ in their frequencies, so each rank needs its own part of the tables.
         heads = slice(share.first, share.first + x_BHSK.shape[1])
         rotation = (rotation[0][:, heads], rotation[1][:, heads])
     return rotate(x_BHSK, rotation, interleaved)

@@ -84,6 +84,7 @@ def _residual_norm_forward_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, INDEXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # int64: offsets within a batch of long clips can exceed 2^31 elements.
     batch = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < D
@@ -102,6 +103,7 @@ def _residual_norm_forward_kernel(
             k, end = segment_at(token_ids, timesteps, first, last)
         gate = load_modulation(gate_ptr, gate_table_ptr, batch * gate_stride_b + k * gate_stride_k, cols, inside)
         offset = batch * embedding_stride_b + k * embedding_stride_k
+        # NORMS is a constant of the compiled kernel: branches on it cost nothing, and absent norms take no registers.
         if NORMS > 0:
             scale0 = 1 + load_modulation(scale0_ptr, scale0_table_ptr, offset, cols, inside)
             shift0 = load_modulation(shift0_ptr, shift0_table_ptr, offset, cols, inside)
@@ -269,6 +271,7 @@ def _residual_norm_backward_kernel(
                 mean = tl.sum(d_normed * normed, 0) / D
                 total += (d_normed - normed * mean) * rstd
                 tl.store(dx_ptr + token * D + cols, total.to(dx_ptr.dtype.element_ty), mask=inside)
+            # The float32 sum, not the rounded dx: one rounding per output.
             tl.store(dy_ptr + token * D + cols, (total * gate).to(dy_ptr.dtype.element_ty), mask=inside)
             d_gate += total * y
         slot_ptr = partial_ptr + k * (1 + 2 * NORMS) * D
@@ -328,6 +331,7 @@ def launch_backward(
     tiles = tile_tokens(y, launch.programs)
     dy = torch.empty((batch, tokens, width), dtype=y.dtype, device=y.device)
     dx = torch.empty_like(dy) if norms else None
+    # Not cleared: `valid` records which slots hold a partial.
     partial = torch.empty((batch, tiles.programs, k, 1 + 2 * norms, width), dtype=torch.float32, device=y.device)
     valid = torch.empty((batch, tiles.programs), dtype=torch.int32, device=y.device)
     wrap_if_traced(_residual_norm_backward_kernel, y)[(tiles.programs, batch)](
@@ -410,6 +414,7 @@ def _backward_op(
 def _setup_context(ctx, inputs, output) -> None:
     _, y, embeddings, tables, index, _ = inputs
     norms = len(embeddings) // 2
+    # r instead of x: the gradients do not need x, and the block keeps r anyway, as its new tokens.
     saved = (output[0], output[-1]) if norms else ()
     # The gradients do not depend on the shifts.
     ctx.save_for_backward(index, y, *saved, *embeddings[:1], *embeddings[1::2], *tables[:1], *tables[1::2])
@@ -434,6 +439,7 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple:
         # The kernel summed by the tokens' timesteps, of which the gate has only one.
         embedding_grads[0] = embedding_grads[0].sum(1, keepdim=True)
     embedding_grads = [g.to(dtype) for g, (dtype, _) in zip(embedding_grads, ctx.dtypes, strict=True)]
+    # Without a norm the gradient of x is dr itself.
     return dx[0] if norms else grads[0], dy, embedding_grads, table_grads, None, None
 
 
@@ -471,6 +477,7 @@ def gated_residual_norm(
     if all(k == 1 for k in timesteps):
         index = None
     k = 1 if index is None else max(timesteps)
+    # Ones for an absent gate and zeros for an absent modulation, read once per program, instead of more kernels.
     flat: list[AdaLN] = [(x.new_ones(1, 1, x.shape[-1]), None) if gate is None else gate]
     for pair in modulations:
         if pair is None:

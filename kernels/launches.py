@@ -157,7 +157,7 @@ def with_equal_strides(embeddings: Sequence[Tensor]) -> list[Tensor]:
 
 
 def index_arguments(index: Tensor | None, tiles: Tiles, placeholder: Tensor) -> dict[str, Any]:
-    """The tokens' timestep index as keyword arguments of a kernel; `placeholder` is a pointer that is never read."""
+    """Keyword arguments of a kernel for the timestep index [B, S]; `placeholder` is a pointer that is never read."""
     if index is None:
         return {"index_ptr": placeholder, "BLOCK_TOKENS": 1, "INDEXED": False}
     return {

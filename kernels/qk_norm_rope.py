@@ -114,6 +114,7 @@ def _grid_arguments(
     q_tiles, k_tiles = tiles
     heads, half = q.shape[-1] // head_dim, head_dim // 2
     is_shared = len(tables) == 1
+    # 1 and not 0 without rotation: the kernels divide by the number of axes.
     frequencies, axes = (tables[0].shape[1], indices[0].shape[1]) if tables else (1, 1)
     arguments = {
         # Pointers that are never read without rotation; any tensor serves.
@@ -184,6 +185,7 @@ def launch_forward(
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     q_rstd, k_rstd = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (q, k))
     q_weight, k_weight = (weight.contiguous() for weight in weights)
+    # Never read without sums; any tensor serves.
     q_sum, k_sum = (total.contiguous() for total in sums) if sums else (q_rstd, k_rstd)
     tiles = _tile(q, k, tables, launch)
     grid, arguments = _grid_arguments(q, k, tiles, tables, indices, head_dim, width, first_head)
@@ -236,6 +238,8 @@ def launch_backward(
     q_dsum, k_dsum = dsums or rstds
     q_tiles, k_tiles = tiles = _tile(q, k, tables, launch)
     slots = q_tiles.programs + k_tiles.programs
+    # A slot per program and tensor: programs do not write zeros for the tensor that they did not read
+    # (docs/benchmarks/log.md, fourth round).
     partial = q.new_empty((q.shape[0], slots, q.shape[-1]), dtype=torch.float32)
     grid, arguments = _grid_arguments(q, k, tiles, tables, indices, head_dim, width, first_head)
     wrap_if_traced(qk_norm_rope_backward_kernel, q)[grid](
@@ -330,6 +334,7 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple:
         grads[:2], q, k, rstds, weights, tables, indices, ctx.is_summed, *ctx.sizes
     )
     d_weights = [d.to(weight.dtype) for d, weight in zip(d_weights.unbind(0), weights, strict=True)]
+    # Cosines and sines depend on positions, which are not trained.
     nothing = [None] * ctx.tables
     return dq, dk, d_weights, nothing, nothing, d_sums, None, None, None, None
 
@@ -369,6 +374,7 @@ def qk_norm_rope(
     assert is_supported(q, ()), (q.dtype, q.shape)
     assert q.dtype == k.dtype, (q.dtype, k.dtype)
     rotations = [r for r in (q_rotation, k_rotation) if r is not None]
+    # By identity: a comparison of values would make the host wait for the device.
     if q_rotation is k_rotation and q.shape == k.shape:
         rotations = rotations[:1]
     outputs = _forward_op(
@@ -377,6 +383,7 @@ def qk_norm_rope(
         [q_weight, k_weight],
         [table for table, _ in rotations],
         [index for _, index in rotations],
+        # Outside the kernel: between the sum and the norm there is an all-reduce.
         [] if share is None else [sum_squares(x, share) for x in (q, k)],
         head_dim,
         q.shape[-1] if share is None else share.width,

@@ -65,6 +65,7 @@ def _norm_modulate_forward_kernel(
     tokens, tokens_per_program, x_stride_b, x_stride_s, embedding_stride_b, embedding_stride_k, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, INDEXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # int64: offsets within a batch of long clips can exceed 2^31 elements.
     batch = tl.program_id(1).to(tl.int64)
     # The whole width in one block, padded to a power of two. Loads fill the padding with 0, which changes no sum.
     cols = tl.arange(0, BLOCK)
@@ -88,6 +89,7 @@ def _norm_modulate_forward_kernel(
             rstd = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
             h = (x * rstd * scale + shift).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + token * D + cols, h, mask=inside)
+            # Saved for backward: one number per token instead of a second reduction over its channels.
             tl.store(rstd_ptr + batch * tokens + token, rstd)
         first = end
 
@@ -203,6 +205,7 @@ def launch_backward(
     (scale,) = with_equal_strides([scale])
     tiles = tile_tokens(x, launch.programs)
     dx = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
+    # Not cleared: `valid` records which slots hold a partial.
     partial = torch.empty((batch, tiles.programs, k, 2, width), dtype=torch.float32, device=x.device)
     valid = torch.empty((batch, tiles.programs), dtype=torch.int32, device=x.device)
     wrap_if_traced(_norm_modulate_backward_kernel, x)[(tiles.programs, batch)](
@@ -267,11 +270,13 @@ def _setup_context(ctx, inputs, output) -> None:
     x, scale, shift, scale_table, shift_table, index, _ = inputs
     ctx.save_for_backward(x, output[1], scale, scale_table, index)
     ctx.dtypes = (scale.dtype, shift.dtype, scale_table.dtype, shift_table.dtype)
+    # 1 / rms is an output only to be saved; its gradient is part of that of x.
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     dx, embedding_grads, table_grads = _backward_op(grad, *ctx.saved_tensors)
+    # In the order of the inputs: scale and shift embedding, then their tables.
     gradients = (*embedding_grads.unbind(2), *table_grads.unbind(0))
     return dx, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
 

@@ -75,6 +75,7 @@ def measure(
     """
 
     def draw(tokens: int) -> Tensor:
+        # Drawn per token and then viewed per head: backends differ in speed on other strides.
         drawn = torch.randn(1, tokens, HEADS, head_dim, device=device, dtype=torch.bfloat16)
         return drawn.transpose(1, 2).requires_grad_()
 
@@ -88,6 +89,7 @@ def measure(
     def forward_backward() -> None:
         torch.autograd.grad(forward(), (q, k, v), grad)
 
+    # One backend alone: with a fallback, the time of another one would be recorded under this name.
     with sdpa_kernel(backend):
         forward_ms, both_ms = time_ms([forward], device), time_ms([forward_backward], device)
     tflop = queries * keys * HEADS * head_dim / 1e12
@@ -115,6 +117,7 @@ def _measure_all(names: Sequence[ShapeName], device: torch.device) -> list[dict]
                         f"({row['forward_tflops']:.0f} / {row['forward_backward_tflops']:.0f})"
                     )
                 except RuntimeError as error:
+                    # Kept as a row: that a backend rejects a shape is a result as well.
                     row["error"] = str(error).splitlines()[0]
                     cells.append(f"{backend.name} not supported")
                 rows.append(row)

@@ -106,6 +106,7 @@ def run(options: BlockOptions) -> int:
         else:
             row.update(result)
             _print_row(row)
+        # After every case: a machine that is lost keeps the rows of those before.
         write_rows(options.out, rows)
     for row in rows:
         if "largest_kernels_ms" in row:
@@ -147,6 +148,7 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     (many_ms, many_gib, many_host), (one_ms, one_gib, one_host) = (
         (median(times), peak, median(host)) for times, peak, host in steps.values()
     )
+    # The difference removes what is outside the layers: embeddings, AdaLN, head and loss.
     layer_ms = (many_ms - one_ms) / (LAYERS - 1)
     counts = {"video_tokens": case.tokens, "audio_tokens": AUDIO_TOKENS, "text_tokens": TEXT_TOKENS}
     tflop = layer_flops(TransformerConfig.from_metadata(case.transformer), **counts).total / 1e12
@@ -189,6 +191,7 @@ def _time_steps(model: BlockModel, count: int, device: torch.device) -> tuple[li
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         model.step(count)
+        # Before the synchronization: until here the host was busy, after it the device.
         enqueued = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -204,6 +207,7 @@ def _profile(model: BlockModel, count: int) -> tuple[Counter[str], int]:
     for parameter in model.parameters():
         parameter.grad = None
     torch.cuda.synchronize()
+    # Without CPU activities: recording them would slow the host, and only the kernels' times are used.
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         model.step(count)
         torch.cuda.synchronize()

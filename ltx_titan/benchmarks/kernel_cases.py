@@ -98,6 +98,7 @@ def _norm_modulate(inputs: _Inputs, timesteps: int) -> KernelCase:
     x, embedding, table = (leaf.detach() for leaf in leaves.values())
     (scale, shift), (scale_table, shift_table) = embedding.unbind(2), table.unbind(0)
     grad = inputs.like(x)
+    # What backward reads of forward, computed once, so that each direction is timed alone.
     _, rstd = rms_norm_modulate.launch_forward(x, scale, shift, scale_table, shift_table, index, EPS)
     return KernelCase(
         kernel=of(rms_norm_modulate.rms_norm_modulate),

@@ -54,6 +54,7 @@ def check(name: str, tokens: int, width: int, dtype: torch.dtype, is_compiled: b
     case = make_case(name, tokens, width, dtype, device, seed=tokens)
     wide = {leaf: x.detach().double().requires_grad_() for leaf, x in case.leaves.items()}
     expected = case.reference(**wide)
+    # Rounded to the dtype first and then upcast, so that kernel and reference get equal gradients.
     cotangents = [torch.randn_like(e).to(dtype) for e in expected]
     expected_gradients = torch.autograd.grad(expected, list(wide.values()), [c.double() for c in cotangents])
     errors = {}
@@ -144,6 +145,7 @@ def _compilable(request: KernelRequest, device: torch.device) -> dict[str, list[
         run = getattr(case, f"launch_{direction}")
         # Without a GPU this runs in the interpreter, where launches do not differ in time.
         wanted = [Launch(*l).scaled_to(request.width) for l in (launches if device.type == "cuda" else launches[:1])]
+        # The default is always among the candidates, so that a sweep shows what another launch would gain.
         default = getattr(case, f"default_{direction}")
         if default.stages is None:
             wanted = [replace(launch, stages=None) for launch in wanted]
@@ -167,6 +169,7 @@ def sweep(request: KernelRequest, direction: str, launches: list[Launch], device
         for launch in launches:
             calls = [partial(getattr(case, f"launch_{direction}"), launch=launch) for case in cases]
             times[launch][tokens] = time_ms(calls, device)
+    # Each token count weighs the same: sums of milliseconds would be decided by the largest.
     least = {tokens: min(found[tokens] for found in times.values()) for tokens in counts}
 
     def excess(launch: Launch) -> float:
@@ -199,6 +202,7 @@ def measure(
     times["triton, as an operation"] = _time_autograd(cases, first.kernel, device)
     if compiled is not None:
         times["torch.compile"] = _time_autograd(cases, compiled, device)
+    # At one size only: eager takes several times as long and is not what the kernels compete with.
     if tokens == max(SWEEP_TOKENS):
         times["eager"] = _time_autograd(cases, first.reference, device)
     return [
@@ -234,6 +238,7 @@ def _time_autograd(cases: list[KernelCase], run: Callable, device: torch.device)
 
     forward = time_ms([partial(run, **case.leaves) for case in cases], device)
     total = time_ms([partial(forward_and_backward, case) for case in cases], device)
+    # Backward cannot be replayed alone: autograd frees what forward saved.
     return forward, total - forward
 
 
@@ -250,6 +255,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
     with device_alone():
+        # Measured on this card rather than taken from a datasheet: cards of one kind differ by a few percent.
         copy = copy_bandwidth(device)
     common = {**environment(device), "copy_gb_s": copy / 1e9}
     print(f"{common['device']}, torch {common['torch']}: copy {copy / 1e12:.2f} TB/s", flush=True)

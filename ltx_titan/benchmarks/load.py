@@ -56,7 +56,11 @@ class LoadOptions:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
+    """Resident memory of this process that no file backs, in bytes.
+
+    Raises:
+        ValueError: the kernel does not report it.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -72,6 +76,7 @@ def peak_anonymous_bytes() -> Iterator[list[int]]:
         while not done.wait(_SAMPLE_S):
             peak[0] = max(peak[0], anonymous_bytes())
 
+    # A daemon: an error in the load must not leave the process waiting for it.
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
@@ -85,12 +90,17 @@ def peak_anonymous_bytes() -> Iterator[list[int]]:
 def drop_from_cache(path: Path) -> None:
     """Asks the kernel to evict a file from the page cache; mapped and dirty pages stay."""
     with path.open("rb") as file:
+        # Dirty pages cannot be evicted, and the file may just have been written.
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def cached_share(path: Path) -> float:
-    """Fraction of the pages of a file that are in the page cache."""
+    """Fraction of the pages of a file that are in the page cache.
+
+    Raises:
+        OSError: `mincore` failed.
+    """
     size = path.stat().st_size
     pages = -(-size // mmap.PAGESIZE)
     resident = (ctypes.c_ubyte * pages)()
@@ -100,9 +110,11 @@ def cached_share(path: Path) -> float:
     with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
         start = ctypes.c_char.from_buffer(mapped)
         status = libc.mincore(ctypes.addressof(start), size, resident)
+        # Before the mapping is closed, which fails while a pointer into it exists.
         del start
     if status:
         raise OSError(ctypes.get_errno(), f"mincore of {path} failed")
+    # Only the lowest bit of each byte is defined.
     return sum(page & 1 for page in resident) / pages
 
 
@@ -110,6 +122,7 @@ def read_once(path: Path) -> float:
     """Seconds of a sequential read of a file."""
     buffer = memoryview(bytearray(_CHUNK))
     started = time.perf_counter()
+    # Unbuffered, into one buffer: no second copy in Python.
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
             pass
@@ -144,7 +157,9 @@ def measure(plan: Plan, path: Path, cold: bool) -> dict[str, object]:
         row["read_once_s"] = read_once(path)
         if cold:
             drop_from_cache(path)
+        # Recorded, because eviction is only a request: a row shows how cold the file was.
         row["cached_before_load"] = cached_share(path)
+    # All ranks start together, after rank 0 has prepared the cache.
     dist.barrier()
     before = anonymous_bytes()
     started = time.perf_counter()

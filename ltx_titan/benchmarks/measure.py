@@ -46,8 +46,10 @@ def time_ms(calls: Sequence[Callable[[], object]], device: torch.device) -> floa
         for _ in range(rounds):
             for call in calls:
                 call()
+    # Once untimed: the first replay uploads the graph.
     graph.replay()
     times = [_once_ms([graph.replay]) for _ in range(_REPLAYS)]
+    # Frees the graph's memory pool, which the next case needs.
     graph.reset()
     return median(times) / (rounds * len(calls))
 
@@ -68,6 +70,7 @@ def input_sets(bytes_each: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
+    # Four times the cache; at most 8 sets, which limits memory.
     return min(8, -(-4 * cache // bytes_each))
 
 

@@ -80,6 +80,7 @@ def make_inputs(
 
 def run(model: LTXTransformer, strategy: FlexibleStrategy, inputs: ModelInputs) -> dict:
     """Loss, outputs and gradients of one forward and backward, and the seconds of the second call."""
+    # Twice: the first call includes the selection of kernels.
     for _ in range(2):
         model.zero_grad(set_to_none=True)
         started = time.perf_counter()
@@ -109,7 +110,9 @@ def main() -> None:
     init_random_(model, seed=0)
     strategy, inputs = make_inputs(device, transformer, *options.latent)
     exact = run(model, strategy, inputs)
+    # Frees the graph of the float32 run.
     exact = {**exact, "outputs": [o.detach() for o in exact["outputs"]]}
+    # The same weights, rounded in place, instead of a second model.
     rough = run(model.to(torch.bfloat16), strategy, inputs)
 
     outputs = {s: relative_error(rough["outputs"][i], exact["outputs"][i]) for i, s in enumerate(("video", "audio"))}

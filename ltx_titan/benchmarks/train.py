@@ -60,6 +60,7 @@ class TrainBenchOptions:
 def measure(job: Path, overrides: Sequence[str], device: torch.device) -> dict[str, object]:
     """The row of one case; every rank calls it."""
     with tempfile.TemporaryDirectory() as own:
+        # All ranks write to rank 0's folder, as in a job.
         folder = [own]
         dist.broadcast_object_list(folder, src=0)
         where = f"--job.dump_folder={folder[0]}/run"
@@ -84,6 +85,7 @@ def _row(lines: list[dict], ranks: int) -> dict[str, object]:
     """Summary of the logged steps."""
     timed = [line for line in lines if line["step"] > _WARMUP] or lines[-1:]
     times = [line["step_time_s"] for line in timed]
+    # The step closest to the median: its speed and MFU then belong to the reported time.
     middle = min(timed, key=lambda line: abs(line["step_time_s"] - median(times)))
     peaks = [line["peak_mem_gib"] for line in lines if line["peak_mem_gib"] is not None]
     return {
@@ -101,6 +103,7 @@ def _row(lines: list[dict], ranks: int) -> dict[str, object]:
 
 
 def _free(device: torch.device) -> None:
+    # Cases differ in shapes and settings; without this they would run into the recompilation limit.
     torch.compiler.reset()
     free_device_memory()
     if device.type == "cuda":
@@ -118,6 +121,7 @@ def main() -> int:
     rows, failures, begun = [], 0, time.monotonic()
     for case in options.case or ("job",):
         name, _, overrides = case.partition(":")
+        # Rank 0 decides for all: clocks differ, and ranks that disagree would wait for each other forever.
         late = [time.monotonic() - begun > options.budget]
         dist.broadcast_object_list(late, src=0)
         if late[0]:

@@ -34,12 +34,14 @@ def in_turns(works: Sequence[Callable[[Callable[[], None]], Any]], device: torch
         for work in works:
             yield _attempt(work, lambda: None)
         return
+    # Not fork: a CUDA context does not survive it.
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for work in works:
         ours, theirs = context.Pipe()
         process = context.Process(target=_run, args=(work, theirs), daemon=False)
         process.start()
+        # Or the end of a process would not be seen as the end of its pipe.
         theirs.close()
         pipes.append(ours)
         processes.append(process)
@@ -54,6 +56,7 @@ def in_turns(works: Sequence[Callable[[Callable[[], None]], Any]], device: torch
     with device_alone():
         for number, (pipe, process) in enumerate(zip(pipes, processes, strict=True)):
             if number not in failed:
+                # The process may have ended since; `_receive` then reports it.
                 with suppress(BrokenPipeError):
                     pipe.send(None)
             yield failed[number] if number in failed else _receive(pipe)
@@ -86,7 +89,9 @@ def _run(work: Callable, pipe: Connection) -> None:
     def take_turn() -> None:
         gc.collect()
         torch.cuda.synchronize()
+        # All processes share the device's memory: what this one does not use now, the one that measures may need.
         torch.cuda.empty_cache()
+        # The lock for preparing ends here, or `device_alone` would wait for the processes that wait for it.
         fcntl.flock(preparing, fcntl.LOCK_UN)
         pipe.send(None)
         pipe.recv()

@@ -89,6 +89,7 @@ class AudioCodec:
 
     def steps_for(self, duration_s: float) -> int:
         """Latent steps that sampling generates for an audio of this duration: round(25 * duration), at least 1."""
+        # `round`, as the released pipelines do; `ceil` or `floor` could differ from them by a step.
         return max(1, round(duration_s * self.steps_per_second))
 
     @torch.no_grad()
@@ -150,6 +151,7 @@ def load_audio_codec(
     vae.latents_mean, vae.latents_std = statistics["mean"], statistics["std"]
     for half in ("encoder", "decoder"):
         if part not in ("both", half):
+            # Before the weights are read, so that the unused half costs neither time nor memory.
             setattr(vae, half, None)
             continue
         module = getattr(vae, half)

@@ -56,6 +56,7 @@ def log_mel(waveform: Tensor, settings: MelSettings) -> Tensor:
     needed = settings.filter_length // 2 + 1
     if waveform.shape[-1] < needed:
         raise ValueError(f"audio of {waveform.shape[-1]} samples is too short to encode, expected at least {needed}")
+    # `torch.stft` takes one batch dimension.
     flat = waveform.float().reshape(-1, waveform.shape[-1])
     spectrum = torch.stft(
         flat,
@@ -69,6 +70,7 @@ def log_mel(waveform: Tensor, settings: MelSettings) -> Tensor:
     filters = slaney_filters(
         settings.filter_length, settings.bands, settings.sample_rate, settings.low_hz, settings.high_hz
     )
+    # Magnitude before the filter bank: a power spectrogram would give other latents without an error.
     mel = spectrum.abs().transpose(1, 2) @ filters.to(waveform.device).T
     return mel.clamp(min=1e-5).log().reshape(*waveform.shape[:-1], *mel.shape[-2:])
 

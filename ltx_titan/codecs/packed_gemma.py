@@ -75,6 +75,7 @@ def load_packed_model(packed: PackedGemma, device: str | torch.device, dtype: to
         model = AutoModel.from_config(packed.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     nested = "model.language_model."
+    # Two namings are in circulation: that of the multimodal class, with the language model nested, and a flat one.
     if packed.metadata.prefix(nested):
         prefix, prefixes = nested, (nested,)
     else:
@@ -106,6 +107,7 @@ def load_packed_tokenizer(packed: PackedGemma) -> PreTrainedTokenizerFast:
         token = settings.get(name)
         if isinstance(token, dict):  # an AddedToken serialized with its options
             token = token.get("content")
+        # Without tokenizer settings the config has at least the ids.
         index = getattr(packed.config, f"{name}_id", None)
         if token is None and isinstance(index, int):
             token = tokenizer.id_to_token(index)
@@ -122,6 +124,7 @@ def load_packed_tokenizer(packed: PackedGemma) -> PreTrainedTokenizerFast:
 def _text_config(path: str | Path, config: dict[str, Any]) -> PretrainedConfig:
     # The config of a multimodal model, or of its language model alone.
     text = config.get("text_config", config)
+    # A nested config may omit its own type.
     kind = text.get("model_type") or f"{config.get('model_type')}_text"
     if not kind.startswith("gemma4"):
         raise ValueError(f"{path}: gemma_config describes a {kind!r}, expected a Gemma 4 (gemma4..._text)")

@@ -88,7 +88,9 @@ class TextEncoder:
         padded = torch.tensor([[row[0]] * (longest - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
         padded, mask = padded.to(self.model.device), mask.to(self.model.device)
+        # No cache: captions are encoded, never continued.
         output = self.model(input_ids=padded, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        # L tensors [B, S, D] -> [B, S, D, L]: the feature extractor flattens channel-major, layer innermost.
         states = torch.stack(output.hidden_states, dim=-1)
         # Left padding: zeros in front of the shorter captions, then of all up to max_tokens.
         states = states.masked_fill(mask[:, :, None, None] == 0, 0)
@@ -166,6 +168,7 @@ def check_text_encoder(checkpoint: CheckpointMetadata, text_encoder: TextEncoder
     source = checkpoint.raw.get("gemma_source_checkpoint")
     if source is not None:
         wanted = _gemma_version(source)
+        # An unknown version is refused, too: a stock Gemma 4 has the same shapes and would be used without an error.
         if wanted is None or wanted != version:
             raise ValueError(
                 f"{checkpoint.path}: was trained with the text encoder {wanted or source!r}, found "

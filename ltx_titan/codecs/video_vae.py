@@ -131,6 +131,7 @@ def video_vae_layout(vae: dict[str, Any], timestep_conditioning: bool = False) -
         "downsample_type": tuple(stage.step for stage in down),
         "spatio_temporal_scaling": (True,) * len(down),
         "encoder_causal": True,
+        # `spatial_padding_mode`, if present, holds for both halves; absent, their defaults differ: zeros and reflect.
         "encoder_spatial_padding_mode": vae.get(
             "spatial_padding_mode", vae.get("encoder_spatial_padding_mode", "zeros")
         ),
@@ -148,6 +149,7 @@ def video_vae_layout(vae: dict[str, Any], timestep_conditioning: bool = False) -
             "upsample_residual": tuple(stage.residual for stage in up),
             "upsample_factor": tuple(stage.multiplier for stage in up),
             "timestep_conditioning": timestep_conditioning,
+            # Explicit, because the default of the diffusers class is True and released decoders are not causal.
             "decoder_causal": vae.get("causal_decoder", False),
             "decoder_spatial_padding_mode": vae.get("spatial_padding_mode", "reflect"),
         }
@@ -243,6 +245,8 @@ class VideoCodec:
         if self.vae.config.timestep_conditioning:
             assert generator is not None, "a decoder with timestep conditioning draws noise: pass a generator"
             noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents.device)
+            # Noise is added to normalized latents: all channels have a standard deviation of about 1, so one scale fits
+            # them.
             latents = _DECODE_NOISE_SCALE * noise + (1 - _DECODE_NOISE_SCALE) * latents
             timestep = torch.full((latents.shape[0],), _DECODE_TIMESTEP, device=latents.device, dtype=self.vae.dtype)
         raw = (latents * self.std + self.mean).to(self.vae.dtype)
@@ -264,8 +268,11 @@ class VideoCodec:
                 # A tile's first latent frame decodes to one frame, as if it started the clip, but covers several.
                 decoded = decoded[:, :, 1:]
                 end = sum(part.shape[2] for part in parts)
+                # Pixel frame of this tile's second latent frame: frame 0, then `time` frames per latent frame.
                 overlap = end - (start * time + 1)
                 previous, parts[-1] = parts[-1][:, :, -overlap:], parts[-1][:, :, :-overlap]
+                # Midpoints: neither tile's edge frame has weight 0 or 1, so both contribute to every frame of the
+                # overlap.
                 weight = (torch.arange(overlap, device=raw.device) + 0.5)[:, None, None] / overlap
                 decoded = torch.cat(
                     [torch.lerp(previous, decoded[:, :, :overlap], weight), decoded[:, :, overlap:]], dim=2

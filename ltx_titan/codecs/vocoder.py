@@ -35,6 +35,7 @@ def vocoder_arguments(vocoder: dict[str, Any]) -> dict[str, Any]:
         **_generator_arguments(first, hidden=1536, kernels=(11, 4, 4, 4, 4, 4), factors=(5, 2, 2, 2, 2, 2)),
         "act_fn": "snakebeta",
         "antialias": True,
+        # Not None, as diffusers' converter sets it: the 16 kHz stage was clamped in training.
         "final_act_fn": "tanh" if first.get("use_tanh_at_final", False) else "clamp",
         "final_bias": first.get("use_bias_at_final", False),
     }
@@ -42,6 +43,7 @@ def vocoder_arguments(vocoder: dict[str, Any]) -> dict[str, Any]:
         **_generator_arguments(second, hidden=512, kernels=(12, 11, 4, 4, 4), factors=(6, 5, 2, 2, 2)),
         "act_fn": "snakebeta",
         "antialias": True,
+        # A residual, added to the resampled audio; the sum is clamped.
         "final_act_fn": None,
         "final_bias": second.get("use_bias_at_final", False),
     }

@@ -106,7 +106,9 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
         if clip is None:
             report.fail(options.kind, f"row {number}", "names no video")
     todo = []
+    # Rows may share a clip, which is filtered once.
     for clip in own_share(list(dict.fromkeys(clip for clip in clips if clip is not None))):
+        # A file is complete if it exists, since it is written under another name and renamed.
         if not options.overwrite and reference_path(clip, options.kind).is_file():
             report.add(options.kind, "skipped")
         else:
@@ -141,6 +143,7 @@ def write_reference(clip: Path, target: Path, apply: Filter) -> None:
         MediaError: the clip cannot be read to its end.
     """
     if is_image(clip):
+        # A still image is a clip of one frame to a filter.
         write_image(target, next(apply(read_image(clip).numpy())))
         return
     info = probe_video(clip)
@@ -157,6 +160,7 @@ def _rows(options: ReferenceOptions) -> tuple[Path, list[Row]]:
         return options.dataset.parent, read_table(options.dataset)
     found = find_media(options.dataset, VIDEO_SUFFIXES)
     if options.table.is_file():
+        # A folder has no captions; the table next to it may have, and would be overwritten by bare rows.
         raise ValueError(f"{options.table}: exists, and its columns would be lost; pass the table, or --output")
     return options.dataset, [{"video": relative_name(path, options.dataset)} for path in found]
 
@@ -164,6 +168,7 @@ def _rows(options: ReferenceOptions) -> tuple[Path, list[Row]]:
 def _compute(clips: list[Path], options: ReferenceOptions, report: Report) -> None:
     if not clips:
         return
+    # Once for all clips: the depth model takes longer to load than a clip to filter.
     apply = _filter(options)
     with report.progress(options.kind, len(clips)) as bar:
         for clip in clips:

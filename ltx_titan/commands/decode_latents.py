@@ -142,6 +142,7 @@ def decode_latents(options: DecodeOptions, console: Console | None = None) -> Re
     report = Report(console or Console())
     clips = _find(options)
     if options.limit is not None:
+        # Before the shares, so that ranks decode N samples in all.
         clips = [clips[index] for index in evenly_spaced(len(clips), options.limit)]
     todo = []
     for clip in own_share(clips):
@@ -177,6 +178,7 @@ def _find(options: DecodeOptions) -> list[_Clip]:
     names = [name for name in (*_AUDIO_OF, *_AUDIO_OF.values()) if (root / name).is_dir()]
     clips: list[_Clip] = []
     muxed: set[StoredSample] = set()
+    # [""]: a bare folder of latents, as well as a data root.
     for name in names or [""]:
         folder = root / name
         is_audio = folder.name in _AUDIO_OF.values()
@@ -184,6 +186,7 @@ def _find(options: DecodeOptions) -> list[_Clip]:
             continue
         audio = {} if is_audio or options.skip_audio else stored_samples(_audio_folder(folder, options))
         for key, stored in stored_samples(folder).items():
+            # Audio that is in its clip's mp4 gets no wav of its own; video folders therefore come first in `names`.
             if stored in muxed:
                 continue
             clip = _Clip(options.output_dir / name / Path(key).with_suffix(""), stored, audio.get(key))
@@ -201,6 +204,7 @@ def _audio_folder(folder: Path, options: DecodeOptions) -> Path:
 
 
 def _is_decoded(target: Path) -> bool:
+    # Not `with_suffix`, which would cut a name such as `clip.v2` at its dot.
     return any(target.with_name(target.name + suffix).is_file() for suffix in (".mp4", ".png", ".wav"))
 
 
@@ -210,10 +214,12 @@ def _decode(clip: _Clip, decoders: _LazyDecoders, seed: int, report: Report) -> 
         audio = None if clip.audio is None else clip.audio.read("audio")
     except ValueError as error:
         raise MediaError(clip.latents.path, str(error).removeprefix(f"{clip.latents}: ")) from error
+    # By content, not by folder name: a folder of latents may have any name.
     is_video = "num_frames" in fields
     if not is_video:
         fields, audio = {}, fields
     if audio is not None and not audio.get("present", True):
+        # Placeholders are zeros in latent space, which is not silence.
         report.notes["without audio (marked as absent)"] += 1
         audio = None
     if is_video or audio is not None:

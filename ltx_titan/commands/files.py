@@ -38,6 +38,7 @@ def find_media(folder: Path, suffixes: frozenset[str], recursive: bool = True) -
         kinds = ", ".join(sorted(suffixes))
         below = "" if recursive else "; add --recursive to search its subfolders"
         raise ValueError(f"{folder}: contains no media files ({kinds}){below}")
+    # Only beside the clip it belongs to: a file that merely ends in `_edges` is a clip.
     names = {path.with_suffix("") for path in found}
     return sorted(path for path in found if not any(clip in names for clip in _clips_of(path)))
 

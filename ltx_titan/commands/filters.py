@@ -57,6 +57,7 @@ def blur(strength: float = 0.01) -> Filter:
 
     def apply(frames: Frames) -> Iterator[np.ndarray]:
         for frame in frames:
+            # (0, 0): OpenCV derives the kernel from the deviation, which must be above 0.
             yield cv2.GaussianBlur(frame, (0, 0), max(0.3, strength * min(frame.shape[:2])))
 
     return apply
@@ -85,7 +86,9 @@ def depth(model_path: str | Path, device: str = "cpu", batch_size: int = 8) -> F
     def estimate(batch: list[np.ndarray]) -> Tensor:
         inputs = processor(images=batch, return_tensors="pt").to(device, model.dtype)
         found = model(**inputs).predicted_depth.float()
+        # Some models return [B, 1, H, W].
         found = found[:, 0] if found.ndim == 4 else found
+        # Inverse depth for both kinds: near is large, and a far background does not use up the range.
         return 1 / found.clamp(min=1e-3) if is_distance else found
 
     def apply(frames: Frames) -> Iterator[np.ndarray]:

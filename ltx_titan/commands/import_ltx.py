@@ -40,6 +40,7 @@ _WITHOUT_EQUIVALENT = {
 _BASE_DTYPES = {
     "int8-quanto": "int8",
     "int4-quanto": "int4",
+    # The next wider format that we have.
     "int2-quanto": "int4",
     "fp8-quanto": "float8",
     "fp8uz-quanto": "float8",
@@ -55,7 +56,9 @@ _SCHEDULERS: dict[str, dict[str, str | None]] = {
 }
 _SAMPLERS = {"uniform": ("min_value", "max_value"), "shifted_logit_normal": ("std", "eps", "uniform_prob")}
 _INTEGERS = ("restart_period", "restart_mult", "step_size")
+# Default of the LTX Trainer, an absolute rate; ours is a fraction of the learning rate.
 _RESTARTS_ETA_MIN = 5e-5
+# Larger groups first, so that a job with all projections gets the one preset instead of several.
 _PARTS = ("all_attention", "video", "video_ffn", "audio", "audio_ffn", "audio_to_video", "video_to_audio")
 _PATHS = ("model.checkpoint_path", "model.adapter_path", "data.root")
 
@@ -99,6 +102,7 @@ def import_job(text: str, origin: str, ranks: int = 1) -> Imported:
         ConfigError: the text is not a valid job, or the result is not.
     """
     source, result = read_ltx_job(text, origin), Imported()
+    # Only keys that the file sets: a note about a default would be noise.
     for key, reason in _WITHOUT_EQUIVALENT.items():
         section, name = key.split(".")
         if name in source.sections[section]:
@@ -123,6 +127,7 @@ def _check(result: Imported, origin: str) -> None:
     try:
         build_job(result.job, origin)
     except ConfigError as error:
+        # A job is often converted on a laptop and run on a cluster.
         elsewhere = [p for p in error.problems if p.key in (*_PATHS, "metrics.wandb") and p.found is not MISSING]
         if len(elsewhere) < len(error.problems):
             raise ConfigError(p for p in error.problems if p not in elsewhere) from None
@@ -147,6 +152,7 @@ def _model(source: LtxJob, result: Imported) -> None:
         result.note("model.load_checkpoint", path, "set model.adapter_path to the adapter file itself")
     else:
         result.put("model.adapter_path", path)
+        # Files store no alpha, and the LTX Trainer applies its own when it loads one.
         if source.get("lora", "alpha") != source.get("lora", "rank"):
             reason = "loaded with strength 1, as in inference; the LTX Trainer multiplies it by alpha / rank"
             result.note("model.load_checkpoint", path, reason)
@@ -210,6 +216,7 @@ def _targets(source: LtxJob, result: Imported) -> list[str]:
             found.append(part)
             patterns = [pattern for pattern in patterns if pattern not in PRESETS[part]]
     absent = {"video", "audio"} - result.job.keys()
+    # A target of an absent stream matches no layer, which is an error in our jobs.
     kept = [target for target in [*found, *patterns] if not absent & _needed_streams(target)]
     for target in [*found, *patterns]:
         if target not in kept:
@@ -231,10 +238,12 @@ def _optimization(source: LtxJob, result: Imported, ranks: int) -> Iterable[Prob
         return source.get("optimization", key)
 
     batch = get("batch_size")
+    # Ours is the total, so that a job trains the same on any number of GPUs.
     total = batch * get("gradient_accumulation_steps") * ranks
     result.put("training.steps", get("steps"))
     result.put("training.global_batch_size", total)
     result.put("training.local_batch_size", batch)
+    # 0 or less turns clipping off there, 0 here.
     result.put("training.max_grad_norm", max(get("max_grad_norm"), 0.0))
     result.put("optimizer.name", get("optimizer_type"))
     result.put("optimizer.lr", get("learning_rate"))
@@ -253,6 +262,7 @@ def _scheduler(source: LtxJob, result: Imported) -> Iterable[Problem]:
         parameters.setdefault("eta_min", _RESTARTS_ETA_MIN)
     for parameter, value in parameters.items():
         where = f"optimization.scheduler_params.{parameter}"
+        # `last_epoch` is a resume detail of torch's schedulers, so it is noted and not an error.
         if parameter not in (*known, "last_epoch"):
             yield Problem(where, value, f'a parameter of scheduler_type "{name}"', nearest(parameter, known))
             continue
@@ -299,7 +309,9 @@ def _training(source: LtxJob, result: Imported) -> None:
         result.put("data.root", root)
     result.put("data.num_workers", source.get("data", "num_dataloader_workers"))
     keep = source.get("checkpoints", "keep_last_n")
+    # null there means the final checkpoint only.
     result.put("checkpoint.interval", source.get("checkpoints", "interval") or 0)
+    # -1 and 0 both keep everything there.
     result.put("checkpoint.keep_last", keep if keep > 0 else -1)
     result.put("checkpoint.export_dtype", source.get("checkpoints", "precision"))
     if source.get("checkpoints", "no_resume"):
@@ -331,6 +343,7 @@ def _validation(source: LtxJob, result: Imported) -> Iterable[Problem]:
         elif key in section and key not in ("prompts", "images") and section.get("reference_videos") is None:
             result.note(f"validation.{key}", section[key], "had no effect, because reference_videos is unset")
     if "samples" in table:
+        # Only with samples: that trainer's default of 100 steps has no effect without any.
         table.setdefault("interval", source.get("validation", "interval"))
     elif table.get("interval") is not None:
         result.note("validation.interval", table.pop("interval"), "had no effect, because there are no samples")
@@ -353,6 +366,7 @@ def _validation(source: LtxJob, result: Imported) -> Iterable[Problem]:
 
 def _as_number(value: Any) -> float | None:
     try:
+        # A bool is an int to Python.
         return None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return None
@@ -368,10 +382,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Converts one file; returns the exit status."""
+    """Converts one file; returns the exit status.
+
+    Raises:
+        ValueError: `--ranks` is less than 1, or the output exists.
+        ConfigError: as `import_job`.
+    """
     if arguments.ranks < 1:
         raise ValueError(f"--ranks {arguments.ranks}: expected at least 1.")
     output: Path | None = arguments.output
+    # The user may have edited an earlier conversion.
     if output is not None and output.exists():
         raise ValueError(f"{output}: exists already; choose another name or remove it.")
     imported = import_job(arguments.config.read_text(encoding="utf-8"), str(arguments.config), arguments.ranks)

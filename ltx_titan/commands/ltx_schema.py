@@ -220,6 +220,7 @@ def _parse(text: str, origin: str) -> Table:
     class Loader(yaml.SafeLoader):
         """Also reads tuples, which jobs saved by the LTX Trainer contain."""
 
+    # Tuples are the one Python tag that saved jobs contain; any other tag remains an error.
     Loader.add_constructor("tag:yaml.org,2002:python/tuple", Loader.construct_sequence)
     try:
         # A subclass of SafeLoader: it constructs plain values and lists, never arbitrary objects.
@@ -318,6 +319,7 @@ class _Checks:
         if not isinstance(value, key.kind):
             names = {bool: "true or false", str: "a string", list: "a list", dict: "a table"}
             self.problem(where, value, names[key.kind], "change it")
+            # A neutral value, so that the checks continue and report all problems at once.
             return key.kind()
         return [_number_or(item) for item in value] if where.endswith(("video_dims", "spatial_region")) else value
 

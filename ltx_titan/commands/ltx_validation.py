@@ -31,11 +31,13 @@ def validation_table(section: Table) -> tuple[Table, list[Problem]]:
             problems.append(Problem(f"validation.{key}", section[key], expected, "remove the older key"))
     if (scale := section.get("guidance_scale")) is not None:
         table |= {"video_cfg_scale": scale, "audio_cfg_scale": scale}
+    # Either key alone enables the older form, with the default of the other.
     if "stg_scale" in section or "stg_mode" in section:
         scale = section.get("stg_scale", 1.0)
         table |= {"video_stg_scale": scale, "audio_stg_scale": 0.0 if section.get("stg_mode") == "stg_v" else scale}
     if "stg_blocks" in table and table["stg_blocks"] is None:
         table["stg_blocks"] = "all"
+    # The older lists count only without `samples`, as in the LTX Trainer.
     if not table.get("samples"):
         samples, wrong = _samples_of_prompts(section)
         problems += wrong
@@ -57,6 +59,7 @@ def _samples_of_prompts(section: Table) -> tuple[list[Table], list[Problem]]:
         if len(files) != len(prompts):
             expected = f"one entry for each of the {len(prompts)} prompts"
             problems.append(Problem(f"validation.{key}", files, expected, "make the lists equally long"))
+        # Not strict: a difference in length is reported above, with all other problems.
         for sample, file in zip(samples, files, strict=False):
             if key == "images":
                 sample["conditions"].append({"type": "first_frame", "image_or_video": file})

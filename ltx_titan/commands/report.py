@@ -61,6 +61,7 @@ class Report:
                 self.counts.setdefault(stage, Counter()).update(counts)
             self.failures += other["failures"]
             self.notes.update(other["notes"])
+            # `|` of two Counters takes the maximum of each key.
             self.seconds |= other["seconds"]
 
     @contextmanager
@@ -75,6 +76,7 @@ class Report:
             TimeRemainingColumn(),
         )
         started = time.perf_counter()
+        # A long window: clips differ widely in length, and the default of 30 s would make the remaining time jump.
         with Progress(*columns, console=self.console, speed_estimate_period=600) as bar:
             task = bar.add_task(stage, total=total)
             yield Ticker(self, stage, total, bar, task)
@@ -125,6 +127,7 @@ class Ticker:
         self._count += 1
         self._bar.advance(self._task)
         now = time.perf_counter()
+        # On a terminal rich draws the bar; in a log it shows nothing until the end.
         if self._report.console.is_terminal or now - self._printed < _LINE_INTERVAL_S:
             return
         self._printed = now

@@ -120,6 +120,7 @@ def sample_clips(options: SampleOptions) -> list[SampledFile]:
     model_path = options.model_path or job.get("model", {}).get("checkpoint_path")
     if model_path is None:
         raise ValueError("--model-path is missing: the official checkpoint to sample with, or --job of a job with one.")
+    # The table alone and not the whole job: its data and paths need not exist where clips are sampled.
     section = _section(options, job.get("validation", {}))
     config, modalities = read_metadata(model_path).config, options.modalities or _modalities(job)
     # Encodes the prompts and frees the encoders before the transformer is loaded.
@@ -157,6 +158,7 @@ def _modalities(job: dict[str, Any]) -> str:
 def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection:
     """The job's table, overridden by the options; keys that concern training only are dropped."""
     training_only = ("interval", "skip_initial_validation", "use_ema", "offload_optimizer", "held_out_root")
+    # They have no meaning outside training.
     table = {key: value for key, value in table.items() if key not in training_only}
     if options.prompt:
         image = [] if options.image is None else [{"type": "first_frame", "image_or_video": str(options.image)}]
@@ -167,6 +169,7 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
         raise ValueError("nothing to sample: add --prompt, or --job with [[validation.samples]].")
     if options.distilled:
         table.pop("inference_steps", None)
+        # As in the released pipelines: distilled checkpoints are sampled without guidance.
         table |= {"schedule": "distilled", **_NO_GUIDANCE}
     overrides = {
         "text_encoder_path": None if options.text_encoder_path is None else str(options.text_encoder_path),
@@ -184,12 +187,15 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
 
 def _load_model(options: SampleOptions, model_path: str | Path, modalities: str) -> LTXTransformer:
     """The transformer on the device, in bfloat16 (on a CPU in float32), with the LoRA fused in."""
+    # An exported transformer has no codecs; those come from the official file.
     path = options.transformer_path or model_path
     dtype = torch.float32 if torch.device(options.device).type == "cpu" else torch.bfloat16
     with torch.device("meta"):
         model = LTXTransformer.from_config(read_metadata(path).transformer_config(), modalities).to(dtype)
+    # Straight to the device: the host never holds the model.
     model.to_empty(device=options.device)
     load_parameters(model, path, allow_unused=unused_by(modalities))
     if options.lora is not None:
+        # Fused rather than wrapped: sampling never changes the adapter, and a fused layer adds no matmul.
         fuse_lora(model, options.lora, options.lora_strength)
     return model.requires_grad_(False).eval()

@@ -127,9 +127,11 @@ def find_scenes(
                 break
     if timecode is None:
         raise MediaError(path, f"has no frame at --start {detection.start} ({count} frames can be decoded)")
+    # Some cuts are reported only at the end, such as that of a last fade to black.
     cuts += [cut.frame_num for cut in detector.post_process(timecode)]
     if stats is not None:
         stats.save_to_csv(str(stats_path))
+    # Not at either end, which would make an empty scene.
     inner = sorted({cut for cut in cuts if first < cut < count})
     edges = [first, *inner, count]
     scenes = list(pairwise(edges))
@@ -158,6 +160,7 @@ def arrange(
         if length < max(1, shortest):
             skipped += 1
             continue
+        # Equal parts rather than parts of the full length and a short rest, which would fit no bucket.
         count = 1 if longest is None else -(-length // longest)
         edges = [first + length * part // count for part in range(count + 1)]
         parts += pairwise(edges)

@@ -132,6 +132,7 @@ def split_scenes(options: SplitOptions, console: Console | None = None) -> Repor
         except (MediaError, OSError) as error:
             report.fail(_STAGE, str(video), error.reason if isinstance(error, MediaError) else str(error))
     if not options.dry_run:
+        # By every rank when it is done: the last one finds the clips of all.
         _write_table(options.output_dir)
     return report
 
@@ -161,6 +162,7 @@ def _scenes(
     source = {"source": str(video), "size": status and status.st_size, "mtime_ns": status and status.st_mtime_ns}
     if record.is_file():
         stored = json.loads(record.read_text(encoding="utf-8"))
+        # Size and time as well as the path: a replaced video has other scenes.
         is_same = all(stored[key] == value for key, value in {**source, "options": options.fingerprint()}.items())
         if is_same and not options.overwrite:
             return _named(target, stored["scenes"]), Fraction(stored["fps"])
@@ -185,11 +187,13 @@ def _scenes(
         report.notes["short scenes skipped"] += skipped
     if not options.dry_run:
         content = {**source, "options": options.fingerprint(), "fps": str(info.fps), "frames": frames, "scenes": parts}
+        # Before cutting, so that an interrupted run does not detect again.
         write_text(record, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return _named(target, parts), info.fps
 
 
 def _named(target: Path, parts: list[tuple[int, int]]) -> list[Scene]:
+    # So that names sort in order of time.
     digits = max(3, len(str(len(parts))))
     return [
         Scene(target.with_name(f"{target.name}-scene-{number:0{digits}d}.mp4"), first, end)
@@ -208,8 +212,10 @@ def _cut(video: Path, scenes: list[Scene], fps: Fraction, options: SplitOptions,
     if not todo:
         return
     spans = [(float(scene.first / fps), float((scene.end - scene.first) / fps)) for scene in todo]
+    # Read along with the frames: the audio of a two-hour film as one tensor takes gigabytes.
     audio_parts = iter_audio_parts(video, spans)
     info = probe_video(video)
+    # H.264 in yuv420p needs even sizes.
     width, height = info.width // 2 * 2, info.height // 2 * 2
     frames = enumerate(iter_frames(video))
     position = 0
@@ -221,6 +227,7 @@ def _cut(video: Path, scenes: list[Scene], fps: Fraction, options: SplitOptions,
             audio = (None, None) if part is None else (part.waveform, part.sample_rate)
             images = _images(scene, options.save_images)
             with video_writer(scene.path, width, height, fps, *audio, crf=options.crf) as write:
+                # One decoder for all clips, which therefore must be in order of time.
                 for index, frame in islice(frames, scene.first - position, scene.end - position):
                     frame = np.ascontiguousarray(frame[:height, :width])
                     write(frame)
@@ -252,6 +259,7 @@ def _write_table(folder: Path) -> None:
     """Writes `scenes.jsonl` with all clips in the folder, from the stored scenes of every video and every process."""
     with locked(folder / _TABLE):
         rows = []
+        # From the records on disk and not from this run: the table also has the clips of earlier runs.
         for record in sorted(folder.rglob(f"{_SCENES_FOLDER}/*.json")):
             stored = json.loads(record.read_text(encoding="utf-8"))
             fps = Fraction(stored["fps"])

@@ -84,6 +84,7 @@ def read_stream(
         if isinstance(condition, Reference)
     }
     target = read_clip(batch, source, stream, scale_factors)
+    # Noising is float32 arithmetic; the model casts its inputs itself.
     target = target._replace(tokens=target.tokens.float())
     return StreamBatch(target, references, masks, batch[source].get("present"), context, context_mask)
 
@@ -116,10 +117,13 @@ def read_clip(batch: Batch, source: str, stream: str, scale_factors: tuple[int, 
     latents = _read_latents(batch, source, stream)
     grid, device = latent_grid(latents), latents.device
     if stream == "audio":
+        # Audio has no frame rate: its steps have the same length in every file.
         return Clip(patchify_audio(latents), grid, audio_coordinates(grid.frames, latents.shape[0], device))
     fps = batch[source].get("fps")
     if fps is None:
         fps = torch.full(latents.shape[:1], DEFAULT_FPS)
+    # The rate of every sample, where the reference trainer takes the first one's for the whole batch. Not blocking: the
+    # host must not wait for the device in a training step.
     fps = fps.to(device, torch.float32, non_blocking=True)
     return Clip(patchify_video(latents), grid, video_coordinates(grid, fps, scale_factors))
 
@@ -140,6 +144,7 @@ def latent_grid(latents: Tensor) -> Grid:
 def read_text(batch: Batch, stream: str) -> tuple[Tensor, Tensor | None]:
     """Reads the context of a stream [B, T, D] and its mask, None if no text token is masked."""
     text = batch.get("conditions", {})
+    # LTX-2 (19B) has one feature for both streams, which a dataset may store once.
     field = "audio_prompt_embeds" if stream == "audio" and "audio_prompt_embeds" in text else "video_prompt_embeds"
     return read_field(batch, "conditions", field), text.get("prompt_attention_mask")
 
@@ -164,6 +169,8 @@ def to_contexts(
     mask = conditions.get("prompt_attention_mask")
     if mask is None:
         return dict(conditions)
+    # A mask distinguishes features from contexts: contexts are stored without one, because registers fill their
+    # padding.
     assert connectors is not None, "the batch holds text features, but no connectors were loaded"
     video = conditions["video_prompt_embeds"].to(dtype)
     audio = conditions["audio_prompt_embeds"].to(dtype) if "audio_prompt_embeds" in conditions else video

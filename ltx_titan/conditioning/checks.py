@@ -39,6 +39,7 @@ class _Shape:
 
     def grid(self, source: str) -> Grid:
         """Latent sizes of a clip; audio has height and width 1."""
+        # Without the channels: [C, F, H, W] or [C, T, M].
         sizes = self.fields[source, "latents"][1:]
         return Grid(*sizes) if len(sizes) == 3 else Grid(sizes[0], 1, 1)
 
@@ -69,9 +70,11 @@ def check_conditions(
             for i, condition in enumerate(block.conditions)
             if condition.probability == 0
         ]
+        # A frozen stream has no loss to lose.
         if not block.is_generated:
             continue
         warnings += _stream_warnings(name, block, strategy.scale_factors, shapes, name_of)
+        # Intersection: a shape is useless only if every generated stream is.
         without_loss &= {
             id(shape)
             for shape in shapes
@@ -167,6 +170,7 @@ def _stream_warnings(
             if problem := _problem(condition, mask, grid, factors):
                 problems.setdefault(f"{_label(name, block, i)} {problem}", []).append(shape)
                 is_named |= bool(mask.all())
+        # Only together: each condition may leave tokens to generate and their union none.
         if union.all() and not is_named:
             indices = ", ".join(str(i) for i, _ in _known_from_shapes(block))
             text = f"{name}.conditions {indices} together cover the whole clip, so it contributes no loss"
@@ -196,6 +200,7 @@ def _known_from_shapes(block: VideoSection | AudioSection) -> list[tuple[int, In
     return [
         (i, condition)
         for i, condition in enumerate(block.conditions)
+        # A mask's content differs per sample and a reference adds tokens without covering any.
         if not isinstance(condition, Mask | Reference) and condition.probability > 0
     ]
 
@@ -204,6 +209,7 @@ def _always_conditioned(block: VideoSection | AudioSection, grid: Grid, factors:
     """Whether the conditions of probability 1 leave no token to generate."""
     union = torch.zeros(1, grid.num_tokens, dtype=torch.bool)
     for _, condition in _known_from_shapes(block):
+        # Below 1 some step trains the tokens, so the sample is not lost.
         if condition.probability == 1:
             union |= conditioned_tokens(condition, grid, factors)
     return bool(union.all())

@@ -72,6 +72,8 @@ class StreamTokens:
         # A [1, S] mask is the same for all samples; training passes [B, S], each sample with its own draw.
         conditioned = mask.expand(target.tokens.shape[:2])
         if self.conditioned is not None:
+            # Union, as in the reference trainer: each condition draws by itself, and a token is clean if any of them
+            # fires.
             conditioned = self.conditioned | conditioned
         return replace(self, target=target, conditioned=conditioned)
 
@@ -82,6 +84,7 @@ class StreamTokens:
             ValueError: sizes of a video reference are not in a whole ratio to the target's.
         """
         if self.target.is_video:
+            # Audio references have no scale: both start at 0 and have the same steps per second.
             spatial, temporal = reference_factors(self.target.grid, reference.grid)
             scaled = scale_reference(reference.coordinates, self.target.coordinates, spatial, temporal)
             reference = reference._replace(coordinates=scaled)
@@ -104,6 +107,7 @@ class StreamTokens:
             return None
         conditioned = self.conditioned
         if conditioned is None:
+            # References are clean even if no target token can be.
             conditioned = torch.zeros(self.target.tokens.shape[:2], dtype=torch.bool, device=self.target.tokens.device)
         return self.extend(conditioned, True)
 
@@ -117,6 +121,7 @@ class StreamTokens:
         if not self.marks_first_frame:
             return None
         marker = self.target.tokens.new_zeros(*self.target.tokens.shape[:2], 1)
+        # Tokens are frame-major, so the first frame is a prefix.
         marker[:, : self.target.grid.tokens_per_frame] = 1
         return self.extend(marker, 0)
 
@@ -193,6 +198,7 @@ def condition_stream(
                 tokens = tokens.add_reference(reference)
         elif fires is not None:
             file_mask = read.masks[condition.mask_dir] if isinstance(condition, Mask) else None
+            # [1, S] or [B, S], and [B, 1] for the draw of each sample.
             mask = conditioned_tokens(condition, target.grid, scale_factors, file_mask, device)
             tokens = tokens.condition(mask & fires.to(device, non_blocking=True)[:, None])
     return tokens, factors
@@ -232,6 +238,7 @@ def conditioned_tokens(
         case SpatialCrop():
             mask = torch.zeros(tuple(grid), dtype=torch.bool, device=device)
             top, left, bottom, right = crop_cells(condition, scale_factors)
+            # Every frame: the region is outpainted around, so it is known throughout. Slices clamp to the grid.
             mask[:, top:bottom, left:right] = True
             return mask.flatten()[None]
         case Mask():
@@ -254,6 +261,8 @@ def crop_cells(condition: SpatialCrop, scale_factors: tuple[int, int, int]) -> t
     """Converts a pixel region to latent cells: divided by the compression factors and rounded down."""
     _, down, right = scale_factors
     y1, x1, y2, x2 = condition.spatial_region
+    # Down for both edges, as in the reference trainer: a region smaller than a cell covers none and is refused by the
+    # strategy.
     return y1 // down, x1 // right, y2 // down, x2 // right
 
 
@@ -281,6 +290,7 @@ def reference_factors(target: Grid, reference: Grid) -> tuple[int, int]:
     if spatial != target.width // reference.width:
         raise ValueError(f"{sizes}: height and width must shrink by the same factor. Encode the reference again.")
     target_groups, reference_groups = target.frames - 1, reference.frames - 1
+    # An image has no duration to compare.
     if target_groups == 0 or reference_groups == 0:
         return spatial, 1
     if target_groups % reference_groups:
@@ -322,4 +332,5 @@ def _threshold(mask: Tensor, grid: Grid, folder: str) -> Tensor:
             f"{grid.num_tokens} latent cells ({grid} frames, rows, columns). "
             "Make the masks from the same clips, sizes and frame counts as the latents."
         )
+    # Other tools store masks as floats; the threshold is the reference trainer's.
     return flat > 0.5

@@ -81,6 +81,7 @@ def flow_matching_loss(video_pred: Tensor | None, audio_pred: Tensor | None, inp
     audio = _generated_loss("audio", audio_pred, inputs.audio_target, inputs.audio_loss_mask)
     parts = [part for part in (video, audio) if part is not None]
     assert parts, "no stream is generated"
+    # A plain sum without weights, as in the reference trainer; `weigh` serves jobs that set them.
     per_sample = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     return Loss(per_sample.mean(), per_sample, video, audio)
 
@@ -100,6 +101,8 @@ def token_weights(loss_mask: Tensor) -> Tensor:
 
     A sample without a generated token has weights 0, and therefore loss 0.
     """
+    # From the mask of the whole sequence: under context parallelism a rank sees some of the tokens and could not count
+    # the rest.
     mask = loss_mask.float()
     # The clamp turns 0 / 0 of a fully conditioned sample into 0.
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -116,6 +119,7 @@ def stream_loss(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     Returns:
         Loss of each sample [B], float32.
     """
+    # In float32: the square of a bfloat16 difference has 8 bits, and the sum runs over thousands of tokens.
     error = (prediction.float() - target.float()).square().mean(dim=2)
     return (weights * error).sum(dim=1)
 

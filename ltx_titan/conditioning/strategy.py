@@ -67,6 +67,8 @@ class FlexibleStrategy:
             ValueError: blocks are invalid or contradict each other, or a region covers no latent cell.
         """
         blocks = StrategyConfig.model_validate(config)
+        # Here and not in the config section, which does not know the codec's factors: they are in the checkpoint's
+        # metadata.
         for condition in blocks.video.conditions if blocks.video else ():
             if isinstance(condition, SpatialCrop):
                 top, left, bottom, right = crop_cells(condition, scale_factors)
@@ -170,6 +172,8 @@ class FlexibleStrategy:
         device, shape = target.tokens.device, target.tokens.shape
         clean_mask, velocity, loss_mask = tokens.clean_mask, None, None
         if tokens.is_frozen:
+            # No draws and no loss, but a stream like any other to the model: it attends and is attended to, as in the
+            # reference trainer.
             sigma, latent = target.tokens.new_zeros(shape[0]), target.tokens
         else:
             # Draws come from the loader's threads; a mismatch here would broadcast silently.
@@ -179,6 +183,7 @@ class FlexibleStrategy:
             noise = draws.noise.to(device, torch.float32, non_blocking=True)
             latent, velocity = add_noise(target.tokens, noise, sigma), velocity_target(target.tokens, noise)
             if tokens.conditioned is not None:
+                # `where` rather than arithmetic with the mask: clean tokens stay bit for bit.
                 latent = torch.where(tokens.conditioned[:, :, None], target.tokens, latent)
             # Without a condition there are no references either, so the mask has the target's length.
             loss_mask = torch.ones(shape[:2], dtype=torch.bool, device=device) if clean_mask is None else ~clean_mask

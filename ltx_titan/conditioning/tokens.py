@@ -105,6 +105,7 @@ def video_grid(frames: int, height: int, width: int, scale_factors: tuple[int, i
 
 def audio_steps(duration: float, *, sample_rate: int = 16000, hop_length: int = 160, downsample: int = 4) -> int:
     """Number of latent steps of `duration` seconds of audio, rounded to the nearest."""
+    # Python's `round`, half to even, as in the reference.
     return round(duration * sample_rate / hop_length / downsample)
 
 
@@ -133,6 +134,7 @@ def patchify_audio(latents: Tensor) -> Tensor:
 
 def unpatchify_audio(tokens: Tensor, channels: int) -> Tensor:
     """Tokens back to latents [B, C, T, M]."""
+    # [B, T, C * M] -> [B, T, C, M] -> [B, C, T, M].
     return tokens.unflatten(2, (channels, -1)).transpose(1, 2)
 
 
@@ -159,12 +161,14 @@ def video_coordinates(
     device, batch = fps.device, fps.shape[0]
     frames = _bounds(grid.frames, 1, device) * scale_factors[0]
     if causal:
+        # Both ends move: the first latent frame is [0, 1) and not [0, 8), frame k >= 1 is [8 k - 7, 8 k + 1).
         frames = (frames + 1 - scale_factors[0]).clamp(min=0)
     # Divide by a tensor: some devices turn a division by a Python number into a multiplication by its rounded inverse.
     seconds = frames.float()[None] / fps.float()[:, None, None]
     down = _bounds(grid.height, patch_size, device) * scale_factors[1]
     right = _bounds(grid.width, patch_size, device) * scale_factors[2]
     shape = grid.frames, down.shape[0], right.shape[0]
+    # Frame-major, then rows, then columns: the order of `patchify_video`.
     index = torch.stack(torch.meshgrid(*(torch.arange(size, device=device) for size in shape), indexing="ij"))
     index = index.flatten(1).repeat(batch, 1, 1)
     # Frame rates differ between samples, so each sample has its own time intervals; rows and columns are shared.

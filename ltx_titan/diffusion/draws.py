@@ -123,11 +123,14 @@ def _draw_stream(
             # One decision for the whole global batch: a reference changes the length of the sequence.
             uses.append(torch.tensor(_uniform(f"{step_key}/{name}/reference {i}") < probability))
         elif plan.is_generated:
+            # One decision per sample: intrinsic conditions do not change shapes.
             uses.append(torch.tensor([_uniform(f"{key}/condition {i}") < probability for key in keys]))
         else:
             uses.append(None)
     if not plan.is_generated:
         return StreamDraws(None, None, uses)
+    # One call per sample, each with a generator of its own; a single call for [B] would tie a sample's sigma to its
+    # neighbors in the micro-batch.
     sigma = torch.cat([sampler.sample((1,), plan.num_tokens, _torch_generator(f"{key}/sigma")) for key in keys])
     noise = np.empty((len(keys), plan.num_tokens, plan.channels), dtype=np.float32)
     # In place, one generator per sample.

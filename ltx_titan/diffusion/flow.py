@@ -17,17 +17,19 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """Velocity target of the network: noise - clean, in float32."""
+    """Velocity target of the network [B, S, C]: noise - clean, in float32."""
     return noise.float() - clean.float()
 
 
 def denoised_from_velocity(sample: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
     """Clean tokens: sample - velocity * timesteps. With timesteps [B, S, 1], clean tokens (0) are unchanged."""
+    # Per-token timesteps rather than the sample's sigma: a clean token must come out as it went in, whatever the
+    # network predicts for it.
     return (sample.float() - velocity.float() * timesteps.float()).to(sample.dtype)
 
 
 def velocity_from_denoised(sample: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-    """Velocity (sample - denoised) / sigma, in the sample's dtype.
+    """Velocity (sample - denoised) / sigma of tokens [B, S, C], in the sample's dtype.
 
     Raises:
         ValueError: `sigma` is 0, where the velocity is not defined.
@@ -38,7 +40,13 @@ def velocity_from_denoised(sample: Tensor, denoised: Tensor, sigma: float) -> Te
 
 
 def euler_step(sample: Tensor, denoised: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """One Euler step from `sigma` to `next_sigma`, with the denoised prediction at `sigma`."""
+    """One Euler step of tokens [B, S, C] from `sigma` to `next_sigma`, with the denoised prediction at `sigma`.
+
+    Raises:
+        ValueError: `sigma` is 0.
+    """
+    # Through the denoised prediction and not the network's velocity, because guidance and restored tokens change the
+    # former.
     velocity = velocity_from_denoised(sample.float(), denoised, sigma)
     return (sample.float() + velocity * (next_sigma - sigma)).to(sample.dtype)
 
@@ -58,8 +66,8 @@ def euler_ancestral_step(
     rescaled by (1 - s') / (1 - d) and noise with the missing variance s'^2 - d^2 ((1 - s') / (1 - d))^2 is added.
 
     Args:
-        sample: tokens at `sigma`.
-        denoised: prediction of the clean tokens.
+        sample: tokens at `sigma` [B, S, C].
+        denoised: prediction of the clean tokens [B, S, C].
         sigma: current sigma, above 0.
         next_sigma: sigma to reach; 0 returns the prediction.
         noise: fresh standard normal noise of the sample's shape.
@@ -70,6 +78,7 @@ def euler_ancestral_step(
         return denoised.to(sample.dtype)
     # eta moves the target of the deterministic part from s' down towards s'^2 / s.
     down = next_sigma * (1 + (next_sigma / sigma - 1) * eta)
+    # The same Euler step, written as an interpolation between sample and prediction.
     lower = down / sigma * sample.float() + (1 - down / sigma) * denoised.float()
     rescale = (1 - next_sigma) / (1 - down)
     # max: rounding can make a difference of nearly equal variances negative.
@@ -92,6 +101,6 @@ def initial_latent(latent: Tensor, clean: Tensor, noise: Tensor, denoise_mask: T
 
 
 def restore_clean(denoised: Tensor, clean: Tensor, denoise_mask: Tensor) -> Tensor:
-    """Restores clean tokens in a prediction: denoised * mask + clean * (1 - mask)."""
+    """Restores clean tokens in a prediction [B, S, C]: denoised * mask + clean * (1 - mask), with a mask [B, S, 1]."""
     mask = denoise_mask.float()
     return (denoised.float() * mask + clean.float() * (1 - mask)).to(denoised.dtype)

@@ -109,6 +109,7 @@ def guide(
         perturbed: prediction with skipped self-attentions; None omits its term.
         isolated: prediction without the other stream; None omits its term.
     """
+    # All differences are taken from `cond`, not from the running sum: the order of the terms then does not matter.
     full = cond.float()
     result = full
     if uncond is not None and guidance.needs_uncond:

@@ -93,6 +93,7 @@ def needed_passes(video: SampledStream | None, audio: SampledStream | None) -> t
         "cond": True,
         "uncond": any(guidance.needs_uncond for guidance in guided),
         "perturbed": any(guidance.needs_perturbed for guidance in guided),
+        # A lone stream is isolated already; the pass would repeat `cond`.
         "isolated": video is not None and audio is not None and any(guidance.needs_isolated for guidance in guided),
     }
     return tuple(name for name in PASSES if wanted[name])
@@ -158,6 +159,7 @@ def sample(
             velocities = _forward(model, streams, inputs, chunk)
             for name in generated:
                 timesteps = inputs[name].timesteps[:, :, None]
+                # [passes * B, S, C] -> one [B, S, C] per pass; guidance works on denoised predictions, in float32.
                 each = [denoised_from_velocity(latents[name], v, timesteps) for v in velocities[name].chunk(len(chunk))]
                 predictions[name].update(zip(chunk, each, strict=True))
         guided = {name: guide(stream.guidance, **predictions[name]) for name, stream in generated.items()}
@@ -165,6 +167,7 @@ def sample(
             per_pass = (predictions.get("video", {}), predictions.get("audio", {}))
             on_step(StepReport(step, sigma, guided.get("video"), guided.get("audio"), *per_pass))
         for name, stream in generated.items():
+            # After guidance, whose rescale would otherwise change clean tokens as well.
             denoised = restore_clean(guided[name], stream.clean, stream.denoise_mask)
             latents[name] = _step(stream, latents[name], denoised, sigma, next_sigma, stepper, generator)
     return latents.get("video"), latents.get("audio")
@@ -205,6 +208,7 @@ def _forward(
     """Velocities [passes * B, S, C] of each stream, pass after pass."""
     batch = next(iter(inputs.values())).latent.shape[0]
     repeated = {name: _repeat(inputs[name], streams[name], chunk) for name in streams}
+    # Entries in the order of `torch.cat` below: pass after pass, each with B samples.
     skipped = [entry for name in chunk for entry in [_skipped(streams, name)] * batch]
     perturbations = Perturbations.from_lists(skipped) if any(skipped) else None
     video, audio = model(repeated.get("video"), repeated.get("audio"), perturbations)

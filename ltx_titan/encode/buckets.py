@@ -58,12 +58,15 @@ def choose_bucket(buckets: Sequence[Bucket], width: int, height: int, frames: in
     Among those with enough frames: the closest aspect ratio (in its logarithm), then the most frames, then the largest
     area.
     """
+    # In the logarithm, 2:1 is as far from 1:1 as 1:2 is.
     aspect = math.log(width / height)
+    # Never padded: repeated frames would be trained on as content.
     fitting = [bucket for bucket in buckets if bucket.frames <= frames]
     return min(
         fitting,
         key=lambda bucket: (
             abs(math.log(bucket.width / bucket.height) - aspect),
+            # Negative, because `min` is to prefer the most frames and the largest area.
             -bucket.frames,
             -bucket.width * bucket.height,
         ),

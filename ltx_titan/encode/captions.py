@@ -73,6 +73,7 @@ def encode_caption(caption: str, models: TextModels) -> Fields:
             "prompt_attention_mask": mask[0].to(torch.int64).cpu(),
         }
     features = {"video_prompt_embeds": video, "audio_prompt_embeds": audio, "prompt_attention_mask": mask}
+    # The same function as in a training step, so stored contexts equal those computed in the step.
     contexts = to_contexts(features, models.connectors, video.dtype)
     return {
         "video_context": _to_stored(contexts["video_prompt_embeds"]),
@@ -87,6 +88,7 @@ def text_bytes(transformer: dict[str, Any]) -> int:
         transformer: the object `transformer` of the checkpoint's metadata.
     """
     widths = [transformer.get("cross_attention_dim", 4096), transformer.get("audio_cross_attention_dim", 2048)]
+    # LTX-2 (19B) stores the text encoder's width for both streams.
     if not caption_projected_before_connector(transformer):
         widths = [transformer.get("caption_channels", 3840)] * 2
     return MAX_TOKENS * sum(widths) * torch.bfloat16.itemsize

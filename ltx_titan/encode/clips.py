@@ -56,6 +56,7 @@ class ClipRules:
         if self.reshape == "center":
             return CENTER
         digest = hashlib.blake2b(key.as_posix().encode(), digest_size=8).digest()
+        # From a hash of the key rather than a generator: independent of the order of rows and of the number of workers.
         return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:]) / 2**32
 
 
@@ -135,6 +136,7 @@ def plan_clip(path: Path, rules: ClipRules, header: VideoInfo | None = None) -> 
         remedy = "add a bucket of 1 frame for still images" if frames == 1 else "add a shorter bucket"
         at_rate = "" if fps is None or frames == 1 else f" at {float(fps):.5g} fps"
         raise MediaError(path, f"has {frames} frame(s){at_rate}, the shortest bucket needs {shortest}; {remedy}")
+    # Rates below the rules' are reached by repeating frames, which the caller reports: motion then stutters.
     return Clip(bucket, fps or header.fps, repeats_frames=fps is not None and header.fps < fps)
 
 

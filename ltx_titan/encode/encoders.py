@@ -144,6 +144,7 @@ class Encoders:
         """Encodes a caption to the fields of `conditions/`: features, before the text connectors."""
         with self._exclusive():
             models = self._text_models
+            # Under the lock: only one copy of the text encoder is on the device at a time.
             with _on_device(models.encoder.model, self._device) if self._offloads_text_encoder else nullcontext():
                 return encode_caption(caption, models)
 
@@ -178,6 +179,7 @@ class Encoders:
 @contextmanager
 def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Copies frozen weights to the device for the duration of the block; the host's tensors are put back after it."""
+    # The host's tensors are kept rather than copied back: frozen weights do not change, so the way back is free.
     host = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
     try:
         for tensor, data in host:

@@ -27,6 +27,7 @@ def encode_video(pixels: Tensor, fps: float, codec: VideoCodec) -> Fields:
     Returns:
         `latents` [128, F', H', W'] in bfloat16, their sizes, and the rate.
     """
+    # bfloat16, as the reference trainer stores video latents, in half the size of float32.
     latents = codec.encode(pixels[None])[0].to(torch.bfloat16).cpu()
     frames, height, width = latents.shape[1:]
     return {"latents": latents, "num_frames": frames, "height": height, "width": width, "fps": fps}
@@ -55,6 +56,7 @@ def encode_audio(audio: Audio | None, duration_s: float, codec: AudioCodec) -> F
     latents = codec.encode(to_stereo(audio.waveform)[None], audio.sample_rate)[0].cpu()
     # Centered STFT frames make the encoder return at least as many steps, often one more.
     assert latents.shape[1] >= steps
+    # A slice would keep the storage of the longer tensor, which `torch.save` writes in full.
     return {"latents": latents[:, :steps].contiguous(), **fields}
 
 

@@ -88,10 +88,12 @@ class MediaDataset:
         if self._has_audio:
             load_audio_codec(files.audio_path, "meta", part="encoder")
         self._text_widths = text_feature_widths(config, text_encoder_config(files.text_encoder))
+        # Of the file with the video VAE: the transformer's file need not describe it.
         self._scale_factors = scale_factors(read_metadata(files.video_path).config)
         buckets = parse_buckets(section.resolution_buckets or "", self._scale_factors, "data.media.resolution_buckets")
         self._rules = ClipRules(buckets, self._scale_factors)
         self._rows = self._find_rows(table)
+        # From headers alone: buckets and batches of the whole dataset are planned before a clip is decoded.
         self._keys = [shape_key_of(self._outline(usable)) for usable in self._rows]
         # Rows of each shape, and the position of each row among them: a broken clip is replaced by the next.
         self._alike: dict[ShapeKey, list[int]] = defaultdict(list)
@@ -99,6 +101,7 @@ class MediaDataset:
         for index, key in enumerate(self._keys):
             self._positions.append(len(self._alike[key]))
             self._alike[key].append(index)
+        # Part of every cache key: another model, or the same name with other weights, must not hit old entries.
         self._model_stamps = {
             "video_latents": (_stamp(files.video_path), section.vae_tiling),
             "audio_latents": (_stamp(files.audio_path),),
@@ -132,9 +135,11 @@ class MediaDataset:
         alike, position = self._alike[self._keys[index]], self._positions[index]
         attempts = min(len(alike), _MAX_ATTEMPTS)
         for attempt in range(attempts):
+            # The next of its shape, not a random one: ranks and resumed runs choose the same.
             candidate = alike[(position + attempt) % len(alike)]
             try:
                 return self._load(candidate)
+            # Only errors of the clip's own files: one of the encoder (out of memory, a bug) would hit every clip.
             except MediaError as error:
                 logger.warning("%s: skipped, another clip of its shape replaces it: %s", self.name(candidate), error)
         raise ValueError(
@@ -148,6 +153,7 @@ class MediaDataset:
 
     def _load(self, index: int) -> Sample:
         sample = {key: self._fields(index, key) for key in self.sources.values()}
+        # The batch was planned from headers; another shape would fail later, in `stack`, without a file name.
         if (found := shape_key_of(sample)) != self._keys[index]:
             changed = sorted({source for source, _, _ in set(found) ^ set(self._keys[index])})
             raise ValueError(
@@ -172,6 +178,7 @@ class MediaDataset:
             logger.warning(
                 "%s: cannot be written (%s); continuing without a cache", self._section.cache_dir, error.strerror
             )
+            # A full cache disk slows training down but does not end it.
             self._cache = None
         return check_fields(usable.row.media, fields, _KINDS[key])
 
@@ -204,6 +211,7 @@ class MediaDataset:
             inputs = (self._caption(row),)
         else:
             path = row.audio or row.media if key == "audio_latents" else row.media
+            # Path, size and time instead of a hash of the content, which would read every video in full.
             inputs = (str(path.resolve()), _stamp(path), str(clip.bucket), str(clip.fps), usable.has_audio)
         return hashlib.sha256(repr((key, inputs, self._model_stamps[key])).encode()).hexdigest()
 
@@ -279,6 +287,7 @@ def _with_media_error(path: Path, read: Callable[[], T]) -> T:
 def _read_headers(table: Path, paths: Sequence[Path]) -> dict[Path, VideoInfo | MediaError]:
     """Reads the header of each file, or the reason why it has none; indexed next to the table."""
     index_path = table.with_name(f".{table.name}.headers.json")
+    # Probing every file of a large dataset takes far longer than reading one index.
     known = read_index(index_path, _header_from_json)
 
     def read(path: Path) -> tuple[tuple[str, str] | None, VideoInfo | MediaError]:
@@ -292,9 +301,11 @@ def _read_headers(table: Path, paths: Sequence[Path]) -> dict[Path, VideoInfo | 
         except OSError as error:
             return None, MediaError(path, str(error))
 
+    # Threads: opening files on network storage is mostly waiting.
     with ThreadPoolExecutor(max_workers=READER_THREADS) as pool:
         found = list(pool.map(read, paths))
     entries = {entry: header for entry, header in found if entry is not None}
+    # Only if something is new: ranks and jobs that share the table then do not rewrite the index at every start.
     if entries.keys() - known.keys():
         write_index(index_path, {entry: _header_to_json(header) for entry, header in entries.items()})
     return {path: header for path, (_, header) in zip(paths, found, strict=True)}

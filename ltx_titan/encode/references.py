@@ -96,9 +96,11 @@ def plan_reference(path: Path, target: Clip, rules: ClipRules, scale: ReferenceS
     width, height = target.bucket.width // scale.space, target.bucket.height // scale.space
     if is_image(path):
         still = Clip(Bucket(width, height, 1), IMAGE_FPS)
+        # An image has no frames to drop, whatever the temporal factor.
         return ReferencePlan(still, still)
     info = probe_video(path)
     frames, needed = frames_at_rate(info, rules.fps), target.bucket.frames
+    # Not repeated or padded: reference and target must show the same moments.
     if frames < needed:
         raise MediaError(path, f"has {frames} frames, its video's clip {needed}; use a longer one")
     fps = rules.fps or info.fps
@@ -122,6 +124,8 @@ def decode_reference(path: Path, target: Clip, rules: ClipRules, scale: Referenc
     plan = plan_reference(path, target, rules, scale)
     pixels = read_pixels(path, plan.decoded, rules, key)
     if scale.time > 1:
+        # Frame 0 is a latent frame of its own in target and reference; the frames after it are subsampled, whole latent
+        # frames of the target at a time.
         pixels = torch.cat([pixels[:, :1], pixels[:, 1 :: scale.time]], dim=1)
     # Rates of stored targets are floats, hence the tolerance.
     has_other_rate = plan.decoded.bucket.frames > 1 and abs(float(plan.decoded.fps - target.fps)) > 1e-3

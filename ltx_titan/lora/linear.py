@@ -51,12 +51,12 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight; code written for a plain linear layer reads its dtype here."""
+        """The frozen weight [out, in]; code written for a plain linear layer reads its dtype here."""
         return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The frozen bias."""
+        """The frozen bias [out], or None."""
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def init_base_(model: nn.Module, seed: int) -> None:
     for name, layer in quantized_layers(model).items():
         # Drawn at full size and quantized, as a checkpoint's weights are, one layer at a time.
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device=local(layer.qdata).device)
+        # Not `hash`, which Python salts per process: ranks would draw different weights.
         init_random_(linear, seed + zlib.crc32(name.encode()))
         weight = linear.weight.detach()
         _fill(layer, lambda rows, _, form=layer.form, weight=weight: quantize_rows(weight[rows], form))

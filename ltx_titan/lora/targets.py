@@ -35,7 +35,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "audio_ffn": _AUDIO_FFN,
     "audio_to_video": _within(("audio_to_video_attn",), _PROJECTIONS),
     "video_to_audio": _VIDEO_TO_AUDIO,
-    # One per training mode.
+    # One per training mode. Projections without a module match all six attentions of a block.
     "t2v": _PROJECTIONS,
     "i2v": _PROJECTIONS,
     "a2v": _PROJECTIONS,

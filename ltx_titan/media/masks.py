@@ -44,6 +44,7 @@ def read_video_mask(
         MediaError: the file cannot be read or is shorter than the clip.
     """
     if is_image(path):
+        # A view: one image serves all frames without copies.
         mask = _gray(fit_frames(read_image(path), width, height, anchor)).expand(frames, -1, -1)
     else:
         decoded = [_gray(frame) for frame in islice(iter_fitted(path, width, height, fps, anchor), frames)]
@@ -51,10 +52,13 @@ def read_video_mask(
             raise MediaError(path, f"has {len(decoded)} frames, its clip {frames}; use a longer mask or an image")
         mask = torch.cat(decoded)
     time, down, right = scale_factors
+    # [F, H, W] -> [F, H', W'].
     cells = F.avg_pool2d(mask[:, None], (down, right))[:, 0]
+    # The first latent frame of the causal codec covers one pixel frame, so it is a group of its own.
     groups = [cells[:1]]
     if frames > 1:
         groups += cells[1:].split(time)
+    # Maximum over time: content that appears in any frame of a latent frame is within that latent.
     return torch.stack([group.amax(0) for group in groups]) > 0.5
 
 
@@ -74,11 +78,13 @@ def read_audio_mask(path: str | Path, steps: int) -> Tensor:
         if audio is None:
             raise MediaError(path, "has no audio track")
         values = audio.waveform.abs().mean(0)
+    # Nearest rather than linear: a mask must stay a mask.
     return F.interpolate(values[None, None], steps, mode="nearest")[0, 0] > 0.5
 
 
 def _load_tensor(path: str | Path) -> Tensor:
     try:
+        # Masks come from other people's tools: a plain pickle could run code.
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise MediaError(path, "no such file") from error

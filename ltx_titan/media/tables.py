@@ -118,11 +118,13 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes a table atomically in the format of its suffix. Rows may lack columns."""
     if path.suffix.lower() == ".csv":
         buffer = io.StringIO(newline="")
+        # The union of all rows' columns, in order of appearance: writers may add a column to some rows only.
         writer = csv.DictWriter(buffer, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
         writer.writerows(rows)
         text = buffer.getvalue()
     elif path.suffix.lower() == ".json":
+        # Captions in any script stay readable.
         text = json.dumps(list(rows), ensure_ascii=False, indent=2) + "\n"
     else:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -132,17 +134,20 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def media_of_row(row: Mapping[str, Any], table: Path) -> Path | None:
     """The main file of a row: its video, or its audio without one; None for a row with neither."""
     value = next((row[column] for column in MEDIA_COLUMNS if row.get(column)), None)
+    # An absolute path replaces the folder, so both kinds may be mixed.
     return None if value is None else table.parent / str(value)
 
 
 def relative_name(path: Path, base: Path) -> str:
     """The name of a file in a table of folder `base`: relative if the file is below it, else the absolute path."""
+    # Not `resolve`: a symbolic link into the folder is named as the user sees it.
     path, base = Path(os.path.abspath(path)), Path(os.path.abspath(base))
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
 
 
 def moved_row(row: Mapping[str, Any], old: Path, new: Path) -> Row:
     """A row of a table in folder `old` for a table in folder `new`: its paths are relative to the latter."""
+    # Unchanged, so that a table that is written back keeps its paths as the user wrote them.
     if old.resolve() == new.resolve():
         return dict(row)
     return {
@@ -186,6 +191,7 @@ def read_sample_table(
     rows = read_table(path)
     if not rows:
         raise ValueError(f"{path}: has no rows")
+    # Over all rows: JSON rows may have columns that the first one lacks.
     columns = list(dict.fromkeys(column for row in rows for column in row))
     video_column = _choose_column(path, columns, video_column, VIDEO_COLUMNS, "--video-column")
     caption_column = _choose_column(path, columns, caption_column, ("caption",), "--caption-column")
@@ -260,6 +266,7 @@ def _choose_column(
             raise ValueError(f"{path}: has no column {wanted!r}, which {option} names (columns: {list(columns)})")
         return wanted
     found = [column for column in known if column in columns]
+    # Choosing silently could train on the wrong file of each row.
     if len(found) > 1:
         raise ValueError(f"{path}: has the columns {found}, which mean the same; choose one with {option}")
     return found[0] if found else None

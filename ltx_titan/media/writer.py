@@ -55,8 +55,11 @@ def video_writer(
         raise MediaError(path, f"frames of {width}x{height} cannot be written as H.264, width and height must be even")
     with (
         atomic_write(path) as temporary,
+        # The format is named, because the temporary file's suffix is not .mp4. `faststart` puts the index first, so
+        # that browsers play the file while it loads.
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
+        # A float such as 23.976 would become a fraction with a huge denominator, which mp4's time base cannot hold.
         rate = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(100_000)
         video = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
@@ -71,8 +74,10 @@ def video_writer(
             container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
 
         yield write_frame
+        # Without a frame, `encode` flushes those that the encoder still holds.
         container.mux(video.encode())
         if audio_stream is not None:
+            # Last and in one call: the track is passed in full, while frames arrive one by one.
             samples = np.ascontiguousarray(audio.detach().float().clamp(-1, 1).cpu().numpy())
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
             frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
@@ -112,11 +117,13 @@ def write_wav(path: str | Path, audio: Audio) -> None:
 
 def encode_wav(file: BinaryIO, audio: Audio) -> None:
     """Writes 16-bit WAV bytes to a file object that is open for writing, such as `io.BytesIO()`."""
+    # 32767 for both signs: 32768 would overflow at +1.
     samples = (audio.waveform.detach().float().cpu().clamp(-1, 1) * 32767).round().to(torch.int16)
     with wave.open(file, "wb") as writer:
         writer.setnchannels(samples.shape[0])
         writer.setsampwidth(2)
         writer.setframerate(audio.sample_rate)
+        # [channels, N] -> [N, channels]: WAV interleaves the channels.
         writer.writeframes(samples.T.contiguous().numpy().tobytes())
 
 
@@ -152,6 +159,7 @@ def cut_windows(source: str | Path, folder: str | Path, window: int, count: int,
     info = probe_video(source)
     if info.frames < window:
         raise MediaError(source, f"has {info.frames} frames, a window needs {window}")
+    # Decoded once for all windows, which may overlap.
     pixels = to_uint8(read_clip(source, info.frames, width, height))
     audio = read_audio(source)
     paths = []
@@ -161,7 +169,9 @@ def cut_windows(source: str | Path, folder: str | Path, window: int, count: int,
         if audio is None:
             write_video(path, frames, info.fps)
         else:
+            # `info.fps` is a fraction: late windows stay in time with their audio.
             rest = to_stereo(audio.waveform)[:, round(start / info.fps * audio.sample_rate) :]
+            # Audio tracks often end before the video; the last window is then padded with silence.
             part = to_duration(Audio(rest, audio.sample_rate), float(window / info.fps))
             write_video(path, frames, info.fps, part.waveform, part.sample_rate)
         paths.append(path)

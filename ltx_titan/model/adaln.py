@@ -21,6 +21,8 @@ def sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
     Computed in float32, result in `dtype`.
     """
     half = _SINUSOID_WIDTH // 2
+    # The divisor is `half`, not half - 1 as in some diffusion codebases, and cosines come first: both as the
+    # checkpoints were trained.
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     # float32 even in a bfloat16 model: scaled timesteps reach 1000, where bfloat16 has a step of 4.
     phases = t.float()[..., None] * frequencies
@@ -70,6 +72,7 @@ class AdaLayerNormSingle(nn.Module):
             Modulation [B, K, rows, D], and the timestep embedding that it is computed from [B, K, D].
         """
         embedded = self.emb(t)
+        # [B, K, rows * D] -> [B, K, rows, D]. The output head reads the embedding itself, not a row of the modulation.
         return self.linear(F.silu(embedded)).unflatten(-1, (self.rows, -1)), embedded
 
 

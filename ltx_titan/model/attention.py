@@ -64,6 +64,8 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(query_dim, inner)
         self.to_k = nn.Linear(context_dim, inner)
         self.to_v = nn.Linear(context_dim, inner)
+        # Over all heads at once, not per head. Under tensor parallelism the mean square therefore needs a sum over
+        # ranks, see `share`.
         self.q_norm = nn.RMSNorm(inner, eps=eps)
         self.k_norm = nn.RMSNorm(inner, eps=eps)
         self.to_gate_logits = nn.Linear(query_dim, heads) if gated else None
@@ -110,13 +112,18 @@ class Attention(nn.Module):
         )
         # -1: under tensor parallelism a rank has only its share of the heads.
         v = self.to_v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        # The scale 1 / sqrt(head_dim) is torch's default: `head_dim` is the last dim of `q`.
         out_BHSK = self.softmax(q, k, v, mask)
         if keep is not None:
             keep = keep[..., None]
+            # Guidance (STG) removes only the mixing of tokens: gate, output projection and AdaLN gate still act on the
+            # values. Skipping the whole attention would be another, stronger perturbation.
             out_BHSK = out_BHSK * keep + v * (1 - keep)
+        # [B, H, S, K] -> [B, S, H, K]: the gates are [B, S, H], and the heads are merged below.
         out_BSHK = out_BHSK.transpose(1, 2)
         if self.to_gate_logits is not None:
             # The factor 2 makes a gate of logit 0 neutral.
+            # From the modulated queries' input `x`, not from the attention's output.
             out_BSHK = out_BSHK * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
         return self.to_out[0](out_BSHK.flatten(2))
 
@@ -138,6 +145,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, bias: bool) -> None:
         super().__init__()
         inner = 4 * width
+        # A list with an `Identity` in the middle, so that the second projection gets the checkpoint's name `net.2`.
         self.net = nn.ModuleList([_Gelu(width, inner, bias), nn.Identity(), nn.Linear(inner, width, bias=bias)])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ class AVTransformerBlock(nn.Module):
 
         video, audio = config.video, config.audio
         if has_video:
+            # No prefix for video: these names date from the video-only LTX-Video.
             self.attn1 = attention(video, video.width, video.head_dim)
             self.attn2 = attention(video, video.context_dim, video.head_dim)
             self.ff = FeedForward(video.width, video.ff_bias)
@@ -106,6 +107,7 @@ class AVTransformerBlock(nn.Module):
             # Both directions have the audio's head width, the smaller of the two.
             self.audio_to_video_attn = attention(video, audio.width, audio.head_dim)
             self.video_to_audio_attn = attention(audio, video.width, audio.head_dim)
+            # Four rows of scale and shift, two per direction, and the gate.
             self.scale_shift_table_a2v_ca_video = nn.Parameter(torch.empty(5, video.width))
             self.scale_shift_table_a2v_ca_audio = nn.Parameter(torch.empty(5, audio.width))
 
@@ -146,6 +148,7 @@ class AVTransformerBlock(nn.Module):
             audio, audio_update = self._attend(
                 audio, audio_rows, audio_inputs, self.audio_attn1, self.audio_attn2, prompt_table, keep.audio_self
             )
+        # Also for a disabled stream: it is not updated, but the other stream still reads it as keys and values.
         if video is not None and audio is not None:
             video, audio, video_update, audio_update = self._cross_attend(
                 video, audio, video_update, audio_update, video_inputs, audio_inputs, keep, video_enabled, audio_enabled
@@ -179,6 +182,7 @@ class AVTransformerBlock(nn.Module):
         Returns:
             The tokens, and the text attention's update of them.
         """
+        # rows[1] before rows[0]: operators take (scale, shift), the checkpoint's tables store shift first.
         h = self.operators.norm_modulate(x, rows[1], rows[0], inputs.index, self.eps)
         h = self_attention(h, q_rotation=inputs.rotation, k_rotation=inputs.rotation, mask=inputs.self_mask, keep=keep)
         update = Update(h, rows[2])
@@ -190,6 +194,7 @@ class AVTransformerBlock(nn.Module):
         prompt = prompt_table[None, None]
         if inputs.prompt_modulation is not None:
             prompt = prompt + inputs.prompt_modulation
+        # Recomputed in every block, because each has its own table; the text is short compared with the video.
         text = modulate(inputs.text, Row(prompt[:, :, 1]), Row(prompt[:, :, 0]), None)
         x, (h,) = self._add_and_norm(x, update, ((rows[7], rows[6]),), inputs.index)
         return x, Update(text_attention(h, text, mask=inputs.text_mask), rows[8])
@@ -211,6 +216,8 @@ class AVTransformerBlock(nn.Module):
         Rows of its two tables: scale, shift for audio-to-video, then for video-to-audio, then the gate. Scale comes
         before shift, unlike in all other tables.
         """
+        # The gates (row 4) follow another sigma than scale and shift: the other stream's, one per sample instead of one
+        # per token.
         video_rows = rows_of(self.scale_shift_table_a2v_ca_video[:4], video_inputs.cross_modulation)
         audio_rows = rows_of(self.scale_shift_table_a2v_ca_audio[:4], audio_inputs.cross_modulation)
         # Each stream is normed once per direction that runs: as queries of its own and as keys of the other one.
@@ -232,6 +239,8 @@ class AVTransformerBlock(nn.Module):
             gate = self.scale_shift_table_a2v_ca_video[4] + video_inputs.cross_gate[:, :, 0]
             video_update = _masked_update(to_video, gate, keep.audio_to_video)
         if audio_enabled:
+            # [-1], not [1]: with a disabled video stream the audio-to-video direction is skipped and the list has one
+            # entry.
             to_audio = self.video_to_audio_attn(audio_h[-1], video_h[-1], q_rotation=a_rotation, k_rotation=v_rotation)
             gate = self.scale_shift_table_a2v_ca_audio[4] + audio_inputs.cross_gate[:, :, 0]
             audio_update = _masked_update(to_audio, gate, keep.video_to_audio)
@@ -241,6 +250,8 @@ class AVTransformerBlock(nn.Module):
         self, x: Tensor, update: Update, rows: tuple[Row, ...], index: Tensor | None, feed_forward: FeedForward
     ) -> Tensor:
         x, (h,) = self._add_and_norm(x, update, ((rows[4], rows[3]),), index)
+        # Added here and not carried into the next block: full checkpointing saves a block's inputs, which a pending
+        # update would double.
         return self.operators.gated_residual(x, feed_forward(h), rows[5], index)
 
     def _add_and_norm(

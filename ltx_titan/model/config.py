@@ -146,11 +146,14 @@ class TransformerConfig:
             norm_eps=config.get("norm_eps", 1e-6),
             rope_theta=config.get("positional_embedding_theta", 10000.0),
             rope_interleaved=rope_type == "interleaved",
+            # Only this exact string selects the float64 grid, as in the reference; any other value means float32.
             rope_double_precision=config.get("frequencies_precision") == "float64",
             timestep_scale=config.get("timestep_scale_multiplier", 1000),
+            # Released files have 1000; 1 is what the reference assumes if the key is absent.
             cross_gate_timestep_scale=config.get("av_ca_timestep_scale_multiplier", 1),
             gated_attention=config.get("apply_gated_attention", False),
             text_modulation=config.get("cross_attention_adaln", False),
+            # 2.3 files do not have this key and yet have the module.
             prompt_adaln=config.get("use_prompt_adaln_single", True),
             keyframe_embedding=config.get("use_keyframes_abs_pos_embedding", False),
         )

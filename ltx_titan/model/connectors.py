@@ -25,6 +25,7 @@ class _ConnectorBlock(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
         """[B, S, width] -> [B, S, width]."""
+        # Pre-norm without modulation: text has no timestep.
         x = x + self.attn1(rms_norm(x, _EPS), q_rotation=rotation, k_rotation=rotation, mask=mask)
         return x + self.ff(rms_norm(x, _EPS))
 
@@ -87,6 +88,7 @@ class TextConnector(nn.Module):
         if self.learnable_registers is not None:
             x, mask = self._fill_with_registers(x, mask), torch.ones_like(mask)
         else:
+            # [B, S] -> [B, 1, 1, S].
             additive = ((mask.to(x.dtype) - 1) * torch.finfo(x.dtype).max)[:, None, None, :]
         rotation = self._rotation(x)
         for block in self.transformer_1d_blocks:
@@ -111,6 +113,7 @@ class TextConnector(nn.Module):
     @torch.compiler.disable
     def _rotation(self, x: Tensor) -> Rotation:
         batch, tokens, _ = x.shape
+        # Plain indices, not interval midpoints as for video and audio tokens.
         indices = torch.arange(tokens, device=x.device)
         tables = rotary_tables(
             (indices.float(),),
@@ -146,6 +149,8 @@ class TextConnectors(nn.Module):
         transformer = TransformerConfig.from_metadata(t)
         shared = {
             "positional_embedding_theta": transformer.rope_theta,
+            # Released files have 4096. With the reference's default of 1 all phases are off by that factor, and nothing
+            # fails.
             "positional_embedding_max_pos": tuple(t.get("connector_positional_embedding_max_pos", (1,))),
             "num_learnable_registers": t.get("connector_num_learnable_registers", 128),
             "rope_type": "interleaved" if transformer.rope_interleaved else "split",
@@ -174,6 +179,7 @@ class TextConnectors(nn.Module):
         Returns:
             Video context, audio context, and the mask of both [B, S].
         """
+        # Both connectors reorder by the same mask, so one returned mask serves both streams.
         video, mask = self.video_embeddings_connector(video_features, attention_mask)
         audio, _ = self.audio_embeddings_connector(audio_features, attention_mask)
         return video, audio, mask

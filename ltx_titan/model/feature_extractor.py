@@ -41,6 +41,7 @@ class FeatureExtractor(nn.Module):
         streams = TransformerConfig.from_metadata(transformer)
         return cls(
             hidden_size=text_encoder["hidden_size"],
+            # The token embeddings count as the first state.
             num_states=text_encoder["num_hidden_layers"] + 1,
             video_dim=streams.video.context_dim,
             audio_dim=streams.audio.context_dim,
@@ -61,9 +62,12 @@ class FeatureExtractor(nn.Module):
         if not self.per_stream:
             features = self.aggregate_embed(_scale_by_range(hidden_states, valid).flatten(2))
             return features, features
+        # Over channels (dim 2): each token of each layer has its own statistic, so padding cannot change it.
         normed = hidden_states * torch.rsqrt(hidden_states.square().mean(dim=2, keepdim=True) + _EPS)
+        # [B, S, D, L] -> [B, S, D * L].
         flat = torch.where(valid, normed, 0).flatten(2)
         video, audio = self.video_aggregate_embed, self.audio_aggregate_embed
+        # On the input rather than the result, because the projections have a bias; the factor is the reference's.
         return (
             video(flat * sqrt(video.out_features / self.hidden_size)),
             audio(flat * sqrt(audio.out_features / self.hidden_size)),

@@ -74,6 +74,7 @@ def layer_flops(
             weights_times_tokens += video_tokens * audio.heads * v + audio_tokens * audio.heads * a
         # Both directions.
         scores_times_width += 2 * video_tokens * audio_tokens * a
+    # Attention scores have no weights, so LoRA saves nothing of the 12.
     return Flops((6 if trained == "full" else 4) * weights_times_tokens, 12 * scores_times_width)
 
 

@@ -26,11 +26,15 @@ def init_random_(module: nn.Module, seed: int) -> None:
     """
     for name, parameter in module.named_parameters():
         shard = local(parameter)
+        # Keyed by the name without wrappers: compiled, checkpointed and LoRA-wrapped modules get the weights of the
+        # plain one.
         generator = torch.Generator(shard.device).manual_seed(seed_of(f"{seed}/{without_wrappers(name)}"))
         full = _draw(name, parameter.shape, shard.device, generator)
         if isinstance(parameter, DTensor):
             # Every rank drew the same tensor, so there is nothing to broadcast.
             full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        # `copy_` casts: drawn in float32 for any dtype of the parameter, so a bfloat16 model is the rounded float32
+        # one.
         shard.copy_(full)
 
 

@@ -89,6 +89,7 @@ def for_rotation(operators: Operators, interleaved: bool) -> Operators:
     """The same operators, with plain PyTorch rotation if the checkpoint rotates adjacent channels (old LTX-2)."""
     if not interleaved:
         return operators
+    # All released checkpoints use the split layout, the only one that the kernel implements.
     return replace(operators, qk_norm_rope=TORCH.qk_norm_rope, rotation=TORCH.rotation)
 
 

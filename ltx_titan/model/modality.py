@@ -94,6 +94,7 @@ class Modality:
         assert fractions.ndim == 1, f"fractions {list(fractions.shape)}"
         assert index.shape == (batch, tokens), f"index {list(index.shape)} of latent {list(latent.shape)}"
         assert sigma.dtype == fractions.dtype == torch.float32, f"sigma {sigma.dtype}, fractions {fractions.dtype}"
+        # [B, 1] * [K] -> [B, K].
         values = sigma[:, None] * fractions
         return cls(
             latent=latent,

@@ -79,12 +79,14 @@ class Operators:
 
 
 def rows_of(table_RD: Tensor, embedding_BKRD: Tensor) -> tuple[Row, ...]:
-    """Splits a table and the timestep embeddings added to it into R AdaLN parameters."""
+    """Splits a table [R, D] and the timestep embeddings added to it [B, K, R, D] into R AdaLN parameters."""
+    # Table and embedding stay apart: the fused kernels add them in registers, one launch less per row and block.
     return tuple(Row(e, t) for t, e in zip(table_RD.unbind(0), embedding_BKRD.unbind(2), strict=True))
 
 
 def norm_modulate(x_BSD: Tensor, scale: Row, shift: Row, index_BS: Tensor | None, eps: float) -> Tensor:
-    """RMS norm without weight, then AdaLN modulation."""
+    """RMS norm without weight, then AdaLN modulation: [B, S, D] in the dtype of `x_BSD`."""
+    # Upcast before the norm: a norm in bfloat16 would round once more before the modulation.
     return modulate(rms_norm(upcast(x_BSD), eps), scale, shift, index_BS).to(x_BSD.dtype)
 
 
@@ -108,6 +110,7 @@ def gated_residual_norm(
     Returns:
         The new tokens, then one normed and modulated [B, S, D] per modulation.
     """
+    # The norm reads the sum rounded to the stream's dtype, the same tokens that every later sub-layer reads.
     x_BSD = gated_residual(x_BSD, y_BSD, gate, index_BS)
     return (x_BSD, *norm_modulate_each(norm_modulate, x_BSD, modulations, index_BS, eps))
 
@@ -119,7 +122,7 @@ def norm_modulate_each(
     index_BS: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    """Norm, then modulation by each of several scale and shift pairs; `one` implements `norm_modulate`."""
+    """Norm, then modulation by each scale and shift pair, one [B, S, D] per pair; `one` implements `norm_modulate`."""
     return [rms_norm(x_BSD, eps) if m is None else one(x_BSD, *m, index_BS, eps) for m in modulations]
 
 
@@ -150,6 +153,7 @@ def qk_norm_rope(
     Returns:
         Queries [B, H, S, head_dim] and keys [B, H, T, head_dim].
     """
+    # Norm before the split (full width), rotation after it (each head has its own frequencies).
     q_BHSK = rotate_heads(norm_heads(q_BSD, q_weight_D, head_dim, eps, share), q_rotation, share, interleaved)
     k_BHTK = rotate_heads(norm_heads(k_BTD, k_weight_D, head_dim, eps, share), k_rotation, share, interleaved)
     return q_BHSK, k_BHTK

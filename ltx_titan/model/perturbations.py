@@ -73,4 +73,5 @@ class Perturbations:
         # No mask instead of one of ones: unperturbed blocks keep the graph they were compiled for.
         if not any(skipped):
             return None
+        # A mask instead of dropping samples from the batch: perturbed and plain passes share one forward.
         return torch.tensor([0.0 if skip else 1.0 for skip in skipped], device=device, dtype=dtype)[:, None, None]

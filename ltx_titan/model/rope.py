@@ -72,6 +72,7 @@ class RotaryTables:
             starts.append(starts[-1] + table.shape[0])
         # Indices count within an axis, rows within the concatenated table.
         offsets = torch.tensor(starts, device=self.index.device)[:, None]
+        # cos and sin of a frequency side by side: a kernel fetches both with one load.
         table = torch.stack([torch.cat(self.cos), torch.cat(self.sin)], dim=-1)
         return PackedRotation(table, (self.index + offsets).int().contiguous())
 
@@ -80,6 +81,7 @@ class RotaryTables:
         by_axis = torch.stack([table[self.index[:, axis]] for axis, table in enumerate(tables)], dim=-1)
         # [B, S, n, axes] -> [B, S, n * axes]: the axis is innermost.
         packed = by_axis.flatten(-2)
+        # Padding comes first, so it is in head 0. cos = 1 and sin = 0 leave these channels as they are.
         front = packed.new_full((batch, tokens, self.width // 2 - packed.shape[-1]), padding)
         return torch.cat([front, packed], dim=-1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
@@ -93,6 +95,8 @@ def frequency_grid(theta: float, count: int, double_precision: bool) -> Tensor:
         count: number of frequencies.
         double_precision: compute in float64 and round once; otherwise compute in float32 (differs by up to 4e-7).
     """
+    # On the CPU and cached: `linspace` and `pow` may round differently on a GPU, and the grid is the same for all
+    # batches.
     exponents = torch.linspace(0.0, 1.0, count, dtype=torch.float64 if double_precision else torch.float32)
     return (theta**exponents * (pi / 2)).float()
 
@@ -144,6 +148,7 @@ def rotary_tables(
     for coordinates, max_position in zip(values, max_positions, strict=True):
         # Divide by a tensor: a division by a Python number may become a multiplication by its rounded reciprocal.
         fraction = coordinates / torch.tensor(max_position, dtype=torch.float32, device=coordinates.device)
+        # [N_axis, 1] * [n] -> [N_axis, n].
         phase = (fraction * 2 - 1)[:, None] * grid
         cos.append(phase.cos())
         sin.append(phase.sin())

@@ -76,6 +76,8 @@ class LTXTransformer(nn.Module):
         self.modalities = modalities
         self.operators = for_rotation(operators, config.rope_interleaved)
         has_video, has_audio = modalities != "audio", modalities != "video"
+        # LTX-2 does not modulate its text at all; without prompt AdaLN only the blocks' tables do, the same at every
+        # sigma.
         has_prompt_adaln = config.text_modulation and config.prompt_adaln
         video, audio = config.video, config.audio
         if has_video:
@@ -101,6 +103,7 @@ class LTXTransformer(nn.Module):
         if has_video and has_audio:
             self.av_ca_video_scale_shift_adaln_single = AdaLayerNormSingle(video.width, 4)
             self.av_ca_audio_scale_shift_adaln_single = AdaLayerNormSingle(audio.width, 4)
+            # A gate is as wide as the stream that it writes into.
             self.av_ca_a2v_gate_adaln_single = AdaLayerNormSingle(video.width, 1)
             self.av_ca_v2a_gate_adaln_single = AdaLayerNormSingle(audio.width, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -230,6 +233,7 @@ class LTXTransformer(nn.Module):
         # Text modulation follows the sample's sigma, also for clean tokens with timestep 0.
         prompt_modulation = None
         if ends.prompt_adaln is not None:
+            # [B, 1]: one "distinct timestep" per sample, so the module is the same as for tokens.
             prompt_modulation, _ = ends.prompt_adaln(own.sigma[:, None] * config.timestep_scale)
 
         text = own.context.to(dtype)
@@ -265,6 +269,7 @@ class LTXTransformer(nn.Module):
         # Disabled for torch.compile: a rewritten division moves cos by 2e-3, see rope.py.
         values, index = own.coordinate_values, own.coordinate_index
         if values is None:
+            # Positions never reach the dtype of the model: bfloat16 coordinates would make phases meaningless.
             values, index = distinct_coordinates(midpoints(own.positions.float()))
         config = self.config
         settings = {"heads": stream.heads, "theta": config.rope_theta, "double_precision": config.rope_double_precision}

@@ -22,6 +22,7 @@ example:
 """
 
 CLIP_NAME = "big_buck_bunny_5s.mp4"
+# One second at the clip's rate, and 1 + a multiple of 8 frames, as the codec needs.
 _FRAMES, _WIDTH, _HEIGHT = 25, 384, 216
 
 _SETTING = (
@@ -63,6 +64,7 @@ def make_debug_dataset(folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     assets = resources.files("ltx_titan") / "assets"
+    # `as_file`: the package may be installed as a zip.
     with resources.as_file(assets / CLIP_NAME) as clip:
         paths = cut_windows(clip, folder, _FRAMES, len(_ACTIONS), _WIDTH, _HEIGHT)
     rows = [

@@ -120,6 +120,7 @@ def _video_vae_tensors(seed: int) -> dict[str, Tensor]:
     }
     with torch.no_grad():
         latents = torch.cat([vae.encode(clip[None]).latent_dist.mode() for clip in _synthetic_clips(generator)])
+    # [clips, C, F, H, W] -> [C, clips * F * H * W].
     return tensors | _statistics("vae.", latents.transpose(0, 1).flatten(1))
 
 
@@ -149,6 +150,7 @@ def _vocoder_tensors(seed: int) -> dict[str, Tensor]:
         model.bwe_generator.conv_out.weight *= 0.02
     stft = model.mel_stft.stft_fn
     stft.forward_basis.copy_(_causal_stft_basis(stft.window_length))
+    # Never used by the vocoder, but the file must hold all of its buffers.
     stft.inverse_basis.copy_(stft.forward_basis / stft.window_length)
     bwe = section["bwe"]
     filters = slaney_filters(bwe["n_fft"], bwe["num_mels"], bwe["input_sampling_rate"], 0.0, 8000.0)
@@ -187,7 +189,9 @@ def _synthetic_clips(generator: torch.Generator, clips: int = 8, frames: int = 1
     cells = 1
     while cells <= size:
         noise = torch.randn(clips, 3, 3, cells, cells, generator=generator)
+        # [clips, 3, 3, cells, cells]: three key frames, so the clouds drift over time.
         cloud = F.interpolate(noise, (frames, size, size), mode="trilinear", align_corners=True)
+        # Amplitude falls with frequency, as in photographs: white noise would give the encoder's statistics of noise.
         total += cloud / math.sqrt(cells)
         cells *= 2
     return (0.4 * total).clamp(-1, 1)
@@ -201,11 +205,14 @@ def _synthetic_audio(generator: torch.Generator, sample_rate: int, clips: int = 
         for _ in range(6):
             hertz, phase, rate, pan = torch.rand(4, generator=generator).tolist()
             envelope = torch.sin(math.pi * (0.3 + 1.5 * rate) * time + 6.3 * phase).clamp(min=0) ** 2
+            # 80 Hz to 4 kHz, evenly in the logarithm.
             tone = torch.sin(2 * math.pi * 80 * 50**hertz * time) * envelope
             audio += 0.2 * tone * torch.tensor([[pan], [1 - pan]])
         noise = torch.randn(2, len(time), generator=generator).cumsum(-1)
+        # Brown noise without its slow drift, which would be a constant offset.
         noise = noise - F.avg_pool1d(noise[None], 255, 1, 127)[0]
         audio += 0.01 * noise
+        # Down to -40 dB.
         audio *= 10 ** (-2 * torch.rand(1, generator=generator))
     return result
 
@@ -240,6 +247,7 @@ def _write_text_encoder(folder: Path, seed: int) -> None:
             parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
 
     config.architectures = [type(model).__name__]
+    # In the same file system, so that the finished folder can be renamed into place.
     with TemporaryDirectory(dir=folder.parent) as parent:
         temporary = Path(parent) / folder.name
         config.save_pretrained(temporary)

@@ -61,7 +61,11 @@ class CheckpointOptions:
 
 
 def run(options: CheckpointOptions) -> int:
-    """Runs the command; returns the exit status."""
+    """Runs the command; returns the exit status.
+
+    Raises:
+        ValueError: `--num-layers` is less than 1, or as `make_checkpoint`.
+    """
     if options.num_layers is not None and options.num_layers < 1:
         raise ValueError(f"--num-layers: expected at least 1, found {options.num_layers}.")
     size = make_checkpoint(
@@ -96,6 +100,7 @@ def make_checkpoint(
     config = released_config(shape)
     if num_layers is not None:
         config["transformer"]["num_layers"] = num_layers
+    # Drawn once: 19 billion normal numbers would take longer than writing them.
     bank = torch.randn(_BANK, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     tensors = [
         ExportTensor(key, dims, torch.bfloat16, partial(_cut, bank, key, dims))
@@ -124,21 +129,25 @@ def _official_shapes(config: dict[str, Any], connectors: bool) -> Iterator[tuple
 
 def _cut(bank: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     mean, std = initial_spread(name, shape)
+    # Norm weights and biases are constants, as at the start of training.
     if std == 0:
         return torch.full(shape, mean, dtype=torch.bfloat16)
     count = math.prod(shape)
+    # Not `hash`, which Python salts per process.
     start = int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) % _BANK
     tensor = torch.empty(count, dtype=torch.bfloat16)
     filled = 0
     while filled < count:
         piece = bank[start : start + count - filled]
         torch.mul(piece, std, out=tensor[filled : filled + len(piece)])
+        # The bank repeats from its start.
         filled, start = filled + len(piece), 0
     return tensor.view(shape)
 
 
 def _reporting(tensor: ExportTensor, progress: Progress, task: int) -> ExportTensor:
     def read() -> Tensor:
+        # Read when it is written, so that memory holds one tensor.
         value = tensor.source()
         progress.advance(task, value.nbytes)
         return value

@@ -77,12 +77,14 @@ class SyntheticDataset:
         self._latent_sizes = ((num_frames - 1) // time + 1, height // rows, width // columns)
         self._fps = float(fps)
         self._duration = num_frames / fps
+        # The count that preparation stores, so that shapes equal those of real data.
         self._audio_steps = max(round(AUDIO_STEPS_PER_SECOND * self._duration), 1)
         self._num_samples = num_samples
         self._text_tokens = text_tokens
         self._text_dims = {"video": video_text_dim, "audio": audio_text_dim}
         self._contexts = contexts
         self._seed = seed
+        # From a real sample rather than computed here, so that shape and values cannot disagree.
         self._key = shape_key_of(self.load(0))
         self.fingerprint = hashlib.sha256(repr((self._key, num_samples, seed, "synthetic")).encode()).hexdigest()[:32]
 
@@ -113,6 +115,7 @@ class SyntheticDataset:
 
     def _audio(self, generator: torch.Generator) -> Fields:
         steps = self._audio_steps
+        # float32, as audio latents are stored.
         latents = torch.randn(AUDIO_CHANNELS, steps, AUDIO_BINS, generator=generator)
         return {"latents": latents, "num_time_steps": steps, "frequency_bins": AUDIO_BINS, "duration": self._duration}
 
@@ -125,5 +128,6 @@ class SyntheticDataset:
         }
         if not self._contexts:
             length = int(torch.randint(1, tokens + 1, (), generator=generator))
+            # Padding on the left, as the text encoders produce it.
             fields["prompt_attention_mask"] = (torch.arange(tokens) >= tokens - length).to(torch.int64)
         return dict(fields)

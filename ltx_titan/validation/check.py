@@ -42,6 +42,7 @@ def check_validation(
     Raises:
         ValueError: the section does not fit; one line per problem.
     """
+    # All problems at once: finding them one by one would cost a start of the job each.
     problems = list(_section_problems(section, has_video, has_audio, num_blocks))
     for index, sample in enumerate(section.samples):
         problems += [
@@ -56,6 +57,7 @@ def generated_streams(
     section: ValidationSection, sample: ValidationSample, has_video: bool, has_audio: bool
 ) -> tuple[str, ...]:
     """Names of the streams that a sample generates; a frozen stream is not one of them."""
+    # Unset means every stream of the model.
     wanted = {
         "video": has_video if section.generate_video is None else section.generate_video,
         "audio": has_audio if section.generate_audio is None else section.generate_audio,
@@ -70,6 +72,7 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
                 f"validation.generate_{name} is true, but the model is built without {name}; remove it, "
                 f"or add a [{name}] section."
             )
+    # A block beyond the model is skipped nowhere: STG would subtract a prediction from itself.
     if section.samples and (section.video_stg_scale or section.audio_stg_scale) and section.stg_blocks != "all":
         beyond = [block for block in section.stg_blocks if not 0 <= block < num_blocks]
         if beyond:
@@ -77,6 +80,7 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
                 f"validation.stg_blocks has {beyond}, but the model's blocks are 0 to {num_blocks - 1}; choose from "
                 "these, or set video_stg_scale and audio_stg_scale to 0."
             )
+    # A distilled model was trained on these sigmas alone, so another number of steps has no meaning.
     own_steps = len(distilled_schedule()) - 1
     if section.schedule == "distilled" and section.inference_steps not in (None, own_steps):
         yield (
@@ -105,6 +109,7 @@ def _sample_problems(
     try:
         grid = video_grid(frames, height, width, scale_factors)
     except ValueError as error:
+        # The remaining checks need a valid grid.
         yield f".video_dims: {error}"
         return
     has_stream = {"video": has_video, "audio": has_audio}
@@ -113,6 +118,7 @@ def _sample_problems(
         stream = condition.stream
         if not has_stream[stream]:
             yield f"{where} conditions the {stream}, but the model is built without it; add a [{stream}] section."
+        # A condition on a stream that is neither would be dropped in silence.
         elif stream not in (*generated, sample.frozen_stream):
             yield f"{where} conditions the {stream}, which is not generated; set generate_{stream}."
         for path in _files(condition):
@@ -152,6 +158,7 @@ def _size_problems(
                     f"downscale_factor {space} reduces {width}x{height} pixels to {width / space:g}x"
                     f"{height / space:g}; expected multiples of {horizontal}x{vertical}."
                 )
+            # Frame 0 is kept, then every n-th one; what is left must be encodable, too.
             if (frames - 1) % every or (frames - 1) // every % time:
                 yield (
                     f"temporal_scale_factor {every} reduces {frames} frames to 1 + {(frames - 1) / every:g}; expected "

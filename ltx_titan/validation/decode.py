@@ -69,6 +69,7 @@ def load_decoders(
                 tile_sample_stride_height=_TILE_STRIDE,
                 tile_sample_stride_width=_TILE_STRIDE,
             )
+            # Own tiles in time: those of diffusers are off by one frame after the first seam, see `VideoCodec`.
             video = replace(video, time_tiles=_TIME_TILES)
     if audio_path is not None:
         audio = load_audio_codec(audio_path, device, part="decoder")
@@ -87,6 +88,7 @@ def decode_sample(latents: SampledLatents, decoders: Decoders, seed: int = 0) ->
     frames = audio = None
     if latents.video is not None:
         assert decoders.video is not None, "a video needs a video decoder"
+        # On the CPU, so that every device decodes the same clip.
         generator = torch.Generator().manual_seed(seed)
         frames = to_uint8(decoders.video.decode(latents.video, generator)[0]).cpu()
     if latents.audio is not None:
@@ -113,6 +115,7 @@ def put_beside(reference: Tensor, frames: Tensor, every: int = 1) -> Tensor:
     """
     count, height = frames.shape[:2]
     if every > 1:
+        # Frame 0 is a latent frame of its own in a causal codec and was not subsampled.
         index = [0, *(1 + later // every for later in range(count - 1))]
         index = [min(frame, reference.shape[0] - 1) for frame in index]
     elif reference.shape[0] < count:
@@ -123,6 +126,7 @@ def put_beside(reference: Tensor, frames: Tensor, every: int = 1) -> Tensor:
     if left.shape[1] != height:
         # Video encoders with 4:2:0 chroma need an even width.
         width = max(2, round(left.shape[2] * height / left.shape[1] / 2) * 2)
+        # [F, H, W, 3] -> [F, 3, H, W] and back: torch resizes the last dims. Bicubic overshoots, hence the clamp.
         scaled = F.interpolate(left.permute(0, 3, 1, 2).float(), (height, width), mode="bicubic", antialias=True)
         left = scaled.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return torch.cat([left, frames], dim=2)

@@ -128,6 +128,7 @@ def encode_sample(
             grid, shape.fps, encoders.scale_factors, marks_first_frame=encoders.marks_first_frame
         )
     if "audio" in streams:
+        # At least one step: a single frame at 60 fps lasts less than half a latent step.
         starts["audio"] = audio_start(max(1, audio_steps(shape.duration_s)))
     beside, every = None, 1
     # References last: their factors and positions follow from the whole target.
@@ -155,6 +156,7 @@ def _with_video(
         case SamplePrefix(video=path, num_frames=count):
             pixels = _read_frames(path, count or shape.frames, shape.width, shape.height)
             _must_have(path, pixels, count or 1)
+            # A file that is shorter than the sample may have any length; the codec needs 1 + a multiple of `time`.
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
             return condition_frames(start, _encode(codec, pixels)), pixels
         case SampleSuffix(video=path, num_frames=count):
@@ -163,7 +165,9 @@ def _with_video(
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
             latents = _encode(codec, pixels)
             if count is not None:
+                # One more than the suffix: frame 0, which the codec encodes alone.
                 _must_have(path, pixels, count + 1)
+                # The last latent frames: a suffix does not contain frame 0, so `time` pixel frames each.
                 latents = latents[:, :, -(count // time) :]
             return condition_frames(start, latents, at_end=True), pixels
         case SampleSpatialCrop(video=path, spatial_region=region):
@@ -203,6 +207,7 @@ def _with_audio(
             end = Audio(audio.waveform[:, first:], audio.sample_rate)
             return condition_frames(start, _encode_audio(codec, end, length_s), at_end=True)
         case SampleMask(mask=mask_path):
+            # Within one latent step: containers round durations, and the rest is padded.
             if audio.duration_s < shape.duration_s - 1 / codec.steps_per_second:
                 raise MediaError(
                     condition.audio,
@@ -212,18 +217,21 @@ def _with_audio(
             return condition_where(start, latents, read_audio_mask(mask_path, start.target.grid.frames))
         case AudioToVideo():
             latents = _encode_audio(codec, audio, longest_s)
+            # The file's own length, as in the reference trainer: a frozen stream need not last as long as the video.
             return freeze(audio_start(latents.shape[2]), latents)
     assert isinstance(condition, SampleReference)
     return with_audio_reference(start, _encode_audio(codec, audio, longest_s))
 
 
 def _encode(codec: VideoCodec, pixels: Tensor) -> Tensor:
+    # To the host at once: starts are kept until the end of the job.
     return codec.encode(pixels[None]).float().cpu()
 
 
 def _encode_audio(codec: AudioCodec, audio: Audio, duration_s: float) -> Tensor:
     """Encodes the first `duration_s` seconds to latents [1, 8, round(25 * seconds), 16], as in training data."""
     shortest_s = codec.mel.filter_length / codec.mel.sample_rate
+    # The encoder needs at least one spectrogram frame; the steps beyond the duration are cut below.
     audio = to_duration(audio, max(duration_s, shortest_s))
     latents = codec.encode(to_stereo(audio.waveform)[None], audio.sample_rate)
     return latents[:, :, : codec.steps_for(duration_s)].cpu()
@@ -235,6 +243,7 @@ def _read_frames(path: str, count: int, width: int, height: int) -> Tensor:
         return fit_frames(read_image(path), width, height)
     frames = [
         fit_frames(torch.from_numpy(np.ascontiguousarray(frame))[None], width, height)
+        # Fitted one by one: a long 4K clip in full size would take gigabytes.
         for frame in islice(iter_frames(path), count)
     ]
     if not frames:

@@ -118,9 +118,13 @@ class Validation:
 
         Returns:
             All samples on rank 0, the samples that this rank wrote on other ranks.
+
+        Raises:
+            ValueError: `use_ema` is set and the job has no averaged weights.
         """
         with ExitStack() as stack:
             for optimizer in optimizers if self.section.offload_optimizer else ():
+                # First, so that averaged weights and activations find the memory free.
                 stack.enter_context(offloaded(optimizer))
             if self.section.use_ema:
                 if averaged_weights is None:
@@ -129,6 +133,7 @@ class Validation:
                 reshard(model)
                 stack.enter_context(averaged_weights())
             latents = self.sample(model, on_step)
+            # Within the stack: decoders use the memory of the optimizer state as well.
             written = self.write(latents, folder) if self.groups.is_first else []
         found = gather_samples(written, self.groups)
         if self.groups.is_first and self.groups.rank == 0 and found:
@@ -153,6 +158,7 @@ class Validation:
         if not latents:
             return []
         decoders = load_decoders(
+            # Each decoder only if a sample of this rank needs it: a few GB of reading less.
             self.files.video if any(found.video is not None for found in latents.values()) else None,
             self.files.audio if any(found.audio is not None for found in latents.values()) else None,
             self.device,
@@ -216,10 +222,13 @@ def prepare_validation(
     )
     files = CodecFiles(Path(section.video_vae_path or checkpoint_path), Path(section.audio_vae_path or checkpoint_path))
     shapes = tuple(ClipShape(*section.dims_of(sample), section.frame_rate) for sample in section.samples)
+    # Prompts before codecs, so that the text encoder has the device to itself. All groups take part: rank 0 encodes for
+    # all.
     known = _contexts(section, contexts, checkpoint_path, cache_folder, device)
     # Conditions are encoded only by the group that samples them: they can be large, and groups may be many.
     own = {index: section.samples[index] for index in range(groups.rank, len(section.samples), groups.size)}
     wants_video, wants_audio = needed_encoders(tuple(own.values()))
+    # CPUs compute faster in float32; on a GPU bfloat16, as in preparation.
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     encoders = Encoders(
         load_video_codec(files.video, device, dtype, part="encoder") if wants_video else None,
@@ -227,6 +236,7 @@ def prepare_validation(
         factors,
         architecture.keyframe_embedding,
     )
+    # Lists of all samples with gaps: an index means the same clip on every rank.
     samples: list[PreparedSample | None] = [None] * len(shapes)
     encoded: list[EncodedSample | None] = [None] * len(shapes)
     for index, sample in own.items():
@@ -235,6 +245,7 @@ def prepare_validation(
         samples[index] = PreparedSample(
             encoded[index].video, encoded[index].audio, _contexts_of(section, sample, known), section.seed_of(sample)
         )
+    # Freed here: in training the model is loaded next and needs the memory.
     del encoders
     free_device_memory()
     return Validation(section, tuple(samples), tuple(encoded), shapes, files, device, groups)
@@ -250,6 +261,7 @@ def _negative_prompt(section: ValidationSection) -> str | None:
     """The negative prompt; None if no guidance needs it."""
     if not any(guidance.needs_uncond for guidance in guidance_of(section)):
         return None
+    # An empty string is a negative prompt, too, and not the default.
     return default_negative_prompt() if section.negative_prompt is None else section.negative_prompt
 
 
@@ -264,6 +276,7 @@ def _contexts(
     negative = _negative_prompt(section)
     wanted = [sample.prompt for sample in section.samples] + ([] if negative is None else [negative])
     missing = [prompt for prompt in wanted if prompt not in known]
+    # A job that only computes held-out losses has no prompt and needs no text encoder.
     if section.samples and missing:
         known |= prompt_contexts(
             missing,
@@ -287,5 +300,6 @@ def gather_samples(written: list[SampledFile], groups: SampleGroups) -> list[Sam
     if groups.size == 1 or not groups.is_first:
         return sorted(written, key=lambda sample: sample.index)
     gathered: list[list[SampledFile]] | None = [[] for _ in range(groups.size)] if groups.rank == 0 else None
+    # Previews are a few MB, so pickling them is cheap; clips stay where they were written.
     dist.gather_object(written, gathered, group=groups.process_group, group_dst=0)
     return sorted((s for part in gathered or [written] for s in part), key=lambda sample: sample.index)

@@ -65,6 +65,7 @@ def held_out_losses(
             is_own = index < num_samples
             batch = load(index if is_own else index % num_samples)
             for row, sigma in enumerate(sigmas):
+                # Step 0 always: the draws depend on seed and index alone, so every validation sees the same noise.
                 draws = draw_step(
                     *strategy.draw_plan(batch), sampler=FixedSigma(sigma), seed=seed, step=0, indices=[index]
                 )
@@ -72,6 +73,7 @@ def held_out_losses(
                 loss = strategy.loss(*model(inputs.video, inputs.audio, absent_streams(inputs)), inputs)
                 if not is_own:
                     continue
+                # The total has no mask: a sample with one stream counts with that stream's loss.
                 parts = (
                     (loss.per_sample, None),
                     (loss.video, inputs.video_present),
@@ -79,12 +81,14 @@ def held_out_losses(
                 )
                 for column, (part, present) in enumerate(parts):
                     if part is not None:
+                        # On the device: reading each loss would make the host wait once per forward.
                         sums[row, column] += part.sum()
                         # A sample without audio has an audio loss of 0, which would lower the mean.
                         counts[column] += (1 if present is None else present.sum()) / len(sigmas)
     if groups.size > 1:
         dist.all_reduce(sums, group=groups.process_group)
         dist.all_reduce(counts, group=groups.process_group)
+    # 0 / 0 of a stream that no sample has is NaN and is dropped by its count.
     return _named((sums / counts).tolist(), counts.tolist(), sigmas)
 
 

@@ -48,6 +48,7 @@ def offloaded(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     parked = [
         entry for state in optimizer.state.values() for name in list(state) if (entry := _park(state, name)) is not None
     ]
+    # The allocator keeps freed blocks, in sizes that sampling may not be able to reuse.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     try:
@@ -59,6 +60,7 @@ def offloaded(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def _park(state: dict[str, object], name: str) -> _Parked | None:
     value = state[name]
+    # Step counters of optimizers that are not fused are on the host already.
     if not isinstance(value, Tensor) or value.device.type == "cpu":
         return None
     layout, local = None, value

@@ -61,6 +61,7 @@ def make_preview(decoded: DecodedSample, fps: float) -> Preview:
         )
         if len(frames) > 1:
             moving = [frames[index] for index in evenly_spaced(len(frames), _GIF_FRAMES)]
+            # Fewer frames than the clip, each shown longer: the GIF lasts as long as the clip.
             duration_ms = round(1000 * len(frames) / fps / len(moving))
             fields["moving"] = _encoded(
                 moving[0], "GIF", save_all=True, append_images=moving[1:], duration=duration_ms, loop=0
@@ -81,15 +82,18 @@ def write_preview(writer: SummaryWriter, tag: str, prompt: str, preview: Preview
     values = []
     for name, encoded in (("video", preview.moving), ("frames", preview.frames)):
         if encoded is not None:
+            # TensorBoard's image plugin stores width, height and the encoded image as strings.
             size = [str(side).encode() for side in Image.open(io.BytesIO(encoded)).size]
             about = image_metadata.create_summary_metadata(title, prompt)
             values.append(Summary.Value(tag=f"{tag}/{name}", tensor=_strings([*size, encoded], 3), metadata=about))
     if preview.audio is not None:
         about = audio_metadata.create_summary_metadata(title, prompt, audio_metadata.Encoding.Value("WAV"))
+        # A batch of one pair: the encoded audio and its label, which is empty.
         audio = _strings([preview.audio, b""], 1, 2)
         values.append(Summary.Value(tag=f"{tag}/audio", tensor=audio, metadata=about))
     # SummaryWriter's own methods encode again: GIFs need moviepy, audio becomes mono, and cards get no titles.
     writer._get_file_writer().add_summary(Summary(value=values), step)
+    # In full, since titles are shortened.
     writer.add_text(f"{tag}/prompt", prompt, step)
 
 
@@ -108,6 +112,7 @@ def wandb_media(clips: Iterable[tuple[str, str, Path, Preview]]) -> Iterator[dic
     media: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for tag, prompt, path, preview in clips:
+            # On several nodes another node may have written the clip.
             if preview.moving is not None and path.exists():
                 media[f"{tag}/video"] = wandb.Video(str(path), caption=prompt, format="mp4")
             elif preview.moving is not None:
@@ -116,6 +121,7 @@ def wandb_media(clips: Iterable[tuple[str, str, Path, Preview]]) -> Iterator[dic
                 media[f"{tag}/frames"] = wandb.Image(Image.open(io.BytesIO(preview.frames)), caption=prompt)
             if preview.audio is not None:
                 audio = Path(folder) / f"{tag}.wav"
+                # A file, because `wandb.Audio` takes a path and no bytes.
                 audio.write_bytes(preview.audio)
                 media[f"{tag}/audio"] = wandb.Audio(str(audio), caption=prompt)
         yield media

@@ -47,6 +47,7 @@ def prompt_contexts(
     Raises:
         ValueError: a prompt is not cached and `text_encoder_path` is None.
     """
+    # One entry, because `broadcast_object_list` fills a list in place.
     contexts: list[dict[str, PromptContext] | None] = [None]
     if is_main_rank():
         contexts = [_load_or_encode(prompts, checkpoint_path, text_encoder_path, Path(cache_folder), device, dtype)]
@@ -58,6 +59,7 @@ def prompt_contexts(
 
 def default_negative_prompt() -> str:
     """Negative prompt of the released pipelines: a list of defects."""
+    # Not copied: the list is long, and diffusers ships that of the released pipelines.
     from diffusers.pipelines.ltx2.utils import DEFAULT_NEGATIVE_PROMPT
 
     return DEFAULT_NEGATIVE_PROMPT
@@ -82,6 +84,7 @@ def _load_or_encode(
         logger.info("encoding %d prompts", len(missing))
         for prompt, context in _encode(missing, checkpoint_path, text_encoder_path, device, dtype).items():
             _write(files[prompt], context)
+    # From the files, also right after encoding: a resumed job then sees the same bits.
     return {prompt: tuple(torch.load(path, weights_only=True)) for prompt, path in files.items()}
 
 
@@ -98,6 +101,7 @@ def _encode(
     extractor = load_feature_extractor(checkpoint_path, text_encoder, device, dtype)
     features = {}
     for prompt in prompts:
+        # One at a time: the hidden states of all layers take 400 MB per prompt.
         hidden_states, mask = text_encoder.encode([prompt])
         video, audio = extractor(hidden_states, mask)
         features[prompt] = {
@@ -107,6 +111,7 @@ def _encode(
         }
     del text_encoder, extractor
     connectors = load_text_connectors(checkpoint_path, device, dtype)
+    # Contexts are stored without a mask, so padding would be attended to.
     if not connectors.fills_padding:
         raise ValueError(f"{checkpoint_path}: its connectors keep padding tokens, which sampling does not support.")
     contexts = {}

@@ -106,7 +106,7 @@ def guidance_of(section: ValidationSection) -> tuple[Guidance, Guidance]:
 
 
 def schedule_of(section: ValidationSection) -> Tensor:
-    """Sigmas of the schedule; the standard ones do not depend on the clip's size, as in the released pipelines."""
+    """Sigmas of the schedule [steps + 1]; the standard ones ignore the clip's size, as in the released pipelines."""
     if section.schedule == "distilled":
         return distilled_schedule()
     return sigma_schedule(None, section.inference_steps or _DEFAULT_STEPS)
@@ -147,6 +147,7 @@ def sample_all(
     sigmas = schedule_of(section)
     found: dict[int, SampledLatents] = {}
     with evaluating(model):
+        # Round-robin, in rounds: within one, all groups start and end their forwards together.
         for first in range(0, len(samples), groups.size):
             index = first + groups.rank
             run = None
@@ -161,6 +162,7 @@ def sample_all(
                 if on_sample is not None:
                     on_sample(index)
                 found[index] = _finish_run(run, prepared, model, section, sigmas, on_step)
+            # After its own sample, and also without one: the other groups count on these forwards.
             _run_dummy_forwards(model, missing, device)
     return found
 
@@ -172,6 +174,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     FSDP2 keeps the gathered parameters of the root after a forward, and without a backward pass nothing frees them.
     They would shadow weights that are changed afterwards, for example when averaged weights are swapped out.
     """
+    # Per module rather than `model.train()`: modules that were in eval mode before stay in it.
     training = [module for module in model.modules() if module.training]
     model.eval()
     reshard(model)
@@ -200,6 +203,7 @@ def placeholder_inputs(model: LTXTransformer, device: torch.device | str) -> tup
         if model.modalities in ("av", name):
             streams[name] = Modality.from_sigma(
                 torch.zeros(1, 1, stream.in_channels, device=device),
+                # Zeros at sigma 1 with one text token: any finite input will do, the result is discarded.
                 torch.ones(1, device=device),
                 positions=torch.zeros(1, axes, 1, 2, device=device),
                 context=torch.zeros(1, 1, stream.caption_dim or stream.context_dim, device=device),
@@ -254,11 +258,13 @@ def _finish_run(
         run.audio,
         sigmas,
         stepper=section.stepper,
+        # The generator of the initial noise also draws that of ancestral steps: one seed fixes the whole clip.
         generator=run.generator,
         passes_at_once=run.passes_at_once,
         on_step=on_step,
     )
     return SampledLatents(
+        # Frozen streams as well: they are decoded and shown with the generated one.
         None if prepared.video is None else target_latents(video, prepared.video, "video").cpu(),
         None if prepared.audio is None else target_latents(audio, prepared.audio, "audio").cpu(),
     )
@@ -267,6 +273,7 @@ def _finish_run(
 def _most_forwards(forwards: int, groups: SampleGroups, device: torch.device | str) -> int:
     if groups.size == 1:
         return forwards
+    # On the device: NCCL reduces no CPU tensors.
     most = torch.tensor([forwards], device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=groups.process_group)
     return int(most)

@@ -69,6 +69,11 @@ def freeze(tokens: StreamTokens, latents: Tensor) -> StreamTokens:
 def condition_frames(tokens: StreamTokens, latents: Tensor, *, at_end: bool = False) -> StreamTokens:
     """Conditions on the first latent frames (or audio steps) of the target, or on its last ones.
 
+    Args:
+        tokens: the stream.
+        latents: content [1, C, F, H, W] or [1, 8, T, 16]; its length is the number of conditioned frames or steps.
+        at_end: condition on the last ones.
+
     Raises:
         ValueError: the latents are longer than the target or of other height and width.
     """
@@ -147,6 +152,7 @@ def begin(
     target = tokens.target
     clean_mask = tokens.clean_mask
     if tokens.is_frozen:
+        # A frozen stream has no clean mask (its sigma is 0 instead), but the sampler reads one.
         denoise_mask = tokens.extend(torch.zeros(1, target.grid.num_tokens), 0)
         noise = torch.zeros_like(target.tokens)
     else:
@@ -160,6 +166,7 @@ def begin(
     marker = tokens.keyframes_mask
     coordinates = tokens.coordinates
     return SampledStream(
+        # Zeros as the starting result: a run that refines an earlier one would pass that instead.
         latent=initial_latent(torch.zeros_like(clean), clean, noise, denoise_mask, sigma),
         clean=clean,
         denoise_mask=denoise_mask,
@@ -169,6 +176,7 @@ def begin(
         guidance=guidance,
         is_frozen=tokens.is_frozen,
         keyframes_mask=None if marker is None else marker.to(device),
+        # Compact form as well, so that the model does not search for distinct coordinates in every step.
         coordinate_values=tuple(axis.to(device) for axis in coordinates.midpoints),
         coordinate_index=coordinates.index.to(device),
     )
@@ -183,6 +191,7 @@ def target_latents(sampled: Tensor, tokens: StreamTokens, stream: str) -> Tensor
 
 
 def _empty(target: Clip, marks_first_frame: bool = False) -> StreamTokens:
+    # All False rather than None: `begin` reads a mask of every stream that is not frozen.
     nothing = torch.zeros(target.tokens.shape[:2], dtype=torch.bool)
     # References are appended when sampling, see `StreamTokens`.
     return StreamTokens(target, nothing, references_first=False, marks_first_frame=marks_first_frame)

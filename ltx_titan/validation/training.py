@@ -44,6 +44,7 @@ class TrainingValidation:
             mesh.dp_rank,
             mesh.degrees.dp,
             data.get_group("dp") if mesh.degrees.dp > 1 else None,
+            # All ranks of a group have the same latents; one of them decodes.
             is_first=data.get_local_rank("cp") == 0 and data.get_local_rank("tp") == 0,
         )
         self.sampler = None
@@ -105,6 +106,7 @@ class TrainingValidation:
         if self.held_out is not None:
             losses = self._held_out_losses(self.held_out, model, connectors)
         where = f", clips in {folder}" if self.sampler is not None else ""
+        # Without the losses of single sigmas: those are in TensorBoard.
         figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if "sigma" not in name)
         logger.info("validation after step %d: %.1f s%s%s", step, time.perf_counter() - started, figures, where)
         return losses
@@ -116,6 +118,7 @@ class TrainingValidation:
             if gathers_float8:  # the scales were computed for the other weights
                 precompute_float8_scales(model)
             yield
+        # Again for the restored weights, or the next training step would use the scales of the average.
         if gathers_float8:
             precompute_float8_scales(model)
 
@@ -126,6 +129,7 @@ class TrainingValidation:
 
         def load(index: int) -> Batch:
             batch = as_batch(held_out.load(index), self.device)
+            # The function of the training step, so that both losses see the same contexts.
             return {**batch, "conditions": to_contexts(batch["conditions"], connectors, dtype)}
 
         return held_out_losses(
@@ -155,6 +159,7 @@ def check_validation_files(plan: Plan) -> None:
             'validation.samples: expected a checkpoint with codecs, found model.init = "random"; remove the samples.'
         )
     if section.held_out_root is not None:
+        # Opened and dropped: a missing folder should be an error before any GPU is touched.
         PrecomputedDataset(section.held_out_root, plan.strategy.sources)
     check_validation(
         section,

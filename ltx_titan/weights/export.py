@@ -70,6 +70,7 @@ def export_safetensors(path: str | Path, tensors: Iterable[ExportTensor], metada
         RuntimeError: rank 0 failed; raised on the other ranks.
     """
     path = Path(path)
+    # A stable sort, so that all ranks gather in the same order and equal input gives equal bytes.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     # On every rank, so that a name that occurs twice is an error on all of them without communication.
     header = _header(path, tensors, metadata)
@@ -180,6 +181,7 @@ def _gather(tensor: ExportTensor) -> Tensor | None:
     """The full tensor on rank 0; None on the others, which only take part in the gather, and for a function."""
     if isinstance(tensor.source, DTensor):
         with torch.no_grad():
+            # An all-gather: every rank must call it, also the ones that drop the result.
             full = tensor.source.full_tensor()
         return full if is_main_rank() else None
     return tensor.source if isinstance(tensor.source, Tensor) and is_main_rank() else None
@@ -189,4 +191,5 @@ def _write(file: BinaryIO, tensor: ExportTensor, full: Tensor | None) -> None:
     value = tensor.source() if full is None else full
     assert tuple(value.shape) == tensor.shape, f"{tensor.name}: shape {tuple(value.shape)}, announced {tensor.shape}"
     value = value.detach().to("cpu", tensor.dtype).contiguous()
+    # As bytes, because NumPy has neither bfloat16 nor float8.
     file.write(value.reshape(-1).view(torch.uint8).numpy())

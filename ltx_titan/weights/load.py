@@ -145,6 +145,7 @@ def load_text_connectors(path: str | Path, device: str | torch.device, dtype: to
         ValueError: the file has no connectors, or they do not match its metadata.
     """
     metadata = read_metadata(path)
+    # Sizes first, weights later: nothing is allocated twice.
     with torch.device("meta"):
         connectors = TextConnectors.from_config(metadata.config)
     load_module(connectors, metadata, CONNECTORS, device=device, dtype=dtype)
@@ -232,6 +233,7 @@ def match_weights(
         elif name is not None:
             in_file[name] = weight
     weights = {name: in_file[name] for name in shapes if name in in_file}
+    # All problems in one message: a wrong file usually has several, and each start of a job takes minutes.
     problems = {
         "missing from the file": [name for name in shapes if name not in in_file],
         "in the file, but not in the model": [

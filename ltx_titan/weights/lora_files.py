@@ -127,6 +127,7 @@ def load_lora(adapters: Mapping[str, LoRAWeights], path: str | Path) -> None:
     if any(adapter.magnitude is not None for adapter in adapters.values()):
         raise ValueError(f"{path}: LoRA files store no DoRA magnitudes; set lora.dora = false to start from one.")
     layers = _read_layers(path)
+    # Before any tensor is read, so that a wrong file leaves the adapters as they are.
     _check_layers(path, layers, {name: adapter.weight_shape for name, adapter in adapters.items()}, complete=True)
     _check_rank(path, layers, {adapter.lora_a.shape[0] for adapter in adapters.values()})
     targets = {name + _DOWN: adapter.lora_a for name, adapter in adapters.items()}
@@ -167,6 +168,7 @@ def fuse_lora(model: nn.Module, path: str | Path, strength: float = 1.0) -> int:
         for name, layer in layers.items():
             weight = weights[f"{name}.weight"]
             lora_a, lora_b = (file.get_tensor(key).to(weight.device) for key in (layer.down_key, layer.up_key))
+            # One rounding to the dtype of the weight, in `copy_`.
             weight.copy_(merged_weight(weight, LoRAWeights(lora_a, lora_b, strength)))
     return len(layers)
 
@@ -189,6 +191,7 @@ def export_merged(adapters: Mapping[str, LoRAWeights], base_path: str | Path, pa
     """
     metadata = read_metadata(base_path)
     shapes = {f"{name}.weight": adapter.weight_shape for name, adapter in adapters.items()}
+    # Only the adapted layers must match: the rest of the file is copied as it is.
     match_weights(metadata, shapes, TRANSFORMER, allow_unused=lambda name: True)
     # All ranks gather all adapters first: rank 0 alone reads and merges weights below, without collectives.
     gathered = {f"{name}.weight": _gather(adapter) for name, adapter in adapters.items()}
@@ -216,6 +219,7 @@ def merged_weight(base: Tensor, adapter: LoRAWeights) -> Tensor:
     """
     weight = base.float() + adapter.scaling * (adapter.lora_b.float() @ adapter.lora_a.float())
     if adapter.magnitude is not None:
+        # The norm is of the merged weight, so it must follow the sum.
         weight *= (adapter.magnitude.float() / torch.linalg.vector_norm(weight, dim=1))[:, None]
     return weight
 
@@ -231,6 +235,7 @@ def _gather(adapter: LoRAWeights) -> LoRAWeights:
 
     def gather(tensor: Tensor) -> Tensor:
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        # Other ranks need the shapes alone: a copy on each rank's host would count once per GPU of a node.
         return full.cpu() if is_main_rank() else full.to("meta")
 
     magnitude = None if adapter.magnitude is None else gather(adapter.magnitude)

@@ -178,6 +178,7 @@ def scale_factors(config: dict[str, Any]) -> tuple[int, int, int]:
     # The nested config of LTX-2.5 lists them elsewhere; all releases compress alike.
     if not isinstance(blocks, list):
         return DEFAULT_SCALE_FACTORS
+    # The patch size acts on space only: the codec patchifies each frame.
     time, space = 1, int(vae.get("patch_size", 4))
     for name, _ in blocks:
         if name.startswith(("compress_space", "compress_all")):
@@ -249,6 +250,7 @@ def _describe(metadata: CheckpointMetadata) -> str:
         return summary
     if any(".lora_" in name or ".lora." in name for name in names):
         return "is a LoRA file"
+    # After LoRA files, whose names contain those of the blocks as well.
     if any("transformer_blocks.0." in name for name in names):
         return (
             "holds transformer weights without the official metadata (another trainer's or a converted file); "

@@ -76,6 +76,7 @@ class Component:
 def _transformer_name(key: str) -> str | None:
     name = key.removeprefix(TRANSFORMER_PREFIX)
     is_connector = name.startswith((VIDEO_CONNECTOR, AUDIO_CONNECTOR, LONE_VIDEO_CONNECTOR))
+    # `name != key`: a key without the prefix belongs to another component.
     return name if name != key and not is_connector else None
 
 
@@ -108,7 +109,9 @@ def stream_of(name: str) -> Literal["video", "audio", "cross"]:
         scale/shift tables and their AdaLN (`av_ca_*`).
     """
     parts = name.split(".")
+    # `transformer_blocks.<i>.<module>`: the module decides.
     head = parts[2] if parts[0] == "transformer_blocks" and len(parts) > 2 else parts[0]
+    # Before the test for "audio_", which also begins `audio_to_video_attn`.
     if head.startswith(("audio_to_video_attn", "video_to_audio_attn", "scale_shift_table_a2v_ca", "av_ca_")):
         return "cross"
     return "audio" if head.startswith("audio_") else "video"

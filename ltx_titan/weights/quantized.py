@@ -98,6 +98,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of `x`."""
+        # An autograd function, because autograd of dequantize-then-matmul would save the dequantized weight for the
+        # backward pass.
         return _FrozenMatmul.apply(x, self.qdata, self.scale, self.bias, self.form)
 
 
@@ -156,6 +158,7 @@ def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
     values = quantize_affine(weight, block, scale.float(), zero.view(-1, groups), torch.int8, low, high)
     if form == "int8":
         return _as_parameter(values), scale
+    # Offset binary: unsigned nibbles unpack with a mask and need no sign extension.
     return _pack_nibbles((values + 8).to(torch.uint8)), scale
 
 
@@ -261,6 +264,7 @@ def _groups(in_features: int, form: BaseDtype) -> int:
                 f'lora.base_dtype = "{form}": expected even input widths, found {in_features}; use "bfloat16".'
             )
         return 1
+    # The largest power of two up to 128 that divides the row.
     width = math.gcd(in_features, _INT4_GROUP)
     if width < _INT4_SMALLEST_GROUP:
         raise ValueError(

@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+# Common to all releases, as published in the header of the LTX-2.3 file.
 _TRANSFORMER = {
     "_class_name": "AVTransformer3DModel",
     "activation_fn": "gelu-approximate",
@@ -59,6 +60,8 @@ _TRANSFORMER = {
     "use_linear_projection": False,
     "use_middle_indices_grid": True,
 }
+# LTX-2. Its connectors have the width of the text encoder (30 heads of 128 = 3840): captions are projected later,
+# inside the transformer.
 _19B = {
     "apply_gated_attention": False,
     "audio_connector_attention_head_dim": 128,
@@ -69,6 +72,7 @@ _19B = {
     "connector_num_layers": 2,
     "cross_attention_adaln": False,
 }
+# LTX-2.3 and later: gated attention, nine-row AdaLN, and connectors as wide as their stream.
 _22B = {
     "apply_gated_attention": True,
     "audio_connector_attention_head_dim": 64,
@@ -99,6 +103,8 @@ def _vae(*blocks: tuple[str, int]) -> dict[str, Any]:
     }
 
 
+# Compression 8 x 32 x 32 follows from these lists (`scale_factors`): patches of 4, then three halvings of space and
+# three of time.
 _VAE_19B = _vae(
     *(("res_x", 4), ("compress_space_res", 2), ("res_x", 6), ("compress_time_res", 2), ("res_x", 6)),
     *(("compress_all_res", 2), ("res_x", 2), ("compress_all_res", 2), ("res_x", 2)),

@@ -155,6 +155,7 @@ def _describe(
         problem = _scale_problem(metadata, companions, "weight_scale", required=False)
         problem = problem or _declaration_problem("fp8", declared)
         return StoredWeight(key, "fp8", info.shape, info.start, companions, problem)
+    # U8 alone is not enough: embedded tokenizers and declarations are bytes, too.
     if info.dtype == "U8" and "weight_scale" in companions and len(info.shape) == 2:
         shape = (info.shape[0], 2 * info.shape[1])
         problem = _scale_problem(metadata, companions, "weight_scale_2", required=True)

@@ -40,6 +40,7 @@ def plain_tensor(tensor: Tensor) -> Tensor:
     inner = _unwrap(local)
     if inner is local:
         return tensor.detach()
+    # The global shape must be given: `from_local` would infer it from this rank's shard, wrongly for uneven shards.
     return DTensor.from_local(
         inner, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

@@ -154,6 +154,7 @@ def caption_files(options: CaptionOptions, console: Console | None = None) -> Re
     report = Report(console or Console())
     table = CaptionTable(options.input, options.output, options.suffixes, options.recursive)
     todo = []
+    # Shares of all files, not of the missing ones, which ranks that start later would see differently.
     for path in own_share(table.files):
         if table.has(path) and not options.overwrite:
             report.add(_STAGE, "skipped")
@@ -182,11 +183,13 @@ def _caption(
     saved = time.monotonic()
     with report.progress(_STAGE, len(todo)) as bar, _workers(options.num_workers) as pool:
         futures: dict[Future[str], Path] = {pool.submit(caption, path): path for path in todo}
+        # In the order of completion: one slow file must not keep finished captions out of the journal.
         for future in as_completed(futures):
             path = futures[future]
             try:
                 table.add(path, future.result())
             except ServerUnreachable as error:
+                # Every further file would fail as well, each after all of its retries.
                 raise ValueError(
                     f"{error}; captions so far are saved: restart the server, then run the command again"
                 ) from error
@@ -195,6 +198,7 @@ def _caption(
             else:
                 report.add(_STAGE, "done")
             bar.advance()
+            # Not after every caption: a merge reads and writes the whole table.
             if time.monotonic() - saved > _SAVE_INTERVAL_S:
                 table.save()
                 saved = time.monotonic()
@@ -207,6 +211,7 @@ def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
     try:
         yield pool
     finally:
+        # Without it, thousands of queued files would still be sent before the error is shown.
         pool.shutdown(cancel_futures=True)
 
 
@@ -260,6 +265,7 @@ def _print_plan(todo: list[Path], options: CaptionOptions, report: Report) -> No
     for path in todo:
         try:
             parts = read_parts(path, options.fps, options.max_frames, options.max_side, not options.skip_audio)
+        # The first file that can be read stands for all.
         except (MediaError, OSError):
             continue
         audio = "no audio" if parts.audio is None else f"{parts.audio.duration_s:.1f} s of audio"

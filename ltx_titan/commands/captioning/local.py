@@ -39,6 +39,7 @@ def local_captioner(
     @torch.inference_mode()
     def caption(parts: ClipParts, instruction: str) -> str:
         messages = [{"role": "user", "content": _content(parts, instruction)}]
+        # Processors check the rate against that of their feature extractor instead of resampling.
         options = {"sampling_rate": parts.audio.sample_rate} if parts.audio is not None else {}
         try:
             inputs = processor.apply_chat_template(
@@ -50,8 +51,10 @@ def local_captioner(
                 processor_kwargs=options,
             )
             inputs = inputs.to(model.device, dtype=model.dtype)
+            # Greedy, so that the same clip gets the same caption in every run.
             found = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
         except torch.OutOfMemoryError as error:
+            # The next file may be shorter, and fragments of this one should not fail it as well.
             torch.cuda.empty_cache()
             raise CaptionError("out of GPU memory; lower --fps, --max-frames or --max-side") from error
         except (ValueError, TypeError, IndexError, KeyError) as error:
@@ -86,6 +89,7 @@ def _load(folder: Path, device: str, load_in_8bit: bool) -> tuple[Any, Any]:
         raise ValueError(f"--local-model: transformers cannot load {folder}: {error}") from error
     if not hasattr(processor, "apply_chat_template") or not getattr(processor, "chat_template", None):
         raise ValueError(f"--local-model: {folder} has no chat template; expected an instruction-tuned model")
+    # accelerate has placed the parts of an `auto` model; `to` is for a model on one device.
     return (model if device == "auto" else model.to(device)).eval(), processor
 
 
@@ -93,6 +97,7 @@ def _content(parts: ClipParts, instruction: str) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = []
     for time_s, frame in parts.frames:
         if parts.kind == "video":
+            # The time before each frame: frames alone do not show how fast something happens.
             content.append({"type": "text", "text": f"{time_s:.1f} s:"})
         content.append({"type": "image", "image": frame})
     if parts.audio is not None:

@@ -73,6 +73,7 @@ def read_parts(path: Path, fps: float, max_frames: int, max_side: int, with_audi
     wanted = {info.frames * (2 * part + 1) // (2 * count) for part in range(count)}
     frames = tuple(
         (float(index / info.fps), _reduced(frame, max_side))
+        # All frames are decoded, since seeking reaches key frames only.
         for index, frame in enumerate(iter_frames(path))
         if index in wanted
     )
@@ -84,6 +85,7 @@ def read_parts(path: Path, fps: float, max_frames: int, max_side: int, with_audi
 def jpeg_url(frame: Image.Image) -> str:
     """A frame as a JPEG in a `data:` URL, as chat servers accept it."""
     buffer = io.BytesIO()
+    # JPEG rather than PNG, which would make a request of 32 frames several times larger.
     frame.save(buffer, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -107,5 +109,6 @@ def _to_mono(audio: Audio) -> Audio:
     frame = av.AudioFrame.from_ndarray(mixed, format="fltp", layout="mono")
     frame.sample_rate = audio.sample_rate
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=_SAMPLE_RATE)
+    # None flushes the samples that the filter holds back.
     chunks = [part.to_ndarray() for part in (*resampler.resample(frame), *resampler.resample(None))]
     return Audio(torch.from_numpy(np.concatenate(chunks, axis=1)), _SAMPLE_RATE)

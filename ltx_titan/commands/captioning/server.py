@@ -57,6 +57,7 @@ def server_captioner(
         ValueError: the server does not answer, or does not serve the model.
     """
     openai = _library()
+    # The client retries by itself, with backoff, on connection errors, timeouts and overload.
     client = openai.OpenAI(base_url=url, api_key=api_key or _key(), timeout=timeout_s, max_retries=retries)
     model = _check(client, openai, url, model)
     failures = _FailureCount()
@@ -72,6 +73,7 @@ def server_captioner(
                 temperature=temperature,
                 extra_body=dict(extra_body or {}),
             )
+        # Before APIConnectionError, its base class: a slow answer is not a server that is gone.
         except openai.APITimeoutError as error:
             raise CaptionError(f"no answer within {timeout_s:g} s (--timeout)") from error
         except openai.APIConnectionError as error:
@@ -127,6 +129,7 @@ def _key() -> str:
 def _check(client: Any, openai: Any, url: str, model: str | None) -> str:
     """Checks that the server serves the model; returns its name."""
     try:
+        # No retries and a short timeout: a mistyped address should fail in seconds.
         names = [entry.id for entry in client.with_options(timeout=20, max_retries=0).models.list()]
     except openai.APIConnectionError as error:
         raise ValueError(
@@ -148,6 +151,7 @@ def _check(client: Any, openai: Any, url: str, model: str | None) -> str:
 
 
 def _message(error: Any) -> str:
+    # Servers nest the message differently: `error.message`, `error`, or `message` alone.
     body = error.body
     if isinstance(body, dict):
         inner = body.get("error", body)
@@ -167,6 +171,7 @@ def _frames(parts: ClipParts) -> list[dict[str, Any]]:
 def _file(parts: ClipParts) -> list[dict[str, Any]]:
     if parts.kind != "video":
         return _frames(parts)
+    # Inline, because the server may run on another machine and cannot read our paths.
     encoded = base64.b64encode(parts.path.read_bytes()).decode()
     kind = {".webm": "webm", ".mov": "quicktime", ".mkv": "x-matroska"}.get(parts.path.suffix.lower(), "mp4")
     return [{"type": "video_url", "video_url": {"url": f"data:video/{kind};base64,{encoded}"}}]

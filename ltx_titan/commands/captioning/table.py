@@ -38,6 +38,7 @@ class CaptionTable:
         if self._source is not None:
             found = [media_of_row(row, source) for row in read_table(source)]
             self.rows_without_file = [number for number, path in enumerate(found, start=1) if path is None]
+            # Rows may share a file, which is captioned once.
             self.files = list(dict.fromkeys(path for path in found if path is not None))
         elif source.is_file():
             self.files = [source]
@@ -52,6 +53,7 @@ class CaptionTable:
     def add(self, path: Path, caption: str) -> None:
         """Appends a caption to the journal on disk."""
         line = json.dumps({"media": self._key(path), "caption": caption}, ensure_ascii=False)
+        # Locked, or another process could merge and delete the journal between `open` and `write`.
         with locked(self.path), self._journal.open("a", encoding="utf-8") as journal:
             # The leading line break ends a line that a killed run may have left incomplete.
             journal.write(f"\n{line}\n")
@@ -59,10 +61,12 @@ class CaptionTable:
     def save(self) -> None:
         """Merges the journal into the table."""
         with locked(self.path):
+            # Read again under the lock: other processes have added captions since the start.
             captions = self._known()
             rows = self._rows(captions)
             if rows and (self._journal.is_file() or not _read(self.path)):
                 _write(self.path, rows)
+            # After the table is on disk: a kill in between merges the same captions twice, which changes nothing.
             self._journal.unlink(missing_ok=True)
 
     def _key(self, path: Path) -> str:
@@ -143,6 +147,7 @@ def _write(path: Path, rows: list[Row]) -> None:
         return
     captions, paths = _text_files(path)
     named = [(row.get("video") or row.get("media_path") or row.get("audio"), row.get("caption")) for row in rows]
+    # One caption per line, so line breaks within a caption become spaces.
     write_text(captions, "".join(f"{' '.join((caption or '').split())}\n" for _, caption in named))
     write_text(paths, "".join(f"{media}\n" for media, _ in named))
 

@@ -50,8 +50,10 @@ State only what is certain. Do not begin with "The video shows" or the like. Ans
 else: {{"{_KEY}": "..."}}
 """
 
+# Reasoning models answer after a closing tag; some servers strip the opening one.
 _REASONING = re.compile(r"^.*?</think(?:ing)?>", re.DOTALL)
 _CODE_FENCE = re.compile(r"^```[a-z]*\s*|\s*```$")
+# The caption of an answer that reached --max-tokens within the JSON string.
 _TRUNCATED = re.compile(r'^\{\s*"[a-z_ ]+"\s*:\s*"(?P<text>.*)$', re.DOTALL | re.IGNORECASE)
 
 
@@ -90,6 +92,7 @@ def read_answer(answer: str | None) -> str:
 
 def _from_json(text: str) -> str:
     try:
+        # Not strict: models put raw line breaks into strings.
         found = json.loads(text, strict=False)
     except json.JSONDecodeError:
         truncated = _TRUNCATED.match(text)

@@ -113,6 +113,7 @@ def read_samples(
         on_sample()
         return sample
 
+    # Threads suffice: reading files and checking tensors release the interpreter lock.
     with ThreadPoolExecutor(num_workers) as pool:
         return list(pool.map(read, names))
 
@@ -123,6 +124,7 @@ def warnings_of(samples: Sequence[InspectedSample]) -> dict[str, int]:
     texts = [sample for sample in good if sample.text_tokens]
     counts = {
         "prompts that fill all tokens (probably truncated)": sum(sample.is_text_full for sample in texts),
+        # One token is the BOS alone.
         "empty prompts": sum(sample.text_tokens <= 1 for sample in texts),
     }
     without = sum(not sample.has_audio for sample in good)
@@ -142,6 +144,7 @@ def statistics_of(
     names = [sample.name for sample in real if folder in sample.shapes]
     if not names:
         return None
+    # Spread over the dataset, whose order often follows its sources.
     chosen = names[:: max(1, len(names) // limit)]
     values = torch.cat([folders[folder][name].read()["latents"].float().flatten() for name in chosen])
     return float(values.mean()), float(values.std())
@@ -176,9 +179,11 @@ def false_colors(latents: Tensor) -> list[Image.Image]:
     values = latents.float().permute(1, 2, 3, 0).reshape(-1, channels)
     values = values - values.mean(0)
     count = min(3, *values.shape)
+    # One basis for the whole clip, so that a color means the same in each frame.
     _, _, axes = torch.pca_lowrank(values, q=count, center=False, niter=2)
     colors = torch.zeros(values.shape[0], 3)
     colors[:, :count] = values @ axes[:, :count]
+    # Quantiles: a few outliers would otherwise darken everything else.
     low, high = colors.quantile(0.02, dim=0), colors.quantile(0.98, dim=0)
     scaled = ((colors - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     images = (scaled * 255).to(torch.uint8).reshape(frames, height, width, 3).numpy()
@@ -209,6 +214,7 @@ def _merge(sample: InspectedSample, folder: str, fields: Fields) -> None:
         sample.duration_s = ((int(fields["num_frames"]) - 1) * 8 + 1) / sample.fps
     elif folder == "audio_latents":
         sample.has_audio = bool(fields.get("present", True))
+        # Video decides if there is one; audio is cut to it.
         sample.duration_s = sample.duration_s or float(fields["duration"])
     elif folder == "conditions" and isinstance(mask := fields.get("prompt_attention_mask"), Tensor):
         sample.text_tokens = int(mask.sum())
@@ -222,5 +228,6 @@ def _latents(folders: Folders, folder: str, sample: InspectedSample) -> Tensor |
 def _spectrum(latents: Tensor) -> Image.Image:
     """Audio latents [8, T, 16] as an image: time to the right, channels and frequencies downwards."""
     values = latents.float().permute(0, 2, 1).flatten(0, 1)
+    # Latents are normalized, so nearly all are within 2.5 standard deviations.
     scaled = ((values.clamp(-2.5, 2.5) + 2.5) / 5 * 255).to(torch.uint8)
     return Image.fromarray(scaled.numpy())

@@ -83,6 +83,7 @@ class RawClip:
         """Tokens of its audio for the duration of its bucket."""
         duration_s = self.duration_s
         if self.bucket is not None:
+            # An image has no rate and lasts one second.
             duration_s = self.bucket.frames / (self.fps or 1.0)
         return round(AUDIO_STEPS_PER_SECOND * duration_s) if self.channels else 0
 
@@ -161,6 +162,7 @@ def sheet_entry(clip: RawClip) -> Entry:
     warning = clip.problem
     frames: list[Image.Image] = []
     audio: Audio | None = None
+    # A file whose end is damaged can still be shown.
     if clip.problem is None or clip.frames:
         try:
             frames = _sheet_frames(clip)
@@ -182,6 +184,7 @@ def warnings_of(clips: Sequence[RawClip], has_buckets: bool, is_table: bool) -> 
     good = [clip for clip in clips if clip.problem is None]
     counts = {
         "clips without a caption": sum(is_table and not clip.caption for clip in good),
+        # Here for its position in the report; counted below.
         "videos without audio among others with audio": 0,
         "silent audio tracks": sum(bool(clip.is_silent) for clip in good),
         f"clips enlarged more than {_TOO_SMALL:g} times for their bucket": sum(
@@ -192,6 +195,7 @@ def warnings_of(clips: Sequence[RawClip], has_buckets: bool, is_table: bool) -> 
     without = sum(not clip.channels for clip in videos)
     if 0 < without < len(videos):
         counts["videos without audio among others with audio"] = without
+    # Training reads the first frames of a clip only, which long clips make easy to miss.
     unused = sum(clip.duration_s - clip.bucket.frames / clip.fps for clip in videos if clip.bucket)
     total = sum(clip.duration_s for clip in videos)
     if has_buckets and total and unused / total > 0.5:
@@ -256,6 +260,7 @@ def _probe_audio(path: Path) -> tuple[int, int, float]:
         if not container.streams.audio:
             return 0, 0, 0.0
         stream = container.streams.audio[0]
+        # Matroska stores no duration per stream; that of the container is in microseconds.
         duration = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
         return stream.codec_context.channels, stream.codec_context.sample_rate, float(duration)
 
@@ -295,6 +300,7 @@ def _sheet_frames(clip: RawClip) -> list[Image.Image]:
     images = []
     for index, frame in enumerate(iter_frames(clip.path)):
         if index in wanted:
+            # A copy: frames of rotated videos have negative strides, which torch does not accept.
             images.append(_fitted(torch.from_numpy(frame.copy())[None], clip.bucket))
         if index == wanted[-1]:
             break
@@ -307,6 +313,7 @@ def _seek_frames(clip: RawClip, wanted: Sequence[int]) -> list[Image.Image]:
     with open_media(clip.path) as container:
         stream = container.streams.video[0]
         for index in wanted:
+            # Timestamps may begin after 0.
             offset = math.floor(index / clip.fps / stream.time_base) + (stream.start_time or 0)
             container.seek(offset, stream=stream)
             frame = next(container.decode(stream), None)

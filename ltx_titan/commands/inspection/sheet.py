@@ -132,8 +132,10 @@ def _waveform(audio: Audio, width: int) -> Image.Image:
     draw = ImageDraw.Draw(image)
     mono = audio.waveform.float().abs().amax(0)
     if mono.numel():
+        # To a multiple of the width: every column then has equally many samples.
         padded = torch.nn.functional.pad(mono, (0, -mono.numel() % width))
         peaks = padded.view(width, -1).amax(1).clamp(min=1e-5)
+        # -60 dB and below is an empty column.
         loudness = (1 + 20 * peaks.log10() / 60).clamp(0, 1).numpy()
         middle = _AUDIO_HEIGHT / 2
         for x, level in enumerate(np.asarray(loudness)):

@@ -119,6 +119,7 @@ def run_stages(stages: Iterable[Stage[Any, Any]], rows: Sequence[SampleRow], run
     """
     for stage in stages:
         failed = _run_stage(stage, rows, run)
+        # A clip that failed needs neither reference nor caption, and the text encoder is not loaded for it.
         if stage.is_required:
             rows = [row for row in rows if row.key not in failed]
 
@@ -159,14 +160,17 @@ def _plan_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run, bar:
 
 def _encode_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run, bar: Ticker) -> set[Path]:
     failed = set()
+    # Only here, after the rows that are stored were skipped: a finished run loads no model.
     encoder = stage.load()
     remaining = deque(todo)
     for row, item in _read_ahead(stage.read, todo, run.num_workers):
         remaining.popleft()
         try:
             if isinstance(item, Exception):
+                # Errors of reading and of encoding are reported alike.
                 raise item
             output = stage.encode(row, item, encoder)
+            # In the order of the stage: a row counts as done when all of its folders have it.
             for folder, fields in output.fields.items():
                 run.store.write(folder, row.key, fields)
         except ValueError as error:
@@ -195,6 +199,7 @@ def _read_ahead(
             return read(row)
         except ValueError as error:
             return error
+        # An unreadable file, not a full disk: only `read` runs here, and outputs are written elsewhere.
         except OSError as error:
             return MediaError(row.key, str(error))
 
@@ -215,10 +220,12 @@ def _read_ahead(
         refill()
         while pending:
             row, future = pending.popleft()
+            # In the order of the rows: outputs and shards are then the same for any number of threads.
             result = future.result()
             refill()
             yield row, result
     finally:
+        # Waits: a thread that still decodes would hold memory that the next stage needs.
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -224,6 +224,7 @@ def _settings(task: _Task) -> Settings:
     """Options that the samples of each folder depend on, for the note in the data root."""
     settings: Settings = {}
     rules = {
+        # Sorted: the order in which buckets are listed changes no sample.
         "resolution_buckets": sorted(str(bucket) for bucket in task.rules.buckets),
         "fps": None if task.rules.fps is None else str(task.rules.fps),
         "reshape_mode": task.rules.reshape,
@@ -233,6 +234,7 @@ def _settings(task: _Task) -> Settings:
         **(rules if task.table.has_video else {"audio_durations": list(task.durations_s)}),
         "audio_vae": task.files.audio_path.name,
     }
+    # Names of the files rather than paths: a dataset may be continued on another machine.
     settings["latents"] = video
     if task.extracts_audio or task.table.has_audio:
         settings["audio_latents"] = {**audio, "from_videos": task.extracts_audio}

@@ -52,7 +52,9 @@ class Targets:
             return plan_clip(row.video, self.rules)
         fields = self.store.read("latents", row.key)
         time, down, right = self.rules.scale_factors
+        # From the stored latents: they may have been made with other buckets, and what is made now must fit them.
         bucket = Bucket(fields["width"] * right, fields["height"] * down, (fields["num_frames"] - 1) * time + 1)
+        # The rate is stored as a float; the nearest simple fraction is the container's.
         return Clip(bucket, Fraction(fields["fps"]).limit_denominator(100_000))
 
     def audio_steps(self, row: SampleRow) -> int | None:
@@ -93,6 +95,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
         return load_video_encoder(self.files, device), audio_codec
 
     def read(self, row: SampleRow) -> DecodedClip:
+        # Video and audio in one call, so that a file is opened once.
         return decode_clip(row.media, self.rules, row.key, self.with_audio)
 
     def encode(self, row: SampleRow, item: DecodedClip, encoder: tuple[VideoCodec, AudioCodec | None]) -> Output:
@@ -105,6 +108,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
             return Output({"latents": latents}, tuple(notes))
         if item.audio is None:
             notes.append("videos and images without audio")
+        # One frame of tolerance: audio tracks often end slightly before the video.
         elif item.audio.duration_s < clip.duration_s - 1 / clip.fps:
             notes.append("audio shorter than their video, filled up with silence")
         audio = encode_audio(item.audio, clip.duration_s, audio_codec)
@@ -149,6 +153,7 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
         return str(self.file(row))
 
     def plan(self, row: SampleRow) -> PlannedOutput:
+        # From the header: planning decodes nothing.
         seconds = self._duration_s(row, probe_duration_s(self._path(row)))
         return PlannedOutput(f"{seconds:.2f} s", audio_bytes(audio_steps(seconds)))
 
@@ -173,6 +178,7 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
     def _duration_s(self, row: SampleRow, own_s: float) -> float:
         if self.targets is not None:
             clip_s = self.targets.clip(row).duration_s
+            # A reference keeps its own length: padding would add silence as content.
             return clip_s if self.is_padded else min(own_s, clip_s)
         if not self.durations_s:
             return own_s
@@ -249,6 +255,7 @@ class VideoMaskStage(Stage[Tensor, None]):
 
     def plan(self, row: SampleRow) -> PlannedOutput:
         clip = self.targets.clip(row)
+        # Existence alone: reading every mask would make a dry run as slow as the run.
         check_file(row.extras["video_mask"])
         size = prod(clip.latent_size(self.rules.scale_factors)) * torch.float32.itemsize
         return PlannedOutput(str(clip.bucket), size)
@@ -260,6 +267,7 @@ class VideoMaskStage(Stage[Tensor, None]):
         return read_clip_mask(row.extras["video_mask"], self.targets.clip(row), self.rules, row.key)
 
     def encode(self, row: SampleRow, item: Tensor, encoder: None) -> Output:
+        # float32, as the reference trainer stores masks.
         return Output({"video_masks": {"mask": item.to(torch.float32)}})
 
 
@@ -323,6 +331,7 @@ class CaptionStage(Stage[str, TextModels]):
         return f"row {row.row} ({row.media})"
 
     def plan(self, row: SampleRow) -> PlannedOutput:
+        # One label for all captions: outputs of one shape are counted together.
         return PlannedOutput("caption" if self.read(row) else "empty caption", self.size_bytes)
 
     def load(self) -> TextModels:
@@ -331,6 +340,7 @@ class CaptionStage(Stage[str, TextModels]):
     def read(self, row: SampleRow) -> str:
         if row.caption is None:
             raise ValueError("has no caption")
+        # Before the trigger word is prepended, which would hide the phrase at the start.
         caption = without_prefix(row.caption) if self.removes_prefixes else row.caption
         return with_trigger(caption, self.trigger)
 

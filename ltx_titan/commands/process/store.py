@@ -70,6 +70,7 @@ class Store:
             ValueError: samples were made with other options.
         """
         if not overwrite:
+            # Before the root is listed, which takes a while for a large dataset.
             _check_settings(root, settings)
         self.root = root
         self._settings = settings
@@ -89,6 +90,7 @@ class Store:
     def has(self, folder: str, key: Path) -> bool:
         """Whether a sample is stored and complete."""
         path = self.root / folder / key
+        # `is_zipfile` looks for the table of contents at the end, so a truncated file counts as missing.
         return key.as_posix() in self._shards[folder] or (path.is_file() and zipfile.is_zipfile(path))
 
     def read(self, folder: str, key: Path) -> Fields:
@@ -99,6 +101,7 @@ class Store:
         """
         path = self.root / folder / key
         number = self._shards[folder].get(key.as_posix())
+        # A single file is newer than the shard: it was made again and not merged yet.
         if number is None or path.is_file():
             return read_sample(path)
         return read_shard_sample(shard_path(self.root / folder, number), key.as_posix())
@@ -117,6 +120,7 @@ class Store:
         Returns:
             Samples that this rank makes, in order: shard by shard, or every n-th without shards.
         """
+        # By the number of the shard, so that no two ranks write one shard.
         mine = [sample for sample in samples if self.group(sample) % ranks.world_size == ranks.rank]
         # The first barrier: every rank has listed the root before it changes. The second: no rank writes before
         # unfinished files are removed.
@@ -151,6 +155,7 @@ class Store:
         merged = held | {key: load_fields(file) for key, file in alone.items()}
         # Samples whose rows were removed from the table are kept, after the others.
         names = [key for key in keys if key in merged] + sorted(merged.keys() - set(keys))
+        # Before the files are removed: a kill in between merges them again, into the same bytes.
         write_shard(path, {key: merged[key] for key in names})
         self._shards[folder] |= {key: group for key in names}
         for file in alone.values():
