@@ -40,6 +40,7 @@ class EMA(Optimizer):
         Args:
             step: optimizer steps taken, from 1.
         """
+        # The ramp of TensorFlow's ExponentialMovingAverage with `num_updates`.
         decay = min(self.decay, (1 + step) / (10 + step))
         parameters = self._parameters()
         averages = [local(self._average(parameter)) for parameter in parameters]
@@ -65,6 +66,8 @@ class EMA(Optimizer):
     @torch.no_grad()
     def _swap(self, model: nn.Module, kept: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """Swaps weights and averages; returns the weights whose average has another dtype, for the swap back."""
+        # A gathered unit computes with its copy of the old weights until it gathers again; the last block and the root
+        # stay gathered after a forward pass.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

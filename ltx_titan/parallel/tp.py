@@ -56,6 +56,7 @@ def apply_tensor_parallel(model: LTXTransformer, mesh: Mesh, layout: TokenLayout
         for name, parameter in list(module.named_parameters(recurse=False)):
             full_name = f"{path}.{name}" if path else name
             placement = placement_of(full_name, parameter.shape)
+            # Without a source rank nothing is broadcast: each rank cuts its own shard, here of a meta tensor.
             sharded = distribute_tensor(parameter.data, tp_mesh, [placement], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
             # The outputs of a row-wise layer are summed over ranks, so each adds its share of the bias.
