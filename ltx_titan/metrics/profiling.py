@@ -75,6 +75,7 @@ class _Window:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
+        # Shapes tell the layers of the two streams apart, which run the same kernels.
         self._profile = profile(activities=activities, record_shapes=True)
         self._profile.start()
 

@@ -19,8 +19,7 @@ from ltx_titan.optim.sharding import like
 
 
 class EMA(Optimizer):
-    """Moving average of parameters in float32. Create it after the weights are loaded and before a checkpoint is
-    restored.
+    """Moving average of parameters in float32; create it between loading the weights and restoring a checkpoint.
 
     Args:
         parameters: parameters to average; frozen ones are ignored.

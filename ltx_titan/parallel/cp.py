@@ -6,8 +6,7 @@
     audio self, text        audio and text are on every rank: no communication
 
 Only the parameterless softmax attention inside an attention layer is replaced. It also removes padding, so that
-attention sees true lengths and needs no mask; tensor parallelism and float8, which pad as well, use it for that with cp
-= 1.
+attention sees true lengths and needs no mask. Tensor parallelism and float8 pad as well, and use it with `cp = 1`.
 """
 
 from typing import Literal
@@ -72,8 +71,7 @@ class _SplitSoftmax(nn.Module):
         k, v = k[:, :, :length], v[:, :, :length]
         padding = 0
         if self.queries == self.keys:
-            # Only here are queries whole; in cross-modal attention they are a shard, whose padded rows are ignored
-            # later.
+            # Queries are whole only here; in cross-modal attention they are a shard, and padding is dropped at the end.
             padding = q.shape[2] - length
             q = q[:, :, :length]
         out = F.pad(self.core(q, k, v, mask), (0, 0, 0, padding))
