@@ -178,7 +178,16 @@ def is_finished(plan: Plan) -> bool:
 
 
 def build_transformer(source: ModelSource, modalities: Modalities, operators: Operators = TORCH) -> LTXTransformer:
-    """Builds the transformer on the meta device; names and shapes are checked against its file."""
+    """Builds the transformer on the meta device; names and shapes are checked against its file.
+
+    Args:
+        source: config, and the file to check against; without one nothing is checked.
+        modalities: streams to build; the file may hold more.
+        operators: implementation of the fused operations.
+
+    Raises:
+        ValueError: names, shapes or dtypes in the file differ.
+    """
     with torch.device("meta"):
         model = LTXTransformer.from_config(source.config["transformer"], modalities, operators)
     if source.path is not None:

@@ -178,7 +178,8 @@ def _at(problem: Problem, source: str, origins: Mapping[str, str] | None) -> Pro
 def _problem(detail: Mapping[str, Any], data: Mapping[str, Any]) -> Problem:
     """Converts one pydantic error."""
     key, models = _locate(detail["loc"], data)
-    kind, message, context = detail["type"], detail["msg"], detail.get("ctx", {})
+    kind, message = detail["type"], detail["msg"]
+    context = detail.get("ctx", {})
     leaf = str(detail["loc"][-1])
     # For a missing key pydantic's input is the table around it.
     found = MISSING if kind == "missing" else detail["input"]

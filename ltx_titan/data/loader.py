@@ -105,9 +105,12 @@ class StepLoader:
             pin_memory: whether tensors get page-locked memory, whose copies to a GPU are asynchronous; None: if a GPU
                 is available.
         """
-        self._dataset, self._plan, self._draw = dataset, plan, draw
+        self._dataset = dataset
+        self._plan = plan
+        self._draw = draw
         self._share = (dp_rank, dp_size, local_batch_size)
-        self._start, self._stop = start_step, stop_step
+        self._start = start_step
+        self._stop = stop_step
         # Batches and steps are counted separately: after a change of the batch size their numbers differ.
         self._offset = (start_step if first_batch is None else first_batch) - start_step
         self._prefetch = max(prefetch, 1)

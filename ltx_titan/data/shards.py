@@ -91,6 +91,11 @@ def shard_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, dict[s
 def read_shard_sample(path: str | Path, key: str, kind: Kind | None = None) -> Fields:
     """Reads one sample of a shard and checks all of it, as `read_sample` does for a `.pt` file.
 
+    Args:
+        path: the shard.
+        key: path of the sample below the source folder, such as `clips/a.pt`.
+        kind: kind that it must be; None accepts any.
+
     Raises:
         ValueError: the shard is damaged, lacks the sample, or its fields cannot be used.
     """

@@ -133,7 +133,7 @@ def assumptions(gpu: Gpu, setup: Setup) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `ltx-titan estimate`."""
+    """Declares the options of `ltx-titan estimate`."""
     parser.add_argument("job", type=Path, metavar="JOB.toml", help="job file; --section.key=value overrides it")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs (1)")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="kind of GPU (h100)")
@@ -147,7 +147,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `ltx-titan estimate`; returns the exit status: 1 if the job does not fit or the dry run failed."""
+    """Runs `ltx-titan estimate`; returns the exit status: 1 if the job, or every setup of a search, does not fit.
+
+    Raises:
+        ValueError: an option is out of range, or the job cannot be planned.
+    """
     if arguments.gpus < 1:
         raise ValueError(f"--gpus: expected at least 1, found {arguments.gpus}.")
     gpu = GPUS[arguments.gpu]

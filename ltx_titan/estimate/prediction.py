@@ -72,7 +72,7 @@ class Estimate:
 
 
 def estimate(work: Workload, setup: Setup, gpu: Gpu) -> Estimate:
-    """Estimates one setup."""
+    """Estimates one setup: bytes on the fullest GPU, seconds of a step, FLOPs over all GPUs."""
     return Estimate(
         setup=setup,
         gpu=gpu,
@@ -171,7 +171,13 @@ def search(work: Workload, setup: Setup, gpu: Gpu) -> list[Estimate]:
 
 
 def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Setup]:
-    """Yields all setups of `setup.gpus` ranks that `plan_job` accepts."""
+    """Yields all setups of `setup.gpus` ranks that `plan_job` accepts.
+
+    Args:
+        work: the workload; its heads and global batch size have to divide.
+        setup: number of ranks, and the options that are not varied.
+        gpus_per_node: largest degree of tensor parallelism.
+    """
     gpus = setup.gpus
     # Without compilation, selective checkpointing runs operation by operation and is slower than full.
     modes: list[Mode] = ["none", "selective", "full"] if setup.compile else ["none", "full"]

@@ -42,7 +42,9 @@ class Adafactor(Optimizer):
                     self._update(parameter, group)
 
     def _init_state(self, parameter: Tensor) -> None:
-        state, shard, dims = self.state[parameter], local(parameter), parameter.ndim
+        state = self.state[parameter]
+        shard = local(parameter)
+        dims = parameter.ndim
         # On the host: the decay needs it as a number, and a device tensor would have to be waited for.
         state["step"] = torch.tensor(0.0)
         if dims < 2:
@@ -60,13 +62,18 @@ class Adafactor(Optimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        state, weight, gradient = self.state[parameter], local(parameter), local(parameter.grad).float()
+        state = self.state[parameter]
+        weight = local(parameter)
+        gradient = local(parameter.grad).float()
         state["step"] += 1
-        step, dims, eps = float(state["step"]), parameter.ndim, torch.finfo(parameter.dtype).eps
+        step = float(state["step"])
+        dims = parameter.ndim
+        eps = torch.finfo(parameter.dtype).eps
         weight_rms = _rms(weight, parameter)
         if group["weight_decay"]:
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-        squares, share = gradient.square(), step**_DECAY
+        squares = gradient.square()
+        share = step**_DECAY
         if dims < 2:
             variance = local(state["variance"]).lerp_(squares, share)
         else:

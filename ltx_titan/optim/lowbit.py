@@ -56,7 +56,9 @@ class LowBitAdamW(Optimizer):
         seed: int = 0,
     ) -> None:
         assert bits in (4, 8, 32), bits
-        self.bits, self.stochastic_rounding, self.seed = bits, stochastic_rounding, seed
+        self.bits = bits
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = seed
         self._maps: dict[tuple[torch.device, bool], Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -125,7 +127,9 @@ class LowBitAdamW(Optimizer):
         state = self.state[parameter]
         if name in state:
             return local(state[name])
-        codes, scale = local(state[f"{name}.codes"]), local(state[f"{name}.scale"]).view(-1)
+        codes = local(state[f"{name}.codes"])
+        # torchao keeps scales flat, [rows * blocks]; ours are [rows, blocks] so that they shard like the parameter.
+        scale = local(state[f"{name}.scale"]).view(-1)
         levels = self._levels(codes.device, signed)
         if self.bits == 8:
             return OptimState8bit(codes, scale, levels, signed, torch.float32)
@@ -140,7 +144,8 @@ class LowBitAdamW(Optimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        weight, state = local(parameter).detach(), self.state[parameter]
+        weight = local(parameter).detach()
+        state = self.state[parameter]
         state["step"] += 1
         # FSDP2 chunks dim 0, which leaves the last ranks without rows of a short parameter.
         if prod(weight.shape) == 0:

@@ -59,7 +59,8 @@ class Muon(Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         assert parameter.grad is not None
-        average, gradient = local(state["momentum"]), local(parameter.grad)
+        average = local(state["momentum"])
+        gradient = local(parameter.grad)
         average.lerp_(gradient, 1 - momentum)
         direction = gradient.lerp(average, momentum).bfloat16()
         if not isinstance(parameter, DTensor):

@@ -37,14 +37,20 @@ class Axis:
 
 
 def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """All-gathers the ranks' shards along `dim`; the adjoint is `scatter_sum`."""
+    """All-gathers the ranks' shards along `dim`, [.., n, ..] -> [.., size n, ..]; the adjoint is `scatter_sum`."""
     if axis.size == 1:
         return x
     return _back(_Gather.apply(_rows(x, dim), axis.group, axis.size), dim)
 
 
 def scatter_sum(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Reduce-scatters: sums over ranks and returns this rank's shard along `dim`; the adjoint is `gather`."""
+    """Reduce-scatters: sums over ranks and returns this rank's shard along `dim`; the adjoint is `gather`.
+
+    Args:
+        x: partial sums of all rows along `dim`, whose length is a multiple of the axis size.
+        dim: dim that is sharded.
+        axis: ranks to reduce over.
+    """
     if axis.size == 1:
         return x
     return _back(_ScatterSum.apply(_rows(x, dim), axis.group, axis.size), dim)
@@ -64,7 +70,10 @@ def exchange(x: Tensor, axis: Axis) -> Tensor:
 
 
 def gather_output(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """All-gathers shards for a loss that all ranks compute; backward takes this rank's shard of the gradient."""
+    """All-gathers shards for a loss that all ranks compute; backward takes this rank's shard of the gradient.
+
+    Unlike `gather`, whose adjoint sums over ranks: here all ranks have the whole gradient, and each keeps its part.
+    """
     if axis.size == 1:
         return x
     return _back(_GatherOutput.apply(_rows(x, dim), axis.group, axis.size, axis.rank), dim)

@@ -84,7 +84,7 @@ class _SplitSoftmax(nn.Module):
 def _tokens_of_some_heads(tensors: tuple[Tensor, ...], cp: Axis) -> tuple[Tensor, ...]:
     """All-to-all from token shards to head shards: each [B, H, S / cp, K] -> [B, H / cp, S, K]."""
     # Stacked, so that queries, keys and values travel in one collective.
-    # [cp, n, B, H / cp, S / cp, K], dim 0 the receiving rank; after the exchange it is the sending rank, whose tokens
+    # [cp, n, B, H / cp, S / cp, K], dim 0 the receiving rank; after the all-to-all it is the sending rank, whose tokens
     # are concatenated in rank order.
     parts = torch.stack([x.unflatten(1, (cp.size, -1)).movedim(1, 0) for x in tensors], dim=1)
     return exchange(parts, cp).movedim(0, -3).flatten(-3, -2).unbind(0)

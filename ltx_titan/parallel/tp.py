@@ -97,6 +97,7 @@ def _register_collectives(model: LTXTransformer, tp: Axis) -> None:
     """Registers the collectives around each attention and feed-forward, and in the norms of queries and keys."""
 
     def enter_attention(_: Attention, args: tuple) -> tuple:
+        # [B, S / tp, D] -> [B, S, D]; text contexts are whole on every rank.
         x, *context = args
         return gather(x, 1, tp), *context
 
@@ -107,6 +108,7 @@ def _register_collectives(model: LTXTransformer, tp: Axis) -> None:
         return tuple(gather(x, 1, tp) for x in args)
 
     def leave(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        # Partial sums [B, S, D] -> own tokens [B, S / tp, D], half of the traffic of an all-reduce.
         return scatter_sum(out, 1, tp)
 
     def sum_statistic(statistic: Tensor) -> Tensor:
