@@ -123,6 +123,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     for warning in check_conditions(strategy, keys, dataset.name):
         logger.warning("%s", warning)
+    # Finished contexts have passed the connectors already, which are then neither read nor kept in memory.
     connectors_path = None
     if any(stores_text_features(key) for key in set(keys)):
         connectors_path = find_connectors(source, model.connectors_path)

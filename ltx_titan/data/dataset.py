@@ -85,6 +85,8 @@ class PrecomputedDataset:
         self._samples = self._match()
         self._keys = self._read_keys()
         # Independent of the path of the root and of sharding: a moved or packed dataset keeps its order.
+        # Relative paths and shapes, so that a dataset that was moved or packed into shards resumes in the same order.
+        # Not contents: reading them would take as long as an epoch.
         self.fingerprint = fingerprint_of(
             f"{[location.relative_path(folder) for folder, location in sample.items()]}\0{key}"
             for sample, key in zip(self._samples, self._keys, strict=True)
