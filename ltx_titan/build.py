@@ -75,6 +75,7 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
 def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
     """Builds the job's transformer, adapted and sharded over `mesh`, on the meta device; call `give_storage` next."""
     job = plan.job
+    # Adapters before the parallel plan, which shards, converts and wraps their layers, too.
     model = build_transformer(plan.source, plan.modalities, select_operators(job.kernels.backend, device))
     if job.model.mode == "lora":
         adapted = apply_lora(model, job.lora)
@@ -113,7 +114,9 @@ def load_connectors(plan: Plan, mesh: Mesh, device: torch.device) -> TextConnect
     if path is None:
         return None
     dtype = COMPUTE_DTYPES[plan.job.training.dtype]
+    # Frozen, so they need no float32 master weights.
     connectors = build_connectors(plan.source, path).to(dtype).requires_grad_(False)
+    # Each connector by itself, so that its blocks are gathered one at a time.
     for connector in connectors.children():
         apply_fsdp(connector, connector.transformer_1d_blocks, mesh.fsdp, dtype)
     connectors.to_empty(device=device)
@@ -137,6 +140,7 @@ def export_model(plan: Plan, model: nn.Module, step: int) -> Path:
     dtype = COMPUTE_DTYPES[plan.job.checkpoint.export_dtype]
     if plan.job.model.mode == "lora" and not plan.job.lora.dora:
         path = folder / f"lora-step-{step}.safetensors"
+        # Inference tools shrink a reference by these factors, so the file must state them.
         metadata = reference_metadata(*plan.reference_scale) if plan.reference_scale is not None else {}
         export_lora(adapter_weights(model), path, metadata, dtype=dtype)
         return path

@@ -66,6 +66,7 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
     Raises:
         ValueError: there are several nodes and no MASTER_ADDR.
     """
+    # Scripts of schedulers often export variables that are empty.
     values = {name: value for name, value in environment.items() if value}
     nodes = values.get("NNODES", "1")
     if nodes != "1":
@@ -87,6 +88,7 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
 
 def launch(arguments: Sequence[str]) -> int:
     """Runs torchrun; returns the exit code of the worker that failed first, or 0."""
+    # torchrun handles SIGTERM, SIGINT, SIGHUP and SIGQUIT; the default action of SIGUSR1 would end it.
     signal.signal(signal.SIGUSR1, _forward)
     try:
         torchrun(list(arguments))
@@ -97,12 +99,14 @@ def launch(arguments: Sequence[str]) -> int:
             "is above. If it lost the connection to another rank, see the log of that rank's node.",
             file=sys.stderr,
         )
+        # A negative code is the signal that ended the worker; shells report it as 128 + signal.
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
 
 
 def _forward(number: int, frame: object) -> None:
     """Sends a signal to all child processes."""
+    # Of all threads: the kernel lists a child under the thread that started it.
     for children in Path("/proc/self/task").glob("*/children"):
         for child in children.read_text().split():
             os.kill(int(child), number)

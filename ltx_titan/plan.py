@@ -93,6 +93,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     Raises:
         ValueError: something does not fit; the message names the file, key or tensor, and the remedy.
     """
+    # The cheapest checks come first: these read no file.
     degrees = check_world(job, world_size)
     model = job.model
     source = read_source(model.checkpoint_path if model.init == "checkpoint" else None, model.shape, model.num_layers)
@@ -118,9 +119,11 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         {"name": "flexible", "video": job.video, "audio": job.audio}, factors, architecture.keyframe_embedding
     )
     dataset = _open_dataset(job, strategy, architecture, factors)
+    # Shapes only: no latents are read before training.
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     for warning in check_conditions(strategy, keys, dataset.name):
         logger.warning("%s", warning)
+    # Finished contexts have passed the connectors already, which are then neither read nor kept in memory.
     connectors_path = None
     if any(stores_text_features(key) for key in set(keys)):
         connectors_path = find_connectors(source, model.connectors_path)
@@ -168,6 +171,7 @@ def is_finished(plan: Plan) -> bool:
             )
         return False
     path = latest_complete(plan.folder / "checkpoint")
+    # Only the JSON part: reading the state would take as long as resuming.
     if path is None or read_trainer_state(path)["step"] < plan.last_step:
         return False
     logger.info("nothing to do: %s is already at step %d of %d", path, plan.last_step, plan.job.training.steps)
@@ -175,7 +179,16 @@ def is_finished(plan: Plan) -> bool:
 
 
 def build_transformer(source: ModelSource, modalities: Modalities, operators: Operators = TORCH) -> LTXTransformer:
-    """Builds the transformer on the meta device; names and shapes are checked against its file."""
+    """Builds the transformer on the meta device; names and shapes are checked against its file.
+
+    Args:
+        source: config, and the file to check against; without one nothing is checked.
+        modalities: streams to build; the file may hold more.
+        operators: implementation of the fused operations.
+
+    Raises:
+        ValueError: names, shapes or dtypes in the file differ.
+    """
     with torch.device("meta"):
         model = LTXTransformer.from_config(source.config["transformer"], modalities, operators)
     if source.path is not None:
@@ -186,6 +199,7 @@ def build_transformer(source: ModelSource, modalities: Modalities, operators: Op
 def _modalities(job: JobConfig) -> Modalities:
     if job.model.modalities != "auto":
         return job.model.modalities
+    # A frozen stream is built as well, because the other one attends to it.
     if job.video is not None and job.audio is not None:
         return "av"
     return "video" if job.video is not None else "audio"

@@ -103,6 +103,7 @@ class Trainer:
         for change in job_changes(saved["job"], self.job):
             logger.warning("job settings changed since the checkpoint: %s", change)
         batches = self.plan.batches
+        # Only warnings: settings may change between runs. State that does not fit has been refused by `load_state`.
         position = DataPosition.from_dict(saved["data"])
         next_batch, notes = resume_step(
             position, global_batch_size=batches.global_batch_size, fingerprint=batches.fingerprint
@@ -120,6 +121,7 @@ class Trainer:
         """
         job, plan = self.job, self.plan
         if self.is_main:
+            # As resolved, with defaults and overrides, so that the run can be repeated without its command line.
             write_text(plan.folder / "job.toml", dump_job(job))
         log = MetricsLogger(
             plan.folder,
@@ -160,12 +162,14 @@ class Trainer:
                     started = time.perf_counter()
                 for batches in loader:
                     before_step(batches.step)
+                    # Asked before the step and read after it, so the all-reduce overlaps with the step.
                     self.stop.ask()
                     grad_norms = self._train_step(batches, sums)
                     self.step, self.next_batch = batches.step, batches.batch_number + 1
                     garbage.run(self.step)
                     validated = {}
                     if _is_due(self.step, job.validation.interval):
+                        # Validation is no part of the step time, or the figure would depend on the interval.
                         paused = time.perf_counter()
                         validated = self._validate(log)
                         started += time.perf_counter() - paused
@@ -191,6 +195,7 @@ class Trainer:
         finally:
             log.close()
             if self.saver is not None:
+                # After an error as well: a checkpoint that is still being written must become complete.
                 self.saver.close()
         export = self._export()
         if self.is_main:
@@ -204,6 +209,7 @@ class Trainer:
             The gradient norms before clipping; None with `optimizer.in_backward`, which frees each gradient at once.
         """
         max_norm = self.job.training.max_grad_norm
+        # Before the backward pass, in which `optimizer.in_backward` already updates.
         self.optimizers.set_lr(self._learning_rate(batches.step))
         for number, micro_batch in enumerate(batches.micro_batches):
             # Dropout masks depend on the micro-batch alone, so a resumed run draws the same ones.
@@ -237,6 +243,7 @@ class Trainer:
         share = 1 / self.job.training.global_batch_size
         (weighted.sum() * share).backward()
         sums.add(weighted, loss, inputs, share)
+        # From the shapes in the plan: counting tokens on the device would make the host wait for it.
         sums.flops += sum(self.plan.sample_flops(index) for index in micro_batch.samples)
         sums.tokens += sum(self.plan.sample_tokens(index) for index in micro_batch.samples)
 
@@ -247,8 +254,7 @@ class Trainer:
             batch: collated samples; dropped captions are masked in place.
             step: optimizer step.
             positions: index of each sample in the global batch. With the seed and step they key each sample's
-            generator,
-                so the draws are the same on every mesh.
+                generator, so the draws are the same on every mesh.
         """
         seed = self.job.training.seed
         if self.job.data.caption_dropout > 0:
@@ -303,6 +309,7 @@ class Trainer:
         peak_memory = peak_memory_gib(self.device)
         if peak_memory is not None:
             peak = sums.loss.new_tensor(peak_memory)
+            # The fullest rank decides whether a job fits.
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
             peak_memory = peak.item()
             reset_peak_memory(self.device)
@@ -392,6 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0 if arguments else 2
     try:
+        # Checked before a process group exists: every rank finds the same error by itself, and none waits for another.
         plan = plan_job(load_job(arguments[0], arguments[1:]), rank_and_size()[1])
         check_validation_files(plan)
         if is_finished(plan):

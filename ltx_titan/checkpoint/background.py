@@ -36,6 +36,7 @@ class BackgroundSaver:
         # gloo, because the thread must not launch NCCL kernels next to the training step's.
         self._group = dist.new_group(backend="gloo")
         self._host = _HostCopy()
+        # One worker: saves are written in order, and their collectives on the group cannot interleave.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 

@@ -33,7 +33,7 @@ def incomplete_folder(folder: str | Path, step: int) -> Path:
 
 
 def saved_steps(folder: str | Path) -> list[int]:
-    """Returns the steps that have a folder under their final name, ascending, including damaged ones."""
+    """Steps that have a folder under their final name, ascending, including damaged ones."""
     names = (entry.name.removeprefix(_PREFIX) for entry in Path(folder).glob(f"{_PREFIX}*") if entry.is_dir())
     return sorted(int(name) for name in names if name.isdecimal())
 

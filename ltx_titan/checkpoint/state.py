@@ -109,6 +109,7 @@ def load_state(path: str | Path, state: TrainingState) -> dict[str, Any]:
     _prime(state)
     _drop_unsaved_optimizer_state(state, set(saved))
     tensors = state_tensors(state)
+    # DCP itself casts a tensor of another dtype without a word, and stops at the first name that is missing.
     _check_same(path, saved, tensors)
     dcp.load(tensors, checkpoint_id=path)
     return read_trainer_state(path)
@@ -174,6 +175,7 @@ def _on_main_rank(work: Callable[[], Any], what: str, group: dist.ProcessGroup |
         except Exception as failure:  # any error: the other ranks are waiting in `agree`
             error = failure
     agree(error, what, group)
+    # The result is a decision, such as skipping a save, that all ranks have to make alike.
     if dist.is_initialized():
         dist.broadcast_object_list(result, src=0, group=group)
     return result[0]
@@ -198,6 +200,7 @@ def _prepare(folder: Path, step: int) -> bool:
 
 def _publish(temporary: Path, path: Path, trainer: str) -> None:
     """Adds the trainer state to a written folder and renames it to its final name."""
+    # Written last: a folder with this file has all shards.
     with (temporary / TRAINER_FILE).open("w") as file:
         file.write(trainer)
         file.flush()

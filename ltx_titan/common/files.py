@@ -24,6 +24,7 @@ def atomic_write(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     finally:
+        # After success the name no longer exists.
         temporary.unlink(missing_ok=True)
 
 
@@ -54,5 +55,7 @@ def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock for `path`; other processes wait. The lock is a hidden file next to it that stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
+        # The kernel releases the lock of a process that dies, so none can become stale. Removing the file would let two
+        # processes lock two files of this name.
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

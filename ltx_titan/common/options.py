@@ -107,7 +107,9 @@ def parse_options(cls: type[Options], arguments: Sequence[str], *, prog: str, de
         arguments = [argument for argument in arguments if not _OVERRIDE.fullmatch(argument)]
     errors = io.StringIO()
     try:
+        # tyro prints and exits; captured, its box of several lines becomes one.
         with contextlib.redirect_stderr(errors):
+            # DisallowNone: the help would otherwise list {None} among the values of every `Maybe`.
             parsed = tyro.cli(
                 cls,
                 args=arguments,

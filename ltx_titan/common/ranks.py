@@ -64,7 +64,9 @@ def agree(error: Exception | None, what: str, group: dist.ProcessGroup | None = 
     failures: list[str | None] = [own]
     if is_distributed():
         failures = [None] * dist.get_world_size(group)
+        # Also if this rank succeeded: a failed one waits here for all ranks.
         dist.all_gather_object(failures, own, group=group)
+    # This rank's own error first: it has the traceback.
     if error is not None:
         raise error
     failed = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
@@ -108,6 +110,7 @@ class Ranks:
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """Joins the processes that torchrun started, over gloo; a process started alone is rank 0 of 1."""
+    # A group that a caller made stays; it is the caller's to destroy.
     is_ours = rank_and_size()[1] > 1 and not dist.is_initialized()
     if is_ours:
         dist.init_process_group("gloo", timeout=_COMMAND_TIMEOUT)

@@ -51,6 +51,7 @@ def seed_of(text: str, num_bytes: int = 8) -> int:
         text: everything that the seed depends on, for example "42/transformer_blocks.0.attn1.to_q".
         num_bytes: length of the hash; 8 bytes are shifted right by one, since a seed is a signed 64-bit number.
     """
+    # Python's hash() of a string is salted per process.
     number = int.from_bytes(blake2b(text.encode(), digest_size=num_bytes).digest())
     return number >> 1 if num_bytes == 8 else number
 
@@ -62,6 +63,7 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
 
 def free_device_memory() -> None:
     """Returns unreferenced memory to the device, so that another process or allocation can have it."""
+    # First the cycles: the allocator can return only blocks that no tensor refers to.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """The only module that imports torchtitan, so that replacing or upgrading it concerns one file.
 
-Import it in the trainer only: torchtitan takes seconds to import. `docs/architecture.md` lists what is taken and why each
-other part is not.
+Import it in the trainer only: torchtitan takes seconds to import. `docs/architecture.md` lists what is taken and why
+each other part is not.
 """
 
 import logging

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 class Section(BaseModel):
     """One table of a job file; the string below a field is its documentation."""
 
+    # Frozen: a validated job cannot become invalid. Attribute docstrings: configuration.md is generated from them.
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -35,6 +36,7 @@ PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path; `~` is expanded. Text rather than `Path`, so that a job compares and prints as it was written."""
 
 Positive = Annotated[int, Field(ge=1)]
+# torch's generators take seeds of 64 bits, signed.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Interval = Annotated[int, BeforeValidator(_none_is_zero), Field(ge=0)]
 """Steps between two events; 0 never happens. Unset means 0."""

@@ -58,6 +58,7 @@ class ConfigError(ValueError):
 def as_toml(value: Any) -> str:
     """Formats `value` as in a job file, on one line, truncated to 200 characters."""
     match value:
+        # Before the default case: str(True) is not TOML.
         case bool():
             text = str(value).lower()
         case str():
@@ -76,6 +77,7 @@ def as_toml(value: Any) -> str:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Formats a remedy for an unknown `name`: the closest valid names, then all of them."""
     valid = sorted(valid)
+    # Below difflib's default of 0.6, under which `dp` is not close to `tp`.
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{hint}valid: {', '.join(valid)}"

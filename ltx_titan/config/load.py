@@ -16,6 +16,7 @@ from ltx_titan.config.errors import MISSING, ConfigError, Problem, as_toml, near
 from ltx_titan.config.job import JobConfig
 from ltx_titan.config.rules import OWNERS, rule_problems, warn_without_effect
 
+# Error types of pydantic -> the words of someone who writes TOML. Messages of other types are readable as they are.
 _EXPECTED_TYPES = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -83,6 +84,7 @@ def build_job(data: Mapping[str, Any], source: str, origins: Mapping[str, str] |
         job = JobConfig.model_validate(data)
     except ValidationError as error:
         problems = [_problem(detail, data) for detail in error.errors(include_url=False)]
+        # `from None`: pydantic's own report of the same errors would follow otherwise.
         raise ConfigError([_at(problem, source, origins) for problem in problems]) from None
     if problems := rule_problems(job):
         raise ConfigError([_at(problem, source, origins) for problem in problems])
@@ -92,7 +94,9 @@ def build_job(data: Mapping[str, Any], source: str, origins: Mapping[str, str] |
 
 def dump_job(job: JobConfig) -> str:
     """Writes `job` as TOML that `load_job` reads back to an equal job; unset and inapplicable keys are omitted."""
+    # TOML cannot express None.
     data = job.model_dump(exclude_none=True)
+    # Keys of another `name` are omitted: a key that is set without having an effect is an error when it is read.
     for section, owners in OWNERS.items():
         name = data[section]["name"]
         data[section] = {key: value for key, value in data[section].items() if name in owners.get(key, {name})}
@@ -134,6 +138,7 @@ def _apply_override(data: dict[str, Any], override: str) -> str:
     if not name.startswith("--") or len(parts) < 2 or not all(parts):
         problem = Problem("", MISSING, "the form --section.key=value", "name section and key", f"override {override}")
         raise ConfigError([problem])
+    # Applied to the tables, before validation, so that an override is checked exactly like a value of the file.
     table = data
     for depth, part in enumerate(parts[:-1], start=1):
         table = table.setdefault(part, {})
@@ -163,6 +168,8 @@ def _at(problem: Problem, source: str, origins: Mapping[str, str] | None) -> Pro
     """Adds the origin of the value to `problem`."""
     origin = source
     for key, override in (origins or {}).items():
+        # An override is the origin of its key, of everything below it, and of an error of a table around it. The last
+        # one wins.
         if problem.key == key or problem.key.startswith((f"{key}.", f"{key}[")) or key.startswith(f"{problem.key}."):
             origin = override if problem.key else source
     return Problem(problem.key, problem.found, problem.expected, problem.remedy, origin)
@@ -171,8 +178,10 @@ def _at(problem: Problem, source: str, origins: Mapping[str, str] | None) -> Pro
 def _problem(detail: Mapping[str, Any], data: Mapping[str, Any]) -> Problem:
     """Converts one pydantic error."""
     key, models = _locate(detail["loc"], data)
-    kind, message, context = detail["type"], detail["msg"], detail.get("ctx", {})
+    kind, message = detail["type"], detail["msg"]
+    context = detail.get("ctx", {})
     leaf = str(detail["loc"][-1])
+    # For a missing key pydantic's input is the table around it.
     found = MISSING if kind == "missing" else detail["input"]
     if kind == "extra_forbidden":
         section = key.rpartition(".")[0]
@@ -181,8 +190,10 @@ def _problem(detail: Mapping[str, Any], data: Mapping[str, Any]) -> Problem:
         return Problem(key, found, what, nearest(leaf, fields))
     if kind in ("literal_error", "union_tag_invalid"):
         options = str(context.get("expected", context.get("expected_tags", "")))
+        # pydantic reports the table, but it is the table's `type` that has to be corrected.
         if kind == "union_tag_invalid":
             key, found = f"{key}.type", context.get("tag", found)
+        # Formatted by pydantic as 'a', 'b' or 'c'.
         names = [option.strip("'") for option in options.replace(" or ", ", ").split(", ")]
         return Problem(key, found, f"one of {', '.join(names)}", nearest(str(found), names))
     if kind == "union_tag_not_found":
@@ -215,6 +226,7 @@ def _locate(loc: Sequence[int | str], data: Any) -> tuple[str, list[type[BaseMod
     key, models = "", [JobConfig]
     owners = models
     for part in loc:
+        # An index into a list does not change the candidates for the next key.
         if isinstance(part, int):
             key += f"[{part}]"
             data = data[part] if isinstance(data, list) and part < len(data) else None

@@ -73,6 +73,7 @@ class OptimizerSection(Section):
             raise ValueError(
                 f'in_backward = true: expected name to be one of {per_parameter}, found "{self.name}"; change either'
             )
+        # One optimizer per parameter against one per block: the two group parameters differently.
         if self.in_backward and self.offload_state:
             raise ValueError(
                 "expected at most one of in_backward and offload_state to be true, found both; remove one of them"
@@ -143,4 +144,5 @@ class LoRASection(Section):
     @property
     def scaling(self) -> float:
         """Factor of `B A x`."""
+        # rsLoRA (Kalajdzievski, 2023): with alpha / rank the update shrinks as the rank grows.
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

@@ -55,6 +55,7 @@ def _section(path: str, section: type[Section], level: int) -> Iterator[str]:
     yield from _table(path, section)
     for name, field in section.model_fields.items():
         nested = models_in(field.annotation)
+        # A table with defaults is a section of its own; without, it is an entry of an array.
         if len(nested) == 1 and isinstance(field.default, Section):
             yield from _section(f"{path}.{name}", nested[0], level + 1)
         elif len(nested) == 1:
@@ -101,6 +102,7 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return " ".join([f"list of {count}{name}s", *bounds])
     if arguments:  # a union
         return " or ".join(_type(argument, metadata) for argument in arguments if argument is not NoneType)
+    # A path is a string to pydantic; its validator tells it apart.
     if any(isinstance(item, AfterValidator) and item.func is os.path.expanduser for item in metadata):
         return "path"
     return f"{_SCALARS[annotation]} {', '.join(_bounds(metadata))}".rstrip()

@@ -67,6 +67,7 @@ def _model_rules(job: JobConfig) -> Iterator[Problem]:
             )
         else:
             yield from _must_be_file("model.checkpoint_path", model.checkpoint_path)
+        # Refused rather than ignored: the file defines the architecture, and a reader would believe the job.
         for key in ("shape", "num_layers"):
             if (value := getattr(model, key)) is not None:
                 yield Problem(
@@ -115,6 +116,7 @@ def _stream_rules(job: JobConfig) -> Iterator[Problem]:
             "set it to true, or add the other block" if present else "add [video] or [audio] with is_generated = true",
         )
     other = {"video": "audio", "audio": "video"}.get(job.model.modalities)
+    # A stream that is not built cannot be trained or attended to.
     if other is not None and blocks[other] is not None:
         yield Problem(
             "model.modalities",
@@ -141,6 +143,7 @@ def _data_rules(job: JobConfig) -> Iterator[Problem]:
         yield from _media_rules(job)
     for name, block in (("video", job.video), ("audio", job.audio)):
         for index, condition in enumerate(block.conditions if block is not None else ()):
+            # Both are read from folders of prepared samples.
             if condition.type in ("mask", "reference"):
                 yield Problem(
                     f"{name}.conditions[{index}].type",
@@ -184,6 +187,7 @@ def _parameter_rules(job: JobConfig) -> Iterator[Problem]:
     for section_name, owners in OWNERS.items():
         section = getattr(job, section_name)
         for parameter, names in owners.items():
+            # Only what the job sets: every parameter has a value, and most do not belong to the chosen name.
             if parameter in section.model_fields_set and section.name not in names:
                 yield Problem(
                     f"{section_name}.{parameter}",
@@ -223,6 +227,7 @@ def _step_rules(job: JobConfig) -> Iterator[Problem]:
 
 def _batch_rules(job: JobConfig) -> Iterator[Problem]:
     parallelism = job.parallelism
+    # A bound in the section cannot exclude 0 between -1 and 1.
     if parallelism.dp_shard == 0:
         yield Problem("parallelism.dp_shard", 0, "-1 (all remaining ranks) or at least 1", "set it to -1")
         return
@@ -244,6 +249,7 @@ def _single_rules(job: JobConfig) -> Iterator[Problem]:
             f'unset, because activation_checkpoint.mode = "{recompute.mode}"',
             'remove it, or set activation_checkpoint.mode = "every_k"',
         )
+    # 0 reads as none or as all, so it is refused instead of interpreted.
     if job.checkpoint.keep_last == 0:
         yield Problem("checkpoint.keep_last", 0, "-1 (keep all) or at least 1", "set it to 1 or more")
     start = job.profiling.trace_start

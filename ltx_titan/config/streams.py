@@ -65,6 +65,7 @@ class Reference(_Condition):
     """Folder of the reference latents under the data root."""
 
 
+# Discriminated by `type`: an error concerns the keys of that one kind, not of all in turn.
 VideoCondition = Annotated[FirstFrame | Prefix | Suffix | SpatialCrop | Mask | Reference, Field(discriminator="type")]
 AudioCondition = Annotated[Prefix | Suffix | Mask | Reference, Field(discriminator="type")]
 IntrinsicCondition = FirstFrame | Prefix | Suffix | SpatialCrop | Mask

@@ -21,7 +21,9 @@ from ltx_titan.config.base import (
     StreamName,
 )
 
+# 1 means no guidance; below it, guidance would weaken what it is meant to strengthen.
 GuidanceScale = Annotated[float, Field(ge=1.0)]
+# At sigma 0 the input contains no noise, so the velocity cannot be predicted from it.
 Sigma = Annotated[float, Field(gt=0, le=1)]
 Dims = Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
 
@@ -56,6 +58,7 @@ class SampleFirstFrame(Section):
     image_or_video: PathText
     """Image, or video whose first frame is used."""
 
+    # A constant of the kind, not a key of the file.
     stream: ClassVar[StreamName] = "video"
 
 
@@ -270,6 +273,7 @@ class ValidationSection(Section):
 
     @model_validator(mode="after")
     def _has_work_to_do(self) -> Self:
+        # Unset values depend on the job's streams; only an explicit pair of false is known to be wrong here.
         if self.samples and self.generate_video is False and self.generate_audio is False:
             raise ValueError("generate_video and generate_audio are both false; set one to true, or remove samples")
         if self.interval is not None and not self.samples and self.held_out_root is None:

@@ -65,6 +65,7 @@ def check_world(job: JobConfig, world_size: int) -> Degrees:
     others = parallelism.dp_replicate * parallelism.cp * parallelism.tp
     terms = f"dp_replicate x cp x tp = {parallelism.dp_replicate} x {parallelism.cp} x {parallelism.tp} = {others}"
     dp_shard = parallelism.dp_shard
+    # Resolved here, because only the launcher knows the number of ranks.
     if dp_shard == -1:
         if world_size % others:
             raise ConfigError(
@@ -90,6 +91,7 @@ def check_world(job: JobConfig, world_size: int) -> Degrees:
             ]
         )
     degrees = Degrees(parallelism.dp_replicate, dp_shard, parallelism.cp, parallelism.tp)
+    # Again, with the exact number of data-parallel ranks: before, -1 stood for at least one.
     if problems := list(batch_problems(job, degrees.dp, is_exact=True)):
         raise ConfigError(problems)
     return degrees

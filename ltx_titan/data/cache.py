@@ -91,6 +91,7 @@ class ShapeIndex:
             with ThreadPoolExecutor(max_workers=READER_THREADS) as pool:
                 shapes = pool.map(lambda item: read_shapes(self._root / item[0].name, item[1]), new)
                 found |= {file: shape for (file, _), shape in zip(new, shapes, strict=True)}
+            # Entries of files outside of this job stay: jobs with other sources share the index.
             merged = known | {self._entry(file, files[file]): shape for file, shape in found.items()}
             # Of several versions of a file, the latest alone.
             latest = {(entry[0], entry[3]): entry for entry in merged}

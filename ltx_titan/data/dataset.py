@@ -85,6 +85,8 @@ class PrecomputedDataset:
         self._samples = self._match()
         self._keys = self._read_keys()
         # Independent of the path of the root and of sharding: a moved or packed dataset keeps its order.
+        # Relative paths and shapes, so that a dataset that was moved or packed into shards resumes in the same order.
+        # Not contents: reading them would take as long as an epoch.
         self.fingerprint = fingerprint_of(
             f"{[location.relative_path(folder) for folder, location in sample.items()]}\0{key}"
             for sample, key in zip(self._samples, self._keys, strict=True)
@@ -120,9 +122,11 @@ class PrecomputedDataset:
         return read_sample(path, kind) if location.key is None else read_shard_sample(path, location.key, kind)
 
     def _kind(self, folder: str) -> Kind | None:
+        # References and masks are stored under names that the job chooses; None accepts either stream.
         return _KINDS.get(self.sources[folder])
 
     def _check_shapes(self, index: int, sample: Sample) -> None:
+        # The plan made batches of equal shapes: a file that was replaced since would not stack with its batch.
         if (found := shape_key_of(sample)) != self._keys[index]:
             changed = sorted({source for source, _, _ in set(found) ^ set(self._keys[index])})
             raise ValueError(
@@ -133,6 +137,8 @@ class PrecomputedDataset:
     def _check_masks(self, index: int, sample: Sample) -> None:
         tokens = {source: count for source, count in token_counts(self._keys[index]).items() if source in _KINDS}
         for source, fields in sample.items():
+            # Only the count is checked: a mask may have any shape, and whether it is the video's or the audio's depends
+            # on the job's conditions.
             mask = fields.get("mask")
             if isinstance(mask, Tensor) and mask.numel() not in tokens.values():
                 raise ValueError(
@@ -145,6 +151,7 @@ class PrecomputedDataset:
         folders = {folder: self._scan(folder) for folder in self.sources}
         primary = PRIMARY if PRIMARY in folders else next(iter(folders))
         kept, missing = [], {folder: [] for folder in folders}
+        # Sorted, because the order of `os.walk` depends on the file system and the batch plan depends on this one.
         for path in sorted(folders[primary]):
             names = {folder: _paired(path, folder, primary, files) for folder, files in folders.items()}
             lacking = [folder for folder, name in names.items() if name is None]
@@ -181,7 +188,9 @@ class PrecomputedDataset:
                 f"{self.root}: expected the folder {folder!r} (for {self.sources[folder]}), found only {present}; "
                 "prepare it, or correct the folder's name in the job."
             )
+        # Shards first: a `.pt` file of the same path is newer and overrides the shard's sample.
         samples = self._scan_shards(folder)
+        # Folders of a dataset may be links to other disks.
         for parent, _, names in os.walk(base, followlinks=True):
             for name in names:
                 if name.endswith(".pt"):
@@ -204,11 +213,13 @@ class PrecomputedDataset:
         return samples
 
     def _file(self, path: Path) -> SampleFile:
+        # Size and time identify the version of a file, for an index that opens only changed files.
         status = path.stat()
         return SampleFile(path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime_ns)
 
     def _read_keys(self) -> list[ShapeKey]:
         locations = [(folder, location) for sample in self._samples for folder, location in sample.items()]
+        # A shard's header has the shapes of all of its samples; the index is for `.pt` files.
         alone = {location.file: self._kind(folder) for folder, location in locations if location.key is None}
         shapes = ShapeIndex(self.root).shapes(alone)
 
@@ -247,6 +258,7 @@ def token_counts(key: ShapeKey) -> dict[str, int]:
     counts = {}
     for source, field, shape in key:
         if field == "latents":
+            # Video [128, F', H', W'] has a token per latent voxel, audio [8, T, 16] one per time step.
             counts[source] = shape[1] * shape[2] * shape[3] if len(shape) == 4 else shape[1]
     return counts
 

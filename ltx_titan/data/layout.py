@@ -30,6 +30,7 @@ Value = Tensor | int | float | bool
 Fields = dict[str, Value]
 Kind = Literal["video", "audio", "latents", "text", "mask"]
 
+# Latents of the released VAEs. Audio: mel frames of 160 samples at 16 kHz, four of them per latent step.
 VIDEO_CHANNELS = 128
 AUDIO_CHANNELS = 8
 AUDIO_BINS = 16
@@ -46,6 +47,7 @@ def write_sample(path: str | Path, fields: Mapping[str, Value]) -> None:
     """
     path = Path(path)
     clean = {key: _compact(value) if isinstance(value, Tensor) else value for key, value in fields.items()}
+    # Checked like a sample that is read, so that a faulty one is found where it is made and not in training.
     _check_values(path, _normalize(path, clean, None))
     # Through a file object: given a path, torch.save stores its name, and the bytes would depend on the process.
     with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -129,6 +131,7 @@ def _load(path: Path, mmap: bool) -> dict:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the disk and its permissions.") from error
     try:
+        # weights_only: a pickle can execute code, and datasets are downloaded. mmap reads only pages that are used.
         data = torch.load(content, map_location="cpu", weights_only=True, mmap=isinstance(content, str))
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -199,11 +202,13 @@ def _unpatchify(path: Path, data: dict, tokens: Tensor) -> Tensor:
         expected = [data["num_time_steps"], AUDIO_CHANNELS * AUDIO_BINS]
         if list(tokens.shape) != expected:
             raise _error(path, "latents", f"tokens {expected} by num_time_steps", list(tokens.shape))
+        # [T, 8 * 16] -> [T, 8, 16] -> [8, T, 16]
         return tokens.unflatten(1, (AUDIO_CHANNELS, AUDIO_BINS)).movedim(0, 1)
     sizes = [_number(path, data, key, int) for key in ("num_frames", "height", "width")]
     if list(tokens.shape) != [math.prod(sizes), VIDEO_CHANNELS]:
         expected = f"tokens {[math.prod(sizes), VIDEO_CHANNELS]} by num_frames x height x width = {sizes}"
         raise _error(path, "latents", expected, list(tokens.shape))
+    # [F' * H' * W', 128] -> [128, F', H', W']; tokens are ordered by frame, row, column.
     return tokens.movedim(1, 0).unflatten(1, sizes)
 
 
@@ -211,6 +216,7 @@ def _video(path: Path, data: dict, latents: Tensor) -> Fields:
     if latents.shape[0] != VIDEO_CHANNELS or 0 in latents.shape:
         raise _error(path, "latents", f"[{VIDEO_CHANNELS}, F', H', W']", list(latents.shape))
     sizes = dict(zip(("num_frames", "height", "width"), latents.shape[1:], strict=True))
+    # Sizes are redundant, and a file that contradicts itself was written by a faulty script.
     for key, size in sizes.items():
         if key in data and _number(path, data, key, int) != size:
             raise _error(path, key, f"the latents' own size {size} (shape {list(latents.shape)})", data[key])
@@ -265,6 +271,7 @@ def _mask(path: Path, data: dict) -> Fields:
 
 def _check_values(path: Path, fields: Fields) -> None:
     for key, value in fields.items():
+        # One NaN would make the loss and gradients of its whole global batch NaN.
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             count = int((~torch.isfinite(value)).sum())
             raise _error(path, key, "finite values", f"{count} of {value.numel()} NaN or infinite")
@@ -286,8 +293,10 @@ def _tensor(path: Path, data: dict, key: str, floating: bool | None) -> Tensor:
 
 def _number(path: Path, data: dict, key: str, types: type | tuple[type, ...]) -> int | float:
     value = data.get(key)
+    # Older files store numbers as tensors.
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
+    # A bool is an int to Python.
     if isinstance(value, bool) or not isinstance(value, types):
         raise _error(path, key, "an integer" if types is int else "a number", value)
     return value

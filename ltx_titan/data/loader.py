@@ -105,9 +105,13 @@ class StepLoader:
             pin_memory: whether tensors get page-locked memory, whose copies to a GPU are asynchronous; None: if a GPU
                 is available.
         """
-        self._dataset, self._plan, self._draw = dataset, plan, draw
+        self._dataset = dataset
+        self._plan = plan
+        self._draw = draw
         self._share = (dp_rank, dp_size, local_batch_size)
-        self._start, self._stop = start_step, stop_step
+        self._start = start_step
+        self._stop = stop_step
+        # Batches and steps are counted separately: after a change of the batch size their numbers differ.
         self._offset = (start_step if first_batch is None else first_batch) - start_step
         self._prefetch = max(prefetch, 1)
         self._pin = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -134,6 +138,7 @@ class StepLoader:
         Raises:
             ValueError: a file of a sample is broken; with its name. Raised when its micro-batch is requested.
         """
+        # A new iteration starts over, so nothing that was read ahead for an earlier one may be used.
         for future in self._waiting:
             future.cancel()
         self._waiting.clear()
@@ -143,6 +148,7 @@ class StepLoader:
         for step, forwards in steps:
             micro_batches = self._take(jobs, len(forwards))
             yield StepBatches(step, step + self._offset, len(forwards), micro_batches)
+            # `jobs` is shared by all steps: the next step would take what is left of this one.
             assert next(micro_batches, None) is None, f"step {step}: its micro-batches were not all consumed"
 
     def _steps(self) -> Iterator[tuple[int, list[PlannedForward]]]:
@@ -155,8 +161,10 @@ class StepLoader:
             if self._pool is None:
                 yield self._read(*next(jobs))
                 continue
+            # Before waiting, so that the first request submits its own read.
             self._refill(jobs)
             micro_batch = self._waiting.popleft().result()
+            # After it, so that workers read the next ones while the step computes.
             self._refill(jobs)
             yield micro_batch
 
@@ -169,12 +177,15 @@ class StepLoader:
         positions, samples = (tuple(column) for column in zip(*forward, strict=True))
         try:
             batch = collate([self._dataset.load(index) for index in samples])
+            # Keyed by step and position, so it does not matter which thread draws, or when.
             draws = None if self._draw is None else self._draw(batch, step, positions)
         except Exception as error:
+            # A note keeps the type: a ValueError is the user's, and is printed without a traceback.
             names = ", ".join(self._dataset.name(index) for index in samples)
             error.add_note(f"while preparing step {step} from {names}")
             raise
         micro_batch = MicroBatch(batch, positions, samples, draws)
+        # Pinning is a copy, so it is made here and not in the step.
         return map_tensors(micro_batch, Tensor.pin_memory) if self._pin else micro_batch
 
     def _device_setter(self) -> Callable[[], None] | None:
@@ -198,6 +209,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 def _as_tensor(value: Tensor | float | bool) -> Tensor:
     if isinstance(value, float):
+        # torch's default, float32, would round frame rates such as 23.976.
         return torch.tensor(value, dtype=torch.float64)
     return torch.as_tensor(value)
 
@@ -212,6 +224,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         case list():
             return [map_tensors(item, function) for item in value]
         case tuple():
+            # A named tuple takes its items one by one, a tuple as one iterable.
             items = [map_tensors(item, function) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -89,6 +89,7 @@ class BatchPlan:
         batch = self.global_batch(n)
         parts = [self._forwards(batch, part, local_batch_size) for part in self._deal(batch, dp_size)]
         count = max(len(part) for part in parts)
+        # Every forward runs FSDP2's collectives, so ranks with fewer split some instead of running empty ones.
         forwards = _split_to(parts[dp_rank], count)
         # Collectives make every forward as slow as that of the slowest rank: large ones run at the same time.
         forwards.sort(key=lambda forward: (-sum(self._costs[batch[position]] for position in forward), forward))
@@ -96,6 +97,8 @@ class BatchPlan:
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         """Sample indices [batches, global batch size] of an epoch."""
+        # Not Python's hash(), which is salted per process: all ranks must shuffle alike. Hashing also makes the streams
+        # of neighboring seeds and epochs unrelated.
         key = hashlib.sha256(f"{self.fingerprint}\0{self._seed}\0{epoch}".encode()).digest()
         generator = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16])))
         size, total = self.global_batch_size, self.batches_per_epoch * self.global_batch_size
@@ -111,6 +114,7 @@ class BatchPlan:
             whole.append(bucket[:cut])
             rest.append(bucket[cut:])
         batches = np.concatenate(whole + rest).reshape(-1, size)
+        # Otherwise all batches of one shape would follow each other.
         return batches[generator.permutation(len(batches))]
 
     def _deal(self, batch: Sequence[int], dp_size: int) -> list[list[int]]:
@@ -119,10 +123,12 @@ class BatchPlan:
         parts: list[list[int]] = [[] for _ in range(dp_size)]
         waiting = [(0.0, 0, rank) for rank in range(dp_size)]
         heapify(waiting)
+        # Graham's greedy rule, longest first. Ties are broken by shape and position: every rank computes the same.
         order = sorted(range(len(batch)), key=lambda i: (-self._costs[batch[i]], self._buckets[batch[i]], i))
         for position in order:
             load, count, rank = heappop(waiting)
             parts[rank].append(position)
+            # A full rank gets no more, whatever its load: all ranks need equally many samples.
             if count + 1 < room:
                 heappush(waiting, (load + self._costs[batch[position]], count + 1, rank))
         return parts

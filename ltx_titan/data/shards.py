@@ -79,15 +79,22 @@ def shard_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, dict[s
     with _open(path) as (file, numbers):
         samples: dict[str, Fields] = {key: dict(fields) for key, fields in numbers.items()}
         for name in file.keys():  # noqa: SIM118  (a handle, not a dict)
+            # Paths of samples contain slashes, field names do not.
             key, _, field = name.rpartition("/")
             slice_ = file.get_slice(name)
             dtype = SAFETENSORS_DTYPES[slice_.get_dtype()]
+            # Meta tensors have dtype and shape, so they pass through the same checks as loaded ones.
             samples[key][field] = torch.empty(slice_.get_shape(), dtype=dtype, device="meta")
     return {key: field_shapes(_label(path, key), fields, kind) for key, fields in samples.items()}
 
 
 def read_shard_sample(path: str | Path, key: str, kind: Kind | None = None) -> Fields:
     """Reads one sample of a shard and checks all of it, as `read_sample` does for a `.pt` file.
+
+    Args:
+        path: the shard.
+        key: path of the sample below the source folder, such as `clips/a.pt`.
+        kind: kind that it must be; None accepts any.
 
     Raises:
         ValueError: the shard is damaged, lacks the sample, or its fields cannot be used.

@@ -1,5 +1,4 @@
-"""`ltx-titan estimate`: predicts memory and step time of a job on a number of GPUs, searches for a mesh, or dry-runs
-it.
+"""`ltx-titan estimate`: predicts memory and step time of a job, searches for a mesh, or runs a step on fake tensors.
 
 `prediction.py` computes the numbers; this file parses the options and formats an `Estimate` as text or JSON.
 """
@@ -79,6 +78,7 @@ def report(work: Workload, found: Estimate) -> list[str]:
         "exposed": "exposed FSDP2",
     }
     lines.append("time of a step, s")
+    # Parts below half a millisecond would be printed as 0.000.
     lines += [f"  {names[part]:18}{seconds:8.3f}" for part, seconds in asdict(found.time).items() if seconds > 5e-4]
     lines += [
         f"  {'step':18}{found.time.total:8.3f}   {found.tokens_per_s:,.0f} tokens/s/GPU, {found.tflops:.0f} "
@@ -133,7 +133,7 @@ def assumptions(gpu: Gpu, setup: Setup) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `ltx-titan estimate`."""
+    """Declares the options of `ltx-titan estimate`."""
     parser.add_argument("job", type=Path, metavar="JOB.toml", help="job file; --section.key=value overrides it")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs (1)")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="kind of GPU (h100)")
@@ -147,7 +147,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `ltx-titan estimate`; returns the exit status: 1 if the job does not fit or the dry run failed."""
+    """Runs `ltx-titan estimate`; returns the exit status: 1 if the job, or every setup of a search, does not fit.
+
+    Raises:
+        ValueError: an option is out of range, or the job cannot be planned.
+    """
     if arguments.gpus < 1:
         raise ValueError(f"--gpus: expected at least 1, found {arguments.gpus}.")
     gpu = GPUS[arguments.gpu]
@@ -165,6 +169,7 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[
     try:
         plan = plan_job(build_job(tables, str(arguments.job), origins), arguments.gpus)
     except ValueError as error:
+        # A search may start from a job whose mesh does not fit these GPUs; an estimate of the job itself may not.
         if not arguments.search:
             raise
         print(f"{arguments.job} without a search: {error}\n")

@@ -73,6 +73,7 @@ def dry_run(plan: Plan) -> DryRun:
         Exception: whatever the real job would raise.
     """
     started = time.perf_counter()
+    # Compiled code and Triton kernels need real memory.
     plan = dataclasses.replace(plan, job=_without_compilation(plan.job))
     with _fake_ranks(plan):
         # Real tensors, made before the fake mode: a mesh is a tensor of ranks, and `prepare` depends on values.
@@ -138,13 +139,16 @@ def _fake_ranks(plan: Plan) -> Iterator[None]:
 
 def _inputs(plan: Plan) -> ModelInputs:
     """A micro-batch of the most expensive sample."""
+    # The peak of a run is that of its most expensive sample.
     index = max(range(len(plan.dataset)), key=plan.sample_flops)
     count = plan.job.training.local_batch_size
+    # Samples of a micro-batch have one shape, so one sample several times has the bytes of any such batch.
     batch = collate([plan.dataset.load(index)] * count)
     if plan.connectors_path is None:
         batch["conditions"] = to_contexts(batch["conditions"], None, COMPUTE_DTYPES[plan.job.training.dtype])
     else:
         batch["conditions"] = _contexts(plan, batch["conditions"]["video_prompt_embeds"])
+    # Values of sigma change no shape, so any sampler will do.
     draws = draw_step(
         *plan.strategy.draw_plan(batch), sampler=UniformSigma(), seed=0, step=1, indices=tuple(range(count))
     )
@@ -155,6 +159,7 @@ def _contexts(plan: Plan, features: Tensor) -> dict[str, Tensor]:
     """Zeros of the text connectors' output shape, for features [B, T, D]; the connectors are not built here."""
     config = TransformerConfig.from_metadata(plan.source.config["transformer"])
     streams = {"video_prompt_embeds": config.video, "audio_prompt_embeds": config.audio}
+    # Connectors keep the number of tokens: they replace padding by registers.
     return {
         name: torch.zeros(
             *features.shape[:2], stream.caption_dim or stream.context_dim, dtype=COMPUTE_DTYPES[plan.job.training.dtype]

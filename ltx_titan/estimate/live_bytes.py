@@ -76,6 +76,7 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key)
             self._sizes[key] = 0
+        # An operation may have grown a storage that is known already, such as an out= argument.
         if self._sizes[key] != storage.nbytes():
             self._set(key, storage.nbytes())
 

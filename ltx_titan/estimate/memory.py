@@ -102,7 +102,7 @@ class Memory:
 
 
 def estimate_memory(work: Workload, setup: Setup) -> Memory:
-    """Predicts the peak memory of a step on the largest sample."""
+    """Predicts the bytes of a step on the largest sample, by purpose and at both candidates for the peak."""
     parts = _states(work, setup)
     saved, one_block = _activations(work, setup)
     temporary = _units_to_bytes(work, setup, TRANSIENT[setup.compile])

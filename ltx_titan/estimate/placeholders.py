@@ -21,6 +21,7 @@ from ltx_titan.weights.shapes import RELEASED
 Tables = dict[str, Any]
 Clip = tuple[int, int, int]
 
+# The shortest clip of docs/benchmarks, 4,032 video tokens; released models pad prompts to 1,024 tokens.
 DEFAULT_CLIP: Clip = (768, 448, 89)
 _TEXT_TOKENS = 1024
 _FPS = 24.0
@@ -70,6 +71,7 @@ def _checkpoint(tables: Tables, shape: str | None) -> list[str]:
     model = tables.setdefault("model", {})
     path, notes = model.get("checkpoint_path"), []
     if model.get("init", "checkpoint") == "checkpoint" and not (path and Path(path).expanduser().is_file()):
+        # Official files have the model in their name, such as ltx-2.3-22b-dev.safetensors.
         shape = shape or next((name for name in RELEASED if name in Path(path or "").name.lower()), None)
         if shape is None:
             raise ValueError(
@@ -79,6 +81,7 @@ def _checkpoint(tables: Tables, shape: str | None) -> list[str]:
         model |= {"init": "random", "shape": shape}
         model.pop("checkpoint_path", None)
         notes.append(f"checkpoint: {path} not found; assuming {shape}")
+    # Their values change neither memory nor time, but planning requires the files.
     for key in ("adapter_path", "connectors_path"):
         if model.get(key) and not Path(model[key]).expanduser().is_file():
             notes.append(f"model.{key}: {model.pop(key)} not found; ignored")
@@ -93,6 +96,7 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
     strategy = FlexibleStrategy.from_config({"name": "flexible", **deepcopy(blocks)}, factors)
     width, height, frames = clip
     time, rows, columns = factors
+    # The causal video VAE encodes the first frame alone and then groups of `time` frames.
     if frames % time != 1 or height % rows or width % columns:
         raise ValueError(
             f"--clip {width}x{height}x{frames}: expected sizes that divide by {columns} and {rows}, and 1 frame more "
@@ -112,6 +116,7 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
         for name, stream in (("video", architecture.video), ("audio", architecture.audio))
     }
     masks = {"video": torch.ones(grid), "audio": torch.ones(steps)}
+    # References have the clip's own size: the largest that training accepts, hence the most memory.
     for source in strategy.sources:
         fields: dict[str, Any]
         if source == "conditions":
@@ -122,6 +127,7 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
         write_sample(folder / source / "sample.pt", fields)
     data = tables["data"]
     root = data.get("root")
+    # Contexts have passed the connectors, which is where captions are dropped; the plan refuses both together.
     data |= {"root": str(folder), "caption_dropout": 0.0}
     return (
         f"data: {root} not found (or overridden by --clip); assuming clips of {width}x{height}x{frames} at {_FPS:g} "

@@ -72,7 +72,7 @@ class Estimate:
 
 
 def estimate(work: Workload, setup: Setup, gpu: Gpu) -> Estimate:
-    """Estimates one setup."""
+    """Estimates one setup: bytes on the fullest GPU, seconds of a step, FLOPs over all GPUs."""
     return Estimate(
         setup=setup,
         gpu=gpu,
@@ -171,7 +171,13 @@ def search(work: Workload, setup: Setup, gpu: Gpu) -> list[Estimate]:
 
 
 def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Setup]:
-    """Yields all setups of `setup.gpus` ranks that `plan_job` accepts."""
+    """Yields all setups of `setup.gpus` ranks that `plan_job` accepts.
+
+    Args:
+        work: the workload; its heads and global batch size have to divide.
+        setup: number of ranks, and the options that are not varied.
+        gpus_per_node: largest degree of tensor parallelism.
+    """
     gpus = setup.gpus
     # Without compilation, selective checkpointing runs operation by operation and is slower than full.
     modes: list[Mode] = ["none", "selective", "full"] if setup.compile else ["none", "full"]
@@ -181,9 +187,11 @@ def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Set
             if not splits_evenly or (cp > 1 and work.video_tokens == 0):
                 continue
             dp = gpus // (tp * cp)
+            # HSDP: replication costs memory and saves traffic between nodes, so every split of dp is a candidate.
             for dp_replicate in _divisors(dp):
                 degrees = Degrees(dp_replicate, dp // dp_replicate, cp, tp)
                 for batch in _divisors(work.global_batch_size):
+                    # Every rank runs equally many micro-batches of equal size.
                     if work.global_batch_size % (batch * dp):
                         continue
                     if work.in_backward and work.global_batch_size != batch * dp:
@@ -197,16 +205,19 @@ def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Set
                             k=1,
                             local_batch_size=batch,
                             offload_activations=offload,
+                            # Its time is not predicted, so it could not be ranked.
                             cpu_offload=False,
                         )
 
 
 def _rounded(seconds: float) -> int:
+    # The logarithm makes equal ratios equal differences, so that the steps are percents at any duration.
     return round(100 * log(seconds))
 
 
 def _complexity(setup: Setup) -> tuple[int, int, int]:
     degrees = setup.degrees
+    # Fewer tp and cp ranks first, then less replication, then no recomputation.
     return (degrees.tp * degrees.cp, degrees.dp_replicate, setup.recompute != "none")
 
 

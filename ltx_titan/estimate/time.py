@@ -68,7 +68,7 @@ class StepTime:
 
 
 def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
-    """Predicts the time of a step on samples with the workload's token counts."""
+    """Predicts the seconds of a step on samples with the workload's token counts, by component."""
     degrees, layers = setup.degrees, work.num_layers
     micro_batches = -(-work.global_batch_size // (setup.local_batch_size * degrees.dp))
     forward, backward = _compute(work, setup, gpu)

@@ -77,7 +77,9 @@ class Weights:
         elements = size = 0
         for weight in self.items:
             if weight.is_trained or not trained_only:
+                # A scalar, whose shape is empty, counts as one row.
                 first, *rest = weight.after_tp(degrees.tp) or (1,)
+                # Memory is that of the fullest rank.
                 part = -(-first // ranks) * prod(rest)
                 elements += part
                 size += part * weight.itemsize
@@ -126,6 +128,7 @@ class Workload:
     in_backward: bool = False
     ema: bool = False
 
+    # Cached because every prediction reads widths; it writes to `__dict__`, which a frozen dataclass permits.
     @cached_property
     def architecture(self) -> TransformerConfig:
         """Sizes and options of the transformer."""
@@ -197,6 +200,7 @@ class Setup:
 
     def recomputed_share(self) -> float:
         """Fraction of the blocks that run their forward pass twice."""
+        # `selective` counts as all blocks; time.py and memory.py account for what it saves within them.
         return {"none": 0.0, "every_k": 1 / self.k}.get(self.recompute, 1.0)
 
 
@@ -217,6 +221,7 @@ def model_weights(transformer: Mapping[str, Any], modalities: Modalities, lora: 
         modalities: streams that the transformer has.
         lora: adapters to add; None for full fine-tuning.
     """
+    # One block: all of them have the same weights, and the real number of layers multiplies its counts.
     with torch.device("meta"):
         model = LTXTransformer.from_config({**transformer, "num_layers": 1}, modalities)
     if lora is not None:
@@ -241,6 +246,7 @@ def make_workload(plan: Plan) -> Workload:
     costs = {index: plan.sample_flops(index) for index in keys}
     mean = sum(costs.values()) / len(costs)
     # Time follows the mean cost, since batches are balanced by FLOPs; memory follows the largest sample.
+    # The sample nearest to the mean cost rather than mean token counts, because attention is quadratic in them.
     typical = stream_tokens(keys[min(costs, key=lambda index: abs(costs[index] - mean))], plan.modalities)
     largest = stream_tokens(keys[max(costs, key=lambda index: costs[index])], plan.modalities)
     return Workload(
@@ -286,4 +292,5 @@ def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
 
 def has_measured_kernels(gpu: str) -> bool:
     """Whether `kernels.backend = "auto"` chooses the Triton kernels: only where they were measured to be faster."""
+    # `auto` as in model/kernel_ops.py, but for a GPU that this machine may not have.
     return gpu in ("h100", "h200")

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from ltx_titan.metrics.step import StepMetrics
 
+# About a screen, so that the column names stay in sight.
 _HEADER_EVERY = 40
 
 
@@ -25,8 +26,10 @@ class Console:
         self._remaining = RemainingTime(total_steps, first_step)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        # A progress bar moves the cursor, which would fill a log file with control characters.
         if sys.stdout.isatty():
             columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TimeRemainingColumn())
+            # Soft wrap and no highlighting: rich would otherwise break and color lines that are formatted already.
             self._progress = Progress(*columns, console=RichConsole(highlight=False, soft_wrap=True))
             self._task = self._progress.add_task("train", total=total_steps, completed=first_step)
             self._progress.start()
@@ -49,6 +52,7 @@ class Console:
         if self._progress is not None:
             self._progress.console.print(line, markup=False)
         else:
+            # Under torchrun standard output is a pipe, which Python buffers by blocks.
             print(line, flush=True)
 
 
@@ -60,6 +64,7 @@ class RemainingTime:
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         self._total_steps = total_steps
+        # Monotonic, because a clock that is adjusted would give a negative rate.
         self._last = (first_step, time.monotonic())
         self._seconds_per_step: float | None = None
 

@@ -71,10 +71,12 @@ class MetricsLogger:
         folder = Path(dump_folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
+        # Before the file is opened: the rewrite replaces it, and an earlier handle would append to the old one.
         drop_later_lines(path, resumed_step)
         self._file = path.open("a")
         self._console = Console(total_steps, resumed_step)
         if tensorboard:
+            # The event files of the earlier run stay; TensorBoard hides their points from this step on.
             self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=resumed_step + 1)
 
     def log(self, metrics: StepMetrics) -> None:
@@ -82,12 +84,14 @@ class MetricsLogger:
         if self._file is None or self._console is None:
             return
         values = asdict(metrics)
+        # Extra figures share the line: their tags contain a slash, so they cannot collide with a field.
         values |= values.pop("extra")
         broken = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         if broken:
             described = ", ".join(f"{name} = {values[name]}" for name in broken)
             logger.warning("Step %d: %s. Logged as null.", metrics.step, described)
             values |= dict.fromkeys(broken)
+        # NaN is not JSON, and other readers refuse a file that contains it.
         self._file.write(json.dumps(values, allow_nan=False) + "\n")
         self._file.flush()
         shown = {_TAGS.get(name, name): value for name, value in values.items() if name != "step" and value is not None}
@@ -129,6 +133,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             int(record["step"])
         except (ValueError, TypeError, KeyError) as error:
+            # Only the last line can be incomplete, since each is flushed as a whole; damage elsewhere is an error.
             if number == len(lines):
                 break
             raise ValueError(

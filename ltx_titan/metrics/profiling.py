@@ -57,7 +57,10 @@ def profile_steps(
 
 class _Window:
     def __init__(self, folder: Path, first: int, last: int, memory: bool, rank: int) -> None:
-        self._folder, self._first, self._last, self._rank = folder, first, last, rank
+        self._folder = folder
+        self._first = first
+        self._last = last
+        self._rank = rank
         self._records_memory = memory and torch.cuda.is_available()
         if memory and not self._records_memory:
             logger.warning("profiling.memory_snapshot = true is ignored: memory history is recorded on CUDA only.")
@@ -75,6 +78,7 @@ class _Window:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
+        # Shapes tell the layers of the two streams apart, which run the same kernels.
         self._profile = profile(activities=activities, record_shapes=True)
         self._profile.start()
 

@@ -87,6 +87,7 @@ class Sums:
     """Sums over the micro-batches and steps since the last log line; tensors stay on the device."""
 
     def __init__(self, device: torch.device) -> None:
+        # Three numbers in one tensor: they are reduced and copied to the host together.
         self.loss = torch.zeros(3, device=device)
         """Total, video, audio; means over the global batch, added over steps."""
         self.buckets = torch.zeros(2, 2, len(_SIGMA_BUCKETS), device=device)
@@ -112,6 +113,7 @@ class Sums:
         for index, (values, stream) in enumerate(((loss.video, inputs.video), (loss.audio, inputs.audio))):
             if values is not None and stream is not None:
                 # `index_add_`: indexing with boolean masks would wait for the device.
+                # A sigma on an edge belongs to the range above it, of which the edge is the lower end.
                 bucket = torch.bucketize(stream.sigma, self.edges, right=True)
                 self.buckets[index, 0].index_add_(0, bucket, values)
                 self.buckets[index, 1].index_add_(0, bucket, torch.ones_like(values))
@@ -122,6 +124,7 @@ def bucket_means(flat: list[float]) -> dict[str, float]:
     width = len(_SIGMA_BUCKETS)
     means = {}
     for index, stream in enumerate(_STREAMS):
+        # Flattened [stream, sum | count, range].
         totals = flat[2 * index * width : (2 * index + 1) * width]
         counts = flat[(2 * index + 1) * width : (2 * index + 2) * width]
         for low, total, count in zip(_SIGMA_BUCKETS, totals, counts, strict=True):

@@ -36,6 +36,7 @@ def start_wandb(settings: "MetricsSection", folder: str | Path, config: Mapping[
     Raises:
         ValueError: W&B cannot start the run; the message has its reason.
     """
+    # Imported here: an optional package.
     import wandb
 
     assert settings.wandb != "off"
@@ -48,10 +49,12 @@ def start_wandb(settings: "MetricsSection", folder: str | Path, config: Mapping[
             entity=settings.wandb_entity,
             tags=settings.wandb_tags,
             id=_run_id(folder),
+            # Continues the run with this id, or starts it.
             resume="allow",
             name=folder.resolve().name,
             notes=notes,
             config=dict(config),
+            # A resumed job may have changed settings, which W&B would refuse as a conflict.
             allow_val_change=True,
             dir=folder,
             settings=wandb.Settings(quiet=True, show_info=False),
@@ -61,6 +64,7 @@ def start_wandb(settings: "MetricsSection", folder: str | Path, config: Mapping[
             f'metrics.wandb = "{settings.wandb}": Weights & Biases cannot start a run ({error}); set it to "offline" '
             'to write below the dump folder, or to "off".'
         ) from error
+    # Not W&B's own step, which must never decrease.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     where = run.url if settings.wandb == "online" else f"offline; `wandb sync {Path(run.dir).parent}` uploads it"

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ltx_titan.common.tensors import local
 from ltx_titan.optim.sharding import like, sum_shards
 
+# Shazeer and Stern (2018): exponent of the second moment's decay, and epsilon_2, the floor of a parameter's scale.
 _DECAY = -0.8
 _SMALLEST_RMS = 1e-3
 
@@ -41,7 +42,10 @@ class Adafactor(Optimizer):
                     self._update(parameter, group)
 
     def _init_state(self, parameter: Tensor) -> None:
-        state, shard, dims = self.state[parameter], local(parameter), parameter.ndim
+        state = self.state[parameter]
+        shard = local(parameter)
+        dims = parameter.ndim
+        # On the host: the decay needs it as a number, and a device tensor would have to be waited for.
         state["step"] = torch.tensor(0.0)
         if dims < 2:
             state["variance"] = like(parameter, torch.zeros_like(shard, dtype=torch.float32), parameter.shape)
@@ -58,13 +62,18 @@ class Adafactor(Optimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        state, weight, gradient = self.state[parameter], local(parameter), local(parameter.grad).float()
+        state = self.state[parameter]
+        weight = local(parameter)
+        gradient = local(parameter.grad).float()
         state["step"] += 1
-        step, dims, eps = float(state["step"]), parameter.ndim, torch.finfo(parameter.dtype).eps
+        step = float(state["step"])
+        dims = parameter.ndim
+        eps = torch.finfo(parameter.dtype).eps
         weight_rms = _rms(weight, parameter)
         if group["weight_decay"]:
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-        squares, share = gradient.square(), step**_DECAY
+        squares = gradient.square()
+        share = step**_DECAY
         if dims < 2:
             variance = local(state["variance"]).lerp_(squares, share)
         else:
@@ -74,6 +83,7 @@ class Adafactor(Optimizer):
             columns.lerp_(sum_shards(squares.sum(-2, keepdim=True), parameter, [dims - 2]) / parameter.shape[-2], share)
             mean = sum_shards(rows.sum(-2, keepdim=True), parameter, [dims - 2]) / parameter.shape[-2]
             variance = rows * columns / mean.clamp(min=eps)
+        # The floor is torch.optim.Adafactor's; the paper adds 1e-30 to the squares instead.
         update = variance.clamp(min=eps * eps).rsqrt().mul_(gradient)
         # Steps relative to the parameter's own scale, with the update clipped to an RMS of 1.
         size = min(group["lr"], step**-0.5) * weight_rms.clamp(min=_SMALLEST_RMS) / _rms(update, parameter).clamp(min=1)

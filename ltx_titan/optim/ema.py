@@ -19,8 +19,7 @@ from ltx_titan.optim.sharding import like
 
 
 class EMA(Optimizer):
-    """Moving average of parameters in float32. Create it after the weights are loaded and before a checkpoint is
-    restored.
+    """Moving average of parameters in float32; create it between loading the weights and restoring a checkpoint.
 
     Args:
         parameters: parameters to average; frozen ones are ignored.
@@ -40,6 +39,7 @@ class EMA(Optimizer):
         Args:
             step: optimizer steps taken, from 1.
         """
+        # The ramp of TensorFlow's ExponentialMovingAverage with `num_updates`.
         decay = min(self.decay, (1 + step) / (10 + step))
         parameters = self._parameters()
         averages = [local(self._average(parameter)) for parameter in parameters]
@@ -65,6 +65,8 @@ class EMA(Optimizer):
     @torch.no_grad()
     def _swap(self, model: nn.Module, kept: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """Swaps weights and averages; returns the weights whose average has another dtype, for the swap back."""
+        # A gathered unit computes with its copy of the old weights until it gathers again; the last block and the root
+        # stay gathered after a forward pass.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

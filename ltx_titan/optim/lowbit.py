@@ -25,7 +25,9 @@ from torchao.optim.subclass_8bit import OptimState8bit
 from ltx_titan.common.tensors import local, seed_of
 from ltx_titan.optim.sharding import like
 
+# Columns per scale. With tp = 16 a rank's part of a row of 2,048 columns, the audio width, is still a whole block.
 _BLOCK = 128
+# As in torchao and bitsandbytes: below this, quantization saves nothing worth its error.
 _SMALLEST = 4096
 
 
@@ -38,8 +40,7 @@ class LowBitAdamW(Optimizer):
         lr, betas, eps, weight_decay: as in AdamW.
         stochastic_rounding: round bfloat16 parameters up or down at random, with the exact value as the mean.
         seed: of the rounding. Random numbers depend on (seed, step) and are the same on all ranks, so that replicas of
-        a
-            weight stay equal.
+            a weight stay equal.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class LowBitAdamW(Optimizer):
         seed: int = 0,
     ) -> None:
         assert bits in (4, 8, 32), bits
-        self.bits, self.stochastic_rounding, self.seed = bits, stochastic_rounding, seed
+        self.bits = bits
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = seed
         self._maps: dict[tuple[torch.device, bool], Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -81,6 +84,7 @@ class LowBitAdamW(Optimizer):
             return
         step = int(self.state[parameter]["step"])
         devices = [local(parameter).device] if local(parameter).is_cuda else []
+        # torchao's update draws from the global generator and takes no other.
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed_of(f"{self.seed}/{step}", num_bytes=7))
             yield
@@ -94,6 +98,7 @@ class LowBitAdamW(Optimizer):
                 zeros = torch.zeros_like(shard, dtype=torch.float32)
                 state[name] = like(parameter, zeros, parameter.shape)
                 continue
+            # A block must not span ranks: its scale is a maximum over all of its elements.
             width = parameter.shape[-1]
             if shard.shape[-1] % _BLOCK != 0:
                 raise ValueError(
@@ -110,6 +115,7 @@ class LowBitAdamW(Optimizer):
 
     def _is_quantized(self, parameter: Tensor) -> bool:
         return (
+            # Global sizes only: the decision is the same for every sharding, so a checkpoint fits all of them.
             self.bits < 32
             and parameter.ndim >= 2
             and parameter.shape[-1] % _BLOCK == 0
@@ -121,7 +127,9 @@ class LowBitAdamW(Optimizer):
         state = self.state[parameter]
         if name in state:
             return local(state[name])
-        codes, scale = local(state[f"{name}.codes"]), local(state[f"{name}.scale"]).view(-1)
+        codes = local(state[f"{name}.codes"])
+        # torchao keeps scales flat, [rows * blocks]; ours are [rows, blocks] so that they shard like the parameter.
+        scale = local(state[f"{name}.scale"]).view(-1)
         levels = self._levels(codes.device, signed)
         if self.bits == 8:
             return OptimState8bit(codes, scale, levels, signed, torch.float32)
@@ -136,12 +144,15 @@ class LowBitAdamW(Optimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        weight, state = local(parameter).detach(), self.state[parameter]
+        weight = local(parameter).detach()
+        state = self.state[parameter]
         state["step"] += 1
+        # FSDP2 chunks dim 0, which leaves the last ranks without rows of a short parameter.
         if prod(weight.shape) == 0:
             return
         # Compiled, the update is one pass over memory. On a CPU, where only tests run, compilation would take longer.
         function = _compiled_adam if weight.is_cuda else single_param_adam
+        # One compilation per shape of a weight, which are more than Dynamo allows for one function.
         with torch._dynamo.utils.disable_cache_limit():
             function(
                 weight,

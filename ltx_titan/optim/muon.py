@@ -44,11 +44,14 @@ class Muon(Optimizer):
             todo = [parameter for parameter in group["params"] if parameter.grad is not None]
             while todo:
                 size = _workers(todo[0])[1]
+                # As many at a time as there are ranks: all of them work, and no more whole matrices are in memory than
+                # that.
                 batch, todo = todo[:size], todo[size:]
                 updates = orthogonalize([self._direction(p, group["momentum"]) for p in batch])
                 for parameter, update in zip(batch, updates, strict=True):
                     weight = local(parameter)
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    # 0.2 sqrt(max(out, in)) after Liu et al. (2025), "Muon is Scalable for LLM Training".
                     weight.add_(update, alpha=-group["lr"] * 0.2 * sqrt(max(parameter.shape)))
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
@@ -56,7 +59,8 @@ class Muon(Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         assert parameter.grad is not None
-        average, gradient = local(state["momentum"]), local(parameter.grad)
+        average = local(state["momentum"])
+        gradient = local(parameter.grad)
         average.lerp_(gradient, 1 - momentum)
         direction = gradient.lerp(average, momentum).bfloat16()
         if not isinstance(parameter, DTensor):
@@ -80,6 +84,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
         if rank < len(whole):
             whole[rank] = newton_schulz(whole[rank])
         for source, matrix in enumerate(whole):
+            # In the same order on all ranks, or the collectives would not match.
             dist.broadcast(matrix, src=dist.get_global_rank(group, source), group=group)
     return [_own_shard(full, matrix) for full, matrix in zip(whole, matrices, strict=True)]
 

@@ -33,8 +33,11 @@ def keep_state_on_host(optimizer: Optimizer) -> None:
                 if value.numel() >= _SMALLEST:
                     host = hosts.get((parameter, key))
                     if host is None:
+                        # Allocated once and reused: page-locking takes far longer than the copy.
                         pinned = parameter.device.type == "cuda"
                         host = hosts[parameter, key] = torch.empty_like(value, device="cpu", pin_memory=pinned)
+                    # The device tensor is freed here. The allocator reuses memory in stream order, hence after this
+                    # copy.
                     values[key] = host.copy_(value, non_blocking=True)
 
     optimizer.register_step_pre_hook(fetch)

@@ -45,6 +45,7 @@ def lr_factor(step: int, *, total_steps: int, scheduler: SchedulerSection) -> fl
             return _cosine(progress, low or 0.0)
         case "cosine_with_restarts":
             first = scheduler.restart_period or max(horizon // 4, 1)
+            # 0.5 is the reference trainer's lowest rate, 5e-5, relative to its default rate of 1e-4.
             return _cosine(_period_progress(elapsed, first, scheduler.restart_mult), 0.5 if low is None else low)
         case "polynomial":
             return (1.0 - progress) ** scheduler.power
@@ -65,6 +66,7 @@ def _period_progress(elapsed: int, first: int, mult: int) -> float:
     """Fraction of the current period that has passed after `elapsed` steps, in [0, 1)."""
     period = first
     while elapsed >= period:
+        # Periods of equal length need no loop, which would take a turn per period.
         if mult == 1:
             elapsed %= period
             break

@@ -36,9 +36,16 @@ def like(
 
 
 def sum_shards(value: Tensor, parameter: Tensor, dims: Sequence[int]) -> Tensor:
-    """Sums `value`, in place, over the ranks that hold different shards of `parameter` along `dims`."""
+    """Sums `value`, in place, over the ranks that hold different shards of `parameter` along `dims`.
+
+    Args:
+        value: a statistic of this rank's shard, of equal shape on those ranks.
+        parameter: plain or sharded; a plain tensor is whole, and nothing is summed.
+        dims: dims of the parameter that the statistic reduces, from 0.
+    """
     if isinstance(parameter, DTensor):
         for axis, placement in enumerate(parameter.placements):
+            # Only along axes that split the dim: replicas hold equal values, which a sum would multiply.
             is_split = isinstance(placement, Shard) and placement.dim % parameter.ndim in dims
             if is_split and parameter.device_mesh.size(axis) > 1:
                 dist.all_reduce(value, group=parameter.device_mesh.get_group(axis))

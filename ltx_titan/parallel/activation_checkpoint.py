@@ -25,6 +25,7 @@ from ltx_titan.parallel.offload import ActivationOffload
 Mode = Literal["none", "full", "selective", "every_k"]
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
+# One name per backend of SDPA, which chooses by device, dtype and torch version.
 _ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_cudnn_attention",
@@ -90,6 +91,8 @@ class _Selective(ActivationWrapper):
         self.contexts = contexts
 
     def forward(self, *args: Any) -> Any:
+        # Not reentrant: that variant loses the weights' gradients if no input of the block requires one, as in the
+        # first block of a LoRA job.
         block = self._checkpoint_wrapped_module
         return checkpoint(block, *args, use_reentrant=False, context_fn=self.contexts, preserve_rng_state=False)
 
@@ -105,7 +108,10 @@ def _policy(save_matmuls: bool, context: Any, operation: Callable, *args: Any, *
     if operation in _SAVED:
         return CheckpointPolicy.MUST_SAVE
     if save_matmuls and operation in _MATMULS:
+        # [M, K] @ [K, N] takes 2 K FLOPs per output, so the matmuls that narrow (K > N) are the expensive ones to
+        # repeat.
         left, right = args[_MATMULS[operation] :][:2]
         if left.shape[1] > right.shape[1]:
             return CheckpointPolicy.MUST_SAVE
+    # Not MUST: the partitioner of a compiled block may still save what is cheaper to keep than to recompute.
     return CheckpointPolicy.PREFER_RECOMPUTE

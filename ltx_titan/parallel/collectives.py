@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+# Functional collectives: they return new tensors and have fake implementations, so compiled blocks keep them in one
+# graph.
 _ops = torch.ops._c10d_functional
 
 
@@ -35,14 +37,20 @@ class Axis:
 
 
 def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """All-gathers the ranks' shards along `dim`; the adjoint is `scatter_sum`."""
+    """All-gathers the ranks' shards along `dim`, [.., n, ..] -> [.., size n, ..]; the adjoint is `scatter_sum`."""
     if axis.size == 1:
         return x
     return _back(_Gather.apply(_rows(x, dim), axis.group, axis.size), dim)
 
 
 def scatter_sum(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Reduce-scatters: sums over ranks and returns this rank's shard along `dim`; the adjoint is `gather`."""
+    """Reduce-scatters: sums over ranks and returns this rank's shard along `dim`; the adjoint is `gather`.
+
+    Args:
+        x: partial sums of all rows along `dim`, whose length is a multiple of the axis size.
+        dim: dim that is sharded.
+        axis: ranks to reduce over.
+    """
     if axis.size == 1:
         return x
     return _back(_ScatterSum.apply(_rows(x, dim), axis.group, axis.size), dim)
@@ -62,7 +70,10 @@ def exchange(x: Tensor, axis: Axis) -> Tensor:
 
 
 def gather_output(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """All-gathers shards for a loss that all ranks compute; backward takes this rank's shard of the gradient."""
+    """All-gathers shards for a loss that all ranks compute; backward takes this rank's shard of the gradient.
+
+    Unlike `gather`, whose adjoint sums over ranks: here all ranks have the whole gradient, and each keeps its part.
+    """
     if axis.size == 1:
         return x
     return _back(_GatherOutput.apply(_rows(x, dim), axis.group, axis.size, axis.rank), dim)
@@ -83,6 +94,7 @@ def _back(rows: Tensor, dim: int) -> Tensor:
     return rows.movedim(0, dim).contiguous()
 
 
+# These operations return before the data has arrived; `wait_tensor` orders the current stream behind them.
 def _all_gather(rows: Tensor, group: str, size: int) -> Tensor:
     return _ops.wait_tensor(_ops.all_gather_into_tensor(rows.contiguous(), size, group))
 
@@ -96,6 +108,8 @@ def _all_reduce(x: Tensor, group: str) -> Tensor:
 
 
 def _all_to_all(rows: Tensor, group: str, size: int) -> Tensor:
+    # The single-tensor form, because gloo on torch 2.11 lacks the one that takes lists. Each rank sends one row to
+    # each.
     return _ops.wait_tensor(_ops.all_to_all_single(rows.contiguous(), [1] * size, [1] * size, group))
 
 
@@ -107,6 +121,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # Every rank used the whole tensor, so a shard's gradient is the sum of what all ranks contribute to it.
         return _reduce_scatter(grad, ctx.group, ctx.size), None, None
 
 
@@ -118,6 +133,7 @@ class _ScatterSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # This rank's input has a part in every rank's shard, so its gradient is that of all shards.
         return _all_gather(grad, ctx.group, ctx.size), None, None
 
 
@@ -129,6 +145,8 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # The output is replicated, but each rank's gradient of it is partial: it covers the rank's own use of the
+        # value.
         return _all_reduce(grad, ctx.group), None
 
 
@@ -151,6 +169,7 @@ class _GatherOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        # No reduction: every rank has the gradient of the same loss, and a sum would count each token once per rank.
         return grad.narrow(0, ctx.rank * ctx.length, ctx.length), None, None, None
 
 
@@ -158,6 +177,7 @@ class _ShareGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
         ctx.size = size
+        # A view, unlike in `_rows`, is safe here: velocities leave the model outside of the compiled blocks.
         return x.view_as(x)
 
     @staticmethod

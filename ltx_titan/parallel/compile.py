@@ -10,8 +10,7 @@ _RECOMPILE_LIMIT = 64
 
 
 def apply_compile(blocks: nn.ModuleList) -> None:
-    """Compiles every block on its first call and for each new set of shapes; static shapes run faster than dynamic
-    ones.
+    """Compiles every block on its first call and for each new set of shapes: static shapes run faster than dynamic.
 
     Args:
         blocks: the model's repeated blocks; they share the compiled code.

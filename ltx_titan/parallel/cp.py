@@ -6,8 +6,7 @@
     audio self, text        audio and text are on every rank: no communication
 
 Only the parameterless softmax attention inside an attention layer is replaced. It also removes padding, so that
-attention sees true lengths and needs no mask; tensor parallelism and float8, which pad as well, use it for that with cp
-= 1.
+attention sees true lengths and needs no mask. Tensor parallelism and float8 pad as well, and use it with `cp = 1`.
 """
 
 from typing import Literal
@@ -72,8 +71,7 @@ class _SplitSoftmax(nn.Module):
         k, v = k[:, :, :length], v[:, :, :length]
         padding = 0
         if self.queries == self.keys:
-            # Only here are queries whole; in cross-modal attention they are a shard, whose padded rows are ignored
-            # later.
+            # Queries are whole only here; in cross-modal attention they are a shard, and padding is dropped at the end.
             padding = q.shape[2] - length
             q = q[:, :, :length]
         out = F.pad(self.core(q, k, v, mask), (0, 0, 0, padding))
@@ -86,11 +84,14 @@ class _SplitSoftmax(nn.Module):
 def _tokens_of_some_heads(tensors: tuple[Tensor, ...], cp: Axis) -> tuple[Tensor, ...]:
     """All-to-all from token shards to head shards: each [B, H, S / cp, K] -> [B, H / cp, S, K]."""
     # Stacked, so that queries, keys and values travel in one collective.
+    # [cp, n, B, H / cp, S / cp, K], dim 0 the receiving rank; after the all-to-all it is the sending rank, whose tokens
+    # are concatenated in rank order.
     parts = torch.stack([x.unflatten(1, (cp.size, -1)).movedim(1, 0) for x in tensors], dim=1)
     return exchange(parts, cp).movedim(0, -3).flatten(-3, -2).unbind(0)
 
 
 def _heads_of_some_tokens(x: Tensor, cp: Axis) -> Tensor:
     """All-to-all from head shards to token shards: [B, H / cp, S, K] -> [B, H, S / cp, K]."""
+    # [cp, B, H / cp, S / cp, K] likewise: each rank gets its own tokens, and heads are concatenated in rank order.
     parts = x.unflatten(2, (cp.size, -1)).movedim(2, 0)
     return exchange(parts, cp).movedim(0, 1).flatten(1, 2)

@@ -69,6 +69,7 @@ def apply_float8(
             block is not None
             and _CONVERTED.fullmatch(block[1]) is not None
             and isinstance(layer, nn.Linear)
+            # Both widths count: inputs are the inner dim of the forward matmul, outputs that of the input's gradient.
             and layer.in_features % (FLOAT8_MULTIPLE * tp) == 0
             and layer.out_features % (FLOAT8_MULTIPLE * tp) == 0
         )

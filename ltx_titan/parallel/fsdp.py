@@ -37,6 +37,8 @@ def apply_fsdp(
     for number, block in enumerate(blocks):
         # The backward pass starts with the last block, which would be gathered again at once.
         fully_shard(block, mesh=mesh, reshard_after_forward=number < last, mp_policy=policy, offload_policy=offload)
+    # The root's weights are needed at both ends of each pass (embeddings, output heads), so they stay gathered in
+    # between.
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -71,4 +71,5 @@ def _shard_of(gradient: Tensor) -> tuple[_Sharding, Tensor]:
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    # float32: a long sum of bfloat16 squares stops growing once an addend is below half a unit in the last place.
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()

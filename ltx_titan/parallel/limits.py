@@ -37,6 +37,7 @@ def check_parallelism(
         ValueError: one line for each unsupported combination: keys, values, reason and remedy.
     """
     problems = []
+    # cp exchanges the heads that tp left on a rank, so the product has to divide. Both streams have equally many heads.
     heads, shares = config.video.heads, degrees.tp * degrees.cp
     if heads % shares != 0:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -80,6 +81,7 @@ def _float8_problems(
             f"float8.recipe = {recipe!r}: float8 is for layers that read video tokens, and this job has audio only; "
             "set it to 'none'."
         )
+    # tp divides one of the two widths of every converted layer, and the quotient is a dim of a float8 matmul.
     unit = FLOAT8_MULTIPLE * degrees.tp
     if modalities != "audio" and (config.video.width % unit or config.audio.width % unit):
         problems.append(

@@ -68,6 +68,7 @@ def init_distributed(timeout_s: int = 1800) -> torch.device:
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
+            # An in-process store: a job of one rank needs neither a port nor environment variables.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
 
@@ -75,10 +76,12 @@ def init_distributed(timeout_s: int = 1800) -> torch.device:
 def build_mesh(device_type: str, degrees: Degrees) -> Mesh:
     """Builds both meshes; the product of the degrees must be the world size."""
     assert dist.get_world_size() == degrees.dp * degrees.cp * degrees.tp, (dist.get_world_size(), degrees)
+    # tp is innermost: its ranks are neighbors within a node, and nothing overlaps its collectives.
     parameters = init_device_mesh(
         device_type,
         (degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp),
         mesh_dim_names=("dp_replicate", "fsdp", "tp"),
     )
+    # The same row-major order of ranks as above, so that both meshes agree on each rank's cp and tp coordinates.
     data = init_device_mesh(device_type, (degrees.dp, degrees.cp, degrees.tp), mesh_dim_names=("dp", "cp", "tp"))
     return Mesh(degrees, parameters, data)

@@ -46,6 +46,7 @@ class ActivationOffload:
 
         Tensors on the CPU and small ones stay where they are.
         """
+        # The group is created by the block's first large tensor, so a block without one leaves no gap in the chain.
         self._current = None
         return torch.autograd.graph.saved_tensors_hooks(self._park, self._fetch)
 
@@ -56,6 +57,7 @@ class ActivationOffload:
             self._stream = torch.cuda.Stream(tensor.device)
         if self._current is None:
             self._current = self._last = _Group(before=self._last)
+        # The kernels that write the tensor may still be in the queue.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             host = torch.empty_like(tensor, device="cpu", pin_memory=True)
@@ -76,6 +78,7 @@ class ActivationOffload:
         current.wait_stream(self._stream)
         tensor, saved.returned = saved.returned, None
         assert tensor is not None, "started by _start_return"
+        # Allocated on the copy stream: once freed, its memory must not return there while this stream reads it.
         tensor.record_stream(current)
         if group.before is not None:
             # Prefetch, enqueued after this block's own copies so that it does not wait for them.

@@ -47,6 +47,7 @@ def parallelize(
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
     """
     blocks, degrees = model.transformer_blocks, mesh.degrees
+    # First, because it replaces modules: every later step addresses them by name or wraps them.
     if float8.recipe != "none":
         # A CPU has no float8 matmuls: it rounds as float8 does and multiplies in float32.
         emulate = mesh.parameters.device_type == "cpu"
@@ -63,6 +64,7 @@ def parallelize(
         if degrees.cp > 1:
             logger.info("context parallel: video tokens over %d ranks", degrees.cp)
 
+    # Before compilation: its policy selects operations, and a compiled block is a single one.
     if checkpointing.mode == "selective":
         apply_selective_checkpointing(blocks, tp=degrees.tp)
         logger.info("activation checkpointing: selective")
@@ -71,6 +73,7 @@ def parallelize(
         apply_compile(blocks)
         logger.info("compile: each of %d blocks, static shapes", len(blocks))
 
+    # After compilation: inside the compiled region it fails with tensor parallelism on torch 2.13.
     if checkpointing.mode in ("full", "every_k"):
         every = 1
         if checkpointing.mode == "every_k" and checkpointing.k is not None:
@@ -79,5 +82,6 @@ def parallelize(
         offloaded = ", inputs in host memory" if checkpointing.offload else ""
         logger.info("activation checkpointing: one block in %d is recomputed%s", every, offloaded)
 
+    # Last: FSDP2 records each unit's parameters, so their modules, dtypes and tp placements must be final.
     apply_fsdp(model, blocks, mesh.fsdp, dtype, cpu_offload=cpu_offload)
     logger.info("FSDP2: %s, parameters gathered as %s", mesh.fsdp, dtype)

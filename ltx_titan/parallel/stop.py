@@ -10,6 +10,8 @@ import signal
 import torch
 import torch.distributed as dist
 
+# SIGUSR1 is what train_configs/slurm requests before the time limit. SIGINT stays Python's own: Ctrl-C ends a run at
+# once.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -18,6 +20,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received = False
+        # On the CPU, hence over gloo: it neither waits for nor delays the step's NCCL kernels.
         self._votes = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
         for number in _SIGNALS:
@@ -36,4 +39,5 @@ class StopSignal:
         return bool(self._votes.item())
 
     def _receive(self, number: int, frame: object) -> None:
+        # Only a flag: a signal can arrive in the middle of a collective, where saving would deadlock.
         self._received = True

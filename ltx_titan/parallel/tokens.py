@@ -66,6 +66,7 @@ def shard_tokens(model: LTXTransformer, mesh: Mesh, *, multiple: int = 1) -> Tok
     parameters = signature(model.forward)
 
     def enter(_: LTXTransformer, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
+        # Callers pass the streams by position or by name.
         arguments = parameters.bind(*args, **kwargs).arguments
         video, audio = arguments["video"], arguments["audio"]
         layout.video = 0 if video is None else video.latent.shape[1]
@@ -82,8 +83,10 @@ def shard_tokens(model: LTXTransformer, mesh: Mesh, *, multiple: int = 1) -> Tok
     ) -> tuple[Tensor | None, Tensor | None]:
         video, audio = velocities
         if video is not None:
+            # The inverse of `_own_tokens`: tp shards a cp shard, so tp is gathered first.
             video = gather_output(gather_output(video, 1, layout.tp), 1, layout.cp)[:, : layout.video]
         if audio is not None:
+            # Every cp rank computes all audio, so without the division its loss would count cp times.
             audio = share_gradient(gather_output(audio, 1, layout.tp), layout.cp)[:, : layout.audio]
         return video, audio
 
@@ -111,6 +114,8 @@ def _own_tokens(whole: Modality, layout: TokenLayout, cp: int, cp_rank: int) -> 
     per_tp = per_cp // layout.tp.size
 
     def part(x: Tensor, dim: int, start: int, count: int) -> Tensor:
+        # F.pad takes two numbers per dim, from the last dim on. Padded tokens get index 0, which is valid in any table;
+        # their outputs are dropped.
         pads = [0, 0] * (x.ndim - 1 - dim) + [0, padding]
         return F.pad(x, pads).narrow(dim, start, count)
 

@@ -56,6 +56,7 @@ def apply_tensor_parallel(model: LTXTransformer, mesh: Mesh, layout: TokenLayout
         for name, parameter in list(module.named_parameters(recurse=False)):
             full_name = f"{path}.{name}" if path else name
             placement = placement_of(full_name, parameter.shape)
+            # Without a source rank nothing is broadcast: each rank cuts its own shard, here of a meta tensor.
             sharded = distribute_tensor(parameter.data, tp_mesh, [placement], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
             # The outputs of a row-wise layer are summed over ranks, so each adds its share of the bias.
@@ -96,6 +97,7 @@ def _register_collectives(model: LTXTransformer, tp: Axis) -> None:
     """Registers the collectives around each attention and feed-forward, and in the norms of queries and keys."""
 
     def enter_attention(_: Attention, args: tuple) -> tuple:
+        # [B, S / tp, D] -> [B, S, D]; text contexts are whole on every rank.
         x, *context = args
         return gather(x, 1, tp), *context
 
@@ -106,6 +108,7 @@ def _register_collectives(model: LTXTransformer, tp: Axis) -> None:
         return tuple(gather(x, 1, tp) for x in args)
 
     def leave(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        # Partial sums [B, S, D] -> own tokens [B, S / tp, D], half of the traffic of an all-reduce.
         return scatter_sum(out, 1, tp)
 
     def sum_statistic(statistic: Tensor) -> Tensor:
