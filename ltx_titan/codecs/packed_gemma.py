@@ -75,6 +75,7 @@ def load_packed_model(packed: PackedGemma, device: str | torch.device, dtype: to
         model = AutoModel.from_config(packed.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     nested = "model.language_model."
+    prefixes: tuple[str, ...]
     if packed.metadata.prefix(nested):
         prefix, prefixes = nested, (nested,)
     else:

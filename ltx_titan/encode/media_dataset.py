@@ -200,6 +200,7 @@ class MediaDataset:
     def _cache_key(self, usable: _UsableRow, key: str) -> str:
         """Hash of everything that the fields depend on."""
         row, clip = usable.row, usable.clip
+        inputs: tuple[object, ...]
         if key == "conditions":
             inputs = (self._caption(row),)
         else:
@@ -294,7 +295,7 @@ def _read_headers(table: Path, paths: Sequence[Path]) -> dict[Path, VideoInfo | 
 
     with ThreadPoolExecutor(max_workers=READER_THREADS) as pool:
         found = list(pool.map(read, paths))
-    entries = {entry: header for entry, header in found if entry is not None}
+    entries = {entry: header for entry, header in found if entry is not None and isinstance(header, VideoInfo)}
     if entries.keys() - known.keys():
         write_index(index_path, {entry: _header_to_json(header) for entry, header in entries.items()})
     return {path: header for path, (_, header) in zip(paths, found, strict=True)}

@@ -72,7 +72,7 @@ def video_writer(
 
         yield write_frame
         container.mux(video.encode())
-        if audio_stream is not None:
+        if audio is not None and audio_stream is not None:
             samples = np.ascontiguousarray(audio.detach().float().clamp(-1, 1).cpu().numpy())
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
             frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
