@@ -210,6 +210,7 @@ class MediaDataset:
 
     def _find_rows(self, table: SampleTable) -> list[_UsableRow]:
         section = self._section
+        assert section.dataset_path is not None, "required by the section"
         if not table.has_video:
             raise ValueError(
                 f"{section.dataset_path}: has audio only, whose latents are small enough to be stored; prepare it with "

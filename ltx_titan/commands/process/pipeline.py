@@ -4,6 +4,7 @@ Videos come first: the caption of a file that cannot be read needs no 12 B text 
 its share of the rows, so the outputs that a later stage needs of an earlier one are always stored.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def _stages(task: _Task, store: Store) -> list[Stage[Any, Any]]:
             stages.append(VideoStage(rules, files, device, task.extracts_audio))
         if task.table.has_audio:
             stages.append(AudioStage(files, device, audio_targets, task.durations_s))
-        extras = {
+        extras: dict[str, Callable[[], Stage[Any, Any]]] = {
             "reference_video": lambda: ReferenceVideoStage(rules, task.scale, files, device, targets),
             "reference_audio": lambda: ReferenceAudioStage(files, device, audio_targets, task.durations_s),
             "video_mask": lambda: VideoMaskStage(rules, targets),
