@@ -58,7 +58,7 @@ def read_requirements(extras: list[str]) -> list[str]:
 
 def unmet_requirements(python: Path, requirements: list[str]) -> list[str]:
     """The requirements that packages installed for `python` do not meet; all of them if it cannot be examined."""
-    command = [python, "-c", _PROBE, json.dumps(requirements)]
+    command = [str(python), "-c", _PROBE, json.dumps(requirements)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return json.loads(found.stdout) if found.returncode == 0 else requirements
 
@@ -69,7 +69,7 @@ def make_venv(extras: list[str], requirements: list[str]) -> Path:
     _say(f"setting up {VENV} (once; this takes a few minutes)")
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True, stdout=sys.stderr)
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     torch = os.environ.get("LTX_TITAN_TORCH")
     if torch is None:
         newest = next(requirement for requirement in requirements if requirement.startswith("torch>"))

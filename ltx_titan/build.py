@@ -117,7 +117,7 @@ def load_connectors(plan: Plan, mesh: Mesh, device: torch.device) -> TextConnect
     # Frozen, so they need no float32 master weights.
     connectors = build_connectors(plan.source, path).to(dtype).requires_grad_(False)
     # Each connector by itself, so that its blocks are gathered one at a time.
-    for connector in connectors.children():
+    for connector in (connectors.video_embeddings_connector, connectors.audio_embeddings_connector):
         apply_fsdp(connector, connector.transformer_1d_blocks, mesh.fsdp, dtype)
     connectors.to_empty(device=device)
     load_parameters(connectors, path, component=CONNECTORS)
@@ -146,6 +146,11 @@ def export_model(plan: Plan, model: nn.Module, step: int) -> Path:
         return path
     path = folder / f"transformer-step-{step}.safetensors"
     if plan.job.model.mode == "lora":  # DoRA, whose magnitudes LoRA files cannot store
+        if source.path is None:
+            raise ValueError(
+                'checkpoint.export: expected a checkpoint to merge DoRA adapters into, found model.init = "random"; '
+                "set checkpoint.export or lora.dora to false."
+            )
         export_merged(adapter_weights(model), source.path, path)
     else:
         export_transformer(model, path, config=source.config, metadata=source.metadata, dtype=dtype)

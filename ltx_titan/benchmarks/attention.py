@@ -9,7 +9,7 @@ write them. Forward, and forward + backward, as CUDA graph replays; FLOPs are 4 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def _measure_all(names: Sequence[ShapeName], device: torch.device) -> list[dict]
         for shape in SHAPES[name]:
             cells = []
             for backend in BACKENDS:
-                row = {**common, "attention": name, "backend": backend.name}
+                row: dict[str, Any] = {**common, "attention": name, "backend": backend.name}
                 row |= dict(zip(("queries", "keys", "head_dim", "is_masked"), shape, strict=True))
                 try:
                     row |= measure(backend, *shape, device)

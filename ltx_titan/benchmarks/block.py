@@ -15,14 +15,14 @@ the host enqueues the forward and backward of a layer: if it exceeds the sum of 
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -41,6 +41,8 @@ DESCRIPTION = __doc__
 LAYERS = 4
 _WARMUP, _STEPS = 4, 16
 _GIB = 2**30
+
+Provider = Literal["triton", "torch", "diffusers"]
 
 # First match wins: Inductor names its kernels after all operations that it fused, including attention.
 _KINDS = {
@@ -67,7 +69,7 @@ class BlockOptions:
     timesteps: tuple[Literal[1, 2], ...] = (1,)
     """Numbers of distinct timesteps in a clip."""
 
-    providers: tuple[Literal["triton", "torch", "diffusers"], ...] = ("triton", "diffusers")
+    providers: tuple[Provider, ...] = ("triton", "diffusers")
     """Implementations to compare."""
 
     peak_tflops: Maybe[float] = None
@@ -91,13 +93,14 @@ def run(options: BlockOptions) -> int:
         if provider != "diffusers" or timesteps == 1
     ]
     common = {**environment(device), "shape": options.shape, "dtype": "bfloat16"}
-    rows, failures = [], 0
+    rows: list[dict[str, Any]] = []
+    failures = 0
     print(
         f"{'provider':10} tokens steps |  ms/layer  TFLOP/s   MFU | growth  peak GiB | kernels ms "
         "| host ms | device idle | spread | compile s"
     )
     for case, result in zip(cases, in_turns([partial(measure, case, device) for case in cases], device), strict=True):
-        row = {**common, "provider": case.provider, "tokens": case.tokens, "timesteps": case.timesteps}
+        row: dict[str, Any] = {**common, "provider": case.provider, "tokens": case.tokens, "timesteps": case.timesteps}
         rows.append(row)
         if isinstance(result, Exception):
             failures += 1
@@ -120,7 +123,7 @@ def run(options: BlockOptions) -> int:
 class Case:
     """One combination of options."""
 
-    provider: str
+    provider: Provider
     tokens: int
     timesteps: int
     transformer: dict
@@ -128,7 +131,7 @@ class Case:
     is_profiled: bool
 
 
-def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> dict[str, object]:
+def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> dict[str, Any]:
     """Measures one case; returns its row."""
     if case.provider == "diffusers":
         model = diffusers_model(case.transformer, LAYERS, case.tokens, device)
@@ -150,10 +153,11 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     )
     # The difference removes what is outside the layers: embeddings, AdaLN, head and loss.
     layer_ms = (many_ms - one_ms) / (LAYERS - 1)
-    counts = {"video_tokens": case.tokens, "audio_tokens": AUDIO_TOKENS, "text_tokens": TEXT_TOKENS}
-    tflop = layer_flops(TransformerConfig.from_metadata(case.transformer), **counts).total / 1e12
+    config = TransformerConfig.from_metadata(case.transformer)
+    flops = layer_flops(config, video_tokens=case.tokens, audio_tokens=AUDIO_TOKENS, text_tokens=TEXT_TOKENS)
+    tflop = flops.total / 1e12
     times = steps[LAYERS][0]
-    row = {
+    row: dict[str, Any] = {
         "layer_ms": layer_ms,
         "tflops": tflop / layer_ms * 1e3,
         "mfu": tflop / layer_ms * 1e3 / case.peak_tflops if case.peak_tflops else None,
@@ -171,7 +175,7 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
         many.subtract(one)
         row["launches"] = (many_launches - one_launches) / (LAYERS - 1)
         per_layer = {name: ms / (LAYERS - 1) for name, ms in many.items()}
-        kinds: Counter[str] = Counter()
+        kinds: defaultdict[str, float] = defaultdict(float)
         for name, ms in per_layer.items():
             kinds[_kind(name)] += ms
         row["kernel_ms"] = {**kinds, "sum": sum(kinds.values())}

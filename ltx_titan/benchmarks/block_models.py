@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ltx_titan.model import LTXTransformer, Modality, TransformerConfig
 from ltx_titan.model.config import StreamConfig
 from ltx_titan.model.init import init_random_
-from ltx_titan.model.kernel_ops import select_operators
+from ltx_titan.model.kernel_ops import KernelBackend, select_operators
 from ltx_titan.model.rope import distinct_coordinates, midpoints
 from ltx_titan.parallel.compile import apply_compile
 
@@ -43,7 +43,7 @@ class BlockModel:
 
 
 def our_model(
-    backend: str, transformer: dict, layers: int, tokens: int, timesteps: int, device: torch.device
+    backend: KernelBackend, transformer: dict, layers: int, tokens: int, timesteps: int, device: torch.device
 ) -> BlockModel:
     """LTXTransformer, its blocks compiled, with the operators of `backend`."""
     operators = select_operators(backend, device)
@@ -149,7 +149,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _loss(outputs: tuple[Tensor, Tensor]) -> Tensor:
     # Any loss with a dense gradient will do.
-    return sum(output.float().square().mean() for output in outputs)
+    video, audio = (output.float().square().mean() for output in outputs)
+    return video + audio
 
 
 def _grid(tokens: int) -> tuple[int, int, int]:

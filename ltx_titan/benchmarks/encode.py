@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
@@ -49,7 +49,7 @@ def run(options: EncodeOptions) -> int:
     pixels = torch.rand(1, 3, frames, height, width, device=device) * 2 - 1
     rows, failures = [], 0
     for tiling in (False, True):
-        row = {**environment(device), "shape": options.shape, "clip": options.clip, "tiling": tiling}
+        row: dict[str, Any] = {**environment(device), "shape": options.shape, "clip": options.clip, "tiling": tiling}
         try:
             row |= measure(random_codec(options.shape, device, tiling=tiling), pixels)
         except torch.OutOfMemoryError as error:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ltx_titan.model import ops
-from ltx_titan.model.ops import Row
 from ltx_titan.model.rope import PackedRotation, Rotation, distinct_coordinates, rotary_tables
 from ltx_titan_kernels import gated_residual_norm, qk_norm_rope, rms_norm_modulate
 from ltx_titan_kernels.launches import Launch
@@ -126,7 +125,7 @@ def _residual_norm(inputs: _Inputs, norms: int, timesteps: int) -> KernelCase:
     def of(operation: Callable) -> Callable[..., Sequence[Tensor]]:
         def run(x: Tensor, y: Tensor, embedding: Tensor, table: Tensor) -> Sequence[Tensor]:
             gate, *pairs = ops.rows_of(table, embedding)
-            modulations: list[tuple[Row, Row]] = [tuple(pairs[i : i + 2]) for i in range(0, 2 * norms, 2)]
+            modulations = [(pairs[i], pairs[i + 1]) for i in range(0, 2 * norms, 2)]
             return operation(x, y, gate, modulations, index, EPS)
 
         return run

@@ -119,9 +119,9 @@ def examine(request: KernelRequest, device: torch.device, take_turn: Callable[[]
     take_turn()
     best: dict[str, Launch] = {}
     for direction, launches in candidates.items():
-        found = sweep(request, direction, launches, device)
-        rows += found
-        best[direction] = Launch(*(found[0][field] for field in ("warps", "programs", "stages")))
+        swept = sweep(request, direction, launches, device)
+        rows += swept
+        best[direction] = Launch(*(swept[0][field] for field in ("warps", "programs", "stages")))
     if "time" in request.parts:
         for tokens in request.tokens:
             rows += measure(request, tokens, best, compiled.get(tokens), device)
@@ -140,7 +140,7 @@ def _sweep_tokens(request: KernelRequest, device: torch.device) -> tuple[int, ..
 def _compilable(request: KernelRequest, device: torch.device) -> dict[str, list[Launch]]:
     """Launches that compile and run; some need more registers or shared memory than the device has."""
     case = make_case(request.name, min(_sweep_tokens(request, device)), request.width, torch.bfloat16, device, seed=0)
-    found = {}
+    found: dict[str, list[Launch]] = {}
     for direction, launches in LAUNCHES.items():
         run = getattr(case, f"launch_{direction}")
         # Without a GPU this runs in the interpreter, where launches do not differ in time.

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from ltx_titan.benchmarks.measure import environment, write_rows
 from ltx_titan.build import load_transformer
 from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.common.options import Maybe, Positional, parse_options
-from ltx_titan.common.tensors import free_device_memory
+from ltx_titan.common.tensors import free_device_memory, local
 from ltx_titan.config import JobConfig, build_job
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.plan import Plan, plan_job
@@ -145,11 +146,12 @@ def load_job_for(path: Path, options: LoadOptions, folder: str) -> JobConfig:
     return build_job(tables, "load benchmark")
 
 
-def measure(plan: Plan, path: Path, cold: bool) -> dict[str, object]:
+def measure(plan: Plan, path: Path, cold: bool) -> dict[str, Any]:
     """Runs one round; called on every rank, the row of rank 0 counts."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     mesh = build_mesh(device.type, plan.degrees)
-    is_main, row = dist.get_rank() == 0, {"page_cache": "cold" if cold else "warm"}
+    is_main = dist.get_rank() == 0
+    row: dict[str, Any] = {"page_cache": "cold" if cold else "warm"}
     if is_main:
         if cold:
             drop_from_cache(path)
@@ -170,12 +172,12 @@ def measure(plan: Plan, path: Path, cold: bool) -> dict[str, object]:
         own_s = time.perf_counter() - started
         dist.barrier()
         load_s = time.perf_counter() - started
-    ranks = [None] * dist.get_world_size()
+    ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, {"load_s": own_s, "host_gib": peak[0] / _GIB, "host_before_gib": before / _GIB})
     row |= {
         "load_s": load_s,
         "peak_host_gib": max(rank["host_gib"] for rank in ranks),
-        "weights_per_rank_gib": sum(p.to_local().nbytes for p in model.parameters()) / _GIB,
+        "weights_per_rank_gib": sum(local(p).nbytes for p in model.parameters()) / _GIB,
         "ranks": ranks,
     }
     if is_main:

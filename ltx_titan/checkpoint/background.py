@@ -34,7 +34,9 @@ class BackgroundSaver:
         self._folder = Path(folder)
         self._keep_last = keep_last
         # gloo, because the thread must not launch NCCL kernels next to the training step's.
-        self._group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+        self._group = group
         self._host = _HostCopy()
         # One worker: saves are written in order, and their collectives on the group cannot interleave.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

@@ -88,12 +88,14 @@ class VideoVaeLayout:
             # up_blocks[0] inverts the last step of the list; the residual blocks before that step follow.
             stage = self.decoder[len(self.decoder) - 2 - int(parts[1])]
             if parts[2] == "upsamplers":
+                assert stage.step_index is not None
                 return ".".join(["up_blocks", str(self.decoder_length - 1 - stage.step_index), *parts[4:]])
             return self._decoder_stage_name(stage, parts[2:])
         renamed = {"time_embedder": "last_time_embedder", "scale_shift_table": "last_scale_shift_table"}
         return ".".join([renamed.get(parts[0], parts[0]), *parts[1:]])
 
     def _decoder_stage_name(self, stage: _Stage, parts: list[str]) -> str:
+        assert stage.layers_index is not None
         head = ["res_blocks", *parts[1:]] if parts[0] == "resnets" else parts
         return ".".join(["up_blocks", str(self.decoder_length - 1 - stage.layers_index), *head])
 

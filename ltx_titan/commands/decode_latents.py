@@ -17,6 +17,7 @@ from ltx_titan.common.options import Flag, Maybe, Positional, default_device, pl
 from ltx_titan.common.ranks import own_device, own_share
 from ltx_titan.common.tensors import evenly_spaced
 from ltx_titan.data import resolve_root
+from ltx_titan.data.layout import latents_of
 from ltx_titan.media import MediaError
 from ltx_titan.validation.decode import Decoders, decode_sample, load_decoders, write_sample
 from ltx_titan.validation.sampling import SampledLatents
@@ -224,7 +225,7 @@ def _decode(clip: _Clip, decoders: _LazyDecoders, seed: int, report: Report) -> 
         audio = None
     if is_video or audio is not None:
         latents = SampledLatents(
-            fields["latents"][None] if is_video else None, None if audio is None else audio["latents"][None]
+            latents_of(fields)[None] if is_video else None, None if audio is None else latents_of(audio)[None]
         )
         decoded = decode_sample(latents, decoders.needed_by(latents), seed)
         write_sample(clip.target.parent, clip.target.name, decoded, float(fields.get("fps", 1.0)))

@@ -22,7 +22,7 @@ class Key(NamedTuple):
         nullable: whether `null` is a valid value.
     """
 
-    kind: type | tuple[str, ...]
+    kind: type[Any] | tuple[str, ...]
     default: Any = None
     nullable: bool = False
 
@@ -221,7 +221,8 @@ def _parse(text: str, origin: str) -> Table:
         """Also reads tuples, which jobs saved by the LTX Trainer contain."""
 
     # Tuples are the one Python tag that saved jobs contain; any other tag remains an error.
-    Loader.add_constructor("tag:yaml.org,2002:python/tuple", Loader.construct_sequence)
+    # The stub expects a function of a Loader; the method is one of its base class.
+    Loader.add_constructor("tag:yaml.org,2002:python/tuple", Loader.construct_sequence)  # type: ignore[type-var]
     try:
         # A subclass of SafeLoader: it constructs plain values and lists, never arbitrary objects.
         data = yaml.load(text, Loader)

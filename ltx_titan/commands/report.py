@@ -80,7 +80,8 @@ class Report:
         with Progress(*columns, console=self.console, speed_estimate_period=600) as bar:
             task = bar.add_task(stage, total=total)
             yield Ticker(self, stage, total, bar, task)
-        self.seconds[stage] += time.perf_counter() - started
+        # A Counter adds floats as well; its stub knows integers only.
+        self.seconds[stage] += time.perf_counter() - started  # type: ignore[assignment]
 
     def succeeded(self) -> bool:
         """Whether at least one item was done, in this run or before."""

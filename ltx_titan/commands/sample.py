@@ -6,7 +6,7 @@
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ltx_titan.common.options import Flag, Maybe, Repeated, default_device, parse_size, placeholder
 from ltx_titan.config import ValidationSection
 from ltx_titan.model import LTXTransformer
+from ltx_titan.model.transformer import Modalities
 from ltx_titan.validation import schedule_of
 from ltx_titan.validation.engine import SampledFile, prepare_validation
 from ltx_titan.weights import fuse_lora, load_parameters, read_metadata, unused_by
@@ -93,7 +94,7 @@ class SampleOptions:
     distilled: Flag = False
     """Sigma schedule of distilled checkpoints, without guidance."""
 
-    modalities: Maybe[Literal["av", "video", "audio"]] = None
+    modalities: Maybe[Modalities] = None
     """Streams to sample. Default: those of the job, or av."""
 
     output_dir: Path = Path("samples")
@@ -146,7 +147,7 @@ def _read_job(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a TOML file ({error}).") from error
 
 
-def _modalities(job: dict[str, Any]) -> str:
+def _modalities(job: dict[str, Any]) -> Modalities:
     """The streams of a job's model, by the same rule as in training; both without a job."""
     modalities = job.get("model", {}).get("modalities", "auto")
     if modalities != "auto":
@@ -185,7 +186,7 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
     )
 
 
-def _load_model(options: SampleOptions, model_path: str | Path, modalities: str) -> LTXTransformer:
+def _load_model(options: SampleOptions, model_path: str | Path, modalities: Modalities) -> LTXTransformer:
     """The transformer on the device, in bfloat16 (on a CPU in float32), with the LoRA fused in."""
     # An exported transformer has no codecs; those come from the official file.
     path = options.transformer_path or model_path

@@ -152,7 +152,7 @@ def arrange(
     Returns:
         The parts, and the number of skipped scenes.
     """
-    parts = []
+    parts: list[tuple[int, int]] = []
     skipped = 0
     for first, end in scenes:
         first, end = first + trim, end - trim

@@ -224,9 +224,9 @@ def _cut(video: Path, scenes: list[Scene], fps: Fraction, options: SplitOptions,
             part = next(audio_parts)
             if part is None:
                 report.notes["clips without audio"] += 1
-            audio = (None, None) if part is None else (part.waveform, part.sample_rate)
+            waveform, sample_rate = (None, None) if part is None else (part.waveform, part.sample_rate)
             images = _images(scene, options.save_images)
-            with video_writer(scene.path, width, height, fps, *audio, crf=options.crf) as write:
+            with video_writer(scene.path, width, height, fps, waveform, sample_rate, options.crf) as write:
                 # One decoder for all clips, which therefore must be in order of time.
                 for index, frame in islice(frames, scene.first - position, scene.end - position):
                     frame = np.ascontiguousarray(frame[:height, :width])

@@ -23,14 +23,17 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import tyro
 
-T = TypeVar("T")
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-Positional = tyro.conf.Positional
+T = TypeVar("T")
+Options = TypeVar("Options", bound="DataclassInstance")
+
+Positional: TypeAlias = Annotated[T, tyro.conf.Positional]
 """Positional argument; its name in upper case is the placeholder in the usage line."""
 
 Group: TypeAlias = Annotated[T, tyro.conf.OmitArgPrefixes]

@@ -77,7 +77,8 @@ class FlexibleStrategy:
                         f"video.conditions: spatial_region {list(condition.spatial_region)} covers no latent cell of "
                         f"{scale_factors[1]}x{scale_factors[2]} pixels once its edges are rounded down; make it larger."
                     )
-        strategy = cls(blocks.video, blocks.audio, tuple(scale_factors), keyframe_marker)
+        time, height, width = scale_factors  # a list in JSON
+        strategy = cls(blocks.video, blocks.audio, (time, height, width), keyframe_marker)
         _ = strategy.sources  # Folders that collide should fail here, not when the data is opened.
         return strategy
 
@@ -179,6 +180,7 @@ class FlexibleStrategy:
             # Draws come from the loader's threads; a mismatch here would broadcast silently.
             found = [None if draw is None else list(draw.shape) for draw in (draws.sigma, draws.noise)]
             assert found == [[shape[0]], list(shape)], f"{name} tokens {list(shape)} with sigma and noise {found}"
+            assert draws.sigma is not None and draws.noise is not None
             sigma = draws.sigma.to(device, torch.float32, non_blocking=True)
             noise = draws.noise.to(device, torch.float32, non_blocking=True)
             latent, velocity = add_noise(target.tokens, noise, sigma), velocity_target(target.tokens, noise)

@@ -223,7 +223,8 @@ def _locate(loc: Sequence[int | str], data: Any) -> tuple[str, list[type[BaseMod
 
     The tag of a discriminated union is part of the location but not of the file; it selects the model instead.
     """
-    key, models = "", [JobConfig]
+    key = ""
+    models: list[type[BaseModel]] = [JobConfig]
     owners = models
     for part in loc:
         # An index into a list does not change the candidates for the next key.

@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
 from ltx_titan.config.base import Section
@@ -49,7 +49,7 @@ def configuration_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _section(path: str, section: type[Section], level: int) -> Iterator[str]:
+def _section(path: str, section: type[BaseModel], level: int) -> Iterator[str]:
     """A heading, the class docstring, one table of keys, and the nested tables below it."""
     yield from ("", f"{'#' * level} {path}", "", _summary(section), "")
     yield from _table(path, section)
@@ -64,7 +64,7 @@ def _section(path: str, section: type[Section], level: int) -> Iterator[str]:
             yield from _variants(f"{path}.{name}", nested, level + 1)
 
 
-def _variants(path: str, variants: list[type[Section]], level: int) -> Iterator[str]:
+def _variants(path: str, variants: list[type[BaseModel]], level: int) -> Iterator[str]:
     """The kinds of table that an array holds, each with its keys."""
     yield from ("", f"{'#' * level} {path}[]", "", f"Array of tables `[[{path.replace('[]', '')}]]`, one of:")
     for variant in variants:
@@ -72,7 +72,7 @@ def _variants(path: str, variants: list[type[Section]], level: int) -> Iterator[
         yield from _table(path, variant)
 
 
-def _table(path: str, section: type[Section]) -> Iterator[str]:
+def _table(path: str, section: type[BaseModel]) -> Iterator[str]:
     yield "| key | type | default | description |"
     yield "|---|---|---|---|"
     for name, field in section.model_fields.items():
@@ -134,11 +134,11 @@ def _is_array(annotation: Any) -> bool:
     return get_origin(annotation) is tuple or any(_is_array(argument) for argument in get_args(annotation))
 
 
-def _kind(variant: type[Section]) -> str:
+def _kind(variant: type[BaseModel]) -> str:
     return get_args(variant.model_fields["type"].annotation)[0]
 
 
-def _summary(section: type[Section]) -> str:
+def _summary(section: type[BaseModel]) -> str:
     """The class docstring without its own section name, as paragraphs of one line each."""
     text = re.sub(r"^`\[+[\w.]+\]+`: ", "", section.__doc__ or "")
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]

@@ -108,7 +108,7 @@ def _must_be_file(key: str, path: str) -> Iterator[Problem]:
 def _stream_rules(job: JobConfig) -> Iterator[Problem]:
     blocks = {"video": job.video, "audio": job.audio}
     present = [name for name, block in blocks.items() if block is not None]
-    if not any(blocks[name].is_generated for name in present):
+    if not any(block is not None and block.is_generated for block in blocks.values()):
         yield Problem(
             f"{present[0]}.is_generated" if present else "video",
             False if present else MISSING,

@@ -5,7 +5,7 @@ condition a whole stream: `video_to_audio` and `audio_to_video`. This module che
 a file; `ltx_titan.validation.check` does the rest.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,6 +30,9 @@ Dims = Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
 
 class _EitherStream(Section):
     """A condition on the video or on the audio."""
+
+    if TYPE_CHECKING:
+        type: str  # declared by the subclasses
 
     video: PathText | None = None
     """Video file; conditions the video."""

@@ -150,7 +150,8 @@ class PrecomputedDataset:
         """Samples that every source has, sorted by the primary source's paths."""
         folders = {folder: self._scan(folder) for folder in self.sources}
         primary = PRIMARY if PRIMARY in folders else next(iter(folders))
-        kept, missing = [], {folder: [] for folder in folders}
+        kept = []
+        missing: dict[str, list[str]] = {folder: [] for folder in folders}
         # Sorted, because the order of `os.walk` depends on the file system and the batch plan depends on this one.
         for path in sorted(folders[primary]):
             names = {folder: _paired(path, folder, primary, files) for folder, files in folders.items()}

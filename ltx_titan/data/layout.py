@@ -68,6 +68,13 @@ def read_sample(path: str | Path, kind: Kind | None = None) -> Fields:
     return check_fields(Path(path), load_fields(path), kind)
 
 
+def latents_of(fields: Fields) -> Tensor:
+    """The latents of a checked sample of video or audio."""
+    latents = fields["latents"]
+    assert isinstance(latents, Tensor)
+    return latents
+
+
 def load_fields(path: str | Path) -> dict[str, Value]:
     """Reads the fields of a sample file as they were written, in any of the formats.
 
@@ -199,9 +206,9 @@ def _unpatchify(path: Path, data: dict, tokens: Tensor) -> Tensor:
     Feature `16 * c + m` of an audio token is channel `c` of frequency bin `m`.
     """
     if "num_frames" not in data and "num_time_steps" in data:
-        expected = [data["num_time_steps"], AUDIO_CHANNELS * AUDIO_BINS]
-        if list(tokens.shape) != expected:
-            raise _error(path, "latents", f"tokens {expected} by num_time_steps", list(tokens.shape))
+        shape = [data["num_time_steps"], AUDIO_CHANNELS * AUDIO_BINS]
+        if list(tokens.shape) != shape:
+            raise _error(path, "latents", f"tokens {shape} by num_time_steps", list(tokens.shape))
         # [T, 8 * 16] -> [T, 8, 16] -> [8, T, 16]
         return tokens.unflatten(1, (AUDIO_CHANNELS, AUDIO_BINS)).movedim(0, 1)
     sizes = [_number(path, data, key, int) for key in ("num_frames", "height", "width")]
@@ -253,13 +260,13 @@ def _text_contexts(path: Path, data: dict) -> Fields:
 
 
 def _text(path: Path, data: dict, video: Tensor, audio_key: str) -> Fields:
-    fields: Fields = {"video_prompt_embeds": video}
+    tensors = {"video_prompt_embeds": video}
     if data.get(audio_key) is not None:
-        fields["audio_prompt_embeds"] = _tensor(path, data, audio_key, floating=True)
-    for key, tensor in fields.items():
+        tensors["audio_prompt_embeds"] = _tensor(path, data, audio_key, floating=True)
+    for key, tensor in tensors.items():
         if tensor.ndim != 2 or 0 in tensor.shape or tensor.shape[0] != video.shape[0]:
             raise _error(path, key, "[tokens, width], as many tokens for both streams", list(tensor.shape))
-    return fields
+    return {**tensors}
 
 
 def _mask(path: Path, data: dict) -> Fields:
@@ -291,7 +298,7 @@ def _tensor(path: Path, data: dict, key: str, floating: bool | None) -> Tensor:
     return value.detach()
 
 
-def _number(path: Path, data: dict, key: str, types: type | tuple[type, ...]) -> int | float:
+def _number(path: Path, data: dict, key: str, types: type[int] | tuple[type[int], type[float]]) -> int | float:
     value = data.get(key)
     # Older files store numbers as tensors.
     if isinstance(value, Tensor) and value.numel() == 1:

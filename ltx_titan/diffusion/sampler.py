@@ -11,7 +11,7 @@ they can run as one forward on a larger batch, as several smaller ones, or one a
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -19,6 +19,8 @@ from torch import Generator, Tensor
 from ltx_titan.diffusion.flow import denoised_from_velocity, euler_ancestral_step, euler_step, restore_clean
 from ltx_titan.diffusion.guidance import Guidance, guide
 from ltx_titan.model import Modality, Perturbations
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 Transformer = Callable[[Modality | None, Modality | None, Perturbations | None], tuple[Tensor | None, Tensor | None]]
 Stepper = Literal["euler", "euler_ancestral"]
@@ -222,7 +224,7 @@ def _repeat(modality: Modality, stream: SampledStream, chunk: Sequence[str]) -> 
     if len(chunk) == 1:
         return replace(modality, context=contexts[0])
 
-    def times(tensor: Tensor | None) -> Tensor | None:
+    def times(tensor: OptionalTensor) -> OptionalTensor:
         return None if tensor is None else torch.cat([tensor] * len(chunk))
 
     return replace(
@@ -242,6 +244,7 @@ def _repeat(modality: Modality, stream: SampledStream, chunk: Sequence[str]) -> 
 def _context(stream: SampledStream, name: str) -> Tensor:
     # A frozen stream is not guided: it keeps its own text in every pass.
     if name == "uncond" and not stream.is_frozen and stream.guidance.needs_uncond:
+        assert stream.negative_context is not None
         return stream.negative_context
     return stream.context
 

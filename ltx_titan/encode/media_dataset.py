@@ -207,6 +207,7 @@ class MediaDataset:
     def _cache_key(self, usable: _UsableRow, key: str) -> str:
         """Hash of everything that the fields depend on."""
         row, clip = usable.row, usable.clip
+        inputs: tuple[object, ...]
         if key == "conditions":
             inputs = (self._caption(row),)
         else:
@@ -217,6 +218,7 @@ class MediaDataset:
 
     def _find_rows(self, table: SampleTable) -> list[_UsableRow]:
         section = self._section
+        assert section.dataset_path is not None, "required by the section"
         if not table.has_video:
             raise ValueError(
                 f"{section.dataset_path}: has audio only, whose latents are small enough to be stored; prepare it with "
@@ -304,7 +306,7 @@ def _read_headers(table: Path, paths: Sequence[Path]) -> dict[Path, VideoInfo | 
     # Threads: opening files on network storage is mostly waiting.
     with ThreadPoolExecutor(max_workers=READER_THREADS) as pool:
         found = list(pool.map(read, paths))
-    entries = {entry: header for entry, header in found if entry is not None}
+    entries = {entry: header for entry, header in found if entry is not None and isinstance(header, VideoInfo)}
     # Only if something is new: ranks and jobs that share the table then do not rewrite the index at every start.
     if entries.keys() - known.keys():
         write_index(index_path, {entry: _header_to_json(header) for entry, header in entries.items()})

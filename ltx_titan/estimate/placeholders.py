@@ -13,7 +13,7 @@ import torch
 
 from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.data import write_sample
-from ltx_titan.data.layout import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_STEPS_PER_SECOND, VIDEO_CHANNELS
+from ltx_titan.data.layout import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_STEPS_PER_SECOND, VIDEO_CHANNELS, Fields, Value
 from ltx_titan.model import TransformerConfig
 from ltx_titan.weights import read_metadata, released_config, scale_factors
 from ltx_titan.weights.shapes import RELEASED
@@ -105,12 +105,12 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
     grid = ((frames - 1) // time + 1, height // rows, width // columns)
     steps = max(round(AUDIO_STEPS_PER_SECOND * frames / _FPS), 1)
     architecture = TransformerConfig.from_metadata(config["transformer"])
-    video = {
+    video: Fields = {
         "latents": torch.zeros(VIDEO_CHANNELS, *grid, dtype=torch.bfloat16),
         **dict(zip(("num_frames", "height", "width"), grid, strict=True)),
         "fps": _FPS,
     }
-    audio = {"latents": torch.zeros(AUDIO_CHANNELS, steps, AUDIO_BINS), "num_time_steps": steps}
+    audio: Fields = {"latents": torch.zeros(AUDIO_CHANNELS, steps, AUDIO_BINS), "num_time_steps": steps}
     text = {
         f"{name}_context": torch.zeros(_TEXT_TOKENS, stream.caption_dim or stream.context_dim, dtype=torch.bfloat16)
         for name, stream in (("video", architecture.video), ("audio", architecture.audio))
@@ -118,7 +118,7 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
     masks = {"video": torch.ones(grid), "audio": torch.ones(steps)}
     # References have the clip's own size: the largest that training accepts, hence the most memory.
     for source in strategy.sources:
-        fields: dict[str, Any]
+        fields: Mapping[str, Value]
         if source == "conditions":
             fields = text
         else:

@@ -40,7 +40,9 @@ def apply_lora(model: nn.Module, settings: LoRASection) -> list[str]:
     if settings.base_dtype in QUANTIZED:
         _quantize(model, settings.base_dtype)
     for name in names:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), settings))
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear | QuantizedLinear)
+        model.set_submodule(name, LoRALinear(layer, settings))
     return names
 
 
@@ -100,6 +102,7 @@ def _init_magnitude(layer: LoRALinear) -> None:
         weight = dequantize(local(base.qdata), local(base.scale), base.form, torch.float32)
     else:
         weight = local(base.weight).float()
+    assert layer.magnitude is not None
     local(layer.magnitude).copy_(torch.linalg.vector_norm(weight, dim=1))
 
 
@@ -117,7 +120,7 @@ def _quantize(model: nn.Module, form: BaseDtype) -> None:
             model.set_submodule(name, QuantizedLinear.from_linear(module, form))
 
 
-def _fill(parameter: nn.Parameter, full: Tensor) -> None:
+def _fill(parameter: Tensor, full: Tensor) -> None:
     """Copies a tensor that every rank has in full into a parameter that may be sharded."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)

@@ -7,6 +7,8 @@ Children are `base` (nn.Linear or QuantizedLinear), `lora_A` and `lora_B`; the p
 FSDP2 address them by these names. Adapters are float32 on a bfloat16 base: their updates are too small for bfloat16.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,10 +32,13 @@ class AdapterLinear(nn.Linear):
 class LoRALinear(nn.Module):
     """Wraps a frozen layer; see the formulas above. Adapters are uninitialized: call `init_lora_`."""
 
+    dropout_time: Tensor
+    dropout_layer: Tensor
+
     def __init__(self, base: nn.Linear | QuantizedLinear, settings: LoRASection) -> None:
         super().__init__()
         device = base.scale.device if isinstance(base, QuantizedLinear) else base.weight.device
-        options = {"bias": False, "dtype": torch.float32, "device": device}
+        options: dict[str, Any] = {"bias": False, "dtype": torch.float32, "device": device}
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base = base
         self.lora_A = AdapterLinear(base.in_features, settings.rank, **options)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ltx_titan.common.tensors import local
+from ltx_titan.config import BaseDtype
 from ltx_titan.model.init import init_random_
 from ltx_titan.weights import (
     TRANSFORMER,
@@ -66,14 +67,17 @@ def init_base_(model: nn.Module, seed: int) -> None:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device=local(layer.qdata).device)
         # Not `hash`, which Python salts per process: ranks would draw different weights.
         init_random_(linear, seed + zlib.crc32(name.encode()))
-        weight = linear.weight.detach()
-        _fill(layer, lambda rows, _, form=layer.form, weight=weight: quantize_rows(weight[rows], form))
+        _fill(layer, _quantizer(linear.weight.detach(), layer.form))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Returns all quantized layers by official name."""
     found = {official_name(name): m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     return {name: layer for name, layer in found.items() if name is not None}
+
+
+def _quantizer(weight: Tensor, form: BaseDtype) -> _ReadRows:
+    return lambda rows, device: quantize_rows(weight[rows], form)
 
 
 def _row_reader(weight: StoredWeight, file: Any, layer: QuantizedLinear) -> _ReadRows:

@@ -49,6 +49,6 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
 def video_start_s(container: InputContainer) -> Fraction:
     """Time stamp of the first video frame, which is time 0 of a clip, in seconds; 0 without video or time stamps."""
     video = container.streams.video[0] if container.streams.video else None
-    if video is None or video.start_time is None:
+    if video is None or video.start_time is None or video.time_base is None:
         return Fraction(0)
     return video.start_time * video.time_base

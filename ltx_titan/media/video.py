@@ -170,7 +170,7 @@ def _at_rate(
         previous = (time_s, pixels)
     if previous is not None:
         # The last frame has no successor to end it: it is shown for one frame of the average rate.
-        while count / fps <= previous[0] + max(0, 1 / own_fps - _TOLERANCE_S):
+        while count / fps <= previous[0] + max(Fraction(0), 1 / own_fps - _TOLERANCE_S):
             yield previous[1]
             count += 1
 

@@ -76,7 +76,7 @@ def video_writer(
         yield write_frame
         # Without a frame, `encode` flushes those that the encoder still holds.
         container.mux(video.encode())
-        if audio_stream is not None:
+        if audio is not None and audio_stream is not None:
             # Last and in one call: the track is passed in full, while frames arrive one by one.
             samples = np.ascontiguousarray(audio.detach().float().clamp(-1, 1).cpu().numpy())
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)

@@ -43,7 +43,7 @@ class StreamInputs(NamedTuple):
     modulation: Tensor
     cross_modulation: Tensor | None
     cross_gate: Tensor | None
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     prompt_modulation: Tensor | None
     rotation: Rotation | PackedRotation
     cross_rotation: Rotation | PackedRotation | None
@@ -137,12 +137,14 @@ class AVTransformerBlock(nn.Module):
         # guard on the class of the record in every block.
         video_update = audio_update = None
         if video is not None and video_enabled:
+            assert video_inputs is not None
             rows = rows_of(self.scale_shift_table, video_inputs.modulation)
             prompt_table = self.prompt_scale_shift_table if self.text_modulation else None
             video, video_update = self._attend(
                 video, rows, video_inputs, self.attn1, self.attn2, prompt_table, keep.video_self
             )
         if audio is not None and audio_enabled:
+            assert audio_inputs is not None
             audio_rows = rows_of(self.audio_scale_shift_table, audio_inputs.modulation)
             prompt_table = self.audio_prompt_scale_shift_table if self.text_modulation else None
             audio, audio_update = self._attend(
@@ -150,12 +152,15 @@ class AVTransformerBlock(nn.Module):
             )
         # Also for a disabled stream: it is not updated, but the other stream still reads it as keys and values.
         if video is not None and audio is not None:
+            assert video_inputs is not None and audio_inputs is not None
             video, audio, video_update, audio_update = self._cross_attend(
                 video, audio, video_update, audio_update, video_inputs, audio_inputs, keep, video_enabled, audio_enabled
             )
         if video is not None and video_enabled:
+            assert video_inputs is not None
             video = self._feed_forward(video, video_update, rows, video_inputs.index, self.ff)
         if audio is not None and audio_enabled:
+            assert audio_inputs is not None
             audio = self._feed_forward(audio, audio_update, audio_rows, audio_inputs.index, self.audio_ff)
         return video, audio
 
@@ -218,20 +223,20 @@ class AVTransformerBlock(nn.Module):
         """
         # The gates (row 4) follow another sigma than scale and shift: the other stream's, one per sample instead of one
         # per token.
+        assert video_inputs.cross_modulation is not None and video_inputs.cross_gate is not None
+        assert audio_inputs.cross_modulation is not None and audio_inputs.cross_gate is not None
         video_rows = rows_of(self.scale_shift_table_a2v_ca_video[:4], video_inputs.cross_modulation)
         audio_rows = rows_of(self.scale_shift_table_a2v_ca_audio[:4], audio_inputs.cross_modulation)
         # Each stream is normed once per direction that runs: as queries of its own and as keys of the other one.
-        directions = []
+        video_pairs, audio_pairs = [], []
         if video_enabled:
-            directions.append(slice(0, 2))
+            video_pairs.append((video_rows[0], video_rows[1]))
+            audio_pairs.append((audio_rows[0], audio_rows[1]))
         if audio_enabled:
-            directions.append(slice(2, 4))
-        video, video_h = self._add_and_norm(
-            video, video_update, [video_rows[d] for d in directions], video_inputs.index
-        )
-        audio, audio_h = self._add_and_norm(
-            audio, audio_update, [audio_rows[d] for d in directions], audio_inputs.index
-        )
+            video_pairs.append((video_rows[2], video_rows[3]))
+            audio_pairs.append((audio_rows[2], audio_rows[3]))
+        video, video_h = self._add_and_norm(video, video_update, video_pairs, video_inputs.index)
+        audio, audio_h = self._add_and_norm(audio, audio_update, audio_pairs, audio_inputs.index)
         video_update = audio_update = None
         v_rotation, a_rotation = video_inputs.cross_rotation, audio_inputs.cross_rotation
         if video_enabled:
@@ -247,7 +252,7 @@ class AVTransformerBlock(nn.Module):
         return video, audio, video_update, audio_update
 
     def _feed_forward(
-        self, x: Tensor, update: Update, rows: tuple[Row, ...], index: Tensor | None, feed_forward: FeedForward
+        self, x: Tensor, update: Update | None, rows: tuple[Row, ...], index: Tensor | None, feed_forward: FeedForward
     ) -> Tensor:
         x, (h,) = self._add_and_norm(x, update, ((rows[4], rows[3]),), index)
         # Added here and not carried into the next block: full checkpointing saves a block's inputs, which a pending

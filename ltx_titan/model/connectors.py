@@ -96,6 +96,7 @@ class TextConnector(nn.Module):
         return rms_norm(x, _EPS), mask
 
     def _fill_with_registers(self, features: Tensor, mask: Tensor) -> Tensor:
+        assert self.learnable_registers is not None
         registers = self.learnable_registers.to(features.dtype)
         tokens = features.shape[1]
         if tokens % registers.shape[0] != 0:

@@ -4,6 +4,7 @@ Plain single-device code. Parameter names and shapes are those of the official c
 `model.diffusion_model.`). Parallelism, compilation and checkpointing are applied from outside.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class StreamEnds(NamedTuple):
 
     Attributes:
         config: sizes of the stream.
-        embed: input projection.
+        embed: input projection, or the LoRA layer in its place, which has a `weight` too.
         keyframe_embedding: added to tokens of a single pixel frame [1, D], None if the model has none.
         adaln: timestep -> modulation of self-attention, feed-forward (and text attention).
         prompt_adaln: sigma -> modulation of the text, None if the model has none.
@@ -54,7 +55,7 @@ class StreamEnds(NamedTuple):
     """
 
     config: StreamConfig
-    embed: nn.Module
+    embed: nn.Linear
     keyframe_embedding: Tensor | None
     adaln: nn.Module
     prompt_adaln: nn.Module | None
@@ -148,16 +149,17 @@ class LTXTransformer(nn.Module):
             if stream is not None and self.modalities not in ("av", name):
                 raise ValueError(f"LTXTransformer: built with modalities={self.modalities!r}, but {name} was given.")
 
-        video_x = video_embedded = video_inputs = video_ends = None
+        video_x = video_inputs = None
         if video is not None:
             video_ends = self._video_ends()
             video_x, video_embedded, video_inputs = self._embed_stream(video_ends, video, audio)
-        audio_x = audio_embedded = audio_inputs = audio_ends = None
+        audio_x = audio_inputs = None
         if audio is not None:
             audio_ends = self._audio_ends()
             audio_x, audio_embedded, audio_inputs = self._embed_stream(audio_ends, audio, video)
         # Masks are made on the device and in the dtype of whichever stream is present.
         anchor = video_x if video_x is not None else audio_x
+        assert anchor is not None
         for number, block in enumerate(self.transformer_blocks):
             keep = KeepMasks()
             if perturbations is not None:
@@ -172,9 +174,9 @@ class LTXTransformer(nn.Module):
                 audio is not None and audio.enabled,
             )
         video_velocity = audio_velocity = None
-        if video_ends is not None:
+        if video_x is not None and video_inputs is not None:
             video_velocity = self._project_out(video_ends, video_x, video_embedded, video_inputs.index)
-        if audio_ends is not None:
+        if audio_x is not None and audio_inputs is not None:
             audio_velocity = self._project_out(audio_ends, audio_x, audio_embedded, audio_inputs.index)
         return video_velocity, audio_velocity
 
@@ -242,6 +244,7 @@ class LTXTransformer(nn.Module):
 
         cross_modulation = cross_gate = None
         if other is not None:
+            assert ends.cross_adaln is not None and ends.cross_gate_adaln is not None
             # Scale and shift follow the stream's own timesteps, the gate the other stream's sigma.
             cross_modulation, _ = ends.cross_adaln(values * config.timestep_scale)
             cross_gate, _ = ends.cross_gate_adaln(other.sigma[:, None] * config.cross_gate_timestep_scale)
@@ -271,19 +274,21 @@ class LTXTransformer(nn.Module):
         if values is None:
             # Positions never reach the dtype of the model: bfloat16 coordinates would make phases meaningless.
             values, index = distinct_coordinates(midpoints(own.positions.float()))
+        assert index is not None, "coordinate_values without coordinate_index"
         config = self.config
-        settings = {"heads": stream.heads, "theta": config.rope_theta, "double_precision": config.rope_double_precision}
-        tables = rotary_tables(values, index, width=stream.width, max_positions=stream.max_positions, **settings)
+        tables_of = partial(
+            rotary_tables, heads=stream.heads, theta=config.rope_theta, double_precision=config.rope_double_precision
+        )
+        tables = tables_of(values, index, width=stream.width, max_positions=stream.max_positions)
         rotation = self.operators.rotation(tables)
         if not with_cross:
             return rotation, None
         # Both streams share width and max_position here, so that equal times have equal phases.
-        cross = rotary_tables(
+        cross = tables_of(
             values[:1],
             index[:, :1],
             width=config.audio.width,
             max_positions=(max(config.video.max_positions[0], config.audio.max_positions[0]),),
-            **settings,
         )
         return rotation, self.operators.rotation(cross)
 

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ example:
 
 CHECKPOINT_NAME = "ltx-2.3-nano.safetensors"
 TEXT_ENCODER_NAME = "text_encoder"
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
@@ -173,7 +176,7 @@ def _causal_stft_basis(length: int) -> Tensor:
 
 
 @torch.no_grad()
-def _random_codec(module: nn.Module, generator: torch.Generator) -> nn.Module:
+def _random_codec(module: Module, generator: torch.Generator) -> Module:
     """Fills convolutions with N(0, 1 / fan_in) and one-dimensional parameters with values near zero."""
     for _, parameter in sorted(module.named_parameters()):
         fan_in = parameter[0].numel()

@@ -17,12 +17,12 @@ from typing import Annotated, Any
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltx_titan.common.options import Flag, Maybe, Positional, placeholder
 from ltx_titan.model import LTXTransformer, TextConnectors
 from ltx_titan.model.init import initial_spread
-from ltx_titan.weights import CONNECTORS, TRANSFORMER, ExportTensor, export_safetensors, released_config
+from ltx_titan.weights import CONNECTORS, TRANSFORMER, Component, ExportTensor, export_safetensors, released_config
 
 DESCRIPTION = """\
 Write a checkpoint with the shape of a released model and random weights: official names and metadata, bfloat16. Jobs
@@ -119,7 +119,7 @@ def make_checkpoint(
 
 def _official_shapes(config: dict[str, Any], connectors: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     with torch.device("meta"):
-        parts = [(TRANSFORMER, LTXTransformer.from_config(config["transformer"]))]
+        parts: list[tuple[Component, nn.Module]] = [(TRANSFORMER, LTXTransformer.from_config(config["transformer"]))]
         if connectors:
             parts.append((CONNECTORS, TextConnectors.from_config(config)))
     for component, module in parts:
@@ -148,6 +148,7 @@ def _cut(bank: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
 def _reporting(tensor: ExportTensor, progress: Progress, task: int) -> ExportTensor:
     def read() -> Tensor:
         # Read when it is written, so that memory holds one tensor.
+        assert not isinstance(tensor.source, Tensor)
         value = tensor.source()
         progress.advance(task, value.nbytes)
         return value

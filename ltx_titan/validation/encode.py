@@ -153,13 +153,13 @@ def _with_video(
         case SampleFirstFrame(image_or_video=path):
             pixels = _read_frames(path, 1, shape.width, shape.height)
             return condition_frames(start, _encode(codec, pixels)), pixels
-        case SamplePrefix(video=path, num_frames=count):
+        case SamplePrefix(video=str(path), num_frames=count):
             pixels = _read_frames(path, count or shape.frames, shape.width, shape.height)
             _must_have(path, pixels, count or 1)
             # A file that is shorter than the sample may have any length; the codec needs 1 + a multiple of `time`.
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
             return condition_frames(start, _encode(codec, pixels)), pixels
-        case SampleSuffix(video=path, num_frames=count):
+        case SampleSuffix(video=str(path), num_frames=count):
             # Encode the whole clip: the codec is causal, so the suffix must have its past in it, as in a training clip.
             pixels = _read_frames(path, shape.frames, shape.width, shape.height)
             pixels = pixels[:, : (pixels.shape[1] - 1) // time * time + 1]
@@ -175,14 +175,14 @@ def _with_video(
             crop = SpatialCrop(type="spatial_crop", spatial_region=region)
             mask = conditioned_tokens(crop, start.target.grid, encoders.scale_factors)
             return condition_where(start, _encode(codec, pixels), mask), pixels
-        case SampleMask(video=path, mask=mask_path):
+        case SampleMask(video=str(path), mask=mask_path):
             pixels = _read_whole(path, shape)
             mask = read_video_mask(mask_path, shape.frames, shape.width, shape.height, encoders.scale_factors)
             return condition_where(start, _encode(codec, pixels), mask), pixels
         case VideoToAudio(video=path):
             pixels = _read_whole(path, shape)
             return freeze(start, _encode(codec, pixels)), pixels
-    assert isinstance(condition, SampleReference)
+    assert isinstance(condition, SampleReference) and condition.video is not None
     space, every = condition.downscale_factor, condition.temporal_scale_factor
     pixels = _read_frames(condition.video, shape.frames, shape.width // space, shape.height // space)
     # Frame 0, then 1, 1 + every, ...: each latent frame of the reference then covers whole ones of the target.
@@ -196,6 +196,8 @@ def _with_audio(
     start: StreamTokens, condition: SampleCondition, shape: ClipShape, codec: AudioCodec | None
 ) -> StreamTokens:
     assert codec is not None, f"{condition.type} needs an audio encoder"
+    assert not isinstance(condition, SampleFirstFrame | SampleSpatialCrop | VideoToAudio), "conditions of the video"
+    assert condition.audio is not None
     audio = _read_audio(condition.audio)
     longest_s = min(audio.duration_s, shape.duration_s)
     match condition:

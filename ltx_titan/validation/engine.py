@@ -241,9 +241,9 @@ def prepare_validation(
     encoded: list[EncodedSample | None] = [None] * len(shapes)
     for index, sample in own.items():
         streams = _streams(section, sample, has_video, has_audio)
-        encoded[index] = encode_sample(sample, shapes[index], streams, encoders)
+        start = encoded[index] = encode_sample(sample, shapes[index], streams, encoders)
         samples[index] = PreparedSample(
-            encoded[index].video, encoded[index].audio, _contexts_of(section, sample, known), section.seed_of(sample)
+            start.video, start.audio, _contexts_of(section, sample, known), section.seed_of(sample)
         )
     # Freed here: in training the model is loaded next and needs the memory.
     del encoders

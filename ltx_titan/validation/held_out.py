@@ -70,7 +70,8 @@ def held_out_losses(
                     *strategy.draw_plan(batch), sampler=FixedSigma(sigma), seed=seed, step=0, indices=[index]
                 )
                 inputs = strategy.prepare(batch, draws)
-                loss = strategy.loss(*model(inputs.video, inputs.audio, absent_streams(inputs)), inputs)
+                video, audio = model(inputs.video, inputs.audio, absent_streams(inputs))
+                loss = strategy.loss(video, audio, inputs)
                 if not is_own:
                     continue
                 # The total has no mask: a sample with one stream counts with that stream's loss.

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class _Layout:
 class _Parked:
     """One optimizer state tensor that is on the host."""
 
-    state: dict[str, object]
+    state: dict[str, Any]
     name: str
     device: torch.device
     layout: _Layout | None
@@ -58,7 +59,7 @@ def offloaded(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             entry.bring_back()
 
 
-def _park(state: dict[str, object], name: str) -> _Parked | None:
+def _park(state: dict[str, Any], name: str) -> _Parked | None:
     value = state[name]
     # Step counters of optimizers that are not fused are on the host already.
     if not isinstance(value, Tensor) or value.device.type == "cpu":

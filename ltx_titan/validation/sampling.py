@@ -161,7 +161,7 @@ def sample_all(
             if run is not None:
                 if on_sample is not None:
                     on_sample(index)
-                found[index] = _finish_run(run, prepared, model, section, sigmas, on_step)
+                found[index] = _finish_run(run, model, section, sigmas, on_step)
             # After its own sample, and also without one: the other groups count on these forwards.
             _run_dummy_forwards(model, missing, device)
     return found
@@ -215,6 +215,7 @@ def placeholder_inputs(model: LTXTransformer, device: torch.device | str) -> tup
 class _Run:
     """A sample at the first sigma of the schedule."""
 
+    prepared: PreparedSample
     video: SampledStream | None
     audio: SampledStream | None
     generator: torch.Generator
@@ -241,12 +242,11 @@ def _start_run(
             else begin(start, context, negative, guidance[name], generator, float(sigmas[0]), device)
         )
     at_once = passes_at_once(streams["video"], streams["audio"], section.tokens_at_once)
-    return _Run(streams["video"], streams["audio"], generator, at_once)
+    return _Run(prepared, streams["video"], streams["audio"], generator, at_once)
 
 
 def _finish_run(
     run: _Run,
-    prepared: PreparedSample,
     model: nn.Module,
     section: ValidationSection,
     sigmas: Tensor,
@@ -265,9 +265,13 @@ def _finish_run(
     )
     return SampledLatents(
         # Frozen streams as well: they are decoded and shown with the generated one.
-        None if prepared.video is None else target_latents(video, prepared.video, "video").cpu(),
-        None if prepared.audio is None else target_latents(audio, prepared.audio, "audio").cpu(),
+        _target(video, run.prepared.video, "video"),
+        _target(audio, run.prepared.audio, "audio"),
     )
+
+
+def _target(tokens: Tensor | None, start: StreamTokens | None, stream: str) -> Tensor | None:
+    return None if tokens is None or start is None else target_latents(tokens, start, stream).cpu()
 
 
 def _most_forwards(forwards: int, groups: SampleGroups, device: torch.device | str) -> int:
@@ -282,6 +286,7 @@ def _most_forwards(forwards: int, groups: SampleGroups, device: torch.device | s
 def _run_dummy_forwards(model: nn.Module, missing: int, device: torch.device | str) -> None:
     """Joins the remaining collective forwards of other groups."""
     if missing:
+        assert isinstance(model, LTXTransformer)
         video, audio = placeholder_inputs(model, device)
         # A compiled block would be compiled once more for these few tokens.
         with torch.compiler.set_stance("force_eager"):

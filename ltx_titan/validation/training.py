@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.conditioning import to_contexts
-from ltx_titan.data import Batch, PrecomputedDataset
+from ltx_titan.conditioning import Batch, to_contexts
+from ltx_titan.data import PrecomputedDataset
 from ltx_titan.model import TextConnectors, TransformerConfig
 from ltx_titan.optim import EMA, Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales

@@ -78,7 +78,8 @@ def export_safetensors(path: str | Path, tensors: Iterable[ExportTensor], metada
 
     # An error that leaves the stack removes the temporary file.
     with ExitStack() as stack:
-        file, error = None, None
+        file = None
+        error: Exception | None = None
         if is_main_rank():
             try:
                 file = stack.enter_context(_open(path, header, sum(tensor.num_bytes for tensor in tensors)))
@@ -188,8 +189,11 @@ def _gather(tensor: ExportTensor) -> Tensor | None:
 
 
 def _write(file: BinaryIO, tensor: ExportTensor, full: Tensor | None) -> None:
-    value = tensor.source() if full is None else full
+    value = full
+    if value is None:
+        assert not isinstance(tensor.source, Tensor), f"{tensor.name}: gathered on another rank"
+        value = tensor.source()
     assert tuple(value.shape) == tensor.shape, f"{tensor.name}: shape {tuple(value.shape)}, announced {tensor.shape}"
     value = value.detach().to("cpu", tensor.dtype).contiguous()
     # As bytes, because NumPy has neither bfloat16 nor float8.
-    file.write(value.reshape(-1).view(torch.uint8).numpy())
+    file.write(value.reshape(-1).view(torch.uint8).numpy().data)

@@ -115,6 +115,7 @@ def read_source(checkpoint_path: str | None, shape: str | None, num_layers: int 
         metadata = read_metadata(checkpoint_path)
         metadata.transformer_config()  # raises for a file without a transformer
         return ModelSource(metadata.config, dict(metadata.raw), metadata.path)
+    assert shape is not None, "random weights need a shape"
     config = released_config(shape)
     if num_layers is not None:  # a smaller model with blocks of the full size
         config = {**config, "transformer": {**config["transformer"], "num_layers": num_layers}}

@@ -87,7 +87,7 @@ class QuantizedLinear(nn.Module):
                 qdata, scale = quantize_rows(weight, form)
                 layer.qdata.copy_(qdata)
                 layer.scale.copy_(scale)
-                if linear.bias is not None:
+                if layer.bias is not None:
                     layer.bias.copy_(linear.bias)
         return layer
 

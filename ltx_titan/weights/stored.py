@@ -99,7 +99,8 @@ class StoredWeight:
 def stored_weights(metadata: CheckpointMetadata) -> dict[str, StoredWeight]:
     """Returns all weights of a file by key, without the companions of quantized ones."""
     declared = _declared_formats(metadata)
-    weights, companions = {}, set()
+    weights: dict[str, StoredWeight] = {}
+    companions: set[str] = set()
     for key, info in metadata.tensors.items():
         module, _, kind = key.rpartition(".")
         found = {}

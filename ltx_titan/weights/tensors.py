@@ -25,7 +25,7 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {without_wrappers(name): plain_tensor(tensor) for name, tensor in module.state_dict().items()}
 
 
-def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
+def parameter_names(module: nn.Module) -> dict[Tensor, str]:
     """Returns the name of each parameter object without wrapper levels, to translate an optimizer's state."""
     tensors = module.state_dict(keep_vars=True)
     return {tensor: without_wrappers(name) for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
@@ -36,7 +36,7 @@ def plain_tensor(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return _unwrap(tensor.detach())
     # The attribute, not to_local(): that one would record or redistribute, and here storage must be shared.
-    local = tensor.detach()._local_tensor
+    local = tensor._local_tensor.detach()
     inner = _unwrap(local)
     if inner is local:
         return tensor.detach()
@@ -64,4 +64,6 @@ def full_box(shape: tuple[int, ...]) -> Box:
 
 def _unwrap(tensor: Tensor) -> Tensor:
     # By name, so that torchao is imported only where it is used. It keeps the high-precision weight as `_tensor`.
-    return tensor._tensor if type(tensor).__name__ == "WeightWithDynamicFloat8CastTensor" else tensor
+    if type(tensor).__name__ != "WeightWithDynamicFloat8CastTensor":
+        return tensor
+    return tensor._tensor  # type: ignore[attr-defined]

@@ -225,8 +225,8 @@ def _print_buckets(rows: Sequence[tuple[str, float, int, int]], times: SampleTim
     for (bucket, video, audio), rates in sorted(groups.items(), key=lambda group: -len(group[1])):
         seconds = times.seconds(video, audio)
         total_s += seconds * len(rates)
-        fps = ", ".join(sorted({f"{rate:.6g}" for rate in rates if rate})) or "-"
-        table.add_row(bucket, str(len(rates)), fps, str(video), str(audio), f"{seconds:.3g}")
+        shown = ", ".join(sorted({f"{rate:.6g}" for rate in rates if rate})) or "-"
+        table.add_row(bucket, str(len(rates)), shown, str(video), str(audio), f"{seconds:.3g}")
     report.console.print(table)
     _write_lines(
         report, [f"an epoch takes about {_duration(total_s)} of GPU time; s/sample assumes {times.assumption}"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ltx_titan.commands.inspection.sheet import Entry
 from ltx_titan.commands.stored import StoredSample, stored_samples
 from ltx_titan.common.tensors import evenly_spaced
-from ltx_titan.data.layout import Fields
+from ltx_titan.data.layout import Fields, latents_of
 from ltx_titan.validation.decode import Decoders, decode_sample
 from ltx_titan.validation.sampling import SampledLatents
 
@@ -146,7 +146,7 @@ def statistics_of(
         return None
     # Spread over the dataset, whose order often follows its sources.
     chosen = names[:: max(1, len(names) // limit)]
-    values = torch.cat([folders[folder][name].read()["latents"].float().flatten() for name in chosen])
+    values = torch.cat([latents_of(folders[folder][name].read()).float().flatten() for name in chosen])
     return float(values.mean()), float(values.std())
 
 
@@ -222,7 +222,7 @@ def _merge(sample: InspectedSample, folder: str, fields: Fields) -> None:
 
 
 def _latents(folders: Folders, folder: str, sample: InspectedSample) -> Tensor | None:
-    return folders[folder][sample.name].read()["latents"] if folder in sample.shapes else None
+    return latents_of(folders[folder][sample.name].read()) if folder in sample.shapes else None
 
 
 def _spectrum(latents: Tensor) -> Image.Image:

@@ -261,7 +261,11 @@ def _probe_audio(path: Path) -> tuple[int, int, float]:
             return 0, 0, 0.0
         stream = container.streams.audio[0]
         # Matroska stores no duration per stream; that of the container is in microseconds.
-        duration = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
+        duration = (
+            stream.duration * stream.time_base
+            if stream.duration and stream.time_base
+            else (container.duration or 0) / 1_000_000
+        )
         return stream.codec_context.channels, stream.codec_context.sample_rate, float(duration)
 
 
@@ -312,6 +316,7 @@ def _seek_frames(clip: RawClip, wanted: Sequence[int]) -> list[Image.Image]:
     images = []
     with open_media(clip.path) as container:
         stream = container.streams.video[0]
+        assert stream.time_base is not None
         for index in wanted:
             # Timestamps may begin after 0.
             offset = math.floor(index / clip.fps / stream.time_base) + (stream.start_time or 0)

@@ -56,14 +56,17 @@ class Stage(ABC, Generic[Item, Encoder]):
 
     Attributes:
         name: name in the progress bar and the report.
-        folders: source folders that it writes; a row is done when all of them have it.
         is_required: whether later stages skip rows that fail here. A row without one of its extras is still of use to
             jobs that do not read it.
     """
 
     name: str
-    folders: tuple[str, ...]
     is_required: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def folders(self) -> tuple[str, ...]:
+        """Source folders that it writes; a row is done when all of them have it."""
 
     def applies_to(self, row: SampleRow) -> bool:
         """Whether the row has the file of this stage."""

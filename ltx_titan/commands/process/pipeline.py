@@ -4,6 +4,7 @@ Videos come first: the caption of a file that cannot be read needs no 12 B text 
 its share of the rows, so the outputs that a later stage needs of an earlier one are always stored.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from ltx_titan.commands.process.stages import (
 from ltx_titan.commands.process.store import Settings, Store
 from ltx_titan.commands.report import Report
 from ltx_titan.common.ranks import join_ranks
-from ltx_titan.encode.buckets import parse_buckets
+from ltx_titan.encode.buckets import Bucket, parse_buckets
 from ltx_titan.encode.captions import text_bytes
 from ltx_titan.encode.clips import ClipRules
 from ltx_titan.encode.encoders import EncoderFiles
@@ -158,7 +159,7 @@ def _stages(task: _Task, store: Store) -> list[Stage[Any, Any]]:
             stages.append(VideoStage(rules, files, device, task.extracts_audio))
         if task.table.has_audio:
             stages.append(AudioStage(files, device, audio_targets, task.durations_s))
-        extras = {
+        extras: dict[str, Callable[[], Stage[Any, Any]]] = {
             "reference_video": lambda: ReferenceVideoStage(rules, task.scale, files, device, targets),
             "reference_audio": lambda: ReferenceAudioStage(files, device, audio_targets, task.durations_s),
             "video_mask": lambda: VideoMaskStage(rules, targets),
@@ -203,11 +204,13 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
         rules = ClipRules(buckets=(), scale_factors=(1, 1, 1))
         return _Task(data, media, captions, table, files, checkpoint, rules, ReferenceScale(), ())
     factors = scale_factors(read_config(files.video_path))
-    if table.has_video and media.resolution_buckets is None:
-        raise ValueError(
-            "--resolution-buckets: needed for a dataset with videos, as in --resolution-buckets '768x448x89'"
-        )
-    buckets = parse_buckets(media.resolution_buckets, factors) if table.has_video else []
+    buckets: list[Bucket] = []
+    if table.has_video:
+        if media.resolution_buckets is None:
+            raise ValueError(
+                "--resolution-buckets: needed for a dataset with videos, as in --resolution-buckets '768x448x89'"
+            )
+        buckets = parse_buckets(media.resolution_buckets, factors)
     rules = ClipRules(buckets, factors, parse_fps(media.fps), media.reshape_mode)
     scale = ReferenceScale(media.reference_downscale_factor, media.reference_temporal_scale_factor)
     scale.check(rules)

@@ -172,7 +172,7 @@ class Store:
 
     def _list(self, folder: Path) -> dict[str, int]:
         """Samples in the shards of a folder, with the number of their shard; damaged shards count as missing."""
-        found = {}
+        found: dict[str, int] = {}
         for path in list_shards(folder):
             number = shard_number(path)
             assert number is not None
