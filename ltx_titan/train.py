@@ -47,6 +47,7 @@ from ltx_titan.metrics import (
     reset_peak_memory,
     start_wandb,
 )
+from ltx_titan.metrics.clock import StepClock
 from ltx_titan.metrics.sums import Sums, bucket_means
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
 from ltx_titan.parallel.float8 import precompute_float8_scales
@@ -157,13 +158,13 @@ class Trainer:
             memory=job.profiling.memory_snapshot,
             rank=dist.get_rank(),
         )
-        started = time.perf_counter()
+        clock = StepClock(self.device)
         try:
             with loader, profiling as before_step:
                 sums = self._new_sums()
                 if self.step == 0 and not job.validation.skip_initial_validation:
-                    log.show(self._validate(log), step=0)
-                    started = time.perf_counter()
+                    with clock.paused():
+                        log.show(self._validate(log), step=0)
                 for batches in loader:
                     before_step(batches.step)
                     self.stop.ask()
@@ -173,22 +174,21 @@ class Trainer:
                         gc.collect()
                     validated = {}
                     if _is_due(self.step, job.validation.interval):
-                        paused = time.perf_counter()
-                        validated = self._validate(log)
-                        started += time.perf_counter() - paused
+                        with clock.paused():
+                            validated = self._validate(log)
                     is_last = self.step == plan.last_step
                     stops = self.stop.is_agreed()
                     saves = is_last or stops or _is_due(self.step, job.checkpoint.interval)
                     if saves or validated or _is_due(self.step, job.metrics.interval):
                         # Before a save, so that weights that are not numbers never replace good ones.
-                        self._log(log, sums, grad_norms, time.perf_counter() - started, validated)
-                        sums, started = self._new_sums(), time.perf_counter()
+                        self._log(log, sums, grad_norms, clock.lap(), validated)
+                        sums = self._new_sums()
                     if saves:
-                        self._save()
-                        started = time.perf_counter()
+                        with clock.paused():
+                            self._save()
                     if _is_due(self.step, job.checkpoint.export_interval) and not is_last:
-                        self._export()
-                        started = time.perf_counter()
+                        with clock.paused():
+                            self._export()
                     if stops and not is_last:
                         logger.warning("stopped by a signal after step %d; the same command goes on", self.step)
                         return
@@ -282,7 +282,7 @@ class Trainer:
         elapsed_s: float,
         validated: dict[str, float],
     ) -> None:
-        """Reduces over ranks and records. The only place where a step waits for the device.
+        """Reduces over ranks and records. Only logged steps wait for the device.
 
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite.
