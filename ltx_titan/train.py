@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from ltx_titan.build import export_model, load_connectors, load_transformer
 from ltx_titan.checkpoint import (
@@ -32,7 +33,7 @@ from ltx_titan.checkpoint import (
     stream_of,
 )
 from ltx_titan.checkpoint.state import save_everything
-from ltx_titan.conditioning import Loss, absent_streams
+from ltx_titan.conditioning import Loss, ModelInputs, absent_streams
 from ltx_titan.conditioning.text import to_contexts
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
@@ -52,6 +53,7 @@ from ltx_titan.metrics.sums import Sums, bucket_means
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
+from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.parallel.parallelize import compute_dtype
 from ltx_titan.plan import Plan, plan_job
@@ -95,6 +97,8 @@ class Trainer:
         self.ema = None if decay is None else EMA(self.model.parameters(), decay)
         # One mask for all ranks of a cp or tp group: they must agree on the sound, which each of them has in full.
         self.dropout = DropoutClock(self.model, job.training.seed, self.mesh.dp_rank)
+        recorder = make_recorder(job, plan.degrees, self.device)
+        self.micro_step = GraphedMicroStep(self._micro_step, self.model.parameters(), recorder)
         self.saver = self._make_saver()
         self.step, self.next_batch = self._resume()
         self.stop = StopSignal()
@@ -193,6 +197,8 @@ class Trainer:
                         logger.warning("stopped by a signal after step %d; the same command goes on", self.step)
                         return
         finally:
+            # Before the process group: its communicators wait for graphs that contain them.
+            self.micro_step.drop()
             log.close()
             if self.saver is not None:
                 self.saver.close()
@@ -214,9 +220,10 @@ class Trainer:
             self._forward_backward(micro_batch, sums)
         grad_norms = None
         if not self.job.optimizer.in_backward:
-            grad_norms = clip_grad_norm_(
-                self.model.named_parameters(), max_norm, lambda name: stream_of(official_name(name))
-            )
+            with record_function("ltx_titan::clip"):
+                grad_norms = clip_grad_norm_(
+                    self.model.named_parameters(), max_norm, lambda name: stream_of(official_name(name))
+                )
         self.optimizers.step()
         self.optimizers.zero_grad()
         if self.job.float8.all_gather:
@@ -231,15 +238,27 @@ class Trainer:
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self.device, non_blocking=True))
         batch["conditions"] = to_contexts(batch["conditions"], self.connectors, self.dtype)
         inputs = self.plan.strategy.prepare(batch, micro_batch.draws)
+        weighted, loss = self.micro_step(inputs)
+        sums.add(weighted, loss, inputs, self._sample_share)
+        sums.flops += sum(self.plan.sample_flops(index) for index in micro_batch.samples)
+        sums.tokens += sum(self.plan.sample_tokens(index) for index in micro_batch.samples)
+
+    def _micro_step(self, inputs: ModelInputs) -> tuple[Tensor, Loss]:
+        """Forward, loss and backward. All of it may be one CUDA graph: see `GraphedMicroStep` for what that forbids.
+
+        Returns:
+            Weighted loss of each sample [B], and its parts.
+        """
         video, audio = self.model(inputs.video, inputs.audio, absent_streams(inputs))
         loss = self.plan.strategy.loss(video, audio, inputs)
         weighted = weigh(loss, self.job.loss.video_weight, self.job.loss.audio_weight)
-        # The mean over the global batch: ranks and micro-batches add up, whatever their sizes.
-        share = 1 / self.job.training.global_batch_size
-        (weighted.sum() * share).backward()
-        sums.add(weighted, loss, inputs, share)
-        sums.flops += sum(self.plan.sample_flops(index) for index in micro_batch.samples)
-        sums.tokens += sum(self.plan.sample_tokens(index) for index in micro_batch.samples)
+        (weighted.sum() * self._sample_share).backward()
+        return weighted.detach(), loss.detach()
+
+    @property
+    def _sample_share(self) -> float:
+        """Weight of a sample in the global mean: ranks and micro-batches add up, whatever their sizes."""
+        return 1 / self.job.training.global_batch_size
 
     def _draw(self, batch: Batch, step: int, positions: tuple[int, ...]) -> StepDraws:
         """Runs in the loader's threads."""
@@ -256,6 +275,8 @@ class Trainer:
     def _validate(self, log: MetricsLogger) -> dict[str, float]:
         if self.validation is None:
             return {}
+        # Their memory is needed, and offloading moves tensors that they address; recorded again afterwards.
+        self.micro_step.drop()
         return self.validation.run(
             self.step,
             self.model,
@@ -293,7 +314,7 @@ class Trainer:
         loss, loss_video, loss_audio, tflop, tokens = totals[:5]
         peak_memory = peak_memory_gib(self.device)
         if peak_memory is not None:
-            peak = sums.loss.new_tensor(peak_memory)
+            peak = sums.loss.new_tensor(max(peak_memory, self.micro_step.peak_bytes / 1024**3))
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
             peak_memory = peak.item()
             reset_peak_memory(self.device)

@@ -8,12 +8,14 @@ DESCRIPTION = """\
 Measure the speed of this project's parts on the device at hand, beside the alternatives in the same run.
 
 `kernels` holds each fused kernel against torch.compile and the bandwidth of a copy; `attention` torch's attention
-back-ends against each other; `block` a training step per layer against diffusers; `encode` the video VAE's encoder.
+back-ends against each other; `block` a training step per layer against diffusers; `step` where the time of a job's
+whole training step goes; `encode` the video VAE's encoder.
 
 examples:
   ltx-titan bench kernels --out rows.jsonl
   ltx-titan bench attention
   ltx-titan bench block --tokens 4032 16128 --providers triton torch diffusers
+  ltx-titan bench step job.toml --model.num_layers=12
   ltx-titan bench encode --clip 1280x704x121
 """
 
@@ -21,7 +23,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmarks as commands of their own."""
     subparsers = parser.add_subparsers(dest="benchmark", metavar="<benchmark>", required=True)
-    for name in ("kernels", "attention", "block", "encode"):
+    for name in ("kernels", "attention", "block", "step", "encode"):
         if name == "kernels" and find_spec("triton") is None:
             subparsers.add_parser(name, help="needs triton, which is not installed").set_defaults(benchmark_run=_refuse)
             continue

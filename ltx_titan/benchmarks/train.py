@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -33,12 +33,24 @@ from ltx_titan.plan import plan_job
 from ltx_titan.quiet import quieten
 from ltx_titan.train import Trainer
 
-# Compiling, and the allocator's first rounds.
-_WARMUP = 3
+# Compiling, the allocator's first rounds, and recording CUDA graphs (in the third step).
+_WARMUP = 4
 
 
-def measure(job: Path, overrides: Sequence[str], device: torch.device) -> dict[str, object]:
-    """The row of one case; every rank calls it."""
+def measure(
+    job: Path,
+    overrides: Sequence[str],
+    inspect: Callable[[Path], dict[str, object]] | None = None,
+    untimed_steps: int = 0,
+) -> dict[str, object]:
+    """The row of one case; every rank calls it.
+
+    Args:
+        job: job file.
+        overrides: of it, `--section.key=value`.
+        inspect: further fields of the row, from the folder that the job wrote, before it is deleted.
+        untimed_steps: last steps that do not count, for they were profiled.
+    """
     with tempfile.TemporaryDirectory() as own:
         folder = [own]
         dist.broadcast_object_list(folder, src=0)
@@ -53,10 +65,12 @@ def measure(job: Path, overrides: Sequence[str], device: torch.device) -> dict[s
         dist.barrier()
         row = {}
         if dist.get_rank() == 0:
-            row = _row(read_metrics(plan.folder / "metrics.jsonl"), dist.get_world_size())
+            lines = read_metrics(plan.folder / "metrics.jsonl")
+            row = _row(lines[: len(lines) - untimed_steps], dist.get_world_size())
             tokens = plan.sample_tokens(0)
             row |= {"tokens_per_sample": tokens, "global_batch_size": plan.job.training.global_batch_size}
             row |= {"weights": weights, "trained": trained, "build_s": built_s, "degrees": vars(plan.degrees)}
+            row |= {} if inspect is None else inspect(plan.folder)
     return row
 
 
@@ -77,6 +91,10 @@ def _row(lines: list[dict], ranks: int) -> dict[str, object]:
         "peak_mem_gib": max(peaks) if peaks else None,
         "save_blocked_s": [line["perf/save_blocked_s"] for line in lines if "perf/save_blocked_s" in line],
         "losses": [line["loss"] for line in lines],
+        "grad_norms": [line["grad_norm"] for line in lines],
+        "step_times_s": [line["step_time_s"] for line in lines],
+        # Between the ends of steps on the device; rows without this field were timed by the host.
+        "clock": "device",
     }
 
 
@@ -113,7 +131,7 @@ def main() -> int:
             continue
         started = time.monotonic()
         try:
-            row = measure(arguments.job, [*shlex.split(arguments.all), *shlex.split(overrides)], device)
+            row = measure(arguments.job, [*shlex.split(arguments.all), *shlex.split(overrides)])
         # One case that does not fit must not cost the others' measurements.
         except Exception as error:
             failures += 1

@@ -26,6 +26,11 @@ class Loss:
     video: Tensor | None
     audio: Tensor | None
 
+    def detach(self) -> "Loss":
+        """The same values without autograd history."""
+        parts = (self.total, self.per_sample, self.video, self.audio)
+        return Loss(*(None if part is None else part.detach() for part in parts))
+
 
 def token_weights(loss_mask: Tensor) -> Tensor:
     """Weight of each token [B, S], float32: 1 / number of generated tokens of its sample, 0 for a given token.

@@ -199,6 +199,9 @@ class CompileSection(Section):
 
     enable: bool = False
     """Faster steps for a minute or two of start-up; float8 needs it to win."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay forward and backward as one CUDA graph for each batch shape, so that the host's speed does not matter.
+    `auto` does so where the job allows it and logs the reason where not; `on` refuses such a job."""
 
 
 class Float8Section(Section):
