@@ -43,6 +43,7 @@ COMMANDS = {
     "bench kernels": ("ltx_titan.benchmarks.kernels", "check and time the fused kernels"),
     "bench attention": ("ltx_titan.benchmarks.attention", "time the attention backends of torch"),
     "bench block": ("ltx_titan.benchmarks.block", "time a transformer block in training, next to diffusers"),
+    "bench step": ("ltx_titan.benchmarks.step", "profile a training step of a job: where its time goes"),
     "bench encode": ("ltx_titan.benchmarks.encode", "time the encoder of the video VAE"),
 }
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from ltx_titan.build import export_model, load_connectors, load_transformer
 from ltx_titan.checkpoint import BackgroundSaver, TrainingState, latest_complete, load_state, save_state
@@ -27,7 +28,7 @@ from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.common.ranks import rank_and_size
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.common.titan import GarbageCollection, peak_flops
-from ltx_titan.conditioning import absent_streams, to_contexts, weigh
+from ltx_titan.conditioning import Loss, ModelInputs, absent_streams, to_contexts, weigh
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
@@ -43,9 +44,11 @@ from ltx_titan.metrics import (
     start_wandb,
     summarize_run,
 )
+from ltx_titan.metrics.clock import StepClock
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
+from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.parallel.stop import StopSignal
 from ltx_titan.plan import Plan, is_finished, plan_job
@@ -88,6 +91,8 @@ class Trainer:
         self.ema = None if decay is None else EMA(self.model.parameters(), decay)
         # Audio is replicated across cp and tp, so all ranks of such a group need the same dropout mask.
         self.dropout = DropoutStep(self.model, job.training.seed, self.mesh.dp_rank)
+        recorder = make_recorder(job, plan.degrees, self.device)
+        self.micro_step = GraphedMicroStep(self._micro_step, self.model.parameters(), recorder)
         self.saver = self._make_saver()
         # Last, because it fills the parameters, optimizer states and average that exist by now.
         self.step, self.next_batch = self._resume()
@@ -153,13 +158,13 @@ class Trainer:
             memory=job.profiling.memory_snapshot,
             rank=dist.get_rank(),
         )
-        started = time.perf_counter()
+        clock = StepClock(self.device)
         try:
             with loader, profiling as before_step:
                 sums = self._new_sums()
                 if self.step == 0 and not job.validation.skip_initial_validation:
-                    log.show(self._validate(log), step=0)
-                    started = time.perf_counter()
+                    with clock.paused():
+                        log.show(self._validate(log), step=0)
                 for batches in loader:
                     before_step(batches.step)
                     # Asked before the step and read after it, so the all-reduce overlaps with the step.
@@ -170,22 +175,21 @@ class Trainer:
                     validated = {}
                     if _is_due(self.step, job.validation.interval):
                         # Validation is no part of the step time, or the figure would depend on the interval.
-                        paused = time.perf_counter()
-                        validated = self._validate(log)
-                        started += time.perf_counter() - paused
+                        with clock.paused():
+                            validated = self._validate(log)
                     is_last = self.step == plan.last_step
                     stops = self.stop.is_agreed()
                     saves = is_last or stops or _is_due(self.step, job.checkpoint.interval)
                     if saves or validated or _is_due(self.step, job.metrics.interval):
                         # Before the save: it raises if the loss is not finite, so bad weights never replace good ones.
-                        self._log(log, sums, grad_norms, time.perf_counter() - started, validated)
-                        sums, started = self._new_sums(), time.perf_counter()
+                        self._log(log, sums, grad_norms, clock.lap(), validated)
+                        sums = self._new_sums()
                     if saves:
-                        self._save()
-                        started = time.perf_counter()
+                        with clock.paused():
+                            self._save()
                     if _is_due(self.step, job.checkpoint.export_interval) and not is_last:
-                        self._export()
-                        started = time.perf_counter()
+                        with clock.paused():
+                            self._export()
                     if stops and not is_last:
                         logger.warning(
                             "received a signal: saved and stopped after step %d. Rerun the same command to resume.",
@@ -193,6 +197,8 @@ class Trainer:
                         )
                         return
         finally:
+            # Before the process group: its communicators wait for graphs that contain them.
+            self.micro_step.drop()
             log.close()
             if self.saver is not None:
                 # After an error as well: a checkpoint that is still being written must become complete.
@@ -217,9 +223,10 @@ class Trainer:
             self._forward_backward(micro_batch, sums)
         grad_norms = None
         if not self.job.optimizer.in_backward:
-            grad_norms = clip_grad_norm_(
-                self.model.named_parameters(), max_norm, lambda name: stream_of(without_wrappers(name))
-            )
+            with record_function("ltx_titan::clip"):
+                grad_norms = clip_grad_norm_(
+                    self.model.named_parameters(), max_norm, lambda name: stream_of(without_wrappers(name))
+                )
         self.optimizers.step()
         self.optimizers.zero_grad()
         if self.job.float8.all_gather:
@@ -236,16 +243,28 @@ class Trainer:
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self.device, non_blocking=True))
         batch["conditions"] = to_contexts(batch["conditions"], self.connectors, self.dtype)
         inputs = self.plan.strategy.prepare(batch, micro_batch.draws)
-        video, audio = self.model(inputs.video, inputs.audio, absent_streams(inputs))
-        loss = self.plan.strategy.loss(video, audio, inputs)
-        weighted = weigh(loss, self.job.loss.video_weight, self.job.loss.audio_weight)
-        # Gradients are summed over ranks and micro-batches of any size, so each sample has its share of the mean here.
-        share = 1 / self.job.training.global_batch_size
-        (weighted.sum() * share).backward()
-        sums.add(weighted, loss, inputs, share)
+        weighted, loss = self.micro_step(inputs)
+        sums.add(weighted, loss, inputs, self._sample_share)
         # From the shapes in the plan: counting tokens on the device would make the host wait for it.
         sums.flops += sum(self.plan.sample_flops(index) for index in micro_batch.samples)
         sums.tokens += sum(self.plan.sample_tokens(index) for index in micro_batch.samples)
+
+    def _micro_step(self, inputs: ModelInputs) -> tuple[Tensor, Loss]:
+        """Forward, loss and backward. All of it may be one CUDA graph: see `GraphedMicroStep` for what that forbids.
+
+        Returns:
+            Weighted loss of each sample [B], and its parts.
+        """
+        video, audio = self.model(inputs.video, inputs.audio, absent_streams(inputs))
+        loss = self.plan.strategy.loss(video, audio, inputs)
+        weighted = weigh(loss, self.job.loss.video_weight, self.job.loss.audio_weight)
+        (weighted.sum() * self._sample_share).backward()
+        return weighted.detach(), loss.detach()
+
+    @property
+    def _sample_share(self) -> float:
+        """Weight of a sample in the global mean: gradients are summed over ranks and micro-batches of any size."""
+        return 1 / self.job.training.global_batch_size
 
     def _draw(self, batch: Batch, step: int, positions: tuple[int, ...]) -> StepDraws:
         """Draws all random numbers of a micro-batch; called in the loader's threads.
@@ -270,6 +289,8 @@ class Trainer:
     def _validate(self, log: MetricsLogger) -> dict[str, float]:
         if self.validation is None:
             return {}
+        # Their memory is needed, and offloading moves tensors that they address; recorded again afterwards.
+        self.micro_step.drop()
         return self.validation.run(
             self.step,
             self.model,
@@ -296,7 +317,7 @@ class Trainer:
         elapsed_s: float,
         validated: dict[str, float],
     ) -> None:
-        """Reduces over ranks and logs. The only place where a step waits for the device.
+        """Reduces over ranks and logs. Only logged steps wait for the device.
 
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite.
@@ -308,7 +329,7 @@ class Trainer:
         loss, loss_video, loss_audio, tflop, tokens = totals[:5]
         peak_memory = peak_memory_gib(self.device)
         if peak_memory is not None:
-            peak = sums.loss.new_tensor(peak_memory)
+            peak = sums.loss.new_tensor(max(peak_memory, self.micro_step.peak_bytes / 1024**3))
             # The fullest rank decides whether a job fits.
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
             peak_memory = peak.item()

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,8 +33,8 @@ from ltx_titan.parallel.mesh import init_distributed
 from ltx_titan.plan import plan_job
 from ltx_titan.train import Trainer
 
-# Compiling, and the allocator's first rounds.
-_WARMUP = 3
+# Compiling, the allocator's first rounds, and recording CUDA graphs (in the third step).
+_WARMUP = 4
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,22 @@ class TrainBenchOptions:
     """Seconds after which no further case starts."""
 
 
-def measure(job: Path, overrides: Sequence[str], device: torch.device) -> dict[str, object]:
-    """The row of one case; every rank calls it."""
+def measure(
+    job: Path,
+    overrides: Sequence[str],
+    device: torch.device,
+    inspect: Callable[[Path], dict[str, object]] | None = None,
+    untimed_steps: int = 0,
+) -> dict[str, object]:
+    """Measures one case; every rank calls it.
+
+    Args:
+        job: job file.
+        overrides: its overrides, `--section.key=value`.
+        device: device of this rank.
+        inspect: adds fields to the row from the folder that the job wrote, before it is deleted.
+        untimed_steps: last steps that are not timed, because they are profiled.
+    """
     with tempfile.TemporaryDirectory() as own:
         # All ranks write to rank 0's folder, as in a job.
         folder = [own]
@@ -74,10 +88,12 @@ def measure(job: Path, overrides: Sequence[str], device: torch.device) -> dict[s
         dist.barrier()
         row = {}
         if dist.get_rank() == 0:
-            row = _row(read_metrics(plan.folder / "metrics.jsonl"), dist.get_world_size())
+            lines = read_metrics(plan.folder / "metrics.jsonl")
+            row = _row(lines[: len(lines) - untimed_steps], dist.get_world_size())
             tokens = plan.sample_tokens(0)
             row |= {"tokens_per_sample": tokens, "global_batch_size": plan.job.training.global_batch_size}
             row |= {"weights": weights, "trained": trained, "build_s": built_s, "degrees": vars(plan.degrees)}
+            row |= {} if inspect is None else inspect(plan.folder)
     return row
 
 
@@ -99,6 +115,10 @@ def _row(lines: list[dict], ranks: int) -> dict[str, object]:
         "peak_mem_gib": max(peaks) if peaks else None,
         "save_blocked_s": [line["perf/save_blocked_s"] for line in lines if "perf/save_blocked_s" in line],
         "losses": [line["loss"] for line in lines],
+        "grad_norms": [line["grad_norm"] for line in lines],
+        "step_times_s": [line["step_time_s"] for line in lines],
+        # Between the ends of steps on the device; rows without this field were timed by the host.
+        "clock": "device",
     }
 
 

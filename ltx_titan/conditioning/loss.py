@@ -59,6 +59,11 @@ class Loss:
     video: Tensor | None
     audio: Tensor | None
 
+    def detach(self) -> "Loss":
+        """The same values without autograd history."""
+        parts = (self.total, self.per_sample, self.video, self.audio)
+        return Loss(*(None if part is None else part.detach() for part in parts))
+
 
 def absent_streams(inputs: ModelInputs) -> Perturbations | None:
     """Cuts the cross-modal attention of samples with a placeholder stream; None if every sample has both streams."""

@@ -185,6 +185,9 @@ class CompileSection(Section):
 
     enable: bool = False
     """Faster steps after a minute or two of compilation; float8 is slower than bfloat16 without it."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay forward and backward as one CUDA graph for each batch shape, so that the host's speed does not matter.
+    `auto` does so if the job allows it and logs the reason otherwise; `on` refuses such a job."""
 
 
 class Float8Section(Section):

@@ -67,14 +67,15 @@ class RotaryTables:
 
     def pack(self) -> PackedRotation:
         """Concatenates the tables of all axes, without expanding anything per token."""
-        starts = [0]
-        for table in self.cos[:-1]:
-            starts.append(starts[-1] + table.shape[0])
-        # Indices count within an axis, rows within the concatenated table.
-        offsets = torch.tensor(starts, device=self.index.device)[:, None]
+        # Offsets as Python numbers: a tensor of them would be copied from the host, which a CUDA graph cannot contain.
+        start, rows = 0, []
+        for axis, table in enumerate(self.cos):
+            # Indices count within an axis, rows within the concatenated table.
+            rows.append(self.index[:, axis] + start)
+            start += table.shape[0]
         # cos and sin of a frequency side by side: a kernel fetches both with one load.
         table = torch.stack([torch.cat(self.cos), torch.cat(self.sin)], dim=-1)
-        return PackedRotation(table, (self.index + offsets).int().contiguous())
+        return PackedRotation(table, torch.stack(rows, dim=1).int())
 
     def _per_token(self, tables: tuple[Tensor, ...], padding: float) -> Tensor:
         batch, _, tokens = self.index.shape
@@ -99,6 +100,12 @@ def frequency_grid(theta: float, count: int, double_precision: bool) -> Tensor:
     # batches.
     exponents = torch.linspace(0.0, 1.0, count, dtype=torch.float64 if double_precision else torch.float32)
     return (theta**exponents * (pi / 2)).float()
+
+
+@cache
+def _grid_on(device: torch.device, theta: float, count: int, double_precision: bool) -> Tensor:
+    """`frequency_grid` on a device, copied there once: a CUDA graph cannot contain the copy."""
+    return frequency_grid(theta, count, double_precision).to(device)
 
 
 def midpoints(positions: Tensor) -> Tensor:
@@ -143,11 +150,12 @@ def rotary_tables(
     """
     axes = len(values)
     assert index.shape[1] == axes == len(max_positions), (index.shape, axes, max_positions)
-    grid = frequency_grid(float(theta), width // (2 * axes), double_precision).to(index.device)
+    grid = _grid_on(index.device, float(theta), width // (2 * axes), double_precision)
     cos, sin = [], []
     for coordinates, max_position in zip(values, max_positions, strict=True):
         # Divide by a tensor: a division by a Python number may become a multiplication by its rounded reciprocal.
-        fraction = coordinates / torch.tensor(max_position, dtype=torch.float32, device=coordinates.device)
+        # `full` fills on the device; `tensor` would copy from the host, which a CUDA graph cannot contain.
+        fraction = coordinates / torch.full((), max_position, dtype=torch.float32, device=coordinates.device)
         # [N_axis, 1] * [n] -> [N_axis, n].
         phase = (fraction * 2 - 1)[:, None] * grid
         cos.append(phase.cos())

@@ -59,6 +59,9 @@ def init_distributed(timeout_s: int = 1800) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        # Buffers of collectives inside CUDA graphs would be registered with NCCL, which fails with the allocator's
+        # expandable segments (illegal accesses) and keeps the graphs' memory alive.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         # Checkpoints and the stop signal communicate CPU tensors, which need gloo next to NCCL.
         backend = "cpu:gloo,cuda:nccl"
     else:
