@@ -75,8 +75,8 @@ def load_packed_model(packed: PackedGemma, device: str | torch.device, dtype: to
         model = AutoModel.from_config(packed.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     nested = "model.language_model."
-    # Two namings are in circulation: that of the multimodal class, with the language model nested, and a flat one.
     prefixes: tuple[str, ...]
+    # Two namings are in circulation: that of the multimodal class, with the language model nested, and a flat one.
     if packed.metadata.prefix(nested):
         prefix, prefixes = nested, (nested,)
     else:

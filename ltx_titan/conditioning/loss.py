@@ -61,8 +61,8 @@ class Loss:
 
     def detach(self) -> "Loss":
         """The same values without autograd history."""
-        parts = (self.total, self.per_sample, self.video, self.audio)
-        return Loss(*(None if part is None else part.detach() for part in parts))
+        video, audio = (None if part is None else part.detach() for part in (self.video, self.audio))
+        return Loss(self.total.detach(), self.per_sample.detach(), video, audio)
 
 
 def absent_streams(inputs: ModelInputs) -> Perturbations | None:

@@ -221,10 +221,10 @@ class AVTransformerBlock(nn.Module):
         Rows of its two tables: scale, shift for audio-to-video, then for video-to-audio, then the gate. Scale comes
         before shift, unlike in all other tables.
         """
-        # The gates (row 4) follow another sigma than scale and shift: the other stream's, one per sample instead of one
-        # per token.
         assert video_inputs.cross_modulation is not None and video_inputs.cross_gate is not None
         assert audio_inputs.cross_modulation is not None and audio_inputs.cross_gate is not None
+        # The gates (row 4) follow another sigma than scale and shift: the other stream's, one per sample instead of one
+        # per token.
         video_rows = rows_of(self.scale_shift_table_a2v_ca_video[:4], video_inputs.cross_modulation)
         audio_rows = rows_of(self.scale_shift_table_a2v_ca_audio[:4], audio_inputs.cross_modulation)
         # Each stream is normed once per direction that runs: as queries of its own and as keys of the other one.

@@ -147,8 +147,8 @@ def _cut(bank: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def _reporting(tensor: ExportTensor, progress: Progress, task: int) -> ExportTensor:
     def read() -> Tensor:
-        # Read when it is written, so that memory holds one tensor.
         assert not isinstance(tensor.source, Tensor)
+        # Read when it is written, so that memory holds one tensor.
         value = tensor.source()
         progress.advance(task, value.nbytes)
         return value

@@ -170,6 +170,7 @@ class GraphedMicroStep:
         """The recording that fits the gradients there are, which are moved to where it adds to them."""
         accumulated = [parameter for parameter in self._parameters if parameter.grad is not None]
         for parameter in accumulated:
+            assert parameter.grad is not None
             target = self._gradients.setdefault(parameter, parameter.grad)
             if parameter.grad is not target:
                 # From an eager micro-step.
@@ -192,6 +193,7 @@ class GraphedMicroStep:
                     parameter.grad = target
             return outputs
 
+        assert self._recorder is not None
         started = time.perf_counter()
         try:
             outputs, replay = self._recorder.record(body)
@@ -219,6 +221,7 @@ class GraphedMicroStep:
                 "CUDA graphs: batches have more than %d different shapes; further ones run eagerly. Use fewer buckets.",
                 _LIMIT,
             )
+        assert self._recorder is not None
         return self._recorder.run(partial(self._body, inputs))
 
 
@@ -246,7 +249,7 @@ def unflatten(like: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(like, tuple):
         parts = [unflatten(item, tensors) for item in like]
         return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
-    if is_dataclass(like):
+    if is_dataclass(like) and not isinstance(like, type):
         return type(like)(**{part.name: unflatten(getattr(like, part.name), tensors) for part in fields(like)})
     return like
 

@@ -53,9 +53,9 @@ class Targets:
         fields = self.store.read("latents", row.key)
         time, down, right = self.rules.scale_factors
         # From the stored latents: they may have been made with other buckets, and what is made now must fit them.
-        # The rate is stored as a float; the nearest simple fraction is the container's.
         frames, rows, columns = (int(fields[key]) for key in ("num_frames", "height", "width"))
         bucket = Bucket(columns * right, rows * down, (frames - 1) * time + 1)
+        # The rate is stored as a float; the nearest simple fraction is the container's.
         return Clip(bucket, Fraction(float(fields["fps"])).limit_denominator(100_000))
 
     def audio_steps(self, row: SampleRow) -> int | None:
