@@ -27,19 +27,6 @@ _TEXT_TOKENS = 1024
 _FPS = 24.0
 
 
-def parse_clip(text: str) -> Clip:
-    """Parses `768x448x89` into width, height and frames.
-
-    Raises:
-        ValueError: the text has another form.
-    """
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--clip {text}: expected WIDTHxHEIGHTxFRAMES in pixels, such as 768x448x89.")
-    width, height, frames = map(int, parts)
-    return width, height, frames
-
-
 def add_placeholders(tables: Tables, folder: Path, *, shape: str | None = None, clip: Clip | None = None) -> list[str]:
     """Replaces missing files in a job's tables, in place.
 
