@@ -99,7 +99,7 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
     }
     audio: Fields = {"latents": torch.zeros(AUDIO_CHANNELS, steps, AUDIO_BINS), "num_time_steps": steps}
     text = {
-        f"{name}_context": torch.zeros(_TEXT_TOKENS, stream.caption_dim or stream.context_dim, dtype=torch.bfloat16)
+        f"{name}_context": torch.zeros(_TEXT_TOKENS, stream.stored_context_dim, dtype=torch.bfloat16)
         for name, stream in (("video", architecture.video), ("audio", architecture.audio))
     }
     masks = {"video": torch.ones(grid), "audio": torch.ones(steps)}
