@@ -17,7 +17,7 @@ from ltx_titan.model.config import StreamConfig
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import KernelBackend, select_operators
 from ltx_titan.model.rope import distinct_coordinates, midpoints
-from ltx_titan.parallel.compile import apply_compile
+from ltx_titan.parallel.parallelize import apply_compile
 
 AUDIO_TOKENS = 126
 TEXT_TOKENS = 1024
