@@ -27,7 +27,7 @@ from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.common.ranks import rank_and_size
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.common.titan import GarbageCollection, peak_flops
-from ltx_titan.conditioning import absent_streams, to_contexts, weigh
+from ltx_titan.conditioning import absent_streams, to_contexts, weighted_loss
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
@@ -238,7 +238,7 @@ class Trainer:
         inputs = self.plan.strategy.prepare(batch, micro_batch.draws)
         video, audio = self.model(inputs.video, inputs.audio, absent_streams(inputs))
         loss = self.plan.strategy.loss(video, audio, inputs)
-        weighted = weigh(loss, self.job.loss.video_weight, self.job.loss.audio_weight)
+        weighted = weighted_loss(loss, self.job.loss.video_weight, self.job.loss.audio_weight)
         # Gradients are summed over ranks and micro-batches of any size, so each sample has its share of the mean here.
         share = 1 / self.job.training.global_batch_size
         (weighted.sum() * share).backward()
