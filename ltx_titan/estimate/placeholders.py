@@ -67,6 +67,8 @@ def _checkpoint(tables: Tables, shape: str | None) -> list[str]:
             )
         model |= {"init": "random", "shape": shape}
         model.pop("checkpoint_path", None)
+        # Nothing is exported, and a job with DoRA cannot export without a base checkpoint.
+        tables["checkpoint"] = {**tables.get("checkpoint", {}), "export": False}
         notes.append(f"checkpoint: {path} not found; assuming {shape}")
     # Their values change neither memory nor time, but planning requires the files.
     for key in ("adapter_path", "connectors_path"):
