@@ -1,9 +1,9 @@
 """Sampling against diffusers' LTX2 pipeline, where its maths is the same.
 
-It is the same for text to video and audio with one noise level in both streams and nothing given. Else it differs, on
+It is the same for text to video and audio with one sigma in both streams and no conditions. Otherwise it differs, on
 purpose:
 
-- with given tokens the modulation of the attention between the streams follows other noise levels there, either each
+- with conditioned tokens the modulation of cross-modal attention follows other sigmas there, either each
   token's own throughout or the other stream's throughout; here, as in the golden cases, scale and shift follow the
   token's own and the gate the other stream's. The last test shows that this is all that differs;
 - the schedule follows the clip's size there (ours, like the released pipelines', does not; here both get the same);
@@ -82,7 +82,7 @@ def test_latents_equal_those_of_the_diffusers_pipeline(pack, pipeline, texts, vi
         begin(start, prompt[0], negative[0], guidance_of(section)[0], generator, 1.0, "cpu").latent
         for start in (video, audio)
     ]
-    # The pipeline normalises audio that it is given.
+    # The pipeline normalizes the audio that it receives.
     vae = audio_codec.vae
     raw_audio_noise = noises[1] * vae.latents_std + vae.latents_mean
     theirs_video, theirs_audio = pipeline(
