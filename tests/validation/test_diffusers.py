@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ltx_titan.codecs import load_text_encoder
+from ltx_titan.commands.sample import NO_GUIDANCE
 from ltx_titan.conditioning import Grid, audio_steps
 from ltx_titan.config import ValidationSection
 from ltx_titan.diffusion import Guidance
@@ -35,14 +36,6 @@ from tests.validation.diffusers_pack import diffusers_pipeline
 
 PROMPTS = ("a rabbit in the grass", "blurred")
 GRID, FPS, SEED = Grid(3, 2, 3), 24.0, 5
-NEUTRAL = {
-    "video_cfg_scale": 1.0,
-    "audio_cfg_scale": 1.0,
-    "video_stg_scale": 0.0,
-    "audio_stg_scale": 0.0,
-    "video_modality_guidance_scale": 1.0,
-    "audio_modality_guidance_scale": 1.0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +60,7 @@ def texts(pack, tmp_path_factory):
     return contexts, [encoder.encode([prompt]) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("changes", [NEUTRAL, {}], ids=["plain", "guided"])
+@pytest.mark.parametrize("changes", [NO_GUIDANCE, {}], ids=["plain", "guided"])
 def test_latents_equal_those_of_the_diffusers_pipeline(pack, pipeline, texts, video_codec, audio_codec, changes):
     section = ValidationSection(samples=[{"prompt": PROMPTS[0]}], inference_steps=3, stg_blocks=[1], **changes)
     steps = audio_steps(17 / FPS)
