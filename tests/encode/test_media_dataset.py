@@ -11,7 +11,7 @@ from ltx_titan.data import BatchPlan, PrecomputedDataset, StepLoader, write_samp
 from ltx_titan.encode.media_dataset import MediaDataset
 from ltx_titan.media import write_video, write_wav
 from ltx_titan.media.audio import Audio
-from tests.commands.process_helpers import run
+from tests.commands.process.helpers import run
 from tests.media.clips import tone, write_clip, write_mixed_files
 
 BUCKETS = "64x32x17;32x64x1"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ltx_titan.data import PrecomputedDataset
 from ltx_titan.data.shards import list_shards, shard_path
-from tests.commands.process_helpers import contents, run, write_rows
+from tests.commands.process.helpers import contents, run, write_rows
 from tests.data.test_layout import assert_equal_fields
 from tests.media.clips import write_clip
 from tests.processes import run_ranks

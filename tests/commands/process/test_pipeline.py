@@ -9,7 +9,7 @@ from ltx_titan.codecs import load_text_encoder, load_video_codec
 from ltx_titan.commands.captioning.table import CaptionTable
 from ltx_titan.data import PrecomputedDataset
 from ltx_titan.media import Audio, read_clip, write_wav
-from tests.commands.process_helpers import load, run, write_rows
+from tests.commands.process.helpers import load, run, write_rows
 from tests.media.clips import tone, write_clip, write_mixed_files
 
 
