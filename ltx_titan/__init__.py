@@ -7,7 +7,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# The Triton operations lie in the folder `kernels/` and are imported as `ltx_titan_kernels`: a top-level package called
+# The Triton operations are in the folder `kernels/` and are imported as `ltx_titan_kernels`: a top-level package called
 # `kernels` would shadow the public one that transformers looks for. An installation maps the name; in a plain checkout
 # this does.
 _KERNELS = Path(__file__).resolve().parent.parent / "kernels"

@@ -75,25 +75,8 @@ def _run(command: Any, arguments: list[str], prog: str) -> int:
     # Here, so that the list of commands appears without importing tyro.
     from ltx_titan.common.options import parse_options
 
-    if hasattr(command, "add_arguments"):
-        return _run_with_argparse(command, arguments, prog)
     options = get_type_hints(command.run)["options"]
     return command.run(parse_options(options, arguments, prog=prog, description=command.DESCRIPTION))
-
-
-def _run_with_argparse(module: Any, arguments: list[str], prog: str) -> int:
-    """Commands that still declare `add_arguments(parser)`; delete once none does."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    module.add_arguments(parser)
-    parsed, rest = parser.parse_known_args(arguments)
-    if hasattr(parsed, "overrides"):
-        parsed.overrides = [argument for argument in rest if argument.startswith("--") and "." in argument]
-        rest = [argument for argument in rest if argument not in parsed.overrides]
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return module.run(parsed)
 
 
 def _command_list(group: list[str]) -> argparse.ArgumentParser:

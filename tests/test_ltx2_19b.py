@@ -16,7 +16,7 @@ from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.nano.pack_config import CONFIG, TEXT_ENCODER
 from ltx_titan.weights import released_config, save_safetensors
-from tests.commands.process_helpers import run as prepare
+from tests.commands.process.helpers import run as prepare
 from tests.jobs import curve, small_validation, train, write_job
 from tests.media.clips import write_clip
 

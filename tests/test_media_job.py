@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from tests.commands.process_helpers import run as prepare
+from tests.commands.process.helpers import run as prepare
 from tests.jobs import read_run, write_job
 from tests.media.clips import write_clip
 from tests.processes import run_ranks

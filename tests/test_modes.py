@@ -270,7 +270,7 @@ def draw(plan: Plan, batch: Batch) -> StepDraws:
 
 
 def check_stream(name: str, promised: Stream | None, batch: Batch, inputs: ModelInputs) -> None:
-    """Given tokens are the data's own, bit for bit, at time 0 and out of the loss; all others are noised."""
+    """Clean tokens are the data's own, bit for bit, at time 0 and out of the loss; all others are noised."""
     modality, target, mask = (getattr(inputs, f"{name}{part}") for part in ("", "_target", "_loss_mask"))
     if promised is None:
         assert modality is None

@@ -17,7 +17,7 @@ from ltx_titan.model.config import StreamConfig
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import KernelBackend, select_operators
 from ltx_titan.model.rope import distinct_coordinates, midpoints
-from ltx_titan.parallel.compile import apply_compile
+from ltx_titan.parallel.parallelize import apply_compile
 
 AUDIO_TOKENS = 126
 TEXT_TOKENS = 1024
@@ -72,29 +72,20 @@ def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.d
     """
     from diffusers import LTX2VideoTransformer3DModel
 
-    is_modulated = bool(transformer.get("cross_attention_adaln", False))
-    is_gated = bool(transformer.get("apply_gated_attention", False))
-    # Sizes that a miniature may change; the defaults are those of the released model.
-    sizes = {
-        key: transformer[key]
-        for key in (
-            "num_attention_heads",
-            "attention_head_dim",
-            "cross_attention_dim",
-            "audio_num_attention_heads",
-            "audio_attention_head_dim",
-            "audio_cross_attention_dim",
-        )
-        if key in transformer
-    }
+    config = TransformerConfig.from_metadata(transformer)
     with torch.device(device), _default_dtype(torch.bfloat16):
         model = LTX2VideoTransformer3DModel(
-            **sizes,
+            num_attention_heads=config.video.heads,
+            attention_head_dim=config.video.head_dim,
+            cross_attention_dim=config.video.context_dim,
+            audio_num_attention_heads=config.audio.heads,
+            audio_attention_head_dim=config.audio.head_dim,
+            audio_cross_attention_dim=config.audio.context_dim,
             num_layers=layers,
-            cross_attn_mod=is_modulated,
-            audio_cross_attn_mod=is_modulated,
-            gated_attn=is_gated,
-            audio_gated_attn=is_gated,
+            cross_attn_mod=config.text_modulation,
+            audio_cross_attn_mod=config.text_modulation,
+            gated_attn=config.gated_attention,
+            audio_gated_attn=config.gated_attention,
             rope_type="split",
             use_prompt_embeddings=False,
         )

@@ -11,14 +11,13 @@ Each kernel is compiled in a separate process, all in parallel; then they are ti
 reported and skipped; the exit status is then 1.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch import Tensor
 from ltx_titan.benchmarks.kernel_cases import CASES, WIDTHS, KernelCase, make_case
 from ltx_titan.benchmarks.measure import copy_bandwidth, environment, input_sets, time_ms, write_rows
 from ltx_titan.benchmarks.turns import device_alone, in_turns
+from ltx_titan.common.options import Maybe
 from ltx_titan_kernels.launches import Launch
 
 DESCRIPTION = __doc__
@@ -43,6 +43,23 @@ CHECK_SHAPES = ((1001, 4096, torch.bfloat16), (333, 2048, torch.bfloat16), (67, 
 # sums behind modulation gradients are float32 until their last rounding. Float32 sums of thousands of terms stay under
 # 1e-5.
 BOUNDS = {torch.bfloat16: 4e-3, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """Options of `ltx-titan bench kernels`."""
+
+    out: Maybe[Path] = None
+    """File for the rows, as JSON lines."""
+
+    tokens: tuple[int, ...] = (4_032, 8_064, 16_128, 32_256)
+    """Numbers of tokens to time the kernels at."""
+
+    kernels: Maybe[tuple[str, ...]] = None
+    """Names of kernels. Default: all."""
+
+    parts: tuple[Literal["check", "sweep", "time"], ...] = ("check", "sweep", "time")
+    """Parts to run."""
 
 
 def check(name: str, tokens: int, width: int, dtype: torch.dtype, is_compiled: bool, device: torch.device) -> dict:
@@ -242,16 +259,11 @@ def _time_autograd(cases: list[KernelCase], run: Callable, device: torch.device)
     return forward, total - forward
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("--out", type=Path, help="write rows as JSON lines")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4_032, 8_064, 16_128, 32_256])
-    parser.add_argument("--kernels", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
-    parser.add_argument("--parts", nargs="+", choices=["check", "sweep", "time"], default=["check", "sweep", "time"])
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(options: KernelOptions) -> int:
     """Runs the requested parts and prints their tables."""
+    names = options.kernels or tuple(CASES)
+    if unknown := [name for name in names if name not in CASES]:
+        raise ValueError(f"--kernels: expected some of {list(CASES)}, found {unknown}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
     with device_alone():
@@ -259,8 +271,7 @@ def run(arguments: argparse.Namespace) -> int:
         copy = copy_bandwidth(device)
     common = {**environment(device), "copy_gb_s": copy / 1e9}
     print(f"{common['device']}, torch {common['torch']}: copy {copy / 1e12:.2f} TB/s", flush=True)
-    tokens, parts = tuple(arguments.tokens), tuple(arguments.parts)
-    requests = [KernelRequest(name, WIDTHS[name], tokens, parts, copy) for name in arguments.kernels]
+    requests = [KernelRequest(name, WIDTHS[name], options.tokens, options.parts, copy) for name in names]
     rows, failures = [], 0
     found = in_turns([partial(examine, request, device) for request in requests], device)
     for request, result in zip(requests, found, strict=True):
@@ -270,7 +281,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{request.name} {request.width} FAILED {str(result)[:600]}", flush=True)
         else:
             rows += result
-        write_rows(arguments.out, [{**common, **row} for row in rows])
+        write_rows(options.out, [{**common, **row} for row in rows])
     _print_tables(rows)
     print(f"{time.monotonic() - started:.0f} s")
     return 1 if failures else 0
@@ -298,14 +309,3 @@ def _print_tables(rows: list[dict]) -> None:
                 f"{row['forward_ms'] * 1e3:>7.1f} {row['forward_of_copy']:>7.2f} "
                 f"{row['backward_ms'] * 1e3:>9.1f} {row['backward_of_copy']:>7.2f}"
             )
-
-
-def main() -> int:
-    """Runs as `python -m ltx_titan.benchmarks.kernels`."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    return run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

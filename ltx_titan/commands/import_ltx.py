@@ -5,18 +5,18 @@ is reported with the reason, an unknown key is an error, and the result is valid
 and data need not exist on this machine.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
 
 from ltx_titan.commands.ltx_schema import LtxJob, Table, read_ltx_job
 from ltx_titan.commands.ltx_validation import OLDER_SAMPLES, validation_table
 from ltx_titan.common.files import write_text
+from ltx_titan.common.options import Maybe, Positional, alias, placeholder
 from ltx_titan.config.errors import MISSING, ConfigError, Problem, as_toml, nearest
 from ltx_titan.config.job import JobConfig
 from ltx_titan.config.load import build_job
@@ -61,6 +61,20 @@ _RESTARTS_ETA_MIN = 5e-5
 # Larger groups first, so that a job with all projections gets the one preset instead of several.
 _PARTS = ("all_attention", "video", "video_ffn", "audio", "audio_ffn", "audio_to_video", "video_to_audio")
 _PATHS = ("model.checkpoint_path", "model.adapter_path", "data.root")
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Options of `ltx-titan import-config`."""
+
+    config: Annotated[Positional[Path], placeholder("FILE.yaml")]
+    """Job of the LTX Trainer."""
+
+    output: Annotated[Maybe[Path], alias("-o"), placeholder("JOB.toml")] = None
+    """File for the converted job. Default: standard output."""
+
+    ranks: Annotated[int, placeholder("N")] = 1
+    """Number of processes of the original job."""
 
 
 @dataclass
@@ -372,35 +386,25 @@ def _as_number(value: Any) -> float | None:
         return None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command-line arguments."""
-    parser.add_argument("config", type=Path, metavar="FILE.yaml", help="job of the LTX Trainer")
-    parser.add_argument("-o", "--output", type=Path, metavar="JOB.toml", help="output file (default: stdout)")
-    parser.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="number of processes of the original job (default: 1)"
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(options: ImportOptions) -> int:
     """Converts one file; returns the exit status.
 
     Raises:
         ValueError: `--ranks` is less than 1, or the output exists.
         ConfigError: as `import_job`.
     """
-    if arguments.ranks < 1:
-        raise ValueError(f"--ranks {arguments.ranks}: expected at least 1.")
-    output: Path | None = arguments.output
+    if options.ranks < 1:
+        raise ValueError(f"--ranks {options.ranks}: expected at least 1.")
     # The user may have edited an earlier conversion.
-    if output is not None and output.exists():
-        raise ValueError(f"{output}: exists already; choose another name or remove it.")
-    imported = import_job(arguments.config.read_text(encoding="utf-8"), str(arguments.config), arguments.ranks)
+    if options.output is not None and options.output.exists():
+        raise ValueError(f"{options.output}: exists already; choose another name or remove it.")
+    imported = import_job(options.config.read_text(encoding="utf-8"), str(options.config), options.ranks)
     for note in imported.notes:
-        print(f"{arguments.config}: {note}", file=sys.stderr)
-    text = f"# Converted from {arguments.config.name} by ltx-titan import-config.\n\n{imported.toml().rstrip()}\n"
-    if output is None:
+        print(f"{options.config}: {note}", file=sys.stderr)
+    text = f"# Converted from {options.config.name} by ltx-titan import-config.\n\n{imported.toml().rstrip()}\n"
+    if options.output is None:
         print(text, end="")
         return 0
-    write_text(output, text)
-    print(f"wrote {output}", file=sys.stderr)
+    write_text(options.output, text)
+    print(f"wrote {options.output}", file=sys.stderr)
     return 0

@@ -35,7 +35,7 @@ examples:
       --lora outputs/job/export/lora-step-2000.safetensors --job outputs/job/job.toml --output-dir clips
 """
 
-_NO_GUIDANCE = {
+NO_GUIDANCE = {
     "video_cfg_scale": 1.0,
     "audio_cfg_scale": 1.0,
     "video_stg_scale": 0.0,
@@ -171,7 +171,7 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
     if options.distilled:
         table.pop("inference_steps", None)
         # As in the released pipelines: distilled checkpoints are sampled without guidance.
-        table |= {"schedule": "distilled", **_NO_GUIDANCE}
+        table |= {"schedule": "distilled", **NO_GUIDANCE}
     overrides = {
         "text_encoder_path": None if options.text_encoder_path is None else str(options.text_encoder_path),
         "negative_prompt": options.negative_prompt,

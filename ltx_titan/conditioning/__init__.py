@@ -7,7 +7,7 @@ from ltx_titan.conditioning.conditioned import (
     reference_factors,
     scale_reference,
 )
-from ltx_titan.conditioning.loss import Loss, ModelInputs, absent_streams, stream_loss, token_weights, weigh
+from ltx_titan.conditioning.loss import Loss, ModelInputs, absent_streams, stream_loss, token_weights, weighted_loss
 from ltx_titan.conditioning.strategy import FlexibleStrategy
 from ltx_titan.conditioning.tokens import (
     Clip,
@@ -51,5 +51,5 @@ __all__ = [
     "unpatchify_video",
     "video_coordinates",
     "video_grid",
-    "weigh",
+    "weighted_loss",
 ]

@@ -91,7 +91,7 @@ def flow_matching_loss(video_pred: Tensor | None, audio_pred: Tensor | None, inp
     return Loss(per_sample.mean(), per_sample, video, audio)
 
 
-def weigh(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
+def weighted_loss(loss: Loss, video_weight: float, audio_weight: float) -> Tensor:
     """Weighted sum of the streams' losses, for each sample: [B]."""
     if loss.video is None:
         assert loss.audio is not None, "a job generates at least one stream"

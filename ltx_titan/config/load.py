@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from ltx_titan.config.errors import MISSING, ConfigError, Problem, as_toml, nearest
 from ltx_titan.config.job import JobConfig
-from ltx_titan.config.rules import OWNERS, rule_problems, warn_without_effect
+from ltx_titan.config.rules import PARAMETER_OWNERS, rule_problems, warn_without_effect
 
 # Error types of pydantic -> the words of someone who writes TOML. Messages of other types are readable as they are.
 _EXPECTED_TYPES = {
@@ -97,7 +97,7 @@ def dump_job(job: JobConfig) -> str:
     # TOML cannot express None.
     data = job.model_dump(exclude_none=True)
     # Keys of another `name` are omitted: a key that is set without having an effect is an error when it is read.
-    for section, owners in OWNERS.items():
+    for section, owners in PARAMETER_OWNERS.items():
         name = data[section]["name"]
         data[section] = {key: value for key, value in data[section].items() if name in owners.get(key, {name})}
     return tomli_w.dumps(data)

@@ -13,7 +13,7 @@ from ltx_titan.config.errors import MISSING, Problem
 from ltx_titan.config.job import RELEASED_SHAPES, JobConfig
 from ltx_titan.config.world import batch_problems
 
-OWNERS: dict[str, dict[str, frozenset[str]]] = {
+PARAMETER_OWNERS: dict[str, dict[str, frozenset[str]]] = {
     "sigma": {
         "std": frozenset({"shifted_logit_normal"}),
         "eps": frozenset({"shifted_logit_normal"}),
@@ -184,7 +184,7 @@ def _media_rules(job: JobConfig) -> Iterator[Problem]:
 
 
 def _parameter_rules(job: JobConfig) -> Iterator[Problem]:
-    for section_name, owners in OWNERS.items():
+    for section_name, owners in PARAMETER_OWNERS.items():
         section = getattr(job, section_name)
         for parameter, names in owners.items():
             # Only what the job sets: every parameter has a value, and most do not belong to the chosen name.
@@ -304,6 +304,19 @@ def _clipping_rules(job: JobConfig) -> Iterator[Problem]:
         )
 
 
+def _export_rules(job: JobConfig) -> Iterator[Problem]:
+    checkpoint = job.checkpoint
+    is_dora = job.model.mode == "lora" and job.lora.dora
+    if is_dora and job.model.init == "random" and checkpoint.enable and checkpoint.export:
+        yield Problem(
+            "checkpoint.export",
+            True,
+            'false with lora.dora = true and model.init = "random": DoRA is exported merged into the base checkpoint, '
+            "and there is none",
+            "set it to false, or set lora.dora = false",
+        )
+
+
 _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _model_rules,
     _stream_rules,
@@ -312,6 +325,7 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _step_rules,
     _batch_rules,
     _clipping_rules,
+    _export_rules,
     _single_rules,
     _validation_rules,
     _wandb_rules,

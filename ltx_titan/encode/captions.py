@@ -14,8 +14,7 @@ from ltx_titan.codecs import TextEncoder
 from ltx_titan.codecs.text_encoder import MAX_TOKENS
 from ltx_titan.conditioning import to_contexts
 from ltx_titan.data.layout import Fields
-from ltx_titan.model import FeatureExtractor, TextConnectors
-from ltx_titan.model.config import caption_projected_before_connector
+from ltx_titan.model import FeatureExtractor, TextConnectors, TransformerConfig
 
 # Phrases that language models put in front of a description, even if instructed not to.
 _LEAD_INS = ("In the video,", "In this video,", "In this video clip,", "In the clip,", "Caption:")
@@ -87,11 +86,9 @@ def text_bytes(transformer: dict[str, Any]) -> int:
     Args:
         transformer: the object `transformer` of the checkpoint's metadata.
     """
-    widths = [transformer.get("cross_attention_dim", 4096), transformer.get("audio_cross_attention_dim", 2048)]
-    # LTX-2 (19B) stores the text encoder's width for both streams.
-    if not caption_projected_before_connector(transformer):
-        widths = [transformer.get("caption_channels", 3840)] * 2
-    return MAX_TOKENS * sum(widths) * torch.bfloat16.itemsize
+    config = TransformerConfig.from_metadata(transformer)
+    widths = config.video.stored_context_dim + config.audio.stored_context_dim
+    return MAX_TOKENS * widths * torch.bfloat16.itemsize
 
 
 def _to_stored(tensor: Tensor) -> Tensor:

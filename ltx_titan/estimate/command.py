@@ -3,17 +3,18 @@
 `prediction.py` computes the numbers; this file parses the options and formats an `Estimate` as text or JSON.
 """
 
-import argparse
 import json
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from ltx_titan.common.files import write_text
 from ltx_titan.common.hardware import GIB, GPUS, Gpu
+from ltx_titan.common.options import Flag, Maybe, Overrides, Positional, parse_size, placeholder
 from ltx_titan.config import Degrees, build_job, read_tables
 from ltx_titan.estimate.memory import RESERVE, SLACK
-from ltx_titan.estimate.placeholders import Tables, add_placeholders, parse_clip
+from ltx_titan.estimate.placeholders import Tables, add_placeholders
 from ltx_titan.estimate.prediction import Estimate, estimate, search
 from ltx_titan.estimate.workload import Setup, Workload, make_setup, make_workload
 from ltx_titan.plan import Plan, plan_job
@@ -34,6 +35,40 @@ PEAK_ERROR, TIME_ERROR = 0.10, 0.20
 """Largest relative errors of peak memory and step time against the runs in docs/benchmarks, asserted by a test."""
 
 _SHOWN = 6
+
+
+@dataclass(frozen=True)
+class EstimateOptions:
+    """Options of `ltx-titan estimate`."""
+
+    job: Annotated[Positional[Path], placeholder("JOB.toml")]
+    """Job file. --section.key=value overrides single values."""
+
+    gpus: Annotated[int, placeholder("N")] = 1
+    """Number of GPUs."""
+
+    gpu: Annotated[str, placeholder(f"{{{','.join(sorted(GPUS))}}}")] = "h100"
+    """Kind of GPU."""
+
+    gpus_per_node: Annotated[Maybe[int], placeholder("N")] = None
+    """GPUs connected by NVLink. Default: those of a node of this kind, 8."""
+
+    shape: Maybe[str] = None
+    """Released model, or JSON file with checkpoint metadata, in place of a missing checkpoint."""
+
+    clip: Annotated[Maybe[str], placeholder("WxHxF")] = None
+    """Width and height in pixels, and frames, of the samples. Default: those of the data, or 768x448x89."""
+
+    search: Flag = False
+    """Also list the fastest setups that fit."""
+
+    dry_run: Flag = False
+    """Also build the job on a fake rank and run a step."""
+
+    json: Annotated[Maybe[Path], placeholder("FILE")] = None
+    """File for the estimate as JSON."""
+
+    overrides: Overrides = ()
 
 
 def report(work: Workload, found: Estimate) -> list[str]:
@@ -132,47 +167,35 @@ def assumptions(gpu: Gpu, setup: Setup) -> list[str]:
     return lines
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options of `ltx-titan estimate`."""
-    parser.add_argument("job", type=Path, metavar="JOB.toml", help="job file; --section.key=value overrides it")
-    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs (1)")
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="kind of GPU (h100)")
-    parser.add_argument("--gpus-per-node", type=int, help="GPUs connected by NVLink (8)")
-    parser.add_argument("--shape", help="released model, or JSON file, in place of a missing checkpoint")
-    parser.add_argument("--clip", help="WIDTHxHEIGHTxFRAMES of the samples (default: those of the data, or 768x448x89)")
-    parser.add_argument("--search", action="store_true", help="also list the fastest setups that fit")
-    parser.add_argument("--dry-run", action="store_true", help="also build the job on a fake rank and run a step")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimate as JSON")
-    parser.set_defaults(overrides=[])
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(options: EstimateOptions) -> int:
     """Runs `ltx-titan estimate`; returns the exit status: 1 if the job, or every setup of a search, does not fit.
 
     Raises:
         ValueError: an option is out of range, or the job cannot be planned.
     """
-    if arguments.gpus < 1:
-        raise ValueError(f"--gpus: expected at least 1, found {arguments.gpus}.")
-    gpu = GPUS[arguments.gpu]
-    if arguments.gpus_per_node is not None:
-        gpu = replace(gpu, gpus_per_node=arguments.gpus_per_node)
+    if options.gpus < 1:
+        raise ValueError(f"--gpus: expected at least 1, found {options.gpus}.")
+    if options.gpu not in GPUS:
+        raise ValueError(f"--gpu: expected one of {', '.join(sorted(GPUS))}; found {options.gpu}.")
+    gpu = GPUS[options.gpu]
+    if options.gpus_per_node is not None:
+        gpu = replace(gpu, gpus_per_node=options.gpus_per_node)
     with tempfile.TemporaryDirectory() as folder:
-        tables, origins = read_tables(arguments.job, arguments.overrides)
-        clip = parse_clip(arguments.clip) if arguments.clip else None
-        notes = add_placeholders(tables, Path(folder), shape=arguments.shape, clip=clip)
-        return _run(arguments, gpu, tables, origins, notes)
+        tables, origins = read_tables(options.job, options.overrides)
+        clip = parse_size(options.clip, "--clip") if options.clip else None
+        notes = add_placeholders(tables, Path(folder), shape=options.shape, clip=clip)
+        return _run(options, gpu, tables, origins, notes)
 
 
-def _run(arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[str, str], notes: list[str]) -> int:
+def _run(options: EstimateOptions, gpu: Gpu, tables: Tables, origins: dict[str, str], notes: list[str]) -> int:
     status = 0
     try:
-        plan = plan_job(build_job(tables, str(arguments.job), origins), arguments.gpus)
+        plan = plan_job(build_job(tables, str(options.job), origins), options.gpus)
     except ValueError as error:
         # A search may start from a job whose mesh does not fit these GPUs; an estimate of the job itself may not.
-        if not arguments.search:
+        if not options.search:
             raise
-        print(f"{arguments.job} without a search: {error}\n")
+        print(f"{options.job} without a search: {error}\n")
         plan = None
     if plan is None:
         # The search picks mesh and micro-batch; one rank with one micro-batch is valid for any job.
@@ -182,20 +205,20 @@ def _run(arguments: argparse.Namespace, gpu: Gpu, tables: Tables, origins: dict[
             "parallelism": {},
             "training": {**training, "local_batch_size": training["global_batch_size"]},
         }
-        mesh = Degrees(dp_shard=arguments.gpus)
-        neutral_plan = plan_job(build_job(neutral, str(arguments.job), origins), 1)
+        mesh = Degrees(dp_shard=options.gpus)
+        neutral_plan = plan_job(build_job(neutral, str(options.job), origins), 1)
         work, setup = make_workload(neutral_plan), make_setup(neutral_plan.job, mesh, gpu.name)
     else:
         work, setup = make_workload(plan), make_setup(plan.job, plan.degrees, gpu.name)
         found = estimate(work, setup, gpu)
-        print(f"{arguments.job}: a prediction, not a measurement\n")
+        print(f"{options.job}: a prediction, not a measurement\n")
         print("\n".join(report(work, found)))
-        if arguments.json is not None:
-            _write_json(arguments.json, found)
+        if options.json is not None:
+            _write_json(options.json, found)
         status = 0 if found.fits else 1
-    if arguments.search:
+    if options.search:
         status = _print_search(work, setup, gpu)
-    if arguments.dry_run and plan is not None:
+    if options.dry_run and plan is not None:
         _print_dry_run(plan)
     print("\nassumptions")
     print("\n".join(f"  - {line}" for line in [*notes, *assumptions(gpu, setup)]))

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ltx_titan.build import give_storage, shape_transformer
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.conditioning import ModelInputs, absent_streams, to_contexts, weigh
+from ltx_titan.conditioning import ModelInputs, absent_streams, to_contexts, weighted_loss
 from ltx_titan.config import CompileSection, JobConfig, KernelsSection
 from ltx_titan.data import collate
 from ltx_titan.diffusion import UniformSigma, draw_step
@@ -97,7 +97,7 @@ def _steps(plan: Plan, model: nn.Module, inputs: ModelInputs, live: LiveBytes, s
     live.reset()
     video, audio = model(inputs.video, inputs.audio, absent_streams(inputs))
     loss = plan.strategy.loss(video, audio, inputs)
-    total = weigh(loss, job.loss.video_weight, job.loss.audio_weight).sum() / job.training.global_batch_size
+    total = weighted_loss(loss, job.loss.video_weight, job.loss.audio_weight).sum() / job.training.global_batch_size
     del video, audio, loss
     after_forward = live.now
     total.backward()

@@ -43,7 +43,7 @@ class SavedUnits:
     text: float
 
 
-# Counted with saved-tensor hooks on blocks of these proportions; tests/estimate/test_estimate.py repeats the count. For
+# Counted with saved-tensor hooks on blocks of these proportions; tests/estimate/test_prediction.py repeats it. For
 # compiled blocks the min-cut partitioner of AOTAutograd decides what is saved. (is compiled, trained) -> units.
 SAVED = {
     (False, "full"): SavedUnits(49.1, 18.6, 25.1, 12.0, 4.0, 9.0),

@@ -27,19 +27,6 @@ _TEXT_TOKENS = 1024
 _FPS = 24.0
 
 
-def parse_clip(text: str) -> Clip:
-    """Parses `768x448x89` into width, height and frames.
-
-    Raises:
-        ValueError: the text has another form.
-    """
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--clip {text}: expected WIDTHxHEIGHTxFRAMES in pixels, such as 768x448x89.")
-    width, height, frames = map(int, parts)
-    return width, height, frames
-
-
 def add_placeholders(tables: Tables, folder: Path, *, shape: str | None = None, clip: Clip | None = None) -> list[str]:
     """Replaces missing files in a job's tables, in place.
 
@@ -80,6 +67,8 @@ def _checkpoint(tables: Tables, shape: str | None) -> list[str]:
             )
         model |= {"init": "random", "shape": shape}
         model.pop("checkpoint_path", None)
+        # Nothing is exported, and a job with DoRA cannot export without a base checkpoint.
+        tables["checkpoint"] = {**tables.get("checkpoint", {}), "export": False}
         notes.append(f"checkpoint: {path} not found; assuming {shape}")
     # Their values change neither memory nor time, but planning requires the files.
     for key in ("adapter_path", "connectors_path"):
@@ -112,7 +101,7 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
     }
     audio: Fields = {"latents": torch.zeros(AUDIO_CHANNELS, steps, AUDIO_BINS), "num_time_steps": steps}
     text = {
-        f"{name}_context": torch.zeros(_TEXT_TOKENS, stream.caption_dim or stream.context_dim, dtype=torch.bfloat16)
+        f"{name}_context": torch.zeros(_TEXT_TOKENS, stream.stored_context_dim, dtype=torch.bfloat16)
         for name, stream in (("video", architecture.video), ("audio", architecture.audio))
     }
     masks = {"video": torch.ones(grid), "audio": torch.ones(steps)}

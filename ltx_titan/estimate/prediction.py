@@ -11,13 +11,12 @@ from math import log
 from pathlib import Path
 
 from ltx_titan.common.hardware import GPUS, Gpu
-from ltx_titan.config import Degrees, LoRASection
+from ltx_titan.config import ActivationCheckpointMode, Degrees, LoRASection
 from ltx_titan.estimate.memory import Memory, estimate_memory
 from ltx_titan.estimate.time import StepTime, estimate_time, model_flops
 from ltx_titan.estimate.workload import Setup, Workload, has_measured_kernels, model_weights
 from ltx_titan.model import TransformerConfig
 from ltx_titan.model.flops import Trained
-from ltx_titan.parallel.activation_checkpoint import Mode
 from ltx_titan.weights import read_source
 
 # Prompts are padded to this many tokens.
@@ -180,7 +179,7 @@ def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Set
     """
     gpus = setup.gpus
     # Without compilation, selective checkpointing runs operation by operation and is slower than full.
-    modes: list[Mode] = ["none", "selective", "full"] if setup.compile else ["none", "full"]
+    modes: list[ActivationCheckpointMode] = ["none", "selective", "full"] if setup.compile else ["none", "full"]
     for tp in _divisors(min(gpus, gpus_per_node)):  # tp's collectives are not overlapped, so it stays within a node
         for cp in _divisors(gpus // tp if gpus % tp == 0 else 1):
             splits_evenly = gpus % (tp * cp) == 0 and work.heads % (tp * cp) == 0

@@ -15,13 +15,12 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.config import Degrees, JobConfig, LoRASection
+from ltx_titan.config import ActivationCheckpointMode, Degrees, JobConfig, LoRASection
 from ltx_titan.data import stream_tokens
 from ltx_titan.lora import apply_lora
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
 from ltx_titan.model.flops import Trained
 from ltx_titan.model.transformer import Modalities
-from ltx_titan.parallel.activation_checkpoint import Mode
 from ltx_titan.parallel.tp import placement_of
 from ltx_titan.plan import Plan
 from ltx_titan.weights.quantized import QuantizedLinear
@@ -178,7 +177,7 @@ class Setup:
     """
 
     degrees: Degrees
-    recompute: Mode = "none"
+    recompute: ActivationCheckpointMode = "none"
     k: int = 1
     local_batch_size: int = 1
     compile: bool = False

@@ -1,7 +1,7 @@
 """Loads the frozen base of an adapted model from an official checkpoint, quantizing while reading if requested.
 
 Unquantized weights go through the streamed load of `ltx_titan.weights`. A quantized layer's rows are read from the
-file, quantized on the device and dropped, layer by layer: the bfloat16 model never exists in one place, and a rank
+file, quantized on the device and dropped, layer by layer: the bfloat16 model never exists as a whole, and a rank
 reads and quantizes only the rows it holds. A row is quantized as a whole even if tensor parallelism splits it, so the
 quantized values are the same on every mesh.
 

@@ -59,6 +59,11 @@ class StreamConfig:
         """Width of the residual stream."""
         return self.heads * self.head_dim
 
+    @property
+    def stored_context_dim(self) -> int:
+        """Width of prepared text contexts: of the text encoder's connectors, before any projection in the model."""
+        return self.caption_dim or self.context_dim
+
 
 @dataclass(frozen=True)
 class TransformerConfig:

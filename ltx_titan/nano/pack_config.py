@@ -86,7 +86,7 @@ _TRANSFORMER: dict[str, Any] = {
     "connector_norm_output": True,
 }
 
-# Residual blocks stand where the resolution is lowest: on the outer levels one would cost more than all the rest.
+# Residual blocks are where the resolution is lowest: on the outer levels one would cost more than all the rest.
 _VIDEO_VAE: dict[str, Any] = {
     "_class_name": "CausalVideoAutoencoder",
     "dims": 3,

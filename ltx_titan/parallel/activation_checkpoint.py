@@ -13,7 +13,7 @@ block as one operation, with nothing to select from.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +21,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ltx_titan.parallel.offload import ActivationOffload
-
-Mode = Literal["none", "full", "selective", "every_k"]
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 # One name per backend of SDPA, which chooses by device, dtype and torch version.

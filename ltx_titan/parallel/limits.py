@@ -3,10 +3,9 @@
 The checks need only the transformer's sizes and the degrees of the mesh; the remedies are keys of a job file.
 """
 
-from ltx_titan.config import Degrees
+from ltx_titan.config import ActivationCheckpointMode, Degrees
 from ltx_titan.model import TransformerConfig
 from ltx_titan.model.transformer import Modalities
-from ltx_titan.parallel.activation_checkpoint import Mode
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
 
 
@@ -15,7 +14,7 @@ def check_parallelism(
     config: TransformerConfig,
     modalities: Modalities,
     *,
-    recompute: Mode = "none",
+    recompute: ActivationCheckpointMode = "none",
     k: int = 1,
     offload: bool = False,
     float8: str = "none",

@@ -10,11 +10,13 @@ DTensors without storage: `to_empty`, then load.
 import logging
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch import nn
 
 from ltx_titan.config import ActivationCheckpointSection, Float8Section
 from ltx_titan.model import LTXTransformer
 from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
-from ltx_titan.parallel.compile import apply_compile
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8
 from ltx_titan.parallel.fsdp import apply_fsdp
@@ -23,6 +25,9 @@ from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 
 logger = logging.getLogger(__name__)
+
+# Dynamo's limit per block: one entry per combination of token counts, streams and masks. The default of 8 is too few.
+_RECOMPILE_LIMIT = 64
 
 
 def parallelize(
@@ -85,3 +90,22 @@ def parallelize(
     # Last: FSDP2 records each unit's parameters, so their modules, dtypes and tp placements must be final.
     apply_fsdp(model, blocks, mesh.fsdp, dtype, cpu_offload=cpu_offload)
     logger.info("FSDP2: %s, parameters gathered as %s", mesh.fsdp, dtype)
+
+
+def apply_compile(blocks: nn.ModuleList) -> None:
+    """Compiles every block in place, on its first call and for each new set of shapes; names in the state dict stay.
+
+    All layers share one small graph. Static shapes run faster than dynamic ones.
+
+    Args:
+        blocks: the model's repeated blocks; they share the compiled code.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    # From rows >= 2 x width on (8,192 tokens), torch 2.11 fuses sums over rows into other reductions, and can then give
+    # the gradient of a [1, 1, D] input the shape [D], which autograd refuses.
+    torch._inductor.config.triton.mix_order_reduction = False
+    # Allow the partitioner to recompute tensors that backward has to materialize as matmul inputs: GELU's output and
+    # gated attention, a sixth of a block's saved activations, for one more write in kernels that read the rest anyway.
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False)

@@ -99,7 +99,7 @@ def decode_sample(latents: SampledLatents, decoders: Decoders, seed: int = 0) ->
     return DecodedSample(frames, audio)
 
 
-def put_beside(reference: Tensor, frames: Tensor, every: int = 1) -> Tensor:
+def side_by_side(reference: Tensor, frames: Tensor, every: int = 1) -> Tensor:
     """Concatenates a reference and a result horizontally, frame by frame.
 
     The reference is resized to the result's height. With `every` > 1 its frame 0 is shown once and each later frame

@@ -91,14 +91,14 @@ class EncodedSample:
     Attributes:
         video: tokens of the video stream.
         audio: tokens of the audio stream.
-        beside: frames of the video reference to show next to the result, uint8 [F, H, W, 3], or None.
-        beside_every: frames of the result per frame of the reference, after the first.
+        reference_frames: frames of the video reference to show next to the result, uint8 [F, H, W, 3], or None.
+        reference_temporal_scale: frames of the result per frame of the reference, after the first.
     """
 
     video: StreamTokens | None
     audio: StreamTokens | None
-    beside: Tensor | None = None
-    beside_every: int = 1
+    reference_frames: Tensor | None = None
+    reference_temporal_scale: int = 1
 
 
 def needed_encoders(samples: tuple[ValidationSample, ...]) -> tuple[bool, bool]:
@@ -130,7 +130,7 @@ def encode_sample(
     if "audio" in streams:
         # At least one step: a single frame at 60 fps lasts less than half a latent step.
         starts["audio"] = audio_start(max(1, audio_steps(shape.duration_s)))
-    beside, every = None, 1
+    reference_frames, temporal_scale = None, 1
     # References last: their factors and positions follow from the whole target.
     for condition in sorted(sample.conditions, key=lambda condition: condition.type == "reference"):
         if condition.stream == "audio":
@@ -138,8 +138,8 @@ def encode_sample(
             continue
         starts["video"], pixels = _with_video(starts["video"], condition, shape, encoders)
         if isinstance(condition, SampleReference) and condition.include_in_output:
-            beside, every = to_uint8(pixels), condition.temporal_scale_factor
-    return EncodedSample(starts.get("video"), starts.get("audio"), beside, every)
+            reference_frames, temporal_scale = to_uint8(pixels), condition.temporal_scale_factor
+    return EncodedSample(starts.get("video"), starts.get("audio"), reference_frames, temporal_scale)
 
 
 def _with_video(

@@ -25,7 +25,14 @@ from ltx_titan.config.validation import ValidationSample, ValidationSection
 from ltx_titan.diffusion import StepReport
 from ltx_titan.model import TransformerConfig
 from ltx_titan.validation.check import check_validation, generated_streams
-from ltx_titan.validation.decode import DecodedSample, Decoders, decode_sample, load_decoders, put_beside, write_sample
+from ltx_titan.validation.decode import (
+    DecodedSample,
+    Decoders,
+    decode_sample,
+    load_decoders,
+    side_by_side,
+    write_sample,
+)
 from ltx_titan.validation.encode import ClipShape, EncodedSample, Encoders, encode_sample, needed_encoders
 from ltx_titan.validation.offload import offloaded
 from ltx_titan.validation.preview import Preview, make_preview, wandb_media, write_contact_sheet, write_preview
@@ -172,8 +179,8 @@ class Validation:
     def _write_one(self, index: int, latents: SampledLatents, decoders: Decoders, folder: str | Path) -> SampledFile:
         sample, shape, encoded = self.section.samples[index], self.shapes[index], self.encoded[index]
         decoded = decode_sample(latents, decoders, self.section.seed_of(sample))
-        if encoded is not None and encoded.beside is not None and decoded.frames is not None:
-            frames = put_beside(encoded.beside, decoded.frames, encoded.beside_every)
+        if encoded is not None and encoded.reference_frames is not None and decoded.frames is not None:
+            frames = side_by_side(encoded.reference_frames, decoded.frames, encoded.reference_temporal_scale)
             decoded = DecodedSample(frames, decoded.audio)
         path = write_sample(folder, f"sample-{index + 1:02d}", decoded, shape.fps)
         return SampledFile(index, sample.prompt, path, make_preview(decoded, shape.fps))

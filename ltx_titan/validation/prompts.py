@@ -131,5 +131,6 @@ def _digest(prompt: str, checkpoint_path: str | Path) -> str:
 
 
 def _write(path: Path, context: PromptContext) -> None:
-    with atomic_write(path) as temporary:
-        torch.save(list(context), temporary)
+    # Through a file object: given a path, torch.save stores its name, and the bytes would depend on the process.
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save(list(context), file)

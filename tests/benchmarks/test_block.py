@@ -3,27 +3,13 @@ import json
 import pytest
 
 from ltx_titan.cli import main
-
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 16,
-    "audio_num_attention_heads": 2,
-    "audio_attention_head_dim": 4,
-    "audio_cross_attention_dim": 8,
-    "apply_gated_attention": True,
-    "cross_attention_adaln": True,
-    "caption_proj_before_connector": True,
-    "caption_projection_first_linear": False,
-    "caption_proj_input_norm": False,
-    "caption_projection_second_linear": False,
-}
+from tests.shapes import TINY_23
 
 
 @pytest.fixture
 def shape(tmp_path):
     path = tmp_path / "tiny.json"
-    path.write_text(json.dumps({"transformer": TINY}))
+    path.write_text(json.dumps({"transformer": TINY_23}))
     return path
 
 

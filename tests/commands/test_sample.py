@@ -2,20 +2,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ltx_titan.commands.sample import SampleOptions, sample_clips
+from ltx_titan.commands.sample import NO_GUIDANCE, SampleOptions, sample_clips
 from ltx_titan.common.options import parse_options
 from ltx_titan.media import probe_video, read_audio, read_clip
 from ltx_titan.model import LTXTransformer
 from ltx_titan.weights import fuse_lora, load_parameters, read_metadata
 
-NEUTRAL = {
-    "video_cfg_scale": 1.0,
-    "audio_cfg_scale": 1.0,
-    "video_stg_scale": 0.0,
-    "audio_stg_scale": 0.0,
-    "video_modality_guidance_scale": 1.0,
-    "audio_modality_guidance_scale": 1.0,
-}
 LAYER = "diffusion_model.proj_out"
 
 
@@ -28,7 +20,7 @@ def cache(tmp_path_factory):
 def run(nano, cache, folder, *options):
     (folder / ".contexts").symlink_to(cache)
     plain = folder / "plain.toml"
-    plain.write_text("[validation]\n" + "".join(f"{key} = {value}\n" for key, value in NEUTRAL.items()))
+    plain.write_text("[validation]\n" + "".join(f"{key} = {value}\n" for key, value in NO_GUIDANCE.items()))
     base = [
         "--model-path",
         nano,

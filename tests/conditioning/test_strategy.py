@@ -100,19 +100,19 @@ def test_preparing_never_waits_for_the_device():
     assert inputs.video.latent.shape == strategy.prepare(batch, draws).video.latent.shape
 
 
-def test_given_tokens_come_out_unchanged_and_the_rest_noised():
+def test_clean_tokens_come_out_unchanged_and_the_rest_noised():
     strategy = strategy_of(block("video", *ALL_CONDITIONS[:3]))
     batch = make_batch(4)
     fired = set()
     for step in range(8):
         inputs = prepare(strategy, batch, step)
         clean = batch["video_latents"]["latents"].flatten(2).transpose(1, 2)
-        given = ~inputs.video_loss_mask
-        assert torch.equal(inputs.video.latent[given], clean[given])
-        assert not (inputs.video.latent[~given] == clean[~given]).all(dim=1).any()
-        assert torch.equal(inputs.video.timesteps == 0, given)
+        is_clean = ~inputs.video_loss_mask
+        assert torch.equal(inputs.video.latent[is_clean], clean[is_clean])
+        assert not (inputs.video.latent[~is_clean] == clean[~is_clean]).all(dim=1).any()
+        assert torch.equal(inputs.video.timesteps == 0, is_clean)
         assert inputs.video.sigma.gt(0).all()
-        fired.update(given.sum(dim=1).tolist())
+        fired.update(is_clean.sum(dim=1).tolist())
     assert len(fired) > 3
 
 

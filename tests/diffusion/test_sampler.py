@@ -13,7 +13,7 @@ ALL = Guidance(cfg_scale=3.0, stg_scale=1.0, stg_blocks=(0,), modality_scale=2.0
 
 
 class Recorder:
-    """Stands in for the transformer: remembers its inputs and predicts a velocity that depends on the text."""
+    """Replaces the transformer: records its inputs and predicts a velocity that depends on the text."""
 
     def __init__(self):
         self.calls = []
@@ -26,11 +26,11 @@ class Recorder:
         )
 
 
-def stream(tokens=6, given=2, guidance=None, **changes):
+def stream(tokens=6, num_clean=2, guidance=None, **changes):
     generator = torch.Generator().manual_seed(tokens)
     clean, noise = torch.randn(2, 1, tokens, 4, generator=generator)
     mask = torch.ones(1, tokens, 1)
-    mask[:, :given] = 0
+    mask[:, :num_clean] = 0
     fields = {
         "latent": torch.where(mask == 0, clean, noise),
         "clean": clean,
@@ -73,7 +73,7 @@ def test_a_guided_run_equals_the_reference(golden_model, passes_at_once):
 
 def test_given_tokens_come_out_bit_for_bit():
     for stepper in ("euler", "euler_ancestral"):
-        video, audio = stream(6, given=2, guidance=ALL), stream(5, given=3)
+        video, audio = stream(6, num_clean=2, guidance=ALL), stream(5, num_clean=3)
         generator = torch.Generator().manual_seed(0)
         found = sample(Recorder(), video, audio, distilled_schedule(), stepper=stepper, generator=generator)
         assert torch.equal(found[0][:, :2], video.clean[:, :2])
@@ -87,12 +87,12 @@ def test_a_frozen_stream_has_noise_level_zero_and_stays_while_the_other_is_guide
     found_video, found_audio = sample(model, video, stream(5, guidance=ALL), torch.tensor([1.0, 0.5, 0.0]))
     assert torch.equal(found_video, video.clean)
     assert found_audio.shape == (1, 5, 4)
-    for given, _, perturbations in model.calls:
-        assert given.enabled
-        assert given.sigma.abs().max() == 0
-        assert given.timesteps.abs().max() == 0
+    for inputs, _, perturbations in model.calls:
+        assert inputs.enabled
+        assert inputs.sigma.abs().max() == 0
+        assert inputs.timesteps.abs().max() == 0
         # Its text and its attention are its own in every pass; only the generated stream is guided.
-        assert torch.equal(given.context, torch.ones(4, 3, 4))
+        assert torch.equal(inputs.context, torch.ones(4, 3, 4))
         kinds = {entry[0] for sample_ in perturbations.samples for entry in sample_}
         assert "skip_video_self_attn" not in kinds
 
@@ -126,9 +126,9 @@ def test_partly_given_tokens_have_their_own_noise_level():
     model = Recorder()
     mask = torch.tensor([0.0, 0.5, 1.0])[None, :, None]
     sample(model, stream(3, denoise_mask=mask), None, torch.tensor([0.8, 0.0]))
-    (given, _, _) = model.calls[0]
-    torch.testing.assert_close(given.timesteps[0], torch.tensor([0.0, 0.4, 0.8]))
-    torch.testing.assert_close(given.timestep_values.gather(1, given.timestep_index), given.timesteps)
+    (inputs, _, _) = model.calls[0]
+    torch.testing.assert_close(inputs.timesteps[0], torch.tensor([0.0, 0.4, 0.8]))
+    torch.testing.assert_close(inputs.timestep_values.gather(1, inputs.timestep_index), inputs.timesteps)
 
 
 def test_what_is_missing_is_named():

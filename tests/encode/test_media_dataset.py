@@ -4,7 +4,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from PIL import Image
 
 from ltx_titan.config import ConfigError, load_job
 from ltx_titan.config.sections import MediaSection
@@ -12,8 +11,8 @@ from ltx_titan.data import BatchPlan, PrecomputedDataset, StepLoader, write_samp
 from ltx_titan.encode.media_dataset import MediaDataset
 from ltx_titan.media import write_video, write_wav
 from ltx_titan.media.audio import Audio
-from tests.commands.process_helpers import run
-from tests.media.clips import tone, write_clip
+from tests.commands.process.helpers import run
+from tests.media.clips import tone, write_clip, write_mixed_files
 
 BUCKETS = "64x32x17;32x64x1"
 SOURCES = {"latents": "video_latents", "audio_latents": "audio_latents", "conditions": "conditions"}
@@ -62,16 +61,8 @@ def same(one, two):
 def mixed(nano, tmp_path_factory):
     """A table with every kind of file, and the output of process-dataset for it."""
     folder = tmp_path_factory.mktemp("mixed")
-    (folder / "sub").mkdir()
-    write_clip(folder / "stereo.mp4", frames=20, fps=Fraction(24000, 1001), channels=2)
-    write_clip(folder / "sub" / "mönö ☃.mp4", frames=17, channels=1, rate=24000)
-    write_clip(folder / "silent.mp4", frames=17, channels=0)
-    write_clip(folder / "short.mp4", frames=3)
-    Image.new("RGB", (90, 50), "orange").save(folder / "still.png")
-    (folder / "zero.mp4").touch()
-    (folder / "text.mp4").write_text("not a video")
-    names = ["stereo.mp4", "sub/mönö ☃.mp4", "silent.mp4", "short.mp4", "still.png", "zero.mp4", "text.mp4"]
-    table = write_table(folder, [*names, "missing.mp4"])
+    files = write_mixed_files(folder)
+    table = write_table(folder, [*files, "missing.mp4"])
     return table, prepare(nano, table)
 
 

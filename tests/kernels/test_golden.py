@@ -3,7 +3,7 @@ import torch
 
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.kernel_ops import triton_operators
-from ltx_titan.parallel.compile import apply_compile
+from ltx_titan.parallel.parallelize import apply_compile
 from tests.golden_cases import assert_close_to_max, case_names, load_case
 from tests.kernels.comparison import DEVICE
 from tests.model.golden_transformer import build_inputs, build_transformer, weighted_sum

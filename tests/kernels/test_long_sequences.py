@@ -9,23 +9,18 @@ import torch
 
 from ltx_titan.benchmarks.block_models import our_model
 from tests.kernels.comparison import DEVICE
+from tests.shapes import TINY_23
 
 pytestmark = pytest.mark.runs_on("gpu")
 
 TOKENS = 8_448
-WIDTH_512 = {
+WIDTH_512 = TINY_23 | {
     "num_attention_heads": 8,
     "attention_head_dim": 64,
     "cross_attention_dim": 512,
     "audio_num_attention_heads": 8,
     "audio_attention_head_dim": 32,
     "audio_cross_attention_dim": 256,
-    "apply_gated_attention": True,
-    "cross_attention_adaln": True,
-    "caption_proj_before_connector": True,
-    "caption_projection_first_linear": False,
-    "caption_proj_input_norm": False,
-    "caption_projection_second_linear": False,
 }
 
 

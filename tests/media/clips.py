@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import av
 import torch
+from PIL import Image
 
 from ltx_titan.media import write_video
 
@@ -24,6 +25,19 @@ def write_clip(path, frames=20, fps=Fraction(25), channels=2, height=64, width=9
     audio = tone(frames / fps, rate, channels) if channels else None
     write_video(path, ramp(frames, height, width), fps, audio, rate if channels else None)
     return path
+
+
+def write_mixed_files(folder):
+    """Writes a file of every kind, the last two unreadable; returns their names."""
+    (folder / "sub").mkdir()
+    write_clip(folder / "stereo.mp4", frames=20, fps=Fraction(24000, 1001), channels=2)
+    write_clip(folder / "sub" / "mönö ☃.mp4", frames=17, channels=1, rate=24000)
+    write_clip(folder / "silent.mp4", frames=17, channels=0)
+    write_clip(folder / "short.mp4", frames=3)
+    Image.new("RGB", (90, 50), "orange").save(folder / "still.png")
+    (folder / "zero.mp4").touch()
+    (folder / "text.mp4").write_text("not a video")
+    return ["stereo.mp4", "sub/mönö ☃.mp4", "silent.mp4", "short.mp4", "still.png", "zero.mp4", "text.mp4"]
 
 
 def write_late_audio(path, delay_s, rate=48000, seconds=1.0):

@@ -10,6 +10,7 @@ from ltx_titan.model import TransformerConfig
 from ltx_titan.model.flops import layer_flops, outside_flops, training_flops
 from ltx_titan.weights import released_config
 from tests.golden_cases import load_case
+from tests.shapes import TINY_23
 
 LTX23 = TransformerConfig.from_metadata(released_config("ltx-2.3-22b")["transformer"])
 TOKENS = {"video_tokens": 4032, "audio_tokens": 126, "text_tokens": 1024}
@@ -124,26 +125,12 @@ def test_peak_is_known_or_none(name, tflops):
 
 
 def test_a_layer_equals_a_flop_counter_over_the_whole_block():
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 16,
-        "audio_num_attention_heads": 2,
-        "audio_attention_head_dim": 4,
-        "audio_cross_attention_dim": 8,
-        "apply_gated_attention": True,
-        "cross_attention_adaln": True,
-        "caption_proj_before_connector": True,
-        "caption_projection_first_linear": False,
-        "caption_proj_input_norm": False,
-        "caption_projection_second_linear": False,
-    }
-    model = our_model("torch", config, layers=2, tokens=24, timesteps=2, device=torch.device("cpu"))
+    model = our_model("torch", TINY_23, layers=2, tokens=24, timesteps=2, device=torch.device("cpu"))
     counted = {}
     for layers in (1, 2):
-        # As two matrix products each way: flash attention's backward multiplies once more, which is not useful work.
+        # As two matmuls each way: flash attention's backward multiplies once more, which is not useful work.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model.step(layers)
         counted[layers] = counter.get_total_flops()
     tokens = {"video_tokens": 24, "audio_tokens": AUDIO_TOKENS, "text_tokens": TEXT_TOKENS}
-    assert counted[2] - counted[1] == layer_flops(TransformerConfig.from_metadata(config), **tokens).total
+    assert counted[2] - counted[1] == layer_flops(TransformerConfig.from_metadata(TINY_23), **tokens).total

@@ -90,7 +90,7 @@ def test_contradicting_caption_keys_are_refused():
 
 
 def test_bfloat16_stays_close_to_float32():
-    # Two blocks of bf16 (epsilon 2 ** -8) with normalised activations: a few epsilons of the largest value.
+    # Two blocks of bf16 (epsilon 2 ** -8) with normalized activations: a few epsilons of the largest value.
     case = load_case("av_22b")
     model = build_transformer(case)
     video, audio, _ = build_inputs(case, "base")

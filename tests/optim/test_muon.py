@@ -18,7 +18,7 @@ def test_it_is_torchs_muon(shape):
         one.grad, two.grad = gradient.clone(), gradient.clone()
         theirs.step()
         ours.step()
-    # Both orthogonalise in bfloat16, not in the same order of operations: a few of its roundings of one update.
+    # Both orthogonalize in bfloat16, not in the same order of operations: a few of its roundings of one update.
     assert (one - two).abs().max() < 4 * 2**-8 * 0.02 * 0.2 * max(shape) ** 0.5 * 3
 
 

@@ -29,11 +29,11 @@ from ltx_titan.model import LTXTransformer
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
 from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
-from ltx_titan.parallel.compile import apply_compile
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
+from ltx_titan.parallel.parallelize import apply_compile
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 from ltx_titan.weights import released_config

@@ -10,7 +10,6 @@ TP2, TP4, CP2, TP2_CP2 = Degrees(tp=2), Degrees(tp=4), Degrees(cp=2), Degrees(tp
 ALL = Degrees(dp_shard=2, cp=2, tp=2)
 
 MESHES = (FSDP2, HSDP, TP2, TP4, CP2, TP2_CP2, ALL)
-MESHES = (FSDP2, HSDP, TP2, TP4, CP2, TP2_CP2, ALL)
 CASES = selected(
     [
         Case(FSDP2, "first_frame", "selective", "aot_eager", ci=True),

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from ltx_titan.media import Audio, probe_video, read_audio
-from ltx_titan.validation.decode import DecodedSample, load_decoders, put_beside, write_sample
+from ltx_titan.validation.decode import DecodedSample, load_decoders, side_by_side, write_sample
 
 
 def frames(count, height=32, width=48):
@@ -45,17 +45,17 @@ def test_tiles_join_to_the_whole(pack, grid):
 
 
 def test_a_reference_is_on_the_left_at_the_results_height():
-    both = put_beside(frames(9, 16, 30), frames(9, 32, 48))
+    both = side_by_side(frames(9, 16, 30), frames(9, 32, 48))
     assert both.shape == (9, 32, 60 + 48, 3)
     assert both[4, 0, 0, 0] == both[4, 0, -1, 0] == 4
 
 
 def test_a_reference_of_fewer_frames_per_second_holds_each_frame():
-    both = put_beside(frames(5), frames(9), every=2)
+    both = side_by_side(frames(5), frames(9), every=2)
     assert both[:, 0, 0, 0].tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_a_short_reference_is_stretched_and_a_long_one_cut():
-    assert put_beside(frames(3), frames(6))[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
-    assert put_beside(frames(9), frames(3))[:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert put_beside(frames(2), frames(9), every=2)[:, 0, 0, 0].tolist() == [0] + [1] * 8
+    assert side_by_side(frames(3), frames(6))[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert side_by_side(frames(9), frames(3))[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert side_by_side(frames(2), frames(9), every=2)[:, 0, 0, 0].tolist() == [0] + [1] * 8

@@ -1,9 +1,9 @@
 """Sampling against diffusers' LTX2 pipeline, where its maths is the same.
 
-It is the same for text to video and audio with one noise level in both streams and nothing given. Else it differs, on
+It is the same for text to video and audio with one sigma in both streams and no conditions. Otherwise it differs, on
 purpose:
 
-- with given tokens the modulation of the attention between the streams follows other noise levels there, either each
+- with conditioned tokens the modulation of cross-modal attention follows other sigmas there, either each
   token's own throughout or the other stream's throughout; here, as in the golden cases, scale and shift follow the
   token's own and the gate the other stream's. The last test shows that this is all that differs;
 - the schedule follows the clip's size there (ours, like the released pipelines', does not; here both get the same);
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ltx_titan.codecs import load_text_encoder
+from ltx_titan.commands.sample import NO_GUIDANCE
 from ltx_titan.conditioning import Grid, audio_steps
 from ltx_titan.config import ValidationSection
 from ltx_titan.diffusion import Guidance
@@ -35,14 +36,6 @@ from tests.validation.diffusers_pack import diffusers_pipeline
 
 PROMPTS = ("a rabbit in the grass", "blurred")
 GRID, FPS, SEED = Grid(3, 2, 3), 24.0, 5
-NEUTRAL = {
-    "video_cfg_scale": 1.0,
-    "audio_cfg_scale": 1.0,
-    "video_stg_scale": 0.0,
-    "audio_stg_scale": 0.0,
-    "video_modality_guidance_scale": 1.0,
-    "audio_modality_guidance_scale": 1.0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +60,7 @@ def texts(pack, tmp_path_factory):
     return contexts, [encoder.encode([prompt]) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("changes", [NEUTRAL, {}], ids=["plain", "guided"])
+@pytest.mark.parametrize("changes", [NO_GUIDANCE, {}], ids=["plain", "guided"])
 def test_latents_equal_those_of_the_diffusers_pipeline(pack, pipeline, texts, video_codec, audio_codec, changes):
     section = ValidationSection(samples=[{"prompt": PROMPTS[0]}], inference_steps=3, stg_blocks=[1], **changes)
     steps = audio_steps(17 / FPS)
@@ -82,7 +75,7 @@ def test_latents_equal_those_of_the_diffusers_pipeline(pack, pipeline, texts, vi
         begin(start, prompt[0], negative[0], guidance_of(section)[0], generator, 1.0, "cpu").latent
         for start in (video, audio)
     ]
-    # The pipeline normalises audio that it is given.
+    # The pipeline normalizes the audio that it receives.
     vae = audio_codec.vae
     raw_audio_noise = noises[1] * vae.latents_std + vae.latents_mean
     theirs_video, theirs_audio = pipeline(

@@ -1,4 +1,4 @@
-"""Every condition on the miniature pack: what is given survives, and the files are what was asked for."""
+"""Every condition on the miniature pack: conditioned tokens survive, and the files have the requested form."""
 
 import gc
 from contextlib import contextmanager
@@ -134,13 +134,13 @@ def same(found, expected):
 
 
 def test_a_first_frame_survives(run, video_codec):
-    given = video_codec.encode(read_clip(CLIP, 1, WIDTH, HEIGHT)[None])
-    assert same(run.latents["first_frame"].video[:, :, :1], given)
+    encoded = video_codec.encode(read_clip(CLIP, 1, WIDTH, HEIGHT)[None])
+    assert same(run.latents["first_frame"].video[:, :, :1], encoded)
 
 
 def test_a_prefix_survives_in_both_streams(run, video_codec, audio_latents):
-    given = video_codec.encode(read_clip(CLIP, 9, WIDTH, HEIGHT)[None])
-    assert same(run.latents["prefix"].video[:, :, :2], given)
+    encoded = video_codec.encode(read_clip(CLIP, 9, WIDTH, HEIGHT)[None])
+    assert same(run.latents["prefix"].video[:, :, :2], encoded)
     assert same(run.latents["prefix"].audio[:, :, :5], audio_latents(0.2))
 
 
@@ -159,10 +159,10 @@ def test_a_crop_survives(run, clip_latents):
 def test_masked_parts_survive_in_both_streams(run, clip_latents, audio_latents):
     assert same(run.latents["mask"].video[:, :, :, :1], clip_latents[:, :, :, :1])
     assert not same(run.latents["mask"].video[:, :, :, 1:], clip_latents[:, :, :, 1:])
-    audio, given = run.latents["mask"].audio, audio_latents(DURATION)
+    audio, encoded = run.latents["mask"].audio, audio_latents(DURATION)
     half = audio.shape[2] // 2
-    assert same(audio[:, :, :half], given[:, :, :half])
-    assert not same(audio[:, :, half:], given[:, :, half:])
+    assert same(audio[:, :, :half], encoded[:, :, :half])
+    assert not same(audio[:, :, half:], encoded[:, :, half:])
 
 
 def test_a_frozen_stream_survives_and_the_other_is_generated(run, clip_latents, audio_latents):
@@ -172,11 +172,11 @@ def test_a_frozen_stream_survives_and_the_other_is_generated(run, clip_latents, 
 
 
 def test_a_reference_changes_the_result_and_is_no_part_of_it(run):
-    plain, beside = run.latents["none"], run.latents["reference"]
-    assert plain.video.shape == beside.video.shape
-    assert plain.audio.shape == beside.audio.shape
-    assert not same(plain.video, beside.video)
-    assert not same(plain.audio, beside.audio)
+    plain, with_reference = run.latents["none"], run.latents["reference"]
+    assert plain.video.shape == with_reference.video.shape
+    assert plain.audio.shape == with_reference.audio.shape
+    assert not same(plain.video, with_reference.video)
+    assert not same(plain.audio, with_reference.audio)
 
 
 def test_a_reference_may_be_smaller_and_have_fewer_frames_as_in_training(run, video_codec):
@@ -184,8 +184,8 @@ def test_a_reference_may_be_smaller_and_have_fewer_frames_as_in_training(run, vi
     start = run.validation.samples[index].video
     # Frames 0, 1, 3, ... 15 at half the size: 9 frames of 32 x 32, one latent cell each.
     pixels = read_clip(CLIP, FRAMES, WIDTH // 2, HEIGHT // 2)
-    given = video_codec.encode(torch.cat([pixels[:, :1], pixels[:, 1::2]], dim=1)[None])
-    assert same(start.references[0].tokens, given.flatten(2).mT)
+    encoded = video_codec.encode(torch.cat([pixels[:, :1], pixels[:, 1::2]], dim=1)[None])
+    assert same(start.references[0].tokens, encoded.flatten(2).mT)
     assert not same(run.latents["smaller_reference"].video, run.latents["none"].video)
 
 
@@ -201,10 +201,10 @@ def test_files_have_the_length_size_and_rates_that_were_asked_for(run, name):
     assert abs(audio.duration_s - 0.69) < 2 * 1024 / 48000
 
 
-def test_a_reference_is_shown_beside_the_result(run):
+def test_a_reference_is_shown_next_to_the_result(run):
     shown = to_uint8(read_clip(run.files["reference"], 1, 2 * WIDTH, HEIGHT))[0, :, :WIDTH].float()
     frame = to_uint8(read_clip(CLIP, 1, WIDTH, HEIGHT))[0].float()
-    # H.264 changes colours a little; the generated half of random weights is nothing like it.
+    # H.264 changes colors a little; the generated half of random weights is nothing like it.
     assert (shown - frame).abs().mean() < 12
 
 

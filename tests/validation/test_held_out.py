@@ -70,7 +70,7 @@ def test_a_sample_without_audio_does_not_count_for_audio():
 
     model = Halved()
     losses = held_out_losses(model, strategy, load, 2, (0.5,), 0, "cpu")
-    # Nor does its stand-in reach the video: the two streams do not attend to each other.
+    # Nor does its placeholder reach the video: the two streams do not attend to each other.
     assert [perturbations.has_both.tolist() for perturbations in model.perturbations] == [[True], [False]]
     alone = held_out_losses(Halved(), strategy, lambda index: load(index, marked=False), 1, (0.5,), 0, "cpu")
     assert losses["held_out/audio"] == pytest.approx(alone["held_out/audio"])

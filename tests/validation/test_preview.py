@@ -77,6 +77,6 @@ def test_a_picture_does_not_move_and_audio_alone_has_no_picture():
     still = make_preview(decoded(1, audio=False), 24.0)
     assert still.moving is None
     assert Image.open(io.BytesIO(still.frames)).width == 320
-    heard = make_preview(DecodedSample(None, Audio(torch.zeros(1, 100), 16000)), 24.0)
-    assert heard.frames is None
-    assert heard.audio is not None
+    audio_only = make_preview(DecodedSample(None, Audio(torch.zeros(1, 100), 16000)), 24.0)
+    assert audio_only.frames is None
+    assert audio_only.audio is not None

@@ -46,10 +46,10 @@ def sampled(made):
 
 
 def test_prefix_and_suffix_survive_a_run_and_the_rest_is_generated():
-    given = latents(Grid(2, 2, 3))
-    first, last = sampled(condition_frames(start(), given)), sampled(condition_frames(start(), given, at_end=True))
-    assert torch.equal(first[:, :, :2], given)
-    assert torch.equal(last[:, :, 2:], given)
+    frames = latents(Grid(2, 2, 3))
+    first, last = sampled(condition_frames(start(), frames)), sampled(condition_frames(start(), frames, at_end=True))
+    assert torch.equal(first[:, :, :2], frames)
+    assert torch.equal(last[:, :, 2:], frames)
     assert not torch.isclose(first[:, :, 2:], last[:, :, :2]).any()
 
 
@@ -102,9 +102,9 @@ def test_a_reference_lies_where_training_puts_it(grid, fps):
 
 
 def test_references_are_cut_off_and_move_no_noise():
-    plain, beside = start(), with_video_reference(start(), latents(), 24.0, FACTORS)
-    assert torch.equal(begun(plain).latent, begun(beside).latent[:, : GRID.num_tokens])
-    assert target_latents(begun(beside).latent, beside, "video").shape == (1, 5, *GRID)
+    plain, with_reference = start(), with_video_reference(start(), latents(), 24.0, FACTORS)
+    assert torch.equal(begun(plain).latent, begun(with_reference).latent[:, : GRID.num_tokens])
+    assert target_latents(begun(with_reference).latent, with_reference, "video").shape == (1, 5, *GRID)
     audios = with_audio_reference(audio_start(6), audio(4))
     assert torch.equal(begun(audio_start(6)).latent, begun(audios).latent[:, :6])
     assert torch.equal(audios.coordinates.positions[:, :, 6:], audio_start(4).coordinates.positions)

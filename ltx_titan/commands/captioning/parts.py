@@ -13,8 +13,17 @@ from PIL import Image
 
 from ltx_titan.commands.captioning.text import AudioState, MediaKind
 from ltx_titan.commands.files import AUDIO_SUFFIXES
-from ltx_titan.media import Audio, MediaError, is_image, iter_frames, probe_video, read_audio, read_image, to_stereo
-from ltx_titan.media.writer import encode_wav
+from ltx_titan.media import (
+    Audio,
+    MediaError,
+    encode_wav,
+    is_image,
+    iter_frames,
+    probe_video,
+    read_audio,
+    read_image,
+    to_stereo,
+)
 
 # Sample rate of the audio encoders of multimodal models.
 _SAMPLE_RATE = 16000

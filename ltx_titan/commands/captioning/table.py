@@ -137,7 +137,8 @@ def _read(path: Path) -> list[Row]:
     captions, paths = _text_files(path)
     if not (captions.is_file() and paths.is_file()):
         return []
-    lines = [file.read_text(encoding="utf-8").splitlines() for file in (paths, captions)]
+    # Not splitlines(): paths and captions may hold the other line breaks of Unicode.
+    lines = [file.read_text(encoding="utf-8").removesuffix("\n").split("\n") for file in (paths, captions)]
     return [{"video": media, "caption": caption} for media, caption in zip(*lines, strict=False)]
 
 

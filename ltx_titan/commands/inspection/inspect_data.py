@@ -1,6 +1,6 @@
 """`ltx-titan inspect`: checks clips or prepared data before days of training are spent on them.
 
-It writes a contact sheet and, if asked, a JSON file, and changes nothing else.
+It writes a contact sheet and, on request, a JSON file, and changes nothing else.
 """
 
 import json

@@ -14,7 +14,7 @@ reads latents and text features instead of running the encoders in every step.
 
 The table has one row per sample (.csv, .json: a list of objects, .jsonl). Paths are relative to its folder.
   video or media_path   a video or image                                          -> latents/, audio_latents/
-  caption               text about what is seen and heard                         -> conditions/
+  caption               description of the images and the audio                    -> conditions/
   audio                 an audio file, used instead of the video's own             -> audio_latents/
   reference_video       for in-context training: an edge video, a sketch          -> reference_latents/
   reference_audio       likewise, a voice                                         -> reference_audio_latents/

@@ -103,7 +103,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
         video_codec, audio_codec = encoder
         clip, notes = item.clip, []
         if clip.repeats_frames:
-            notes.append("videos slower than the frame rate asked for, whose frames were repeated")
+            notes.append("videos slower than the requested frame rate, whose frames were repeated")
         latents = encode_video(item.pixels, float(clip.fps), video_codec)
         if audio_codec is None:
             return Output({"latents": latents}, tuple(notes))

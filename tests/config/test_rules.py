@@ -3,6 +3,7 @@ import tomli_w
 
 from ltx_titan.cli import main
 from ltx_titan.config import ConfigError, build_job, check_world
+from ltx_titan.estimate.placeholders import add_placeholders
 from ltx_titan.plan import plan_job
 
 BASE = {
@@ -56,6 +57,10 @@ def error_of(**sections):
         ({"checkpoint": {"keep_last": 0}}, ["checkpoint.keep_last = 0"]),
         ({"profiling": {"trace_start": 2001}}, ["profiling.trace_start = 2001"]),
         ({"validation": {"use_ema": True}}, ["validation.use_ema = true", "optimizer.ema_decay"]),
+        (
+            {"model": BASE["model"] | {"mode": "lora"}, "lora": {"dora": True}},
+            ["checkpoint.export = true", "lora.dora = true", "set it to false"],
+        ),
         ({"metrics": {"wandb_project": "films"}}, ['metrics.wandb_project = "films"', 'metrics.wandb = "off"']),
     ],
 )
@@ -137,6 +142,16 @@ def test_estimate_refuses_an_update_in_backward_that_training_would(overrides, t
     job.write_text(tomli_w.dumps(BASE))
     assert main(["estimate", str(job), "--optimizer.in_backward=true", *overrides]) == 1
     assert "optimizer.in_backward = true" in capsys.readouterr().err
+
+
+def test_dora_on_random_weights_trains_without_an_export_and_is_estimated_for_a_missing_checkpoint(tmp_path):
+    sections = {"model": BASE["model"] | {"mode": "lora"}, "lora": {"dora": True}}
+    assert not build(**sections, checkpoint={"export": False}).checkpoint.export
+    assert not build(**sections, checkpoint={"enable": False}).checkpoint.enable
+    tables = BASE | sections | {"model": {"mode": "lora", "checkpoint_path": "ltx-2.3-22b-dev.safetensors"}}
+    notes = add_placeholders(tables, tmp_path)
+    assert "assuming ltx-2.3-22b" in notes[0]
+    assert build_job(tables, "job.toml").lora.dora
 
 
 def test_sigma_floor_that_the_sampler_would_refuse_is_refused_by_the_section():

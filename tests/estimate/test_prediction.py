@@ -19,7 +19,7 @@ from ltx_titan.estimate.workload import Setup, make_setup, make_workload
 from ltx_titan.model import LTXTransformer, Modality
 from ltx_titan.model.init import init_random_
 from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing
-from ltx_titan.parallel.compile import apply_compile
+from ltx_titan.parallel.parallelize import apply_compile
 from ltx_titan.plan import Plan, plan_job
 from ltx_titan.weights import released_config
 

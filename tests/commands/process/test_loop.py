@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 import signal
-import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 
 from ltx_titan.data import PrecomputedDataset
 from ltx_titan.data.shards import list_shards, shard_path
-from tests.commands.process_helpers import contents, run, write_rows
+from tests.commands.process.helpers import contents, run, write_rows
 from tests.data.test_layout import assert_equal_fields
 from tests.media.clips import write_clip
 from tests.processes import run_ranks
@@ -25,10 +25,22 @@ def prepare(nano, path, out, form):
     return run(nano, path, buckets="64x32x9;64x32x1", output_dir=out, **FORMS[form])
 
 
-def prepare_alone(*arguments):
-    """Prepares in a separate process, with as many threads as this one, so that sums are formed in the same order."""
+def prepare_until_killed(nano, path, out, form):
+    """Prepares in a separate process, which is killed as soon as its second file of latents is complete."""
+    # As many threads as in the other process, so that sums are formed in the same order.
     torch.set_num_threads(1)
-    prepare(*arguments)
+    replace, complete = Path.replace, []
+
+    def replace_and_count(self, target):
+        replaced = replace(self, target)
+        if (out / "latents") in Path(target).parents:
+            complete.append(target)
+        if len(complete) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replaced
+
+    Path.replace = replace_and_count
+    prepare(nano, path, out, form)
 
 
 def assert_equal_sets(first, second):
@@ -85,11 +97,9 @@ def test_two_ranks_write_the_same_bytes_as_one(unbroken, nano, tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_killed_run_resumes_to_the_same_bytes(unbroken, nano, tmp_path, form):
     path, roots = unbroken
-    process = multiprocessing.get_context("forkserver").Process(target=prepare_alone, args=(nano, path, tmp_path, form))
+    arguments = (nano, path, tmp_path, form)
+    process = multiprocessing.get_context("forkserver").Process(target=prepare_until_killed, args=arguments)
     process.start()
-    while process.is_alive() and len(list((tmp_path / "latents").glob("*"))) < 2:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     # An unfinished file, as a kill during a write leaves it.

@@ -3,34 +3,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from ltx_titan.cli import main
 from ltx_titan.codecs import load_text_encoder, load_video_codec
 from ltx_titan.commands.captioning.table import CaptionTable
 from ltx_titan.data import PrecomputedDataset
 from ltx_titan.media import Audio, read_clip, write_wav
-from tests.commands.process_helpers import load, run, write_rows
-from tests.media.clips import tone, write_clip
+from tests.commands.process.helpers import load, run, write_rows
+from tests.media.clips import tone, write_clip, write_mixed_files
 
 
 @pytest.fixture(scope="module")
 def mixed(nano, tmp_path_factory):
     """A dataset of every kind of file, processed once."""
     folder = tmp_path_factory.mktemp("mixed")
-    (folder / "sub").mkdir()
-    write_clip(folder / "stereo.mp4", frames=20, fps=Fraction(24000, 1001), channels=2)
-    write_clip(folder / "sub" / "mönö ☃.mp4", frames=17, channels=1, rate=24000)
-    write_clip(folder / "silent.mp4", frames=17, channels=0)
-    write_clip(folder / "short.mp4", frames=3)
-    Image.new("RGB", (90, 50), "orange").save(folder / "still.png")
-    (folder / "zero.mp4").touch()
-    (folder / "text.mp4").write_text("not a video")
+    files = write_mixed_files(folder)
     cut = write_clip(folder / "cut.mp4", frames=20)
     cut.write_bytes(cut.read_bytes()[:2000])
-    files = ["stereo.mp4", "sub/mönö ☃.mp4", "silent.mp4", "short.mp4", "still.png", "zero.mp4", "text.mp4"]
-    files += ["cut.mp4", "missing.mp4"]
-    rows = [{"video": name, "caption": f"a caption of {name}"} for name in files]
+    rows = [{"video": name, "caption": f"a caption of {name}"} for name in (*files, "cut.mp4", "missing.mp4")]
     path = write_rows(folder, rows)
     report, printed = run(nano, path, buckets="64x32x17;32x64x1")
     return folder, path, report, printed

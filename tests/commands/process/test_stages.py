@@ -12,7 +12,7 @@ from ltx_titan.data import PrecomputedDataset, read_sample
 from ltx_titan.encode.captions import without_prefix
 from ltx_titan.media import Audio, read_clip, write_video, write_wav
 from ltx_titan.weights import load_text_connectors
-from tests.commands.process_helpers import contents, load, run, write_rows
+from tests.commands.process.helpers import contents, load, run, write_rows
 from tests.media.clips import tone, write_clip
 
 
