@@ -28,7 +28,7 @@ from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.common.ranks import rank_and_size
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.common.titan import GarbageCollection, peak_flops
-from ltx_titan.conditioning import absent_streams, to_contexts, weighted_loss
+from ltx_titan.conditioning import Loss, ModelInputs, absent_streams, to_contexts, weighted_loss
 from ltx_titan.config import JobConfig, dump_job, job_changes, load_job, plain_job
 from ltx_titan.data import Batch, DataPosition, MicroBatch, StepBatches, StepLoader, map_tensors, resume_step
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
@@ -243,13 +243,8 @@ class Trainer:
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self.device, non_blocking=True))
         batch["conditions"] = to_contexts(batch["conditions"], self.connectors, self.dtype)
         inputs = self.plan.strategy.prepare(batch, micro_batch.draws)
-        video, audio = self.model(inputs.video, inputs.audio, absent_streams(inputs))
-        loss = self.plan.strategy.loss(video, audio, inputs)
-        weighted = weighted_loss(loss, self.job.loss.video_weight, self.job.loss.audio_weight)
-        # Gradients are summed over ranks and micro-batches of any size, so each sample has its share of the mean here.
-        share = 1 / self.job.training.global_batch_size
-        (weighted.sum() * share).backward()
-        sums.add(weighted, loss, inputs, share)
+        weighted, loss = self.micro_step(inputs)
+        sums.add(weighted, loss, inputs, self._sample_share)
         # From the shapes in the plan: counting tokens on the device would make the host wait for it.
         sums.flops += sum(self.plan.sample_flops(index) for index in micro_batch.samples)
         sums.tokens += sum(self.plan.sample_tokens(index) for index in micro_batch.samples)

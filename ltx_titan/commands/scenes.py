@@ -12,9 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+
 from ltx_titan.common.options import Flag, Maybe, alias, placeholder
-from ltx_titan.media import MediaError, probe_video
-from ltx_titan.media.container import open_media
+from ltx_titan.media import MediaError, iter_frames, probe_video
 
 _THRESHOLDS = {"content": 27.0, "adaptive": 3.0, "threshold": 12.0, "histogram": 0.2}
 # Detectors compare whole frames: more pixels take longer and do not change the result.
@@ -109,22 +110,20 @@ def find_scenes(
     cuts: list[int] = []
     count = 0
     timecode = None
-    with open_media(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for index, frame in enumerate(container.decode(stream)):
-            if last is not None and index >= last:
-                break
-            count = index + 1
-            on_frame()
-            if index < first or (index - first) % (1 + detection.frame_skip):
-                continue
-            timecode = scenedetect.FrameTimecode(index, fps=info.fps)
-            # Averages areas: the default filter of swscale would let noise through.
-            image = cv2.resize(frame.to_ndarray(format="bgr24"), size, interpolation=cv2.INTER_AREA)
-            cuts += [cut.frame_num for cut in detector.process_frame(timecode, image)]
-            if detection.max_scenes is not None and len(cuts) >= detection.max_scenes:
-                break
+    # The frames that are cut later: of variable rate, an index of the decoder would be another time.
+    for index, frame in enumerate(iter_frames(path)):
+        if last is not None and index >= last:
+            break
+        count = index + 1
+        on_frame()
+        if index < first or (index - first) % (1 + detection.frame_skip):
+            continue
+        timecode = scenedetect.FrameTimecode(index, fps=info.fps)
+        # Averages areas, so that noise does not pass. The detectors expect BGR.
+        image = cv2.resize(np.ascontiguousarray(frame[..., ::-1]), size, interpolation=cv2.INTER_AREA)
+        cuts += [cut.frame_num for cut in detector.process_frame(timecode, image)]
+        if detection.max_scenes is not None and len(cuts) >= detection.max_scenes:
+            break
     if timecode is None:
         raise MediaError(path, f"has no frame at --start {detection.start} ({count} frames can be decoded)")
     # Some cuts are reported only at the end, such as that of a last fade to black.

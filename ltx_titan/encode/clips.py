@@ -5,8 +5,9 @@ shows, and a clip that is encoded while training must equal the prepared one.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from ltx_titan.encode.buckets import Bucket, choose_bucket
 from ltx_titan.media import (
     Audio,
     MediaError,
+    TooFewFramesError,
     VideoInfo,
     fit_frames,
     frames_at_rate,
@@ -27,7 +29,7 @@ from ltx_titan.media import (
     read_image,
     read_video_mask,
 )
-from ltx_titan.media.image import CENTER
+from ltx_titan.media.image import CENTER, image_has_alpha
 
 Reshape = Literal["center", "random"]
 
@@ -67,12 +69,12 @@ class Clip:
     Attributes:
         bucket: pixels and frames.
         fps: frames per second of the result.
-        repeats_frames: whether the file's own rate is below that of the rules.
+        notes: what happens to the file that a user should know, as plural phrases to be counted.
     """
 
     bucket: Bucket
     fps: Fraction
-    repeats_frames: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def duration_s(self) -> float:
@@ -111,7 +113,7 @@ def read_header(path: Path) -> VideoInfo:
     """
     if is_image(path):
         image = read_image(path)
-        return VideoInfo(frames=1, width=image.shape[2], height=image.shape[1], fps=IMAGE_FPS, has_audio=False)
+        return VideoInfo(1, image.shape[2], image.shape[1], IMAGE_FPS, has_audio=False, has_alpha=image_has_alpha(path))
     return probe_video(path)
 
 
@@ -136,8 +138,17 @@ def plan_clip(path: Path, rules: ClipRules, header: VideoInfo | None = None) -> 
         remedy = "add a bucket of 1 frame for still images" if frames == 1 else "add a shorter bucket"
         at_rate = "" if fps is None or frames == 1 else f" at {float(fps):.5g} fps"
         raise MediaError(path, f"has {frames} frame(s){at_rate}, the shortest bucket needs {shortest}; {remedy}")
-    # Rates below the rules' are reached by repeating frames, which the caller reports: motion then stutters.
-    return Clip(bucket, fps or header.fps, repeats_frames=fps is not None and header.fps < fps)
+    return Clip(bucket, fps or header.fps, _notes(header, fps))
+
+
+def _notes(header: VideoInfo, fps: Fraction | None) -> tuple[str, ...]:
+    notes = {
+        "videos slower than the frame rate asked for, whose frames were repeated": fps is not None and header.fps < fps,
+        "videos of variable frame rate, resampled by their time stamps": header.is_variable,
+        "interlaced videos, whose frames show two moments (deinterlace them: ffmpeg -vf bwdif)": header.is_interlaced,
+        "videos and images with transparency, shown over white": header.has_alpha,
+    }
+    return tuple(note for note, applies in notes.items() if applies)
 
 
 def read_pixels(path: Path, clip: Clip, rules: ClipRules, key: Path) -> Tensor:
@@ -161,11 +172,21 @@ def read_pixels(path: Path, clip: Clip, rules: ClipRules, key: Path) -> Tensor:
 def decode_clip(path: Path, rules: ClipRules, key: Path, with_audio: bool) -> DecodedClip:
     """Reads a video or image at the shape of its bucket, and its audio track if `with_audio`.
 
+    A video of which fewer frames decode than its packets promise gets the bucket of those that do.
+
     Raises:
         MediaError: the file cannot be read, or is too short for every bucket.
     """
-    clip = plan_clip(path, rules)
-    pixels = read_pixels(path, clip, rules, key)
+    header = read_header(path)
+    clip = plan_clip(path, rules, header)
+    try:
+        pixels = read_pixels(path, clip, rules, key)
+    except TooFewFramesError as error:
+        fps = rules.fps or header.fps
+        # Counted at the rate of the rules; a header counts at its own.
+        decoded = replace(header, frames=math.floor(error.frames / fps * header.fps))
+        clip = plan_clip(path, rules, decoded)
+        pixels = read_pixels(path, clip, rules, key)
     audio = read_audio(path) if with_audio and not is_image(path) else None
     return DecodedClip(clip, pixels, audio)
 

@@ -10,13 +10,13 @@ order of all others stays, and a run of several days does not end at one file.
 
 import hashlib
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,6 +42,8 @@ T = TypeVar("T")
 _KINDS: dict[str, Kind] = {"video_latents": "video", "audio_latents": "audio", "conditions": "text"}
 # Rejected rows that a warning names.
 _EXAMPLES = 3
+# Version of the readers in media/ and encode/: samples cached with another show other pixels.
+_READERS = 2
 # After this many failures in a row the storage is at fault, not the clips.
 _MAX_ATTEMPTS = 10
 
@@ -214,7 +216,7 @@ class MediaDataset:
             path = row.audio or row.media if key == "audio_latents" else row.media
             # Path, size and time instead of a hash of the content, which would read every video in full.
             inputs = (str(path.resolve()), _stamp(path), str(clip.bucket), str(clip.fps), usable.has_audio)
-        return hashlib.sha256(repr((key, inputs, self._model_stamps[key])).encode()).hexdigest()
+        return hashlib.sha256(repr((_READERS, key, inputs, self._model_stamps[key])).encode()).hexdigest()
 
     def _find_rows(self, table: SampleTable) -> list[_UsableRow]:
         section = self._section
@@ -236,6 +238,8 @@ class MediaDataset:
             examples = "; ".join(f"{item}: {reason}" for item, reason in rejected[:_EXAMPLES])
             more = "; ..." if len(rejected) > _EXAMPLES else ""
             logger.warning("%s: %d rows are skipped: %s%s", section.dataset_path, len(rejected), examples, more)
+        for note, count in Counter(note for row in usable for note in row.clip.notes).items():
+            logger.warning("%s: %d %s", section.dataset_path, count, note)
         if not usable:
             raise ValueError(f"{section.dataset_path}: expected clips that can be used, found none.")
         return usable
@@ -313,13 +317,12 @@ def _read_headers(table: Path, paths: Sequence[Path]) -> dict[Path, VideoInfo | 
     return {path: header for path, (_, header) in zip(paths, found, strict=True)}
 
 
-def _header_from_json(values: Sequence) -> VideoInfo:
-    width, height, frames, fps, has_audio = values
-    return VideoInfo(frames, width, height, Fraction(fps), has_audio)
+def _header_from_json(values: Mapping[str, Any]) -> VideoInfo:
+    return VideoInfo(**{**values, "fps": Fraction(values["fps"])})
 
 
-def _header_to_json(header: VideoInfo) -> tuple[int, int, int, str, bool]:
-    return header.width, header.height, header.frames, str(header.fps), header.has_audio
+def _header_to_json(header: VideoInfo) -> dict[str, Any]:
+    return {**asdict(header), "fps": str(header.fps)}
 
 
 def _stamp(path: Path) -> str:

@@ -1,16 +1,27 @@
 """Video, audio and image files as tensors and back, and the tables that list them."""
 
-from ltx_titan.media.audio import Audio, iter_audio_parts, read_audio, to_duration, to_stereo
+from ltx_titan.media.audio import Audio, AudioInfo, iter_audio_parts, probe_audio, read_audio, to_duration, to_stereo
 from ltx_titan.media.container import MediaError, open_media
 from ltx_titan.media.image import IMAGE_SUFFIXES, fit_frames, is_image, read_image, to_uint8
 from ltx_titan.media.masks import read_audio_mask, read_video_mask
-from ltx_titan.media.video import VideoInfo, frames_at_rate, iter_fitted, iter_frames, probe_video, read_clip
+from ltx_titan.media.video import (
+    TooFewFramesError,
+    VideoInfo,
+    frames_at_rate,
+    iter_fitted,
+    iter_frames,
+    probe_video,
+    read_clip,
+    seek_frames,
+)
 from ltx_titan.media.writer import cut_windows, encode_wav, video_writer, window_starts, write_video, write_wav
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "Audio",
+    "AudioInfo",
     "MediaError",
+    "TooFewFramesError",
     "VideoInfo",
     "cut_windows",
     "encode_wav",
@@ -21,12 +32,14 @@ __all__ = [
     "iter_fitted",
     "iter_frames",
     "open_media",
+    "probe_audio",
     "probe_video",
     "read_audio",
     "read_audio_mask",
     "read_clip",
     "read_image",
     "read_video_mask",
+    "seek_frames",
     "to_duration",
     "to_stereo",
     "to_uint8",

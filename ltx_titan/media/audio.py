@@ -1,21 +1,21 @@
 """Audio of audio and video files through PyAV: float waveforms, mixed down to stereo, cut to a duration.
 
-In a video, time 0 of the audio is that of the first video frame, in both readers: `read_audio` for a whole file,
-`iter_audio_parts` for parts of a file whose audio does not fit in memory.
+In a video, time 0 of the audio is that of the first video frame that decodes, else that of the first sample. Both
+readers use the same chunks: `read_audio` for a whole file, `iter_audio_parts` for audio that does not fit in memory.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.container import InputContainer
 from torch import Tensor
 
-from ltx_titan.media.container import MediaError, open_media, video_start_s
+from ltx_titan.media.container import MediaError, audio_stream, first_frame_s, open_media
 
 _CENTER_LEVEL = 0.707
 # FFmpeg orders channels front left, front right, center, LFE, back left, back right, side left, side right. LFE is
@@ -27,6 +27,11 @@ _STEREO_WEIGHTS = {
         (0, 1, _CENTER_LEVEL, 0, 0, _CENTER_LEVEL, 0, _CENTER_LEVEL),
     ),
 }
+
+
+# Time stamps round to a millisecond or so, and those of live recordings jitter; a larger difference is a gap.
+_GAP_S = Fraction(15, 1000)
+_CLOCK_S = Fraction(1, 1000)
 
 
 @dataclass(frozen=True)
@@ -48,41 +53,29 @@ class Audio:
 
 
 def read_audio(path: str | Path) -> Audio | None:
-    """Decodes the first audio track of a file at its own sample rate, with all its channels; None without a track.
+    """Decodes the audio track of a file at its own sample rate, with all its channels; None without audio.
 
-    In a video, audio that starts before the first frame is cut, audio that starts later is padded with silence.
+    A track without samples, as screen recorders write, is no audio. Every piece is placed by its time stamp: audio that
+    starts before the first video frame is cut; a late start and gaps are silence. Where the sample rate changes, later
+    pieces are converted to the first rate; where the number of channels changes, all are mixed to stereo.
 
     Raises:
         MediaError: the file is not a readable media file, or its audio cannot be decoded.
     """
-    with open_media(path) as container:
-        if not container.streams.audio:
-            return None
-        stream = container.streams.audio[0]
-        chunks: list[np.ndarray] = []
-        start_s = 0.0
-        for time_s, samples in _decode(container, stream):
-            if not chunks and time_s is not None:
-                start_s = time_s
-            chunks.append(samples)
-        if not chunks:
-            raise MediaError(path, "no audio can be decoded from its audio track")
-        # Known for certain only after decoding: HE-AAC doubles the rate of its header.
-        rate = stream.codec_context.sample_rate
-        start_s -= float(video_start_s(container))
-        waveform = torch.from_numpy(np.concatenate(chunks, axis=1))
-    shift = round(start_s * rate)
-    # One AAC frame is 1,024 samples; shifts below a millisecond are rounding of the container's clock.
-    if abs(shift) > rate // 1000:
-        waveform = F.pad(waveform, (shift, 0))
-    return Audio(waveform, rate)
+    chunks = list(_iter_chunks(path))
+    if not chunks:
+        return None
+    if len({chunk.samples.shape[0] for chunk in chunks}) > 1:
+        chunks = [replace(chunk, samples=to_stereo(torch.from_numpy(chunk.samples)).numpy()) for chunk in chunks]
+    end = max(1, max(chunk.end for chunk in chunks))
+    return Audio(torch.from_numpy(_assemble(chunks, 0, end)), chunks[0].rate)
 
 
 def iter_audio_parts(path: str | Path, spans: Sequence[tuple[float, float]]) -> Iterator[Audio | None]:
     """Decodes parts of an audio track in one pass, in stereo; yields None for each span of a file without audio.
 
     Holds no more than the current span in memory, since the audio of a feature film is gigabytes. Spans beyond the
-    ends of the track are filled with silence.
+    ends of the track are filled with silence. Time and pieces are those of `read_audio`.
 
     Args:
         path: the file.
@@ -91,44 +84,74 @@ def iter_audio_parts(path: str | Path, spans: Sequence[tuple[float, float]]) -> 
     Raises:
         MediaError: the file is not a readable media file, or its audio cannot be decoded.
     """
-    with open_media(path) as container:
-        if not container.streams.audio:
-            yield from (None for _ in spans)
-            return
-        stream = container.streams.audio[0]
-        rate = stream.codec_context.sample_rate
-        chunks = _locate(container, stream, round(float(video_start_s(container)) * rate), rate)
-        window = _Window()
-        for start_s, duration_s in spans:
-            first = round(start_s * rate)
-            last = first + round(duration_s * rate)
-            window.drop_before(first)
-            while window.end < last and (chunk := next(chunks, None)) is not None:
-                window.add(*chunk)
-                window.drop_before(first)
-            part = window.cut(first, last)
-            if part is None:
-                if window.is_empty_track:
-                    raise MediaError(path, "no audio can be decoded from its audio track")
-                part = np.zeros((1, 1), np.float32)
-            yield to_duration(Audio(to_stereo(torch.from_numpy(part)), rate), duration_s)
+    chunks = _iter_chunks(path)
+    following = next(chunks, None)
+    if following is None:
+        yield from (None for _ in spans)
+        return
+    rate = following.rate
+    held: list[_Chunk] = []
+    for start_s, duration_s in spans:
+        first = round(start_s * rate)
+        last = first + round(duration_s * rate)
+        while following is not None and following.start < last:
+            held = [chunk for chunk in (*held, following) if chunk.end > first]
+            following = next(chunks, None)
+        held = [chunk for chunk in held if chunk.end > first]
+        stereo = [replace(chunk, samples=to_stereo(torch.from_numpy(chunk.samples)).numpy()) for chunk in held]
+        yield Audio(torch.from_numpy(_assemble(stereo, first, last)), rate)
 
 
-def probe_duration_s(path: str | Path) -> float:
-    """Reads the duration of an audio track from its header; decodes it if the header has none.
+@dataclass(frozen=True)
+class AudioInfo:
+    """Properties of an audio track.
+
+    Attributes:
+        channels: of its first samples.
+        sample_rate: of its first samples, Hz.
+        duration_s: seconds, by the header; by decoding if that states none.
+    """
+
+    channels: int
+    sample_rate: int
+    duration_s: float
+
+
+def probe_audio(path: str | Path) -> AudioInfo | None:
+    """Reads the properties of the audio track of a file; None without audio, as for a track without samples.
+
+    Decodes the first samples: the header of HE-AAC states half of their rate.
 
     Raises:
-        MediaError: the file is not a readable media file, or has no audio track.
+        MediaError: the file is not a readable media file, or its audio cannot be decoded.
     """
     with open_media(path) as container:
-        if not container.streams.audio:
-            raise MediaError(path, "has no audio track")
-        stream = container.streams.audio[0]
-        if stream.duration is not None and stream.time_base is not None:
-            return float(stream.duration * stream.time_base)
-    audio = read_audio(path)
-    assert audio is not None
-    return audio.duration_s
+        stream = audio_stream(container, path)
+        if stream is None:
+            return None
+        first = next((frame for frame in container.decode(stream) if frame.samples), None)
+        if first is None:
+            return None
+        channels, rate = first.layout.nb_channels, first.sample_rate
+        duration_s = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+    if not duration_s:
+        audio = read_audio(path)
+        duration_s = audio.duration_s if audio is not None else 0.0
+    return AudioInfo(channels, rate, duration_s)
+
+
+def has_audio(path: str | Path) -> bool:
+    """Whether a file has an audio track that holds samples; one that cannot be decoded counts, and reading it raises.
+
+    Raises:
+        MediaError: the file is not a readable media file.
+    """
+    with open_media(path) as container:
+        try:
+            stream = audio_stream(container, path)
+            return stream is not None and any(frame.samples for frame in container.decode(stream))
+        except (MediaError, av.error.FFmpegError):
+            return True
 
 
 def to_stereo(waveform: Tensor) -> Tensor:
@@ -153,56 +176,84 @@ def to_duration(audio: Audio, duration_s: float) -> Audio:
     return Audio(F.pad(audio.waveform, (0, samples - audio.waveform.shape[1])), audio.sample_rate)
 
 
-def _decode(container: InputContainer, stream: av.AudioStream) -> Iterator[tuple[float | None, np.ndarray]]:
-    """Decoded frames: (time stamp in seconds or None, float32 samples [C, N])."""
-    to_float = av.AudioResampler(format="fltp")
-    for frame in container.decode(stream):
-        time_s = None if frame.pts is None else float(frame.pts * frame.time_base)
-        for converted in to_float.resample(frame):
-            yield time_s, converted.to_ndarray()
+@dataclass(frozen=True)
+class _Chunk:
+    """Decoded samples [C, N] and the index of the first, counted from time 0 at the rate of the whole."""
+
+    start: int
+    samples: np.ndarray
+    rate: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.samples.shape[1]
 
 
-def _locate(
-    container: InputContainer, stream: av.AudioStream, origin: int, rate: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Decoded frames: (index of the first sample counted from `origin`, samples [C, N])."""
-    position = None
-    for time_s, samples in _decode(container, stream):
-        if time_s is not None:
-            stamped = round(time_s * rate) - origin
-            # Container clocks round to a millisecond or so; only a real gap moves what follows.
-            if position is None or abs(stamped - position) > rate // 20:
-                position = stamped
-        position = 0 if position is None else position
-        yield position, samples
-        position += samples.shape[1]
+def _iter_chunks(path: str | Path) -> Iterator[_Chunk]:
+    """Decodes the audio track at the rate of its first samples, each chunk at its time; nothing without audio."""
+    with open_media(path) as container:
+        origin_s = first_frame_s(container, path)
+    with open_media(path) as container:
+        stream = audio_stream(container, path)
+        if stream is None:
+            return
+        rate, run = 0, None
+        for frame in container.decode(stream):
+            if not frame.samples:
+                continue
+            # The rate of the header is not that of the samples: HE-AAC doubles it.
+            rate = rate or frame.sample_rate
+            time_s = None if frame.pts is None else frame.pts * frame.time_base
+            if origin_s is None:
+                origin_s = time_s or Fraction(0)
+            if run is None or not run.continues_with(frame, time_s):
+                if run is not None:
+                    yield from run.convert(None)
+                start_s = Fraction(0) if time_s is None and run is None else time_s
+                start_s = run.end_s if start_s is None and run is not None else start_s - origin_s
+                # Shifts below a millisecond are rounding of the container's clock.
+                run = _Run(frame, Fraction(0) if abs(start_s) < _CLOCK_S else start_s, origin_s, rate)
+            yield from run.convert(frame)
+        if run is not None:
+            yield from run.convert(None)
 
 
-class _Window:
-    """The decoded samples that the current or a later span may need."""
+class _Run:
+    """Consecutive frames of one format, without a gap, that one resampler converts to float samples at a rate."""
 
-    def __init__(self) -> None:
-        self._chunks: list[tuple[int, np.ndarray]] = []
-        self.end = -(2**62)
-        self.is_empty_track = True
+    def __init__(self, frame: av.AudioFrame, start_s: Fraction, origin_s: Fraction, rate: int) -> None:
+        self.end_s = start_s
+        self._origin_s = origin_s
+        self._format = _format(frame)
+        self._rate = rate
+        self._next = round(start_s * rate)
+        self._resampler = av.AudioResampler(format="fltp", rate=rate)
 
-    def add(self, start: int, samples: np.ndarray) -> None:
-        self._chunks.append((start, samples))
-        self.end = start + samples.shape[1]
-        self.is_empty_track = False
+    def continues_with(self, frame: av.AudioFrame, time_s: Fraction | None) -> bool:
+        """Whether a frame has the same format and starts where the run ends."""
+        is_next = time_s is None or abs(time_s - self._origin_s - self.end_s) <= _GAP_S
+        return is_next and _format(frame) == self._format
 
-    def drop_before(self, first: int) -> None:
-        self._chunks = [(start, samples) for start, samples in self._chunks if start + samples.shape[1] > first]
+    def convert(self, frame: av.AudioFrame | None) -> Iterator[_Chunk]:
+        """Converts a frame; None ends the run."""
+        if frame is not None:
+            self.end_s += Fraction(frame.samples, frame.sample_rate)
+        for converted in self._resampler.resample(frame):
+            samples = converted.to_ndarray()
+            yield _Chunk(self._next, samples, self._rate)
+            self._next += samples.shape[1]
 
-    def cut(self, first: int, last: int) -> np.ndarray | None:
-        """Samples [C, last - first], silent where none were decoded; None if no chunk overlaps."""
-        chunks = [
-            (start, samples) for start, samples in self._chunks if start < last and start + samples.shape[1] > first
-        ]
-        if not chunks:
-            return None
-        part = np.zeros((chunks[0][1].shape[0], last - first), np.float32)
-        for start, samples in chunks:
-            low, high = max(start, first), min(start + samples.shape[1], last)
-            part[:, low - first : high - first] = samples[:, low - start : high - start]
-        return part
+
+def _format(frame: av.AudioFrame) -> tuple[int, str, str]:
+    return frame.sample_rate, frame.layout.name, frame.format.name
+
+
+def _assemble(chunks: Sequence[_Chunk], first: int, last: int) -> np.ndarray:
+    """Samples [C, last - first] of chunks with equal channels, silent where there are none."""
+    channels = chunks[0].samples.shape[0] if chunks else 2
+    whole = np.zeros((channels, last - first), np.float32)
+    for chunk in chunks:
+        low, high = max(chunk.start, first), min(chunk.end, last)
+        if low < high:
+            whole[:, low - first : high - first] = chunk.samples[:, low - chunk.start : high - chunk.start]
+    return whole

@@ -1,12 +1,22 @@
-"""Opening of media files, and the one error of this package."""
+"""Opening of media files, the choice of their tracks, and the one error of this package."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeVar
 
 import av
 from av.container import InputContainer
+from av.stream import Disposition
+
+_NOT_THE_VIDEO = (
+    Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent | Disposition.still_image
+)
+# Major brands of ISO/IEC 23008-12 (HEIF) and AV1 image files, which FFmpeg opens as if they were films.
+_IMAGE_BRANDS = frozenset({"heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "mif2", "msf1", "avif", "avis"})
+
+T = TypeVar("T", av.VideoStream, av.AudioStream)
 
 
 class MediaError(ValueError):
@@ -46,9 +56,63 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
         raise MediaError(path, f"not a readable media file, or truncated ({error.strerror})") from error
 
 
-def video_start_s(container: InputContainer) -> Fraction:
-    """Time stamp of the first video frame, which is time 0 of a clip, in seconds; 0 without video or time stamps."""
-    video = container.streams.video[0] if container.streams.video else None
-    if video is None or video.start_time is None or video.time_base is None:
-        return Fraction(0)
-    return video.start_time * video.time_base
+def video_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
+    """The video track that a player shows: the default one, else the first; never a cover image or a thumbnail.
+
+    Raises:
+        MediaError: there is none, or the file is a photo.
+    """
+    if container.metadata.get("major_brand", "").strip() in _IMAGE_BRANDS:
+        raise MediaError(
+            path,
+            "is a HEIF or AVIF photo, whose image may be made of tiles that no reader here assembles; "
+            f"convert it: heif-convert {Path(path).name} {Path(path).stem}.png",
+        )
+    candidates = [stream for stream in container.streams.video if not stream.disposition & _NOT_THE_VIDEO]
+    if not candidates:
+        has_cover = ", only a cover image or thumbnails" if container.streams.video else ""
+        raise MediaError(path, f"has no video track{has_cover}")
+    stream = _preferred(candidates)
+    if stream is None:
+        raise MediaError(path, "this build of FFmpeg cannot decode its video codec; convert it to H.264")
+    stream.thread_type = "AUTO"
+    return stream
+
+
+def has_video(container: InputContainer) -> bool:
+    """Whether there is a video track other than cover images."""
+    return any(not stream.disposition & _NOT_THE_VIDEO for stream in container.streams.video)
+
+
+def audio_stream(container: InputContainer, path: str | Path) -> av.AudioStream | None:
+    """The audio track that a player plays: the default one, else the first that can be decoded; None without a track.
+
+    Raises:
+        MediaError: there are tracks, and none can be decoded.
+    """
+    if not container.streams.audio:
+        return None
+    stream = _preferred(container.streams.audio)
+    if stream is None:
+        raise MediaError(path, "this build of FFmpeg cannot decode its audio codec; convert it to AAC or WAV")
+    return stream
+
+
+def first_frame_s(container: InputContainer, path: str | Path) -> Fraction | None:
+    """Time stamp in seconds of the first frame that decodes, which is time 0 of a clip; None without video.
+
+    A stream that was cut between key frames starts with frames that cannot be decoded, so the header's start time would
+    be too early. Decodes one frame; the container must be opened again to read from its start.
+    """
+    if not has_video(container):
+        return None
+    first = next(container.decode(video_stream(container, path)), None)
+    return None if first is None or first.pts is None else first.pts * first.time_base
+
+
+def _preferred(streams: Sequence[T]) -> T | None:
+    """The default track of those with a decoder, else the first. Phones add tracks in codecs that FFmpeg lacks."""
+    decodable = [stream for stream in streams if stream.codec_context is not None]
+    return next(
+        (stream for stream in decodable if stream.disposition & Disposition.default), next(iter(decodable), None)
+    )

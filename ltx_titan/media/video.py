@@ -1,14 +1,19 @@
-"""Reading video files through PyAV: headers, frames as tensors, and frames at another rate.
+"""Reading video files through PyAV: headers, frames as displayed, at a constant rate.
 
-Frames are counted while decoding from the start instead of seeking by time, so the first F frames do not depend on the
-container's index. A frame rate is a fraction (24000/1001 stays exact), because positions of tokens are in seconds.
+A video is what a player shows: frame i is the frame on the screen i / fps seconds after the first one. In a file of
+constant rate these are its own frames; a file of variable rate is resampled by its time stamps, so that motion keeps
+its speed and audio stays with it. Counts come from the packets of the file and not from its header, which also counts
+what an edit list hides or a cut has removed.
+
+A frame rate is a fraction (24000/1001 stays exact), because positions of tokens are in seconds.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from functools import lru_cache
+from itertools import islice, pairwise
 from pathlib import Path
 
 import av
@@ -17,23 +22,35 @@ import torch
 from av.container import InputContainer
 from torch import Tensor
 
-from ltx_titan.media.container import MediaError, open_media
+from ltx_titan.media.audio import has_audio
+from ltx_titan.media.color import ToRgb, has_alpha
+from ltx_titan.media.container import MediaError, open_media, video_stream
+from ltx_titan.media.geometry import display_geometry
 from ltx_titan.media.image import CENTER, fit_frames
 
 # Containers round time stamps, in the coarsest case to milliseconds.
 _TOLERANCE_S = Fraction(1, 500)
+# Time stamps may deviate from a constant rate by this part of a frame.
+_JITTER = Fraction(1, 4)
+# A file that has most intervals of one length has dropped frames; otherwise its rate varies, and its mean is used.
+_MOSTLY = 0.9
+# Denominators of frame rates, such as 24000/1001.
+_LARGEST_DENOMINATOR = 1001
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Properties of a video from its header and first frame.
+    """Properties of a video or image.
 
     Attributes:
-        frames: number of frames by the header; a damaged file may hold fewer.
-        width: pixels, as displayed (after rotation).
+        frames: number of frames at `fps`, by the packets of the file; damaged ones may not decode.
+        width: pixels, as displayed (cropped, with square pixels, rotated).
         height: pixels, as displayed.
-        fps: frames per second.
-        has_audio: whether there is an audio track.
+        fps: frames per second at which the video is read; of a variable rate the usual or the mean one.
+        has_audio: whether there is an audio track that holds audio.
+        is_variable: whether the time stamps do not fit any constant rate.
+        is_interlaced: whether frames hold two fields of different times.
+        has_alpha: whether frames have transparency, which is composited over white.
     """
 
     frames: int
@@ -41,39 +58,66 @@ class VideoInfo:
     height: int
     fps: Fraction
     has_audio: bool
+    is_variable: bool = False
+    is_interlaced: bool = False
+    has_alpha: bool = False
+
+
+class TooFewFramesError(MediaError):
+    """Fewer frames decode than were asked for; `frames` have been decoded from the start."""
+
+    def __init__(self, path: str | Path, reason: str, frames: int) -> None:
+        super().__init__(path, reason)
+        self.frames = frames
 
 
 def probe_video(path: str | Path) -> VideoInfo:
     """Reads frame count, size and rate of a video.
 
-    The count is the header's; without one, duration times rate; without a duration, the number of decoded frames.
+    Decodes one frame. The packets are counted by the index of an MP4 file, in other containers by reading the file.
+
+    Raises:
+        MediaError: the file is not a readable video.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+    except OSError:
+        status = None
+    return _probe(str(path), status and (status.st_size, status.st_mtime_ns))
+
+
+def iter_frames(path: str | Path, fps: Fraction | None = None) -> Iterator[np.ndarray]:
+    """Decodes a video frame by frame: uint8 arrays [H, W, 3] as displayed, at a constant rate.
+
+    Args:
+        path: the video.
+        fps: rate to resample to: at each time the nearest frame by the time stamps. None: `VideoInfo.fps`, at which
+            only videos of variable rate are resampled.
+
+    Raises:
+        MediaError: the file is not a readable video, or ends in the middle of a frame.
+    """
+    info = probe_video(path)
+    if fps is None and not info.is_variable:
+        return (pixels for _, pixels in _iter_timed(path))
+    return _at_rate(_iter_timed(path), fps or info.fps, info.fps)
+
+
+def seek_frames(path: str | Path, times_s: Iterable[float]) -> Iterator[np.ndarray]:
+    """Displayed key frames at or before times in seconds, without decoding what is between: for an overview of a film.
 
     Raises:
         MediaError: the file is not a readable video.
     """
     with open_media(path) as container:
-        stream = _video_stream(container, path)
-        fps = _frame_rate(stream, path)
-        frames = stream.frames
-        if not frames and stream.duration:
-            frames = round(stream.duration * stream.time_base * fps)
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise MediaError(path, "no frame can be decoded")
-        if not frames:
-            frames = 1 + sum(1 for _ in container.decode(stream))
-        # Encoders pad to even sizes and phones store a rotation: only a decoded frame has the displayed size.
-        width, height = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
-        return VideoInfo(frames, width, height, fps, bool(container.streams.audio))
-
-
-def iter_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """Decodes a video frame by frame: uint8 arrays [H, W, 3], rotated upright.
-
-    Raises:
-        MediaError: the file is not a readable video, or ends in the middle of a frame.
-    """
-    return (pixels for _, pixels in _iter_timed(path))
+        stream = video_stream(container, path)
+        to_rgb = ToRgb(path)
+        for time_s in times_s:
+            container.seek(math.floor(time_s / stream.time_base) + (stream.start_time or 0), stream=stream)
+            frame = next(container.decode(stream), None)
+            if frame is not None:
+                yield display_geometry(path, stream, frame).apply(to_rgb(frame))
 
 
 def frames_at_rate(info: VideoInfo, fps: Fraction | None) -> int:
@@ -95,15 +139,13 @@ def iter_fitted(
         path: the video.
         width: of the result, pixels.
         height: of the result, pixels.
-        fps: rate to resample to: at each time the nearest frame by the file's own time stamps, since phones record at
-            varying rates. None yields every frame.
+        fps: rate to resample to, as in `iter_frames`.
         anchor: position of the crop, as in `fit_frames`.
 
     Raises:
         MediaError: the file is not a readable video.
     """
-    frames = iter_frames(path) if fps is None else _at_rate(_iter_timed(path), fps, probe_video(path).fps)
-    for frame in frames:
+    for frame in iter_frames(path, fps):
         yield fit_frames(torch.from_numpy(np.ascontiguousarray(frame))[None], width, height, anchor)
 
 
@@ -131,24 +173,115 @@ def read_clip(
         Pixels [3, frames, height, width] in [-1, 1], float32.
 
     Raises:
-        MediaError: the file is not a readable video, or has fewer frames.
+        TooFewFramesError: fewer frames can be decoded.
+        MediaError: the file is not a readable video.
     """
     fitted = list(islice(iter_fitted(path, width, height, fps, anchor), start, start + frames))
     if len(fitted) < frames:
-        raise MediaError(
-            path, f"expected frames {start} to {start + frames}, only {start + len(fitted)} can be decoded"
+        found = start + len(fitted)
+        raise TooFewFramesError(
+            path, f"expected frames {start} to {start + frames}, only {found} can be decoded", frames=found
         )
     return torch.cat(fitted, dim=1)
 
 
-def _iter_timed(path: str | Path) -> Iterator[tuple[Fraction | None, np.ndarray]]:
-    """Decodes (time stamp in seconds, upright frame); the time is None in files without time stamps."""
+@lru_cache(maxsize=4096)
+def _probe(path: str, version: tuple[int, int] | None) -> VideoInfo:
+    """Probes a version of a file, given by size and time of modification; reading asks again what planning asked."""
     with open_media(path) as container:
-        for frame in container.decode(_video_stream(container, path)):
-            pixels = frame.to_ndarray(format="rgb24")
+        stream = video_stream(container, path)
+        _check_alpha_layer(stream, path)
+        times = _packet_times(container, stream)
+        header_fps = stream.average_rate or stream.guessed_rate
+    fps, is_variable = _rate(times, header_fps)
+    if fps is None:
+        raise MediaError(path, "has no frame rate")
+    frames = len(times)
+    if is_variable:
+        span = max(times) - min(times) + 1 / fps  # type: ignore[operator]
+        frames = math.ceil((span - _TOLERANCE_S) * fps)
+    with open_media(path) as container:
+        stream = video_stream(container, path)
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise MediaError(path, "no frame can be decoded")
+        # Only a decoded frame has the size and the matrix that are displayed.
+        pixels = display_geometry(path, stream, first).apply(ToRgb(path)(first))
+    height, width = pixels.shape[:2]
+    return VideoInfo(
+        frames, width, height, fps, has_audio(path), is_variable, bool(first.interlaced_frame), has_alpha(first)
+    )
+
+
+def _check_alpha_layer(stream: av.VideoStream, path: str | Path) -> None:
+    """Refuses VP8 and VP9 with transparency in a second layer, which FFmpeg's own decoders drop."""
+    if stream.metadata.get("alpha_mode") == "1":
+        name = Path(path)
+        raise MediaError(
+            path,
+            "has transparency in a layer that is lost in decoding; flatten it: ffmpeg -c:v libvpx-vp9 "
+            f"-i {name.name} -vf format=yuva420p,premultiply=inplace=1,format=yuv420p {name.stem}_flat.mp4",
+        )
+
+
+def _packet_times(container: InputContainer, stream: av.VideoStream) -> list[Fraction | None]:
+    """Times in seconds of the frames that are shown; None for those without a time stamp."""
+    base = stream.time_base
+    index = stream.index_entries
+    if "mp4" in container.format.name and stream.frames and len(index) == stream.frames:
+        # The index of an MP4 file lists all frames, with their decoding times: equally spaced if the rate is constant.
+        times = [entry.timestamp * base for entry in index if not entry.is_discard]
+        if _rate(times, stream.average_rate)[1] is False:
+            return list(times)
+    return [
+        None if packet.pts is None else packet.pts * base
+        for packet in container.demux(stream)
+        if packet.size and not packet.is_discard
+    ]
+
+
+def _rate(times: list[Fraction | None], header_fps: Fraction | None) -> tuple[Fraction | None, bool]:
+    """Frame rate of time stamps in any order, and whether it varies."""
+    header_fps = Fraction(header_fps) if header_fps else None
+    known = sorted(time for time in times if time is not None)
+    if len(known) < 2 or len(known) < len(times) or known[0] == known[-1]:
+        return header_fps, False
+    mean = Fraction((len(known) - 1) / (known[-1] - known[0])).limit_denominator(_LARGEST_DENOMINATOR)
+    for fps in (header_fps, mean):
+        if fps and _fits(known, fps):
+            return fps, False
+    intervals = [later - earlier for earlier, later in pairwise(known) if later > earlier]
+    usual = sorted(intervals)[len(intervals) // 2]
+    alike = sum(abs(interval - usual) <= _JITTER * usual for interval in intervals)
+    if alike < _MOSTLY * len(intervals):
+        return mean, True
+    # The header of a file with dropped frames may state the mean.
+    if header_fps and abs(usual * header_fps - 1) <= _JITTER:
+        return header_fps, True
+    return (1 / usual).limit_denominator(_LARGEST_DENOMINATOR), True
+
+
+def _fits(times: list[Fraction], fps: Fraction) -> bool:
+    tolerance = max(_TOLERANCE_S, _JITTER / fps)
+    return all(abs(time - times[0] - index / fps) <= tolerance for index, time in enumerate(times))
+
+
+def _iter_timed(path: str | Path) -> Iterator[tuple[Fraction | None, np.ndarray]]:
+    """Decodes (time stamp in seconds, displayed frame); the time is None in files without time stamps."""
+    with open_media(path) as container:
+        stream = video_stream(container, path)
+        _check_alpha_layer(stream, path)
+        to_rgb, geometry, size = ToRgb(path), None, None
+        for index, frame in enumerate(container.decode(stream)):
+            if geometry is None:
+                geometry, size = display_geometry(path, stream, frame), (frame.width, frame.height)
+            if (frame.width, frame.height) != size:
+                raise MediaError(
+                    path,
+                    f"changes its size from {size} to {(frame.width, frame.height)} in frame {index}; cut it there",
+                )
             time_s = None if frame.pts is None else frame.pts * frame.time_base
-            # `rotation` is counter-clockwise degrees that bring the frame upright.
-            yield time_s, np.rot90(pixels, k=round(frame.rotation / 90) % 4) if frame.rotation else pixels
+            yield time_s, geometry.apply(to_rgb(frame))
 
 
 def _at_rate(
@@ -173,18 +306,3 @@ def _at_rate(
         while count / fps <= previous[0] + max(Fraction(0), 1 / own_fps - _TOLERANCE_S):
             yield previous[1]
             count += 1
-
-
-def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
-    if not container.streams.video:
-        raise MediaError(path, "has no video track")
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    return stream
-
-
-def _frame_rate(stream: av.VideoStream, path: str | Path) -> Fraction:
-    rate = stream.average_rate or stream.guessed_rate
-    if not rate:
-        raise MediaError(path, "has no frame rate")
-    return Fraction(rate)

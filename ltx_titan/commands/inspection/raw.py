@@ -1,9 +1,9 @@
 """Clips before preparation: size, frame rate, duration, audio and bucket of each file, and whether it is broken."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from ltx_titan.media import (
     fit_frames,
     is_image,
     iter_frames,
+    probe_audio,
     probe_video,
     read_audio,
     read_image,
+    seek_frames,
     to_uint8,
 )
-from ltx_titan.media.container import open_media
+from ltx_titan.media.image import image_has_alpha
 from ltx_titan.media.tables import is_table, media_of_row, read_table
 
 _SHEET_FRAMES = 6
@@ -55,6 +57,9 @@ class RawClip:
         problem: reason why it cannot be used; None for usable files.
         bucket: its bucket; None if none fits, or without buckets.
         is_silent: whether its audio track is silent; None if it was not decoded.
+        is_variable: whether its frame rate varies, so that it is resampled.
+        is_interlaced: whether its frames hold two fields of different times.
+        has_alpha: whether it has transparency, which is shown over white.
     """
 
     path: Path
@@ -70,6 +75,9 @@ class RawClip:
     problem: str | None = None
     bucket: Bucket | None = None
     is_silent: bool | None = None
+    is_variable: bool = False
+    is_interlaced: bool = False
+    has_alpha: bool = False
 
     @property
     def video_tokens(self) -> int:
@@ -187,6 +195,9 @@ def warnings_of(clips: Sequence[RawClip], has_buckets: bool, is_table: bool) -> 
         # Here for its position in the report; counted below.
         "videos without audio among others with audio": 0,
         "silent audio tracks": sum(bool(clip.is_silent) for clip in good),
+        "videos of variable frame rate, resampled by their time stamps": sum(clip.is_variable for clip in good),
+        "interlaced videos (deinterlace them: ffmpeg -vf bwdif)": sum(clip.is_interlaced for clip in good),
+        "videos and images with transparency, shown over white": sum(clip.has_alpha for clip in good),
         f"clips enlarged more than {_TOO_SMALL:g} times for their bucket": sum(
             clip.bucket is not None and _enlargement(clip) > _TOO_SMALL for clip in good
         ),
@@ -220,12 +231,14 @@ def _probe(path: Path, caption: str | None, buckets: Sequence[Bucket], deep: boo
     kind = _kind(path)
     if kind == "image":
         _, height, width, _ = read_image(path).shape
-        return _with_bucket(RawClip(path, kind, width, height, 1, caption=caption), buckets)
-    channels, rate, duration_s = _probe_audio(path)
+        clip = RawClip(path, kind, width, height, 1, caption=caption, has_alpha=image_has_alpha(path))
+        return _with_bucket(clip, buckets)
+    audio = probe_audio(path)
+    channels, rate = (audio.channels, audio.sample_rate) if audio is not None else (0, 0)
     if kind == "audio":
-        if not channels:
+        if audio is None:
             raise MediaError(path, "has no audio track")
-        clip = RawClip(path, kind, duration_s=duration_s, channels=channels, sample_rate=rate, caption=caption)
+        clip = RawClip(path, kind, duration_s=audio.duration_s, channels=channels, sample_rate=rate, caption=caption)
         return _with_silence(clip) if deep else clip
     info = probe_video(path)
     frames = info.frames
@@ -233,7 +246,7 @@ def _probe(path: Path, caption: str | None, buckets: Sequence[Bucket], deep: boo
     if deep:
         frames = sum(1 for _ in iter_frames(path))
         if frames < info.frames:
-            problem = f"its header specifies {info.frames} frames, {frames} can be decoded"
+            problem = f"its packets promise {info.frames} frames, {frames} can be decoded"
     clip = RawClip(
         path,
         kind,
@@ -246,27 +259,15 @@ def _probe(path: Path, caption: str | None, buckets: Sequence[Bucket], deep: boo
         rate,
         caption,
         problem,
+        is_variable=info.is_variable,
+        is_interlaced=info.is_interlaced,
+        has_alpha=info.has_alpha,
     )
     return _with_bucket(_with_silence(clip) if deep and channels else clip, buckets)
 
 
 def _kind(path: Path) -> str:
     return "image" if is_image(path) else "audio" if path.suffix.lower() in AUDIO_SUFFIXES else "video"
-
-
-def _probe_audio(path: Path) -> tuple[int, int, float]:
-    """Channels, sample rate and seconds of a file's audio track; zeros without one."""
-    with open_media(path) as container:
-        if not container.streams.audio:
-            return 0, 0, 0.0
-        stream = container.streams.audio[0]
-        # Matroska stores no duration per stream; that of the container is in microseconds.
-        duration = (
-            stream.duration * stream.time_base
-            if stream.duration and stream.time_base
-            else (container.duration or 0) / 1_000_000
-        )
-        return stream.codec_context.channels, stream.codec_context.sample_rate, float(duration)
 
 
 def _with_silence(clip: RawClip) -> RawClip:
@@ -297,34 +298,16 @@ def _sheet_frames(clip: RawClip) -> list[Image.Image]:
         return []
     if clip.kind == "image":
         return [_fitted(torch.as_tensor(read_image(clip.path)), clip.bucket)]
-    frames = clip.bucket.frames if clip.bucket is not None else clip.frames
-    wanted = evenly_spaced(frames, _SHEET_FRAMES)
+    count = clip.bucket.frames if clip.bucket is not None else clip.frames
+    wanted = evenly_spaced(count, _SHEET_FRAMES)
     if wanted[-1] > _SEEK_ABOVE:
-        return _seek_frames(clip, wanted)
-    images = []
-    for index, frame in enumerate(iter_frames(clip.path)):
-        if index in wanted:
-            # A copy: frames of rotated videos have negative strides, which torch does not accept.
-            images.append(_fitted(torch.from_numpy(frame.copy())[None], clip.bucket))
-        if index == wanted[-1]:
-            break
-    return images
-
-
-def _seek_frames(clip: RawClip, wanted: Sequence[int]) -> list[Image.Image]:
-    """Key frames before the wanted frames."""
-    images = []
-    with open_media(clip.path) as container:
-        stream = container.streams.video[0]
-        assert stream.time_base is not None
-        for index in wanted:
-            # Timestamps may begin after 0.
-            offset = math.floor(index / clip.fps / stream.time_base) + (stream.start_time or 0)
-            container.seek(offset, stream=stream)
-            frame = next(container.decode(stream), None)
-            if frame is not None:
-                images.append(_fitted(torch.from_numpy(frame.to_ndarray(format="rgb24"))[None], clip.bucket))
-    return images
+        frames = seek_frames(clip.path, [index / clip.fps for index in wanted])
+    else:
+        frames = (
+            frame for index, frame in enumerate(islice(iter_frames(clip.path), wanted[-1] + 1)) if index in wanted
+        )
+    # A copy: frames of rotated videos have negative strides, which torch does not accept.
+    return [_fitted(torch.from_numpy(frame.copy())[None], clip.bucket) for frame in frames]
 
 
 def _fitted(frame: torch.Tensor, bucket: Bucket | None) -> Image.Image:

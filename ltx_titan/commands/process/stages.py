@@ -27,8 +27,7 @@ from ltx_titan.encode.latents import (
     video_bytes,
 )
 from ltx_titan.encode.references import DecodedReference, ReferenceScale, decode_reference, plan_reference
-from ltx_titan.media import Audio, MediaError, read_audio, read_audio_mask
-from ltx_titan.media.audio import probe_duration_s
+from ltx_titan.media import Audio, MediaError, probe_audio, read_audio, read_audio_mask
 from ltx_titan.media.container import check_file
 from ltx_titan.media.tables import SampleRow
 
@@ -101,9 +100,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
 
     def encode(self, row: SampleRow, item: DecodedClip, encoder: tuple[VideoCodec, AudioCodec | None]) -> Output:
         video_codec, audio_codec = encoder
-        clip, notes = item.clip, []
-        if clip.repeats_frames:
-            notes.append("videos slower than the requested frame rate, whose frames were repeated")
+        clip, notes = item.clip, [*item.clip.notes]
         latents = encode_video(item.pixels, float(clip.fps), video_codec)
         if audio_codec is None:
             return Output({"latents": latents}, tuple(notes))
@@ -154,8 +151,10 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
         return str(self.file(row))
 
     def plan(self, row: SampleRow) -> PlannedOutput:
-        # From the header: planning decodes nothing.
-        seconds = self._duration_s(row, probe_duration_s(self._path(row)))
+        audio = probe_audio(self._path(row))
+        if audio is None:
+            raise MediaError(self._path(row), "has no audio track, or an empty one")
+        seconds = self._duration_s(row, audio.duration_s)
         return PlannedOutput(f"{seconds:.2f} s", audio_bytes(audio_steps(seconds)))
 
     def load(self) -> AudioCodec:
@@ -164,7 +163,7 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
     def read(self, row: SampleRow) -> tuple[Audio, float]:
         audio = read_audio(self._path(row))
         if audio is None:
-            raise MediaError(self._path(row), "has no audio track")
+            raise MediaError(self._path(row), "has no audio track, or an empty one")
         return audio, self._duration_s(row, audio.duration_s)
 
     def encode(self, row: SampleRow, item: tuple[Audio, float], encoder: AudioCodec) -> Output:
