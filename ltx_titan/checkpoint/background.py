@@ -58,6 +58,8 @@ class BackgroundSaver:
         Raises:
             SaveError, OSError, PeerError: it failed, and so did the ones before it, three in all; or a rank is gone.
         """
+        if self._pending is None:
+            return True
         try:
             self.wait()
         except (SaveError, OSError, PeerError) as error:
