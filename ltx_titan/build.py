@@ -6,12 +6,14 @@ rank's shards and nothing more. Weights are streamed into them from the official
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
+from ltx_titan.config import JobConfig
 from ltx_titan.lora import adapter_weights, apply_lora, init_base_, init_lora_, load_base
 from ltx_titan.model import TextConnectors
 from ltx_titan.model.init import init_random_
@@ -22,6 +24,8 @@ from ltx_titan.parallel.parallelize import parallelize
 from ltx_titan.plan import Plan, build_transformer
 from ltx_titan.weights import (
     CONNECTORS,
+    LoRAWeights,
+    ModelSource,
     build_connectors,
     export_lora,
     export_merged,
@@ -136,22 +140,37 @@ def export_model(plan: Plan, model: nn.Module, step: int) -> Path:
     Returns:
         Path of the file.
     """
-    folder, source = plan.folder / "export", plan.source
+    path, source = plan.export_path(step), plan.source
     dtype = COMPUTE_DTYPES[plan.job.checkpoint.export_dtype]
-    if plan.job.model.mode == "lora" and not plan.job.lora.dora:
-        path = folder / f"lora-step-{step}.safetensors"
-        # Inference tools shrink a reference by these factors, so the file must state them.
-        metadata = reference_metadata(*plan.reference_scale) if plan.reference_scale is not None else {}
-        export_lora(adapter_weights(model), path, metadata, dtype=dtype)
-        return path
-    path = folder / f"transformer-step-{step}.safetensors"
-    if plan.job.model.mode == "lora":  # DoRA, whose magnitudes LoRA files cannot store
-        if source.path is None:
-            raise ValueError(
-                'checkpoint.export: expected a checkpoint to merge DoRA adapters into, found model.init = "random"; '
-                "set checkpoint.export or lora.dora to false."
-            )
-        export_merged(adapter_weights(model), source.path, path)
+    if plan.job.model.mode == "lora":
+        export_adapters(adapter_weights(model), path, plan.job, source, plan.reference_scale, dtype)
     else:
         export_transformer(model, path, config=source.config, metadata=source.metadata, dtype=dtype)
     return path
+
+
+def export_adapters(
+    adapters: Mapping[str, LoRAWeights],
+    path: Path,
+    job: JobConfig,
+    source: ModelSource,
+    reference_scale: tuple[int, int] | None,
+    dtype: torch.dtype,
+) -> None:
+    """Writes a LoRA file, or with DoRA, whose magnitudes LoRA files cannot store, the base with the adapters merged.
+
+    Args:
+        adapters: by official layer name, sharded or not.
+        path: target file.
+        job: the job that trained them.
+        source: of the base.
+        reference_scale: as `Plan.reference_scale`, for the header of an in-context LoRA.
+        dtype: of a LoRA file; a merged file keeps the dtypes of the base.
+    """
+    if job.lora.dora:
+        if source.path is None:
+            raise ValueError('lora.dora = true with model.init = "random": there is no base file to merge into.')
+        export_merged(adapters, source.path, path)
+    else:
+        metadata = {} if reference_scale is None else reference_metadata(*reference_scale)
+        export_lora(adapters, path, metadata, dtype=dtype)

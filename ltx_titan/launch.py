@@ -1,23 +1,30 @@
 """`ltx-titan train`: starts the ranks of a job with torchrun; `run_train.sh` ends in the same command.
 
-torchrun is changed in two ways. A failed worker has logged its reason, which thirty lines of torchrun's own report
-would bury, so they shrink to one. And SIGUSR1, by which a scheduler announces the end of a job's time, is forwarded to
-the workers, which save and stop after their current step; torchrun alone would die of it.
+torchrun is changed in three ways. Stop signals (`STOP_SIGNALS`) are passed on to the ranks, which save and stop after
+their current step, however long that takes: torchrun alone would die of SIGUSR1, and kill the ranks 30 seconds after
+any other. A rank that failed has given its reason, which thirty lines of torchrun's own report would bury, so they
+shrink to one; a reason that no console shows, because another rank than the first had it, is printed here. And the
+ranks' log files are removed at the end.
 """
 
+import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main as torchrun
 
 from ltx_titan.common.options import Overrides, Positional, placeholder
+from ltx_titan.parallel.stop import LAUNCHER_PID, STOP_SIGNALS
 
 DESCRIPTION = """\
 Train a job, or resume it: the same command continues from the newest complete checkpoint. --section.key=value overrides
@@ -83,30 +90,105 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
     arguments = ["--nnodes", nodes, "--nproc-per-node", processes, *rendezvous]
     # Only rank 0 writes to the console; all ranks write to files as well.
     arguments += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
+    # torchrun replaces the handlers of the signals that it is to handle; the stop signals are handled here.
+    arguments += ["--signals-to-handle", "SIGQUIT"]
     return [*arguments, "-m", "ltx_titan.train", str(job), *overrides]
 
 
 def launch(arguments: Sequence[str]) -> int:
     """Runs torchrun; returns the exit code of the worker that failed first, or 0."""
-    # torchrun handles SIGTERM, SIGINT, SIGHUP and SIGQUIT; the default action of SIGUSR1 would end it.
-    signal.signal(signal.SIGUSR1, _forward)
-    try:
-        torchrun(list(arguments))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(
-            f"[ltx_titan] rank {rank} was the first of this node to fail (exit code {failure.exitcode}); its message "
-            "is above. If it lost the connection to another rank, see the log of that rank's node.",
-            file=sys.stderr,
-        )
-        # A negative code is the signal that ended the worker; shells report it as 128 + signal.
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    # Its reports of failed workers, of which one line is made below.
+    for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="ltx-titan-") as logs:
+        # torchrun copies the first error of a worker to its own error file, and complains without one.
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(Path(logs) / "error.json")
+        stop = _StopHandler(logs)
+        try:
+            torchrun(["--log-dir", logs, *arguments])
+        except ChildFailedError as error:
+            return _report(error, stop.received)
     return 0
 
 
-def _forward(number: int, frame: object) -> None:
-    """Sends a signal to all child processes."""
-    # Of all threads: the kernel lists a child under the thread that started it.
-    for children in Path("/proc/self/task").glob("*/children"):
-        for child in children.read_text().split():
-            os.kill(int(child), number)
+class _StopHandler:
+    """Passes stop signals on to the ranks; a second SIGINT kills them.
+
+    Attributes:
+        received: the first signal; None without one.
+    """
+
+    def __init__(self, logs: str) -> None:
+        self.received: signal.Signals | None = None
+        self._logs = logs
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        children = _children()
+        if self.received is None:
+            self.received = signal.Signals(number)
+        elif number == signal.SIGINT or not children:
+            self._end(children)
+        if not children:  # still waiting for other nodes
+            self._end(children)
+        if number == signal.SIGINT:
+            _say("stopping after the current step; press Ctrl-C again to end at once and lose the steps since the save")
+        for child in children:
+            # SIGINT is sent as SIGTERM, of which a rank that is still importing modules dies without a traceback.
+            _send(child, signal.SIGTERM if number == signal.SIGINT else number)
+
+    def _end(self, children: list[int]) -> NoReturn:
+        for child in children:
+            _send(child, signal.SIGKILL)
+        shutil.rmtree(self._logs, ignore_errors=True)
+        assert self.received is not None
+        _say(f"ended by {self.received.name}")
+        # Not an exception: torchrun would wait for the ranks to report.
+        os._exit(128 + self.received)
+
+
+def _report(error: ChildFailedError, stop: signal.Signals | None) -> int:
+    """Prints what the console does not show yet of the failed ranks; returns the exit code."""
+    # Ranks with an error of their own first, then killed ones: the others only lost the connection to these.
+    failures = sorted(
+        error.failures.items(),
+        key=lambda item: (_own_error(item[1]) is None, item[1].exitcode > 0, item[1].timestamp, item[0]),
+    )
+    rank, failure = failures[0]
+    if stop is not None and -failure.exitcode in STOP_SIGNALS:
+        _say(f"stopped by {stop.name} before the first step: there was nothing to save.")
+        return 128 + stop
+    shown = {_own_error(failure) for _, failure in failures if failure.local_rank == 0}
+    for number, other in failures:
+        message = _own_error(other)
+        if message not in shown:
+            shown.add(message)
+            _say(f"rank {number}: {message}")
+    _say(
+        f"rank {rank} was the first of this node to fail (exit code {failure.exitcode}); its message is above. If it "
+        "lost the connection to another rank, see the log of that rank's node."
+    )
+    return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+
+
+def _own_error(failure: ProcessFailure) -> str | None:
+    """The error that a rank wrote to its error file; None if it was killed or lost another rank."""
+    message = failure.error_file_data.get("message")
+    return message.get("message") if isinstance(message, dict) else None
+
+
+def _children() -> list[int]:
+    """Process ids of the ranks: torchrun has no other children."""
+    files = Path("/proc/self/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+def _send(process: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, number)
+
+
+def _say(text: str) -> None:
+    print(f"[ltx_titan] {text}", file=sys.stderr, flush=True)

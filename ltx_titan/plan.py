@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from ltx_titan.checkpoint import latest_complete, read_trainer_state
+from ltx_titan.common.files import LOCK_FILE
 from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
 from ltx_titan.data import BatchPlan, PrecomputedDataset, stores_text_features, stream_tokens, token_counts
@@ -77,6 +78,15 @@ class Plan:
         """The step after which this run ends."""
         return self.job.training.stop_at or self.job.training.steps
 
+    @property
+    def exports(self) -> bool:
+        """Whether the job ends with an export."""
+        return self.job.checkpoint.enable and self.job.checkpoint.export
+
+    def export_path(self, step: int) -> Path:
+        """File of the export of `step`."""
+        return self.folder / "export" / export_name(self.job, step)
+
     def sample_flops(self, index: int) -> float:
         """Model FLOPs of a training step on one sample of the dataset."""
         tokens = stream_tokens(self.dataset.shape_key(index), self.modalities)
@@ -100,7 +110,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     if source.path is not None and model.mode == "full":
         # Rounding to 8 or 4 bits is not undone by training; only a frozen base may be quantized.
         refuse_quantized(read_metadata(source.path))
-    modalities = _modalities(job)
+    modalities = trained_modalities(job)
     # Built on the meta device for its check of names and shapes; the trainer builds its own.
     architecture = build_transformer(source, modalities).config
     check_parallelism(
@@ -158,13 +168,16 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
 
 
 def is_finished(plan: Plan) -> bool:
-    """Whether the dump folder already holds a checkpoint of the last step; logs it.
+    """Whether everything that the job asks for exists: the checkpoint of its last step, and its export; logs it.
+
+    A job whose checkpoint is complete and whose export is missing is not finished: training it again takes no step and
+    exports.
 
     Raises:
         ValueError: `checkpoint.resume = false` and the folder is not empty.
     """
     if not plan.job.checkpoint.resume:
-        if plan.folder.is_dir() and any(plan.folder.iterdir()):
+        if plan.folder.is_dir() and any(entry.name != LOCK_FILE for entry in plan.folder.iterdir()):
             raise ValueError(
                 f"checkpoint.resume = false starts a new run, but job.dump_folder = {str(plan.folder)!r} is not empty; "
                 f"choose another folder, or remove its contents."
@@ -172,10 +185,20 @@ def is_finished(plan: Plan) -> bool:
         return False
     path = latest_complete(plan.folder / "checkpoint")
     # Only the JSON part: reading the state would take as long as resuming.
-    if path is None or read_trainer_state(path)["step"] < plan.last_step:
+    if path is None or (step := read_trainer_state(path)["step"]) < plan.last_step:
+        return False
+    export = plan.export_path(step)
+    if plan.exports and not export.is_file():
+        logger.info("step %d of %d is saved, but %s is missing: exporting it", step, plan.job.training.steps, export)
         return False
     logger.info("nothing to do: %s is already at step %d of %d", path, plan.last_step, plan.job.training.steps)
     return True
+
+
+def export_name(job: JobConfig, step: int) -> str:
+    """File name of the exported model: adapters, or the whole transformer; DoRA is merged into it."""
+    kind = "lora" if job.model.mode == "lora" and not job.lora.dora else "transformer"
+    return f"{kind}-step-{step}.safetensors"
 
 
 def build_transformer(source: ModelSource, modalities: Modalities, operators: Operators = TORCH) -> LTXTransformer:
@@ -196,7 +219,8 @@ def build_transformer(source: ModelSource, modalities: Modalities, operators: Op
     return model
 
 
-def _modalities(job: JobConfig) -> Modalities:
+def trained_modalities(job: JobConfig) -> Modalities:
+    """Streams of the job's transformer: as set, or those of its `[video]` and `[audio]` tables."""
     if job.model.modalities != "auto":
         return job.model.modalities
     # A frozen stream is built as well, because the other one attends to it.

@@ -10,7 +10,8 @@ device, shards it, loads this rank's slices and resumes. `Trainer.train` loops; 
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,25 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ltx_titan.build import export_model, load_connectors, load_transformer
-from ltx_titan.checkpoint import BackgroundSaver, TrainingState, latest_complete, load_state, save_state
-from ltx_titan.checkpoint.state import save_everything
-from ltx_titan.common.files import write_text
-from ltx_titan.common.logs import quiet_libraries
-from ltx_titan.common.ranks import rank_and_size
+from ltx_titan.checkpoint import (
+    BackgroundSaver,
+    DamagedError,
+    TrainingState,
+    complete_folders,
+    first_not_finite,
+    latest_complete,
+    load_state,
+    num_bytes,
+    remove_leftovers,
+    save_everything,
+    save_state,
+    set_aside,
+    state_tensors,
+)
+from ltx_titan.common.failure import report_error
+from ltx_titan.common.files import claimed, free_bytes, remove_temporaries, write_text
+from ltx_titan.common.logs import quiet_libraries, set_up_logging
+from ltx_titan.common.ranks import agree, rank_and_size
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.common.titan import GarbageCollection, peak_flops
 from ltx_titan.conditioning import Loss, ModelInputs, absent_streams, to_contexts, weighted_loss
@@ -46,11 +61,12 @@ from ltx_titan.metrics import (
 )
 from ltx_titan.metrics.clock import StepClock
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
+from ltx_titan.optim.build import STATE_BYTES
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
-from ltx_titan.parallel.stop import StopSignal
+from ltx_titan.parallel.stop import StepVote, end_with_launcher
 from ltx_titan.plan import Plan, is_finished, plan_job
 from ltx_titan.validation.training import TrainingValidation, check_validation_files
 from ltx_titan.weights import stream_of
@@ -96,15 +112,28 @@ class Trainer:
         self.saver = self._make_saver()
         # Last, because it fills the parameters, optimizer states and average that exist by now.
         self.step, self.next_batch = self._resume()
-        self.stop = StopSignal()
+        self._check_room()
+        self.vote = StepVote()
         self.save_blocked_s: float | None = None  # how long the newest save blocked training, until it is logged
 
     def _resume(self) -> tuple[int, int]:
         """Restores the newest complete checkpoint; returns the steps taken and the number of the next global batch."""
-        path = latest_complete(self.plan.folder / "checkpoint") if self.job.checkpoint.resume else None
-        if path is None:
-            return 0, 0
-        saved = load_state(path, self._state({}))
+        folder, damaged = self.plan.folder / "checkpoint", None
+        for path in complete_folders(folder) if self.job.checkpoint.resume else ():
+            try:
+                saved = load_state(path, self._state({}))
+            except DamagedError as error:
+                damaged = error
+                if self.is_main:
+                    logger.warning("%s It is now %s; trying the next older one.", error, set_aside(path).name)
+                continue
+            return self._resume_from(path, saved)
+        if damaged is not None:
+            # What was read of it has overwritten the initial weights.
+            raise ValueError(f"{damaged} There is no older one; rerun the command to start from the beginning.")
+        return 0, 0
+
+    def _resume_from(self, path: Path, saved: dict[str, Any]) -> tuple[int, int]:
         for change in job_changes(saved["job"], self.job):
             logger.warning("job settings changed since the checkpoint: %s", change)
         batches = self.plan.batches
@@ -122,7 +151,8 @@ class Trainer:
         """Runs the remaining steps, saves, exports and logs where the files are.
 
         Raises:
-            FloatingPointError: the loss or the gradient norm is not finite.
+            FloatingPointError: the loss, the gradient norm, or a tensor to be saved is not finite.
+            SaveError, OSError: checkpoints cannot be written.
         """
         job, plan = self.job, self.plan
         if self.is_main:
@@ -168,7 +198,7 @@ class Trainer:
                 for batches in loader:
                     before_step(batches.step)
                     # Asked before the step and read after it, so the all-reduce overlaps with the step.
-                    self.stop.ask()
+                    self.vote.ask(save_failed=self.saver is not None and self.saver.has_failed)
                     grad_norms = self._train_step(batches, sums)
                     self.step, self.next_batch = batches.step, batches.batch_number + 1
                     garbage.run(self.step)
@@ -178,8 +208,12 @@ class Trainer:
                         with clock.paused():
                             validated = self._validate(log)
                     is_last = self.step == plan.last_step
-                    stops = self.stop.is_agreed()
-                    saves = is_last or stops or _is_due(self.step, job.checkpoint.interval)
+                    stop, save_failed = self.vote.result()
+                    if self.saver is not None and save_failed:
+                        self.saver.settle()
+                    ends = is_last or stop is not None
+                    # A failed save is tried again at once rather than an interval later.
+                    saves = ends or save_failed or _is_due(self.step, job.checkpoint.interval)
                     if saves or validated or _is_due(self.step, job.metrics.interval):
                         # Before the save: it raises if the loss is not finite, so bad weights never replace good ones.
                         self._log(log, sums, grad_norms, clock.lap(), validated)
@@ -187,12 +221,16 @@ class Trainer:
                     if saves:
                         with clock.paused():
                             self._save()
+                            while ends and self.saver is not None and not self.saver.settle():
+                                self._save()
                     if _is_due(self.step, job.checkpoint.export_interval) and not is_last:
                         with clock.paused():
                             self._export()
-                    if stops and not is_last:
+                    if stop is not None and not is_last:
                         logger.warning(
-                            "received a signal: saved and stopped after step %d. Rerun the same command to resume.",
+                            "received %s: %s after step %d. Rerun the same command to resume.",
+                            stop.name,
+                            "saved and stopped" if job.checkpoint.enable else "stopped without a checkpoint",
                             self.step,
                         )
                         return
@@ -200,9 +238,7 @@ class Trainer:
             # Before the process group: its communicators wait for graphs that contain them.
             self.micro_step.drop()
             log.close()
-            if self.saver is not None:
-                # After an error as well: a checkpoint that is still being written must become complete.
-                self.saver.close()
+            self._close_saver()
         export = self._export()
         if self.is_main:
             files = {"checkpoint": latest_complete(plan.folder / "checkpoint"), "export": export}
@@ -359,11 +395,57 @@ class Trainer:
             )
         )
         if not all(isfinite(value) for value in (loss, norm) if value is not None):
-            raise FloatingPointError(
-                f"step {self.step}: loss {loss / steps}, gradient norm {norm}. This step was not checkpointed; the "
-                f"newest checkpoint is {latest_complete(self.plan.folder / 'checkpoint')}. Lower optimizer.lr, keep "
-                f"training.max_grad_norm at 1.0, and inspect this step's samples."
-            )
+            raise self._not_finite(f"loss {loss / steps}, gradient norm {norm}")
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        self._close_saver()  # so that the newest checkpoint is known
+        return FloatingPointError(
+            f"step {self.step}: {what}. Nothing of this step was saved or exported; the newest checkpoint is "
+            f"{latest_complete(self.plan.folder / 'checkpoint')}. Lower optimizer.lr, keep training.max_grad_norm at "
+            f"1.0 (optimizer.in_backward cannot clip), and inspect this step's samples."
+        )
+
+    def _refuse_not_finite(self, state: TrainingState) -> None:
+        """Raises FloatingPointError on every rank if a tensor to be written is NaN or infinite on any of them."""
+        name = first_not_finite(state_tensors(state))
+        if name is not None:
+            raise self._not_finite(f"{name} contains NaN or infinity")
+
+    def _close_saver(self) -> None:
+        """Waits for the save in progress and ends the saver; an error of that save is logged, not raised."""
+        saver, self.saver = self.saver, None
+        if saver is None:
+            return
+        try:
+            saver.close()
+        except Exception as error:  # the run ends anyway, with an error that matters more
+            logger.error("the checkpoint in progress failed: %s", error)
+
+    def _check_room(self) -> None:
+        """Refuses to start if the disk has no room for what the remaining run writes at least.
+
+        Raises:
+            ValueError: on rank 0.
+            PeerError: on the others.
+        """
+        checkpoint, error = self.job.checkpoint, None
+        if self.is_main and checkpoint.enable:
+            select = is_adapter if self.is_lora else save_everything
+            weights = state_tensors(TrainingState(self.model, select=select))
+            trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+            # Before the first step the optimizer has no state yet.
+            state = trained * (STATE_BYTES[self.job.optimizer.name] + (0 if self.ema is None else 4))
+            saves = num_bytes(weights) + state if self.step < self.plan.last_step else 0
+            size = COMPUTE_DTYPES[checkpoint.export_dtype].itemsize
+            exports = sum(tensor.numel() for tensor in weights.values()) * size if self.plan.exports else 0
+            free = free_bytes(self.plan.folder)
+            if saves + exports > free:
+                error = ValueError(
+                    f"job.dump_folder = {str(self.plan.folder)!r}: a checkpoint needs {saves / 2**30:.2f} GiB and the "
+                    f"export {exports / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on its disk. Free some space, "
+                    f"or set another folder."
+                )
+        agree(error, "checking the disk")
 
     @property
     def _keep_last(self) -> int:
@@ -387,8 +469,14 @@ class Trainer:
         position = DataPosition(
             self.next_batch * batches.global_batch_size, batches.global_batch_size, batches.fingerprint
         )
-        trainer = {"data": position.to_dict(), "job": plain_job(self.job)}
+        # The scale is derived from the data, which `ltx-titan export` does not have.
+        trainer = {
+            "data": position.to_dict(),
+            "job": plain_job(self.job),
+            "reference_scale": self.plan.reference_scale,
+        }
         state, folder = self._state(trainer), self.plan.folder / "checkpoint"
+        self._refuse_not_finite(state)
         started = time.perf_counter()
         if self.saver is not None:
             self.saver.save(self.step, state)
@@ -402,8 +490,9 @@ class Trainer:
 
     def _export(self) -> Path | None:
         """Writes the file for inference tools unless `checkpoint.export` is off; every rank calls it."""
-        if not (self.job.checkpoint.enable and self.job.checkpoint.export):
+        if not self.plan.exports:
             return None
+        self._refuse_not_finite(TrainingState(self.model, select=is_adapter if self.is_lora else save_everything))
         return export_model(self.plan, self.model, self.step)
 
 
@@ -412,28 +501,44 @@ def _is_due(step: int, interval: int | None) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a job from the command line; returns the exit code."""
+    """Runs a job from the command line; returns the exit code (docs/reliability.md)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
-    _set_up_logging()
+    set_up_logging()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
+    folder = Path()
     try:
         # Checked before a process group exists: every rank finds the same error by itself, and none waits for another.
         plan = plan_job(load_job(arguments[0], arguments[1:]), rank_and_size()[1])
+        folder = plan.folder
         check_validation_files(plan)
         if is_finished(plan):
             return 0
-        Trainer(plan).train()
-    except (ValueError, FloatingPointError) as error:
-        # User errors print their message only; anything else is a bug and keeps its traceback.
-        logger.error("%s", "\n".join([str(error), *getattr(error, "__notes__", [])]))
+        with _claimed_by_rank_0(folder):
+            Trainer(plan).train()
+    except Exception as error:
+        if not report_error(error, folder):
+            raise
         return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+@contextmanager
+def _claimed_by_rank_0(folder: Path) -> Iterator[None]:
+    """Holds the dump folder, and clears it of files that a killed run was writing. The other ranks wait for rank 0."""
+    if rank_and_size()[0] > 0:
+        yield
+        return
+    with claimed(folder):
+        for path in remove_temporaries(folder):
+            logger.info("removed %s of an interrupted run", path)
+        remove_leftovers(folder / "checkpoint")
+        yield
 
 
 def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:
@@ -443,15 +548,6 @@ def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:
     return ShiftedLogitNormal(sigma.std, sigma.eps, sigma.uniform_prob)
 
 
-def _set_up_logging() -> None:
-    """Logs one line per event from rank 0, and only critical ones from other ranks."""
-    is_main = rank_and_size()[0] == 0
-    logging.basicConfig(
-        format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stdout
-    )
-    logging.getLogger("ltx_titan").setLevel(logging.INFO if is_main else logging.CRITICAL)
-    logging.captureWarnings(is_main)
-
-
 if __name__ == "__main__":
+    end_with_launcher()
     sys.exit(main())

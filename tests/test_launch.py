@@ -131,4 +131,4 @@ def test_sigusr1_saves_and_stops(tmp_path, nano_path, data_root):
         kill_all(node)
     lines = read_run(job)
     assert latest_complete(tmp_path / "run" / "checkpoint").name == f"step-{lines[-1]['step']}"
-    assert "stopped by a signal" in log_of(job, 0).read_text()
+    assert "received SIGUSR1: saved and stopped after step" in log_of(job, 0).read_text()

@@ -1,16 +1,43 @@
 """Training state: distributed checkpoints that resume on any mesh."""
 
 from ltx_titan.checkpoint.background import BackgroundSaver
-from ltx_titan.checkpoint.folders import latest_complete, read_trainer_state, step_folder
-from ltx_titan.checkpoint.state import TrainingState, load_state, save_everything, save_state
+from ltx_titan.checkpoint.finite import first_not_finite
+from ltx_titan.checkpoint.folders import (
+    complete_folders,
+    latest_complete,
+    read_trainer_state,
+    remove_leftovers,
+    set_aside,
+    step_folder,
+)
+from ltx_titan.checkpoint.state import (
+    DamagedError,
+    SavedTensors,
+    SaveError,
+    TrainingState,
+    load_state,
+    num_bytes,
+    save_everything,
+    save_state,
+    state_tensors,
+)
 
 __all__ = [
     "BackgroundSaver",
+    "DamagedError",
+    "SaveError",
+    "SavedTensors",
     "TrainingState",
+    "complete_folders",
+    "first_not_finite",
     "latest_complete",
     "load_state",
+    "num_bytes",
     "read_trainer_state",
+    "remove_leftovers",
     "save_everything",
     "save_state",
+    "set_aside",
+    "state_tensors",
     "step_folder",
 ]

@@ -7,6 +7,7 @@ per parameter, over all ranks together) and some of the Python interpreter's tim
 """
 
 import logging
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,15 +16,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ltx_titan.checkpoint.state import TrainingState, state_tensors, trainer_text, write_state
+from ltx_titan.checkpoint.state import SaveError, TrainingState, state_tensors, trainer_text, write_state
+from ltx_titan.common.ranks import PeerError
 
 logger = logging.getLogger(__name__)
+
+# Training on for long with a disk that stays full would only lose more.
+_MAX_FAILURES = 3
 
 
 class BackgroundSaver:
     """Writes one state at a time in a thread; all ranks construct and call it together.
 
-    An error in the thread is raised, on every rank, by the next `save`, `wait` or `close`.
+    A save fails on all ranks or on none, but each learns of it at another moment: `has_failed` is this rank's vote. The
+    next `settle` or `save` then reports the failure, and raises it if too many came in a row. `wait` and `close` raise
+    any.
 
     Args:
         folder: the job's checkpoint folder.
@@ -41,6 +48,31 @@ class BackgroundSaver:
         # One worker: saves are written in order, and their collectives on the group cannot interleave.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
+        self._failures = 0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save in progress has failed on this rank."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def settle(self) -> bool:
+        """Waits for the save in progress and returns whether it is complete, the same on every rank; True without one.
+
+        Raises:
+            SaveError, OSError, PeerError: it failed, and so did the ones before it, three in all; or a rank is gone.
+        """
+        if self._pending is None:
+            return True
+        try:
+            self.wait()
+        except (SaveError, OSError, PeerError) as error:
+            self._failures += 1
+            if self._failures == _MAX_FAILURES:
+                raise
+            logger.error("A checkpoint failed (%d of %d in a row): %s", self._failures, _MAX_FAILURES, error)
+            return False
+        self._failures = 0
+        return True
 
     def save(self, step: int, state: TrainingState) -> None:
         """Copies the state and starts writing it; waits first for the previous save, if it is not complete.
@@ -53,11 +85,9 @@ class BackgroundSaver:
                 "or write to a faster disk.",
                 step,
             )
-        self.wait()
+        self.settle()
         tensors = self._host.take(state_tensors(state))
-        self._pending = self._thread.submit(
-            write_state, self._folder, step, tensors, trainer_text(state, step), self._keep_last, self._group
-        )
+        self._pending = self._thread.submit(self._write, step, tensors, trainer_text(state, step))
 
     def wait(self) -> Path | None:
         """Waits for the save in progress and returns its folder; None if there is none."""
@@ -73,6 +103,13 @@ class BackgroundSaver:
             self._thread.shutdown()
             self._host.release()
             dist.destroy_process_group(self._group)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], trainer: str) -> Path:
+        started = time.perf_counter()
+        path = write_state(self._folder, step, tensors, trainer, self._keep_last, self._group)
+        # From the thread: the next step may be minutes away, and until then nobody could know that a kill is safe.
+        logger.info("checkpoint of step %d is complete: written in %.1f s", step, time.perf_counter() - started)
+        return path
 
 
 class _HostCopy:

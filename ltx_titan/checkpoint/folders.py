@@ -9,17 +9,20 @@ import json
 import logging
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
+
+from ltx_titan.checkpoint.reader import StateReader
 
 logger = logging.getLogger(__name__)
 
 TRAINER_FILE = "trainer.json"
 _PREFIX = "step-"
 _INCOMPLETE = ".incomplete"
+_DAMAGED = ".damaged"
 
 
 def step_folder(folder: str | Path, step: int) -> Path:
@@ -38,42 +41,45 @@ def saved_steps(folder: str | Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def latest_complete(folder: str | Path) -> Path | None:
-    """Returns the newest step folder that can be resumed from, or None.
-
-    Damaged folders are skipped with a warning that describes the damage.
-    """
+def complete_folders(folder: str | Path) -> Iterator[Path]:
+    """Yields the step folders that can be resumed from, newest first; damaged ones are skipped with a warning."""
     # By number rather than by file time, which copying changes.
     for step in reversed(saved_steps(folder)):
         path = step_folder(folder, step)
         damage = find_damage(path)
         if damage is None:
-            return path
-        logger.warning("Checkpoint %s cannot be used: %s. Trying the next older one.", path, damage)
-    return None
+            yield path
+        else:
+            logger.warning("Checkpoint %s cannot be used: %s. Trying the next older one.", path, damage)
+
+
+def latest_complete(folder: str | Path) -> Path | None:
+    """Returns the newest step folder that can be resumed from, or None."""
+    return next(complete_folders(folder), None)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a folder whose shards turned out to be damaged, so that its step is saved again; returns the new name."""
+    renamed = path.with_name(path.name + _DAMAGED)
+    if renamed.exists():
+        shutil.rmtree(renamed)
+    return path.rename(renamed)
 
 
 def find_damage(path: Path) -> str | None:
     """Checks that every file in a step folder's metadata exists at full length; returns the first problem or None."""
     try:
-        read_trainer_state(path)
-    except (OSError, ValueError) as error:
+        trainer = read_trainer_state(path)
+        if not isinstance(trainer, dict) or type(trainer.get("step")) is not int or trainer["step"] < 0:
+            return f"{TRAINER_FILE} does not hold a trainer state"
+    except (OSError, ValueError, RecursionError) as error:
         return f"{TRAINER_FILE} is missing or unreadable ({error})"
     try:
-        metadata = read_state_metadata(path)
+        return _find_damaged_file(path, read_state_metadata(path))
     except ValueError as error:
         return str(error)
-    # Several tensors share a file; it must reach to the end of the last one.
-    ends: dict[str, int] = defaultdict(int)
-    for info in metadata.storage_data.values():
-        ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
-    for name, end in sorted(ends.items()):
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size < end:
-            return f"{name} is cut short (expected {end:,} bytes, found {file.stat().st_size:,})"
-    return None
+    except Exception as error:  # a flipped bit leaves objects without attributes, or with values of other types
+        return f".metadata is unreadable ({type(error).__name__}: {error})"
 
 
 def read_state_metadata(path: Path) -> Metadata:
@@ -82,12 +88,23 @@ def read_state_metadata(path: Path) -> Metadata:
     Raises:
         ValueError: `.metadata` is missing or unreadable.
     """
-    try:
-        return FileSystemReader(path).read_metadata()
-    except FileNotFoundError as error:
-        raise ValueError(".metadata is missing") from error
-    except Exception as error:  # a truncated pickle can raise nearly anything
-        raise ValueError(f".metadata is unreadable ({type(error).__name__}: {error})") from error
+    return StateReader(path).read_metadata()
+
+
+def _find_damaged_file(path: Path, metadata: Metadata) -> str | None:
+    # Several tensors share a file; it must reach to the end of the last one.
+    ends: dict[str, int] = defaultdict(int)
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
+    for name, end in sorted(ends.items()):
+        if Path(name).name != name:
+            return f".metadata refers to {name!r}, outside the folder"
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size < end:
+            return f"{name} is cut short (expected {end:,} bytes, found {file.stat().st_size:,})"
+    return None
 
 
 def read_trainer_state(path: str | Path) -> dict[str, Any]:

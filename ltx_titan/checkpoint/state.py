@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
@@ -35,12 +36,21 @@ from ltx_titan.checkpoint.folders import (
     saved_steps,
     step_folder,
 )
-from ltx_titan.common.files import sync_folder
+from ltx_titan.checkpoint.reader import StateReader
+from ltx_titan.common.files import free_bytes, sync_folder
 from ltx_titan.common.ranks import agree, is_main_rank
 from ltx_titan.weights import module_tensors, parameter_names, plain_tensor
 from ltx_titan.weights.names import listed
 
 logger = logging.getLogger(__name__)
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; older ones are whole."""
+
+
+class DamagedError(ValueError):
+    """A checkpoint cannot be read."""
 
 
 def save_everything(name: str) -> bool:
@@ -81,7 +91,7 @@ def save_state(folder: str | Path, step: int, state: TrainingState, *, keep_last
         The complete step folder. If it exists already, nothing is written.
 
     Raises:
-        RuntimeError: a rank could not write; raised on every rank.
+        SaveError, OSError: a rank could not write; other ranks raise SaveError or PeerError.
     """
     return write_state(Path(folder), step, state_tensors(state), trainer_text(state, step), keep_last)
 
@@ -97,13 +107,13 @@ def load_state(path: str | Path, state: TrainingState) -> dict[str, Any]:
         The saved trainer state.
 
     Raises:
-        ValueError: the folder is damaged, or has other tensors than the job; the message names the settings that
-            determine them.
+        DamagedError: a file is damaged; raised on every rank. Some tensors may have been overwritten.
+        ValueError: the folder has other tensors than the job; the message names the settings that determine them.
     """
     path = Path(path)
     damage = find_damage(path)
     if damage is not None:
-        raise ValueError(f"Checkpoint {path} cannot be used: {damage}. Resume from an older step.")
+        raise DamagedError(f"Checkpoint {path} cannot be used: {damage}.")
     saved = read_state_metadata(path).state_dict_metadata
     # DCP loads into existing tensors, so a new optimizer needs its state first.
     _prime(state)
@@ -111,8 +121,47 @@ def load_state(path: str | Path, state: TrainingState) -> dict[str, Any]:
     tensors = state_tensors(state)
     # DCP itself casts a tensor of another dtype without a word, and stops at the first name that is missing.
     _check_same(path, saved, tensors)
-    dcp.load(tensors, checkpoint_id=path)
+    try:
+        dcp.load(tensors, storage_reader=StateReader(path))
+    except CheckpointException as error:  # raised on every rank
+        raise DamagedError(f"Checkpoint {path} cannot be used: {_first_reason(error)}.") from error
     return read_trainer_state(path)
+
+
+class SavedTensors:
+    """The tensors of a step folder, read in one process whatever mesh saved them, one at a time.
+
+    Args:
+        path: a complete step folder.
+
+    Raises:
+        DamagedError: the folder is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        damage = find_damage(self._path)
+        if damage is not None:
+            raise DamagedError(f"Checkpoint {path} cannot be used: {damage}.")
+        self._reader = StateReader(self._path)
+        saved = self._reader.read_metadata().state_dict_metadata
+        self.entries = {name: entry for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
+        """Shape (`size`) and dtype (`properties.dtype`) by saved name."""
+
+    def read(self, name: str) -> Tensor:
+        """Reads one full tensor to the host.
+
+        Raises:
+            DamagedError: its file is damaged.
+        """
+        entry = self.entries[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        try:
+            dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:
+            reason = _first_reason(error)
+            raise DamagedError(f"Checkpoint {self._path} cannot be used: {name} is unreadable: {reason}.") from error
+        return tensor
 
 
 def state_tensors(state: TrainingState) -> dict[str, Tensor]:
@@ -159,11 +208,35 @@ def write_state(
     if is_saved:
         return path
     # Every rank takes part and returns when its own files are written.
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
+    except CheckpointException as error:  # raised on every rank
+        raise SaveError(_why_not_saved(path, tensors, error)) from error
     _on_main_rank(lambda: _publish(temporary, path, trainer), what, group)
     # Only after the new one is complete: a crash at any time leaves at least one usable checkpoint.
     _on_main_rank(lambda: remove_old(folder, step, keep_last), f"removing old checkpoints in {folder}", group)
     return path
+
+
+def num_bytes(tensors: dict[str, Tensor]) -> int:
+    """Size of a state on disk, over all ranks."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _why_not_saved(path: Path, tensors: dict[str, Tensor], error: CheckpointException) -> str:
+    """One line: the rank that failed, its reason, and the space, which the reason omits if a zip file was cut short."""
+    needed, free = (f"{count / 2**30:.2f} GiB" for count in (num_bytes(tensors), free_bytes(path.parent)))
+    return (
+        f"{path} could not be written: {_first_reason(error)}. It needs {needed}, {free} are free on its disk. Older "
+        f"checkpoints are whole: free some space and rerun the same command."
+    )
+
+
+def _first_reason(error: CheckpointException) -> str:
+    """The first rank that failed and its reason, without the tracebacks and advice that torch adds."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    lines = str(cause).strip().splitlines() or [""]
+    return f"rank {rank}: {type(cause).__name__}: {lines[0].split('. In PyTorch')[0]}".rstrip(": .")
 
 
 def _on_main_rank(work: Callable[[], Any], what: str, group: dist.ProcessGroup | None) -> Any:
@@ -208,7 +281,7 @@ def _publish(temporary: Path, path: Path, trainer: str) -> None:
     # Every rank has reported success, so a file missing here was written to another node's local disk.
     damage = find_damage(temporary)
     if damage is not None:
-        raise RuntimeError(f"{temporary}: {damage}. Set job.dump_folder to a folder that all nodes share.")
+        raise SaveError(f"{temporary}: {damage}. Set job.dump_folder to a folder that all nodes share.")
     # The rename is the moment at which the checkpoint exists; everything in it must be on disk before.
     sync_folder(temporary)
     temporary.rename(path)

@@ -27,3 +27,5 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=SyntaxWarning, module="torchao")
     # The transformer's outputs are views of a matmul's result; nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # A checkpoint is read in one process on purpose by `ltx-titan export`.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -19,6 +19,10 @@ Item = TypeVar("Item")
 _COMMAND_TIMEOUT = timedelta(days=14)
 
 
+class PeerError(RuntimeError):
+    """Another rank failed; its own error says why."""
+
+
 def is_distributed() -> bool:
     """Whether there is more than one rank."""
     return dist.is_initialized() and dist.get_world_size() > 1
@@ -58,7 +62,7 @@ def agree(error: Exception | None, what: str, group: dist.ProcessGroup | None = 
         group: participating ranks; all by default.
 
     Raises:
-        RuntimeError: another rank failed. The failing rank re-raises its own error.
+        PeerError: another rank failed. The failing rank re-raises its own error.
     """
     own = None if error is None else f"{type(error).__name__}: {error}"
     failures: list[str | None] = [own]
@@ -71,9 +75,7 @@ def agree(error: Exception | None, what: str, group: dist.ProcessGroup | None = 
         raise error
     failed = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
     if failed:
-        raise RuntimeError(
-            f"{what} failed on rank " + "; rank ".join(f"{rank}: {text}" for rank, text in failed.items())
-        )
+        raise PeerError(f"{what} failed on rank " + "; rank ".join(f"{rank}: {text}" for rank, text in failed.items()))
 
 
 @dataclass(frozen=True)

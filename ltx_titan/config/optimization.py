@@ -47,8 +47,9 @@ class OptimizerSection(Section):
 
     name: OptimizerName = "adamw"
     """`muon` orthogonalizes the updates of the blocks' matrices, which it gathers for that; AdamW updates the rest."""
-    lr: AboveZero = 1e-4
-    """Peak learning rate, multiplied by the schedule. Muon's updates are scaled so that AdamW's rates fit."""
+    lr: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
+    """Peak learning rate, multiplied by the schedule. Muon's updates are scaled so that AdamW's rates fit. AdamW moves
+    every weight by about this much in a step, so nothing above 1 can train."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
     """AdamW: decay rates of the first and second moment; a lower second one adapts faster and is noisier."""
     eps: AboveZero = 1e-8

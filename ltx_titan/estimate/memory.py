@@ -14,14 +14,12 @@ from dataclasses import dataclass
 
 from ltx_titan.common.hardware import GIB
 from ltx_titan.estimate.workload import Setup, Workload
+from ltx_titan.optim.build import STATE_BYTES
 
 RESERVE = 2.5 * GIB
 """Bytes of the CUDA context, NCCL buffers and cuBLAS workspaces. Assumed."""
 SLACK = 1.04
 """Ratio of memory reserved by the allocator to memory held by tensors, with expandable segments. Assumed."""
-
-STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adamw4bit": 1.1, "muon": 4.0, "adafactor": 0.0}
-"""Bytes of optimizer state per trained weight, see `[optimizer]` in the configuration."""
 
 
 @dataclass(frozen=True)

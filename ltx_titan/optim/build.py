@@ -17,6 +17,9 @@ from ltx_titan.optim.adafactor import Adafactor
 from ltx_titan.optim.muon import Muon
 from ltx_titan.optim.offload import keep_state_on_host
 
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adamw4bit": 1.1, "muon": 4.0, "adafactor": 0.0}
+"""Optimizer state per trained weight, by `optimizer.name`."""
+
 Named = list[tuple[str, nn.Parameter]]
 
 

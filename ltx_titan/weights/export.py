@@ -195,5 +195,8 @@ def _write(file: BinaryIO, tensor: ExportTensor, full: Tensor | None) -> None:
         value = tensor.source()
     assert tuple(value.shape) == tensor.shape, f"{tensor.name}: shape {tuple(value.shape)}, announced {tensor.shape}"
     value = value.detach().to("cpu", tensor.dtype).contiguous()
+    # After the cast, in which large values overflow. 8-bit floats have no infinity to look for.
+    if value.is_floating_point() and value.itemsize > 1 and not value.isfinite().all():
+        raise ValueError(f"{tensor.name}: NaN or infinity in {tensor.dtype}; nothing was exported.")
     # As bytes, because NumPy has neither bfloat16 nor float8.
     file.write(value.reshape(-1).view(torch.uint8).numpy().data)

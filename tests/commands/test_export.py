@@ -1,0 +1,69 @@
+"""`ltx-titan export`: the bytes that training exports, from any mesh's checkpoint."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltx_titan.cli import main
+from tests.jobs import train, write_job
+
+LORA = {"model__mode": "lora", "lora__rank": 4, "lora__alpha": 8.0}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("settings", "ranks", "name"),
+    [
+        ({}, 2, "transformer-step-2.safetensors"),
+        (LORA, 2, "lora-step-2.safetensors"),
+        ({**LORA, "lora__dora": True}, 1, "transformer-step-2.safetensors"),
+    ],
+    ids=["full", "lora", "dora"],
+)
+def test_a_checkpoint_exports_to_the_bytes_that_training_wrote(
+    tmp_path, nano_path, data_root, capsys, settings, ranks, name
+):
+    train(write_job(tmp_path, nano_path, data_root, training__steps=2, **settings), ranks)
+    assert main(["export", str(tmp_path / "run/checkpoint/step-2"), str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == (tmp_path / "run/export" / name).read_bytes()
+
+
+def test_export_needs_neither_data_nor_gpu_nor_ranks_and_takes_another_dtype(tmp_path, nano_path, data_root):
+    train(write_job(tmp_path, nano_path, data_root, training__steps=1))
+    job = (tmp_path / "run/checkpoint/step-1/trainer.json").read_text()
+    (tmp_path / "run/checkpoint/step-1/trainer.json").write_text(job.replace(str(data_root), "/no/such/data"))
+    out = tmp_path / "new" / "model.safetensors"
+    command = [sys.executable, "-m", "ltx_titan.cli", "export", tmp_path / "run/checkpoint/step-1", out]
+    subprocess.run([*command, "--dtype", "bfloat16"], check=True, cwd=Path(__file__).parents[2])
+    assert {tensor.dtype for tensor in load_file(out).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("what", ["missing", "damaged", "not a step", "wrong name"])
+def test_what_cannot_be_exported_is_named_in_one_line(tmp_path, nano_path, data_root, capsys, what):
+    train(write_job(tmp_path, nano_path, data_root, training__steps=1))
+    step, out = tmp_path / "run/checkpoint/step-1", tmp_path / "out.safetensors"
+    expected = str(step)
+    if what == "missing":
+        step = tmp_path / "run/checkpoint/step-7"
+        expected = "step-7 cannot be used"
+    elif what == "damaged":
+        shard = next(step.glob("*.distcp"))
+        shard.write_bytes(bytes(shard.stat().st_size))  # zeros, as a power cut or a sparse copy leaves them
+        expected = "is unreadable"
+    elif what == "not a step":
+        step = tmp_path / "run"
+        expected = "trainer.json is missing"
+    else:
+        out = tmp_path / "out.pt"
+        expected = "expected a file name that ends in .safetensors"
+    assert main(["export", str(step), str(out)]) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+    assert not out.exists()
+    assert not list(tmp_path.glob("*.tmp.*"))
