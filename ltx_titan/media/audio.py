@@ -209,8 +209,7 @@ def _iter_chunks(path: str | Path) -> Iterator[_Chunk]:
             if run is None or not run.continues_with(frame, time_s):
                 if run is not None:
                     yield from run.convert(None)
-                start_s = Fraction(0) if time_s is None and run is None else time_s
-                start_s = run.end_s if start_s is None and run is not None else start_s - origin_s
+                start_s = run.end_s if time_s is None and run is not None else (time_s or Fraction(0)) - origin_s
                 # Shifts below a millisecond are rounding of the container's clock.
                 run = _Run(frame, Fraction(0) if abs(start_s) < _CLOCK_S else start_s, origin_s, rate)
             yield from run.convert(frame)

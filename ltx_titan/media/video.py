@@ -198,7 +198,8 @@ def _probe(path: str, version: tuple[int, int] | None) -> VideoInfo:
         raise MediaError(path, "has no frame rate")
     frames = len(times)
     if is_variable:
-        span = max(times) - min(times) + 1 / fps  # type: ignore[operator]
+        known = [time for time in times if time is not None]
+        span = max(known) - min(known) + 1 / fps
         frames = math.ceil((span - _TOLERANCE_S) * fps)
     with open_media(path) as container:
         stream = video_stream(container, path)
