@@ -59,7 +59,7 @@ def latest_complete(folder: str | Path) -> Path | None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a folder whose shards turned out to be damaged, so that its step is saved again; returns the new name."""
+    """Renames a folder with damaged shards, so that its step is saved again; returns the new name."""
     renamed = path.with_name(path.name + _DAMAGED)
     if renamed.exists():
         shutil.rmtree(renamed)

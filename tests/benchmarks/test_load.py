@@ -11,13 +11,13 @@ from ltx_titan.cli import main
 from ltx_titan.model import LTXTransformer
 from ltx_titan.nano.random_checkpoint import make_checkpoint
 from ltx_titan.weights import check_fits, read_metadata
-from tests.benchmarks.test_block import TINY
+from tests.shapes import TINY_23
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
-    (folder / "tiny.json").write_text(json.dumps({"transformer": TINY | {"in_channels": 128, "num_layers": 2}}))
+    (folder / "tiny.json").write_text(json.dumps({"transformer": TINY_23 | {"in_channels": 128, "num_layers": 2}}))
     path = folder / "tiny.safetensors"
     assert main(["make-checkpoint", "--shape", str(folder / "tiny.json"), str(path)]) == 0
     return path
