@@ -12,7 +12,6 @@ GLOSSARY = ROOT / "docs" / "CONTRIBUTING.md"
 ALLOWED = {
     ("ltx_titan/commands/captioning/text.py", "sounds"),
     ("ltx_titan/commands/captioning/text.py", "sound"),
-    ("ltx_titan/commands/captioning/text.py", "heard"),
     # `--kind grey` and the suffix of its files are part of the command's interface.
     ("ltx_titan/commands/compute_reference.py", "grey"),
     ("ltx_titan/commands/files.py", "grey"),

@@ -24,9 +24,7 @@ from ltx_titan.config.streams import (
     Suffix,
     VideoSection,
 )
-
-ShapeKey = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""(source, field, shape) of every tensor of a sample, as in the data package."""
+from ltx_titan.data import ShapeKey
 
 
 @dataclass(frozen=True)
