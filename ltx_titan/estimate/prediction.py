@@ -103,7 +103,7 @@ class SampleTimes:
         if self.mfu is not None:
             return model_flops(work) / (self.gpu.peak * self.mfu)
         kernels = has_measured_kernels(self.gpu.name)
-        setup = Setup(Degrees(), recompute="selective", compile=True, kernels=kernels)
+        setup = Setup(Degrees(), recompute="selective", compile=True, graphs=True, kernels=kernels)
         return estimate_time(work, setup, self.gpu).total
 
     @property

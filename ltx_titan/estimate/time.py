@@ -84,7 +84,8 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
     # FSDP2 overlaps its collectives with the computation of the same pass; only the excess takes time.
     exposed = max(0.0, gather - busy_forward) + max(0.0, gather + reduce + replicate - busy_backward)
     busy = busy_forward + busy_backward + exposed
-    host = max(0.0, _host(setup) - busy)
+    # A CUDA graph is one launch; otherwise the device waits wherever the host is slower.
+    host = 0.0 if setup.graphs else max(0.0, _host(setup) - busy)
 
     def all_blocks(seconds: float) -> float:
         return micro_batches * layers * seconds

@@ -21,6 +21,7 @@ from ltx_titan.lora import apply_lora
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
 from ltx_titan.model.flops import Trained
 from ltx_titan.model.transformer import Modalities
+from ltx_titan.parallel.graphs import obstacle
 from ltx_titan.parallel.tp import placement_of
 from ltx_titan.plan import Plan
 from ltx_titan.weights.quantized import QuantizedLinear
@@ -169,6 +170,7 @@ class Setup:
         k: one block in `k` is recomputed (`every_k`).
         local_batch_size: samples of a micro-batch.
         compile: blocks are compiled.
+        graphs: micro-steps are replayed as CUDA graphs, so that the speed of the host does not matter.
         kernels: norms and modulation are fused kernels, which index a token's modulation instead of expanding it.
         float8: recipe, or "none".
         float8_all_gather: FSDP2 gathers weights in float8.
@@ -181,6 +183,7 @@ class Setup:
     k: int = 1
     local_batch_size: int = 1
     compile: bool = False
+    graphs: bool = False
     kernels: bool = False
     float8: str = "none"
     float8_all_gather: bool = False
@@ -281,6 +284,7 @@ def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
         k=job.activation_checkpoint.k or 1,
         local_batch_size=job.training.local_batch_size,
         compile=job.compile.enable,
+        graphs=job.compile.graphs != "off" and obstacle(job, degrees, torch.device("cuda")) is None,
         kernels=backend == "triton" or (backend == "auto" and has_measured_kernels(gpu)),
         float8=job.float8.recipe,
         float8_all_gather=job.float8.all_gather,

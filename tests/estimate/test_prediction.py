@@ -11,7 +11,7 @@ import torch
 from ltx_titan.cli import main
 from ltx_titan.common.hardware import GIB, GPUS, bus_bandwidth
 from ltx_titan.config import Degrees, build_job, load_job
-from ltx_titan.estimate.command import PEAK_ERROR, TIME_ERROR, overrides_of
+from ltx_titan.estimate.command import PEAK_ERROR, TIME_ERROR, TIMED_LAYERS, overrides_of
 from ltx_titan.estimate.dry_run import DryRun, dry_run
 from ltx_titan.estimate.memory import Memory, saved_per_block
 from ltx_titan.estimate.prediction import candidates, estimate, search, step_times
@@ -169,10 +169,12 @@ def test_estimate_agrees_with_a_measured_run(job, row):
     (own,) = {case.partition(":")[2] for case in cases if case.startswith(f"{row['case']}:")}
     overrides = [word for word in f"{common} {own}".split() if word.startswith("--") and "." in word.partition("=")[0]]
     plan = plan_job(load_job(BENCHMARKS / job, overrides), row["ranks"])
-    found = estimate(make_workload(plan), make_setup(plan.job, plan.degrees), GPUS["h100"])
-    assert "H100" in row["device"]
+    gpu = GPUS["h200" if "H200" in row["device"] else "h100"]
+    found = estimate(make_workload(plan), make_setup(plan.job, plan.degrees), gpu)
     assert found.memory.peak / GIB == pytest.approx(row["peak_mem_gib"], rel=PEAK_ERROR)
-    assert found.time.total == pytest.approx(row["step_time_s"], rel=TIME_ERROR)
+    # Without graphs the host decides, whose speed differs between machines and is not predicted.
+    if plan.job.compile.graphs == "on" and plan.architecture.num_layers >= TIMED_LAYERS:
+        assert found.time.total == pytest.approx(row["step_time_s"], rel=TIME_ERROR)
 
 
 def test_a_search_only_proposes_what_can_be_planned_and_fits():
