@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.filter import Graph
+from av.video.reformatter import VideoReformatter
 
 from ltx_titan.media.container import MediaError
 
@@ -32,6 +33,9 @@ class ToRgb:
         """Takes the video's path, for messages."""
         self._path = Path(path)
         self._graph: Graph | None = None
+        # One for all frames: each frame's own would start threads that live as long as the frame.
+        self._reformatter = VideoReformatter()
+        self._is_dolby: bool | None = None
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """Converts a frame.
@@ -43,15 +47,17 @@ class ToRgb:
         if frame.color_primaries in _WIDE_PRIMARIES:
             frame = self._to_bt709(frame)
         if has_alpha(frame):
-            return over_white(frame.to_ndarray(format="rgba"))
-        return frame.to_ndarray(format="rgb24")
+            return over_white(self._reformatter.reformat(frame, format="rgba").to_ndarray())
+        return self._reformatter.reformat(frame, format="rgb24").to_ndarray()
 
     def _check(self, frame: av.VideoFrame) -> None:
         transfer, name = frame.color_trc, self._path.name
-        # Dolby Vision profile 5 leaves the transfer unspecified: it is PQ in a color space of its own.
-        is_dolby = transfer == _UNSPECIFIED and frame.side_data.get("DOVI_METADATA") is not None
-        if transfer in _HDR_TRANSFERS or is_dolby:
-            label = "Dolby Vision" if is_dolby else _HDR_TRANSFERS[transfer]
+        if self._is_dolby is None:
+            # Profile 5 leaves the transfer unspecified: it is PQ in a color space of its own. Only the first frame is
+            # asked: PyAV's side data refers back to its frame, which then lives until the garbage collector runs.
+            self._is_dolby = transfer == _UNSPECIFIED and frame.side_data.get("DOVI_METADATA") is not None
+        if transfer in _HDR_TRANSFERS or self._is_dolby:
+            label = "Dolby Vision" if self._is_dolby else _HDR_TRANSFERS[transfer]
             raise MediaError(
                 self._path,
                 f"is HDR with the transfer function {label}, expected SDR (BT.709); convert its tones: "
