@@ -151,10 +151,17 @@ class _StopHandler:
 
 def _report(error: ChildFailedError, stop: signal.Signals | None) -> int:
     """Prints what the console does not show yet of the failed ranks; returns the exit code."""
-    # Ranks with an error of their own first, then killed ones: the others only lost the connection to these.
+    # Ranks with an error of their own first, then killed ones: the others only lost the connection to these. Ranks that
+    # ended by SIGTERM are last: torchrun sends it to the others once a rank has failed.
     failures = sorted(
         error.failures.items(),
-        key=lambda item: (_own_error(item[1]) is None, item[1].exitcode > 0, item[1].timestamp, item[0]),
+        key=lambda item: (
+            _own_error(item[1]) is None,
+            item[1].exitcode == -signal.SIGTERM,
+            item[1].exitcode > 0,
+            item[1].timestamp,
+            item[0],
+        ),
     )
     rank, failure = failures[0]
     if stop is not None and -failure.exitcode in STOP_SIGNALS:

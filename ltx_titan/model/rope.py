@@ -15,7 +15,6 @@ specification. Only the frequencies are computed in float64, and only if the che
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import pi
 from typing import NamedTuple
 
@@ -87,7 +86,6 @@ class RotaryTables:
         return torch.cat([front, packed], dim=-1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-@cache
 def frequency_grid(theta: float, count: int, double_precision: bool) -> Tensor:
     """Angular frequencies [count], float32, on the CPU, rising from pi / 2 to theta * pi / 2.
 
@@ -96,16 +94,25 @@ def frequency_grid(theta: float, count: int, double_precision: bool) -> Tensor:
         count: number of frequencies.
         double_precision: compute in float64 and round once; otherwise compute in float32 (differs by up to 4e-7).
     """
-    # On the CPU and cached: `linspace` and `pow` may round differently on a GPU, and the grid is the same for all
-    # batches.
+    # On the CPU: `linspace` and `pow` may round differently on a GPU.
     exponents = torch.linspace(0.0, 1.0, count, dtype=torch.float64 if double_precision else torch.float32)
     return (theta**exponents * (pi / 2)).float()
 
 
-@cache
+# The grid is the same for all batches. Device and arguments of `frequency_grid` -> grid on that device.
+_GRIDS: dict[tuple[torch.device, float, int, bool], Tensor] = {}
+
+
 def _grid_on(device: torch.device, theta: float, count: int, double_precision: bool) -> Tensor:
-    """`frequency_grid` on a device, copied there once: a CUDA graph cannot contain the copy."""
-    return frequency_grid(theta, count, double_precision).to(device)
+    """Copies `frequency_grid` to a device once: a CUDA graph cannot contain the copy."""
+    key = (device, theta, count, double_precision)
+    grid = _GRIDS.get(key)
+    if grid is None:
+        grid = frequency_grid(theta, count, double_precision).to(device)
+        # A dry run computes with fake tensors, which a later real forward could not use.
+        if type(grid) is Tensor:
+            _GRIDS[key] = grid
+    return grid
 
 
 def midpoints(positions: Tensor) -> Tensor:

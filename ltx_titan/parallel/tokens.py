@@ -124,7 +124,6 @@ def _own_tokens(whole: Modality, layout: TokenLayout, cp: int, cp_rank: int) -> 
             return x
         return part(x, 1, cp_rank * per_cp + layout.tp.rank * per_tp, per_tp)
 
-    assert index is not None, "distinct timesteps come with an index per token"
     assert coordinate_index is not None, "distinct coordinates come with an index per token"
 
     return replace(
@@ -133,7 +132,8 @@ def _own_tokens(whole: Modality, layout: TokenLayout, cp: int, cp_rank: int) -> 
         timesteps=own(whole.timesteps),
         keyframes_mask=None if whole.keyframes_mask is None else own(whole.keyframes_mask),
         timestep_values=values,
-        timestep_index=own(index),
+        # None if each sample has a single timestep: then no token needs an index.
+        timestep_index=None if index is None else own(index),
         coordinate_values=coordinate_values,
         coordinate_index=part(coordinate_index, 2, cp_rank * per_cp, per_cp),
     )

@@ -20,7 +20,7 @@ def test_page_lists_every_key_with_type_default_and_description():
     assert all(len(row.replace("\\|", "").split("|")) == 6 for row in rows)
     assert not any("|  |" in row for row in rows)
     for row in (
-        "| `lr` | number > 0.0 | `0.0001` | Peak learning rate",
+        "| `lr` | number > 0.0, <= 1.0 | `0.0001` | Peak learning rate",
         '| `mode` | `"full"`, `"lora"` | `"full"` |',
         "| `temporal_boundary` | integer >= 1 | required |",
         "| `spatial_region` | list of 4 integers | required |",

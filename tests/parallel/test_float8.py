@@ -47,5 +47,5 @@ def test_an_audio_model_is_refused():
 def test_row_scales_cannot_be_gathered_in_float8():
     with torch.device("meta"):
         model = LTXTransformer.from_config(model_config())
-    with pytest.raises(ValueError, match="use 'tensorwise'"):
+    with pytest.raises(ValueError, match="to 'tensorwise'"):
         apply_float8(model, "rowwise", emulate=True, fsdp_all_gather=True)
