@@ -2,13 +2,13 @@
 
 Reads a trace of torch's profiler. Two times are given for each class: the sum of its kernels, and what of it is
 *exposed*: at every moment the step is attributed to one running class, the first of `CLASSES`, so that a collective
-beside a matrix product is hidden and exposed times add up to the time in which the device was busy.
+beside a matmul is hidden and exposed times add up to the time in which the device was busy.
 
 Classes follow from kernel names, except the optimizer's and clipping's, which follow from where they were launched:
 `record_function` ranges on the host. Kernels of a replayed CUDA graph have names but no ranges, and need none: forward
 and backward are all that is replayed.
 
-Recomputation is what runs again in the backward pass: kernels of matrix products, attention, fused operations and
+Recomputation is what runs again in the backward pass: kernels of matmuls, attention, fused operations and
 Inductor whose names have run in the forward pass. It misses what Inductor has fused into other kernels of the backward
 graph (`selective`), which is elementwise work.
 """
@@ -26,7 +26,7 @@ _OPTIMIZER_RANGE = "Optimizer.step"
 
 # In the order in which a moment is attributed: what computes before what only moves.
 CLASSES = (
-    "matrix products",
+    "matmul",
     "attention",
     "fused kernels",
     "elementwise",
@@ -42,13 +42,17 @@ _NAMES = (
     ("NCCL", ("nccl",)),
     ("attention", ("fmha", "flash", "sdpa", "cudnn_generated", "attention")),
     ("fused kernels", ("_forward_kernel", "_backward_kernel", "_sum_partials_kernel", "_sum_weights_kernel")),
-    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
-    ("copies", ("chunk_cat", "split_with_sizes_copy", "memcpy dtod", "copy_kernel", "copyfunctor")),
+    ("matmul", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
+    # A copy within a device is a kernel `memcpy...` inside a graph.
+    (
+        "copies",
+        ("chunk_cat", "split_with_sizes_copy", "memcpy dtod", "memcpy128", "memcpy32", "copy_kernel", "copyfunctor"),
+    ),
     ("host copies", ("memcpy htod", "memcpy dtoh")),
 )
-_RECOMPUTED = ("matrix products", "attention", "fused kernels", "elementwise")
-# nvjet's layouts (NTT: gradients of weights, NNN: of inputs), cuDNN's and our own names.
-_BACKWARD = ("bprop", "_backward_kernel", "_ntt", "_nnn", "backward")
+_RECOMPUTED = ("matmul", "attention", "fused kernels", "elementwise")
+# nvjet's layouts (NTT, NTN: gradients of weights; NNN, NNT: of inputs), cuDNN's and our own names.
+_BACKWARD = ("bprop", "_backward_kernel", "_ntt", "_ntn", "_nnn", "_nnt", "backward")
 
 
 @dataclass

@@ -29,12 +29,12 @@ def host(name: str, start: float, ms: float, cat: str = "cuda_runtime", correlat
 
 
 TRACE = [
-    # Forward: a product, attention, one of our kernels; weights are gathered beside the product.
+    # Forward: a matmul, attention, one of our kernels; weights are gathered beside the matmul.
     kernel("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN", 0, 4),
     kernel("ncclDevKernel_AllGather_RING_LL", 1, 2),
     kernel("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", 4, 3),
     kernel("_residual_norm_forward_kernel", 7, 1),
-    # Backward: attention's gradient, the product again, gradients of weights; the last reduce-scatter is exposed.
+    # Backward: attention's gradient, the matmul again, gradients of weights; the last reduce-scatter is exposed.
     kernel("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", 10, 6),
     kernel("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN", 16, 4),
     kernel("_residual_norm_forward_kernel", 20, 1),
@@ -60,7 +60,7 @@ def test_a_step_is_split_by_class_and_by_what_is_exposed():
     kernels = {kind: share.kernel_ms for kind, share in found.shares.items() if share.launches}
     assert kernels == pytest.approx(
         {
-            "matrix products": 12,
+            "matmul": 12,
             "attention": 9,
             "fused kernels": 2,
             "elementwise": 1,
@@ -71,7 +71,7 @@ def test_a_step_is_split_by_class_and_by_what_is_exposed():
         }
     )
     exposed = {kind: share.exposed_ms for kind, share in found.shares.items() if share.exposed_ms}
-    # The all-gather runs beside a product; the reduce-scatter is hidden by the copies for one of its four.
+    # The all-gather runs beside a matmul; the reduce-scatter is hidden by the copies for one of its four.
     assert exposed == pytest.approx(kernels | {"NCCL": 3})
     assert found.busy_ms == pytest.approx(sum(exposed.values()))
     assert found.busy_ms == pytest.approx(35 - 2 - 1)  # the last kernel ends at 35 ms, and there are two gaps
