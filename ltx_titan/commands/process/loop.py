@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from ltx_titan.commands.process.changes import Changes, MadeOf
 from ltx_titan.commands.process.store import Store
 from ltx_titan.commands.report import Report, Ticker
 from ltx_titan.common.tensors import free_device_memory
@@ -73,6 +74,14 @@ class Stage(ABC, Generic[Item, Encoder]):
         return True
 
     @abstractmethod
+    def sources(self, row: SampleRow) -> dict[str, Path]:
+        """Role -> file that the outputs of a row depend on."""
+
+    def text(self, row: SampleRow) -> str | None:
+        """Caption that the outputs of a row depend on."""
+        return None
+
+    @abstractmethod
     def subject(self, row: SampleRow) -> str:
         """Name of the row in messages, usually its file."""
 
@@ -99,6 +108,7 @@ class Run:
 
     Attributes:
         store: prepared data that the run writes to.
+        changes: rows that are up to date, and what others are made of.
         report: counts outcomes.
         num_workers: threads that read ahead; each holds one decoded clip.
         overwrite: make samples again that are stored.
@@ -106,6 +116,7 @@ class Run:
     """
 
     store: Store
+    changes: Changes
     report: Report
     num_workers: int
     overwrite: bool
@@ -134,7 +145,7 @@ def _run_stage(stage: Stage[Any, Any], rows: Sequence[SampleRow], run: Run) -> s
         run.report.notes[f"rows without a file for {stage.name}"] += missing
     todo = []
     for row in applicable:
-        if not run.overwrite and all(run.store.has(folder, row.key) for folder in stage.folders):
+        if not run.overwrite and run.changes.is_done(stage, row):
             run.report.add(stage.name, "skipped")
         else:
             todo.append(row)
@@ -166,16 +177,22 @@ def _encode_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run, ba
     # Only here, after the rows that are stored were skipped: a finished run loads no model.
     encoder = stage.load()
     remaining = deque(todo)
-    for row, item in _read_ahead(stage.read, todo, run.num_workers):
+
+    def read(row: SampleRow) -> tuple[MadeOf, Any]:
+        # In this order: a file that is replaced in between differs from its fingerprint and is read again next time.
+        return run.changes.made_of(stage, row), stage.read(row)
+
+    for row, item in _read_ahead(read, todo, run.num_workers):
         remaining.popleft()
         try:
             if isinstance(item, Exception):
                 # Errors of reading and of encoding are reported alike.
                 raise item
-            output = stage.encode(row, item, encoder)
+            made_of, content = item
+            output = stage.encode(row, content, encoder)
             # In the order of the stage: a row counts as done when all of its folders have it.
             for folder, fields in output.fields.items():
-                run.store.write(folder, row.key, fields)
+                run.store.write(folder, row.key, fields, made_of.files, made_of.text)
         except ValueError as error:
             run.report.fail(stage.name, stage.subject(row), _reason(error))
             failed.add(row.key)

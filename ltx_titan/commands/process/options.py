@@ -34,7 +34,14 @@ class DataOptions:
     """Threads that decode files ahead of the encoder."""
 
     overwrite: Flag = False
-    """Make samples again that exist already."""
+    """Make samples again that exist already, all of them. Without it, those whose files or captions changed."""
+
+    overwrite_changed: Flag = False
+    """Make those samples again that were made with other options or another model, instead of refusing to mix them."""
+
+    prune: Flag = False
+    """Remove stored samples that no row asks for; with --dry-run, list them. Without it they are kept, out of
+    training. Samples of other tables stay as long as their table exists."""
 
     dry_run: Flag = False
     """Load no model, write nothing: report what would be done, and what would be skipped and why."""

@@ -4,7 +4,8 @@ Videos come first: the caption of a file that cannot be read needs no 12 B text 
 its share of the rows, so the outputs that a later stage needs of an earlier one are always stored.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from ltx_titan.codecs import text_encoder_config
+from ltx_titan.commands.process.changes import Changes, report_changes, with_examples
 from ltx_titan.commands.process.loop import Run, Stage, run_stages
 from ltx_titan.commands.process.options import (
     CaptionOptions,
@@ -33,6 +35,7 @@ from ltx_titan.commands.process.stages import (
 from ltx_titan.commands.process.store import Settings, Store
 from ltx_titan.commands.report import Report
 from ltx_titan.common.ranks import join_ranks
+from ltx_titan.data.fingerprints import model_digest
 from ltx_titan.encode.buckets import Bucket, parse_buckets
 from ltx_titan.encode.captions import text_bytes
 from ltx_titan.encode.clips import ClipRules
@@ -70,6 +73,14 @@ class _Task:
         if self.media is None or self.media.skip_audio:
             return False
         return self.table.has_video and not self.table.has_audio
+
+    @property
+    def unused_folders(self) -> list[str]:
+        """Source folders that exist for columns which the table does not have (any more)."""
+        if self.media is None:
+            return []
+        others = [folder for column, folder in _EXTRA_FOLDERS.items() if column not in self.table.extras]
+        return [folder for folder in others if (self.data.root / folder).is_dir()]
 
     @property
     def folders(self) -> list[str]:
@@ -114,10 +125,12 @@ def process(
         store = Store(
             data.root,
             task.table.samples,
-            task.folders,
+            task.folders + task.unused_folders,
             _settings(task),
+            table=_table_description(task),
             shard_size=data.shard_size,
-            overwrite=data.overwrite,
+            other_options=data.overwrite or data.overwrite_changed,
+            rank=ranks.rank,
         )
         if ranks.is_main:
             for item, reason in task.table.rejected:
@@ -132,10 +145,22 @@ def process(
             rows = list(task.table.samples) if ranks.is_main else []
         else:
             rows = store.begin(task.table.samples, ranks)
-        run = Run(store, report, data.num_workers, data.overwrite, data.dry_run)
-        run_stages(_stages(task, store), rows, run)
+        changes, stages = Changes(store, data.dataset_path), _stages(task, store)
+        orphans = changes.orphans(stages, task.table.samples, task.unused_folders) if ranks.is_main else {}
+        if not data.overwrite:
+            changes.compare(stages, rows, data.dry_run)
+        if ranks.is_main:
+            if not data.dry_run:
+                for folder, keys in orphans.items():
+                    store.fingerprints[folder].mark(keys, "orphan")
+            _report_orphans(orphans, task, report)
+        report_changes(ranks.gather(changes.notes), ranks, report)
+        run_stages(stages, rows, Run(store, changes, report, data.num_workers, data.overwrite, data.dry_run))
         tallies = ranks.gather(report.tally())
         report.merge(tally for rank, tally in enumerate(tallies) if rank != ranks.rank)
+        # After all ranks have recorded their last sample.
+        if ranks.is_main and not data.dry_run:
+            store.finish(orphans, data.prune)
         return report
 
 
@@ -145,6 +170,23 @@ def report_and_status(report: Report, title: str, root: Path) -> int:
     if not report.plans:
         report.console.print(f"prepared data: {root}", highlight=False, soft_wrap=True)
     return 0 if report.succeeded() else 1
+
+
+def _report_orphans(orphans: Mapping[str, Sequence[str]], task: _Task, report: Report) -> None:
+    """Notes the samples that no row asks for; a dry run that would remove them lists their files."""
+    what = "removed" if task.data.prune else "kept out of training (--prune removes them)"
+    together: dict[tuple[str, ...], list[str]] = {}
+    for folder, keys in orphans.items():
+        # Of a removed row, all folders have the same samples.
+        if keys:
+            together.setdefault(tuple(keys), []).append(folder)
+    for keys, folders in together.items():
+        note = f"{', '.join(folders)}: no longer in {task.data.dataset_path.name}, {what}"
+        report.notes[with_examples(note, keys)] += len(keys)
+        if task.data.prune and task.data.dry_run:
+            for folder in folders:
+                for key in keys:
+                    report.write(f"would be removed: {task.data.root / folder / key}")
 
 
 def _stages(task: _Task, store: Store) -> list[Stage[Any, Any]]:
@@ -223,6 +265,16 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
     return _Task(data, media, captions, table, files, checkpoint, rules, scale, durations_s)
 
 
+def _table_description(task: _Task) -> dict[str, Any]:
+    """Path and columns of the table, by which later commands find it."""
+    table, root = Path(os.path.abspath(task.data.dataset_path)), Path(os.path.abspath(task.data.root))
+    # Relative if they would be moved together.
+    path = os.path.relpath(table, root) if root.is_relative_to(table.parent) else str(table)
+    caption_column = task.captions.caption_column if task.captions else None
+    columns = {"video_column": task.data.video_column, "caption_column": caption_column}
+    return {"path": path} | {name: column for name, column in columns.items() if column is not None}
+
+
 def _settings(task: _Task) -> Settings:
     """Options that the samples of each folder depend on, for the note in the data root."""
     settings: Settings = {}
@@ -232,10 +284,12 @@ def _settings(task: _Task) -> Settings:
         "fps": None if task.rules.fps is None else str(task.rules.fps),
         "reshape_mode": task.rules.reshape,
     }
-    video = {**rules, "video_vae": task.files.video_path.name}
+    digests = _model_digests(task)
+    video = {**rules, "video_vae": task.files.video_path.name, "video_vae_digest": digests.get("video_vae")}
     audio = {
         **(rules if task.table.has_video else {"audio_durations": list(task.durations_s)}),
         "audio_vae": task.files.audio_path.name,
+        "audio_vae_digest": digests.get("audio_vae"),
     }
     # Names of the files rather than paths: a dataset may be continued on another machine.
     settings["latents"] = video
@@ -247,10 +301,22 @@ def _settings(task: _Task) -> Settings:
     if task.captions is not None:
         settings["conditions"] = {
             "model": task.files.checkpoint.name,
+            "model_digest": digests["model"],
             "text_encoder": task.captions.text_encoder_path.name,
+            "text_encoder_digest": digests["text_encoder"],
             "precision": task.captions.precision,
             "lora_trigger": (task.captions.lora_trigger or "").strip() or None,
             "remove_llm_prefixes": task.captions.remove_llm_prefixes,
             "form": "contexts" if task.captions.contexts else "features",
         }
     return {folder: settings[folder] for folder in task.folders if folder in settings}
+
+
+def _model_digests(task: _Task) -> dict[str, str]:
+    """Digests of the models that encode: another file of the same name gives other latents."""
+    paths = {}
+    if task.media is not None:
+        paths |= {"video_vae": task.files.video_path, "audio_vae": task.files.audio_path}
+    if task.captions is not None:
+        paths |= {"model": task.files.checkpoint, "text_encoder": task.captions.text_encoder_path}
+    return {name: model_digest(path) for name, path in paths.items()}

@@ -79,6 +79,9 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
     def folders(self) -> tuple[str, ...]:
         return ("latents", "audio_latents") if self.with_audio else ("latents",)
 
+    def sources(self, row: SampleRow) -> dict[str, Path]:
+        return {"video": row.media}
+
     def subject(self, row: SampleRow) -> str:
         return str(row.media)
 
@@ -146,6 +149,11 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
 
     def applies_to(self, row: SampleRow) -> bool:
         return self.file(row) is not None
+
+    def sources(self, row: SampleRow) -> dict[str, Path]:
+        # The clip's duration decides; its file changes at least as often.
+        clip = {"video": row.video} if row.video is not None else {}
+        return {self.name: self._path(row), **clip}
 
     def subject(self, row: SampleRow) -> str:
         return str(self.file(row))
@@ -217,6 +225,9 @@ class ReferenceVideoStage(Stage[DecodedReference, VideoCodec]):
     def applies_to(self, row: SampleRow) -> bool:
         return "reference_video" in row.extras
 
+    def sources(self, row: SampleRow) -> dict[str, Path]:
+        return {"reference video": row.extras["reference_video"], "video": row.media}
+
     def subject(self, row: SampleRow) -> str:
         return str(row.extras["reference_video"])
 
@@ -250,6 +261,9 @@ class VideoMaskStage(Stage[Tensor, None]):
     def applies_to(self, row: SampleRow) -> bool:
         return "video_mask" in row.extras
 
+    def sources(self, row: SampleRow) -> dict[str, Path]:
+        return {"video mask": row.extras["video_mask"], "video": row.media}
+
     def subject(self, row: SampleRow) -> str:
         return str(row.extras["video_mask"])
 
@@ -281,6 +295,10 @@ class AudioMaskStage(Stage[Tensor, None]):
 
     def applies_to(self, row: SampleRow) -> bool:
         return "audio_mask" in row.extras
+
+    def sources(self, row: SampleRow) -> dict[str, Path]:
+        media = {"video": row.video, "audio": row.audio}
+        return {"audio mask": row.extras["audio_mask"]} | {role: path for role, path in media.items() if path}
 
     def subject(self, row: SampleRow) -> str:
         return str(row.extras["audio_mask"])
@@ -326,6 +344,12 @@ class CaptionStage(Stage[str, TextModels]):
     with_contexts: bool
     name: str = "captions"
     folders: tuple[str, ...] = ("conditions",)
+
+    def sources(self, row: SampleRow) -> dict[str, Path]:
+        return {}
+
+    def text(self, row: SampleRow) -> str | None:
+        return row.caption
 
     def subject(self, row: SampleRow) -> str:
         return f"row {row.row} ({row.media})"

@@ -8,8 +8,9 @@ number of interruptions end in the same bytes.
 A full disk or an interrupted copy can still truncate a file. A `.pt` file is a zip archive with its table of contents
 at the end, and the header of a shard states its length: both are checked without reading the tensors.
 
-`prepare.json` notes the options of each folder. A run skips what is stored; without the note, a run with other buckets
-would skip everything and look successful.
+What each sample was made of is recorded in its folder (`ltx_titan.data.fingerprints`). A run with other options than those
+of stored samples is refused, since it would skip everything and look successful. `prepare.json` notes the options of the
+last run.
 """
 
 import json
@@ -17,11 +18,13 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ltx_titan.common.files import remove_empty_folders, write_text
 from ltx_titan.common.ranks import Ranks
+from ltx_titan.data.fingerprints import FileVersion, Fingerprint, FingerprintFile
 from ltx_titan.data.layout import Fields, Value, load_fields, read_sample, write_sample
 from ltx_titan.data.shards import (
     list_shards,
@@ -53,30 +56,43 @@ class Store:
         folders: Iterable[str],
         settings: Settings,
         *,
+        table: Mapping[str, Any],
         shard_size: int | None = None,
-        overwrite: bool = False,
+        other_options: bool = False,
+        rank: int = 0,
     ) -> None:
-        """Compares the options of the run with those of the stored samples, and lists the shards that exist.
+        """Lists the shards and fingerprints that exist, and compares the run's options with those of stored samples.
 
         Args:
             root: root of the prepared data; need not exist.
             samples: all samples of the dataset, in the order of their rows.
             folders: source folders that the run may read or write.
             settings: options that the samples of each folder depend on.
+            table: description of the dataset table: `path` (absolute or relative to `root`) and its columns.
             shard_size: samples per shard, None for one `.pt` file per sample.
-            overwrite: whether stored samples are made again, so that their options do not matter.
+            other_options: whether samples of other options are accepted, since they are made again.
+            rank: number of this process.
 
         Raises:
             ValueError: samples were made with other options.
         """
-        if not overwrite:
-            # Before the root is listed, which takes a while for a large dataset.
-            _check_settings(root, settings)
         self.root = root
         self._settings = settings
         self.damaged: list[Path] = []
         self._is_sharded = shard_size is not None
+        folders = list(folders)
         self._shards = {folder: self._list(root / folder) for folder in folders}
+        self.fingerprints = {folder: FingerprintFile(root / folder, rank) for folder in folders}
+        self._tables = {folder: file.intern(table) for folder, file in self.fingerprints.items()}
+        self._differing: dict[tuple[str, str], dict[str, tuple[Any, Any]]] = {}
+        earlier = _read_settings(root)
+        # Of samples without fingerprints; options that are not noted are taken for those of this run.
+        self._earlier = {
+            folder: file.intern({**settings.get(folder, {}), **earlier.get(folder, {})})
+            for folder, file in self.fingerprints.items()
+        }
+        if not other_options:
+            self._check_options(samples)
         present = {key: number for keys in self._shards.values() for key, number in keys.items()}
         # A stored sample stays in its shard, even if rows were inserted before it since.
         self._shard = {
@@ -106,13 +122,83 @@ class Store:
             return read_sample(path)
         return read_shard_sample(shard_path(self.root / folder, number), key.as_posix())
 
-    def write(self, folder: str, key: Path, fields: Mapping[str, Value]) -> None:
-        """Writes a sample.
+    def write(
+        self, folder: str, key: Path, fields: Mapping[str, Value], files: Mapping[str, FileVersion], text: str | None
+    ) -> None:
+        """Writes a sample and its fingerprint.
+
+        Args:
+            folder: source folder.
+            key: path of the sample below it.
+            fields: the sample.
+            files: role -> file that it was made of.
+            text: digest of the caption that it was made of.
 
         Raises:
             ValueError: `read` would refuse its fields.
         """
+        file, name = self.fingerprints[folder], key.as_posix()
+        options = file.intern(self._settings.get(folder, {}))
+        entry = Fingerprint(files, text, options, self.table_id(folder), "pending")
+        # Before the file: a kill in between must not leave a new file with the old fingerprint, or with none.
+        file.set({name: entry})
         write_sample(self.root / folder / key, fields)
+        file.set({name: replace(entry, state="done")})
+
+    def table_id(self, folder: str) -> str:
+        """Id of the run's table in the fingerprints of a folder."""
+        return self._tables[folder]
+
+    def earlier_options(self, folder: str) -> str:
+        """Id of the options that samples without fingerprints were made with, as far as they are known."""
+        return self._earlier[folder]
+
+    def differing_options(self, folder: str, options: str) -> dict[str, tuple[Any, Any]]:
+        """Options of the run that differ from those of an id: name -> (before, now)."""
+        if (folder, options) not in self._differing:
+            before, now = self.fingerprints[folder].values.get(options, {}), self._settings.get(folder, {})
+            # Options that one of them lacks are of another version of this program.
+            self._differing[folder, options] = {
+                name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]
+            }
+        return self._differing[folder, options]
+
+    def stored(self, folder: str) -> set[str]:
+        """Paths of all samples of a folder, whether or not a row has them."""
+        base = self.root / folder
+        found = set(self._shards[folder])
+        for parent, _, names in os.walk(base, followlinks=True):
+            found |= {Path(parent, name).relative_to(base).as_posix() for name in names if name.endswith(".pt")}
+        return found
+
+    def mtime_ns(self, folder: str, key: Path) -> int:
+        """Time when a stored sample was written."""
+        path = self.root / folder / key
+        if not path.is_file():
+            path = shard_path(self.root / folder, self._shards[folder][key.as_posix()])
+        return path.stat().st_mtime_ns
+
+    def finish(self, orphans: Mapping[str, Sequence[str]], prune: bool) -> None:
+        """Removes orphans if wanted, and tidies the fingerprints; called once, after all ranks are done."""
+        for folder, file in self.fingerprints.items():
+            removed = orphans.get(folder, ()) if prune else ()
+            self._remove(folder, removed)
+            file.compact(removed)
+
+    def _remove(self, folder: str, keys: Iterable[str]) -> None:
+        """Removes samples; those that stay in a shard keep their order."""
+        base, removed = self.root / folder, set(keys)
+        for key in removed:
+            if (base / key).is_file():
+                (base / key).unlink()
+                remove_empty_folders((base / key).parent, base)
+        for number in {self._shards[folder].pop(key) for key in removed & self._shards[folder].keys()}:
+            path = shard_path(base, number)
+            kept = {key: fields for key, fields in read_shard(path).items() if key not in removed}
+            if kept:
+                write_shard(path, kept)
+            else:
+                path.unlink()
 
     def begin(self, samples: Iterable[SampleRow], ranks: Ranks) -> list[SampleRow]:
         """Removes what killed runs left unfinished and notes the options of this one; all ranks call it.
@@ -127,6 +213,8 @@ class Store:
         ranks.wait()
         if ranks.is_main:
             self._clean()
+            for file in self.fingerprints.values():
+                file.compact()
             _write_settings(self.root, self._settings)
         ranks.wait()
         return sorted(mine, key=lambda sample: (self.group(sample), sample.row))
@@ -162,6 +250,32 @@ class Store:
             file.unlink()
             remove_empty_folders(file.parent, base)
 
+    def _check_options(self, samples: Sequence[SampleRow]) -> None:
+        """Compares the options of the run with those that the stored samples of its rows were made with.
+
+        Raises:
+            ValueError: they differ; with folder, option, both values, number of samples and the first of them.
+        """
+        for folder in self._settings:
+            file = self.fingerprints[folder]
+            found: dict[str, list[str]] = {}
+            for sample in samples:
+                key = sample.key.as_posix()
+                entry = file.entries.get(key)
+                options = self._earlier[folder] if entry is None else entry.options
+                # Few distinct options, so almost all rows end here. A row that is not stored has none.
+                if self.differing_options(folder, options) and (
+                    key in self._shards[folder] or (self.root / folder / key).is_file()
+                ):
+                    found.setdefault(options, []).append(key)
+            for options, keys in found.items():
+                name, (before, now) = next(iter(self.differing_options(folder, options).items()))
+                raise ValueError(
+                    f"{self.root / folder}: was prepared with {name} = {before!r}, now it is {now!r} ({len(keys)} of "
+                    f"{len(samples)} samples, the first is {keys[0]}); choose another --output-dir, or "
+                    f"--overwrite-changed to make these again, or --overwrite to make all again"
+                )
+
     def _clean(self) -> None:
         """Removes the unfinished files of killed runs."""
         for folder in self._shards:
@@ -181,23 +295,6 @@ class Store:
             except ValueError:
                 self.damaged.append(path)
         return found
-
-
-def _check_settings(root: Path, settings: Settings) -> None:
-    """Compares the options of a run with those that the stored samples were made with.
-
-    Raises:
-        ValueError: they differ; with folder, option and both values.
-    """
-    before = _read_settings(root)
-    for folder, values in settings.items():
-        for name, value in values.items():
-            if folder in before and name in before[folder] and before[folder][name] != value:
-                raise ValueError(
-                    f"{root / folder}: was prepared with {name} = {before[folder][name]!r}, now it is {value!r}; "
-                    f"choose another --output-dir, or --overwrite to make all of it again (or delete "
-                    f"{root / SETTINGS_NAME} to have both kinds in one dataset)"
-                )
 
 
 def _read_settings(root: Path) -> Settings:
