@@ -15,9 +15,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ltx_titan.common.ranks import rank_and_size
 from ltx_titan.data.cache import READER_THREADS, SampleFile, ShapeIndex
+from ltx_titan.data.fingerprints import excluded_samples
 from ltx_titan.data.layout import Fields, Kind, read_sample
 from ltx_titan.data.shards import list_shards, read_shard_sample, shard_shapes
+from ltx_titan.data.stale import describe, stale_samples
 from ltx_titan.model.transformer import Modalities
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ class PrecomputedDataset:
         # Filled while listing the samples of a shard: its header has both.
         self._shard_shapes: dict[_Location, dict[str, tuple[int, ...]]] = {}
         self._samples = self._match()
+        self._warn_of_changes()
         self._keys = self._read_keys()
         # Independent of the path of the root and of sharding: a moved or packed dataset keeps its order.
         # Relative paths and shapes, so that a dataset that was moved or packed into shards resumes in the same order.
@@ -150,10 +154,12 @@ class PrecomputedDataset:
         """Samples that every source has, sorted by the primary source's paths."""
         folders = {folder: self._scan(folder) for folder in self.sources}
         primary = PRIMARY if PRIMARY in folders else next(iter(folders))
+        # Decided by the folders alone, which all ranks read alike, and not by sources that one of them may not see.
+        excluded = {path for folder in folders for path in excluded_samples(self.root / folder)}
         kept = []
         missing: dict[str, list[str]] = {folder: [] for folder in folders}
         # Sorted, because the order of `os.walk` depends on the file system and the batch plan depends on this one.
-        for path in sorted(folders[primary]):
+        for path in sorted(folders[primary].keys() - excluded):
             names = {folder: _paired(path, folder, primary, files) for folder, files in folders.items()}
             lacking = [folder for folder, name in names.items() if name is None]
             for folder in lacking:
@@ -171,6 +177,12 @@ class PrecomputedDataset:
                     ", ".join(paths[:_EXAMPLES]),
                     ", ..." if len(paths) > _EXAMPLES else "",
                 )
+        if not kept and excluded:
+            raise ValueError(
+                f"{self.root}: expected samples with the same relative path in every folder, found none, and "
+                f"{len(excluded)} that are kept out, since their rows were removed or their sources changed; run "
+                f"process-dataset again."
+            )
         if not kept:
             counts = ", ".join(f"{folder}/: {len(files)} files" for folder, files in folders.items())
             examples = "; ".join(f"{folder}/{min(files)}" for folder, files in folders.items())
@@ -179,6 +191,15 @@ class PrecomputedDataset:
                 f"example {examples}); prepare the folders from the same metadata file."
             )
         return kept
+
+    def _warn_of_changes(self) -> None:
+        """Names samples that are kept out, and those whose sources changed since they were made."""
+        # Once for all ranks: it asks for every source file.
+        if rank_and_size()[0] != 0:
+            return
+        for note, keys in stale_samples(self.root, self.sources).items():
+            remedy = "" if "kept out" in note else "; run process-dataset again"
+            logger.warning("%s: %d %s%s", self.root, len(keys), describe(note, keys), remedy)
 
     def _scan(self, folder: str) -> dict[str, _Location]:
         """All samples of a source folder, by path relative to it."""

@@ -23,6 +23,7 @@ from ltx_titan.common.files import write_text
 from ltx_titan.common.options import Flag, Maybe, Positional, default_device, placeholder
 from ltx_titan.common.tensors import evenly_spaced
 from ltx_titan.data import resolve_root
+from ltx_titan.data.stale import describe, stale_samples
 from ltx_titan.encode.buckets import parse_buckets
 from ltx_titan.estimate.prediction import SampleTimes, step_times
 from ltx_titan.media import IMAGE_SUFFIXES
@@ -202,6 +203,7 @@ def _inspect_prepared(
     _write_lines(report, header)
     _print_buckets([(s.bucket, s.fps, s.video_tokens, s.audio_tokens) for s in good], times, report)
     report.notes.update(prepared.warnings_of(samples))
+    report.notes.update({describe(note, keys): len(keys) for note, keys in stale_samples(root, folders).items()})
     # After the checks: a missing checkpoint should not hide their result.
     decoders = _decoders(options) if options.decode else None
 

@@ -8,9 +8,9 @@ number of interruptions end in the same bytes.
 A full disk or an interrupted copy can still truncate a file. A `.pt` file is a zip archive with its table of contents
 at the end, and the header of a shard states its length: both are checked without reading the tensors.
 
-What each sample was made of is recorded in its folder (`ltx_titan.data.fingerprints`). A run with other options than those
-of stored samples is refused, since it would skip everything and look successful. `prepare.json` notes the options of the
-last run.
+What each sample was made of is recorded in its folder (`ltx_titan.data.fingerprints`). A run with other options than
+those of stored samples is refused, since it would skip everything and look successful. `prepare.json` notes the options
+of the last run.
 """
 
 import json
