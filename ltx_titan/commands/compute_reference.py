@@ -1,10 +1,11 @@
 """`ltx-titan compute-reference`: reference videos for in-context training, computed from the clips themselves."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -15,6 +16,7 @@ from ltx_titan.commands.report import Report
 from ltx_titan.common.files import locked
 from ltx_titan.common.options import Flag, Maybe, Positional, alias, default_device, placeholder
 from ltx_titan.common.ranks import own_device, own_share
+from ltx_titan.data.fingerprints import FileVersion, Fingerprint, FingerprintFile, digest_of, is_changed, version_of
 from ltx_titan.media import MediaError, is_image, iter_frames, probe_video, read_image, video_writer
 from ltx_titan.media.tables import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
 
@@ -27,8 +29,8 @@ Compute reference videos for in-context training (video to video). Each clip get
   depth   the output of a depth estimation model (--depth-model), near is white
 
 A reference is written next to its clip as <name>_<kind>.mp4 (gray: <name>_grey.mp4), and its name into the column
-reference_video of the table, which process-dataset reads. Other columns are kept. Existing references are kept;
-unreadable clips are reported at the end and get no reference.
+reference_video of the table, which process-dataset reads. Other columns are kept. Existing references are kept unless
+their clip changed since; unreadable clips are reported at the end and get no reference.
 
 examples:
   ltx-titan compute-reference clips/dataset.jsonl
@@ -107,18 +109,24 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
             report.fail(options.kind, f"row {number}", "names no video")
     todo = []
     # Rows may share a clip, which is filtered once.
+    records = References(options)
     for clip in own_share(list(dict.fromkeys(clip for clip in clips if clip is not None))):
         # A file is complete if it exists, since it is written under another name and renamed.
-        if not options.overwrite and reference_path(clip, options.kind).is_file():
+        if options.overwrite or not reference_path(clip, options.kind).is_file():
+            todo.append(clip)
+        elif records.is_current(clip):
             report.add(options.kind, "skipped")
         else:
+            report.notes[f"clip changed since, computed again: {clip.name}"] += 1
             todo.append(clip)
+    if not options.dry_run:
+        records.save()
     if options.dry_run:
         for clip in todo:
             report.write(f"{clip} -> {reference_path(clip, options.kind).name}")
         report.notes["would be computed"] = len(todo)
         return report
-    _compute(todo, options, report)
+    _compute(todo, options, records, report)
     # Every rank writes the table from the references that exist by then, under a lock: the last one sees all of them.
     with locked(options.table):
         folder = options.table.parent
@@ -129,6 +137,76 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
                 row[_COLUMN] = relative_name(reference_path(clip, options.kind), folder)
         write_table(options.table, written)
     return report
+
+
+class References:
+    """What the references next to clips were computed from, recorded in `.references.jsonl` next to the table."""
+
+    def __init__(self, options: ReferenceOptions) -> None:
+        """Reads the records of a table's folder."""
+        self._kind, self._table = options.kind, options.table
+        self._file = FingerprintFile(options.table.parent, name=".references")
+        settings: dict[str, Any] = {"kind": "gray" if options.kind == "grey" else options.kind}
+        if options.kind == "edges":
+            settings["canny"] = [float(value) for value in options.canny]
+        elif options.kind == "blur":
+            settings["blur_strength"] = options.blur_strength
+        elif options.depth_model is not None:
+            settings["depth_model"] = options.depth_model.name
+        self._options = self._file.intern(settings)
+        self._new: dict[str, Fingerprint] = {}
+
+    def is_current(self, clip: Path) -> bool:
+        """Whether an existing reference is of the clip as it is now; one without a record is taken for it.
+
+        Raises:
+            ValueError: it was computed with other options.
+        """
+        key, now = self._key(clip), self._version(clip)
+        entry = self._file.entries.get(key)
+        if now is None:
+            return True
+        if entry is None:
+            # Of an earlier version or another program; a clip of before this one is compared from now on.
+            self._new[key] = Fingerprint({"video": now}, None, self._options, "")
+            return True
+        if entry.state == "pending" or is_changed(entry.files["video"], now, clip):
+            return False
+        before, wanted = self._file.values.get(entry.options, {}), self._file.values[self._options]
+        for name in wanted:
+            if name in before and before[name] != wanted[name]:
+                raise ValueError(
+                    f"{reference_path(clip, self._kind)}: was computed with {name} = {before[name]}, now it is "
+                    f"{wanted[name]}; --overwrite computes all references again"
+                )
+        if entry.files["video"][:3] != now[:3]:
+            self._new[key] = replace(entry, files={"video": now._replace(digest=entry.files["video"].digest)})
+        return True
+
+    def save(self) -> None:
+        """Records what `is_current` found."""
+        # Ranks share the file, and have no process group to wait for each other.
+        with locked(self._table):
+            self._file.set(self._new)
+
+    @contextmanager
+    def recorded(self, clip: Path) -> Iterator[None]:
+        """Records the reference that the block writes: as pending before it, as done after it."""
+        version = self._version(clip)
+        # Before it is read: a clip that is replaced meanwhile is compared again in the next run.
+        files = {"video": version._replace(digest=digest_of(clip))} if version else {}
+        entry = Fingerprint(files, None, self._options, "")
+        with locked(self._table):
+            self._file.set({self._key(clip): replace(entry, state="pending")})
+        yield
+        with locked(self._table):
+            self._file.set({self._key(clip): entry})
+
+    def _key(self, clip: Path) -> str:
+        return relative_name(reference_path(clip, self._kind), self._table.parent)
+
+    def _version(self, clip: Path) -> FileVersion | None:
+        return version_of(clip, relative_name(clip, self._table.parent))
 
 
 def reference_path(clip: Path, kind: str) -> Path:
@@ -165,7 +243,7 @@ def _rows(options: ReferenceOptions) -> tuple[Path, list[Row]]:
     return options.dataset, [{"video": relative_name(path, options.dataset)} for path in found]
 
 
-def _compute(clips: list[Path], options: ReferenceOptions, report: Report) -> None:
+def _compute(clips: list[Path], options: ReferenceOptions, records: References, report: Report) -> None:
     if not clips:
         return
     # Once for all clips: the depth model takes longer to load than a clip to filter.
@@ -173,7 +251,8 @@ def _compute(clips: list[Path], options: ReferenceOptions, report: Report) -> No
     with report.progress(options.kind, len(clips)) as bar:
         for clip in clips:
             try:
-                write_reference(clip, reference_path(clip, options.kind), apply)
+                with records.recorded(clip):
+                    write_reference(clip, reference_path(clip, options.kind), apply)
             except (MediaError, OSError) as error:
                 report.fail(options.kind, str(clip), error.reason if isinstance(error, MediaError) else str(error))
             else:

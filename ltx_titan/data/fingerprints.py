@@ -26,8 +26,9 @@ _NAME = "fingerprints"
 _WHOLE_BYTES = 64 * 2**20
 _BLOCKS, _BLOCK_BYTES = 64, 2**20
 
-State = Literal["done", "pending", "orphan"]
-"""`pending`: it is being made, or its source changed and it was not made again. `orphan`: no row asks for it."""
+State = Literal["done", "pending", "orphan", "absent"]
+"""`pending`: it is being made, or its source changed and it was not made again. `orphan`: no row asks for it.
+`absent`: its row has no file in this folder, by decision."""
 
 
 class FileVersion(NamedTuple):
@@ -73,20 +74,22 @@ class FingerprintFile:
         values: id -> options, or description of a table.
     """
 
-    def __init__(self, folder: Path, rank: int = 0) -> None:
+    def __init__(self, folder: Path, rank: int = 0, name: str = _NAME) -> None:
         """Reads the fingerprints of a folder.
 
         Args:
             folder: source folder; need not exist.
             rank: process that appends.
+            name: name of the file without its suffix.
         """
-        self._path = folder / f"{_NAME}.jsonl"
-        self._own = self._path if rank == 0 else folder / f"{_NAME}.{rank}.jsonl"
+        self._name = name
+        self._path = folder / f"{name}.jsonl"
+        self._own = self._path if rank == 0 else folder / f"{name}.{rank}.jsonl"
         self._file: TextIO | None = None
         self.entries: dict[str, Fingerprint] = {}
         self.values: dict[str, dict[str, Any]] = {}
         self._written: set[str] = set()
-        for path in _paths(folder):
+        for path in _paths(folder, name):
             self._read(path)
 
     def intern(self, values: Mapping[str, Any]) -> str:
@@ -135,18 +138,18 @@ class FingerprintFile:
         """
         self.close()
         folder = self._path.parent
-        merged = FingerprintFile(folder)
+        merged = FingerprintFile(folder, name=self._name)
         for key in removed:
             merged.entries.pop(key, None)
             self.entries.pop(key, None)
-        if not merged.entries and not _paths(folder):
+        if not merged.entries and not _paths(folder, self._name):
             return
         used = {name for entry in merged.entries.values() for name in (entry.options, entry.table)}
         lines = [_dump({"id": name, "values": merged.values[name]}) for name in sorted(used & merged.values.keys())]
         lines += [_dump(_as_json(key, merged.entries[key])) for key in sorted(merged.entries)]
         write_text(self._path, "".join(lines))
         # After the merged file is complete: a kill in between merges them again.
-        for path in _paths(folder):
+        for path in _paths(folder, self._name):
             if path != self._path:
                 path.unlink()
         self._written = used
@@ -172,7 +175,7 @@ def excluded_samples(folder: Path) -> dict[str, State]:
     if not any('"state":' in path.read_text(encoding="utf-8", errors="replace") for path in _paths(folder)):
         return {}
     entries = FingerprintFile(folder).entries
-    return {key: entry.state for key, entry in entries.items() if entry.state != "done"}
+    return {key: entry.state for key, entry in entries.items() if entry.state in ("pending", "orphan")}
 
 
 def version_of(path: Path, name: str) -> FileVersion | None:
@@ -187,6 +190,15 @@ def version_of(path: Path, name: str) -> FileVersion | None:
     except (OSError, ValueError):
         return None
     return FileVersion(name, status.st_size, status.st_mtime_ns)
+
+
+def is_changed(before: FileVersion, now: FileVersion, path: Path) -> bool:
+    """Whether a file has another content than it had; it is read only if name or time differ and the size does not."""
+    if before.size != now.size:
+        return True
+    if before[:3] == now[:3]:
+        return False
+    return not before.digest or before.digest != digest_of(path)
 
 
 def digest_of(path: Path) -> str:
@@ -223,10 +235,10 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
     return digest.hexdigest()
 
 
-def _paths(folder: Path) -> list[Path]:
+def _paths(folder: Path, name: str = _NAME) -> list[Path]:
     """Files of fingerprints of a folder; the merged one first, since the others are newer."""
-    merged = folder / f"{_NAME}.jsonl"
-    return [path for path in (merged, *sorted(folder.glob(f"{_NAME}.*.jsonl"))) if path.is_file()]
+    merged = folder / f"{name}.jsonl"
+    return [path for path in (merged, *sorted(folder.glob(f"{name}.*.jsonl"))) if path.is_file()]
 
 
 def _as_json(key: str, entry: Fingerprint) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ltx_titan.data.cache import READER_THREADS
-from ltx_titan.data.fingerprints import FileVersion, FingerprintFile, digest_of, text_digest, version_of
+from ltx_titan.data.fingerprints import FileVersion, FingerprintFile, is_changed, text_digest, version_of
 from ltx_titan.media.tables import SampleRow, read_sample_table
 
 _EXAMPLES = 3
@@ -80,9 +80,7 @@ def _changed(sources: Mapping[Path, list[tuple[str, FileVersion]]]) -> list[str]
 def _differs(path: Path, before: FileVersion) -> bool:
     now = version_of(path, before.path)
     # Many delete their clips, or train on another machine.
-    if now is None or now[:3] == before[:3]:
-        return False
-    return now.size != before.size or not before.digest or digest_of(path) != before.digest
+    return now is not None and is_changed(before, now, path)
 
 
 def _read_rows(root: Path, table: Mapping[str, str]) -> dict[str, SampleRow] | None:

@@ -33,7 +33,7 @@ def encode_video(pixels: Tensor, fps: float, codec: VideoCodec) -> Fields:
     return {"latents": latents, "num_frames": frames, "height": height, "width": width, "fps": fps}
 
 
-def encode_audio(audio: Audio | None, duration_s: float, codec: AudioCodec) -> Fields:
+def encode_audio(audio: Audio | None, duration_s: float, codec: AudioCodec, keeps_length: bool = False) -> Fields:
     """Encodes the audio of a clip, or marks that there is none, which is not the same as silence.
 
     Args:
@@ -42,10 +42,13 @@ def encode_audio(audio: Audio | None, duration_s: float, codec: AudioCodec) -> F
             attended to, and the sample's video is still used.
         duration_s: seconds.
         codec: with an encoder.
+        keeps_length: as the reference trainer: audio is cut but not padded, and all steps of the encoder are kept.
 
     Returns:
         `latents` [8, round(25 * seconds), 16] in float32, their sizes, and the duration.
     """
+    if keeps_length and audio is not None:
+        duration_s = min(duration_s, audio.duration_s)
     steps, bins = codec.steps_for(duration_s), codec.mean.shape[2]
     fields: Fields = {"num_time_steps": steps, "frequency_bins": bins, "duration": duration_s}
     if audio is None:
@@ -56,6 +59,8 @@ def encode_audio(audio: Audio | None, duration_s: float, codec: AudioCodec) -> F
     latents = codec.encode(to_stereo(audio.waveform)[None], audio.sample_rate)[0].cpu()
     # Centered STFT frames make the encoder return at least as many steps, often one more.
     assert latents.shape[1] >= steps
+    if keeps_length:
+        return {"latents": latents.contiguous(), **fields, "num_time_steps": latents.shape[1]}
     # A slice would keep the storage of the longer tensor, which `torch.save` writes in full.
     return {"latents": latents[:, :steps].contiguous(), **fields}
 

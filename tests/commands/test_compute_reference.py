@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import shutil
 from fractions import Fraction
 
 import pytest
@@ -75,6 +77,30 @@ def test_edges_are_written_next_to_clips_and_into_the_table(clips, console):
     assert report.counts["edges"] == {"skipped": 3, "failed": 2}
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert (clips / "dataset.csv").read_bytes() == table
+
+
+def test_replaced_clip_is_filtered_again(tmp_path, console):
+    for name, square in (("a", 32), ("b", 16)):
+        write_square(tmp_path / f"{name}.mp4", frames=3, square=square)
+    (tmp_path / "d.jsonl").write_text('{"video": "a.mp4"}\n{"video": "b.mp4"}\n')
+    options = ReferenceOptions(tmp_path / "d.jsonl", kind="gray")
+    compute_references(options, console)
+    a, b = (tmp_path / f"{name}_grey.mp4" for name in ("a", "b"))
+    assert not torch.equal(frames_of(a), frames_of(b))
+    shutil.copy(tmp_path / "b.mp4", tmp_path / "a.mp4")
+    os.utime(tmp_path / "b.mp4", ns=(1, 1))
+    report = compute_references(options, console)
+    assert report.counts["gray"] == {"done": 1, "skipped": 1}
+    assert report.notes == {"clip changed since, computed again: a.mp4": 1}
+    assert torch.equal(frames_of(a), frames_of(b))
+
+
+def test_other_options_for_existing_references_are_refused(tmp_path, console):
+    write_square(tmp_path / "a.mp4", frames=3)
+    (tmp_path / "d.jsonl").write_text('{"video": "a.mp4"}\n')
+    compute_references(ReferenceOptions(tmp_path / "d.jsonl", kind="blur"), console)
+    with pytest.raises(ValueError, match=r"was computed with blur_strength = 0.01, now it is 0.02; --overwrite"):
+        compute_references(ReferenceOptions(tmp_path / "d.jsonl", kind="blur", blur_strength=0.02), console)
 
 
 def test_gray_and_blur_of_a_folder(clips, console):

@@ -15,7 +15,7 @@ from ltx_titan.commands.process.store import Store
 from ltx_titan.commands.report import Report
 from ltx_titan.common.ranks import Ranks
 from ltx_titan.data.cache import READER_THREADS
-from ltx_titan.data.fingerprints import FileVersion, Fingerprint, digest_of, text_digest, version_of
+from ltx_titan.data.fingerprints import FileVersion, Fingerprint, State, digest_of, is_changed, text_digest, version_of
 from ltx_titan.media.tables import SampleRow, relative_name
 
 _EXAMPLES = 3
@@ -93,7 +93,7 @@ class Changes:
             stored = [
                 row
                 for row in rows
-                if stage.applies_to(row) and all(self._store.has(folder, row.key) for folder in stage.folders)
+                if stage.applies_to(row) and all(self._store.is_complete(folder, row.key) for folder in stage.folders)
             ]
             self._read_digests(stage, stored)
             updates: dict[str, dict[str, Fingerprint]] = {folder: {} for folder in stage.folders}
@@ -151,7 +151,8 @@ class Changes:
             return "unfinished"
         else:
             files = {role: self._refreshed(entry.files[role], version) for role, version in now.items()}
-            current = Fingerprint(files, entry.text, entry.options, self._store.table_id(folder))
+            state: State = "absent" if entry.state == "absent" else "done"
+            current = Fingerprint(files, entry.text, entry.options, self._store.table_id(folder), state)
             if current != entry:
                 if current.files != entry.files:
                     self._note("files with another time or name and the same content, kept", row)
@@ -163,13 +164,7 @@ class Changes:
 
     def _differs(self, before: FileVersion | None, now: FileVersion | None) -> bool:
         # A file that is gone cannot be encoded again: many delete their clips once they are prepared.
-        if now is None or before == now:
-            return False
-        if before is None or before.size != now.size:
-            return True
-        if before[:3] == now[:3]:
-            return False
-        return not before.digest or before.digest != digest_of(self._base / now.path)
+        return now is not None and (before is None or is_changed(before, now, self._base / now.path))
 
     def _refreshed(self, before: FileVersion, now: FileVersion | None) -> FileVersion:
         return before if now is None else now._replace(digest=before.digest)

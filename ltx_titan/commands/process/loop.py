@@ -6,7 +6,7 @@ skipped; any other error (a full disk, a GPU out of memory) would recur for the 
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -44,11 +44,11 @@ class Output:
     """Output of a row.
 
     Attributes:
-        fields: source folder -> fields, in the order in which they are written.
+        fields: source folder -> fields, in the order in which they are written; None if the row has none there.
         notes: anything unusual; the report counts equal notes.
     """
 
-    fields: dict[str, Fields]
+    fields: Mapping[str, Fields | None]
     notes: tuple[str, ...] = ()
 
 

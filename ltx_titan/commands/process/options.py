@@ -73,6 +73,10 @@ class MediaOptions:
     skip_audio: Flag = False
     """Do not encode the audio of videos."""
 
+    reference_layout: Flag = False
+    """Write audio latents for Lightricks' trainer: none for clips without audio, which it skips, else all steps that the
+    encoder returns, not padded. By default, clips without audio get a placeholder, which it takes for audio."""
+
     audio_durations: Annotated[Maybe[str], placeholder("S;...")] = None
     """Without videos: cut each audio file to the longest of these seconds that it reaches, for example '2.0;4.0;8.0';
     equal durations can share a batch. Default: encode each as long as it is."""

@@ -194,16 +194,16 @@ def _stages(task: _Task, store: Store) -> list[Stage[Any, Any]]:
     rules, files, device = task.rules, task.files, task.data.device
     stages: list[Stage[Any, Any]] = []
     if task.media is not None:
-        targets = Targets(store, rules)
+        targets, layout = Targets(store, rules), task.media.reference_layout
         # Without videos there is no clip whose duration audio could follow.
         audio_targets = targets if task.table.has_video else None
         if task.table.has_video:
-            stages.append(VideoStage(rules, files, device, task.extracts_audio))
+            stages.append(VideoStage(rules, files, device, task.extracts_audio, layout))
         if task.table.has_audio:
-            stages.append(AudioStage(files, device, audio_targets, task.durations_s))
+            stages.append(AudioStage(files, device, audio_targets, task.durations_s, layout))
         extras: dict[str, Callable[[], Stage[Any, Any]]] = {
             "reference_video": lambda: ReferenceVideoStage(rules, task.scale, files, device, targets),
-            "reference_audio": lambda: ReferenceAudioStage(files, device, audio_targets, task.durations_s),
+            "reference_audio": lambda: ReferenceAudioStage(files, device, audio_targets, task.durations_s, layout),
             "video_mask": lambda: VideoMaskStage(rules, targets),
             "audio_mask": lambda: AudioMaskStage(targets),
         }
@@ -234,6 +234,12 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
         raise ValueError(f"--shard-size = {data.shard_size}: expected 1 or more")
     if data.num_workers < 0:
         raise ValueError(f"--num-workers = {data.num_workers}: expected 0 or more")
+    if media is not None and media.reference_layout:
+        for option, is_set in (("--shard-size", data.shard_size), ("--contexts", captions and captions.contexts)):
+            if is_set:
+                raise ValueError(
+                    f"--reference-layout: Lightricks' trainer cannot read files of {option}; omit one of the two"
+                )
     files = EncoderFiles(
         checkpoint=data.model_path,
         text_encoder=captions.text_encoder_path if captions else None,
@@ -290,6 +296,7 @@ def _settings(task: _Task) -> Settings:
         **(rules if task.table.has_video else {"audio_durations": list(task.durations_s)}),
         "audio_vae": task.files.audio_path.name,
         "audio_vae_digest": digests.get("audio_vae"),
+        "reference_layout": task.media is not None and task.media.reference_layout,
     }
     # Names of the files rather than paths: a dataset may be continued on another machine.
     settings["latents"] = video

@@ -72,6 +72,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
     files: EncoderFiles
     device: str
     with_audio: bool
+    reference_layout: bool = False
     name: str = "videos"
     is_required: ClassVar[bool] = True
 
@@ -109,10 +110,14 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
             return Output({"latents": latents}, tuple(notes))
         if item.audio is None:
             notes.append("videos and images without audio")
+            if self.reference_layout:
+                # Its trainer does not know placeholders and would train on them as audio.
+                return Output({"audio_latents": None, "latents": latents}, tuple(notes))
         # One frame of tolerance: audio tracks often end slightly before the video.
         elif item.audio.duration_s < clip.duration_s - 1 / clip.fps:
-            notes.append("audio shorter than their video, filled up with silence")
-        audio = encode_audio(item.audio, clip.duration_s, audio_codec)
+            outcome = "left short" if self.reference_layout else "filled up with silence"
+            notes.append(f"audio shorter than their video, {outcome}")
+        audio = encode_audio(item.audio, clip.duration_s, audio_codec, self.reference_layout)
         # Audio first: latents without their audio would look finished to a run with --skip-audio.
         return Output({"audio_latents": audio, "latents": latents}, tuple(notes))
 
@@ -134,6 +139,7 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
     device: str
     targets: Targets | None
     durations_s: Sequence[float]
+    reference_layout: bool = False
     name: str = "audio"
     folder: str = "audio_latents"
     is_padded: bool = True
@@ -176,7 +182,7 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
 
     def encode(self, row: SampleRow, item: tuple[Audio, float], encoder: AudioCodec) -> Output:
         audio, duration_s = item
-        return Output({self.folder: encode_audio(audio, duration_s, encoder)})
+        return Output({self.folder: encode_audio(audio, duration_s, encoder, self.reference_layout)})
 
     def _path(self, row: SampleRow) -> Path:
         path = self.file(row)

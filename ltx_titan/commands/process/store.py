@@ -39,6 +39,9 @@ from ltx_titan.media.tables import SampleRow
 
 SETTINGS_NAME = "prepare.json"
 
+# Options of before they existed.
+_DEFAULTS = {"reference_layout": False}
+
 Settings = dict[str, dict[str, Any]]
 """Source folder -> options that its samples depend on."""
 
@@ -88,7 +91,7 @@ class Store:
         earlier = _read_settings(root)
         # Of samples without fingerprints; options that are not noted are taken for those of this run.
         self._earlier = {
-            folder: file.intern({**settings.get(folder, {}), **earlier.get(folder, {})})
+            folder: file.intern(_with_earlier(settings.get(folder, {}), earlier.get(folder, {})))
             for folder, file in self.fingerprints.items()
         }
         if not other_options:
@@ -109,6 +112,11 @@ class Store:
         # `is_zipfile` looks for the table of contents at the end, so a truncated file counts as missing.
         return key.as_posix() in self._shards[folder] or (path.is_file() and zipfile.is_zipfile(path))
 
+    def is_complete(self, folder: str, key: Path) -> bool:
+        """Whether a sample is stored, or known to have no file in this folder."""
+        entry = self.fingerprints[folder].entries.get(key.as_posix())
+        return self.has(folder, key) or (entry is not None and entry.state == "absent")
+
     def read(self, folder: str, key: Path) -> Fields:
         """Reads a sample, as training does.
 
@@ -123,14 +131,19 @@ class Store:
         return read_shard_sample(shard_path(self.root / folder, number), key.as_posix())
 
     def write(
-        self, folder: str, key: Path, fields: Mapping[str, Value], files: Mapping[str, FileVersion], text: str | None
+        self,
+        folder: str,
+        key: Path,
+        fields: Mapping[str, Value] | None,
+        files: Mapping[str, FileVersion],
+        text: str | None,
     ) -> None:
         """Writes a sample and its fingerprint.
 
         Args:
             folder: source folder.
             key: path of the sample below it.
-            fields: the sample.
+            fields: the sample; None if the row has none in this folder.
             files: role -> file that it was made of.
             text: digest of the caption that it was made of.
 
@@ -142,8 +155,11 @@ class Store:
         entry = Fingerprint(files, text, options, self.table_id(folder), "pending")
         # Before the file: a kill in between must not leave a new file with the old fingerprint, or with none.
         file.set({name: entry})
-        write_sample(self.root / folder / key, fields)
-        file.set({name: replace(entry, state="done")})
+        if fields is None:
+            self._remove(folder, [name])
+        else:
+            write_sample(self.root / folder / key, fields)
+        file.set({name: replace(entry, state="absent" if fields is None else "done")})
 
     def table_id(self, folder: str) -> str:
         """Id of the run's table in the fingerprints of a folder."""
@@ -295,6 +311,11 @@ class Store:
             except ValueError:
                 self.damaged.append(path)
         return found
+
+
+def _with_earlier(now: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of samples without fingerprints: as noted, else the default of before an option existed."""
+    return {name: earlier.get(name, _DEFAULTS.get(name, value)) for name, value in now.items()}
 
 
 def _read_settings(root: Path) -> Settings:

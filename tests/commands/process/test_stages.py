@@ -131,6 +131,7 @@ def test_dry_run_reports_the_same_without_writing(extras, nano, tmp_path):
         ({"audio_durations": "2.0"}, "omit it"),
         ({"fps": "fast"}, "--fps = 'fast'"),
         ({"shard_size": 0}, "--shard-size = 0"),
+        ({"shard_size": 8, "reference_layout": True}, "cannot read files of --shard-size"),
     ],
 )
 def test_wrong_options_fail_before_any_work(extras, nano, tmp_path, options, message):
@@ -188,6 +189,28 @@ def test_audio_is_cut_to_listed_durations_without_videos(nano, tmp_path):
     assert load(tmp_path, "audio_latents", "short.pt")["num_time_steps"] == 10
     assert "tiny.wav: lasts 0.20 s, the shortest of --audio-durations is 0.4 s" in printed
     assert not (tmp_path / ".precomputed" / "conditions").exists()
+
+
+def test_reference_layout_leaves_out_silent_clips_and_keeps_the_length_of_audio(nano, tmp_path):
+    write_clip(tmp_path / "loud.mp4", frames=25)
+    write_clip(tmp_path / "silent.mp4", frames=25, channels=0)
+    path = write_rows(tmp_path, [{"video": "loud.mp4", "caption": "x"}, {"video": "silent.mp4", "caption": "y"}])
+    run(nano, path, buckets="32x32x25", captions=False)
+    ours = load(tmp_path, "audio_latents", "loud.pt")
+    assert load(tmp_path, "audio_latents", "silent.pt")["present"] is False
+    options = {"buckets": "32x32x25", "captions": False, "reference_layout": True}
+    with pytest.raises(ValueError, match="was prepared with reference_layout = False, now it is True"):
+        run(nano, path, **options)
+    report, _ = run(nano, path, overwrite_changed=True, **options)
+    theirs = load(tmp_path, "audio_latents", "loud.pt")
+    # One second: 25 steps by duration, 26 of the encoder.
+    assert (ours["num_time_steps"], theirs["num_time_steps"]) == (25, 26)
+    assert torch.equal(theirs["latents"][:, :25], ours["latents"])
+    # The placeholder of the first run is gone as well.
+    assert not (tmp_path / ".precomputed" / "audio_latents" / "silent.pt").exists()
+    assert (tmp_path / ".precomputed" / "latents" / "silent.pt").exists()
+    report, _ = run(nano, path, **options)
+    assert report.counts["videos"] == {"skipped": 2}
 
 
 def test_captions_and_videos_in_two_runs_equal_one_run(nano, tmp_path):
