@@ -174,7 +174,9 @@ class Changes:
         paths = set()
         for row in rows:
             entry = self._store.fingerprints[stage.folders[0]].entries.get(row.key.as_posix())
-            for role, path in stage.sources(row).items() if entry is not None else ():
+            if entry is None:
+                continue
+            for role, path in stage.sources(row).items():
                 before, now = entry.files.get(role), self._version(path)
                 if before and now and before.digest and before.size == now.size and before[:3] != now[:3]:
                     paths.add(path)

@@ -74,8 +74,8 @@ class MediaOptions:
     """Do not encode the audio of videos."""
 
     reference_layout: Flag = False
-    """Write audio latents for Lightricks' trainer: none for clips without audio, which it skips, else all steps that the
-    encoder returns, not padded. By default, clips without audio get a placeholder, which it takes for audio."""
+    """Write audio latents for Lightricks' trainer: none for clips without audio, which it skips, else all steps of the
+    encoder, not padded. By default, clips without audio get a placeholder, which it takes for audio."""
 
     audio_durations: Annotated[Maybe[str], placeholder("S;...")] = None
     """Without videos: cut each audio file to the longest of these seconds that it reaches, for example '2.0;4.0;8.0';

@@ -321,7 +321,7 @@ def _settings(task: _Task) -> Settings:
 
 def _model_digests(task: _Task) -> dict[str, str]:
     """Digests of the models that encode: another file of the same name gives other latents."""
-    paths = {}
+    paths: dict[str, Path] = {}
     if task.media is not None:
         paths |= {"video_vae": task.files.video_path, "audio_vae": task.files.audio_path}
     if task.captions is not None:
