@@ -81,4 +81,4 @@ def main(options: RerunOptions) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_options(RerunOptions, __doc__))
+    main(parse_options(RerunOptions, sys.argv[1:], prog="ltx_titan.benchmarks.rerun", description=__doc__))
