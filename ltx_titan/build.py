@@ -24,15 +24,18 @@ from ltx_titan.parallel.parallelize import parallelize
 from ltx_titan.plan import Plan, build_transformer
 from ltx_titan.weights import (
     CONNECTORS,
+    ExportLayout,
     LoRAWeights,
     ModelSource,
     build_connectors,
+    complete_export,
     export_lora,
     export_merged,
-    export_transformer,
+    export_safetensors,
     load_lora,
     load_parameters,
     reference_metadata,
+    transformer_tensors,
     unused_by,
 )
 
@@ -140,12 +143,13 @@ def export_model(plan: Plan, model: nn.Module, step: int) -> Path:
     Returns:
         Path of the file.
     """
-    path, source = plan.export_path(step), plan.source
+    path, source, layout = plan.export_path(step), plan.source, plan.job.checkpoint.export_layout
     dtype = COMPUTE_DTYPES[plan.job.checkpoint.export_dtype]
     if plan.job.model.mode == "lora":
-        export_adapters(adapter_weights(model), path, plan.job, source, plan.reference_scale, dtype)
+        export_adapters(adapter_weights(model), path, plan.job, source, plan.reference_scale, dtype, layout)
     else:
-        export_transformer(model, path, config=source.config, metadata=source.metadata, dtype=dtype)
+        trained = transformer_tensors(model, dtype)
+        export_safetensors(path, *complete_export(trained, source, plan.job.model.connectors_path, layout))
     return path
 
 
@@ -156,6 +160,7 @@ def export_adapters(
     source: ModelSource,
     reference_scale: tuple[int, int] | None,
     dtype: torch.dtype,
+    layout: ExportLayout,
 ) -> None:
     """Writes a LoRA file, or with DoRA, whose magnitudes LoRA files cannot store, the base with the adapters merged.
 
@@ -166,11 +171,12 @@ def export_adapters(
         source: of the base.
         reference_scale: as `Plan.reference_scale`, for the header of an in-context LoRA.
         dtype: of a LoRA file; a merged file keeps the dtypes of the base.
+        layout: of a merged file.
     """
     if job.lora.dora:
         if source.path is None:
             raise ValueError('lora.dora = true with model.init = "random": there is no base file to merge into.')
-        export_merged(adapters, source.path, path)
+        export_merged(adapters, source.path, path, job.model.connectors_path, layout)
     else:
         metadata = {} if reference_scale is None else reference_metadata(*reference_scale)
         export_lora(adapters, path, metadata, dtype=dtype)
