@@ -153,6 +153,20 @@ def export_model(plan: Plan, model: nn.Module, step: int) -> Path:
     return path
 
 
+def export_bytes(plan: Plan, model: nn.Module) -> int:
+    """Size of the file that `export_model` writes."""
+    job = plan.job
+    dtype = COMPUTE_DTYPES[job.checkpoint.export_dtype]
+    if job.model.mode == "lora" and not job.lora.dora:
+        adapters = adapter_weights(model).values()
+        return sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in adapters) * dtype.itemsize
+    # Merged adapters are as large as the base, whose transformer is added where no trained tensor replaces it.
+    trained = transformer_tensors(model, dtype) if job.model.mode == "full" else []
+    layout = job.checkpoint.export_layout if trained else "with_connectors"
+    tensors, _ = complete_export(trained, plan.source, job.model.connectors_path, layout)
+    return sum(tensor.num_bytes for tensor in tensors)
+
+
 def export_adapters(
     adapters: Mapping[str, LoRAWeights],
     path: Path,
