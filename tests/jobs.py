@@ -81,7 +81,7 @@ def write_job(folder: Path, nano_path: Path, data_root: Path, **overrides: objec
             "conditions": [{"type": "first_frame", "probability": 0.5}],
         },
         "audio": {"is_generated": True, "latents_dir": "audio_latents"},
-        "training": {"steps": 5, "global_batch_size": 4, "dtype": "float32", "seed": 3},
+        "training": {"steps": 3, "global_batch_size": 4, "dtype": "float32", "seed": 3},
         "optimizer": {"lr": 1e-3},
         "scheduler": {"name": "linear"},
         "checkpoint": {"interval": 0, "export_dtype": "float32"},

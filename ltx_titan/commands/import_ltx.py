@@ -267,9 +267,7 @@ def _optimization(source: LtxJob, result: Imported, ranks: int) -> Iterable[Prob
     result.note("optimization.batch_size", batch, reason)
     if ranks > 1 and get("scheduler_type") != "constant":
         # Accelerate steps the schedule once per process in each optimizer step.
-        reason = (
-            f"ended after 1/{ranks} of the steps on {ranks} processes; here it spans training.steps"
-        )
+        reason = f"ended after 1/{ranks} of the steps on {ranks} processes; here it spans training.steps"
         result.note("optimization.scheduler_type", get("scheduler_type"), reason)
     yield from _scheduler(source, result)
 
