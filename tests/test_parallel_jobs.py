@@ -17,8 +17,7 @@ def single_run(tmp_path_factory, nano_path, data_root) -> torch.Tensor:
 
 
 def train_curve(folder, nano_path, data_root, ranks: int = 1, **settings: object) -> torch.Tensor:
-    job = write_job(folder, nano_path, data_root, training__local_batch_size=2, **settings)
-    return torch.tensor(curve(train(job, ranks)))
+    return torch.tensor(curve(train(write_job(folder, nano_path, data_root, **settings), ranks)))
 
 
 @pytest.mark.distributed
@@ -39,7 +38,7 @@ def test_losses_and_norms_do_not_depend_on_the_mesh(tmp_path, nano_path, data_ro
 
 @pytest.mark.distributed
 def test_a_job_goes_on_under_other_degrees(tmp_path, nano_path, data_root, single_run):
-    job = write_job(tmp_path, nano_path, data_root, training__local_batch_size=2)
+    job = write_job(tmp_path, nano_path, data_root)
     train(job, 2, "--parallelism.tp=2", "--training.stop_at=1")
     train(job, 2, "--parallelism.cp=2", "--training.stop_at=2")
     actual = torch.tensor(curve(train(job, 4, "--parallelism.tp=2")))

@@ -56,7 +56,7 @@ def test_losses_and_norms_do_not_depend_on_ranks_or_micro_batch(
 
 @pytest.mark.distributed
 def test_hsdp_equals_one_rank(tmp_path, nano_path, data_root, single_run):
-    job = write_job(tmp_path, nano_path, data_root, parallelism__dp_replicate=2)
+    job = write_job(tmp_path, nano_path, data_root, parallelism__dp_replicate=2, training__local_batch_size=1)
     torch.testing.assert_close(torch.tensor(curve(train(job, 4))), torch.tensor(curve(single_run)), rtol=1e-5, atol=0)
 
 
@@ -111,7 +111,7 @@ def test_resume_after_a_kill_is_bit_exact(tmp_path, nano_path, data_root):
 
 @pytest.mark.distributed
 def test_resume_on_more_ranks_gives_the_same_losses(tmp_path, nano_path, data_root, single_run):
-    job = write_job(tmp_path, nano_path, data_root)
+    job = write_job(tmp_path, nano_path, data_root, training__local_batch_size=1)
     train(job, 2, "--training.stop_at=2")
     lines = train(job, 4)
     torch.testing.assert_close(torch.tensor(curve(lines)), torch.tensor(curve(single_run)), rtol=1e-5, atol=0)
