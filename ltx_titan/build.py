@@ -24,15 +24,18 @@ from ltx_titan.parallel.parallelize import parallelize
 from ltx_titan.plan import Plan, build_transformer
 from ltx_titan.weights import (
     CONNECTORS,
+    ExportLayout,
     LoRAWeights,
     ModelSource,
     build_connectors,
+    complete_export,
     export_lora,
     export_merged,
-    export_transformer,
+    export_safetensors,
     load_lora,
     load_parameters,
     reference_metadata,
+    transformer_tensors,
     unused_by,
 )
 
@@ -140,13 +143,28 @@ def export_model(plan: Plan, model: nn.Module, step: int) -> Path:
     Returns:
         Path of the file.
     """
-    path, source = plan.export_path(step), plan.source
+    path, source, layout = plan.export_path(step), plan.source, plan.job.checkpoint.export_layout
     dtype = COMPUTE_DTYPES[plan.job.checkpoint.export_dtype]
     if plan.job.model.mode == "lora":
-        export_adapters(adapter_weights(model), path, plan.job, source, plan.reference_scale, dtype)
+        export_adapters(adapter_weights(model), path, plan.job, source, plan.reference_scale, dtype, layout)
     else:
-        export_transformer(model, path, config=source.config, metadata=source.metadata, dtype=dtype)
+        trained = transformer_tensors(model, dtype)
+        export_safetensors(path, *complete_export(trained, source, plan.job.model.connectors_path, layout))
     return path
+
+
+def export_bytes(plan: Plan, model: nn.Module) -> int:
+    """Size of the file that `export_model` writes."""
+    job = plan.job
+    dtype = COMPUTE_DTYPES[job.checkpoint.export_dtype]
+    if job.model.mode == "lora" and not job.lora.dora:
+        adapters = adapter_weights(model).values()
+        return sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in adapters) * dtype.itemsize
+    # Merged adapters are as large as the base, whose transformer is added where no trained tensor replaces it.
+    trained = transformer_tensors(model, dtype) if job.model.mode == "full" else []
+    layout = job.checkpoint.export_layout if trained else "with_connectors"
+    tensors, _ = complete_export(trained, plan.source, job.model.connectors_path, layout)
+    return sum(tensor.num_bytes for tensor in tensors)
 
 
 def export_adapters(
@@ -156,6 +174,7 @@ def export_adapters(
     source: ModelSource,
     reference_scale: tuple[int, int] | None,
     dtype: torch.dtype,
+    layout: ExportLayout,
 ) -> None:
     """Writes a LoRA file, or with DoRA, whose magnitudes LoRA files cannot store, the base with the adapters merged.
 
@@ -166,11 +185,12 @@ def export_adapters(
         source: of the base.
         reference_scale: as `Plan.reference_scale`, for the header of an in-context LoRA.
         dtype: of a LoRA file; a merged file keeps the dtypes of the base.
+        layout: of a merged file.
     """
     if job.lora.dora:
         if source.path is None:
             raise ValueError('lora.dora = true with model.init = "random": there is no base file to merge into.')
-        export_merged(adapters, source.path, path)
+        export_merged(adapters, source.path, path, job.model.connectors_path, layout)
     else:
         metadata = {} if reference_scale is None else reference_metadata(*reference_scale)
         export_lora(adapters, path, metadata, dtype=dtype)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from ltx_titan.build import export_model, load_connectors, load_transformer
+from ltx_titan.build import export_bytes, export_model, load_connectors, load_transformer
 from ltx_titan.checkpoint import (
     BackgroundSaver,
     DamagedError,
@@ -436,8 +436,7 @@ class Trainer:
             # Before the first step the optimizer has no state yet.
             state = trained * (STATE_BYTES[self.job.optimizer.name] + (0 if self.ema is None else 4))
             saves = num_bytes(weights) + state if self.step < self.plan.last_step else 0
-            size = COMPUTE_DTYPES[checkpoint.export_dtype].itemsize
-            exports = sum(tensor.numel() for tensor in weights.values()) * size if self.plan.exports else 0
+            exports = export_bytes(self.plan, self.model) if self.plan.exports else 0
             free = free_bytes(self.plan.folder)
             if saves + exports > free:
                 error = ValueError(

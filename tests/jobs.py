@@ -81,12 +81,14 @@ def write_job(folder: Path, nano_path: Path, data_root: Path, **overrides: objec
             "conditions": [{"type": "first_frame", "probability": 0.5}],
         },
         "audio": {"is_generated": True, "latents_dir": "audio_latents"},
-        "training": {"steps": 5, "global_batch_size": 4, "dtype": "float32", "seed": 3},
+        "training": {"steps": 3, "global_batch_size": 4, "local_batch_size": 2, "dtype": "float32", "seed": 3},
         "optimizer": {"lr": 1e-3},
         "scheduler": {"name": "linear"},
         "checkpoint": {"interval": 0, "export_dtype": "float32"},
         "metrics": {"tensorboard": False},
     }
+    if "training__global_batch_size" in overrides:
+        del tables["training"]["local_batch_size"]  # 1, which divides any
     for key, value in overrides.items():
         section, name = key.split("__")
         tables[section] = {**tables.get(section, {}), name: value}

@@ -38,11 +38,11 @@ def start(job: Path, *overrides: str, log: Path, **environment: object) -> subpr
 
 @contextmanager
 def two_nodes(job: Path, *overrides: str) -> Iterator[list[subprocess.Popen]]:
-    """Starts two launchers of two ranks each."""
+    """Starts two launchers of one rank each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"NGPU": 2, "NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"NGPU": 1, "NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     nodes = [start(job, *overrides, log=log_of(job, n), NODE_RANK=n, **common) for n in (0, 1)]
     try:
         yield nodes
@@ -101,7 +101,7 @@ def test_train_command_passes_overrides_and_exit_codes(tmp_path, nano_path, data
 
 def test_two_nodes_train_like_one(tmp_path, nano_path, data_root):
     settings = {"training__steps": 3, "checkpoint__enable": False}
-    expected = curve(train(write_job(tmp_path / "one", nano_path, data_root, **settings), 4))
+    expected = curve(train(write_job(tmp_path / "one", nano_path, data_root, **settings), 2))
     job = write_job(tmp_path / "two", nano_path, data_root, **settings)
     with two_nodes(job) as nodes:
         codes = [node.wait(TIMEOUT_S) for node in nodes]

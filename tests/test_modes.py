@@ -109,7 +109,7 @@ SIZES = {
     "ltx23_lora_t2v_4gpu": "ltx23_lora_t2v",
     "ltx23_lora_t2v_8gpu": "ltx23_lora_t2v",
 }
-# On one rank and a CPU: compiling takes minutes there, and a global batch of 64 as many forwards.
+# On one rank and a CPU: compiling takes minutes there.
 REDUCED = ("--parallelism.dp_replicate=1", "--compile.enable=false", "--training.global_batch_size=2")
 
 
@@ -179,10 +179,9 @@ def train_all(jobs: list[tuple[Path, list[str]]]) -> None:
 def runs(overrides) -> Callable[[str], Path]:
     """Folder of each mode's run. One process trains them all, for starting one costs more than two steps."""
     jobs = []
-    for name in [*MODES, *SIZES]:
+    for name in MODES:
         reduced = REDUCED if name.endswith("gpu") else ()
-        kept = ("--checkpoint.enable=false",) if name in SIZES else ()
-        arguments = [*overrides(name), f"--training.stop_at={STEPS}", *reduced, *kept]
+        arguments = [*overrides(name), f"--training.stop_at={STEPS}", *reduced]
         jobs.append((CONFIGS / f"{name}.toml", arguments))
     run_ranks(train_all, 1, jobs)
     return lambda name: Path(load_job(CONFIGS / f"{name}.toml", overrides(name)).job.dump_folder)
@@ -203,14 +202,6 @@ def test_a_job_file_for_many_gpus_is_planned_for_as_many(name, overrides):
     like = load_job(CONFIGS / f"{SIZES.get(name, name)}.toml", overrides(name))
     same = ("model", "video", "audio", "sigma", "lora", "optimizer", "scheduler", "loss")
     assert all(getattr(plan.job, section) == getattr(like, section) for section in same)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", SIZES)
-def test_a_job_file_for_many_gpus_trains_on_one_rank(runs, name):
-    folder = runs(name)
-    assert not (folder / "error.txt").exists(), (folder / "error.txt").read_text()
-    assert all(0 < json.loads(line)["loss"] < 10 for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
 @pytest.mark.distributed

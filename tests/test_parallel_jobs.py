@@ -12,7 +12,7 @@ LORA = {"model__mode": "lora", "lora__rank": 4, "lora__alpha": 4.0}
 
 @pytest.fixture(scope="module")
 def single_run(tmp_path_factory, nano_path, data_root) -> torch.Tensor:
-    """Five steps on one rank."""
+    """Three steps on one rank."""
     return train_curve(tmp_path_factory.mktemp("single"), nano_path, data_root)
 
 
@@ -39,8 +39,8 @@ def test_losses_and_norms_do_not_depend_on_the_mesh(tmp_path, nano_path, data_ro
 @pytest.mark.distributed
 def test_a_job_goes_on_under_other_degrees(tmp_path, nano_path, data_root, single_run):
     job = write_job(tmp_path, nano_path, data_root)
-    train(job, 2, "--parallelism.tp=2", "--training.stop_at=2")
-    train(job, 2, "--parallelism.cp=2", "--training.stop_at=4")
+    train(job, 2, "--parallelism.tp=2", "--training.stop_at=1")
+    train(job, 2, "--parallelism.cp=2", "--training.stop_at=2")
     actual = torch.tensor(curve(train(job, 4, "--parallelism.tp=2")))
     torch.testing.assert_close(actual, single_run, rtol=1e-5, atol=0)
 
@@ -69,6 +69,6 @@ def test_float8_trains_near_float32_and_exports_plain_weights(tmp_path, nano_pat
     # float8 keeps 3 bits of mantissa: 6 % an element at worst, averaged over hundreds in every matmul.
     torch.testing.assert_close(actual[:, 0], expected[:, 0], rtol=2e-2, atol=0)
     name = "lora" if mode else "transformer"
-    exports = [load_file(tmp_path / run / f"run/export/{name}-step-5.safetensors") for run in ("one", "two")]
+    exports = [load_file(tmp_path / run / f"run/export/{name}-step-3.safetensors") for run in ("one", "two")]
     assert exports[0].keys() == exports[1].keys()
     assert all(tensor.dtype == torch.float32 for tensor in exports[1].values())

@@ -4,7 +4,6 @@ A checkpoint holds the job that saved it, so nothing but its folder is needed, a
 model is streamed tensor by tensor; adapters are read at once.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,15 @@ from ltx_titan.common.tensors import COMPUTE_DTYPES
 from ltx_titan.config import JobConfig
 from ltx_titan.lora import adapter_weights, apply_lora, is_adapter
 from ltx_titan.plan import build_transformer, export_name, trained_modalities
-from ltx_titan.weights import TRANSFORMER, ExportTensor, export_safetensors, module_tensors, read_source
+from ltx_titan.weights import (
+    TRANSFORMER,
+    ExportLayout,
+    ExportTensor,
+    complete_export,
+    export_safetensors,
+    module_tensors,
+    read_source,
+)
 
 DESCRIPTION = """\
 Export a checkpoint for inference tools: a LoRA file for LoRA jobs, otherwise the whole transformer. The result is the
@@ -43,6 +50,10 @@ class ExportOptions:
 
     dtype: Maybe[Literal["bfloat16", "float32"]] = None
     """Precision of the weights. Default: checkpoint.export_dtype of the job."""
+
+    layout: Maybe[ExportLayout] = None
+    """Whether a transformer's file holds the text connectors, or all that the base's file has. Default:
+    checkpoint.export_layout of the job."""
 
 
 def run(options: ExportOptions) -> int:
@@ -70,6 +81,7 @@ def export_checkpoint(options: ExportOptions) -> Path:
     source = read_source(model.checkpoint_path if model.init == "checkpoint" else None, model.shape, model.num_layers)
     transformer = build_transformer(source, trained_modalities(job))
     dtype = COMPUTE_DTYPES[options.dtype or job.checkpoint.export_dtype]
+    layout = options.layout or job.checkpoint.export_layout
     if model.mode == "lora":
         apply_lora(transformer, job.lora)
         names = [name for name in module_tensors(transformer) if is_adapter(name)]
@@ -78,7 +90,7 @@ def export_checkpoint(options: ExportOptions) -> Path:
         transformer.load_state_dict({name: saved.read(f"model.{name}") for name in names}, strict=False, assign=True)
         scale = trainer.get("reference_scale")
         scale = None if scale is None else (scale[0], scale[1])
-        export_adapters(adapter_weights(transformer), path, job, source, scale, dtype)
+        export_adapters(adapter_weights(transformer), path, job, source, scale, dtype, layout)
         return path
     names = list(module_tensors(transformer))
     _check_names(options.checkpoint, names, saved)
@@ -91,7 +103,7 @@ def export_checkpoint(options: ExportOptions) -> Path:
         )
         for name in names
     ]
-    export_safetensors(path, tensors, {**source.metadata, "config": json.dumps(source.config)})
+    export_safetensors(path, *complete_export(tensors, source, model.connectors_path, layout))
     return path
 
 

@@ -265,6 +265,10 @@ def _optimization(source: LtxJob, result: Imported, ranks: int) -> Iterable[Prob
     result.put("activation_checkpoint.mode", "full" if get("enable_gradient_checkpointing") else "none")
     reason = f"is per process; training.global_batch_size = {total} is the total of {ranks} (--ranks)"
     result.note("optimization.batch_size", batch, reason)
+    if ranks > 1 and get("scheduler_type") != "constant":
+        # Accelerate steps the schedule once per process in each optimizer step.
+        reason = f"ended after 1/{ranks} of the steps on {ranks} processes; here it spans training.steps"
+        result.note("optimization.scheduler_type", get("scheduler_type"), reason)
     yield from _scheduler(source, result)
 
 
@@ -323,8 +327,10 @@ def _training(source: LtxJob, result: Imported) -> None:
         result.put("data.root", root)
     result.put("data.num_workers", source.get("data", "num_dataloader_workers"))
     keep = source.get("checkpoints", "keep_last_n")
-    # null there means the final checkpoint only.
-    result.put("checkpoint.interval", source.get("checkpoints", "interval") or 0)
+    # null there means the final checkpoint only. Its checkpoints are weights to sample with: exports here.
+    interval = source.get("checkpoints", "interval") or 0
+    result.put("checkpoint.interval", interval)
+    result.put("checkpoint.export_interval", interval)
     # -1 and 0 both keep everything there.
     result.put("checkpoint.keep_last", keep if keep > 0 else -1)
     result.put("checkpoint.export_dtype", source.get("checkpoints", "precision"))

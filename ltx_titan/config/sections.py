@@ -225,6 +225,10 @@ class CheckpointSection(Section):
     """Steps between further exports during training, which waits for each; 0 exports at the end only."""
     export_dtype: ComputeDtype = "bfloat16"
     """Precision of the exported weights; float32 doubles the file size."""
+    export_layout: Literal["transformer", "with_connectors", "complete"] = "with_connectors"
+    """Contents of an exported transformer: `with_connectors` adds the base's text connectors, which ComfyUI and
+    ltx-pipelines look for beside it, `complete` everything in the base's file, `transformer` nothing. LoRA files hold
+    adapters only."""
 
 
 class MetricsSection(Section):

@@ -1,6 +1,7 @@
 """Official safetensors files: metadata, names, reading, writing, quantized weights, LoRA files."""
 
-from ltx_titan.weights.export import ExportTensor, export_safetensors, export_transformer, save_safetensors
+from ltx_titan.weights.export import ExportTensor, export_safetensors, save_safetensors, transformer_tensors
+from ltx_titan.weights.layout import ExportLayout, complete_export
 from ltx_titan.weights.load import (
     build_connectors,
     check_fits,
@@ -51,6 +52,7 @@ __all__ = [
     "TRANSFORMER",
     "CheckpointMetadata",
     "Component",
+    "ExportLayout",
     "ExportTensor",
     "LoRAWeights",
     "ModelSource",
@@ -58,10 +60,10 @@ __all__ = [
     "StoredWeight",
     "build_connectors",
     "check_fits",
+    "complete_export",
     "export_lora",
     "export_merged",
     "export_safetensors",
-    "export_transformer",
     "find_connectors",
     "fuse_lora",
     "is_adapter",
@@ -87,5 +89,6 @@ __all__ = [
     "scale_factors",
     "stored_weights",
     "stream_of",
+    "transformer_tensors",
     "unused_by",
 ]

@@ -111,32 +111,17 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: 
     export_safetensors(path, sorted(entries, key=lambda entry: entry.name), dict(sorted(metadata.items())))
 
 
-def export_transformer(
-    module: nn.Module,
-    path: str | Path,
-    *,
-    config: Mapping[str, Any],
-    metadata: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = torch.bfloat16,
-) -> None:
-    """Exports a transformer under its official names, as a file that loaders of the official checkpoints read.
+def transformer_tensors(module: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> list[ExportTensor]:
+    """Tensors of a transformer under its official file keys.
 
     Args:
         module: the transformer, sharded or not; wrapper levels and float8 weight subclasses are removed.
-        path: target file.
-        config: the whole config object (`{"transformer": ..., "vae": ...}`) the model was built from.
-        metadata: further header entries, usually the source checkpoint's `CheckpointMetadata.raw`; its `config` is
-            replaced.
         dtype: dtype in the file; None keeps the parameters'.
-
-    Raises:
-        ValueError, RuntimeError: as `export_safetensors`.
     """
-    tensors = [
+    return [
         ExportTensor(TRANSFORMER.file_key(name), tuple(tensor.shape), dtype or tensor.dtype, tensor)
         for name, tensor in module_tensors(module).items()
     ]
-    export_safetensors(path, tensors, {**(metadata or {}), "config": json.dumps(config)})
 
 
 def _header(path: Path, tensors: list[ExportTensor], metadata: Mapping[str, str]) -> bytes:

@@ -1,10 +1,8 @@
 """LoRA files, as ComfyUI, ltx-pipelines and diffusers load them: written, read, and merged into weights.
 
-    official     diffusion_model.<official module>.lora_A.weight  [rank, in]     and  .lora_B.weight  [out, rank]
-    diffusers    transformer.<diffusers module>.lora_A.weight                     and  .lora_B.weight
-
-We write the official form, which all three load, and read both. Files store no alpha: readers add B A as it is, so the
-adapter's scale is multiplied into B. Everything here works on named tensors; `ltx_titan.lora` owns the modules.
+We write the official form, `diffusion_model.<module>.lora_A.weight` and `.lora_B.weight`, which all three load, and
+read those of `lora_formats.py`. The official form stores no alpha: readers add B A as it is, so the adapter's scale is
+multiplied into B. Everything here works on named tensors; `ltx_titan.lora` owns the modules.
 
 Merging computes the sum in float32 and rounds once; loaders of LoRA files usually round B A to bfloat16 first.
 """
@@ -24,15 +22,13 @@ from torch.distributed.tensor import DTensor
 from ltx_titan.common.ranks import is_main_rank
 from ltx_titan.common.tensors import SAFETENSORS_DTYPES, local
 from ltx_titan.weights.export import ExportTensor, export_safetensors
+from ltx_titan.weights.layout import ExportLayout, complete_export
 from ltx_titan.weights.load import copy_weights, match_weights
-from ltx_titan.weights.metadata import read_metadata
-from ltx_titan.weights.names import TRANSFORMER, Component, listed, name_from_diffusers
+from ltx_titan.weights.lora_formats import DOWN, OFFICIAL_PREFIX, UP, LoRALayer, read_lora_layers
+from ltx_titan.weights.metadata import ModelSource, read_metadata
+from ltx_titan.weights.names import TRANSFORMER, Component, listed
 from ltx_titan.weights.stored import StoredWeight, stored_weights
 from ltx_titan.weights.tensors import full_box
-
-OFFICIAL_PREFIX = "diffusion_model."
-DIFFUSERS_PREFIX = "transformer."
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -55,16 +51,6 @@ class LoRAWeights:
     def weight_shape(self) -> tuple[int, int]:
         """Shape (out, in) of the adapted weight."""
         return self.lora_b.shape[0], self.lora_a.shape[1]
-
-
-@dataclass(frozen=True)
-class _FileLayer:
-    """One layer of a LoRA file: keys of its two tensors, and their sizes."""
-
-    down_key: str
-    up_key: str
-    rank: int
-    weight_shape: tuple[int, int]
 
 
 def export_lora(
@@ -94,7 +80,7 @@ def export_lora(
     for name, adapter in adapters.items():
         # Into B rather than A or both: B starts at zero, so its range depends on training anyway.
         lora_b = adapter.lora_b if adapter.scaling == 1.0 else adapter.lora_b * adapter.scaling
-        for suffix, tensor in ((_DOWN, adapter.lora_a), (_UP, lora_b)):
+        for suffix, tensor in ((DOWN, adapter.lora_a), (UP, lora_b)):
             entries.append(ExportTensor(OFFICIAL_PREFIX + name + suffix, tuple(tensor.shape), dtype, tensor))
     export_safetensors(path, entries, metadata or {})
 
@@ -115,7 +101,7 @@ def reference_metadata(spatial: int, temporal: int) -> dict[str, str]:
 
 @torch.no_grad()
 def load_lora(adapters: Mapping[str, LoRAWeights], path: str | Path) -> None:
-    """Fills adapters in place from a file of either form, with or without the official prefix.
+    """Fills adapters in place from a LoRA file in any form that `lora_formats.py` reads.
 
     Args:
         adapters: by official layer name, with the file's rank and targets; sharded or not, with storage.
@@ -126,21 +112,21 @@ def load_lora(adapters: Mapping[str, LoRAWeights], path: str | Path) -> None:
     """
     if any(adapter.magnitude is not None for adapter in adapters.values()):
         raise ValueError(f"{path}: LoRA files store no DoRA magnitudes; set lora.dora = false to start from one.")
-    layers = _read_layers(path)
+    layers = read_lora_layers(path, adapters)
     # Before any tensor is read, so that a wrong file leaves the adapters as they are.
     _check_layers(path, layers, {name: adapter.weight_shape for name, adapter in adapters.items()}, complete=True)
     _check_rank(path, layers, {adapter.lora_a.shape[0] for adapter in adapters.values()})
-    targets = {name + _DOWN: adapter.lora_a for name, adapter in adapters.items()}
-    targets |= {name + _UP: adapter.lora_b for name, adapter in adapters.items()}
-    keys = {name + _DOWN: layer.down_key for name, layer in layers.items()}
-    keys |= {name + _UP: layer.up_key for name, layer in layers.items()}
+    targets = {name + DOWN: adapter.lora_a for name, adapter in adapters.items()}
+    targets |= {name + UP: adapter.lora_b for name, adapter in adapters.items()}
+    keys = {name + DOWN: layer.down_key for name, layer in layers.items()}
+    keys |= {name + UP: layer.up_key for name, layer in layers.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     weights = match_weights(read_metadata(path), shapes, Component.from_keys("adapter", keys))
     copy_weights(path, weights, targets)
-    # The file's B includes its writer's scale; ours is multiplied in the forward pass.
-    for adapter in adapters.values():
-        if adapter.scaling != 1.0:
-            local(adapter.lora_b).div_(adapter.scaling)
+    # Our scale is multiplied in the forward pass; the writer's is in B, or in its alpha.
+    for name, adapter in adapters.items():
+        if layers[name].scale != adapter.scaling:
+            local(adapter.lora_b).mul_(layers[name].scale / adapter.scaling)
 
 
 @torch.no_grad()
@@ -149,7 +135,7 @@ def fuse_lora(model: nn.Module, path: str | Path, strength: float = 1.0) -> int:
 
     Args:
         model: the transformer, not sharded.
-        path: a LoRA file of either form.
+        path: a LoRA file in any form that `lora_formats.py` reads.
         strength: factor on its change.
 
     Returns:
@@ -160,20 +146,26 @@ def fuse_lora(model: nn.Module, path: str | Path, strength: float = 1.0) -> int:
             is changed then.
     """
     weights = dict(model.named_parameters())
-    layers = _read_layers(path)
     # Adapters are of linear layers, so biases, norms and tables are not candidates.
     shapes = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights.items() if weight.ndim == 2}
+    layers = read_lora_layers(path, shapes)
     _check_layers(path, layers, shapes, complete=False)
     with safe_open(path, framework="pt") as file:
         for name, layer in layers.items():
             weight = weights[f"{name}.weight"]
             lora_a, lora_b = (file.get_tensor(key).to(weight.device) for key in (layer.down_key, layer.up_key))
             # One rounding to the dtype of the weight, in `copy_`.
-            weight.copy_(merged_weight(weight, LoRAWeights(lora_a, lora_b, strength)))
+            weight.copy_(merged_weight(weight, LoRAWeights(lora_a, lora_b, strength * layer.scale)))
     return len(layers)
 
 
-def export_merged(adapters: Mapping[str, LoRAWeights], base_path: str | Path, path: str | Path) -> None:
+def export_merged(
+    adapters: Mapping[str, LoRAWeights],
+    base_path: str | Path,
+    path: str | Path,
+    connectors_path: str | Path | None = None,
+    layout: ExportLayout = "with_connectors",
+) -> None:
     """Writes the base transformer with every adapter merged in; every rank calls it.
 
     The base is read from the file it was trained from, not from the model, so that adapters on a base that was
@@ -185,6 +177,7 @@ def export_merged(adapters: Mapping[str, LoRAWeights], base_path: str | Path, pa
         adapters: by official layer name, sharded or not.
         base_path: the checkpoint that the base was loaded from.
         path: target file.
+        connectors_path, layout: as `complete_export`.
 
     Raises:
         ValueError: an adapted layer is not in the base file, or has another shape there.
@@ -200,7 +193,7 @@ def export_merged(adapters: Mapping[str, LoRAWeights], base_path: str | Path, pa
         tensors = []
         for key, weight in stored_weights(metadata).items():
             name = TRANSFORMER.module_name(key)
-            if name is None:  # connectors, codecs
+            if name is None:  # connectors and codecs, which no adapter changes
                 continue
             is_plain = weight.form == "plain"
             dtype = SAFETENSORS_DTYPES[metadata.tensors[key].dtype] if is_plain else torch.bfloat16
@@ -209,7 +202,8 @@ def export_merged(adapters: Mapping[str, LoRAWeights], base_path: str | Path, pa
             tensors.append(ExportTensor(key, weight.shape, dtype, read))
         # All weights are plain in the new file, so the declaration of quantized layers must not be copied.
         header = {key: value for key, value in metadata.raw.items() if key != "_quantization_metadata"}
-        export_safetensors(path, tensors, header)
+        source = ModelSource(metadata.config, header, metadata.path)
+        export_safetensors(path, *complete_export(tensors, source, connectors_path, layout))
 
 
 def merged_weight(base: Tensor, adapter: LoRAWeights) -> Tensor:
@@ -242,45 +236,8 @@ def _gather(adapter: LoRAWeights) -> LoRAWeights:
     return replace(adapter, lora_a=gather(adapter.lora_a), lora_b=gather(adapter.lora_b), magnitude=magnitude)
 
 
-def _read_layers(path: str | Path) -> dict[str, _FileLayer]:
-    """Reads the header of a LoRA file: its layers by official name.
-
-    Raises:
-        ValueError: the file has other tensors than pairs of lora_A and lora_B weights, or none.
-    """
-    tensors = read_metadata(path).tensors
-    pairs: dict[str, dict[str, str]] = {}
-    foreign = []
-    for key in tensors:
-        # `.alpha` of other trainers is refused as well: ignoring it would load another update than was trained.
-        suffix = next((suffix for suffix in (_DOWN, _UP) if key.endswith(suffix)), None)
-        if suffix is None or len(tensors[key].shape) != 2:
-            foreign.append(key)
-            continue
-        name = key.removesuffix(suffix)
-        if name.startswith(DIFFUSERS_PREFIX):
-            name = name_from_diffusers(name.removeprefix(DIFFUSERS_PREFIX))
-        # Some converters write official names without the prefix.
-        pairs.setdefault(name.removeprefix(OFFICIAL_PREFIX), {})[suffix] = key
-    unpaired = [key for keys in pairs.values() if len(keys) < 2 for key in keys.values()]
-    problems = {"other than lora_A/lora_B weights": foreign, "without its lora_A or lora_B": unpaired}
-    lines = [f"{len(keys)} tensors {problem}: {listed(keys)}" for problem, keys in problems.items() if keys]
-    if lines or not pairs:
-        found = "; ".join(lines) or "no LoRA weights"
-        raise ValueError(
-            f"{path}: expected a LoRA file ({OFFICIAL_PREFIX}<layer>{_DOWN} and {_UP}, nothing else), found {found}."
-        )
-    layers = {}
-    for name, keys in pairs.items():
-        (rank, width), (height, other_rank) = tensors[keys[_DOWN]].shape, tensors[keys[_UP]].shape
-        if rank != other_rank:
-            raise ValueError(f"{path}: {name}: lora_A has rank {rank} and lora_B {other_rank}; the file is damaged.")
-        layers[name] = _FileLayer(keys[_DOWN], keys[_UP], rank, (height, width))
-    return layers
-
-
 def _check_layers(
-    path: str | Path, layers: Mapping[str, _FileLayer], shapes: Mapping[str, tuple[int, ...]], *, complete: bool
+    path: str | Path, layers: Mapping[str, LoRALayer], shapes: Mapping[str, tuple[int, ...]], *, complete: bool
 ) -> None:
     """Compares a file's layers with the model's.
 
@@ -315,7 +272,7 @@ def _check_layers(
         raise ValueError(f"{path}: the LoRA does not fit this model; nothing was loaded.\n" + "\n".join(lines))
 
 
-def _check_rank(path: str | Path, layers: Mapping[str, _FileLayer], expected: set[int]) -> None:
+def _check_rank(path: str | Path, layers: Mapping[str, LoRALayer], expected: set[int]) -> None:
     found = {layer.rank for layer in layers.values()}
     if found != expected:
         file_rank, job_rank = (" or ".join(map(str, sorted(ranks))) for ranks in (found, expected))

@@ -1,5 +1,6 @@
 """`ltx-titan export`: the bytes that training exports, from any mesh's checkpoint."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,21 +34,32 @@ def test_a_checkpoint_exports_to_the_bytes_that_training_wrote(
     assert (tmp_path / name).read_bytes() == (tmp_path / "run/export" / name).read_bytes()
 
 
-def test_export_needs_neither_data_nor_gpu_nor_ranks_and_takes_another_dtype(tmp_path, nano_path, data_root):
-    train(write_job(tmp_path, nano_path, data_root, training__steps=1))
-    job = (tmp_path / "run/checkpoint/step-1/trainer.json").read_text()
-    (tmp_path / "run/checkpoint/step-1/trainer.json").write_text(job.replace(str(data_root), "/no/such/data"))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, nano_path, data_root) -> Path:
+    """Checkpoint of one step."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(write_job(folder, nano_path, data_root, training__steps=1, checkpoint__export=False))
+    return folder / "run/checkpoint/step-1"
+
+
+@pytest.fixture
+def step(trained, tmp_path) -> Path:
+    """A copy of that checkpoint, which a test may damage."""
+    return shutil.copytree(trained, tmp_path / "run/checkpoint/step-1")
+
+
+def test_export_needs_neither_data_nor_gpu_nor_ranks_and_takes_another_dtype(tmp_path, data_root, step):
+    job = (step / "trainer.json").read_text()
+    (step / "trainer.json").write_text(job.replace(str(data_root), "/no/such/data"))
     out = tmp_path / "new" / "model.safetensors"
-    command = [sys.executable, "-m", "ltx_titan.cli", "export", tmp_path / "run/checkpoint/step-1", out]
+    command = [sys.executable, "-m", "ltx_titan.cli", "export", step, out]
     subprocess.run([*command, "--dtype", "bfloat16"], check=True, cwd=Path(__file__).parents[2])
     assert {tensor.dtype for tensor in load_file(out).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("what", ["missing", "damaged", "not a step", "wrong name"])
-def test_what_cannot_be_exported_is_named_in_one_line(tmp_path, nano_path, data_root, capsys, what):
-    train(write_job(tmp_path, nano_path, data_root, training__steps=1))
-    step, out = tmp_path / "run/checkpoint/step-1", tmp_path / "out.safetensors"
-    expected = str(step)
+def test_what_cannot_be_exported_is_named_in_one_line(tmp_path, step, capsys, what):
+    out, expected = tmp_path / "out.safetensors", str(step)
     if what == "missing":
         step = tmp_path / "run/checkpoint/step-7"
         expected = "step-7 cannot be used"

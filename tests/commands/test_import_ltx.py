@@ -107,6 +107,7 @@ def test_a_whole_job_is_converted():
     assert (job.sigma.name, job.sigma.min_value) == ("uniform", 0.01)
     checkpoint = job.checkpoint
     assert (checkpoint.interval, checkpoint.keep_last, checkpoint.export_dtype) == (250, -1, "float32")
+    assert checkpoint.export_interval == 250  # weights to sample with, as the file of each checkpoint is there
     metrics = job.metrics
     assert (metrics.wandb, metrics.wandb_project, metrics.wandb_tags) == ("online", "ltxv-trainer", ("ltx",))
 
@@ -124,6 +125,13 @@ def test_every_key_without_equivalent_is_listed_with_a_reason():
     }.items():
         (note,) = [note for note in notes if note.startswith(key)]
         assert reason in note
+
+
+def test_a_schedule_that_ended_early_on_several_processes_is_named():
+    key = "optimization.scheduler_type"
+    (note,) = [note for note in imported(I2V, ranks=4).notes if note.startswith(key)]
+    assert "ended after 1/4 of the steps on 4 processes" in note
+    assert not any(note.startswith(key) for note in imported(I2V).notes)
 
 
 def test_validation_is_converted():

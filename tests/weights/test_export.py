@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,11 +9,11 @@ from safetensors.torch import load_file
 from ltx_titan.weights import (
     ExportTensor,
     export_safetensors,
-    export_transformer,
     load_parameters,
     module_tensors,
     read_metadata,
     save_safetensors,
+    transformer_tensors,
 )
 from tests.checkpoint.toy import LAYOUTS, full, toy
 from tests.processes import run_ranks
@@ -25,7 +27,7 @@ def export_every_layout(folder):
     for layout, shard in LAYOUTS.items():
         path = folder / f"{layout}.safetensors"
         module = shard(toy())
-        export_transformer(module, path, config=CONFIG, metadata={"license": "x", "config": "old"}, dtype=None)
+        export_safetensors(path, transformer_tensors(module, None), {"license": "x", "config": json.dumps(CONFIG)})
         written = load_file(path)
         assert written.keys() == expected.keys(), layout
         assert all(torch.equal(written[name], expected[name]) for name in expected), layout

@@ -88,11 +88,11 @@ def test_differences_are_listed_and_nothing_is_loaded(tmp_path):
         "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])  # fmt: skip
     refused(path, r"The file's rank is 4, lora\.rank is 8", targets=["video"], rank=8)
     tensors = load_file(path)
-    save_file(tensors | {"diffusion_model.transformer_blocks.0.attn1.to_q.alpha": torch.ones(())}, path)
-    refused(path, r"1 tensors other than lora_A/lora_B weights: .*to_q\.alpha", targets=["video"])
+    save_file(tensors | {"diffusion_model.transformer_blocks.0.attn1.to_q.dora_scale": torch.ones(64)}, path)
+    refused(path, r"1 tensors other than LoRA weights: .*to_q\.dora_scale.*This is DoRA: merge it", targets=["video"])
     del tensors["diffusion_model.transformer_blocks.0.attn1.to_q.lora_B.weight"]
     save_file(tensors, path)
-    refused(path, r"1 tensors without its lora_A or lora_B: .*to_q\.lora_A", targets=["video"])
+    refused(path, r"1 tensors without the other of A and B: .*to_q\.lora_A", targets=["video"])
 
 
 def test_a_lora_of_another_model_generation_is_refused(tmp_path):

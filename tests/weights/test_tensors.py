@@ -8,7 +8,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ltx_titan.checkpoint import TrainingState, load_state, save_state
-from ltx_titan.weights import export_transformer, load_parameters, module_tensors
+from ltx_titan.weights import export_safetensors, load_parameters, module_tensors, transformer_tensors
 from tests.checkpoint.toy import fsdp, full, toy
 from tests.processes import run_ranks
 
@@ -27,7 +27,7 @@ def float8_toy(seed):
 
 def export_load_and_save(folder):
     expected = toy().state_dict()
-    export_transformer(float8_toy(0), folder / "float8.safetensors", config={}, dtype=None)
+    export_safetensors(folder / "float8.safetensors", transformer_tensors(float8_toy(0), None), {})
     written = load_file(folder / "float8.safetensors")
     assert all(torch.equal(written["model.diffusion_model." + name], expected[name]) for name in expected)
 

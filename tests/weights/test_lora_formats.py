@@ -1,0 +1,119 @@
+"""LoRA files of other trainers give the update that their own reader gives."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ltx_titan.lora import adapter_weights, adapters, init_lora_
+from ltx_titan.weights import export_lora, fuse_lora, load_lora
+from tests.lora.adapted import adapted, settings, transformer
+
+TARGETS = ["attn1.to_q", "attn1.to_out.0", "patchify_proj"]
+
+
+def split(key):
+    """Layer and letter of an official key."""
+    layer, _, letter = key.removeprefix("diffusion_model.").removesuffix(".weight").rpartition(".lora_")
+    return layer, letter
+
+
+def peft(tensors, folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    return {key.replace("diffusion_model.", "base_model.model."): tensor for key, tensor in tensors.items()}, {}
+
+
+def rslora(tensors, folder):
+    config = {"lora_alpha": 4, "use_rslora": True}  # 4 / sqrt(4)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return {key.replace("diffusion_model.", "base_model.model."): tensor for key, tensor in tensors.items()}, {}
+
+
+def pattern(tensors, folder):
+    config = {"lora_alpha": 1, "alpha_pattern": {"to_q": 8, "to_out.0": 8, "patchify_proj": 8}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return {key.replace("diffusion_model.", "base_model.model."): tensor for key, tensor in tensors.items()}, {}
+
+
+def kohya(tensors, folder):
+    found = {}
+    for key, tensor in tensors.items():
+        layer, letter = split(key)
+        flat = "lora_unet_" + layer.replace(".", "_")
+        found[f"{flat}.lora_{'down' if letter == 'A' else 'up'}.weight"] = tensor
+        found[f"{flat}.alpha"] = torch.tensor(8.0)
+    return found, {}
+
+
+def diffusers(tensors, folder):
+    found = {key.replace("diffusion_model.", "transformer.").replace("patchify_proj", "proj_in"): tensor
+             for key, tensor in tensors.items()}  # fmt: skip
+    config = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.use_rslora": False}
+    return found, {"lora_adapter_metadata": json.dumps(config)}
+
+
+def diffsynth(tensors, folder):
+    # No alpha: B itself is doubled.
+    return {
+        key.removeprefix("diffusion_model.").replace(".weight", ".default.weight"): t * 2 if "lora_B" in key else t
+        for key, t in tensors.items()
+    }, {}
+
+
+def official_with_alpha(tensors, folder):
+    return tensors | {f"diffusion_model.{split(key)[0]}.alpha": torch.tensor(8.0) for key in tensors}, {}
+
+
+FORMS = [peft, rslora, pattern, kohya, diffusers, diffsynth, official_with_alpha]
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A model of rank 4, and a file of it that states twice its update."""
+    model = adapted(settings(targets=TARGETS))
+    export_lora(adapter_weights(model), tmp_path / "official.safetensors", dtype=torch.float32)
+    return model, load_file(tmp_path / "official.safetensors")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loading_gives_the_update_that_the_writer_meant(written, tmp_path, form):
+    model, tensors = written
+    found, header = form(tensors, tmp_path)
+    save_file({key: tensor.contiguous() for key, tensor in found.items()}, tmp_path / "other.safetensors", header)
+    again = adapted(settings(targets=TARGETS))
+    init_lora_(again, 9)
+    load_lora(adapter_weights(again), tmp_path / "other.safetensors")
+    for name, layer in adapters(model).items():
+        other = adapters(again)[name]
+        update = other.scaling * other.lora_B.weight @ other.lora_A.weight
+        torch.testing.assert_close(update, 2 * layer.scaling * layer.lora_B.weight @ layer.lora_A.weight)
+
+
+@pytest.mark.parametrize("form", [kohya, diffusers])
+def test_fusing_for_sampling_applies_the_writers_scale(written, tmp_path, form):
+    model, tensors = written
+    found, header = form(tensors, tmp_path)
+    save_file(found, tmp_path / "other.safetensors", header)
+    plain = transformer()
+    before = plain.patchify_proj.weight.detach().clone()
+    assert fuse_lora(plain, tmp_path / "other.safetensors", strength=0.5) == len(adapters(model))
+    layer = adapters(model)["patchify_proj"]
+    expected = before + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+    torch.testing.assert_close(plain.patchify_proj.weight, expected)
+
+
+def test_a_peft_file_without_its_config_is_refused(written, tmp_path):
+    found, _ = peft(written[1], tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    save_file(found, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors: a PEFT file.*expected that file, found none"):
+        load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
+
+
+def test_a_layer_that_the_model_lacks_keeps_its_name_in_the_message(written, tmp_path):
+    found, _ = kohya(written[1], tmp_path)
+    found = {key.replace("patchify_proj", "time_in"): tensor for key, tensor in found.items()}
+    save_file(found, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"1 layers that have no adapter in the model: lora_unet_time_in"):
+        load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
