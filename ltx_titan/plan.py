@@ -12,7 +12,7 @@ import torch
 
 from ltx_titan.checkpoint import latest_complete, read_trainer_state
 from ltx_titan.common.files import LOCK_FILE
-from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
+from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_trainable, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
 from ltx_titan.data import BatchPlan, PrecomputedDataset, stores_text_features, stream_tokens, token_counts
 from ltx_titan.model import LTXTransformer, TransformerConfig
@@ -133,6 +133,8 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     for warning in check_conditions(strategy, keys, dataset.name):
         logger.warning("%s", warning)
+    weights = {"video": job.loss.video_weight, "audio": job.loss.audio_weight}
+    check_trainable(strategy, keys, dataset.peek, weights, dataset.name)
     # Finished contexts have passed the connectors already, which are then neither read nor kept in memory.
     connectors_path = None
     if any(stores_text_features(key) for key in set(keys)):

@@ -149,6 +149,10 @@ class MediaDataset:
             "be read; check that the storage is available."
         )
 
+    def peek(self, index: int) -> Sample:
+        """A sample as `load` will return it, with tensors on the meta device: tells which streams are present."""
+        return self._outline(self._rows[index])
+
     @property
     def _has_audio(self) -> bool:
         return "audio_latents" in self.sources.values()
