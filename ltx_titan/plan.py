@@ -23,6 +23,7 @@ from ltx_titan.model.ops import TORCH, Operators
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.nano.synthetic import SyntheticDataset
 from ltx_titan.optim.sharding import cuts_blocks
+from ltx_titan.parallel.graphs import obstacle
 from ltx_titan.parallel.limits import check_parallelism, check_sharding
 from ltx_titan.weights import (
     ModelSource,
@@ -152,6 +153,9 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         float8_all_gather=job.float8.all_gather,
         cuts_moments=cuts_blocks if job.optimizer.name in ("adamw8bit", "adamw4bit") else None,
     )
+    # Whatever the machine, such as one without a GPU that estimates the job.
+    if job.compile.graphs == "on" and (reason := obstacle(job, degrees, torch.device("cuda"))) is not None:
+        raise ValueError(f"compile.graphs = 'on': {reason}; set compile.graphs to 'auto' or 'off'.")
     factors = scale_factors(source.config)
     strategy = FlexibleStrategy.from_config(
         {"name": "flexible", "video": job.video, "audio": job.audio}, factors, architecture.keyframe_embedding

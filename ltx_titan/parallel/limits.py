@@ -42,13 +42,8 @@ def check_parallelism(
         ValueError: one line for each unsupported combination: keys, values, reason and remedy.
     """
     problems = []
-    # cp exchanges the heads that tp left on a rank, so the product has to divide. Audio is not sharded over cp.
+    # cp exchanges the heads that tp left on a rank, so the product has to divide. Both streams have equally many heads.
     heads, shares = config.video.heads, degrees.tp * degrees.cp
-    if modalities != "video" and config.audio.heads != heads and config.audio.heads % degrees.tp != 0:
-        problems.append(
-            f"parallelism.tp = {degrees.tp}: attention heads are sharded, and {degrees.tp} does not divide this "
-            f"transformer's {config.audio.heads} audio heads; choose a divisor."
-        )
     if heads % shares != 0:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         problems.append(

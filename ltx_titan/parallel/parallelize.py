@@ -28,6 +28,8 @@ from ltx_titan.parallel.tp import apply_tensor_parallel
 
 logger = logging.getLogger(__name__)
 
+# Of NVIDIA's GPUs: the first with float8 tensor cores.
+_FLOAT8_CAPABILITY = (8, 9)
 # Graphs beyond those of a job's own batches: sampling for validation, with its guidance.
 _OTHER_GRAPHS = 64
 
@@ -58,6 +60,12 @@ def parallelize(
     if float8.recipe != "none":
         # A CPU has no float8 matmuls: it rounds as float8 does and multiplies in float32.
         emulate = mesh.parameters.device_type == "cpu"
+        if mesh.parameters.device_type == "cuda" and torch.cuda.get_device_capability() < _FLOAT8_CAPABILITY:
+            raise ValueError(
+                f"float8.recipe = {float8.recipe!r}: float8 matmuls need compute capability "
+                f"{'.'.join(map(str, _FLOAT8_CAPABILITY))} (Ada, Hopper, Blackwell), found "
+                f"{torch.cuda.get_device_name()}; set float8.recipe to 'none'."
+            )
         layers = apply_float8(model, float8.recipe, emulate=emulate, tp=degrees.tp, fsdp_all_gather=float8.all_gather)
         gathered = ", gathered as float8" if float8.all_gather else ""
         logger.info("float8: %s on %d layers%s", float8.recipe, len(layers), gathered)
