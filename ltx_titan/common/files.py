@@ -137,3 +137,12 @@ def describe_os_error(error: OSError, folder: Path) -> str:
     return (
         f"{text} ({shortage} on its disk). Complete checkpoints are whole: free some space and rerun the same command."
     )
+
+
+def printable(name: str | Path) -> str:
+    """A file name for one line of text: control characters and bytes that are no UTF-8 as escapes, such as \\n.
+
+    A terminal or log raises on the latter, and a line break in a name would look like two reports.
+    """
+    text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -33,6 +33,8 @@ from ltx_titan.media.image import CENTER, image_has_alpha
 
 Reshape = Literal["center", "random"]
 
+# Animations that are read as videos; those in formats of stills are refused.
+_ANIMATED = frozenset({".gif", ".apng"})
 # A still image lasts one second on the time axis of the positions, as in published datasets.
 IMAGE_FPS = Fraction(1)
 
@@ -46,12 +48,16 @@ class ClipRules:
         scale_factors: pixels per latent along (time, height, width).
         fps: rate that all videos are read at, None for each one's own.
         reshape: position of the crop: the center, or one that differs from sample to sample.
+        max_enlargement: factor of enlargement above which a clip is refused.
+        max_crop: share of its area above which a clip that is to be cropped is refused.
     """
 
     buckets: Sequence[Bucket]
     scale_factors: tuple[int, int, int]
     fps: Fraction | None = None
     reshape: Reshape = "center"
+    max_enlargement: float = math.inf
+    max_crop: float = 1.0
 
     def anchor(self, key: Path) -> tuple[float, float]:
         """Position of a sample's crop (down, right); the same in every run, for its clip, reference and mask."""
@@ -126,7 +132,7 @@ def plan_clip(path: Path, rules: ClipRules, header: VideoInfo | None = None) -> 
         header: the file's, if it was read before.
 
     Raises:
-        MediaError: the file cannot be read, or is too short for every bucket.
+        MediaError: the file cannot be read, is too short for every bucket, or exceeds a limit of the rules.
     """
     header = header or read_header(path)
     # An image has no rate to resample.
@@ -138,11 +144,20 @@ def plan_clip(path: Path, rules: ClipRules, header: VideoInfo | None = None) -> 
         remedy = "add a bucket of 1 frame for still images" if frames == 1 else "add a shorter bucket"
         at_rate = "" if fps is None or frames == 1 else f" at {float(fps):.5g} fps"
         raise MediaError(path, f"has {frames} frame(s){at_rate}, the shortest bucket needs {shortest}; {remedy}")
-    return Clip(bucket, fps or header.fps, _notes(header, fps))
+    size = f"is {header.width}x{header.height}, which the bucket {bucket} would"
+    if (enlargement := bucket.enlargement(header.width, header.height)) > rules.max_enlargement:
+        raise MediaError(path, f"{size} enlarge {enlargement:.2f} times; the limit is {rules.max_enlargement:g}")
+    if (cropped := bucket.cropped(header.width, header.height)) > rules.max_crop + 1e-9:
+        raise MediaError(path, f"{size} crop by {cropped:.0%} of its area; the limit is {rules.max_crop:.0%}")
+    notes = _notes(path, header, fps) + bucket.notes(header.width, header.height, frames)
+    return Clip(bucket, fps or header.fps, notes)
 
 
-def _notes(header: VideoInfo, fps: Fraction | None) -> tuple[str, ...]:
+def _notes(path: Path, header: VideoInfo, fps: Fraction | None) -> tuple[str, ...]:
     notes = {
+        "videos of another frame rate, resampled to --fps": fps is not None and header.fps != fps,
+        "animated images, of few colors and with varying times (convert them to video)": path.suffix.lower()
+        in _ANIMATED,
         "videos slower than the frame rate asked for, whose frames were repeated": fps is not None and header.fps < fps,
         "videos of variable frame rate, resampled by their time stamps": header.is_variable,
         "interlaced videos, whose frames show two moments (deinterlace them: ffmpeg -vf bwdif)": header.is_interlaced,

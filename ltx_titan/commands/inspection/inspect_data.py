@@ -161,13 +161,14 @@ def _inspect_clips(options: InspectOptions, times: SampleTimes, report: Report) 
     ]
     if buckets:
         header.append(_sentence("buckets", Counter(str(clip.bucket) for clip in good if clip.bucket)))
+        header.append(f"unused: {raw.unused_share(good):.0%} of all video is after the frames that a bucket uses")
     _write_lines(report, header)
     if buckets:
         bucketed = [clip for clip in good if clip.bucket is not None]
         _print_buckets(
             [(str(clip.bucket), clip.fps, clip.video_tokens, clip.audio_tokens) for clip in bucketed], times, report
         )
-    report.notes.update(raw.warnings_of(clips, bool(buckets), is_table(options.source)))
+    _note(report, raw.warnings_of(clips, is_table(options.source)))
     _write_outputs(options, header, clips, raw.sheet_entry, raw.as_record, report)
 
 
@@ -201,7 +202,7 @@ def _inspect_prepared(
     header.append(_sentence("buckets", Counter(sample.bucket for sample in good)))
     _write_lines(report, header)
     _print_buckets([(s.bucket, s.fps, s.video_tokens, s.audio_tokens) for s in good], times, report)
-    report.notes.update(prepared.warnings_of(samples))
+    _note(report, prepared.warnings_of(samples))
     # After the checks: a missing checkpoint should not hide their result.
     decoders = _decoders(options) if options.decode else None
 
@@ -209,6 +210,12 @@ def _inspect_prepared(
         return prepared.sheet_entry(sample, folders, decoders)
 
     _write_outputs(options, header, samples, entry, prepared.as_record, report)
+
+
+def _note(report: Report, found: Mapping[str, Sequence[str]]) -> None:
+    for note, items in found.items():
+        for item in items:
+            report.note([note], item)
 
 
 def _print_buckets(rows: Sequence[tuple[str, float, int, int]], times: SampleTimes, report: Report) -> None:

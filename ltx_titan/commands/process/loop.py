@@ -32,10 +32,12 @@ class PlannedOutput:
     Attributes:
         label: description, the same for rows with outputs of one shape.
         size_bytes: approximate size on disk.
+        notes: as in `Output`, as far as headers tell.
     """
 
     label: str
     size_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Output:
 
     Attributes:
         fields: source folder -> fields, in the order in which they are written.
-        notes: anything unusual; the report counts equal notes.
+        notes: anything unusual; the report counts equal notes and names the first rows.
     """
 
     fields: dict[str, Fields]
@@ -157,6 +159,7 @@ def _plan_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run, bar:
             failed.add(row.key)
         else:
             run.report.plan(stage.name, planned.label, planned.size_bytes)
+            run.report.note(planned.notes, stage.subject(row))
         bar.advance()
     return failed
 
@@ -180,7 +183,7 @@ def _encode_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run, ba
             run.report.fail(stage.name, stage.subject(row), _reason(error))
             failed.add(row.key)
         else:
-            run.report.notes.update(output.notes)
+            run.report.note(output.notes, stage.subject(row))
             run.report.add(stage.name, "done")
         # Rows of a shard are adjacent: it is complete when the next row belongs to another.
         if not remaining or run.store.group(remaining[0]) != run.store.group(row):

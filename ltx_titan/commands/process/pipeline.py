@@ -6,6 +6,7 @@ its share of the rows, so the outputs that a later stage needs of an earlier one
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
                 "--resolution-buckets: needed for a dataset with videos, as in --resolution-buckets '768x448x89'"
             )
         buckets = parse_buckets(media.resolution_buckets, factors)
-    rules = ClipRules(buckets, factors, parse_fps(media.fps), media.reshape_mode)
+    rules = ClipRules(buckets, factors, parse_fps(media.fps), media.reshape_mode, *_limits(media))
     scale = ReferenceScale(media.reference_downscale_factor, media.reference_temporal_scale_factor)
     scale.check(rules)
     durations_s = parse_durations(media.audio_durations)
@@ -221,6 +222,16 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
         if column in table.extras and not table.has_video:
             raise ValueError(f"{data.dataset_path}: has a column {column!r}, but no column of videos for it")
     return _Task(data, media, captions, table, files, checkpoint, rules, scale, durations_s)
+
+
+def _limits(media: MediaOptions) -> tuple[float, float]:
+    """Limits of enlargement and cropping; those that exclude nothing without the options."""
+    if media.max_enlargement is not None and not media.max_enlargement > 0:
+        raise ValueError(f"--max-enlargement = {media.max_enlargement}: expected a factor above 0")
+    if media.max_crop is not None and not 0 <= media.max_crop <= 1:
+        raise ValueError(f"--max-crop = {media.max_crop}: expected a share of the area, 0 to 1")
+    enlargement = inf if media.max_enlargement is None else media.max_enlargement
+    return enlargement, 1.0 if media.max_crop is None else media.max_crop
 
 
 def _settings(task: _Task) -> Settings:
