@@ -265,7 +265,8 @@ def fingerprint_of(samples: Iterable[str]) -> str:
     """Hashes what identifies each sample, in order: the identity of a dataset, which its batch plan depends on."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(f"{sample}\n".encode())
+        # Names need not be UTF-8.
+        digest.update(f"{sample}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 
 

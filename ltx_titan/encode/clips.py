@@ -6,6 +6,7 @@ shows, and a clip that is encoded while training must equal the prepared one.
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -34,7 +35,7 @@ from ltx_titan.media.image import CENTER, image_has_alpha
 Reshape = Literal["center", "random"]
 
 # Animations that are read as videos; those in formats of stills are refused.
-_ANIMATED = frozenset({".gif", ".apng"})
+ANIMATED_SUFFIXES = frozenset({".gif", ".apng"})
 # A still image lasts one second on the time axis of the positions, as in published datasets.
 IMAGE_FPS = Fraction(1)
 
@@ -63,7 +64,7 @@ class ClipRules:
         """Position of a sample's crop (down, right); the same in every run, for its clip, reference and mask."""
         if self.reshape == "center":
             return CENTER
-        digest = hashlib.blake2b(key.as_posix().encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(os.fsencode(key.as_posix()), digest_size=8).digest()
         # From a hash of the key rather than a generator: independent of the order of rows and of the number of workers.
         return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:]) / 2**32
 
@@ -157,7 +158,7 @@ def _notes(path: Path, header: VideoInfo, fps: Fraction | None) -> tuple[str, ..
     notes = {
         "videos of another frame rate, resampled to --fps": fps is not None and header.fps != fps,
         "animated images, of few colors and with varying times (convert them to video)": path.suffix.lower()
-        in _ANIMATED,
+        in ANIMATED_SUFFIXES,
         "videos slower than the frame rate asked for, whose frames were repeated": fps is not None and header.fps < fps,
         "videos of variable frame rate, resampled by their time stamps": header.is_variable,
         "interlaced videos, whose frames show two moments (deinterlace them: ffmpeg -vf bwdif)": header.is_interlaced,

@@ -3,7 +3,6 @@
 It writes a contact sheet and, on request, a JSON file, and changes nothing else.
 """
 
-import json
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from ltx_titan.commands.inspection import prepared, raw
 from ltx_titan.commands.inspection.prepared import Folders, InspectedSample
 from ltx_titan.commands.inspection.sheet import Entry, write_sheet
 from ltx_titan.commands.report import Report
-from ltx_titan.common.files import write_text
+from ltx_titan.common.files import json_text, write_text
 from ltx_titan.common.options import Flag, Maybe, Positional, default_device, placeholder
 from ltx_titan.common.tensors import evenly_spaced
 from ltx_titan.data import resolve_root
@@ -250,7 +249,7 @@ def _write_outputs(
 ) -> None:
     """Writes the findings and the contact sheet."""
     if options.json is not None:
-        write_text(options.json, json.dumps([record(item) for item in items], ensure_ascii=False, indent=1) + "\n")
+        write_text(options.json, json_text([record(item) for item in items], indent=1) + "\n")
         report.write(f"findings: {options.json}")
     if options.no_sheet:
         return

@@ -16,6 +16,7 @@ from ltx_titan.commands.inspection.sheet import Entry
 from ltx_titan.common.tensors import evenly_spaced
 from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND
 from ltx_titan.encode.buckets import MAX_ENLARGEMENT, Bucket, choose_bucket
+from ltx_titan.encode.clips import ANIMATED_SUFFIXES
 from ltx_titan.media import (
     IMAGE_SUFFIXES,
     Audio,
@@ -202,6 +203,9 @@ def warnings_of(clips: Sequence[RawClip], has_captions: bool) -> dict[str, list[
             "videos without audio among others with audio": is_mixed and clip.kind == "video" and not clip.channels,
             "silent audio tracks": bool(clip.is_silent),
             "videos of variable frame rate, resampled by their time stamps": clip.is_variable,
+            "animated images, of few colors and with varying times (convert them to video)": (
+                clip.path.suffix.lower() in ANIMATED_SUFFIXES
+            ),
             "interlaced videos (deinterlace them: ffmpeg -vf bwdif)": clip.is_interlaced,
             "videos and images with transparency, shown over white": clip.has_alpha,
         }

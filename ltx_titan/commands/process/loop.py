@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from ltx_titan.commands.process.store import Store
 from ltx_titan.commands.report import Report, Ticker
+from ltx_titan.common.files import NAME_ERRORS
 from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.data.layout import Fields
 from ltx_titan.media import MediaError
@@ -179,7 +180,10 @@ def _encode_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run, ba
             # In the order of the stage: a row counts as done when all of its folders have it.
             for folder, fields in output.fields.items():
                 run.store.write(folder, row.key, fields)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            # A name that cannot be written, such as one below another sample, concerns this row alone; a full disk not.
+            if isinstance(error, OSError) and error.errno not in NAME_ERRORS:
+                raise
             run.report.fail(stage.name, stage.subject(row), _reason(error))
             failed.add(row.key)
         else:

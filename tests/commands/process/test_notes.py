@@ -79,6 +79,7 @@ def test_inspect_counts_and_names_the_same(folder, tmp_path, console):
     assert named(report, "clips enlarged") == (1, ["small.mp4"])
     assert named(report, "clips of whose area") == (1, ["tall.mp4"])
     assert named(report, "videos of which more than a third") == (1, ["long.mp4"])
+    assert named(report, "animated images") == (1, ["loop.gif"])
     assert named(report, "clips without a caption") == (2, ["small.mp4", "long.mp4"])
     # 17 of 34 frames of one of five clips of 17 frames and more, all but one at 25 frames per second.
     seconds = {record["path"]: record["duration_s"] for record in json.loads(findings.read_text())}
