@@ -133,7 +133,8 @@ def _float8_row_problems(model: LTXTransformer, degrees: Degrees, all_gather: bo
         return []
     # The sum of this rank's rows is gathered as bytes of one size, without FSDP2's padding.
     ranks = degrees.dp_shard * degrees.cp
-    rows = {name: shard_shape(f"{name}.weight", model.get_submodule(name).weight.shape, degrees.tp) for name in layers}
+    weights = {name: model.get_parameter(f"{name}.weight") for name in layers}
+    rows = {name: shard_shape(f"{name}.weight", weight.shape, degrees.tp) for name, weight in weights.items()}
     uneven = [f"{name} ({shape[0]} rows)" for name, shape in rows.items() if shape is not None and shape[0] % ranks]
     if not uneven:
         return []
