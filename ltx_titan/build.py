@@ -93,7 +93,7 @@ def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module
         dtype=COMPUTE_DTYPES[job.training.dtype],
         float8=job.float8,
         checkpointing=job.activation_checkpoint,
-        compile_blocks=job.compile.enable,
+        compiled_shapes=plan.num_shapes if job.compile.enable else None,
         cpu_offload=job.parallelism.cpu_offload,
     )
     return model

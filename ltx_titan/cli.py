@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, get_type_hints
 
 from ltx_titan import __version__
-from ltx_titan.common.logs import quiet_libraries
+from ltx_titan.common.logs import escape_names, quiet_libraries
 
 # command: (module or module:object, one line for the list of commands)
 COMMANDS = {
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; errors that a user can fix are printed without a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
+    escape_names()
     words = 2 if argv[:1] == ["bench"] else 1
     name = " ".join(argv[:words])
     if name not in COMMANDS:

@@ -12,15 +12,19 @@ import torch
 
 from ltx_titan.checkpoint import latest_complete, read_trainer_state
 from ltx_titan.common.files import LOCK_FILE
-from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
+from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_trainable, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
+from ltx_titan.config.streams import Reference
 from ltx_titan.data import BatchPlan, PrecomputedDataset, stores_text_features, stream_tokens, token_counts
+from ltx_titan.lora import apply_lora
 from ltx_titan.model import LTXTransformer, TransformerConfig
 from ltx_titan.model.flops import training_flops
 from ltx_titan.model.ops import TORCH, Operators
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.nano.synthetic import SyntheticDataset
-from ltx_titan.parallel.limits import check_parallelism
+from ltx_titan.optim.sharding import cuts_blocks
+from ltx_titan.parallel.graphs import obstacle
+from ltx_titan.parallel.limits import check_parallelism, check_sharding
 from ltx_titan.weights import (
     ModelSource,
     check_fits,
@@ -36,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ltx_titan.encode.media_dataset import MediaDataset
+
+# Combinations of shapes above which compilation takes an hour or more.
+_MANY_SHAPES = 64
 
 Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset"
 
@@ -83,6 +90,17 @@ class Plan:
         """Whether the job ends with an export."""
         return self.job.checkpoint.enable and self.job.checkpoint.export
 
+    @property
+    def num_shapes(self) -> int:
+        """Combinations of shapes that a forward in training can have, each of which is compiled.
+
+        A batch has 1 to `local_batch_size` samples of one shape; a reference lengthens it in some steps only.
+        """
+        blocks = self.strategy.blocks.values()
+        conditions = [condition for block in blocks for condition in block.conditions]
+        occasional = sum(isinstance(c, Reference) and 0 < c.probability < 1 for c in conditions)
+        return self.batches.num_shapes * self.job.training.local_batch_size * 2**occasional
+
     def export_path(self, step: int) -> Path:
         """File of the export of `step`."""
         return self.folder / "export" / export_name(self.job, step)
@@ -112,7 +130,8 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         refuse_quantized(read_metadata(source.path))
     modalities = trained_modalities(job)
     # Built on the meta device for its check of names and shapes; the trainer builds its own.
-    architecture = build_transformer(source, modalities).config
+    transformer = build_transformer(source, modalities)
+    architecture = transformer.config
     check_parallelism(
         degrees,
         architecture,
@@ -124,6 +143,19 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         float8_all_gather=job.float8.all_gather,
         dora=model.mode == "lora" and job.lora.dora,
     )
+    if model.mode == "lora":
+        # Targets without a match and widths that a quantized base does not support are refused here.
+        apply_lora(transformer, job.lora)
+    check_sharding(
+        transformer,
+        degrees,
+        float8=job.float8.recipe,
+        float8_all_gather=job.float8.all_gather,
+        cuts_moments=cuts_blocks if job.optimizer.name in ("adamw8bit", "adamw4bit") else None,
+    )
+    # Whatever the machine, such as one without a GPU that estimates the job.
+    if job.compile.graphs == "on" and (reason := obstacle(job, degrees, torch.device("cuda"))) is not None:
+        raise ValueError(f"compile.graphs = 'on': {reason}; set compile.graphs to 'auto' or 'off'.")
     factors = scale_factors(source.config)
     strategy = FlexibleStrategy.from_config(
         {"name": "flexible", "video": job.video, "audio": job.audio}, factors, architecture.keyframe_embedding
@@ -133,6 +165,8 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     for warning in check_conditions(strategy, keys, dataset.name):
         logger.warning("%s", warning)
+    weights = {"video": job.loss.video_weight, "audio": job.loss.audio_weight}
+    check_trainable(strategy, keys, dataset.peek, weights, dataset.name)
     # Finished contexts have passed the connectors already, which are then neither read nor kept in memory.
     connectors_path = None
     if any(stores_text_features(key) for key in set(keys)):
@@ -147,7 +181,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         key: training_flops(architecture, **vars(stream_tokens(key, modalities)), trained=model.mode)
         for key in set(keys)
     }
-    return Plan(
+    plan = Plan(
         job=job,
         degrees=degrees,
         source=source,
@@ -165,6 +199,13 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         connectors_path=connectors_path,
         reference_scale=reference_scale(strategy, keys, dataset.name),
     )
+    if job.compile.enable and plan.num_shapes > _MANY_SHAPES:
+        logger.warning(
+            "compile.enable = true: batches have up to %d combinations of shapes, each of which is compiled when it "
+            "first occurs; fewer buckets, one frame rate (--fps) or fixed audio durations need fewer",
+            plan.num_shapes,
+        )
+    return plan
 
 
 def is_finished(plan: Plan) -> bool:

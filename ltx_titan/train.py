@@ -52,7 +52,6 @@ from ltx_titan.metrics import (
     MetricsLogger,
     StepMetrics,
     Sums,
-    bucket_means,
     peak_memory_gib,
     profile_steps,
     reset_peak_memory,
@@ -114,6 +113,7 @@ class Trainer:
         self.step, self.next_batch = self._resume()
         self._check_room()
         self.vote = StepVote()
+        self.idle_steps = 0  # of this run, as far as logged
         self.save_blocked_s: float | None = None  # how long the newest save blocked training, until it is logged
 
     def _resume(self) -> tuple[int, int]:
@@ -240,6 +240,8 @@ class Trainer:
             log.close()
             self._close_saver()
         export = self._export()
+        if self.idle_steps:
+            logger.warning("%d steps of this run had no token to generate and learned nothing", self.idle_steps)
         if self.is_main:
             files = {"checkpoint": latest_complete(plan.folder / "checkpoint"), "export": export}
             summarize_run(plan.folder, title=job.job.description or str(plan.folder), files=files)
@@ -251,6 +253,7 @@ class Trainer:
             The gradient norms before clipping; None with `optimizer.in_backward`, which frees each gradient at once.
         """
         max_norm = self.job.training.max_grad_norm
+        sums.begin_step()
         # Before the backward pass, in which `optimizer.in_backward` already updates.
         self.optimizers.set_lr(self._learning_rate(batches.step))
         for number, micro_batch in enumerate(batches.micro_batches):
@@ -270,7 +273,6 @@ class Trainer:
             precompute_float8_scales(self.model)
         if self.ema is not None:
             self.ema.update(batches.step)
-        sums.steps += 1
         return grad_norms
 
     def _forward_backward(self, micro_batch: MicroBatch, sums: Sums) -> None:
@@ -360,9 +362,7 @@ class Trainer:
         """
         steps = sums.steps
         # One collective and one copy to the host for all figures.
-        work = sums.loss.new_tensor([sums.flops / 1e12, sums.tokens])
-        totals = self.mesh.sum_over_samples(torch.cat([sums.loss, work, sums.buckets.flatten()])).tolist()
-        loss, loss_video, loss_audio, tflop, tokens = totals[:5]
+        means = sums.means(self.mesh.sum_over_samples(sums.flat()).tolist())
         peak_memory = peak_memory_gib(self.device)
         if peak_memory is not None:
             peak = sums.loss.new_tensor(max(peak_memory, self.micro_step.peak_bytes / 1024**3))
@@ -370,32 +370,46 @@ class Trainer:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
             peak_memory = peak.item()
             reset_peak_memory(self.device)
-        tflops = tflop / dist.get_world_size() / elapsed_s
+        tflops = means.tflop / dist.get_world_size() / elapsed_s
         norm, extra = None, {}
         if grad_norms is not None:
             norm = grad_norms[0].item()
             extra = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
-        extra |= bucket_means(totals[5:]) | validated
+        extra |= means.by_sigma | validated
+        if means.idle_steps:
+            extra["data/idle_steps"] = means.idle_steps
+            self._count_idle(means.idle_steps)
         if self.save_blocked_s is not None:
             extra["perf/save_blocked_s"], self.save_blocked_s = self.save_blocked_s, None
         log.log(
             StepMetrics(
                 step=self.step,
-                loss=loss / steps,
-                loss_video=loss_video / steps if self.job.video and self.job.video.is_generated else None,
-                loss_audio=loss_audio / steps if self.job.audio and self.job.audio.is_generated else None,
+                loss=means.loss,
+                loss_video=means.video,
+                loss_audio=means.audio,
                 grad_norm=norm,
                 lr=self._learning_rate(self.step),
                 step_time_s=elapsed_s / steps,
-                tokens_per_s=tokens / elapsed_s,
+                tokens_per_s=means.tokens / elapsed_s,
                 tflops_per_gpu=tflops,
                 mfu=None if self.peak_flops is None else tflops * 1e12 / self.peak_flops,
                 peak_mem_gib=peak_memory,
                 extra=extra,
             )
         )
-        if not all(isfinite(value) for value in (loss, norm) if value is not None):
-            raise self._not_finite(f"loss {loss / steps}, gradient norm {norm}")
+        if not (means.is_finite and isfinite(norm or 0.0)):
+            raise self._not_finite(f"loss {means.loss}, gradient norm {norm}")
+
+    def _count_idle(self, steps: int) -> None:
+        """Counts steps without a token to generate, and warns of the first one; the total is logged at the end."""
+        if self.idle_steps == 0:
+            logger.warning(
+                "step %d, or one since the last log line: no sample had a token to generate (clips without the "
+                "generated stream, or covered by conditions), so nothing was learned; metrics.jsonl counts such steps "
+                "as data/idle_steps",
+                self.step,
+            )
+        self.idle_steps += steps
 
     def _not_finite(self, what: str) -> FloatingPointError:
         self._close_saver()  # so that the newest checkpoint is known

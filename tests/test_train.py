@@ -248,8 +248,41 @@ def test_a_sample_without_audio_trains_like_a_job_without_audio(tmp_path, nano_p
     with_silence = write_job(tmp_path / "silent", nano_path, root, training__steps=1, training__global_batch_size=1)
     lines = train(with_silence)
     job = write_job(tmp_path / "video", nano_path, root, training__steps=1, training__global_batch_size=1)
-    assert lines[0]["loss_audio"] == 0
+    assert lines[0]["loss_audio"] is None
+    assert not [key for key in lines[0] if key.startswith("loss/audio")]
     assert train(without_audio(job))[0]["loss_video"] == pytest.approx(lines[0]["loss_video"], rel=1e-5)
+
+
+def silenced(root: Path, *clips: int) -> Path:
+    """Marks the audio of some clips of a dataset as absent."""
+    for clip in clips:
+        path = root / f"audio_latents/clip_{clip}.pt"
+        write_sample(path, {**read_sample(path, "audio"), "present": False})
+    return root
+
+
+@pytest.mark.distributed
+def test_the_audio_loss_is_a_mean_over_the_clips_with_audio_on_all_ranks(tmp_path, nano_path):
+    root = silenced(write_dataset(tmp_path / "data", nano_path, clips=4), 0, 1, 2)
+    lines = train(write_job(tmp_path, nano_path, root, training__steps=1), 2)
+    # One of four clips has audio, and the training loss is a mean over all four.
+    assert lines[0]["loss"] == pytest.approx(lines[0]["loss_video"] + lines[0]["loss_audio"] / 4, rel=1e-5)
+    counted = [value for key, value in lines[0].items() if key.startswith("loss/audio_sigma")]
+    assert counted == pytest.approx([lines[0]["loss_audio"]])
+
+
+def test_steps_that_learn_nothing_are_counted_and_jobs_that_cannot_learn_are_refused(tmp_path, nano_path):
+    root = silenced(write_dataset(tmp_path / "data", nano_path, clips=2), 0)
+    settings = {"training__steps": 2, "training__global_batch_size": 1, "checkpoint__enable": False}
+    job = write_job(tmp_path, nano_path, root, **settings)
+    job.write_text(job.read_text().split("[video]")[0] + "[audio]" + job.read_text().split("[audio]")[1])
+    lines = train(job)
+    assert sorted(line.get("data/idle_steps", 0) for line in lines) == [0, 1]
+    [idle] = [line for line in lines if line.get("data/idle_steps")]
+    assert (idle["loss"], idle["loss_audio"], idle["loss_video"]) == (None, None, None)
+    silenced(root, 1)
+    with pytest.raises(ValueError, match=r"no sample can train anything, .*clip_0.*the audio is absent in 2 of 2"):
+        plan_job(load_job(job), 1)
 
 
 def test_updates_in_the_backward_pass_are_the_same_without_a_norm(tmp_path, nano_path, data_root):

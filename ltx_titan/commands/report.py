@@ -18,9 +18,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ltx_titan.common.files import printable
+
 _OUTCOMES = ("done", "skipped", "failed")
 # Seconds between two lines if the output is a log and not a terminal.
 _LINE_INTERVAL_S = 30.0
+# Items that are named with a note.
+_EXAMPLES = 3
 
 
 class Report:
@@ -31,6 +35,7 @@ class Report:
         self.counts: dict[str, Counter[str]] = {}
         self.failures: list[tuple[str, str, str]] = []
         self.notes: Counter[str] = Counter()
+        self.named: dict[str, list[str]] = {}
         self.seconds: Counter[str] = Counter()
         self.plans: dict[str, Counter[str]] = {}
         self.bytes: Counter[str] = Counter()
@@ -44,6 +49,14 @@ class Report:
         self.add(stage, "failed")
         self.failures.append((stage, item, reason))
 
+    def note(self, notes: Iterable[str], item: str) -> None:
+        """Counts notes about an item and keeps the names of the first few."""
+        for note in notes:
+            self.notes[note] += 1
+            names = self.named.setdefault(note, [])
+            if len(names) < _EXAMPLES:
+                names.append(item)
+
     def plan(self, stage: str, label: str, size_bytes: int) -> None:
         """Counts one item of a dry run with a description and the size of its output."""
         self.add(stage, "done")
@@ -52,7 +65,7 @@ class Report:
 
     def tally(self) -> dict[str, Any]:
         """All counts in a form that can be sent to another process."""
-        return {name: getattr(self, name) for name in ("counts", "failures", "notes", "seconds")}
+        return {name: getattr(self, name) for name in ("counts", "failures", "notes", "named", "seconds")}
 
     def merge(self, others: Iterable[dict[str, Any]]) -> None:
         """Adds the counts of other processes; they ran in parallel, so times are the maximum instead of the sum."""
@@ -61,6 +74,8 @@ class Report:
                 self.counts.setdefault(stage, Counter()).update(counts)
             self.failures += other["failures"]
             self.notes.update(other["notes"])
+            for note, names in other["named"].items():
+                self.named[note] = (self.named.get(note, []) + names)[:_EXAMPLES]
             # `|` of two Counters takes the maximum of each key.
             self.seconds |= other["seconds"]
 
@@ -89,7 +104,7 @@ class Report:
 
     def write(self, text: str) -> None:
         """Prints a line as it is: file names may contain what rich takes for markup."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print("\n".join(map(printable, text.split("\n"))), markup=False, highlight=False, soft_wrap=True)
 
     def print(self, title: str = "process-dataset") -> None:
         """Prints the table, the notes and the failures."""
@@ -106,9 +121,13 @@ class Report:
             for label, count in sorted(labels.items()):
                 self.write(f"{stage}: {count} x {label}")
         for note, count in self.notes.items():
-            self.write(f"{note}: {count}")
+            names = [printable(name) for name in self.named.get(note, [])]
+            examples = f" ({', '.join(names)}{', ...' if count > len(names) else ''})" if names else ""
+            self.write(f"{note}: {count}{examples}")
         for stage, item, reason in self.failures:
-            self.console.print(f"[red]failed[/red] {stage}: {escape(item)}: {escape(reason)}", soft_wrap=True)
+            self.console.print(
+                f"[red]failed[/red] {stage}: {escape(printable(item))}: {escape(printable(reason))}", soft_wrap=True
+            )
 
     def _speed(self, stage: str) -> str:
         done, seconds = self.counts[stage]["done"], self.seconds[stage]

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import re
@@ -11,10 +12,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+MAX_NAME_BYTES = 255
+"""Longest file name of ext4, XFS, Lustre, NFS and others."""
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ)
+"""Errors of a name alone: the next file can be written."""
+_LONGEST_SUFFIX = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = re.compile(r"\.tmp\.\d+\.[0-9a-f]{8}")
 
@@ -31,13 +38,45 @@ def atomic_write(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}.{os.urandom(4).hex()}{suffix}")
+    temporary = path.with_name(_shortened(path.name, f".tmp.{os.getpid()}.{os.urandom(4).hex()}{suffix}"))
     try:
         yield temporary
         temporary.replace(path)
     finally:
         # After success the name no longer exists.
         temporary.unlink(missing_ok=True)
+
+
+def _shortened(name: str, ending: str) -> str:
+    """`name` with an ending; the stem is cut if both are longer than a file name can be, the suffix stays."""
+    suffix = Path(name).suffix
+    # A name without a real suffix may be one long one.
+    if len(os.fsencode(suffix)) > _LONGEST_SUFFIX:
+        suffix = ""
+    stem, ending = os.fsencode(name.removesuffix(suffix)), suffix + ending
+    room = MAX_NAME_BYTES - len(os.fsencode(ending))
+    # Whole characters only: some file systems refuse names that are not UTF-8.
+    return (os.fsdecode(stem) if len(stem) <= room else stem[:room].decode("utf-8", "ignore")) + ending
+
+
+def name_problem(path: Path) -> str | None:
+    """Why no file can have this relative or absolute path; None if one can."""
+    for part in path.parts:
+        if (length := len(os.fsencode(part))) > MAX_NAME_BYTES:
+            return f"the name {printable(part[:20])}... has {length} bytes, file systems allow {MAX_NAME_BYTES}"
+        if "\0" in part:
+            return f"the name {printable(part)} contains a NUL byte"
+    return None
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON with characters of all scripts as they are; names that are not UTF-8 are escaped, as \\udcff."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
 
 
 def remove_temporaries(folder: Path) -> list[Path]:
@@ -74,7 +113,7 @@ def remove_empty_folders(folder: Path, base: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock for `path`; other processes wait. The lock is a hidden file next to it that stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
+    with path.with_name(_shortened(f".{path.name}", ".lock")).open("w") as lock:
         # The kernel releases the lock of a process that dies, so none can become stale. Removing the file would let two
         # processes lock two files of this name.
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -137,3 +176,12 @@ def describe_os_error(error: OSError, folder: Path) -> str:
     return (
         f"{text} ({shortage} on its disk). Complete checkpoints are whole: free some space and rerun the same command."
     )
+
+
+def printable(name: str | Path) -> str:
+    """A file name for one line of text: control characters and bytes that are no UTF-8 as escapes, such as \\n.
+
+    A terminal or log raises on the latter, and a line break in a name would look like two reports.
+    """
+    text = str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,5 +1,6 @@
 """Logging of jobs and commands, and silence for library messages that nobody running a job can act on."""
 
+import io
 import logging
 import os
 import sys
@@ -8,12 +9,19 @@ import warnings
 
 def set_up_logging() -> None:
     """Logs one line per event of rank 0 to standard output; other ranks log only what is critical."""
+    escape_names()
     is_main = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(
         format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stdout
     )
     logging.getLogger("ltx_titan").setLevel(logging.INFO if is_main else logging.CRITICAL)
     logging.captureWarnings(is_main)
+
+
+def escape_names() -> None:
+    """Makes standard output accept every file name: bytes that are not UTF-8 are printed as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def quiet_libraries() -> None:

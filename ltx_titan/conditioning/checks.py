@@ -2,10 +2,13 @@
 
 A condition that exceeds a clip is clamped to it, here as in the reference trainer. It may then have no effect, or leave
 nothing to generate, and neither shows in a loss curve: the plan of a job warns once for each such condition, by name.
+A job in which no sample leaves anything to generate is refused.
 All references must have the same scale relative to their targets, because an adapter stores one pair of factors.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +27,10 @@ from ltx_titan.config.streams import (
     Suffix,
     VideoSection,
 )
-from ltx_titan.data import ShapeKey
+from ltx_titan.data import Sample, ShapeKey
+
+# Samples that are read at a time.
+_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,7 @@ def check_conditions(
         ValueError: a mask does not have one element per token of its target.
     """
     shapes = _distinct(keys)
-    # Shapes without a generated token left, whichever stream: a job needs one shape with a token to learn from.
-    warnings, without_loss = [], {id(shape) for shape in shapes}
+    warnings = []
     for name, block in strategy.blocks.items():
         _check_masks(name, block, shapes, name_of)
         warnings += [
@@ -72,18 +77,62 @@ def check_conditions(
         if not block.is_generated:
             continue
         warnings += _stream_warnings(name, block, strategy.scale_factors, shapes, name_of)
-        # Intersection: a shape is useless only if every generated stream is.
-        without_loss &= {
-            id(shape)
-            for shape in shapes
-            if _always_conditioned(block, shape.grid(f"{name}_latents"), strategy.scale_factors)
-        }
-    if shapes and len(without_loss) == len(shapes):
-        warnings.append(
-            "no training signal: the conditions cover every target token of every sample, so the loss is always 0; "
-            "condition on less of the clips, or set a probability below 1"
-        )
     return warnings
+
+
+def check_trainable(
+    strategy: FlexibleStrategy,
+    keys: Sequence[ShapeKey],
+    peek: Callable[[int], Sample],
+    weights: Mapping[str, float],
+    name_of: Callable[[int], str] = str,
+) -> None:
+    """Refuses a job in which no sample has a token to learn from.
+
+    Args:
+        strategy: of the job.
+        keys: shapes of each sample of the dataset.
+        peek: reads the masks of a sample and whether its streams are present; called only if shapes do not decide.
+        weights: factor of each stream's loss.
+        name_of: names a sample in messages.
+
+    Raises:
+        ValueError: no generated stream of any sample is present, weighted and left unconditioned; with the reasons.
+    """
+    generated = {name: block for name, block in strategy.blocks.items() if block.is_generated and weights[name] > 0}
+    shapes = _distinct(keys)
+    reasons: Counter[str] = Counter()
+    unsure: set[ShapeKey] = set()
+    for key, shape in zip(dict.fromkeys(keys), shapes, strict=True):
+        open_streams = [
+            name
+            for name, block in generated.items()
+            if not _always_conditioned(block, shape.grid(f"{name}_latents"), strategy.scale_factors)
+        ]
+        if not all(_needs_reading(name, generated[name], shape) for name in open_streams):
+            return
+        if open_streams:
+            unsure.add(key)
+        else:
+            reasons.update({f"the {name} is covered by conditions": shape.count for name in generated})
+    # In blocks: reading ahead hides the latency of network storage, and the first sample usually decides.
+    indices = [index for index, key in enumerate(keys) if key in unsure]
+    with ThreadPoolExecutor(_BLOCK) as pool:
+        for start in range(0, len(indices), _BLOCK):
+            block_of_indices = indices[start : start + _BLOCK]
+            for index, sample in zip(block_of_indices, pool.map(peek, block_of_indices), strict=True):
+                found = [
+                    _reason_untrained(name, block, keys[index], sample, strategy.scale_factors)
+                    for name, block in generated.items()
+                ]
+                if None in found:
+                    return
+                reasons.update(reason for reason in found if reason is not None)
+    counted = "; ".join(f"{reason} in {count} of {len(keys)} samples" for reason, count in reasons.items())
+    raise ValueError(
+        f"no sample can train anything, for example {name_of(0)}: {counted}. Generate a stream that the clips have, "
+        "condition on less of them or with a probability below 1, or prepare other clips."
+    )
 
 
 def reference_scale(
@@ -203,14 +252,50 @@ def _known_from_shapes(block: VideoSection | AudioSection) -> list[tuple[int, In
     ]
 
 
-def _always_conditioned(block: VideoSection | AudioSection, grid: Grid, factors: tuple[int, int, int]) -> bool:
-    """Whether the conditions of probability 1 leave no token to generate."""
+def _always_conditioned(
+    block: VideoSection | AudioSection,
+    grid: Grid,
+    factors: tuple[int, int, int],
+    masks: Mapping[str, Tensor] | None = None,
+) -> bool:
+    """Whether the conditions of probability 1 leave no token to generate; stored masks count if they are passed."""
     union = torch.zeros(1, grid.num_tokens, dtype=torch.bool)
     for _, condition in _known_from_shapes(block):
         # Below 1 some step trains the tokens, so the sample is not lost.
         if condition.probability == 1:
             union |= conditioned_tokens(condition, grid, factors)
+    for condition in _certain_masks(block):
+        if masks is not None:
+            union |= conditioned_tokens(condition, grid, factors, masks[condition.mask_dir][None])
     return bool(union.all())
+
+
+def _certain_masks(block: VideoSection | AudioSection) -> list[Mask]:
+    """Mask conditions that apply in every step."""
+    return [condition for condition in block.conditions if isinstance(condition, Mask) and condition.probability == 1]
+
+
+def _needs_reading(name: str, block: VideoSection | AudioSection, shape: _Shape) -> bool:
+    """Whether values of a sample decide if its stream can be trained: a flag `present`, or a mask."""
+    return (f"{name}_latents", "present") in shape.fields or bool(_certain_masks(block))
+
+
+def _reason_untrained(
+    name: str, block: VideoSection | AudioSection, key: ShapeKey, sample: Sample, factors: tuple[int, int, int]
+) -> str | None:
+    """Reason why a stream of a sample has no token to learn from; None if it has one."""
+    # Absent if the shapes alone decided.
+    if not sample.get(f"{name}_latents", {}).get("present", True):
+        return f"the {name} is absent"
+    masks: dict[str, Tensor] = {}
+    for condition in _certain_masks(block):
+        mask = sample[condition.mask_dir]["mask"]
+        assert isinstance(mask, Tensor)
+        masks[condition.mask_dir] = mask
+    [shape] = _distinct([key])
+    if _always_conditioned(block, shape.grid(f"{name}_latents"), factors, masks):
+        return f"the {name} is covered by conditions"
+    return None
 
 
 def _label(name: str, block: VideoSection | AudioSection, index: int) -> str:

@@ -115,6 +115,18 @@ def _stream_rules(job: JobConfig) -> Iterator[Problem]:
             "at least one of [video] and [audio] with is_generated = true",
             "set it to true, or add the other block" if present else "add [video] or [audio] with is_generated = true",
         )
+    weights = {
+        name: getattr(job.loss, f"{name}_weight")
+        for name, block in blocks.items()
+        if block is not None and block.is_generated
+    }
+    if weights and not any(weights.values()):
+        yield Problem(
+            f"loss.{next(iter(weights))}_weight",
+            0.0,
+            "above 0 for at least one generated stream, or nothing is trained",
+            "raise it",
+        )
     other = {"video": "audio", "audio": "video"}.get(job.model.modalities)
     # A stream that is not built cannot be trained or attended to.
     if other is not None and blocks[other] is not None:

@@ -121,6 +121,21 @@ class PrecomputedDataset:
         self._check_masks(index, sample)
         return sample
 
+    def peek(self, index: int) -> Sample:
+        """Reads the sources of a sample whose values, and not only shapes, decide whether it can be trained on: masks,
+        and latents that may be a placeholder.
+
+        Raises:
+            ValueError: a file is broken; with its name.
+        """
+        wanted = {source for source, field, _ in self._keys[index] if field in ("mask", "present")}
+        locations = self._samples[index].items()
+        return {
+            self.sources[folder]: self._read(folder, location)
+            for folder, location in locations
+            if self.sources[folder] in wanted
+        }
+
     def _read(self, folder: str, location: _Location) -> Fields:
         path, kind = self.root / location.file.name, self._kind(folder)
         return read_sample(path, kind) if location.key is None else read_shard_sample(path, location.key, kind)
@@ -271,7 +286,8 @@ def fingerprint_of(samples: Iterable[str]) -> str:
     """Hashes what identifies each sample, in order: the identity of a dataset, which its batch plan depends on."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(f"{sample}\n".encode())
+        # Names need not be UTF-8.
+        digest.update(f"{sample}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 
 

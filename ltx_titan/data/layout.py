@@ -132,7 +132,9 @@ def _load(path: Path, mmap: bool) -> dict:
             raise ValueError(f"{path}: expected a sample file, found 0 bytes; {again}.")
         # Read in one go, a file that is replaced in the meantime stays consistent, and a broken disk (OSError here) is
         # distinct from a broken file (an error of torch.load below).
-        content = str(path) if mmap and _is_zip(path) else io.BytesIO(path.read_bytes())
+        # torch maps a file by its name, which it requires to be UTF-8.
+        is_mapped = mmap and str(path).isprintable() and _is_zip(path)
+        content = str(path) if is_mapped else io.BytesIO(path.read_bytes())
     except FileNotFoundError as error:
         raise ValueError(f"{path}: expected a sample file, found none; run the preprocessing again.") from error
     except OSError as error:

@@ -66,6 +66,11 @@ class BatchPlan:
         return len(self._buckets)
 
     @property
+    def num_shapes(self) -> int:
+        """Distinct shapes of samples."""
+        return int(self._buckets.max()) + 1
+
+    @property
     def batches_per_epoch(self) -> int:
         """Global batches until every sample was used at least once."""
         return -(-self.num_samples // self.global_batch_size)

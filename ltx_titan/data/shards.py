@@ -58,7 +58,7 @@ def write_shard(path: str | Path, samples: Mapping[str, Mapping[str, Value]]) ->
                 value = value.contiguous()
                 storage = value.untyped_storage().data_ptr()
                 # safetensors refuses tensors that share memory, such as one context for both streams.
-                tensors[f"{key}/{name}"] = value.clone() if storage in storages else value
+                tensors[f"{_prefix(key)}/{name}"] = value.clone() if storage in storages else value
                 storages.add(storage)
     with atomic_write(path) as temporary:
         # One metadata entry only: safetensors writes several in an order that differs from process to process.
@@ -78,9 +78,11 @@ def shard_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, dict[s
     path = Path(path)
     with _open(path) as (file, numbers):
         samples: dict[str, Fields] = {key: dict(fields) for key, fields in numbers.items()}
+        keys = {_prefix(key): key for key in numbers}
         for name in file.keys():  # noqa: SIM118  (a handle, not a dict)
             # Paths of samples contain slashes, field names do not.
-            key, _, field = name.rpartition("/")
+            prefix, _, field = name.rpartition("/")
+            key = keys[prefix]
             slice_ = file.get_slice(name)
             dtype = SAFETENSORS_DTYPES[slice_.get_dtype()]
             # Meta tensors have dtype and shape, so they pass through the same checks as loaded ones.
@@ -121,7 +123,10 @@ def _read(path: Path, keys: list[str] | None) -> dict[str, Fields]:
         if missing:
             raise ValueError(f"{path}: expected the sample {missing[0]!r}, found it removed; start the run again.")
         return {
-            key: {**numbers[key], **{name.rpartition("/")[2]: file.get_tensor(name) for name in names.get(key, ())}}
+            key: {
+                **numbers[key],
+                **{name.rpartition("/")[2]: file.get_tensor(name) for name in names.get(_prefix(key), ())},
+            }
             for key in (numbers if keys is None else keys)
         }
 
@@ -139,6 +144,11 @@ def _open(path: Path) -> Iterator[tuple[Any, dict[str, Fields]]]:
         raise ValueError(f"{path}: expected a complete shard of samples, found {str(error)!r}; {again}.") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the disk and its permissions.") from error
+
+
+def _prefix(key: str) -> str:
+    """Name of a sample before those of its tensors: its path; one that is not UTF-8 in JSON's escapes."""
+    return key if key.isascii() or key.encode("utf-8", "ignore").decode() == key else json.dumps(key)[1:-1]
 
 
 def _label(path: Path, key: str) -> Path:

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 from ltx_titan.common.options import parse_size
 
+# What is worth a note in a report.
+MAX_ENLARGEMENT = 1.5
+MAX_CROP = 1 / 3
+MAX_UNUSED = 1 / 3
+# A share that is exactly the limit does not exceed it.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -17,6 +24,27 @@ class Bucket:
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.frames}"
+
+    def enlargement(self, width: int, height: int) -> float:
+        """Factor by which a source of this size is scaled to cover the bucket; below 1 it is reduced."""
+        return max(self.width / width, self.height / height)
+
+    def cropped(self, width: int, height: int) -> float:
+        """Share of the area of a source of this size that is cut off after scaling, 0 to 1."""
+        scale = self.enlargement(width, height)
+        return 1 - self.width * self.height / (scale**2 * width * height)
+
+    def notes(self, width: int, height: int, frames: int) -> tuple[str, ...]:
+        """What a source of this size and length loses, as plural phrases to be counted."""
+        notes = {
+            f"clips enlarged more than {MAX_ENLARGEMENT:g} times for their bucket (add a smaller one, or reject them "
+            "by --max-enlargement)": self.enlargement(width, height) > MAX_ENLARGEMENT,
+            "clips of whose area cropping removes more than a third (add a bucket of their shape, or reject them by "
+            "--max-crop)": self.cropped(width, height) > MAX_CROP + _ROUNDING,
+            "videos of which more than a third is after the frames used (cut them by ltx-titan split-scenes, or add a "
+            "longer bucket)": 1 - self.frames / frames > MAX_UNUSED + _ROUNDING,
+        }
+        return tuple(note for note, applies in notes.items() if applies)
 
 
 def parse_buckets(text: str, scale_factors: tuple[int, int, int], option: str = "--resolution-buckets") -> list[Bucket]:

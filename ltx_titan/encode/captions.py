@@ -55,6 +55,14 @@ def without_prefix(caption: str) -> str:
     return caption.removeprefix(prefix).strip()
 
 
+def tokens_cut(caption: str, models: TextModels) -> int:
+    """Number of tokens of a caption beyond those that the text encoder reads."""
+    encoder = models.encoder
+    ids = encoder.tokenizer(caption.strip(), verbose=False)["input_ids"]
+    has_bos = encoder.tokenizer.bos_token_id in (None, *ids[:1])
+    return max(0, len(ids) + (0 if has_bos else 1) - encoder.max_tokens)
+
+
 @torch.no_grad()
 def encode_caption(caption: str, models: TextModels) -> Fields:
     """Encodes one caption: with all hidden states of Gemma at once, a single caption takes 400 MB.

@@ -6,6 +6,7 @@ shows, and a clip that is encoded while training must equal the prepared one.
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -33,6 +34,8 @@ from ltx_titan.media.image import CENTER, image_has_alpha
 
 Reshape = Literal["center", "random"]
 
+# Animations that are read as videos; those in formats of stills are refused.
+ANIMATED_SUFFIXES = frozenset({".gif", ".apng"})
 # A still image lasts one second on the time axis of the positions, as in published datasets.
 IMAGE_FPS = Fraction(1)
 
@@ -46,18 +49,22 @@ class ClipRules:
         scale_factors: pixels per latent along (time, height, width).
         fps: rate that all videos are read at, None for each one's own.
         reshape: position of the crop: the center, or one that differs from sample to sample.
+        max_enlargement: factor of enlargement above which a clip is refused.
+        max_crop: share of its area above which a clip that is to be cropped is refused.
     """
 
     buckets: Sequence[Bucket]
     scale_factors: tuple[int, int, int]
     fps: Fraction | None = None
     reshape: Reshape = "center"
+    max_enlargement: float = math.inf
+    max_crop: float = 1.0
 
     def anchor(self, key: Path) -> tuple[float, float]:
         """Position of a sample's crop (down, right); the same in every run, for its clip, reference and mask."""
         if self.reshape == "center":
             return CENTER
-        digest = hashlib.blake2b(key.as_posix().encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(os.fsencode(key.as_posix()), digest_size=8).digest()
         # From a hash of the key rather than a generator: independent of the order of rows and of the number of workers.
         return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:]) / 2**32
 
@@ -126,7 +133,7 @@ def plan_clip(path: Path, rules: ClipRules, header: VideoInfo | None = None) -> 
         header: the file's, if it was read before.
 
     Raises:
-        MediaError: the file cannot be read, or is too short for every bucket.
+        MediaError: the file cannot be read, is too short for every bucket, or exceeds a limit of the rules.
     """
     header = header or read_header(path)
     # An image has no rate to resample.
@@ -138,11 +145,20 @@ def plan_clip(path: Path, rules: ClipRules, header: VideoInfo | None = None) -> 
         remedy = "add a bucket of 1 frame for still images" if frames == 1 else "add a shorter bucket"
         at_rate = "" if fps is None or frames == 1 else f" at {float(fps):.5g} fps"
         raise MediaError(path, f"has {frames} frame(s){at_rate}, the shortest bucket needs {shortest}; {remedy}")
-    return Clip(bucket, fps or header.fps, _notes(header, fps))
+    size = f"is {header.width}x{header.height}, which the bucket {bucket} would"
+    if (enlargement := bucket.enlargement(header.width, header.height)) > rules.max_enlargement:
+        raise MediaError(path, f"{size} enlarge {enlargement:.2f} times; the limit is {rules.max_enlargement:g}")
+    if (cropped := bucket.cropped(header.width, header.height)) > rules.max_crop + 1e-9:
+        raise MediaError(path, f"{size} crop by {cropped:.0%} of its area; the limit is {rules.max_crop:.0%}")
+    notes = _notes(path, header, fps) + bucket.notes(header.width, header.height, frames)
+    return Clip(bucket, fps or header.fps, notes)
 
 
-def _notes(header: VideoInfo, fps: Fraction | None) -> tuple[str, ...]:
+def _notes(path: Path, header: VideoInfo, fps: Fraction | None) -> tuple[str, ...]:
     notes = {
+        "videos of another frame rate, resampled to --fps": fps is not None and header.fps != fps,
+        "animated images, of few colors and with varying times (convert them to video)": path.suffix.lower()
+        in ANIMATED_SUFFIXES,
         "videos slower than the frame rate asked for, whose frames were repeated": fps is not None and header.fps < fps,
         "videos of variable frame rate, resampled by their time stamps": header.is_variable,
         "interlaced videos, whose frames show two moments (deinterlace them: ffmpeg -vf bwdif)": header.is_interlaced,

@@ -70,6 +70,14 @@ def audio_steps(duration_s: float) -> int:
     return max(1, round(AUDIO_STEPS_PER_SECOND * duration_s))
 
 
+def rate_notes(audio: Audio, codec: AudioCodec) -> list[str]:
+    """What resampling to the rate of the audio VAE cannot restore, as plural phrases to be counted."""
+    rate = codec.mel.sample_rate
+    if audio.sample_rate >= rate:
+        return []
+    return [f"audio of less than {rate / 1000:g} kHz, resampled to it without the missing high frequencies"]
+
+
 def longest_duration(durations_s: Sequence[float], own_s: float) -> float | None:
     """The longest of the durations that audio of `own_s` seconds reaches; None if it reaches none of them."""
     return max((duration for duration in durations_s if duration <= own_s), default=None)

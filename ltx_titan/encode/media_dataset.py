@@ -10,7 +10,7 @@ order of all others stays, and a run of several days does not end at one file.
 
 import hashlib
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,6 +22,7 @@ import torch
 
 from ltx_titan.codecs import load_audio_codec, load_video_codec, text_encoder_config, text_feature_widths
 from ltx_titan.codecs.text_encoder import MAX_TOKENS
+from ltx_titan.common.files import printable
 from ltx_titan.config.sections import MediaSection
 from ltx_titan.data import Sample, ShapeKey, fingerprint_of, shape_key_of
 from ltx_titan.data.cache import READER_THREADS, SampleCache, read_index, write_index
@@ -149,6 +150,10 @@ class MediaDataset:
             "be read; check that the storage is available."
         )
 
+    def peek(self, index: int) -> Sample:
+        """A sample as `load` will return it, with tensors on the meta device: tells which streams are present."""
+        return self._outline(self._rows[index])
+
     @property
     def _has_audio(self) -> bool:
         return "audio_latents" in self.sources.values()
@@ -238,8 +243,14 @@ class MediaDataset:
             examples = "; ".join(f"{item}: {reason}" for item, reason in rejected[:_EXAMPLES])
             more = "; ..." if len(rejected) > _EXAMPLES else ""
             logger.warning("%s: %d rows are skipped: %s%s", section.dataset_path, len(rejected), examples, more)
-        for note, count in Counter(note for row in usable for note in row.clip.notes).items():
-            logger.warning("%s: %d %s", section.dataset_path, count, note)
+        noted: dict[str, list[str]] = defaultdict(list)
+        for one in usable:
+            for note in one.clip.notes:
+                noted[note].append(printable(one.row.media))
+        for note, names in noted.items():
+            more = ", ..." if len(names) > _EXAMPLES else ""
+            examples = ", ".join(names[:_EXAMPLES]) + more
+            logger.warning("%s: %d %s: %s", section.dataset_path, len(names), note, examples)
         if not usable:
             raise ValueError(f"{section.dataset_path}: expected clips that can be used, found none.")
         return usable

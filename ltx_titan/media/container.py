@@ -1,5 +1,6 @@
 """Opening of media files, the choice of their tracks, and the one error of this package."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -50,7 +51,8 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
     """
     check_file(path)
     try:
-        with av.open(str(path)) as container:
+        # Absolute: FFmpeg takes the start of a relative name such as `take:1.mp4` for a protocol.
+        with av.open(os.path.abspath(path)) as container:
             yield container
     except av.error.FFmpegError as error:
         raise MediaError(path, f"not a readable media file, or truncated ({error.strerror})") from error

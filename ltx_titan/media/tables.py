@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ltx_titan.common.files import write_text
+from ltx_titan.common.files import name_problem, printable, write_text
 
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl")
 VIDEO_COLUMNS = ("video", "media_path")
@@ -207,6 +207,7 @@ def read_sample_table(
             extras[name] = column
 
     samples: dict[Path, SampleRow] = {}
+    folders: set[Path] = set()
     rejected: list[tuple[str, str]] = []
     for number, row in enumerate(rows, start=1):
         video = _resolve(path, row.get(video_column)) if video_column else None
@@ -218,11 +219,21 @@ def read_sample_table(
             continue
         caption = row.get(caption_column) if caption_column else None
         files = {name: _resolve(path, row.get(column)) for name, column in extras.items()}
-        key = relative_sample_path(main, path.parent)
+        try:
+            key = relative_sample_path(main, path.parent)
+            problem = name_problem(key)
+            if key in folders or not samples.keys().isdisjoint(key.parents):
+                problem = f"its output {key} and another row's would be a file and a folder of one name; rename one"
+        except ValueError as error:
+            problem = f"names no file ({error})"
+        if problem is not None:
+            rejected.append((f"row {number} ({printable(str(main)[:80])})", problem))
+            continue
         if key in samples:
             reason = f"row {number} has the same output {key} as row {samples[key].row}; rename one"
             rejected.append((str(main), reason))
             continue
+        folders.update(key.parents)
         samples[key] = SampleRow(
             row=number,
             key=key,

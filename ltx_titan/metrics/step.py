@@ -4,6 +4,7 @@ A step must not wait for the device, so losses are added up there (`Sums`) and r
 over ranks into a `StepMetrics`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,9 +24,10 @@ class StepMetrics:
 
     Attributes:
         step: counted from 1.
-        loss: mean over the samples of the global batch.
-        loss_video: the video stream's part; None if it is not trained.
-        loss_audio: the audio stream's.
+        loss: what is differentiated: the mean over all samples of the global batch, in which a stream that a sample
+            lacks counts as 0; None if no sample had a token to generate.
+        loss_video: mean over the samples with video to generate; None without such a sample.
+        loss_audio: the same for audio.
         grad_norm: before clipping.
         lr: learning rate of the step.
         step_time_s: mean over the steps since the last logged one, in seconds.
@@ -82,20 +84,62 @@ class StreamInputs(Protocol):
     def audio(self) -> Stream | None:
         """Of the audio stream."""
 
+    @property
+    def video_loss_mask(self) -> Tensor | None:
+        """True for a token with loss [B, S]; None if the stream is not trained."""
+
+    @property
+    def audio_loss_mask(self) -> Tensor | None:
+        """The same for audio."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """Losses since the last log line, over all ranks, micro-batches and steps.
+
+    Attributes:
+        loss: mean of the training loss; None if no sample had a token to generate.
+        video: mean over the samples with video to generate; None without such a sample.
+        audio: the same for audio.
+        by_sigma: mean of each stream and sigma range that had samples, by TensorBoard tag.
+        tflop: work in units of 1e12.
+        tokens: video and audio tokens.
+        idle_steps: steps in which no sample had a token to generate, so that nothing was learned.
+        is_finite: whether the sum of the losses is.
+    """
+
+    loss: float | None
+    video: float | None
+    audio: float | None
+    by_sigma: dict[str, float]
+    tflop: float
+    tokens: float
+    idle_steps: int
+    is_finite: bool
+
 
 class Sums:
     """Sums over the micro-batches and steps since the last log line; tensors stay on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        # Three numbers in one tensor: they are reduced and copied to the host together.
-        self.loss = torch.zeros(3, device=device)
-        """Total, video, audio; means over the global batch, added over steps."""
-        self.buckets = torch.zeros(2, 2, len(_SIGMA_BUCKETS), device=device)
-        """Per stream (video, audio): sum of the losses of the samples in each sigma range, and their number."""
+        self.loss = torch.zeros((), device=device)
+        """Training loss: mean over the global batch, added over steps."""
+        self.buckets = torch.zeros(len(_STREAMS), 2, len(_SIGMA_BUCKETS), device=device)
+        """Per stream and sigma range: sum of the losses of the samples that have the stream, and their number."""
+        self.trained: list[Tensor] = []
+        """Per step: number of samples with a token to generate."""
         self.edges = torch.tensor(_SIGMA_BUCKETS[1:], device=device)
         self.flops = 0.0
         self.tokens = 0
-        self.steps = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps begun since the last log line."""
+        return len(self.trained)
+
+    def begin_step(self) -> None:
+        """Starts a step; its micro-batches are then added."""
+        self.trained.append(torch.zeros((), device=self.loss.device))
 
     @torch.no_grad()
     def add(self, total: Tensor, loss: StreamLosses, inputs: StreamInputs, share: float) -> None:
@@ -104,33 +148,58 @@ class Sums:
         Args:
             total: weighted loss of each sample, [B].
             loss: its parts by stream.
-            inputs: where sigmas are read from.
+            inputs: where sigmas and the samples with a loss are read from.
             share: weight of one sample in the mean over the global batch.
         """
-        for index, values in enumerate((total, loss.video, loss.audio)):
-            if values is not None:
-                self.loss[index] += values.sum() * share
-        for index, (values, stream) in enumerate(((loss.video, inputs.video), (loss.audio, inputs.audio))):
-            if values is not None and stream is not None:
-                # `index_add_`: indexing with boolean masks would wait for the device.
-                # A sigma on an edge belongs to the range above it, of which the edge is the lower end.
-                bucket = torch.bucketize(stream.sigma, self.edges, right=True)
-                self.buckets[index, 0].index_add_(0, bucket, values)
-                self.buckets[index, 1].index_add_(0, bucket, torch.ones_like(values))
+        self.loss += total.sum() * share
+        is_trained = torch.zeros_like(total, dtype=torch.bool)
+        streams = (
+            (loss.video, inputs.video, inputs.video_loss_mask),
+            (loss.audio, inputs.audio, inputs.audio_loss_mask),
+        )
+        for sums, (values, stream, mask) in zip(self.buckets, streams, strict=True):
+            if values is None or stream is None or mask is None:
+                continue
+            # The loss of a sample without the stream, or with clean tokens only, is 0 by definition and no measurement.
+            has_loss = mask.any(dim=1)
+            is_trained |= has_loss
+            # `index_add_`: indexing with boolean masks would wait for the device.
+            # A sigma on an edge belongs to the range above it, of which the edge is the lower end.
+            bucket = torch.bucketize(stream.sigma, self.edges, right=True)
+            sums[0].index_add_(0, bucket, values)
+            sums[1].index_add_(0, bucket, has_loss.to(values.dtype))
+        self.trained[-1] += is_trained.sum()
 
+    def flat(self) -> Tensor:
+        """All sums in one vector, to be added over ranks in one collective and read in one copy; see `means`."""
+        work = self.loss.new_tensor([self.flops / 1e12, self.tokens])
+        return torch.cat([self.loss[None], work, torch.stack(self.trained), self.buckets.flatten()])
 
-def bucket_means(flat: list[float]) -> dict[str, float]:
-    """Mean loss of each stream and sigma range that had samples, by TensorBoard tag; `flat` is `Sums.buckets`."""
-    width = len(_SIGMA_BUCKETS)
-    means = {}
-    for index, stream in enumerate(_STREAMS):
-        # Flattened [stream, sum | count, range].
-        totals = flat[2 * index * width : (2 * index + 1) * width]
-        counts = flat[(2 * index + 1) * width : (2 * index + 2) * width]
-        for low, total, count in zip(_SIGMA_BUCKETS, totals, counts, strict=True):
-            if count:
-                means[f"loss/{stream}_sigma_{low:.2f}-{low + 0.25:.2f}"] = total / count
-    return means
+    def means(self, totals: list[float]) -> Means:
+        """Means of a vector `flat` that was added up over ranks."""
+        (loss, tflop, tokens), totals = totals[:3], totals[3:]
+        trained, totals = totals[: self.steps], totals[self.steps :]
+        width = len(_SIGMA_BUCKETS)
+        means: dict[str, float | None] = {}
+        by_sigma = {}
+        for index, stream in enumerate(_STREAMS):
+            # Flattened [stream, sum | count, range].
+            losses = totals[2 * index * width : (2 * index + 1) * width]
+            counts = totals[(2 * index + 1) * width : (2 * index + 2) * width]
+            means[stream] = sum(losses) / sum(counts) if sum(counts) else None
+            for low, value, count in zip(_SIGMA_BUCKETS, losses, counts, strict=True):
+                if count:
+                    by_sigma[f"loss/{stream}_sigma_{low:.2f}-{low + 0.25:.2f}"] = value / count
+        return Means(
+            loss=loss / self.steps if any(trained) else None,
+            video=means["video"],
+            audio=means["audio"],
+            by_sigma=by_sigma,
+            tflop=tflop,
+            tokens=tokens,
+            idle_steps=sum(not count for count in trained),
+            is_finite=math.isfinite(loss),
+        )
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

@@ -25,17 +25,23 @@ def summarize_run(folder: Path, *, title: str, files: Mapping[str, Path | None])
     """
     metrics, curve = folder / "metrics.jsonl", folder / "loss.png"
     records = read_metrics(metrics)
-    losses = [record["loss"] for record in records if record["loss"] is not None]
-    if losses:
+    if any(record.get(key) is not None for record in records for key in _CURVES):
         plot_loss(metrics, curve, title=title)
+    for key, label in _CURVES.items():
+        # Steps without the stream have no value, so the first value may be that of a later step.
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        if not points:
+            continue
         # The mean of the last tenth: single steps differ by their sigmas more than by what was learned.
-        tail = losses[-max(len(losses) // 10, 1) :]
+        tail = [loss for _, loss in points[-max(len(points) // 10, 1) :]]
         logger.info(
-            "loss: %.4f at step %d, %.4f as the mean of the last %d logged steps",
-            losses[0],
-            records[0]["step"],
+            "%s: %.4f at step %d, %.4f as the mean of the last %d logged steps%s",
+            "loss" if key == "loss" else f"{label} loss",
+            points[0][1],
+            points[0][0],
             sum(tail) / len(tail),
             len(tail),
+            "" if key == "loss" else " with such a loss",
         )
     own = {
         "loss curve": curve,

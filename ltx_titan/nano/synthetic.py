@@ -108,6 +108,10 @@ class SyntheticDataset:
         sample = {key: generators[key](generator) for key in _STREAMS if key in self.sources.values()}
         return {key: sample[key] for key in self.sources.values()}
 
+    def peek(self, index: int) -> Sample:
+        """Nothing: a synthetic sample has neither masks nor absent streams."""
+        return {}
+
     def _video(self, generator: torch.Generator) -> Fields:
         frames, height, width = self._latent_sizes
         latents = torch.randn(VIDEO_CHANNELS, frames, height, width, generator=generator).to(torch.bfloat16)

@@ -23,12 +23,7 @@ from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from ltx_titan.common.tensors import local, seed_of
-from ltx_titan.optim.sharding import like
-
-# Columns per scale. With tp = 16 a rank's part of a row of 2,048 columns, the audio width, is still a whole block.
-_BLOCK = 128
-# As in torchao and bitsandbytes: below this, quantization saves nothing worth its error.
-_SMALLEST = 4096
+from ltx_titan.optim.sharding import BLOCK, has_blocks, like
 
 
 class LowBitAdamW(Optimizer):
@@ -98,29 +93,24 @@ class LowBitAdamW(Optimizer):
                 zeros = torch.zeros_like(shard, dtype=torch.float32)
                 state[name] = like(parameter, zeros, parameter.shape)
                 continue
-            # A block must not span ranks: its scale is a maximum over all of its elements.
             width = parameter.shape[-1]
-            if shard.shape[-1] % _BLOCK != 0:
+            # A block must not span ranks: its scale is a maximum over all of its elements.
+            if shard.shape[-1] % BLOCK != 0:
                 raise ValueError(
                     f"optimizer.name: a weight's rows are split into {shard.shape[-1]} of {width} columns, expected a "
-                    f'multiple of {_BLOCK}; lower parallelism.tp, or use "adamw".'
+                    f'multiple of {BLOCK}; lower parallelism.tp, or use "adamw".'
                 )
             rows, columns = shard.shape[:-1], shard.shape[-1]
             per_byte = 8 // self.bits
             # With a scale of zero, every code decodes to zero.
             codes = torch.zeros(*rows, columns // per_byte, dtype=torch.uint8, device=shard.device)
-            scale = torch.zeros(*rows, columns // _BLOCK, device=shard.device)
+            scale = torch.zeros(*rows, columns // BLOCK, device=shard.device)
             state[f"{name}.codes"] = like(parameter, codes, (*parameter.shape[:-1], width // per_byte))
-            state[f"{name}.scale"] = like(parameter, scale, (*parameter.shape[:-1], width // _BLOCK))
+            state[f"{name}.scale"] = like(parameter, scale, (*parameter.shape[:-1], width // BLOCK))
 
     def _is_quantized(self, parameter: Tensor) -> bool:
-        return (
-            # Global sizes only: the decision is the same for every sharding, so a checkpoint fits all of them.
-            self.bits < 32
-            and parameter.ndim >= 2
-            and parameter.shape[-1] % _BLOCK == 0
-            and parameter.numel() >= _SMALLEST
-        )
+        # Global sizes only: the decision is the same for every sharding, so a checkpoint fits all of them.
+        return self.bits < 32 and has_blocks(parameter.shape)
 
     def _moment(self, parameter: Tensor, name: str, signed: bool) -> Tensor:
         """The moment as a tensor subclass for torchao's update function; shares the state's storage."""
@@ -139,7 +129,7 @@ class LowBitAdamW(Optimizer):
         """Torchao's table of the value of each code."""
         if (device, signed) not in self._maps:
             kind = OptimState8bit if self.bits == 8 else OptimState4bit
-            self._maps[device, signed] = kind.zeros((1, _BLOCK), signed, _BLOCK, device).qmap
+            self._maps[device, signed] = kind.zeros((1, BLOCK), signed, BLOCK, device).qmap
         return self._maps[device, signed]
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:

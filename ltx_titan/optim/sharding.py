@@ -1,11 +1,27 @@
 """Helpers for update rules that work on the local shards of DTensor parameters."""
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Shard
+
+BLOCK = 128
+"""Columns that share a scale in moments of 8 or 4 bits."""
+# As in torchao and bitsandbytes: below this, quantization saves nothing worth its error.
+_SMALLEST = 4096
+
+
+def has_blocks(shape: Sequence[int]) -> bool:
+    """Whether a parameter of this global shape has quantized moments: large matrices whose rows are whole blocks."""
+    return len(shape) >= 2 and shape[-1] % BLOCK == 0 and prod(shape) >= _SMALLEST
+
+
+def cuts_blocks(shape: Sequence[int], shard: Sequence[int]) -> bool:
+    """Whether a shard of a parameter holds a part of a block, whose scale is a maximum over all of its elements."""
+    return has_blocks(shape) and shard[-1] % BLOCK != 0
 
 
 def like(

@@ -61,30 +61,29 @@ def apply_float8(
         # Tokens are padded to multiples of 16 and text usually is one; text of another length costs a padded copy.
         pad_inner_dim=True,
     )
-    converted = []
-
-    def wanted(layer: nn.Module, name: str) -> bool:
-        block = re.fullmatch(r"transformer_blocks\.\d+\.(.*)", name)
-        fits = (
-            block is not None
-            and _CONVERTED.fullmatch(block[1]) is not None
-            and isinstance(layer, nn.Linear)
-            # Both widths count: inputs are the inner dim of the forward matmul, outputs that of the input's gradient.
-            and layer.in_features % (FLOAT8_MULTIPLE * tp) == 0
-            and layer.out_features % (FLOAT8_MULTIPLE * tp) == 0
-        )
-        if fits:
-            converted.append(name)
-        return fits
-
-    convert_to_float8_training(model, module_filter_fn=wanted, config=config)
+    converted = convertible_layers(model, tp)
     if not converted:
         raise ValueError(
             f"float8: no layer of this transformer (modalities={model.modalities!r}, width "
             f"{model.config.video.width}, tp={tp}) can be converted; it needs a video stream and widths that divide "
             f"by {FLOAT8_MULTIPLE} x tp. Set float8.recipe to 'none'."
         )
+    convert_to_float8_training(model, module_filter_fn=lambda _, name: name in converted, config=config)
     return converted
+
+
+def convertible_layers(model: LTXTransformer, tp: int) -> list[str]:
+    """Names of the layers that float8 converts: linear ones that read video or text tokens, with fitting widths."""
+    return [
+        name
+        for name, layer in model.named_modules()
+        if (block := re.fullmatch(r"transformer_blocks\.\d+\.(.*)", name)) is not None
+        and _CONVERTED.fullmatch(block[1]) is not None
+        and isinstance(layer, nn.Linear)
+        # Both widths count: inputs are the inner dim of the forward matmul, outputs that of the input's gradient.
+        and layer.in_features % (FLOAT8_MULTIPLE * tp) == 0
+        and layer.out_features % (FLOAT8_MULTIPLE * tp) == 0
+    ]
 
 
 def precompute_float8_scales(model: nn.Module) -> None:

@@ -1,12 +1,18 @@
 """Refuses combinations of mesh and options that a transformer does not support, before any process group exists.
 
-The checks need only the transformer's sizes and the degrees of the mesh; the remedies are keys of a job file.
+The checks need the transformer's sizes, or its parameters on the meta device, and the degrees of the mesh; the remedies
+are keys of a job file.
 """
 
+from collections.abc import Callable, Sequence
+from math import gcd
+
 from ltx_titan.config import ActivationCheckpointMode, Degrees
-from ltx_titan.model import TransformerConfig
+from ltx_titan.model import LTXTransformer, TransformerConfig
 from ltx_titan.model.transformer import Modalities
+from ltx_titan.parallel.float8 import convertible_layers
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
+from ltx_titan.parallel.tp import shard_shape
 
 
 def check_parallelism(
@@ -67,6 +73,78 @@ def check_parallelism(
         )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def check_sharding(
+    model: LTXTransformer,
+    degrees: Degrees,
+    *,
+    float8: str = "none",
+    float8_all_gather: bool = False,
+    cuts_moments: Callable[[Sequence[int], Sequence[int]], bool] | None = None,
+) -> None:
+    """Checks that every parameter of a transformer divides over the mesh.
+
+    FSDP2 shards rows unevenly where it has to; tensor parallelism and what computes with whole blocks or rows cannot.
+
+    Args:
+        model: with its adapters and its base in the job's form, on the meta device, not parallelized yet.
+        degrees: sizes of the mesh axes.
+        float8: recipe, or "none".
+        float8_all_gather: FSDP2 gathers float8 weights.
+        cuts_moments: whether a shard (second) of a trained parameter of a shape (first) cuts a block of its moments;
+            None if the optimizer has no blocks.
+
+    Raises:
+        ValueError: one line for each kind of parameter that does not divide: keys, values, reason and remedy.
+    """
+    uneven, blocks = [], []
+    for name, parameter in model.named_parameters():
+        shape = shard_shape(name, parameter.shape, degrees.tp)
+        if shape is None:
+            uneven.append(f"{name} {list(parameter.shape)}")
+        elif cuts_moments is not None and parameter.requires_grad and cuts_moments(parameter.shape, shape):
+            blocks.append(f"{name} {list(parameter.shape)}")
+    problems = []
+    if uneven:
+        problems.append(
+            f"parallelism.tp = {degrees.tp} does not divide {len(uneven)} parameters, for example {uneven[0]}; lower "
+            "it, or, if the parameter is the scale or data of a quantized weight, choose another lora.base_dtype."
+        )
+    if blocks:
+        problems.append(
+            f"parallelism.tp = {degrees.tp} cuts through blocks of columns that share a scale of the optimizer's "
+            f"moments in {len(blocks)} weights, for example {blocks[0]}; lower it, or set optimizer.name to 'adamw'."
+        )
+    if float8 != "none":
+        problems += _float8_row_problems(model, degrees, float8_all_gather)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _float8_row_problems(model: LTXTransformer, degrees: Degrees, all_gather: bool) -> list[str]:
+    layers = convertible_layers(model, degrees.tp)
+    if not layers:
+        return [
+            "float8.recipe: no layer can be converted: its base is quantized (lora.base_dtype), or its widths do not "
+            f"divide by {FLOAT8_MULTIPLE} x tp; set float8.recipe to 'none'."
+        ]
+    if not all_gather:
+        return []
+    # The sum of this rank's rows is gathered as bytes of one size, without FSDP2's padding.
+    ranks = degrees.dp_shard * degrees.cp
+    weights = {name: model.get_parameter(f"{name}.weight") for name in layers}
+    rows = {name: shard_shape(f"{name}.weight", weight.shape, degrees.tp) for name, weight in weights.items()}
+    uneven = [f"{name} ({shape[0]} rows)" for name, shape in rows.items() if shape is not None and shape[0] % ranks]
+    if not uneven:
+        return []
+    fitting = gcd(*(shape[0] for shape in rows.values() if shape is not None))
+    return [
+        f"float8.all_gather = true on dp_shard x cp = {degrees.dp_shard} x {degrees.cp} = {ranks} ranks: they gather "
+        f"equally many rows, and {ranks} does not divide those of {len(uneven)} layers, for example {uneven[0]}; "
+        f"choose a number of sharding ranks that divides {fitting} (parallelism.dp_replicate takes the rest), or set "
+        "float8.all_gather to false."
+    ]
 
 
 def _float8_problems(

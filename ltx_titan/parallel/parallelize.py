@@ -8,11 +8,13 @@ DTensors without storage: `to_empty`, then load.
 """
 
 import logging
+from typing import Any
 
 import torch
+import torch._dynamo
 import torch._functorch.config
 import torch._inductor.config
-from torch import nn
+from torch import Tensor, nn
 
 from ltx_titan.config import ActivationCheckpointSection, Float8Section
 from ltx_titan.model import LTXTransformer
@@ -26,8 +28,10 @@ from ltx_titan.parallel.tp import apply_tensor_parallel
 
 logger = logging.getLogger(__name__)
 
-# Dynamo's limit per block: one entry per combination of token counts, streams and masks. The default of 8 is too few.
-_RECOMPILE_LIMIT = 64
+# Of NVIDIA's GPUs: the first with float8 tensor cores.
+_FLOAT8_CAPABILITY = (8, 9)
+# Graphs beyond those of a job's own batches: sampling for validation, with its guidance.
+_OTHER_GRAPHS = 64
 
 
 def parallelize(
@@ -37,7 +41,7 @@ def parallelize(
     dtype: torch.dtype,
     float8: Float8Section,
     checkpointing: ActivationCheckpointSection,
-    compile_blocks: bool,
+    compiled_shapes: int | None,
     cpu_offload: bool,
 ) -> None:
     """Applies the parallel plan in place. Combinations that cannot work are refused earlier, by `plan_job`.
@@ -48,7 +52,7 @@ def parallelize(
         dtype: dtype in which parameters are gathered, hence of matmuls.
         float8: the job's `[float8]`.
         checkpointing: the job's `[activation_checkpoint]`.
-        compile_blocks: compile every block.
+        compiled_shapes: compile every block, for this many combinations of shapes; None does not compile.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
     """
     blocks, degrees = model.transformer_blocks, mesh.degrees
@@ -56,6 +60,12 @@ def parallelize(
     if float8.recipe != "none":
         # A CPU has no float8 matmuls: it rounds as float8 does and multiplies in float32.
         emulate = mesh.parameters.device_type == "cpu"
+        if mesh.parameters.device_type == "cuda" and torch.cuda.get_device_capability() < _FLOAT8_CAPABILITY:
+            raise ValueError(
+                f"float8.recipe = {float8.recipe!r}: float8 matmuls need compute capability "
+                f"{'.'.join(map(str, _FLOAT8_CAPABILITY))} (Ada, Hopper, Blackwell), found "
+                f"{torch.cuda.get_device_name()}; set float8.recipe to 'none'."
+            )
         layers = apply_float8(model, float8.recipe, emulate=emulate, tp=degrees.tp, fsdp_all_gather=float8.all_gather)
         gathered = ", gathered as float8" if float8.all_gather else ""
         logger.info("float8: %s on %d layers%s", float8.recipe, len(layers), gathered)
@@ -74,9 +84,11 @@ def parallelize(
         apply_selective_checkpointing(blocks, tp=degrees.tp)
         logger.info("activation checkpointing: selective")
 
-    if compile_blocks:
+    if compiled_shapes is not None:
         apply_compile(blocks)
-        logger.info("compile: each of %d blocks, static shapes", len(blocks))
+        allow_graphs(compiled_shapes)
+        give_gradient_to_block_inputs(model)
+        logger.info("compile: each of %d blocks, %d shapes of batches", len(blocks), compiled_shapes)
 
     # After compilation: inside the compiled region it fails with tensor parallelism on torch 2.13.
     if checkpointing.mode in ("full", "every_k"):
@@ -100,7 +112,7 @@ def apply_compile(blocks: nn.ModuleList) -> None:
     Args:
         blocks: the model's repeated blocks; they share the compiled code.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    allow_graphs(0)
     # From rows >= 2 x width on (8,192 tokens), torch 2.11 fuses sums over rows into other reductions, and can then give
     # the gradient of a [1, 1, D] input the shape [D], which autograd refuses.
     torch._inductor.config.triton.mix_order_reduction = False
@@ -109,3 +121,43 @@ def apply_compile(blocks: nn.ModuleList) -> None:
     torch._functorch.config.ban_recompute_materialized_backward = False
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
+
+
+def allow_graphs(count: int) -> None:
+    """Raises dynamo's limits by `count` graphs; a block that reaches one aborts the run, because no graph may break.
+
+    The defaults, 8 graphs of a function and 256 in all its variants, are for code whose shapes are unknown. Ours are
+    counted before training.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _OTHER_GRAPHS) + count
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit) + count
+
+
+class _WithGradient(torch.autograd.Function):
+    """Identity whose output requires a gradient, which ends here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def give_gradient_to_block_inputs(model: LTXTransformer) -> None:
+    """Makes the first block's input require a gradient like that of the others, also if the embedding is frozen.
+
+    Compiled code is specialized on it: with LoRA every shape would be compiled twice, once for the first block alone.
+    The gradient of one block's input costs less than one percent of a step.
+    """
+
+    def require(_: nn.Module, args: tuple, embedded: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or embedded.requires_grad:
+            return embedded
+        return _WithGradient.apply(embedded, torch.empty(0, requires_grad=True))
+
+    for name in ("patchify_proj", "audio_patchify_proj"):
+        if (embedding := getattr(model, name, None)) is not None:
+            embedding.register_forward_hook(require)

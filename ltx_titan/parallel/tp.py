@@ -88,6 +88,22 @@ def placement_of(name: str, shape: Sequence[int]) -> Placement:
     return Replicate() if layer["child"] == "lora_B" else Shard(1)
 
 
+def shard_shape(name: str, shape: Sequence[int], tp: int) -> list[int] | None:
+    """Shape of a parameter on one rank of the tp axis; None if its sharded dim does not divide.
+
+    Args:
+        name: official name, including an adapter's levels.
+        shape: global shape of the parameter.
+        tp: degree of tensor parallelism.
+    """
+    local, placement = list(shape), placement_of(name, shape)
+    if isinstance(placement, Shard):
+        if local[placement.dim] % tp:
+            return None
+        local[placement.dim] //= tp
+    return local
+
+
 def _is_row_bias(name: str) -> bool:
     layer = _LAYER.search(name)
     return layer is not None and layer["row"] is not None and layer["kind"] == "bias"

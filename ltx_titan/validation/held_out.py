@@ -52,7 +52,7 @@ def held_out_losses(
 
     Returns:
         For each generated stream, and for their sum as `total`: `held_out/<stream>` is the mean over sigmas and the
-        samples that have the stream, `held_out/<stream>_sigma_<sigma>` the mean at one sigma.
+        samples with such tokens to generate, `held_out/<stream>_sigma_<sigma>` the mean at one sigma.
     """
     groups = groups or SampleGroups()
     # Sums of the total, video and audio loss for each sigma. float64: many samples are added up.
@@ -74,18 +74,17 @@ def held_out_losses(
                 loss = strategy.loss(video, audio, inputs)
                 if not is_own:
                     continue
-                # The total has no mask: a sample with one stream counts with that stream's loss.
-                parts = (
-                    (loss.per_sample, None),
-                    (loss.video, inputs.video_present),
-                    (loss.audio, inputs.audio_present),
-                )
-                for column, (part, present) in enumerate(parts):
-                    if part is not None:
+                # The loss of a sample without the stream, or with clean tokens only, is 0, which would lower the mean.
+                masks = (inputs.video_loss_mask, inputs.audio_loss_mask)
+                has_loss = [None if mask is None else mask.any(dim=1) for mask in masks]
+                # A sample with one stream counts in the total with that stream's loss.
+                has_any = torch.stack([found for found in has_loss if found is not None]).any(dim=0)
+                parts = (loss.per_sample, loss.video, loss.audio)
+                for column, (part, found) in enumerate(zip(parts, (has_any, *has_loss), strict=True)):
+                    if part is not None and found is not None:
                         # On the device: reading each loss would make the host wait once per forward.
                         sums[row, column] += part.sum()
-                        # A sample without audio has an audio loss of 0, which would lower the mean.
-                        counts[column] += (1 if present is None else present.sum()) / len(sigmas)
+                        counts[column] += found.sum() / len(sigmas)
     if groups.size > 1:
         dist.all_reduce(sums, group=groups.process_group)
         dist.all_reduce(counts, group=groups.process_group)

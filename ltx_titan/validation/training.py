@@ -17,6 +17,7 @@ from ltx_titan.model import TextConnectors, TransformerConfig
 from ltx_titan.optim import EMA, Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.mesh import Mesh
+from ltx_titan.parallel.parallelize import allow_graphs
 from ltx_titan.plan import Plan
 from ltx_titan.validation.check import check_validation
 from ltx_titan.validation.held_out import as_batch, held_out_losses
@@ -64,6 +65,8 @@ class TrainingValidation:
             )
         root = self.section.held_out_root
         self.held_out = None if root is None else PrecomputedDataset(root, plan.strategy.sources)
+        if self.held_out is not None and plan.job.compile.enable:
+            allow_graphs(len({self.held_out.shape_key(index) for index in range(len(self.held_out))}))
 
     def run(
         self,

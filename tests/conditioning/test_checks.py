@@ -1,6 +1,9 @@
-import pytest
+from contextlib import nullcontext
 
-from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
+import pytest
+import torch
+
+from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_trainable, reference_scale
 
 CROP = {"type": "spatial_crop", "spatial_region": [0, 0, 64, 64]}
 REFERENCE = {"type": "reference", "latents_dir": "reference_latents"}
@@ -55,17 +58,60 @@ def test_conditions_that_fit_are_not_mentioned():
     assert check_conditions(strategy(conditions, audio=[prefix(4)]), [sample(), sample()]) == []
 
 
-def test_a_job_with_nothing_left_to_learn_is_told_so():
-    def is_told(job, *keys):
-        return any("no training signal" in line for line in check_conditions(job, keys))
+def trainable(job, *keys, samples=(), weights=(1.0, 1.0)):
+    read = []
 
+    def peek(index):
+        read.append(index)
+        return samples[index]
+
+    check_trainable(job, keys, peek, dict(zip(("video", "audio"), weights, strict=True)), "clip_{}".format)
+    return read
+
+
+def test_a_job_with_nothing_left_to_learn_is_refused():
     halves = [prefix(2), {"type": "suffix", "temporal_boundary": 2}]
-    assert is_told(strategy([prefix(4)]), sample(), sample(frames=2))
-    assert is_told(strategy(halves), sample())
-    # One sample, one chance or one stream to learn from is enough.
-    assert not is_told(strategy([prefix(4)]), sample(), sample(frames=5))
-    assert not is_told(strategy([prefix(4, probability=0.9)]), sample())
-    assert not is_told(strategy([prefix(4)], audio=[]), sample())
+    covered = r"clip_0: the video is covered by conditions in {} of {} samples"
+    with pytest.raises(ValueError, match=covered.format(2, 2)):
+        trainable(strategy([prefix(4)]), sample(), sample(frames=2))
+    with pytest.raises(ValueError, match=covered.format(1, 1)):
+        trainable(strategy(halves), sample())
+    # A stream without weight is not trained either.
+    with pytest.raises(ValueError, match=covered.format(1, 1)):
+        trainable(strategy([prefix(4)], audio=[]), sample(), weights=(1.0, 0.0))
+    # One sample, one chance or one stream to learn from is enough, and nothing is read for it.
+    assert trainable(strategy([prefix(4)]), sample(), sample(frames=5)) == []
+    assert trainable(strategy([prefix(4, probability=0.9)]), sample()) == []
+    assert trainable(strategy([prefix(4)], audio=[]), sample()) == []
+
+
+def flagged(*present):
+    """Keys and samples whose audio has a flag `present`."""
+    keys = [(*sample(), ("audio_latents", "present", ())) for _ in present]
+    return keys, [{"audio_latents": {"present": value}} for value in present]
+
+
+def test_audio_only_jobs_need_a_clip_with_audio():
+    job = strategy(is_generated=False, audio=[])
+    keys, samples = flagged(False, False, False)
+    with pytest.raises(ValueError, match=r"clip_0: the audio is absent in 3 of 3 samples"):
+        trainable(job, *keys, samples=samples)
+    keys, samples = flagged(*[False] * 40, True, False)
+    assert 40 in trainable(job, *keys, samples=samples)
+    # The video of a silent clip can be trained.
+    assert trainable(strategy(audio=[]), *keys, samples=samples) == []
+    keys, samples = flagged(True)
+    assert trainable(job, *keys, samples=samples) == [0]
+    with pytest.raises(ValueError, match=r"the audio is covered by conditions in 1 of 1"):
+        trainable(strategy(is_generated=False, audio=[prefix(9)]), *keys, samples=samples)
+
+
+@pytest.mark.parametrize(("white", "probability", "is_refused"), [(24, 1.0, True), (23, 1.0, False), (24, 0.5, False)])
+def test_masks_that_cover_every_clip_are_refused(white, probability, is_refused):
+    job = strategy([{"type": "mask", "mask_dir": "masks", "probability": probability}])
+    samples = [{"masks": {"mask": (torch.arange(24) < white).float()}}]
+    with pytest.raises(ValueError, match="no sample can train anything") if is_refused else nullcontext():
+        trainable(job, sample(masks=(24,)), samples=samples)
 
 
 def test_a_mask_of_another_size_is_named_before_training():

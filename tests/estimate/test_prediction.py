@@ -247,7 +247,7 @@ def test_a_dry_run_of_512_ranks_passes_or_reports_the_error_of_a_cluster(tmp_pat
     assert "dry run: 512 ranks" in capsys.readouterr().out
     # An error that the ranks of a cluster would raise in their first update.
     assert main(["estimate", str(job), *options, "--parallelism.tp=32", "--optimizer.name=adamw8bit"]) == 1
-    assert "rows are split" in capsys.readouterr().err
+    assert "parallelism.tp = 32 cuts through blocks" in capsys.readouterr().err
 
 
 def test_sample_times_are_those_of_the_estimate_unless_an_mfu_is_assumed():

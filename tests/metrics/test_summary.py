@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from ltx_titan.metrics import plot_loss
+from ltx_titan.metrics import plot_loss, summarize_run
 from ltx_titan.metrics.summary import smooth
 
 
@@ -33,3 +33,20 @@ def test_smoothing_starts_at_the_first_value_and_forgets():
     assert smooth((3.0, 3.0, 3.0), 0.9) == pytest.approx([3.0, 3.0, 3.0])
     assert smooth((1.0, 2.0), 0.5) == pytest.approx([1.0, (0.5 * 1 + 2) / 1.5])
     assert smooth((1.0, 7.0), 0.0) == [1.0, 7.0]
+
+
+def test_the_last_lines_name_the_first_step_that_has_the_stream(tmp_path, caplog):
+    write(
+        tmp_path / "metrics.jsonl", loss=[None, 3.0, 2.0, 1.0], loss_video=[None] * 4, loss_audio=[None, None, 5.0, 4.0]
+    )
+    with caplog.at_level("INFO"):
+        summarize_run(tmp_path, title="t", files={})
+    assert "loss: 3.0000 at step 2, 1.0000 as" in caplog.text
+    assert "audio loss: 5.0000 at step 3, 4.0000 as" in caplog.text
+    assert "video loss" not in caplog.text
+
+
+def test_a_run_that_learned_nothing_has_no_curve(tmp_path, caplog):
+    write(tmp_path / "metrics.jsonl", loss=[None] * 4, loss_video=[None] * 4, loss_audio=[None] * 4)
+    summarize_run(tmp_path, title="t", files={})
+    assert not (tmp_path / "loss.png").exists()

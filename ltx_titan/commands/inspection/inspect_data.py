@@ -3,7 +3,6 @@
 It writes a contact sheet and, on request, a JSON file, and changes nothing else.
 """
 
-import json
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,11 @@ from ltx_titan.commands.inspection import prepared, raw
 from ltx_titan.commands.inspection.prepared import Folders, InspectedSample
 from ltx_titan.commands.inspection.sheet import Entry, write_sheet
 from ltx_titan.commands.report import Report
-from ltx_titan.common.files import write_text
+from ltx_titan.common.files import json_text, write_text
 from ltx_titan.common.options import Flag, Maybe, Positional, default_device, placeholder
 from ltx_titan.common.tensors import evenly_spaced
 from ltx_titan.data import resolve_root
-from ltx_titan.data.stale import describe, stale_samples
+from ltx_titan.data.stale import stale_samples
 from ltx_titan.encode.buckets import parse_buckets
 from ltx_titan.estimate.prediction import SampleTimes, step_times
 from ltx_titan.media import IMAGE_SUFFIXES
@@ -162,13 +161,14 @@ def _inspect_clips(options: InspectOptions, times: SampleTimes, report: Report) 
     ]
     if buckets:
         header.append(_sentence("buckets", Counter(str(clip.bucket) for clip in good if clip.bucket)))
+        header.append(f"unused: {raw.unused_share(good):.0%} of all video is after the frames that a bucket uses")
     _write_lines(report, header)
     if buckets:
         bucketed = [clip for clip in good if clip.bucket is not None]
         _print_buckets(
             [(str(clip.bucket), clip.fps, clip.video_tokens, clip.audio_tokens) for clip in bucketed], times, report
         )
-    report.notes.update(raw.warnings_of(clips, bool(buckets), is_table(options.source)))
+    _note(report, raw.warnings_of(clips, is_table(options.source)))
     _write_outputs(options, header, clips, raw.sheet_entry, raw.as_record, report)
 
 
@@ -202,8 +202,8 @@ def _inspect_prepared(
     header.append(_sentence("buckets", Counter(sample.bucket for sample in good)))
     _write_lines(report, header)
     _print_buckets([(s.bucket, s.fps, s.video_tokens, s.audio_tokens) for s in good], times, report)
-    report.notes.update(prepared.warnings_of(samples))
-    report.notes.update({describe(note, keys): len(keys) for note, keys in stale_samples(root, folders).items()})
+    _note(report, prepared.warnings_of(samples))
+    _note(report, stale_samples(root, folders))
     # After the checks: a missing checkpoint should not hide their result.
     decoders = _decoders(options) if options.decode else None
 
@@ -211,6 +211,12 @@ def _inspect_prepared(
         return prepared.sheet_entry(sample, folders, decoders)
 
     _write_outputs(options, header, samples, entry, prepared.as_record, report)
+
+
+def _note(report: Report, found: Mapping[str, Sequence[str]]) -> None:
+    for note, items in found.items():
+        for item in items:
+            report.note([note], item)
 
 
 def _print_buckets(rows: Sequence[tuple[str, float, int, int]], times: SampleTimes, report: Report) -> None:
@@ -245,7 +251,7 @@ def _write_outputs(
 ) -> None:
     """Writes the findings and the contact sheet."""
     if options.json is not None:
-        write_text(options.json, json.dumps([record(item) for item in items], ensure_ascii=False, indent=1) + "\n")
+        write_text(options.json, json_text([record(item) for item in items], indent=1) + "\n")
         report.write(f"findings: {options.json}")
     if options.no_sheet:
         return

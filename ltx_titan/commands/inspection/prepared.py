@@ -1,5 +1,6 @@
 """Prepared data: shape, frame rate, duration and text of each sample, and its missing or damaged files."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -118,19 +119,22 @@ def read_samples(
         return list(pool.map(read, names))
 
 
-def warnings_of(samples: Sequence[InspectedSample]) -> dict[str, int]:
-    """Probable mistakes, with the number of samples that they concern."""
+def warnings_of(samples: Sequence[InspectedSample]) -> dict[str, list[str]]:
+    """Probable mistakes, with the samples that they concern."""
     good = [sample for sample in samples if not sample.problems]
-    texts = [sample for sample in good if sample.text_tokens]
-    counts = {
-        "prompts that fill all tokens (probably truncated)": sum(sample.is_text_full for sample in texts),
-        # One token is the BOS alone.
-        "empty prompts": sum(sample.text_tokens <= 1 for sample in texts),
-    }
-    without = sum(not sample.has_audio for sample in good)
-    if 0 < without < len(good):
-        counts["samples without audio among others with audio"] = without
-    return {text: count for text, count in counts.items() if count}
+    is_mixed = any(sample.has_audio for sample in good)
+    found: dict[str, list[str]] = defaultdict(list)
+    for sample in good:
+        notes = {
+            "prompts that fill all tokens (probably truncated)": bool(sample.text_tokens) and sample.is_text_full,
+            # One token is the BOS alone.
+            "empty prompts": sample.text_tokens == 1,
+            "samples without audio among others with audio": is_mixed and not sample.has_audio,
+        }
+        for note, applies in notes.items():
+            if applies:
+                found[note].append(sample.name)
+    return found
 
 
 def statistics_of(

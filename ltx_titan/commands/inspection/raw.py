@@ -1,5 +1,6 @@
 """Clips before preparation: size, frame rate, duration, audio and bucket of each file, and whether it is broken."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES, find_media
 from ltx_titan.commands.inspection.sheet import Entry
 from ltx_titan.common.tensors import evenly_spaced
 from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND
-from ltx_titan.encode.buckets import Bucket, choose_bucket
+from ltx_titan.encode.buckets import MAX_ENLARGEMENT, Bucket, choose_bucket
+from ltx_titan.encode.clips import ANIMATED_SUFFIXES
 from ltx_titan.media import (
     IMAGE_SUFFIXES,
     Audio,
@@ -35,8 +37,6 @@ from ltx_titan.media.tables import is_table, media_of_row, read_table
 _SHEET_FRAMES = 6
 # Frames after this one are reached by seeking instead of decoding all frames before.
 _SEEK_ABOVE = 600
-# Factor of enlargement from which a clip is too small for its bucket.
-_TOO_SMALL = 1.5
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,11 @@ def sheet_entry(clip: RawClip) -> Entry:
             warning = error.reason if isinstance(error, MediaError) else str(error)
     if warning is None and clip.is_silent:
         warning = "its audio track is silent"
-    if warning is None and clip.bucket is not None and (factor := _enlargement(clip)) > _TOO_SMALL:
+    if (
+        warning is None
+        and clip.bucket is not None
+        and ((factor := clip.bucket.enlargement(clip.width, clip.height)) > MAX_ENLARGEMENT)
+    ):
         warning = f"enlarged {factor:.1f} times for its bucket"
     if audio is not None and clip.fps:
         frames_shown = clip.frames if clip.bucket is None else clip.bucket.frames
@@ -187,33 +191,36 @@ def sheet_entry(clip: RawClip) -> Entry:
     return Entry(clip.path.name, clip.facts, frames, audio, clip.caption, warning)
 
 
-def warnings_of(clips: Sequence[RawClip], has_buckets: bool, is_table: bool) -> dict[str, int]:
-    """Probable mistakes, with the number of clips that they concern."""
+def warnings_of(clips: Sequence[RawClip], has_captions: bool) -> dict[str, list[str]]:
+    """Probable mistakes, with the clips that they concern; with buckets also what the clips lose in theirs."""
     good = [clip for clip in clips if clip.problem is None]
-    counts = {
-        "clips without a caption": sum(is_table and not clip.caption for clip in good),
-        # Here for its position in the report; counted below.
-        "videos without audio among others with audio": 0,
-        "silent audio tracks": sum(bool(clip.is_silent) for clip in good),
-        "videos of variable frame rate, resampled by their time stamps": sum(clip.is_variable for clip in good),
-        "interlaced videos (deinterlace them: ffmpeg -vf bwdif)": sum(clip.is_interlaced for clip in good),
-        "videos and images with transparency, shown over white": sum(clip.has_alpha for clip in good),
-        f"clips enlarged more than {_TOO_SMALL:g} times for their bucket": sum(
-            clip.bucket is not None and _enlargement(clip) > _TOO_SMALL for clip in good
-        ),
-    }
     videos = [clip for clip in good if clip.kind == "video"]
-    without = sum(not clip.channels for clip in videos)
-    if 0 < without < len(videos):
-        counts["videos without audio among others with audio"] = without
-    # Training reads the first frames of a clip only, which long clips make easy to miss.
-    unused = sum(clip.duration_s - clip.bucket.frames / clip.fps for clip in videos if clip.bucket)
+    is_mixed = any(clip.channels for clip in videos)
+    found: dict[str, list[str]] = defaultdict(list)
+    for clip in good:
+        notes = {
+            "clips without a caption": has_captions and not (clip.caption or "").strip(),
+            "videos without audio among others with audio": is_mixed and clip.kind == "video" and not clip.channels,
+            "silent audio tracks": bool(clip.is_silent),
+            "videos of variable frame rate, resampled by their time stamps": clip.is_variable,
+            "animated images, of few colors and with varying times (convert them to video)": (
+                clip.path.suffix.lower() in ANIMATED_SUFFIXES
+            ),
+            "interlaced videos (deinterlace them: ffmpeg -vf bwdif)": clip.is_interlaced,
+            "videos and images with transparency, shown over white": clip.has_alpha,
+        }
+        lost = clip.bucket.notes(clip.width, clip.height, clip.frames) if clip.bucket is not None else ()
+        for note in (*(note for note, applies in notes.items() if applies), *lost):
+            found[note].append(str(clip.path))
+    return found
+
+
+def unused_share(clips: Sequence[RawClip]) -> float:
+    """Share of all video that is after the frames that buckets use: training reads the start of a clip only."""
+    videos = [clip for clip in clips if clip.kind == "video" and clip.problem is None and clip.bucket is not None]
     total = sum(clip.duration_s for clip in videos)
-    if has_buckets and total and unused / total > 0.5:
-        counts["percent of all video is after the frames that a bucket uses (cut into shorter clips)"] = round(
-            100 * unused / total
-        )
-    return {text: count for text, count in counts.items() if count}
+    used = sum(clip.bucket.frames / clip.fps for clip in videos if clip.bucket is not None)
+    return 1 - used / total if total else 0.0
 
 
 def as_record(clip: RawClip) -> Mapping[str, Any]:
@@ -286,11 +293,6 @@ def _with_bucket(clip: RawClip, buckets: Sequence[Bucket]) -> RawClip:
         shortest = min(bucket.frames for bucket in buckets)
         problem = f"has {clip.frames} frame(s), the shortest bucket needs {shortest}"
     return RawClip(**{**vars(clip), "bucket": bucket, "problem": problem})
-
-
-def _enlargement(clip: RawClip) -> float:
-    assert clip.bucket is not None
-    return max(clip.bucket.width / clip.width, clip.bucket.height / clip.height)
 
 
 def _sheet_frames(clip: RawClip) -> list[Image.Image]:

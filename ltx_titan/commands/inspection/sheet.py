@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ltx_titan.common.files import atomic_write
+from ltx_titan.common.files import atomic_write, printable
 from ltx_titan.media import Audio
 
 _CELL_WIDTH = 960
@@ -66,7 +66,7 @@ def write_sheet(path: Path, header: Sequence[str], entries: Sequence[Entry], col
     width = _MARGIN + columns * (_CELL_WIDTH + _MARGIN)
     sheet = Image.new("RGB", (width, top + sum(heights) + _MARGIN * (len(rows) + 1)), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for number, line in enumerate(header):
+    for number, line in enumerate(map(printable, header)):
         position = (_MARGIN, _MARGIN + _HEADER_LINE * number + (6 if number else 0))
         draw.text(position, line, fill=_FAINT if number else _TEXT, font=_font(13 if number else 18, bold=not number))
     draw.line([(_MARGIN, top - 8), (width - _MARGIN, top - 8)], fill=(210, 210, 210))
@@ -80,7 +80,8 @@ def write_sheet(path: Path, header: Sequence[str], entries: Sequence[Entry], col
 
 
 def _cell(entry: Entry) -> Image.Image:
-    caption = textwrap.wrap(" ".join((entry.caption or "").split()), 138)
+    text = (entry.caption or "").encode("utf-8", "backslashreplace").decode()
+    caption = textwrap.wrap(" ".join(text.split()), 138)
     if len(caption) > _MAX_CAPTION_LINES:
         caption = [*caption[: _MAX_CAPTION_LINES - 1], caption[_MAX_CAPTION_LINES - 1][:134] + " ..."]
     strip = _strip(entry.frames)
@@ -89,7 +90,9 @@ def _cell(entry: Entry) -> Image.Image:
     height += sum(part.height + _GAP for part in (strip, wave) if part is not None)
     cell = Image.new("RGB", (_CELL_WIDTH, height), _BACKGROUND)
     draw = ImageDraw.Draw(cell)
-    title = entry.title if len(entry.title) <= 60 else "..." + entry.title[-57:]
+    # A line break in a name cannot be measured.
+    title = printable(entry.title)
+    title = title if len(title) <= 60 else "..." + title[-57:]
     draw.text((0, 0), title, fill=_TEXT, font=_font(13, bold=True))
     draw.text((draw.textlength(title + "   ", font=_font(13, bold=True)), 1), entry.facts, fill=_FAINT, font=_font(12))
     y = _LINE + 3
@@ -98,7 +101,7 @@ def _cell(entry: Entry) -> Image.Image:
             cell.paste(part, (0, y))
             y += part.height + _GAP
     if entry.warning:
-        draw.text((0, y), textwrap.shorten(entry.warning, 140), fill=_WARNING, font=_font(12))
+        draw.text((0, y), textwrap.shorten(printable(entry.warning), 140), fill=_WARNING, font=_font(12))
         y += _LINE
     for line in caption:
         draw.text((0, y), line, fill=_TEXT, font=_font(12))

@@ -18,8 +18,6 @@ from ltx_titan.data.cache import READER_THREADS
 from ltx_titan.data.fingerprints import FileVersion, Fingerprint, State, digest_of, is_changed, text_digest, version_of
 from ltx_titan.media.tables import SampleRow, relative_name
 
-_EXAMPLES = 3
-
 
 class Maker(Protocol):
     """What is compared of a stage."""
@@ -226,9 +224,5 @@ def report_changes(notes_of_ranks: Sequence[Mapping[str, list[str]]], ranks: Ran
         for note, names in notes.items():
             merged.setdefault(note, []).extend(names)
     for note, names in merged.items():
-        report.notes[with_examples(note, names)] += len(names)
-
-
-def with_examples(note: str, names: Sequence[str]) -> str:
-    """A note with the first names that it concerns."""
-    return f"{note} ({', '.join(names[:_EXAMPLES])}{', ...' if len(names) > _EXAMPLES else ''})"
+        for name in names:
+            report.note([note], name)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from ltx_titan.commands.process.changes import Changes, MadeOf
 from ltx_titan.commands.process.store import Store
 from ltx_titan.commands.report import Report, Ticker
+from ltx_titan.common.files import NAME_ERRORS
 from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.data.layout import Fields
 from ltx_titan.media import MediaError
@@ -33,10 +34,12 @@ class PlannedOutput:
     Attributes:
         label: description, the same for rows with outputs of one shape.
         size_bytes: approximate size on disk.
+        notes: as in `Output`, as far as headers tell.
     """
 
     label: str
     size_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Output:
 
     Attributes:
         fields: source folder -> fields, in the order in which they are written; None if the row has none there.
-        notes: anything unusual; the report counts equal notes.
+        notes: anything unusual; the report counts equal notes and names the first rows.
     """
 
     fields: Mapping[str, Fields | None]
@@ -168,6 +171,7 @@ def _plan_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run, bar:
             failed.add(row.key)
         else:
             run.report.plan(stage.name, planned.label, planned.size_bytes)
+            run.report.note(planned.notes, stage.subject(row))
         bar.advance()
     return failed
 
@@ -193,11 +197,14 @@ def _encode_rows(stage: Stage[Any, Any], todo: Sequence[SampleRow], run: Run, ba
             # In the order of the stage: a row counts as done when all of its folders have it.
             for folder, fields in output.fields.items():
                 run.store.write(folder, row.key, fields, made_of.files, made_of.text)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            # A name that cannot be written, such as one below another sample, concerns this row alone; a full disk not.
+            if isinstance(error, OSError) and error.errno not in NAME_ERRORS:
+                raise
             run.report.fail(stage.name, stage.subject(row), _reason(error))
             failed.add(row.key)
         else:
-            run.report.notes.update(output.notes)
+            run.report.note(output.notes, stage.subject(row))
             run.report.add(stage.name, "done")
         # Rows of a shard are adjacent: it is complete when the next row belongs to another.
         if not remaining or run.store.group(remaining[0]) != run.store.group(row):

@@ -70,6 +70,12 @@ class MediaOptions:
     reshape_mode: Reshape = "center"
     """Position of the crop if a clip does not match its bucket; random: one that differs between samples."""
 
+    max_enlargement: Annotated[Maybe[float], placeholder("FACTOR")] = None
+    """Reject clips that their bucket would enlarge more than this, for example 1.5. Default: report them."""
+
+    max_crop: Annotated[Maybe[float], placeholder("SHARE")] = None
+    """Reject clips of whose area cropping would remove more than this, for example 0.33. Default: report them."""
+
     skip_audio: Flag = False
     """Do not encode the audio of videos."""
 

@@ -7,13 +7,14 @@ its share of the rows, so the outputs that a later stage needs of an earlier one
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ltx_titan.codecs import text_encoder_config
-from ltx_titan.commands.process.changes import Changes, report_changes, with_examples
+from ltx_titan.commands.process.changes import Changes, report_changes
 from ltx_titan.commands.process.loop import Run, Stage, run_stages
 from ltx_titan.commands.process.options import (
     CaptionOptions,
@@ -182,7 +183,8 @@ def _report_orphans(orphans: Mapping[str, Sequence[str]], task: _Task, report: R
             together.setdefault(tuple(keys), []).append(folder)
     for keys, folders in together.items():
         note = f"{', '.join(folders)}: no longer in {task.data.dataset_path.name}, {what}"
-        report.notes[with_examples(note, keys)] += len(keys)
+        for key in keys:
+            report.note([note], key)
         if task.data.prune and task.data.dry_run:
             for folder in folders:
                 for key in keys:
@@ -259,7 +261,7 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
                 "--resolution-buckets: needed for a dataset with videos, as in --resolution-buckets '768x448x89'"
             )
         buckets = parse_buckets(media.resolution_buckets, factors)
-    rules = ClipRules(buckets, factors, parse_fps(media.fps), media.reshape_mode)
+    rules = ClipRules(buckets, factors, parse_fps(media.fps), media.reshape_mode, *_limits(media))
     scale = ReferenceScale(media.reference_downscale_factor, media.reference_temporal_scale_factor)
     scale.check(rules)
     durations_s = parse_durations(media.audio_durations)
@@ -279,6 +281,16 @@ def _table_description(task: _Task) -> dict[str, Any]:
     caption_column = task.captions.caption_column if task.captions else None
     columns = {"video_column": task.data.video_column, "caption_column": caption_column}
     return {"path": path} | {name: column for name, column in columns.items() if column is not None}
+
+
+def _limits(media: MediaOptions) -> tuple[float, float]:
+    """Limits of enlargement and cropping; those that exclude nothing without the options."""
+    if media.max_enlargement is not None and not media.max_enlargement > 0:
+        raise ValueError(f"--max-enlargement = {media.max_enlargement}: expected a factor above 0")
+    if media.max_crop is not None and not 0 <= media.max_crop <= 1:
+        raise ValueError(f"--max-crop = {media.max_crop}: expected a share of the area, 0 to 1")
+    enlargement = inf if media.max_enlargement is None else media.max_enlargement
+    return enlargement, 1.0 if media.max_crop is None else media.max_crop
 
 
 def _settings(task: _Task) -> Settings:

@@ -15,7 +15,7 @@ from ltx_titan.commands.process.loop import Output, PlannedOutput, Stage
 from ltx_titan.commands.process.store import Store
 from ltx_titan.common.ranks import own_device
 from ltx_titan.encode.buckets import Bucket
-from ltx_titan.encode.captions import TextModels, encode_caption, with_trigger, without_prefix
+from ltx_titan.encode.captions import TextModels, encode_caption, tokens_cut, with_trigger, without_prefix
 from ltx_titan.encode.clips import Clip, ClipRules, DecodedClip, decode_clip, plan_clip, read_clip_mask
 from ltx_titan.encode.encoders import EncoderFiles, load_audio_encoder, load_text_models, load_video_encoder
 from ltx_titan.encode.latents import (
@@ -24,6 +24,7 @@ from ltx_titan.encode.latents import (
     encode_audio,
     encode_video,
     longest_duration,
+    rate_notes,
     video_bytes,
 )
 from ltx_titan.encode.references import DecodedReference, ReferenceScale, decode_reference, plan_reference
@@ -91,7 +92,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
         size = video_bytes(clip.latent_size(self.rules.scale_factors))
         if self.with_audio:
             size += audio_bytes(audio_steps(clip.duration_s))
-        return PlannedOutput(str(clip), size)
+        return PlannedOutput(str(clip), size, clip.notes)
 
     def load(self) -> tuple[VideoCodec, AudioCodec | None]:
         device = own_device(self.device)
@@ -117,6 +118,8 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
         elif item.audio.duration_s < clip.duration_s - 1 / clip.fps:
             outcome = "left short" if self.reference_layout else "filled up with silence"
             notes.append(f"audio shorter than their video, {outcome}")
+        if item.audio is not None:
+            notes += rate_notes(item.audio, audio_codec)
         audio = encode_audio(item.audio, clip.duration_s, audio_codec, self.reference_layout)
         # Audio first: latents without their audio would look finished to a run with --skip-audio.
         return Output({"audio_latents": audio, "latents": latents}, tuple(notes))
@@ -182,7 +185,15 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
 
     def encode(self, row: SampleRow, item: tuple[Audio, float], encoder: AudioCodec) -> Output:
         audio, duration_s = item
-        return Output({self.folder: encode_audio(audio, duration_s, encoder, self.reference_layout)})
+        notes = rate_notes(audio, encoder)
+        # A tenth of a second, because tracks rarely end with their video.
+        if audio.duration_s > duration_s + 0.1:
+            notes.append("audio files longer than what is used of them, cut at the end")
+        elif audio.duration_s < duration_s - 0.1:
+            outcome = "left short" if self.reference_layout else "filled up with silence"
+            notes.append(f"audio files shorter than their clip, {outcome}")
+        fields = encode_audio(audio, duration_s, encoder, self.reference_layout)
+        return Output({self.folder: fields}, tuple(notes))
 
     def _path(self, row: SampleRow) -> Path:
         path = self.file(row)
@@ -362,7 +373,7 @@ class CaptionStage(Stage[str, TextModels]):
 
     def plan(self, row: SampleRow) -> PlannedOutput:
         # One label for all captions: outputs of one shape are counted together.
-        return PlannedOutput("caption" if self.read(row) else "empty caption", self.size_bytes)
+        return PlannedOutput("caption" if self.read(row) else "empty caption", self.size_bytes, self._notes(row))
 
     def load(self) -> TextModels:
         return load_text_models(self.files, own_device(self.device), self.precision, self.with_contexts)
@@ -375,4 +386,12 @@ class CaptionStage(Stage[str, TextModels]):
         return with_trigger(caption, self.trigger)
 
     def encode(self, row: SampleRow, item: str, encoder: TextModels) -> Output:
-        return Output({"conditions": encode_caption(item, encoder)})
+        notes = self._notes(row)
+        if tokens_cut(item, encoder) > 0:
+            notes += (f"captions longer than {encoder.encoder.max_tokens} tokens, cut at the end (shorten them)",)
+        return Output({"conditions": encode_caption(item, encoder)}, notes)
+
+    def _notes(self, row: SampleRow) -> tuple[str, ...]:
+        caption = row.caption or ""
+        is_empty = not (without_prefix(caption) if self.removes_prefixes else caption.strip())
+        return ("empty captions (data.caption_dropout trains without captions on purpose)",) if is_empty else ()
