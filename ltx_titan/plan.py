@@ -3,7 +3,10 @@
 Reads the checkpoint's header and the shapes of all samples, and checks that model, data, conditions and mesh fit.
 """
 
+import errno
 import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -11,10 +14,11 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from ltx_titan.checkpoint import latest_complete, read_trainer_state
-from ltx_titan.common.files import LOCK_FILE
-from ltx_titan.conditioning import FlexibleStrategy, check_conditions, reference_scale
+from ltx_titan.common.files import LOCK_FILE, describe_os_error
+from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_text, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
-from ltx_titan.data import BatchPlan, PrecomputedDataset, stores_text_features, stream_tokens, token_counts
+from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, stores_text_features, stream_tokens, token_counts
+from ltx_titan.lora import adapter_weights, apply_lora
 from ltx_titan.model import LTXTransformer, TransformerConfig
 from ltx_titan.model.flops import training_flops
 from ltx_titan.model.ops import TORCH, Operators
@@ -23,7 +27,9 @@ from ltx_titan.nano.synthetic import SyntheticDataset
 from ltx_titan.parallel.limits import check_parallelism
 from ltx_titan.weights import (
     ModelSource,
+    build_connectors,
     check_fits,
+    check_lora,
     find_connectors,
     read_metadata,
     read_source,
@@ -112,7 +118,12 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         refuse_quantized(read_metadata(source.path))
     modalities = trained_modalities(job)
     # Built on the meta device for its check of names and shapes; the trainer builds its own.
-    architecture = build_transformer(source, modalities).config
+    transformer = build_transformer(source, modalities)
+    architecture = transformer.config
+    if model.mode == "lora":
+        apply_lora(transformer, job.lora)
+        if model.adapter_path is not None:
+            check_lora(adapter_weights(transformer), model.adapter_path)
     check_parallelism(
         degrees,
         architecture,
@@ -137,11 +148,21 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     connectors_path = None
     if any(stores_text_features(key) for key in set(keys)):
         connectors_path = find_connectors(source, model.connectors_path)
+        connectors = build_connectors(source, connectors_path)
+        video, audio = connectors.video_embeddings_connector, connectors.audio_embeddings_connector
+        registers = 1 if video.learnable_registers is None else video.learnable_registers.shape[0]
+        # Both, whatever the streams: the connectors always run together.
+        widths = {"video": video.width, "audio": audio.width}
+        check_text(keys, dataset.name, widths=widths, multiple_of=registers, is_features=True)
     elif job.data.caption_dropout > 0:
         raise ValueError(
             f"data.caption_dropout = {job.data.caption_dropout}: expected text features, found finished contexts, "
             f"whose caption can no longer be dropped; set it to 0, or prepare the data without --contexts."
         )
+    streams = {"video": architecture.video, "audio": architecture.audio}
+    widths = {name: stream.stored_context_dim for name, stream in streams.items() if modalities in ("av", name)}
+    check_text(keys, dataset.name, widths=widths, is_features=False)
+    _warn_of_data(job, keys)
     # Datasets have few distinct shapes, so FLOPs are computed once per shape, not per sample.
     flops = {
         key: training_flops(architecture, **vars(stream_tokens(key, modalities)), trained=model.mode)
@@ -165,6 +186,35 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         connectors_path=connectors_path,
         reference_scale=reference_scale(strategy, keys, dataset.name),
     )
+
+
+def _warn_of_data(job: JobConfig, keys: Sequence[ShapeKey]) -> None:
+    batch = job.training.global_batch_size
+    if batch > len(keys):
+        logger.warning(
+            "training.global_batch_size = %d: the dataset has only %d samples, which repeat within a batch; lower it "
+            "or add samples",
+            batch,
+            len(keys),
+        )
+
+
+def check_dump_folder(folder: Path) -> None:
+    """Makes the dump folder and checks that files can be written there, before a model is loaded.
+
+    Raises:
+        ValueError: it cannot be made or is read-only; the message names the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Rank 0 makes its lock file a moment later anyway; here every rank learns of a read-only disk by itself.
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(
+            f"job.dump_folder = {str(folder)!r}: expected a folder that can be written to, found: "
+            f"{describe_os_error(error, folder)}. Set another folder, or make it writable."
+        ) from error
 
 
 def is_finished(plan: Plan) -> bool:
@@ -212,8 +262,11 @@ def build_transformer(source: ModelSource, modalities: Modalities, operators: Op
     Raises:
         ValueError: names, shapes or dtypes in the file differ.
     """
-    with torch.device("meta"):
-        model = LTXTransformer.from_config(source.config["transformer"], modalities, operators)
+    try:
+        with torch.device("meta"):
+            model = LTXTransformer.from_config(source.config["transformer"], modalities, operators)
+    except ValueError as error:  # of the config, which does not know its file
+        raise ValueError(f"{source.path or 'model.shape'}: {error}") from error
     if source.path is not None:
         check_fits(model, source.path, allow_unused=unused_by(modalities))
     return model

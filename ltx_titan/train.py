@@ -40,7 +40,7 @@ from ltx_titan.checkpoint import (
 from ltx_titan.common.failure import report_error
 from ltx_titan.common.files import claimed, free_bytes, remove_temporaries, write_text
 from ltx_titan.common.logs import quiet_libraries, set_up_logging
-from ltx_titan.common.ranks import agree, rank_and_size
+from ltx_titan.common.ranks import agree, check_environment, rank_and_size
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.common.titan import GarbageCollection, peak_flops
 from ltx_titan.conditioning import Loss, ModelInputs, absent_streams, to_contexts, weighted_loss
@@ -67,7 +67,7 @@ from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.parallel.stop import StepVote, end_with_launcher
-from ltx_titan.plan import Plan, is_finished, plan_job
+from ltx_titan.plan import Plan, check_dump_folder, is_finished, plan_job
 from ltx_titan.validation.training import TrainingValidation, check_validation_files
 from ltx_titan.weights import stream_of
 
@@ -511,9 +511,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path()
     try:
         # Checked before a process group exists: every rank finds the same error by itself, and none waits for another.
+        check_environment()
+        if arguments[0].startswith("--"):
+            raise ValueError(
+                f"{arguments[0]}: expected the job file first, then overrides; put it behind the job file."
+            )
         plan = plan_job(load_job(arguments[0], arguments[1:]), rank_and_size()[1])
         folder = plan.folder
         check_validation_files(plan)
+        check_dump_folder(folder)
         if is_finished(plan):
             return 0
         with _claimed_by_rank_0(folder):

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from ltx_titan.common.files import describe_os_error
-from ltx_titan.common.ranks import PeerError, rank_and_size
+from ltx_titan.common.ranks import PeerError
 
 logger = logging.getLogger("ltx_titan")
 
@@ -60,9 +60,10 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def _write_error_file(message: str) -> None:
-    rank, path = rank_and_size()[0], os.environ.get("TORCHELASTIC_ERROR_FILE")
+    # As text: the error may be that it is not a number.
+    rank, path = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
-        if rank > 0:
+        if rank != "0":
             print(f"[rank {rank}] {message}", file=sys.stderr)
         return
     # In the form that torchrun reads. A disk that is full now must not replace the error by another one.

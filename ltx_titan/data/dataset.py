@@ -43,15 +43,19 @@ class _Location(NamedTuple):
         return self.key if self.key is not None else self.file.name.removeprefix(f"{folder}/")
 
 
-def resolve_root(path: str | Path) -> Path:
+def resolve_root(path: str | Path, option: str = "data.root") -> Path:
     """Returns the data root of a path: its `.precomputed` child if that exists, else the path itself.
+
+    Args:
+        path: data root, or the folder with the data root `.precomputed`.
+        option: job key or option that the path is the value of, for the message.
 
     Raises:
         ValueError: the folder does not exist.
     """
     root = Path(path)
     if not root.is_dir():
-        raise ValueError(f"data.root = {str(path)!r}: expected a folder, found none; correct the path.")
+        raise ValueError(f"{option} = {str(path)!r}: expected a folder, found none; correct the path.")
     child = root / ".precomputed"
     return child if child.is_dir() else root
 
@@ -68,17 +72,18 @@ class TokenCounts:
 class PrecomputedDataset:
     """The samples below a data root."""
 
-    def __init__(self, root: str | Path, sources: Mapping[str, str]) -> None:
+    def __init__(self, root: str | Path, sources: Mapping[str, str], option: str = "data.root") -> None:
         """Finds the samples and their shapes.
 
         Args:
             root: data root, or the folder with the data root `.precomputed`.
             sources: folders to read, each with its key in a batch; `conditions` is one of them.
+            option: job key of the root, for messages.
 
         Raises:
             ValueError: a folder is missing or empty, no sample is in all of them, or a file cannot be used.
         """
-        self.root = resolve_root(root)
+        self.root = resolve_root(root, option)
         self.sources = dict(sources)
         # Filled while listing the samples of a shard: its header has both.
         self._shard_shapes: dict[_Location, dict[str, tuple[int, ...]]] = {}

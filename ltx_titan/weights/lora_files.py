@@ -124,10 +124,31 @@ def load_lora(adapters: Mapping[str, LoRAWeights], path: str | Path) -> None:
     Raises:
         ValueError: the file's adapters are not the model's; all differences are listed and nothing is loaded.
     """
+    # Before any tensor is read, so that a wrong file leaves the adapters as they are.
+    targets, weights = _match_adapters(adapters, path)
+    copy_weights(path, weights, targets)
+    # The file's B includes its writer's scale; ours is multiplied in the forward pass.
+    for adapter in adapters.values():
+        if adapter.scaling != 1.0:
+            local(adapter.lora_b).div_(adapter.scaling)
+
+
+def check_lora(adapters: Mapping[str, LoRAWeights], path: str | Path) -> None:
+    """Checks names, shapes and dtypes as `load_lora` does, without reading weights; adapters may be on the meta device.
+
+    Raises:
+        ValueError: as `load_lora`.
+    """
+    _match_adapters(adapters, path)
+
+
+def _match_adapters(
+    adapters: Mapping[str, LoRAWeights], path: str | Path
+) -> tuple[dict[str, Tensor], dict[str, StoredWeight]]:
+    """Tensors of the adapters and their weights in the file, both by name."""
     if any(adapter.magnitude is not None for adapter in adapters.values()):
         raise ValueError(f"{path}: LoRA files store no DoRA magnitudes; set lora.dora = false to start from one.")
     layers = _read_layers(path)
-    # Before any tensor is read, so that a wrong file leaves the adapters as they are.
     _check_layers(path, layers, {name: adapter.weight_shape for name, adapter in adapters.items()}, complete=True)
     _check_rank(path, layers, {adapter.lora_a.shape[0] for adapter in adapters.values()})
     targets = {name + _DOWN: adapter.lora_a for name, adapter in adapters.items()}
@@ -135,12 +156,7 @@ def load_lora(adapters: Mapping[str, LoRAWeights], path: str | Path) -> None:
     keys = {name + _DOWN: layer.down_key for name, layer in layers.items()}
     keys |= {name + _UP: layer.up_key for name, layer in layers.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-    weights = match_weights(read_metadata(path), shapes, Component.from_keys("adapter", keys))
-    copy_weights(path, weights, targets)
-    # The file's B includes its writer's scale; ours is multiplied in the forward pass.
-    for adapter in adapters.values():
-        if adapter.scaling != 1.0:
-            local(adapter.lora_b).div_(adapter.scaling)
+    return targets, match_weights(read_metadata(path), shapes, Component.from_keys("adapter", keys))
 
 
 @torch.no_grad()
