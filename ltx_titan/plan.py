@@ -18,6 +18,7 @@ from ltx_titan.common.files import LOCK_FILE, describe_os_error
 from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_text, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
 from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, stores_text_features, stream_tokens, token_counts
+from ltx_titan.data.bad_samples import SkippingDataset, tolerated
 from ltx_titan.lora import adapter_weights, apply_lora
 from ltx_titan.model import LTXTransformer, TransformerConfig
 from ltx_titan.model.flops import training_flops
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from ltx_titan.encode.media_dataset import MediaDataset
 
-Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset"
+Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset | SkippingDataset"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     strategy = FlexibleStrategy.from_config(
         {"name": "flexible", "video": job.video, "audio": job.audio}, factors, architecture.keyframe_embedding
     )
-    dataset = _open_dataset(job, strategy, architecture, factors)
+    dataset: Dataset = _open_dataset(job, strategy, architecture, factors)
+    if job.data.on_bad_sample == "skip":
+        dataset = SkippingDataset(dataset, Path(job.job.dump_folder))
     # Shapes only: no latents are read before training.
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     for warning in check_conditions(strategy, keys, dataset.name):
@@ -287,7 +290,14 @@ def _open_dataset(
 ) -> Dataset:
     if job.data.source == "precomputed":
         assert job.data.root is not None, "required by the section"
-        return PrecomputedDataset(job.data.root, strategy.sources)
+        skip = job.data.on_bad_sample == "skip"
+        dataset = PrecomputedDataset(job.data.root, strategy.sources, skip_damaged=skip)
+        if dataset.num_dropped > tolerated(len(dataset) + dataset.num_dropped):
+            raise ValueError(
+                f"{dataset.root}: {dataset.num_dropped} samples are damaged (named above), {len(dataset)} are not; "
+                f'data.on_bad_sample = "skip" tolerates 1 %: prepare them again.'
+            )
+        return dataset
     if job.data.source == "media":
         # Imported here: it loads the encoders' libraries, which other jobs do not need.
         from ltx_titan.encode.media_dataset import MediaDataset
