@@ -41,6 +41,7 @@ from ltx_titan.common.failure import report_error
 from ltx_titan.common.files import claimed, free_bytes, remove_temporaries, write_text
 from ltx_titan.common.logs import quiet_libraries, set_up_logging
 from ltx_titan.common.ranks import agree, check_environment, rank_and_size
+from ltx_titan.common.secrets import redacted, redacted_values
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.common.titan import GarbageCollection, peak_flops
 from ltx_titan.conditioning import Loss, ModelInputs, absent_streams, to_contexts, weighted_loss
@@ -157,7 +158,7 @@ class Trainer:
         job, plan = self.job, self.plan
         if self.is_main:
             # As resolved, with defaults and overrides, so that the run can be repeated without its command line.
-            write_text(plan.folder / "job.toml", dump_job(job))
+            write_text(plan.folder / "job.toml", redacted(dump_job(job)))
         log = MetricsLogger(
             plan.folder,
             total_steps=job.training.steps,
@@ -340,7 +341,9 @@ class Trainer:
     def _start_wandb(self) -> "Run | None":
         if not self.is_main or self.job.metrics.wandb == "off":
             return None
-        return start_wandb(self.job.metrics, self.plan.folder, plain_job(self.job), self.job.job.description)
+        return start_wandb(
+            self.job.metrics, self.plan.folder, redacted_values(plain_job(self.job)), self.job.job.description
+        )
 
     def _new_sums(self) -> Sums:
         return Sums(self.device)
@@ -472,7 +475,7 @@ class Trainer:
         # The scale is derived from the data, which `ltx-titan export` does not have.
         trainer = {
             "data": position.to_dict(),
-            "job": plain_job(self.job),
+            "job": redacted_values(plain_job(self.job)),
             "reference_scale": self.plan.reference_scale,
         }
         state, folder = self._state(trainer), self.plan.folder / "checkpoint"

@@ -1,6 +1,5 @@
 """Malformed prepared data: samples, shards and folders; what a file of a dataset can do at worst."""
 
-
 import json
 import os
 import random

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ltx_titan.common.files import describe_os_error
 from ltx_titan.common.ranks import PeerError
+from ltx_titan.common.secrets import redacted
 
 logger = logging.getLogger("ltx_titan")
 
@@ -62,6 +63,7 @@ def is_lost_peer(error: BaseException) -> bool:
 def _write_error_file(message: str) -> None:
     # As text: the error may be that it is not a number.
     rank, path = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    message = redacted(message)
     if path is None:
         if rank != "0":
             print(f"[rank {rank}] {message}", file=sys.stderr)

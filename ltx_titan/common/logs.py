@@ -5,6 +5,8 @@ import os
 import sys
 import warnings
 
+from ltx_titan.common.secrets import RedactingFilter
+
 
 def set_up_logging() -> None:
     """Logs one line per event of rank 0 to standard output; other ranks log only what is critical."""
@@ -13,6 +15,10 @@ def set_up_logging() -> None:
     logging.basicConfig(
         format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stdout
     )
+    # On the handlers, where messages of all loggers pass, libraries' included.
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(found, RedactingFilter) for found in handler.filters):
+            handler.addFilter(RedactingFilter())
     logging.getLogger("ltx_titan").setLevel(logging.INFO if is_main else logging.CRITICAL)
     logging.captureWarnings(is_main)
 

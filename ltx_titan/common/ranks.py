@@ -98,6 +98,23 @@ def own_device(device: str) -> str:
     return device
 
 
+def check_device(device: str) -> None:
+    """Checks the name of a device, and that this machine has it.
+
+    Raises:
+        ValueError: it is no device, or there is none of it.
+    """
+    try:
+        found = torch.device(device)
+        is_there = found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < torch.cuda.device_count())
+    except RuntimeError:
+        is_there = False
+    if not is_there:
+        raise ValueError(
+            f"--device {device}: expected cpu, or cuda with one of the {torch.cuda.device_count()} GPUs of this machine"
+        )
+
+
 def agree(error: Exception | None, what: str, group: dist.ProcessGroup | None = None) -> None:
     """Waits for every rank and raises on all of them if any of them failed.
 

@@ -135,7 +135,7 @@ def check_text(
     Args:
         keys: shapes of each sample of the dataset.
         name_of: names a sample in messages.
-        widths: stream -> width of its text; streams that are not built are left out.
+        widths: stream -> width of its text; only streams that are built.
         multiple_of: number of tokens that a text's length is a multiple of.
         is_features: whether `widths` are those of features, which have a mask, or of contexts, which have none.
 

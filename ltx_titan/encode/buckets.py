@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ltx_titan.common.options import parse_size
 
+# Twice the sides of 8K video; a frame beyond is a typing error, which ends as one of memory.
+_LONGEST_SIDE = 16384
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -37,6 +40,8 @@ def parse_buckets(text: str, scale_factors: tuple[int, int, int], option: str = 
         if not part:
             continue
         width, height, frames = parse_size(part, option)
+        if max(width, height) > _LONGEST_SIDE:
+            raise ValueError(f"{option}: {part!r}: expected sides of at most {_LONGEST_SIDE} pixels; correct it")
         fits_space = width % width_factor == 0 and height % height_factor == 0
         # The first latent frame covers one frame, every later one `time` frames.
         fits_time = (frames - 1) % time == 0
