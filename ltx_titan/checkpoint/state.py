@@ -39,6 +39,7 @@ from ltx_titan.checkpoint.folders import (
     step_folder,
 )
 from ltx_titan.checkpoint.reader import METADATA_FILE, StateReader
+from ltx_titan.common.failure import RunError
 from ltx_titan.common.files import free_bytes, sync_folder
 from ltx_titan.common.ranks import agree, is_main_rank
 from ltx_titan.weights import module_tensors, parameter_names, plain_tensor
@@ -47,7 +48,7 @@ from ltx_titan.weights.names import listed
 logger = logging.getLogger(__name__)
 
 
-class SaveError(RuntimeError):
+class SaveError(RunError):
     """A checkpoint could not be written; older ones are whole."""
 
 

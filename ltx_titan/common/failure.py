@@ -25,6 +25,10 @@ _LOST_PEER = (
 )
 
 
+class RunError(RuntimeError):
+    """An error of the outside world whose message is complete, so that no traceback is printed."""
+
+
 def report_error(error: Exception, folder: Path) -> bool:
     """Reports the error that ends this rank; returns whether that was all, False for a bug that needs its traceback.
 
@@ -45,7 +49,7 @@ def report_error(error: Exception, folder: Path) -> bool:
     message = None
     if isinstance(error, OSError):
         message = describe_os_error(error, folder)
-    elif isinstance(error, (ValueError, FloatingPointError)):
+    elif isinstance(error, (ValueError, FloatingPointError, RunError)):
         message = "\n".join([str(error), *getattr(error, "__notes__", [])])
     _write_error_file(message or "".join(traceback.format_exception(error)).rstrip())
     if message is None:

@@ -42,7 +42,7 @@ def _check_path(text: str) -> str:
         raise ValueError(
             f"expected names of at most {_LONGEST_NAME} bytes, found one that is too long; correct the path"
         )
-    return os.path.expanduser(text)
+    return text
 
 
 def _check_folder_name(name: str) -> str:
@@ -54,7 +54,7 @@ def _check_folder_name(name: str) -> str:
 # Of every file system in use.
 _LONGEST_NAME = 255
 
-PathText = Annotated[str, AfterValidator(_check_path)]
+PathText = Annotated[str, AfterValidator(_check_path), AfterValidator(os.path.expanduser)]
 """A path; `~` is expanded. Text rather than `Path`, so that a job compares and prints as it was written."""
 FolderName = Annotated[str, Field(min_length=1), AfterValidator(_check_folder_name)]
 """A folder below the data root; it cannot lead outside."""

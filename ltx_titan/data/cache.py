@@ -93,7 +93,9 @@ class ShapeIndex:
         if new:
             logger.info("%s: reading the shapes of %d files", self._root, len(new))
             with ThreadPoolExecutor(max_workers=READER_THREADS) as pool:
-                for (file, _), shape in zip(new, pool.map(lambda item: self._read(*item, damaged), new), strict=True):
+                for (file, _), shape in zip(
+                    new, pool.map(lambda item: self._read(item[0], item[1], damaged), new), strict=True
+                ):
                     if shape is not None:
                         found[file] = shape
             # Entries of files outside of this job stay: jobs with other sources share the index.

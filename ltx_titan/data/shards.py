@@ -186,7 +186,7 @@ def _crc32(fields: Mapping[str, Value]) -> int:
             value = value.detach().contiguous()
             crc = zlib.crc32(f"{name}\0{value.dtype}\0{list(value.shape)}\0".encode(), crc)
             # Flat first: a scalar has no dimension whose elements could be split into bytes.
-            crc = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy(), crc)
+            crc = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, crc)
         else:
             crc = zlib.crc32(f"{name}\0{json.dumps(value)}\0".encode(), crc)
     return crc
