@@ -31,6 +31,8 @@ def quiet_libraries() -> None:
     # torchao warns about every extension for another GPU, and torch 2.13 about how torchao registers enums.
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Of a failed save it logs the traceback as well, which the exception that it raises has.
+    logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False
     warnings.filterwarnings("ignore", category=SyntaxWarning, module="torchao")
     # The transformer's outputs are views of a matmul's result; nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -258,7 +258,7 @@ def _video(path: Path, data: dict, latents: Tensor) -> Fields:
             raise _error(path, key, f"the latents' own size {size} (shape {list(latents.shape)})", data[key])
     fps = float(_number(path, data, "fps", (int, float))) if data.get("fps") is not None else DEFAULT_FPS
     if not _LOWEST_FPS <= fps <= _HIGHEST_FPS:
-        raise _error(path, "fps", f"a number from {_LOWEST_FPS} to {_HIGHEST_FPS:g}", fps)
+        raise _error(path, "fps", f"a positive number, {_LOWEST_FPS} to {_HIGHEST_FPS:g}", fps)
     return {"latents": latents, **sizes, "fps": fps}
 
 
