@@ -32,7 +32,7 @@ def quiet_libraries() -> None:
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Of a failed save it logs the traceback as well, which the exception that it raises has.
-    logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False
+    logging.getLogger("c10d-NullHandler-dcp_logger").disabled = True
     warnings.filterwarnings("ignore", category=SyntaxWarning, module="torchao")
     # The transformer's outputs are views of a matmul's result; nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
