@@ -9,10 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from ltx_titan import __version__
 from ltx_titan.common.logs import escape_names, quiet_libraries
+from ltx_titan.common.secrets import redacted
 
 # command: (module or module:object, one line for the list of commands)
 COMMANDS = {
@@ -68,8 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "ltx_titan").startswith("ltx_titan"):
             raise
         print(f"{prog}: needs the package {error.name}, which is not installed", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+    except OSError as error:
+        from ltx_titan.common.files import describe_os_error
+
+        print(f"{prog}: {redacted(describe_os_error(error, Path()))}", file=sys.stderr)
+    except ValueError as error:
+        print(f"{prog}: {redacted(str(error))}", file=sys.stderr)
     return 1
 
 

@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.run import main as torchrun
 
 from ltx_titan.common.options import Overrides, Positional, placeholder
+from ltx_titan.common.ranks import number_of
 from ltx_titan.parallel.stop import LAUNCHER_PID, STOP_SIGNALS
 
 DESCRIPTION = """\
@@ -71,12 +72,16 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
         environment: NGPU, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; empty values count as unset.
 
     Raises:
-        ValueError: there are several nodes and no MASTER_ADDR.
+        ValueError: a variable is not a number that fits the others, or there are several nodes and no MASTER_ADDR.
     """
     # Scripts of schedulers often export variables that are empty.
     values = {name: value for name, value in environment.items() if value}
-    nodes = values.get("NNODES", "1")
-    if nodes != "1":
+    # torchrun would report a wrong one with a traceback, or wait for nodes that never come.
+    nodes = number_of(values, "NNODES", 1, at_least=1)
+    number_of(values, "NODE_RANK", 0, at_least=0, at_most=nodes - 1)
+    number_of(values, "MASTER_PORT", 0, at_least=0, at_most=65535)
+    processes = number_of(values, "NGPU", max(torch.cuda.device_count(), 1), at_least=1)
+    if nodes > 1:
         if "MASTER_ADDR" not in values:
             raise ValueError(f"MASTER_ADDR is not set, and NNODES is {nodes}; set it to the address of node 0.")
         rendezvous = ["--node-rank", values.get("NODE_RANK", "0"), "--master-addr", values["MASTER_ADDR"]]
@@ -86,8 +91,7 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
     else:
         # A port that the system chooses, so that several jobs can share a node.
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    processes = values.get("NGPU") or str(max(torch.cuda.device_count(), 1))
-    arguments = ["--nnodes", nodes, "--nproc-per-node", processes, *rendezvous]
+    arguments = ["--nnodes", str(nodes), "--nproc-per-node", str(processes), *rendezvous]
     # Only rank 0 writes to the console; all ranks write to files as well.
     arguments += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
     # torchrun replaces the handlers of the signals that it is to handle; the stop signals are handled here.

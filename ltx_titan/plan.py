@@ -3,7 +3,10 @@
 Reads the checkpoint's header and the shapes of all samples, and checks that model, data, conditions and mesh fit.
 """
 
+import errno
 import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -11,12 +14,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from ltx_titan.checkpoint import latest_complete, read_trainer_state
-from ltx_titan.common.files import LOCK_FILE
-from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_trainable, reference_scale
+from ltx_titan.common.files import LOCK_FILE, describe_os_error
+from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_text, check_trainable, reference_scale
 from ltx_titan.config import Degrees, JobConfig, check_world
 from ltx_titan.config.streams import Reference
-from ltx_titan.data import BatchPlan, PrecomputedDataset, stores_text_features, stream_tokens, token_counts
-from ltx_titan.lora import apply_lora
+from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, stores_text_features, stream_tokens, token_counts
+from ltx_titan.data.bad_samples import SkippingDataset, tolerated
+from ltx_titan.lora import adapter_weights, apply_lora
 from ltx_titan.model import LTXTransformer, TransformerConfig
 from ltx_titan.model.flops import training_flops
 from ltx_titan.model.ops import TORCH, Operators
@@ -27,7 +31,9 @@ from ltx_titan.parallel.graphs import obstacle
 from ltx_titan.parallel.limits import check_parallelism, check_sharding
 from ltx_titan.weights import (
     ModelSource,
+    build_connectors,
     check_fits,
+    check_lora,
     find_connectors,
     read_metadata,
     read_source,
@@ -44,7 +50,7 @@ if TYPE_CHECKING:
 # Combinations of shapes above which compilation takes an hour or more.
 _MANY_SHAPES = 64
 
-Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset"
+Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset | SkippingDataset"
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,8 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     if model.mode == "lora":
         # Targets without a match and widths that a quantized base does not support are refused here.
         apply_lora(transformer, job.lora)
+        if model.adapter_path is not None:
+            check_lora(adapter_weights(transformer), model.adapter_path)
     check_sharding(
         transformer,
         degrees,
@@ -160,7 +168,9 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     strategy = FlexibleStrategy.from_config(
         {"name": "flexible", "video": job.video, "audio": job.audio}, factors, architecture.keyframe_embedding
     )
-    dataset = _open_dataset(job, strategy, architecture, factors)
+    dataset: Dataset = _open_dataset(job, strategy, architecture, factors)
+    if job.data.on_bad_sample == "skip":
+        dataset = SkippingDataset(dataset, Path(job.job.dump_folder))
     # Shapes only: no latents are read before training.
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     for warning in check_conditions(strategy, keys, dataset.name):
@@ -171,11 +181,21 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     connectors_path = None
     if any(stores_text_features(key) for key in set(keys)):
         connectors_path = find_connectors(source, model.connectors_path)
+        connectors = build_connectors(source, connectors_path)
+        video, audio = connectors.video_embeddings_connector, connectors.audio_embeddings_connector
+        registers = 1 if video.learnable_registers is None else video.learnable_registers.shape[0]
+        # Both, whatever the streams: the connectors always run together.
+        widths = {"video": video.width, "audio": audio.width}
+        check_text(keys, dataset.name, widths=widths, multiple_of=registers, is_features=True)
     elif job.data.caption_dropout > 0:
         raise ValueError(
             f"data.caption_dropout = {job.data.caption_dropout}: expected text features, found finished contexts, "
             f"whose caption can no longer be dropped; set it to 0, or prepare the data without --contexts."
         )
+    streams = {"video": architecture.video, "audio": architecture.audio}
+    widths = {name: stream.stored_context_dim for name, stream in streams.items() if modalities in ("av", name)}
+    check_text(keys, dataset.name, widths=widths, is_features=False)
+    _warn_of_data(job, keys)
     # Datasets have few distinct shapes, so FLOPs are computed once per shape, not per sample.
     flops = {
         key: training_flops(architecture, **vars(stream_tokens(key, modalities)), trained=model.mode)
@@ -206,6 +226,35 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
             plan.num_shapes,
         )
     return plan
+
+
+def _warn_of_data(job: JobConfig, keys: Sequence[ShapeKey]) -> None:
+    batch = job.training.global_batch_size
+    if batch > len(keys):
+        logger.warning(
+            "training.global_batch_size = %d: the dataset has only %d samples, which repeat within a batch; lower it "
+            "or add samples",
+            batch,
+            len(keys),
+        )
+
+
+def check_dump_folder(folder: Path) -> None:
+    """Makes the dump folder and checks that files can be written there, before a model is loaded.
+
+    Raises:
+        ValueError: it cannot be made or is read-only; the message names the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Rank 0 makes its lock file a moment later anyway; here every rank learns of a read-only disk by itself.
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(
+            f"job.dump_folder = {str(folder)!r}: expected a folder that can be written to, found: "
+            f"{describe_os_error(error, folder)}. Set another folder, or make it writable."
+        ) from error
 
 
 def is_finished(plan: Plan) -> bool:
@@ -253,8 +302,11 @@ def build_transformer(source: ModelSource, modalities: Modalities, operators: Op
     Raises:
         ValueError: names, shapes or dtypes in the file differ.
     """
-    with torch.device("meta"):
-        model = LTXTransformer.from_config(source.config["transformer"], modalities, operators)
+    try:
+        with torch.device("meta"):
+            model = LTXTransformer.from_config(source.config["transformer"], modalities, operators)
+    except ValueError as error:  # of the config, which does not know its file
+        raise ValueError(f"{source.path or 'model.shape'}: {error}") from error
     if source.path is not None:
         check_fits(model, source.path, allow_unused=unused_by(modalities))
     return model
@@ -275,7 +327,14 @@ def _open_dataset(
 ) -> Dataset:
     if job.data.source == "precomputed":
         assert job.data.root is not None, "required by the section"
-        return PrecomputedDataset(job.data.root, strategy.sources)
+        skip = job.data.on_bad_sample == "skip"
+        dataset = PrecomputedDataset(job.data.root, strategy.sources, skip_damaged=skip)
+        if dataset.num_dropped > tolerated(len(dataset) + dataset.num_dropped):
+            raise ValueError(
+                f"{dataset.root}: {dataset.num_dropped} samples are damaged (named above), {len(dataset)} are not; "
+                f'data.on_bad_sample = "skip" tolerates 1 %: prepare them again.'
+            )
+        return dataset
     if job.data.source == "media":
         # Imported here: it loads the encoders' libraries, which other jobs do not need.
         from ltx_titan.encode.media_dataset import MediaDataset

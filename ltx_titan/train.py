@@ -40,7 +40,8 @@ from ltx_titan.checkpoint import (
 from ltx_titan.common.failure import report_error
 from ltx_titan.common.files import claimed, free_bytes, remove_temporaries, write_text
 from ltx_titan.common.logs import quiet_libraries, set_up_logging
-from ltx_titan.common.ranks import agree, rank_and_size
+from ltx_titan.common.ranks import agree, check_environment, rank_and_size
+from ltx_titan.common.secrets import redacted, redacted_values
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.common.titan import GarbageCollection, peak_flops
 from ltx_titan.conditioning import Loss, ModelInputs, absent_streams, to_contexts, weighted_loss
@@ -66,7 +67,7 @@ from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.parallel.stop import StepVote, end_with_launcher
-from ltx_titan.plan import Plan, is_finished, plan_job
+from ltx_titan.plan import Plan, check_dump_folder, is_finished, plan_job
 from ltx_titan.validation.training import TrainingValidation, check_validation_files
 from ltx_titan.weights import stream_of
 
@@ -157,7 +158,7 @@ class Trainer:
         job, plan = self.job, self.plan
         if self.is_main:
             # As resolved, with defaults and overrides, so that the run can be repeated without its command line.
-            write_text(plan.folder / "job.toml", dump_job(job))
+            write_text(plan.folder / "job.toml", redacted(dump_job(job)))
         log = MetricsLogger(
             plan.folder,
             total_steps=job.training.steps,
@@ -342,7 +343,9 @@ class Trainer:
     def _start_wandb(self) -> "Run | None":
         if not self.is_main or self.job.metrics.wandb == "off":
             return None
-        return start_wandb(self.job.metrics, self.plan.folder, plain_job(self.job), self.job.job.description)
+        return start_wandb(
+            self.job.metrics, self.plan.folder, redacted_values(plain_job(self.job)), self.job.job.description
+        )
 
     def _new_sums(self) -> Sums:
         return Sums(self.device)
@@ -485,7 +488,7 @@ class Trainer:
         # The scale is derived from the data, which `ltx-titan export` does not have.
         trainer = {
             "data": position.to_dict(),
-            "job": plain_job(self.job),
+            "job": redacted_values(plain_job(self.job)),
             "reference_scale": self.plan.reference_scale,
         }
         state, folder = self._state(trainer), self.plan.folder / "checkpoint"
@@ -524,9 +527,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path()
     try:
         # Checked before a process group exists: every rank finds the same error by itself, and none waits for another.
+        check_environment()
+        if arguments[0].startswith("--"):
+            raise ValueError(
+                f"{arguments[0]}: expected the job file first, then overrides; put it behind the job file."
+            )
         plan = plan_job(load_job(arguments[0], arguments[1:]), rank_and_size()[1])
         folder = plan.folder
         check_validation_files(plan)
+        check_dump_folder(folder)
         if is_finished(plan):
             return 0
         with _claimed_by_rank_0(folder):

@@ -21,3 +21,11 @@ def nano(nano_path):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def runner(capsys, caplog):
+    """Runs commands in this process."""
+    from tests.malformed import Runner
+
+    return Runner(capsys, caplog)

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ltx_titan.checkpoint.reader import StateReader
+from ltx_titan.checkpoint.digests import FILES_KEY, SELF_KEY, Digests, changed_file, check_signed
+from ltx_titan.checkpoint.reader import METADATA_FILE, StateReader
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,12 @@ def find_damage(path: Path) -> str | None:
     """Checks that every file in a step folder's metadata exists at full length; returns the first problem or None."""
     try:
         trainer = read_trainer_state(path)
-        if not isinstance(trainer, dict) or type(trainer.get("step")) is not int or trainer["step"] < 0:
+        if type(trainer.get("step")) is not int or trainer["step"] < 0:
             return f"{TRAINER_FILE} does not hold a trainer state"
     except (OSError, ValueError, RecursionError) as error:
         return f"{TRAINER_FILE} is missing or unreadable ({error})"
     try:
-        return _find_damaged_file(path, read_state_metadata(path))
+        return _find_damaged_file(path, read_state_metadata(path)) or _find_changed_file(path, read_digests(path))
     except ValueError as error:
         return str(error)
     except Exception as error:  # a flipped bit leaves objects without attributes, or with values of other types
@@ -89,6 +90,24 @@ def read_state_metadata(path: Path) -> Metadata:
         ValueError: `.metadata` is missing or unreadable.
     """
     return StateReader(path).read_metadata()
+
+
+def _find_changed_file(path: Path, digests: Digests) -> str | None:
+    """Compares what takes no reading of shards: the length of every file, and the content of the metadata.
+
+    `load_state` compares the contents of the shards, which it reads anyway.
+    """
+    for name, digest in sorted(digests.items()):
+        if Path(name).name != name:
+            return f"{TRAINER_FILE} refers to {name!r}, outside the folder"
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if (size := file.stat().st_size) != digest["bytes"]:
+            problem = "cut short" if size < digest["bytes"] else "longer than it was saved"
+            return f"{name} is {problem} (expected {digest['bytes']:,} bytes, found {size:,})"
+    small = {METADATA_FILE: digests[METADATA_FILE]} if METADATA_FILE in digests else {}
+    return changed_file(path, small)
 
 
 def _find_damaged_file(path: Path, metadata: Metadata) -> str | None:
@@ -108,8 +127,30 @@ def _find_damaged_file(path: Path, metadata: Metadata) -> str | None:
 
 
 def read_trainer_state(path: str | Path) -> dict[str, Any]:
-    """Reads the JSON part of a saved state (step, data position, job text), no tensors."""
-    return json.loads((Path(path) / TRAINER_FILE).read_text())
+    """Reads the JSON part of a saved state (step, data position, job text), no tensors.
+
+    Raises:
+        ValueError: it is not JSON, or not what was saved.
+    """
+    content = _read_trainer_file(Path(path))
+    return {key: value for key, value in content.items() if key not in (FILES_KEY, SELF_KEY)}
+
+
+def read_digests(path: Path) -> Digests:
+    """Reads the digests stored with a saved state; checkpoints of earlier versions have none.
+
+    Raises:
+        ValueError: as `read_trainer_state`.
+    """
+    return _read_trainer_file(path).get(FILES_KEY, {})
+
+
+def _read_trainer_file(path: Path) -> dict[str, Any]:
+    content = json.loads((path / TRAINER_FILE).read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a table, found {type(content).__name__}")
+    check_signed(content)
+    return content
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+METADATA_FILE = ".metadata"
+
 # Classes only: a function of these modules could be called with arguments from the file.
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -51,7 +53,7 @@ class StateReader(FileSystemReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._file = path / ".metadata"
+        self._file = path / METADATA_FILE
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

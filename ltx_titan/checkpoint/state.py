@@ -25,10 +25,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from ltx_titan.checkpoint.digests import FILES_KEY, Digests, DigestWriter, changed_file, file_digest, signed
 from ltx_titan.checkpoint.folders import (
     TRAINER_FILE,
     find_damage,
     incomplete_folder,
+    read_digests,
     read_state_metadata,
     read_trainer_state,
     remove_leftovers,
@@ -36,7 +38,8 @@ from ltx_titan.checkpoint.folders import (
     saved_steps,
     step_folder,
 )
-from ltx_titan.checkpoint.reader import StateReader
+from ltx_titan.checkpoint.reader import METADATA_FILE, StateReader
+from ltx_titan.common.failure import RunError
 from ltx_titan.common.files import free_bytes, sync_folder
 from ltx_titan.common.ranks import agree, is_main_rank
 from ltx_titan.weights import module_tensors, parameter_names, plain_tensor
@@ -45,7 +48,7 @@ from ltx_titan.weights.names import listed
 logger = logging.getLogger(__name__)
 
 
-class SaveError(RuntimeError):
+class SaveError(RunError):
     """A checkpoint could not be written; older ones are whole."""
 
 
@@ -111,7 +114,7 @@ def load_state(path: str | Path, state: TrainingState) -> dict[str, Any]:
         ValueError: the folder has other tensors than the job; the message names the settings that determine them.
     """
     path = Path(path)
-    damage = find_damage(path)
+    damage = find_damage(path) or _find_changed_shard(path)
     if damage is not None:
         raise DamagedError(f"Checkpoint {path} cannot be used: {damage}.")
     saved = read_state_metadata(path).state_dict_metadata
@@ -140,7 +143,8 @@ class SavedTensors:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        damage = find_damage(self._path)
+        # Before anything is read, so that no part of a damaged checkpoint is exported.
+        damage = find_damage(self._path) or changed_file(self._path, read_digests(self._path))
         if damage is not None:
             raise DamagedError(f"Checkpoint {path} cannot be used: {damage}.")
         self._reader = StateReader(self._path)
@@ -208,14 +212,37 @@ def write_state(
     if is_saved:
         return path
     # Every rank takes part and returns when its own files are written.
+    writer = DigestWriter(temporary)
     try:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:  # raised on every rank
         raise SaveError(_why_not_saved(path, tensors, error)) from error
-    _on_main_rank(lambda: _publish(temporary, path, trainer), what, group)
+    digests = _gather_digests(writer.digests, group)
+    _on_main_rank(lambda: _publish(temporary, path, trainer, digests), what, group)
     # Only after the new one is complete: a crash at any time leaves at least one usable checkpoint.
     _on_main_rank(lambda: remove_old(folder, step, keep_last), f"removing old checkpoints in {folder}", group)
     return path
+
+
+def _gather_digests(own: Digests, group: dist.ProcessGroup | None) -> Digests:
+    """Digests of the shards of all ranks."""
+    parts: list[Digests | None] = [own]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, own, group=group)
+    found = {name: digest for part in parts for name, digest in (part or {}).items()}
+    # Rank 0's writer also has the metadata, under a temporary name.
+    return {name: digest for name, digest in sorted(found.items()) if name.endswith(".distcp")}
+
+
+def _find_changed_shard(path: Path) -> str | None:
+    """Compares all shards with their digests, each rank its share; returns the first difference on every rank."""
+    if not dist.is_initialized():
+        return changed_file(path, read_digests(path))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found: list[str | None] = [None] * size
+    dist.all_gather_object(found, changed_file(path, read_digests(path), share=rank, shares=size))
+    return next((damage for damage in found if damage is not None), None)
 
 
 def num_bytes(tensors: dict[str, Tensor]) -> int:
@@ -271,11 +298,13 @@ def _prepare(folder: Path, step: int) -> bool:
     return False
 
 
-def _publish(temporary: Path, path: Path, trainer: str) -> None:
+def _publish(temporary: Path, path: Path, trainer: str, digests: Digests) -> None:
     """Adds the trainer state to a written folder and renames it to its final name."""
+    files = {**digests, METADATA_FILE: file_digest(temporary / METADATA_FILE)}
+    content = signed({**json.loads(trainer), FILES_KEY: files})
     # Written last: a folder with this file has all shards.
     with (temporary / TRAINER_FILE).open("w") as file:
-        file.write(trainer)
+        file.write(json.dumps(content, indent=1))
         file.flush()
         os.fsync(file.fileno())
     # Every rank has reported success, so a file missing here was written to another node's local disk.

@@ -57,7 +57,8 @@ def open_packed_gemma(path: str | Path) -> PackedGemma:
         raise ValueError(f"{path}: metadata entry 'gemma_config' is not JSON: {error}") from error
     if _TOKENIZER not in metadata.tensors:
         raise ValueError(f"{path}: lacks the tensor {_TOKENIZER!r} with the tokenizer; download the packed file again")
-    return PackedGemma(metadata, _text_config(path, config), config.get("gemma_version"))
+    settings = _text_config(path, config)
+    return PackedGemma(metadata, settings, config.get("gemma_version"))
 
 
 def load_packed_model(packed: PackedGemma, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -72,7 +73,7 @@ def load_packed_model(packed: PackedGemma, device: str | torch.device, dtype: to
         ValueError: weights are missing, unexpected or of another shape.
     """
     with torch.device("meta"):
-        model = AutoModel.from_config(packed.config)
+        model = AutoModel.from_config(packed.config, trust_remote_code=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     nested = "model.language_model."
     prefixes: tuple[str, ...]
@@ -124,9 +125,13 @@ def load_packed_tokenizer(packed: PackedGemma) -> PreTrainedTokenizerFast:
 
 def _text_config(path: str | Path, config: dict[str, Any]) -> PretrainedConfig:
     # The config of a multimodal model, or of its language model alone.
-    text = config.get("text_config", config)
+    text = config.get("text_config", config) if isinstance(config, dict) else None
+    if not isinstance(text, dict):
+        raise ValueError(
+            f"{path}: expected a table of settings in gemma_config, found another value; download it again"
+        )
     # A nested config may omit its own type.
-    kind = text.get("model_type") or f"{config.get('model_type')}_text"
+    kind = str(text.get("model_type") or f"{config.get('model_type')}_text")
     if not kind.startswith("gemma4"):
         raise ValueError(f"{path}: gemma_config describes a {kind!r}, expected a Gemma 4 (gemma4..._text)")
     try:

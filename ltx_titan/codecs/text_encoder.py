@@ -19,9 +19,11 @@ int4: encode a whole dataset with one precision.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -116,7 +118,14 @@ def text_encoder_config(path: str | Path) -> PretrainedConfig:
             f"{path}: no config.json found; expected a local folder of Gemma 3 as transformers saves it (the published "
             "one is google/gemma-3-12b-it-qat-q4_0-unquantized), or the packed text encoder file of LTX-2.5"
         )
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        # Explicit, because transformers otherwise asks on the terminal whether to run the folder's own code.
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a config.json of wrong types makes its classes raise
+        raise ValueError(
+            f"{path / 'config.json'}: expected the configuration of Gemma 3, found "
+            f"{' '.join(str(error).split())[:300]}; download it again"
+        ) from error
     if config.model_type not in ("gemma3", "gemma3_text"):
         raise ValueError(
             f"{path}: model_type is {config.model_type!r}, expected 'gemma3' or 'gemma3_text': LTX-2 and LTX-2.3 "
@@ -149,11 +158,36 @@ def load_text_encoder(
     config = text_encoder_config(path)
     if config.model_type == "gemma3":
         # The vision tower of a multimodal folder is loaded with it and dropped.
-        model = Gemma3Model.from_pretrained(path, dtype=dtype, local_files_only=True).language_model
+        model = _from_folder(Gemma3Model, path, dtype=dtype).language_model
     else:
-        model = Gemma3TextModel.from_pretrained(path, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = _from_folder(Gemma3TextModel, path, dtype=dtype)
+    tokenizer = _from_folder(AutoTokenizer, path)
     return TextEncoder(model.requires_grad_(False).eval().to(device), tokenizer)
+
+
+def _from_folder(loader: Any, path: Path, **options: Any) -> Any:
+    """Loads a part of a text encoder; files that are missing or damaged are a ValueError, whatever the library raises.
+
+    `.bin` weights are pickles: transformers reads them with `weights_only`, which refuses code.
+    """
+    try:
+        return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
+        raise ValueError(
+            f"{path}: expected a complete text encoder, found {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}; download it again"
+        ) from error
 
 
 def check_text_encoder(checkpoint: CheckpointMetadata, text_encoder: TextEncoder) -> None:

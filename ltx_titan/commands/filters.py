@@ -19,6 +19,9 @@ Frames = Iterable[np.ndarray]
 Filter = Callable[[Frames], Iterator[np.ndarray]]
 """Maps frames uint8 [H, W, 3] to as many frames of the same size."""
 
+# Nothing is downloaded, and no code of the folder is run.
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
 
 def edges(low: float = 100, high: float = 200) -> Filter:
     """Canny edges, white on black.
@@ -117,8 +120,8 @@ def _depth_model(path: Path, device: str) -> tuple[Any, Any]:
         raise ValueError(f"--depth-model: {path} has no config.json; expected a local folder of a depth model")
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     try:
-        model = AutoModelForDepthEstimation.from_pretrained(path, dtype=dtype, local_files_only=True)
-        processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        model = AutoModelForDepthEstimation.from_pretrained(path, dtype=dtype, **_LOCAL)
+        processor = AutoImageProcessor.from_pretrained(path, **_LOCAL)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(
             f"--depth-model: transformers cannot load {path} as a depth estimation model: {error}"

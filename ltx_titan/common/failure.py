@@ -9,7 +9,8 @@ import traceback
 from pathlib import Path
 
 from ltx_titan.common.files import describe_os_error
-from ltx_titan.common.ranks import PeerError, rank_and_size
+from ltx_titan.common.ranks import PeerError
+from ltx_titan.common.secrets import redacted
 
 logger = logging.getLogger("ltx_titan")
 
@@ -22,6 +23,10 @@ _LOST_PEER = (
     "remote process exited",
     "communicator was aborted",
 )
+
+
+class RunError(RuntimeError):
+    """An error of the outside world whose message is complete, so that no traceback is printed."""
 
 
 def report_error(error: Exception, folder: Path) -> bool:
@@ -44,7 +49,7 @@ def report_error(error: Exception, folder: Path) -> bool:
     message = None
     if isinstance(error, OSError):
         message = describe_os_error(error, folder)
-    elif isinstance(error, (ValueError, FloatingPointError)):
+    elif isinstance(error, (ValueError, FloatingPointError, RunError)):
         message = "\n".join([str(error), *getattr(error, "__notes__", [])])
     _write_error_file(message or "".join(traceback.format_exception(error)).rstrip())
     if message is None:
@@ -60,9 +65,11 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def _write_error_file(message: str) -> None:
-    rank, path = rank_and_size()[0], os.environ.get("TORCHELASTIC_ERROR_FILE")
+    # As text: the error may be that it is not a number.
+    rank, path = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    message = redacted(message)
     if path is None:
-        if rank > 0:
+        if rank != "0":
             print(f"[rank {rank}] {message}", file=sys.stderr)
         return
     # In the form that torchrun reads. A disk that is full now must not replace the error by another one.

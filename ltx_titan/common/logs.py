@@ -6,14 +6,21 @@ import os
 import sys
 import warnings
 
+from ltx_titan.common.secrets import RedactingFilter
+
 
 def set_up_logging() -> None:
     """Logs one line per event of rank 0 to standard output; other ranks log only what is critical."""
     escape_names()
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    # As text: a rank that is no number is reported once logging works.
+    is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
         format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stdout
     )
+    # On the handlers, where messages of all loggers pass, libraries' included.
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(found, RedactingFilter) for found in handler.filters):
+            handler.addFilter(RedactingFilter())
     logging.getLogger("ltx_titan").setLevel(logging.INFO if is_main else logging.CRITICAL)
     logging.captureWarnings(is_main)
 
@@ -32,6 +39,8 @@ def quiet_libraries() -> None:
     # torchao warns about every extension for another GPU, and torch 2.13 about how torchao registers enums.
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Of a failed save it logs the traceback as well, which the exception that it raises has.
+    logging.getLogger("c10d-NullHandler-dcp_logger").disabled = True
     warnings.filterwarnings("ignore", category=SyntaxWarning, module="torchao")
     # The transformer's outputs are views of a matmul's result; nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

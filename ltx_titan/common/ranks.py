@@ -4,7 +4,7 @@ Without a process group, or with one process, nothing here communicates.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,8 +34,53 @@ def is_main_rank() -> bool:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Rank and world size as torchrun sets them in the environment; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Rank and world size as torchrun sets them in the environment; (0, 1) without it.
+
+    Raises:
+        ValueError: a variable is missing, or is not a number that fits the other.
+    """
+    size = number_of(os.environ, "WORLD_SIZE", 1, at_least=1)
+    if size > 1 and "RANK" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE is {size}, and RANK is not set: expected both, as torchrun sets them; start with "
+            f"`ltx-titan train`, or unset WORLD_SIZE."
+        )
+    rank = number_of(os.environ, "RANK", 0, at_least=0)
+    if rank >= size:
+        raise ValueError(f"RANK is {rank}: expected less than WORLD_SIZE, which is {size}; correct one of them.")
+    return rank, size
+
+
+def check_environment() -> None:
+    """Checks the variables that torchrun sets for each process and a scheduler may set otherwise.
+
+    Raises:
+        ValueError: a variable is not a number, or is out of its range.
+    """
+    rank_and_size()
+    number_of(os.environ, "LOCAL_RANK", 0, at_least=0)
+    number_of(os.environ, "MASTER_PORT", 0, at_least=0, at_most=65535)
+
+
+def number_of(
+    environment: Mapping[str, str], name: str, default: int, *, at_least: int, at_most: int | None = None
+) -> int:
+    """Reads a whole number from an environment variable.
+
+    Raises:
+        ValueError: it is set to something else, or out of range; the message names the variable.
+    """
+    text = environment.get(name)
+    if text is None:
+        return default
+    # isdecimal: int() also accepts spaces, underscores and signs.
+    number = int(text) if text.isdecimal() and len(text) < 10 else None
+    if number is None or number < at_least or (at_most is not None and number > at_most):
+        limits = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise ValueError(
+            f"{name} is {text!r} in the environment: expected a whole number {limits}; correct or unset it."
+        )
+    return number
 
 
 def own_share(items: Sequence[Item]) -> list[Item]:
@@ -51,6 +96,23 @@ def own_device(device: str) -> str:
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
     torch.cuda.set_device(device)
     return device
+
+
+def check_device(device: str) -> None:
+    """Checks the name of a device, and that this machine has it.
+
+    Raises:
+        ValueError: it is no device, or there is none of it.
+    """
+    try:
+        found = torch.device(device)
+        is_there = found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < torch.cuda.device_count())
+    except RuntimeError:
+        is_there = False
+    if not is_there:
+        raise ValueError(
+            f"--device {device}: expected cpu, or cuda with one of the {torch.cuda.device_count()} GPUs of this machine"
+        )
 
 
 def agree(error: Exception | None, what: str, group: dist.ProcessGroup | None = None) -> None:

@@ -1,5 +1,5 @@
 from ltx_titan.conditioning.batch import Batch, latent_grid, to_contexts
-from ltx_titan.conditioning.checks import check_conditions, check_trainable, reference_scale
+from ltx_titan.conditioning.checks import check_conditions, check_text, check_trainable, reference_scale
 from ltx_titan.conditioning.conditioned import (
     StreamTokens,
     conditioned_tokens,
@@ -36,6 +36,7 @@ __all__ = [
     "audio_coordinates",
     "audio_steps",
     "check_conditions",
+    "check_text",
     "check_trainable",
     "conditioned_tokens",
     "frames_mask",

@@ -171,6 +171,48 @@ def reference_scale(
     return found[0] if found else None
 
 
+def check_text(
+    keys: Sequence[ShapeKey],
+    name_of: Callable[[int], str] = str,
+    *,
+    widths: Mapping[str, int],
+    multiple_of: int = 1,
+    is_features: bool,
+) -> None:
+    """Compares the stored texts with what reads them: the text connectors, or the transformer for finished contexts.
+
+    Args:
+        keys: shapes of each sample of the dataset.
+        name_of: names a sample in messages.
+        widths: stream -> width of its text; only streams that are built.
+        multiple_of: number of tokens that a text's length is a multiple of.
+        is_features: whether `widths` are those of features, which have a mask, or of contexts, which have none.
+
+    Raises:
+        ValueError: a sample's text has another width or length; with its name.
+    """
+    for shape in _distinct(keys):
+        fields = {field: size for (source, field), size in shape.fields.items() if source == "conditions"}
+        if ("prompt_attention_mask" in fields) != is_features:
+            continue
+        for stream, width in widths.items():
+            # The video's text serves both streams if there is no other.
+            field = f"{stream}_prompt_embeds" if f"{stream}_prompt_embeds" in fields else "video_prompt_embeds"
+            tokens, found = fields[field]
+            what = f"conditions: {name_of(shape.first)} ({shape.count} samples of its shape): {field}"
+            if found != width:
+                reader = "text connectors" if is_features else "transformer"
+                raise ValueError(
+                    f"{what}: expected width {width}, which the {reader} of this checkpoint read, found {found}. The "
+                    "captions were encoded for another model: run process-captions with --model-path of this one."
+                )
+            if tokens % multiple_of:
+                raise ValueError(
+                    f"{what}: expected a multiple of {multiple_of} tokens, the registers of the text connectors, found "
+                    f"{tokens}. Encode the captions again with process-captions, which pads them to 1024 tokens."
+                )
+
+
 def _distinct(keys: Sequence[ShapeKey]) -> list[_Shape]:
     counts: dict[ShapeKey, list[int]] = {}
     for index, key in enumerate(keys):

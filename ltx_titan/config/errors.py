@@ -11,6 +11,22 @@ from typing import Any
 MISSING = object()
 """`Problem.found` of a key that the job does not set."""
 
+EXPECTED_TYPES = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string in quotes",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "missing": "a value",
+    "finite_number": "a finite number",
+    "int_from_float": "an integer",
+}
+"""Error types of pydantic -> the words of someone who writes TOML or JSON; messages of other types are readable."""
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -12,25 +12,9 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from ltx_titan.config.errors import MISSING, ConfigError, Problem, as_toml, nearest
+from ltx_titan.config.errors import EXPECTED_TYPES, MISSING, ConfigError, Problem, as_toml, nearest
 from ltx_titan.config.job import JobConfig
 from ltx_titan.config.rules import PARAMETER_OWNERS, rule_problems, warn_without_effect
-
-# Error types of pydantic -> the words of someone who writes TOML. Messages of other types are readable as they are.
-_EXPECTED_TYPES = {
-    "int_type": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a string in quotes",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a table",
-    "model_type": "a table",
-    "model_attributes_type": "a table",
-    "missing": "a value",
-    "finite_number": "a finite number",
-    "int_from_float": "an integer",
-}
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -60,7 +44,8 @@ def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     except OSError as error:
         problem = Problem("", MISSING, f"a file that can be read ({error.strerror})", "correct the path", str(path))
         raise ConfigError([problem]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # ValueError: of the parser, of the encoding, and of numbers with thousands of digits.
+    except (ValueError, RecursionError) as error:
         problem = Problem("", MISSING, f"valid TOML ({error})", "correct the file there", str(path))
         raise ConfigError([problem]) from error
     origins: dict[str, str] = {}
@@ -158,7 +143,7 @@ def _apply_override(data: dict[str, Any], override: str) -> str:
 def _override_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     # A line break in the text would set further keys; such a text is a plain string.
     return parsed["value"] if parsed.keys() == {"value"} else text
@@ -201,7 +186,7 @@ def _problem(detail: Mapping[str, Any], data: Mapping[str, Any]) -> Problem:
     if kind == "value_error":
         # Raised by one of our validators, whose messages are complete.
         return Problem(key, found, "", str(context["error"]))
-    expected = _EXPECTED_TYPES.get(kind) or message.removeprefix("Input should be ")
+    expected = EXPECTED_TYPES.get(kind) or message.removeprefix("Input should be ")
     return Problem(key, found, expected, _remedy(kind, found, key, models, leaf))
 
 

@@ -117,8 +117,8 @@ def _bounds(metadata: list[Any]) -> Iterator[str]:
                 yield f"> {bound}"
             case Le(le=bound):
                 yield f"<= {bound}"
-            # The upper bound of a seed is that of a 64-bit integer and tells a reader nothing.
-            case Lt(lt=bound) if bound != 2**63:
+            # The upper bounds of 32-bit and 64-bit integers tell a reader nothing.
+            case Lt(lt=bound) if bound not in (2**31, 2**63):
                 yield f"< {bound}"
 
 

@@ -55,6 +55,32 @@ def warn_without_effect(job: JobConfig) -> None:
                 )
 
 
+def _loss_rules(job: JobConfig) -> Iterator[Problem]:
+    weights = {"video": job.loss.video_weight, "audio": job.loss.audio_weight}
+    generated = [
+        name
+        for name, stream in (("video", job.video), ("audio", job.audio))
+        if stream is not None and stream.is_generated
+    ]
+    if generated and not any(weights[name] for name in generated):
+        yield Problem(
+            f"loss.{generated[0]}_weight",
+            0.0,
+            f"a weight above 0 for a generated stream ({', '.join(generated)}), or the loss is 0 in every step",
+            "raise it, or remove it",
+        )
+
+
+def _float8_rules(job: JobConfig) -> Iterator[Problem]:
+    if job.float8.all_gather and job.float8.recipe != "tensorwise":
+        yield Problem(
+            "float8.all_gather",
+            True,
+            f'float8.recipe = "tensorwise", which alone can gather weights in float8; found "{job.float8.recipe}"',
+            'set float8.recipe = "tensorwise", or remove it',
+        )
+
+
 def _model_rules(job: JobConfig) -> Iterator[Problem]:
     model = job.model
     if model.init == "checkpoint":
@@ -337,6 +363,8 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _step_rules,
     _batch_rules,
     _clipping_rules,
+    _loss_rules,
+    _float8_rules,
     _export_rules,
     _single_rules,
     _validation_rules,

@@ -13,6 +13,7 @@ from ltx_titan.config.base import (
     AboveZero,
     ComputeDtype,
     Fraction,
+    FrameRate,
     Interval,
     NonNegative,
     PathText,
@@ -65,7 +66,7 @@ class SyntheticSection(Section):
     """Pixels; a multiple of 32."""
     num_frames: Positive = 89
     """Pixel frames, 1 + a multiple of 8; the number of tokens grows with width x height x frames."""
-    fps: AboveZero = 24.0
+    fps: FrameRate = 24.0
     """Frames per second; together with `num_frames` it sets the length of the audio."""
     num_samples: Positive = 64
     """Distinct samples; a small number overfits quickly, which is a useful check."""
@@ -124,6 +125,10 @@ class DataSection(Section):
     """Threads that read ahead; 0 reads within the step, which is slower but easy to debug."""
     prefetch: Positive = 4
     """Micro-batches read ahead; each costs its size in (pinned) host memory."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """Damaged samples: `stop` ends the job with the name of the first. `skip` trains on another sample of that shape
+    instead and logs both in skipped_samples.jsonl of the dump folder; the job still ends once more than 1 % of the
+    samples, and more than one, are damaged."""
     media: MediaSection = MediaSection()
     """Clips that are encoded during training; used with `source = "media"`."""
     synthetic: SyntheticSection = SyntheticSection()

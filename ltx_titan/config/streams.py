@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ltx_titan.config.base import Fraction, Positive, Region, Section
+from ltx_titan.config.base import FolderName, Fraction, Positive, Region, Section
 
 
 class _Condition(Section):
@@ -53,7 +53,7 @@ class Mask(_Condition):
     """A mask stored with each sample selects the clean tokens: inpainting."""
 
     type: Literal["mask"]
-    mask_dir: Annotated[str, Field(min_length=1)]
+    mask_dir: FolderName
     """Folder of the masks under the data root; 1 is conditioned, 0 is generated."""
 
 
@@ -61,7 +61,7 @@ class Reference(_Condition):
     """Clean tokens of another clip are prepended: in-context conditioning. Drawn once for a global batch."""
 
     type: Literal["reference"]
-    latents_dir: Annotated[str, Field(min_length=1)]
+    latents_dir: FolderName
     """Folder of the reference latents under the data root."""
 
 
@@ -74,7 +74,7 @@ IntrinsicCondition = FirstFrame | Prefix | Suffix | SpatialCrop | Mask
 class _StreamSection(Section):
     is_generated: bool
     """False freezes the stream: clean, without loss, still attended to by the other stream."""
-    latents_dir: Annotated[str, Field(min_length=1)]
+    latents_dir: FolderName
     """Folder of the stream's latents under the data root."""
     conditions: tuple[Any, ...] = ()
     """Conditions of the stream."""

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from ltx_titan.config.base import (
     AboveZero,
     Fraction,
+    FrameRate,
     NonNegative,
     PathText,
     Positive,
@@ -214,7 +215,7 @@ class ValidationSection(Section):
     """Negative prompt of all samples; unset means the list of defects of the released pipelines."""
     video_dims: Dims = (960, 544, 89)
     """[width, height, frames] in pixels; smaller is faster and looks worse than the model can do."""
-    frame_rate: AboveZero = 24.0
+    frame_rate: FrameRate = 24.0
     """Frames per second."""
     seed: Seed = 42
     """Seed of the noise; the same in every validation, so that clips can be compared."""

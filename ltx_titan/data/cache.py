@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ltx_titan.common.files import atomic_write
-from ltx_titan.data.layout import Fields, Kind, read_sample, read_shapes, write_sample
+from ltx_titan.data.layout import Fields, Kind, UnreadableError, read_sample, read_shapes, write_sample
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,15 @@ class ShapeIndex:
         self._root = root
         self._path = root / INDEX_NAME
 
-    def shapes(self, files: Mapping[SampleFile, Kind | None]) -> dict[SampleFile, dict[str, tuple[int, ...]]]:
+    def shapes(
+        self, files: Mapping[SampleFile, Kind | None], damaged: dict[SampleFile, str] | None = None
+    ) -> dict[SampleFile, dict[str, tuple[int, ...]]]:
         """Returns the shape of every field of each file, () for numbers.
 
         Args:
             files: files with the kind that each must be.
+            damaged: filled with the reason for each file that cannot be used, instead of raising. Such a file keeps the
+                shapes of its last usable version if the index has them, and has none otherwise.
 
         Raises:
             ValueError: a file cannot be used; with its name.
@@ -89,14 +93,35 @@ class ShapeIndex:
         if new:
             logger.info("%s: reading the shapes of %d files", self._root, len(new))
             with ThreadPoolExecutor(max_workers=READER_THREADS) as pool:
-                shapes = pool.map(lambda item: read_shapes(self._root / item[0].name, item[1]), new)
-                found |= {file: shape for (file, _), shape in zip(new, shapes, strict=True)}
+                for (file, _), shape in zip(
+                    new, pool.map(lambda item: self._read(item[0], item[1], damaged), new), strict=True
+                ):
+                    if shape is not None:
+                        found[file] = shape
             # Entries of files outside of this job stay: jobs with other sources share the index.
             merged = known | {self._entry(file, files[file]): shape for file, shape in found.items()}
             # Of several versions of a file, the latest alone.
             latest = {(entry[0], entry[3]): entry for entry in merged}
             write_index(self._path, {entry: merged[entry] for entry in latest.values()})
+        # With the shapes of before, a run whose file was damaged keeps its order of data.
+        before = {(name, kind): shape for (name, _, _, kind), shape in known.items()}
+        for file in damaged or ():
+            if (shape := before.get((file.name, files[file] or ""))) is not None:
+                found[file] = shape
         return found
+
+    def _read(
+        self, file: SampleFile, kind: Kind | None, damaged: dict[SampleFile, str] | None
+    ) -> dict[str, tuple[int, ...]] | None:
+        try:
+            return read_shapes(self._root / file.name, kind)
+        except UnreadableError:
+            raise
+        except ValueError as error:
+            if damaged is None:
+                raise
+            damaged[file] = str(error)
+            return None
 
     @staticmethod
     def _entry(file: SampleFile, kind: Kind | None) -> tuple[str, int, int, str]:

@@ -46,15 +46,19 @@ class _Location(NamedTuple):
         return self.key if self.key is not None else self.file.name.removeprefix(f"{folder}/")
 
 
-def resolve_root(path: str | Path) -> Path:
+def resolve_root(path: str | Path, option: str = "data.root") -> Path:
     """Returns the data root of a path: its `.precomputed` child if that exists, else the path itself.
+
+    Args:
+        path: data root, or the folder with the data root `.precomputed`.
+        option: job key or option that the path is the value of, for the message.
 
     Raises:
         ValueError: the folder does not exist.
     """
     root = Path(path)
     if not root.is_dir():
-        raise ValueError(f"data.root = {str(path)!r}: expected a folder, found none; correct the path.")
+        raise ValueError(f"{option} = {str(path)!r}: expected a folder, found none; correct the path.")
     child = root / ".precomputed"
     return child if child.is_dir() else root
 
@@ -71,23 +75,30 @@ class TokenCounts:
 class PrecomputedDataset:
     """The samples below a data root."""
 
-    def __init__(self, root: str | Path, sources: Mapping[str, str]) -> None:
+    def __init__(
+        self, root: str | Path, sources: Mapping[str, str], option: str = "data.root", *, skip_damaged: bool = False
+    ) -> None:
         """Finds the samples and their shapes.
 
         Args:
             root: data root, or the folder with the data root `.precomputed`.
             sources: folders to read, each with its key in a batch; `conditions` is one of them.
+            option: job key of the root, for messages.
+            skip_damaged: whether samples whose shapes cannot be read are skipped with a warning. Those whose shapes are
+                known from before stay in the order; reading them fails.
 
         Raises:
             ValueError: a folder is missing or empty, no sample is in all of them, or a file cannot be used.
         """
-        self.root = resolve_root(root)
+        self.root = resolve_root(root, option)
         self.sources = dict(sources)
         # Filled while listing the samples of a shard: its header has both.
         self._shard_shapes: dict[_Location, dict[str, tuple[int, ...]]] = {}
+        self.num_dropped = 0
+        """Number of samples that were skipped because their shapes are unknown."""
         self._samples = self._match()
         self._warn_of_changes()
-        self._keys = self._read_keys()
+        self._keys = self._read_keys(skip_damaged)
         # Independent of the path of the root and of sharding: a moved or packed dataset keeps its order.
         # Relative paths and shapes, so that a dataset that was moved or packed into shards resumes in the same order.
         # Not contents: reading them would take as long as an epoch.
@@ -251,14 +262,22 @@ class PrecomputedDataset:
 
     def _file(self, path: Path) -> SampleFile:
         # Size and time identify the version of a file, for an index that opens only changed files.
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise ValueError(
+                f"{path}: cannot be read ({error.strerror}); a link to nothing? Restore the file, or remove it."
+            ) from error
         return SampleFile(path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime_ns)
 
-    def _read_keys(self) -> list[ShapeKey]:
+    def _read_keys(self, skip_damaged: bool) -> list[ShapeKey]:
         locations = [(folder, location) for sample in self._samples for folder, location in sample.items()]
         # A shard's header has the shapes of all of its samples; the index is for `.pt` files.
         alone = {location.file: self._kind(folder) for folder, location in locations if location.key is None}
-        shapes = ShapeIndex(self.root).shapes(alone)
+        damaged: dict[SampleFile, str] | None = {} if skip_damaged else None
+        shapes = ShapeIndex(self.root).shapes(alone, damaged)
+        if damaged:
+            self._drop_unknown(shapes, damaged)
 
         def shapes_of(location: _Location) -> dict[str, tuple[int, ...]]:
             return shapes[location.file] if location.key is None else self._shard_shapes[location]
@@ -271,6 +290,18 @@ class PrecomputedDataset:
             )
             for sample in self._samples
         ]
+
+    def _drop_unknown(self, shapes: Mapping[SampleFile, object], damaged: Mapping[SampleFile, str]) -> None:
+        """Removes the samples with a damaged file of unknown shapes."""
+        kept = []
+        for sample in self._samples:
+            unknown = [place.file for place in sample.values() if place.key is None and place.file not in shapes]
+            if unknown:
+                logger.warning("skipped a sample whose shapes are unknown: %s", damaged[unknown[0]])
+            else:
+                kept.append(sample)
+        self.num_dropped = len(self._samples) - len(kept)
+        self._samples = kept
 
 
 def shape_key_of(sample: Sample) -> ShapeKey:

@@ -8,6 +8,7 @@ path and overrides it.
 """
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from ltx_titan.common.files import atomic_write
 from ltx_titan.common.tensors import SAFETENSORS_DTYPES
-from ltx_titan.data.layout import Fields, Kind, Value, check_fields, field_shapes
+from ltx_titan.data.layout import Fields, Kind, UnreadableError, Value, check_fields, field_shapes
 
 _PREFIX, _SUFFIX = "shard-", ".safetensors"
+# Among a sample's numbers in the metadata. safetensors has no checksums, and a rotten bit is another latent.
+_DIGEST = "crc32"
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
@@ -52,7 +55,9 @@ def write_shard(path: str | Path, samples: Mapping[str, Mapping[str, Value]]) ->
     storages: set[int] = set()
     numbers: dict[str, dict[str, Any]] = {}
     for key, fields in samples.items():
+        _check_key(Path(path), key)
         numbers[key] = {name: value for name, value in fields.items() if not isinstance(value, Tensor)}
+        numbers[key][_DIGEST] = _crc32(fields)
         for name, value in fields.items():
             if isinstance(value, Tensor):
                 value = value.contiguous()
@@ -77,7 +82,7 @@ def shard_shapes(path: str | Path, kind: Kind | None = None) -> dict[str, dict[s
     """
     path = Path(path)
     with _open(path) as (file, numbers):
-        samples: dict[str, Fields] = {key: dict(fields) for key, fields in numbers.items()}
+        samples: dict[str, Fields] = {key: _without_digest(fields) for key, fields in numbers.items()}
         keys = {_prefix(key): key for key in numbers}
         for name in file.keys():  # noqa: SIM118  (a handle, not a dict)
             # Paths of samples contain slashes, field names do not.
@@ -122,13 +127,17 @@ def _read(path: Path, keys: list[str] | None) -> dict[str, Fields]:
         missing = [key for key in keys or () if key not in numbers]
         if missing:
             raise ValueError(f"{path}: expected the sample {missing[0]!r}, found it removed; start the run again.")
-        return {
-            key: {
-                **numbers[key],
-                **{name.rpartition("/")[2]: file.get_tensor(name) for name in names.get(_prefix(key), ())},
-            }
-            for key in (numbers if keys is None else keys)
-        }
+        samples: dict[str, Fields] = {}
+        for key in numbers if keys is None else keys:
+            samples[key] = _without_digest(numbers[key])
+            samples[key] |= {name.rpartition("/")[2]: file.get_tensor(name) for name in names.get(_prefix(key), ())}
+            # Shards of earlier versions have none.
+            if _DIGEST in numbers[key] and numbers[key][_DIGEST] != _crc32(samples[key]):
+                raise ValueError(
+                    f"{_label(path, key)}: damaged bytes: its checksum differs; delete the shard and run the "
+                    "preprocessing again."
+                )
+        return samples
 
 
 @contextmanager
@@ -136,14 +145,53 @@ def _open(path: Path) -> Iterator[tuple[Any, dict[str, Fields]]]:
     again = "delete it and run the preprocessing again"
     try:
         with safe_open(path, framework="pt") as file:
-            numbers = json.loads((file.metadata() or {})["samples"])
-            yield file, numbers
+            yield file, _parse_samples(path, (file.metadata() or {})["samples"])
     except FileNotFoundError as error:
         raise ValueError(f"{path}: expected a shard, found none; run the preprocessing again.") from error
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected a complete shard of samples, found {str(error)!r}; {again}.") from error
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the disk and its permissions.") from error
+        raise UnreadableError(
+            f"{path}: cannot be read ({error.strerror}); check the disk and its permissions."
+        ) from error
+
+
+def _parse_samples(path: Path, text: str) -> dict[str, Fields]:
+    """Numbers of each sample, from the metadata entry `samples`."""
+    samples = json.loads(text)
+    if not isinstance(samples, dict) or not all(isinstance(fields, dict) for fields in samples.values()):
+        raise json.JSONDecodeError("samples are no table of tables", text, 0)
+    for key, fields in samples.items():
+        _check_key(path, key)
+        for name, value in fields.items():
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"{_label(path, key)}: {name}: expected a number, found {value!r}; delete the shard.")
+    return samples
+
+
+def _check_key(path: Path, key: str) -> None:
+    """Refuses names of samples that are no path below a folder: commands write files of these names."""
+    parts = key.split("/")
+    if key.startswith("/") or "\0" in key or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{path}: expected paths of samples below the folder, found {key!r}; delete the shard.")
+
+
+def _without_digest(fields: Mapping[str, Value]) -> Fields:
+    return {name: value for name, value in fields.items() if name != _DIGEST}
+
+
+def _crc32(fields: Mapping[str, Value]) -> int:
+    """CRC-32 of a sample: names, types, shapes and bytes of its fields, in the order of their names."""
+    crc = 0
+    for name, value in sorted(fields.items()):
+        if isinstance(value, Tensor):
+            value = value.detach().contiguous()
+            crc = zlib.crc32(f"{name}\0{value.dtype}\0{list(value.shape)}\0".encode(), crc)
+            # Flat first: a scalar has no dimension whose elements could be split into bytes.
+            crc = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, crc)
+        else:
+            crc = zlib.crc32(f"{name}\0{json.dumps(value)}\0".encode(), crc)
+    return crc
 
 
 def _prefix(key: str) -> str:

@@ -12,6 +12,8 @@ MAX_CROP = 1 / 3
 MAX_UNUSED = 1 / 3
 # A share that is exactly the limit does not exceed it.
 _ROUNDING = 1e-9
+# Twice the sides of 8K video; a frame beyond is a typing error, which ends as one of memory.
+_LONGEST_SIDE = 16384
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def parse_buckets(text: str, scale_factors: tuple[int, int, int], option: str = 
         if not part:
             continue
         width, height, frames = parse_size(part, option)
+        if max(width, height) > _LONGEST_SIDE:
+            raise ValueError(f"{option}: {part!r}: expected sides of at most {_LONGEST_SIDE} pixels; correct it")
         fits_space = width % width_factor == 0 and height % height_factor == 0
         # The first latent frame covers one frame, every later one `time` frames.
         fits_time = (frames - 1) % time == 0

@@ -29,6 +29,7 @@ from ltx_titan.weights import (
     match_weights,
     official_name,
     read_metadata,
+    refuse_not_finite,
 )
 from ltx_titan.weights.quantized import keep_fp8_rows, keep_nvfp4_rows, quantize_rows
 from ltx_titan.weights.tensors import local_box
@@ -57,6 +58,8 @@ def load_base(model: nn.Module, path: str | Path, *, allow_unused: Callable[[str
         # In file order: each rank then walks through the pages once, forwards.
         for name, weight in sorted(weights.items(), key=lambda item: item[1].start):
             _fill(layers[name], _row_reader(weight, file, layers[name]))
+    # A row with a NaN has no finite scale; the packed values themselves are not numbers.
+    refuse_not_finite(path, {name: layer.scale for name, layer in layers.items()})
 
 
 def init_base_(model: nn.Module, seed: int) -> None:

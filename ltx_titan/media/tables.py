@@ -210,6 +210,9 @@ def read_sample_table(
     folders: set[Path] = set()
     rejected: list[tuple[str, str]] = []
     for number, row in enumerate(rows, start=1):
+        if reason := _row_problem(row, caption_column):
+            rejected.append((f"row {number}", reason))
+            continue
         video = _resolve(path, row.get(video_column)) if video_column else None
         audio = _resolve(path, row.get(audio_column)) if audio_column else None
         # A table with a column of videos is never read as one of audio, not even in rows without a video.
@@ -251,11 +254,36 @@ def read_sample_table(
     )
 
 
+def _row_problem(row: Mapping[Any, Any], caption_column: str | None) -> str:
+    """What is wrong with the cells of a row, whatever files they name; empty if nothing is."""
+    # csv stores surplus cells under None: an unquoted comma would cut a caption short.
+    if None in row:
+        return "has more cells than the header; put texts with commas in quotes"
+    for column, value in row.items():
+        if column not in PATH_COLUMNS and column != caption_column:
+            continue
+        if value is not None and not isinstance(value, str):
+            return f"{column}: expected text, found {type(value).__name__}; put it in quotes"
+        if value and ("\0" in value or not _is_unicode(value)):
+            return f"{column}: expected text, found a null byte or half a character; correct it"
+        if value and column in PATH_COLUMNS and not Path(value).name:
+            return f"{column}: expected a file, found {value!r}; correct it"
+    return ""
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
+        return False
+    return True
+
+
 def _parse_json(path: Path, text: str) -> Any:
     if path.suffix.lower() == ".json":
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from error
     rows = []
     # Not splitlines(): it also splits at U+0085, U+2028 and U+2029, which JSON strings may hold as they are.
@@ -264,7 +292,7 @@ def _parse_json(path: Path, text: str) -> Any:
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from error
     return rows
 

@@ -7,6 +7,7 @@ file system.
 from collections.abc import Iterator
 from pathlib import Path
 
+from ltx_titan.codecs import text_encoder_config
 from ltx_titan.conditioning import Grid, video_grid
 from ltx_titan.config.validation import (
     AudioToVideo,
@@ -87,6 +88,12 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
             f"validation.inference_steps is {section.inference_steps}, but the distilled schedule has {own_steps} "
             "steps; remove it."
         )
+    # Unset is fine while all prompts are cached, which the engine finds out; a wrong path is wrong either way.
+    if section.samples and section.text_encoder_path is not None:
+        try:
+            text_encoder_config(section.text_encoder_path)
+        except ValueError as error:
+            yield f"validation.text_encoder_path: {error}"
     if section.held_out_root is not None and not Path(section.held_out_root).is_dir():
         yield f"validation.held_out_root is {section.held_out_root!r}, which is not a folder; correct the path."
     for name in ("video_vae_path", "audio_vae_path"):

@@ -85,7 +85,7 @@ def _load_or_encode(
         for prompt, context in _encode(missing, checkpoint_path, text_encoder_path, device, dtype).items():
             _write(files[prompt], context)
     # From the files, also right after encoding: a resumed job then sees the same bits.
-    return {prompt: tuple(torch.load(path, weights_only=True)) for prompt, path in files.items()}
+    return {prompt: tuple(torch.load(path, map_location="cpu", weights_only=True)) for prompt, path in files.items()}
 
 
 @torch.no_grad()

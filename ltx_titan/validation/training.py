@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Folder of encoded prompts below the dump folder.
+_CACHE = "validation-cache"
+
 
 class TrainingValidation:
     """Runs `[validation]`. Create it before the model is loaded: encoding prompts and media needs the memory.
@@ -60,7 +63,7 @@ class TrainingValidation:
                 config=plan.source.config,
                 modalities=plan.modalities,
                 device=device,
-                cache_folder=plan.folder / "validation-cache",
+                cache_folder=plan.folder / _CACHE,
                 groups=self.groups,
             )
         root = self.section.held_out_root
@@ -161,9 +164,18 @@ def check_validation_files(plan: Plan) -> None:
         raise ValueError(
             'validation.samples: expected a checkpoint with codecs, found model.init = "random"; remove the samples.'
         )
+    if section.samples and section.text_encoder_path is None and not (plan.folder / _CACHE).is_dir():
+        raise ValueError(
+            "validation.text_encoder_path is missing: expected the folder of the checkpoint's text encoder, because "
+            "validation.samples have prompts and none is cached; set it."
+        )
     if section.held_out_root is not None:
         # Opened and dropped: a missing folder should be an error before any GPU is touched.
-        PrecomputedDataset(section.held_out_root, plan.strategy.sources)
+        try:
+            PrecomputedDataset(section.held_out_root, plan.strategy.sources, "validation.held_out_root")
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if "held_out_root" in text else f"validation.held_out_root: {text}") from error
     check_validation(
         section,
         has_video=plan.modalities != "audio",

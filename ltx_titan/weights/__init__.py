@@ -11,9 +11,11 @@ from ltx_titan.weights.load import (
     load_text_connectors,
     match_weights,
     read_tensors,
+    refuse_not_finite,
 )
 from ltx_titan.weights.lora_files import (
     LoRAWeights,
+    check_lora,
     export_lora,
     export_merged,
     fuse_lora,
@@ -60,6 +62,7 @@ __all__ = [
     "StoredWeight",
     "build_connectors",
     "check_fits",
+    "check_lora",
     "complete_export",
     "export_lora",
     "export_merged",
@@ -83,6 +86,7 @@ __all__ = [
     "read_source",
     "read_tensors",
     "reference_metadata",
+    "refuse_not_finite",
     "refuse_quantized",
     "released_config",
     "save_safetensors",

@@ -201,6 +201,24 @@ def copy_weights(path: str | Path, weights: Mapping[str, StoredWeight], targets:
             # FSDP2 gives ranks an empty shard if a dimension is smaller than the mesh.
             if local.numel() > 0:
                 local.copy_(weight.read(file, box, local.device))
+    refuse_not_finite(path, targets)
+
+
+def refuse_not_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a file with NaN or infinite weights, which would be blamed on the job's settings later."""
+    checked = {name: local_box(tensor)[0] for name, tensor in tensors.items()}
+    # 8-bit floats have no such test, and quantized data is not numbers.
+    checked = {name: t for name, t in checked.items() if t.is_floating_point() and t.itemsize > 1 and t.numel() > 0}
+    if not checked:
+        return
+    # One flag per tensor on the device, and one wait for all of them.
+    finite = torch.stack([tensor.isfinite().all() for tensor in checked.values()]).tolist()
+    bad = [name for name, is_finite in zip(checked, finite, strict=True) if not is_finite]
+    if bad:
+        raise ValueError(
+            f"{path}: {len(bad)} tensors contain NaN or infinity: {listed(bad)}. The file is damaged or its training "
+            "failed: download or export it again."
+        )
 
 
 def match_weights(

@@ -110,23 +110,45 @@ def load_lora(adapters: Mapping[str, LoRAWeights], path: str | Path) -> None:
     Raises:
         ValueError: the file's adapters are not the model's; all differences are listed and nothing is loaded.
     """
-    if any(adapter.magnitude is not None for adapter in adapters.values()):
-        raise ValueError(f"{path}: LoRA files store no DoRA magnitudes; set lora.dora = false to start from one.")
-    layers = read_lora_layers(path, adapters)
     # Before any tensor is read, so that a wrong file leaves the adapters as they are.
-    _check_layers(path, layers, {name: adapter.weight_shape for name, adapter in adapters.items()}, complete=True)
-    _check_rank(path, layers, {adapter.lora_a.shape[0] for adapter in adapters.values()})
+    layers = _match_layers(adapters, path)
     targets = {name + DOWN: adapter.lora_a for name, adapter in adapters.items()}
     targets |= {name + UP: adapter.lora_b for name, adapter in adapters.items()}
-    keys = {name + DOWN: layer.down_key for name, layer in layers.items()}
-    keys |= {name + UP: layer.up_key for name, layer in layers.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-    weights = match_weights(read_metadata(path), shapes, Component.from_keys("adapter", keys))
-    copy_weights(path, weights, targets)
+    copy_weights(path, _match_weights(targets, layers, path), targets)
     # Our scale is multiplied in the forward pass; the writer's is in B, or in its alpha.
     for name, adapter in adapters.items():
         if layers[name].scale != adapter.scaling:
             local(adapter.lora_b).mul_(layers[name].scale / adapter.scaling)
+
+
+def check_lora(adapters: Mapping[str, LoRAWeights], path: str | Path) -> None:
+    """Checks names, shapes and dtypes as `load_lora` does, without reading weights; adapters may be on the meta device.
+
+    Raises:
+        ValueError: as `load_lora`.
+    """
+    layers = _match_layers(adapters, path)
+    targets = {name + DOWN: adapter.lora_a for name, adapter in adapters.items()}
+    _match_weights(targets | {name + UP: adapter.lora_b for name, adapter in adapters.items()}, layers, path)
+
+
+def _match_layers(adapters: Mapping[str, LoRAWeights], path: str | Path) -> dict[str, LoRALayer]:
+    """Layers of the file, which are those of the model."""
+    if any(adapter.magnitude is not None for adapter in adapters.values()):
+        raise ValueError(f"{path}: LoRA files store no DoRA magnitudes; set lora.dora = false to start from one.")
+    layers = read_lora_layers(path, adapters)
+    _check_layers(path, layers, {name: adapter.weight_shape for name, adapter in adapters.items()}, complete=True)
+    _check_rank(path, layers, {adapter.lora_a.shape[0] for adapter in adapters.values()})
+    return layers
+
+
+def _match_weights(
+    targets: Mapping[str, Tensor], layers: Mapping[str, LoRALayer], path: str | Path
+) -> dict[str, StoredWeight]:
+    keys = {name + DOWN: layer.down_key for name, layer in layers.items()}
+    keys |= {name + UP: layer.up_key for name, layer in layers.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+    return match_weights(read_metadata(path), shapes, Component.from_keys("adapter", keys))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_titan.common.tensors import SAFETENSORS_DTYPES
+from ltx_titan.weights.schema import check_config, parse_header
 from ltx_titan.weights.shapes import released_config
 
 DEFAULT_SCALE_FACTORS = (8, 32, 32)
@@ -60,7 +61,20 @@ class CheckpointMetadata:
                 f"This {_describe(self)}. Set model.checkpoint_path to an official LTX-2 checkpoint "
                 "(for LTX-2.5 the file under diffusion_models/)."
             )
+        # Before a model is built: a wrong number would build, and list as missing, thousands of tensors.
+        layers, blocks = config.get("num_layers", 48), self._num_blocks()
+        if blocks not in (0, layers):
+            raise ValueError(
+                f"{self.path}: config.transformer.num_layers = {layers}: expected {blocks}, the number of transformer "
+                "blocks in the file. The file is damaged or was edited; use the official one."
+            )
         return config
+
+    def _num_blocks(self) -> int:
+        """Number of transformer blocks in the file."""
+        numbers = {name.partition("transformer_blocks.")[2].partition(".")[0] for name in self.tensors}
+        # The connectors have `transformer_1d_blocks`.
+        return len({number for number in numbers if number.isdecimal()})
 
     def section(self, name: str, component: str) -> dict[str, Any]:
         """Section `name` of the config, for instance `vae`.
@@ -132,10 +146,10 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
         ValueError: the file is missing, is not a safetensors file, or is cut short.
     """
     path = Path(path)
-    header, data_start = _read_header(path)
-    # An interrupted download has a valid header; only the sizes reveal it before the last tensors are read.
-    raw = header.pop("__metadata__", {})
+    header, raw, data_start = _read_header(path)
     tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
+    _check_layout(path, tensors, data_start)
+    # An interrupted download has a valid header; only the sizes reveal it before the last tensors are read.
     expected = max((info.end for info in tensors.values()), default=data_start)
     found = path.stat().st_size
     if found != expected:
@@ -189,8 +203,8 @@ def scale_factors(config: dict[str, Any]) -> tuple[int, int, int]:
     return time, space, space
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header's JSON object and the offset at which tensor data starts."""
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """The header's entries, its `__metadata__`, and the offset at which tensor data starts."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a checkpoint (.safetensors), correct the path.")
     size = path.stat().st_size
@@ -198,26 +212,21 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > _MAX_HEADER_BYTES:
             raise ValueError(f"{path}: not a safetensors file (found {size:,} bytes, a header length of {length:,}).")
+        # Other formats start with other bytes, whose number would read as a length.
+        if size > 8 and file.read(1) != b"{":
+            raise ValueError(f"{path}: not a safetensors file (found no JSON object at byte 8).")
         if size < 8 + length:
             raise ValueError(
                 f"{path}: file is cut short: the header alone needs {8 + length:,} bytes, found {size:,}. "
                 "Download or copy it again."
             )
+        file.seek(8)
         text = file.read(length)
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a safetensors file (its header is not JSON: {error}).") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: not a safetensors file (its header is {type(header).__name__}, expected an object).")
-    return header, 8 + length
+    return *parse_header(path, text), 8 + length
 
 
 def _tensor_info(path: Path, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
-    try:
-        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: header entry of tensor '{name}' is malformed: {entry}.") from error
+    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     # Unknown dtypes (packed 4-bit formats) are refused only when such a tensor is loaded.
     if dtype in SAFETENSORS_DTYPES:
         needed = prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
@@ -229,15 +238,30 @@ def _tensor_info(path: Path, name: str, entry: dict[str, Any], data_start: int) 
     return TensorInfo(dtype, shape, data_start + start, data_start + end)
 
 
+def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int) -> None:
+    """Checks that the tensors cover the data without gap or overlap, as the format demands."""
+    # A reader that trusts the offsets would take one tensor's bytes for another's.
+    end = data_start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != end or info.end < info.start:
+            raise ValueError(
+                f"{path}: tensor '{name}' has data_offsets {[info.start - data_start, info.end - data_start]}, expected"
+                f" it to start at {end - data_start}, where the one before it ends. The file is damaged: download or "
+                "copy it again."
+            )
+        end = info.end
+
+
 def _parse_config(path: Path, raw: dict[str, str]) -> dict[str, Any]:
     if "config" not in raw:
         return {}
     try:
         config = json.loads(raw["config"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: metadata entry 'config' is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: metadata entry 'config' is {type(config).__name__}, expected an object.")
+    check_config(path, config)
     # Split packs write null for components of other files; an empty object needs no special case in readers.
     return {section: {} if value is None else value for section, value in config.items()}
 

@@ -9,6 +9,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from ltx_titan.weights.schema import check_config
+
 # Common to all releases, as published in the header of the LTX-2.3 file.
 _TRANSFORMER = {
     "_class_name": "AVTransformer3DModel",
@@ -143,8 +145,9 @@ def released_config(name: str | Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("transformer"), dict):
         raise ValueError(f"{path}: expected an object with the key 'transformer', as in a checkpoint's metadata.")
+    check_config(path, config)
     return {section: {} if value is None else value for section, value in config.items()}

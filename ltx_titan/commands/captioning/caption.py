@@ -24,6 +24,7 @@ from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from ltx_titan.commands.report import Report
 from ltx_titan.common.options import Flag, Maybe, Positional, alias, default_device, placeholder
 from ltx_titan.common.ranks import own_device, own_share
+from ltx_titan.common.secrets import redacted
 from ltx_titan.media import IMAGE_SUFFIXES, MediaError
 
 DESCRIPTION = f"""\
@@ -103,7 +104,7 @@ class CaptionOptions:
     """Name of the model on the server. Default: the first that it lists."""
 
     api_key: Maybe[str] = None
-    """API key of the server. Default: the variable OPENAI_API_KEY."""
+    """Refused on a command line, which other users can read: set the variable OPENAI_API_KEY."""
 
     send: Literal["frames", "video"] = "frames"
     """Send frames (any server), or the video file (vLLM, SGLang)."""
@@ -139,6 +140,11 @@ class CaptionOptions:
 
 def run(options: CaptionOptions) -> int:
     """Runs the command; the exit status is 1 if no file has a caption at the end."""
+    if options.api_key is not None:
+        raise ValueError(
+            "--api-key: every user of this machine can read it in the list of processes; set the variable "
+            "OPENAI_API_KEY instead."
+        )
     report = caption_files(options)
     report.print("caption")
     return 0 if options.dry_run or report.succeeded() else 1
@@ -194,7 +200,8 @@ def _caption(
                     f"{error}; captions so far are saved: restart the server, then run the command again"
                 ) from error
             except (MediaError, CaptionError, ValueError, OSError) as error:
-                report.fail(_STAGE, str(path), error.reason if isinstance(error, MediaError) else str(error))
+                reason = error.reason if isinstance(error, MediaError) else str(error)
+                report.fail(_STAGE, str(path), redacted(reason))
             else:
                 report.add(_STAGE, "done")
             bar.advance()

@@ -70,7 +70,8 @@ def _load(folder: Path, device: str, load_in_8bit: bool) -> tuple[Any, Any]:
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"--local-model: {folder} has no config.json; expected a local folder of a multimodal model")
-    options: dict[str, Any] = {"local_files_only": True}
+    # Explicit, because transformers otherwise asks on the terminal whether to run the folder's own code.
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     on_cpu = device != "auto" and torch.device(device).type == "cpu"
     options["dtype"] = torch.float32 if on_cpu else torch.bfloat16
     if load_in_8bit:
@@ -80,11 +81,11 @@ def _load(folder: Path, device: str, load_in_8bit: bool) -> tuple[Any, Any]:
     if device == "auto":
         options["device_map"] = "auto"
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         name = _TEXT_PARTS.get(config.model_type)
         loader = getattr(transformers, name) if name else transformers.AutoModelForMultimodalLM
         model = loader.from_pretrained(folder, **options)
-        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise ValueError(f"--local-model: transformers cannot load {folder}: {error}") from error
     if not hasattr(processor, "apply_chat_template") or not getattr(processor, "chat_template", None):

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from ltx_titan.commands.captioning.parts import ClipParts, jpeg_url, wav_base64
 
@@ -57,6 +58,7 @@ def server_captioner(
         ValueError: the server does not answer, or does not serve the model.
     """
     openai = _library()
+    _check_url(url)
     # The client retries by itself, with backoff, on connection errors, timeouts and overload.
     client = openai.OpenAI(base_url=url, api_key=api_key or _key(), timeout=timeout_s, max_retries=retries)
     model = _check(client, openai, url, model)
@@ -111,6 +113,16 @@ class _FailureCount:
     def clear(self) -> None:
         with self._lock:
             self._count = 0
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        is_complete = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:  # an address or a port that is none
+        is_complete = False
+    if not is_complete:
+        raise ValueError(f"--server {url}: expected an address such as http://127.0.0.1:8001/v1; correct it")
 
 
 def _library() -> Any:

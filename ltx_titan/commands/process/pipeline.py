@@ -35,7 +35,7 @@ from ltx_titan.commands.process.stages import (
 )
 from ltx_titan.commands.process.store import Settings, Store
 from ltx_titan.commands.report import Report
-from ltx_titan.common.ranks import join_ranks
+from ltx_titan.common.ranks import check_device, join_ranks
 from ltx_titan.data.fingerprints import model_digest
 from ltx_titan.encode.buckets import Bucket, parse_buckets
 from ltx_titan.encode.captions import text_bytes
@@ -229,6 +229,7 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
     """Finds all errors of a run before an encoder is loaded."""
     caption_column = captions.caption_column if captions else None
     table = read_sample_table(data.dataset_path, data.video_column, caption_column, captions is not None)
+    check_device(data.device)
     checkpoint = read_config(data.model_path)
     if captions is not None:
         text_encoder_config(captions.text_encoder_path)
