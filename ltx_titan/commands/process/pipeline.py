@@ -7,7 +7,6 @@ its share of the rows, so the outputs that a later stage needs of an earlier one
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -164,12 +163,12 @@ def process(
         return report
 
 
-def report_and_status(report: Report, title: str, root: Path) -> int:
-    """Prints a report; returns the exit status, 1 only if nothing at all could be prepared."""
+def report_and_status(report: Report, title: str, data: DataOptions) -> int:
+    """Prints a report; returns the exit status, 1 if nothing at all could be prepared, or anything with `--strict`."""
     report.print(title)
     if not report.plans:
-        report.console.print(f"prepared data: {root}", highlight=False, soft_wrap=True)
-    return 0 if report.succeeded() else 1
+        report.console.print(f"prepared data: {data.root}", highlight=False, soft_wrap=True)
+    return report.status(data.strict)
 
 
 def _report_orphans(orphans: Mapping[str, Sequence[str]], task: _Task, report: Report) -> None:
