@@ -43,7 +43,7 @@ _KINDS: dict[str, Kind] = {"video_latents": "video", "audio_latents": "audio", "
 # Rejected rows that a warning names.
 _EXAMPLES = 3
 # Version of the readers in media/ and encode/: samples cached with another show other pixels.
-_READERS = 2
+_READERS = 3
 # After this many failures in a row the storage is at fault, not the clips.
 _MAX_ATTEMPTS = 10
 

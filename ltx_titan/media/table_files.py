@@ -93,7 +93,7 @@ def read_rows(path: Path) -> TableRows:
 
 
 def read_table(path: Path) -> list[Row]:
-    """Reads all rows of a table that is to be written back, so none may be left out.
+    """Reads all rows of a table that is to be written back, so none may be skipped.
 
     Raises:
         ValueError: the table or one of its rows cannot be read.

@@ -208,7 +208,9 @@ def warnings_of(clips: Sequence[RawClip], has_buckets: bool, is_table: bool) -> 
         "videos without audio among others with audio": 0,
         "silent audio tracks": sum(bool(clip.is_silent) for clip in good),
         "videos of variable frame rate, resampled by their time stamps": sum(clip.is_variable for clip in good),
-        "interlaced videos (deinterlace them: ffmpeg -vf bwdif)": sum(clip.is_interlaced for clip in good),
+        "interlaced videos, deinterlaced by FFmpeg's bwdif at one frame for two fields": sum(
+            clip.is_interlaced for clip in good
+        ),
         "videos and images with transparency, shown over white": sum(clip.has_alpha for clip in good),
         f"clips enlarged more than {_TOO_SMALL:g} times for their bucket": sum(
             clip.bucket is not None and _enlargement(clip) > _TOO_SMALL for clip in good

@@ -48,7 +48,7 @@ class DataOptions:
     """Load no model, write nothing: report what would be done, and what would be skipped and why."""
 
     strict: Flag = False
-    """Exit with status 1 if any row or file was left out; otherwise only if nothing could be prepared."""
+    """Exit with status 1 if any row or file was skipped; otherwise only if nothing could be prepared."""
 
     device: str = field(default_factory=default_device)
     """Device of the encoders. Under torchrun each process takes its own GPU."""
