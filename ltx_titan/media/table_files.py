@@ -80,13 +80,14 @@ def read_rows(path: Path) -> TableRows:
         raise ValueError(f"{path}: suffix {path.suffix!r} is not known, expected one of {', '.join(TABLE_SUFFIXES)}")
     text = read_text(path)
     found = _parse_csv(path, text) if path.suffix.lower() == ".csv" else _parse_json(path, text)
-    rows, rejected = [], []
+    rows: list[tuple[int, Row]] = []
+    rejected: list[tuple[str, str]] = []
     for number, (item, row) in enumerate(found, start=1):
         problem = row if isinstance(row, str) else _problem(row)
-        if problem is not None:
-            rejected.append((f"row {number}{item}", problem))
-        else:
+        if problem is None and isinstance(row, dict):
             rows.append((number, row))
+        else:
+            rejected.append((f"row {number}{item}", problem or ""))
     if rejected and not rows:
         raise ValueError(f"{path}: has no row that can be used; {_named(rejected)}")
     return TableRows(tuple(rows), tuple(rejected))
@@ -173,7 +174,7 @@ def _parse_csv(path: Path, text: str) -> _Parsed:
     header = lines[first]
     delimiter = next((mark for mark in ",;\t" if mark in header), ",")
     # Python's reader takes the space of `a.mp4, "A cat, asleep"` for text, and the quote with it.
-    style = {"delimiter": delimiter, "skipinitialspace": f"{delimiter} " in header, "strict": True}
+    style: dict[str, Any] = {"delimiter": delimiter, "skipinitialspace": f"{delimiter} " in header, "strict": True}
     try:
         columns = [column.strip() for column in next(csv.reader([header], **style))]
     except csv.Error as error:

@@ -308,7 +308,7 @@ def _iter_timed(path: str | Path) -> Iterator[tuple[Fraction | None, np.ndarray]
         stream = video_stream(container, path)
         to_rgb, geometry, size, shown = ToRgb(path), None, None, None
         for frame in progressive(decode_video(container, stream)):
-            if (frame.width, frame.height) != size:
+            if geometry is None or (frame.width, frame.height) != size:
                 geometry, size = display_geometry(path, stream, frame), (frame.width, frame.height)
             time_s = None if frame.pts is None else frame.pts * frame.time_base
             pixels = geometry.apply(to_rgb(frame))
