@@ -83,11 +83,12 @@ def read_rows(path: Path) -> TableRows:
     rows: list[tuple[int, Row]] = []
     rejected: list[tuple[str, str]] = []
     for number, (item, row) in enumerate(found, start=1):
-        problem = row if isinstance(row, str) else _problem(row)
-        if problem is None and isinstance(row, dict):
-            rows.append((number, row))
+        if isinstance(row, str):
+            rejected.append((f"row {number}{item}", row))
+        elif problem := _problem(row):
+            rejected.append((f"row {number}{item}", problem))
         else:
-            rejected.append((f"row {number}{item}", problem or ""))
+            rows.append((number, row))
     if rejected and not rows:
         raise ValueError(f"{path}: has no row that can be used; {_named(rejected)}")
     return TableRows(tuple(rows), tuple(rejected))
@@ -135,10 +136,15 @@ def not_text(row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
     return None
 
 
-def _problem(row: Any) -> str | None:
+def _object(value: Any) -> Row | str:
+    """A parsed JSON value if it is a row, or the reason why it is none."""
+    if isinstance(value, dict):
+        return value
+    return f'expected an object such as {{"video": ..., "caption": ...}}, found {_kind(value)}'
+
+
+def _problem(row: Row) -> str | None:
     """The reason why a parsed row cannot be used, or None."""
-    if not isinstance(row, dict):
-        return f'expected an object such as {{"video": ..., "caption": ...}}, found {_kind(row)}'
     if None in row:
         return f"has the key {row[None]!r} twice; delete one"
     for column, value in row.items():
@@ -259,14 +265,14 @@ def _parse_json(path: Path, text: str) -> _Parsed:
                 )
             if rows and not any(isinstance(row, dict) for row in rows):
                 raise ValueError(f"{path}: expected a list of objects, one per sample; found a list of other values")
-            yield from (("", row) for row in rows)
+            yield from (("", _object(row)) for row in rows)
             return
     # Not splitlines(): it also splits at U+0085, U+2028 and U+2029, which JSON strings may hold as they are.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield f" (line {number})", json.loads(line, object_pairs_hook=_unique)
+            yield f" (line {number})", _object(json.loads(line, object_pairs_hook=_unique))
         except json.JSONDecodeError as error:
             yield (
                 f" (line {number})",

@@ -226,6 +226,7 @@ def test_csv_styles_of_other_programs(tmp_path, text, encoding):
         ('{"video": "a", "caption": "x",}', "not valid JSON"),
         ('["a", "x"]', "found a list"),
         ("null", "found null"),
+        ('"a"', "expected an object such as"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
