@@ -145,8 +145,9 @@ def _object(value: Any) -> Row | str:
 
 def _problem(row: Row) -> str | None:
     """The reason why a parsed row cannot be used, or None."""
-    if None in row:
-        return f"has the key {row[None]!r} twice; delete one"
+    twice = dict[Any, Any](row).get(None)
+    if twice is not None:
+        return f"has the key {twice!r} twice; delete one"
     for column, value in row.items():
         if isinstance(value, str) and "\0" in value:
             return f"column {column!r} contains a NUL byte; the file is damaged there, write the cell again"

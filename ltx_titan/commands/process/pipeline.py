@@ -7,6 +7,7 @@ its share of the rows, so the outputs that a later stage needs of an earlier one
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
