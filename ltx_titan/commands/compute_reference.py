@@ -18,6 +18,7 @@ from ltx_titan.common.options import Flag, Maybe, Positional, alias, default_dev
 from ltx_titan.common.ranks import own_device, own_share
 from ltx_titan.data.fingerprints import FileVersion, Fingerprint, FingerprintFile, digest_of, is_changed, version_of
 from ltx_titan.media import MediaError, is_image, iter_frames, probe_video, read_image, video_writer
+from ltx_titan.media.folders import captions_beside
 from ltx_titan.media.tables import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
 
 DESCRIPTION = """\
@@ -75,6 +76,9 @@ class ReferenceOptions:
     dry_run: Flag = False
     """List what would be computed, and stop."""
 
+    strict: Flag = False
+    """Exit with status 1 if any file failed; otherwise only if nothing could be done."""
+
     device: str = field(default_factory=default_device)
     """Device of the depth model."""
 
@@ -85,12 +89,12 @@ class ReferenceOptions:
 
 
 def run(options: ReferenceOptions) -> int:
-    """Runs the command; the exit status is 1 if no reference exists at the end."""
+    """Runs the command; the exit status is 1 if no reference exists at the end, or if one failed with `--strict`."""
     report = compute_references(options)
     report.print("compute-reference")
     if not options.dry_run:
         report.write(f"table: {options.table}")
-    return 0 if options.dry_run or report.succeeded() else 1
+    return report.status(options.strict, options.dry_run)
 
 
 def compute_references(options: ReferenceOptions, console: Console | None = None) -> Report:
@@ -240,7 +244,9 @@ def _rows(options: ReferenceOptions) -> tuple[Path, list[Row]]:
     if options.table.is_file():
         # A folder has no captions; the table next to it may have, and would be overwritten by bare rows.
         raise ValueError(f"{options.table}: exists, and its columns would be lost; pass the table, or --output")
-    return options.dataset, [{"video": relative_name(path, options.dataset)} for path in found]
+    captions, _ = captions_beside(options.dataset, found)
+    named = [(path, {"video": relative_name(path, options.dataset)}) for path in found]
+    return options.dataset, [row | ({"caption": captions[path]} if path in captions else {}) for path, row in named]
 
 
 def _compute(clips: list[Path], options: ReferenceOptions, records: References, report: Report) -> None:

@@ -81,6 +81,9 @@ class DecodeOptions:
     dry_run: Flag = False
     """List what would be decoded, and stop."""
 
+    strict: Flag = False
+    """Exit with status 1 if any file failed; otherwise only if nothing could be done."""
+
     device: str = field(default_factory=default_device)
     """Device of the decoders."""
 
@@ -127,11 +130,11 @@ class _LazyDecoders:
 
 
 def run(options: DecodeOptions) -> int:
-    """Runs the command; the exit status is 1 if nothing is decoded at the end."""
+    """Runs the command; the exit status is 1 if nothing is decoded at the end, or if one failed with `--strict`."""
     report = decode_latents(options)
     report.print("decode-latents")
     report.write(f"decoded: {options.output_dir}")
-    return 0 if options.dry_run or report.succeeded() else 1
+    return report.status(options.strict, options.dry_run)
 
 
 def decode_latents(options: DecodeOptions, console: Console | None = None) -> Report:

@@ -102,6 +102,10 @@ class Report:
         """Whether at least one item was done, in this run or before."""
         return any(counts["done"] or counts["skipped"] for counts in self.counts.values())
 
+    def status(self, strict: bool, dry_run: bool = False) -> int:
+        """Exit status of a command: 1 if nothing was done, except in a dry run, or if any item failed with `strict`."""
+        return 1 if (strict and self.failures) or not (dry_run or self.succeeded()) else 0
+
     def write(self, text: str) -> None:
         """Prints a line as it is: file names may contain what rich takes for markup."""
         self.console.print("\n".join(map(printable, text.split("\n"))), markup=False, highlight=False, soft_wrap=True)

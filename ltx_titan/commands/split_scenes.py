@@ -82,6 +82,9 @@ class SplitOptions:
     overwrite: Flag = False
     """Detect and cut again; deletes the clips of earlier runs."""
 
+    strict: Flag = False
+    """Exit with status 1 if any file failed; otherwise only if nothing could be done."""
+
     dry_run: Flag = False
     """List the clips that would be cut, and stop."""
 
@@ -101,12 +104,12 @@ class Scene:
 
 
 def run(options: SplitOptions) -> int:
-    """Runs the command; the exit status is 1 if no clip exists at the end."""
+    """Runs the command; the exit status is 1 if no clip exists at the end, or if a film failed with `--strict`."""
     report = split_scenes(options)
     report.print("split-scenes")
     if not options.dry_run:
         report.write(f"clips: {options.output_dir / _TABLE}")
-    return 0 if report.succeeded() or (options.dry_run and not report.failures) else 1
+    return report.status(options.strict, options.dry_run and not report.failures)
 
 
 def split_scenes(options: SplitOptions, console: Console | None = None) -> Report:

@@ -4,6 +4,7 @@ Every error of the TOML parser, of pydantic and of the rules becomes one line th
 expected values and remedy (`errors.py`).
 """
 
+import codecs
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,11 +41,14 @@ def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     """
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(_read_text(path))
     except OSError as error:
         problem = Problem("", MISSING, f"a file that can be read ({error.strerror})", "correct the path", str(path))
         raise ConfigError([problem]) from error
-    # ValueError: of the parser, of the encoding, and of numbers with thousands of digits.
+    except UnicodeDecodeError as error:
+        remedy = f"save it as UTF-8, or convert it: iconv -f WINDOWS-1252 -t UTF-8 {path.name}"
+        raise ConfigError([Problem("", MISSING, f"UTF-8 ({error})", remedy, str(path))]) from error
+    # ValueError: of the parser, and of numbers with thousands of digits.
     except (ValueError, RecursionError) as error:
         problem = Problem("", MISSING, f"valid TOML ({error})", "correct the file there", str(path))
         raise ConfigError([problem]) from error
@@ -52,6 +56,14 @@ def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     for override in overrides:
         origins[_apply_override(data, override)] = f"override {override}"
     return data, origins
+
+
+def _read_text(path: Path) -> str:
+    """Text of a file in UTF-8, or in UTF-16 with a byte-order mark as Windows' editors save it."""
+    content = path.read_bytes()
+    # TOML knows no byte-order mark: the first key would start with it.
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n")
 
 
 def build_job(data: Mapping[str, Any], source: str, origins: Mapping[str, str] | None = None) -> JobConfig:

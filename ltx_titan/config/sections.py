@@ -85,7 +85,8 @@ class MediaSection(Section):
     """
 
     dataset_path: PathText | None = None
-    """Table of clips and captions (.csv, .json, .jsonl), in the format of `ltx-titan process-dataset`."""
+    """Table of clips and captions (.csv, .json, .jsonl) in the format of `ltx-titan process-dataset`, or a folder of
+    clips with a text file NAME.txt beside each."""
     text_encoder_path: PathText | None = None
     """Folder of Gemma 3, or the packed text encoder file of LTX-2.5."""
     resolution_buckets: str | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ltx_titan.data.cache import READER_THREADS
 from ltx_titan.data.fingerprints import FileVersion, FingerprintFile, is_changed, text_digest, version_of
-from ltx_titan.media.tables import SampleRow, read_sample_table
+from ltx_titan.media.tables import SampleRow, read_sample_table, table_folder
 
 _EXAMPLES = 3
 # Paths that one thread asks for, so that handing them over costs less than asking.
@@ -46,7 +46,7 @@ def stale_samples(root: Path, folders: Iterable[str]) -> dict[str, list[str]]:
                 continue
             table = file.values.get(entry.table, {}).get("path", "")
             for version in entry.files.values():
-                sources.setdefault((root / table).parent / version.path, []).append((key, version))
+                sources.setdefault(table_folder(root / table) / version.path, []).append((key, version))
             rows = tables.get(table)
             if rows is None:
                 continue

@@ -161,7 +161,7 @@ def _notes(path: Path, header: VideoInfo, fps: Fraction | None) -> tuple[str, ..
         in ANIMATED_SUFFIXES,
         "videos slower than the frame rate asked for, whose frames were repeated": fps is not None and header.fps < fps,
         "videos of variable frame rate, resampled by their time stamps": header.is_variable,
-        "interlaced videos, whose frames show two moments (deinterlace them: ffmpeg -vf bwdif)": header.is_interlaced,
+        "interlaced videos, deinterlaced by FFmpeg's bwdif at one frame for two fields": header.is_interlaced,
         "videos and images with transparency, shown over white": header.has_alpha,
     }
     return tuple(note for note, applies in notes.items() if applies)

@@ -33,7 +33,7 @@ from ltx_titan.encode.clips import Clip, ClipRules, plan_clip, read_header, read
 from ltx_titan.encode.encoders import EncoderFiles, Encoders
 from ltx_titan.encode.latents import audio_steps
 from ltx_titan.media import MediaError, VideoInfo, read_audio
-from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table
+from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table, table_folder
 from ltx_titan.weights.metadata import read_metadata, scale_factors
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ _KINDS: dict[str, Kind] = {"video_latents": "video", "audio_latents": "audio", "
 # Rejected rows that a warning names.
 _EXAMPLES = 3
 # Version of the readers in media/ and encode/: samples cached with another show other pixels.
-_READERS = 2
+_READERS = 3
 # After this many failures in a row the storage is at fault, not the clips.
 _MAX_ATTEMPTS = 10
 
@@ -303,7 +303,7 @@ def _with_media_error(path: Path, read: Callable[[], T]) -> T:
 
 def _read_headers(table: Path, paths: Sequence[Path]) -> dict[Path, VideoInfo | MediaError]:
     """Reads the header of each file, or the reason why it has none; indexed next to the table."""
-    index_path = table.with_name(f".{table.name}.headers.json")
+    index_path = table_folder(table) / f".{table.name}.headers.json"
     # Probing every file of a large dataset takes far longer than reading one index.
     known = read_index(index_path, _header_from_json)
 

@@ -17,17 +17,21 @@ from torch import Tensor
 
 from ltx_titan.media.container import MediaError, audio_stream, first_frame_s, open_media
 
-_CENTER_LEVEL = 0.707
-# FFmpeg orders channels front left, front right, center, LFE, back left, back right, side left, side right. LFE is
-# dropped, as in ITU-R BS.775; the weights of one output channel are normalized to sum 1.
+_LEVEL = 0.707  # -3 dB
+# FFmpeg's name of a channel -> its weights in left and right. As in ITU-R BS.775, without LFE; a back center is a
+# surround channel of both sides, a height channel one of its side.
 _STEREO_WEIGHTS = {
-    6: ((1, 0, _CENTER_LEVEL, 0, _CENTER_LEVEL, 0), (0, 1, _CENTER_LEVEL, 0, 0, _CENTER_LEVEL)),
-    8: (
-        (1, 0, _CENTER_LEVEL, 0, _CENTER_LEVEL, 0, _CENTER_LEVEL, 0),
-        (0, 1, _CENTER_LEVEL, 0, 0, _CENTER_LEVEL, 0, _CENTER_LEVEL),
-    ),
+    **dict.fromkeys(("FL", "DL"), (1.0, 0.0)),
+    **dict.fromkeys(("FR", "DR"), (0.0, 1.0)),
+    **dict.fromkeys(("FC", "TFC", "TC"), (_LEVEL, _LEVEL)),
+    **dict.fromkeys(("BL", "SL", "FLC", "WL", "TFL", "TBL", "TSL"), (_LEVEL, 0.0)),
+    **dict.fromkeys(("BR", "SR", "FRC", "WR", "TFR", "TBR", "TSR"), (0.0, _LEVEL)),
+    **dict.fromkeys(("BC", "TBC"), (_LEVEL**2, _LEVEL**2)),
+    # The omnidirectional channel of Ambisonics; the others are differences between directions.
+    "AMBI0": (1.0, 1.0),
 }
-
+# Layouts of numbers of channels without one; other numbers are averaged.
+_USUAL_CHANNELS = {6: ("FL", "FR", "FC", "LFE", "BL", "BR"), 8: ("FL", "FR", "FC", "LFE", "BL", "BR", "SL", "SR")}
 
 # Time stamps round to a millisecond or so, and those of live recordings jitter; a larger difference is a gap.
 _GAP_S = Fraction(15, 1000)
@@ -53,7 +57,9 @@ class Audio:
 
 
 def read_audio(path: str | Path) -> Audio | None:
-    """Decodes the audio track of a file at its own sample rate, with all its channels; None without audio.
+    """Decodes the audio track of a file at its own sample rate, in mono or stereo; None without audio.
+
+    More channels are mixed to stereo by their layout (see `to_stereo`).
 
     A track without samples, as screen recorders write, is no audio. Every piece is placed by its time stamp: audio that
     starts before the first video frame is cut; a late start and gaps are silence. Where the sample rate changes, later
@@ -154,19 +160,27 @@ def has_audio(path: str | Path) -> bool:
             return True
 
 
-def to_stereo(waveform: Tensor) -> Tensor:
+def to_stereo(waveform: Tensor, layout: Sequence[str] = ()) -> Tensor:
     """Mixes a waveform [C, N] to two channels [2, N].
 
-    Mono is duplicated. 5.1 and 7.1: front 1, center and surround 0.707, normalized to sum 1 in each channel. Any other
-    number of channels: their mean, duplicated.
+    Mono is duplicated. Of more channels each has the weight of its position, front 1, center and surround 0.707, back
+    center 0.5, LFE 0, normalized to sum 1 in each output. Without a layout 6 and 8 channels are 5.1 and 7.1, and the
+    mean of other numbers is duplicated.
+
+    Args:
+        waveform: the channels.
+        layout: FFmpeg's names of the channels' positions, such as ("FL", "FR", "FC").
     """
     channels = waveform.shape[0]
-    if channels == 2:
-        return waveform
-    if channels in _STEREO_WEIGHTS:
-        weights = torch.tensor(_STEREO_WEIGHTS[channels], dtype=waveform.dtype)
-        return (weights / weights.sum(1, keepdim=True)) @ waveform
-    return waveform.mean(0, keepdim=True).expand(2, -1)
+    layout = layout or _USUAL_CHANNELS.get(channels, ())
+    if channels == 1 or (channels == 2 and set(layout) <= {"FL", "FR"}):
+        return waveform.expand(2, -1)
+    # [C, 2]
+    weights = torch.tensor([_STEREO_WEIGHTS.get(name, (0.0, 0.0)) for name in layout], dtype=waveform.dtype)
+    # Also where a layout names none of a side's channels.
+    if not layout or not weights.sum(0).all():
+        return waveform.mean(0, keepdim=True).expand(2, -1)
+    return (weights / weights.sum(0)).mT @ waveform
 
 
 def to_duration(audio: Audio, duration_s: float) -> Audio:
@@ -226,7 +240,10 @@ class _Run:
         self._format = _format(frame)
         self._rate = rate
         self._next = round(start_s * rate)
-        self._resampler = av.AudioResampler(format="fltp", rate=rate)
+        # A file may state no positions.
+        self._layout = tuple(channel.name for channel in frame.layout.channels if channel.name != "NONE")
+        # Interleaved: PyAV reads past the last of eight planes, which ends the process.
+        self._resampler = av.AudioResampler(format="flt", rate=rate)
 
     def continues_with(self, frame: av.AudioFrame, time_s: Fraction | None) -> bool:
         """Whether a frame has the same format and starts where the run ends."""
@@ -238,7 +255,10 @@ class _Run:
         if frame is not None:
             self.end_s += Fraction(frame.samples, frame.sample_rate)
         for converted in self._resampler.resample(frame):
-            samples = converted.to_ndarray()
+            samples = np.ascontiguousarray(converted.to_ndarray().reshape(-1, converted.layout.nb_channels).T)
+            # Two channels need not be left and right: center and LFE, for example.
+            if samples.shape[0] > 1:
+                samples = to_stereo(torch.from_numpy(samples), self._layout).numpy()
             yield _Chunk(self._next, samples, self._rate)
             self._next += samples.shape[1]
 

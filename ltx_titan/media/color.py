@@ -61,7 +61,7 @@ class ToRgb:
             raise MediaError(
                 self._path,
                 f"is HDR with the transfer function {label}, expected SDR (BT.709); convert its tones: "
-                f"ffmpeg -i {name} -vf zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
+                f"ffmpeg -i {name} -vf zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=clip:desat=0,"
                 f"zscale=t=bt709:m=bt709:r=tv,format=yuv420p -crf 12 -c:a copy {self._path.stem}_sdr.mp4",
             )
         for kind, value, names in (

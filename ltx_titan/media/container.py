@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import av
+from av.codec.context import Flags
 from av.container import InputContainer
 from av.stream import Disposition
 
@@ -16,6 +17,9 @@ _NOT_THE_VIDEO = (
 )
 # Major brands of ISO/IEC 23008-12 (HEIF) and AV1 image files, which FFmpeg opens as if they were films.
 _IMAGE_BRANDS = frozenset({"heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "mif2", "msf1", "avif", "avis"})
+
+# VP8 and VP9 keep transparency in a second layer, which FFmpeg's own decoders drop.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 T = TypeVar("T", av.VideoStream, av.AudioStream)
 
@@ -78,7 +82,23 @@ def video_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
     if stream is None:
         raise MediaError(path, "this build of FFmpeg cannot decode its video codec; convert it to H.264")
     stream.thread_type = "AUTO"
+    # Without it the decoder keeps what the video codec crops on the left if that is no multiple of 32 bytes.
+    stream.codec_context.flags |= Flags.unaligned
     return stream
+
+
+def decode_video(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Frames of a video track as stored, with their time stamps."""
+    decoder = _ALPHA_DECODERS.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
+    if decoder is None or decoder not in av.codecs_available:
+        yield from container.decode(stream)
+        return
+    context = av.CodecContext.create(decoder, "r")
+    for packet in container.demux(stream):
+        # The last packet is empty: it asks the decoder for what it holds.
+        for frame in context.decode(packet if packet.size else None):
+            frame.time_base = stream.time_base
+            yield frame
 
 
 def has_video(container: InputContainer) -> bool:
@@ -108,7 +128,7 @@ def first_frame_s(container: InputContainer, path: str | Path) -> Fraction | Non
     """
     if not has_video(container):
         return None
-    first = next(container.decode(video_stream(container, path)), None)
+    first = next(decode_video(container, video_stream(container, path)), None)
     return None if first is None or first.pts is None else first.pts * first.time_base
 
 

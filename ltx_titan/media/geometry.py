@@ -51,7 +51,7 @@ class Geometry:
         height, width = pixels.shape[:2]
         pixels = pixels[top : height - bottom, left : width - right]
         if self.pixel_aspect != 1:
-            pixels = _resized(pixels, *self._square(*pixels.shape[:2]))
+            pixels = resized(pixels, *self._square(*pixels.shape[:2]))
         if self.is_transposed:
             pixels = pixels.swapaxes(0, 1)
         down, across = self.flips
@@ -101,7 +101,8 @@ def _orientation(path: str | Path, frame: av.VideoFrame) -> tuple[bool, tuple[bo
     )
 
 
-def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scales a frame uint8 [H, W, C]; bicubic with antialiasing."""
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     return F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 

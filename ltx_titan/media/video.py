@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ltx_titan.media.audio import has_audio
 from ltx_titan.media.color import ToRgb, has_alpha
-from ltx_titan.media.container import MediaError, open_media, video_stream
-from ltx_titan.media.geometry import display_geometry
+from ltx_titan.media.container import MediaError, decode_video, open_media, video_stream
+from ltx_titan.media.geometry import display_geometry, resized
 from ltx_titan.media.image import CENTER, fit_frames
+from ltx_titan.media.interlaced import progressive
 
 # Containers round time stamps, in the coarsest case to milliseconds.
 _TOLERANCE_S = Fraction(1, 500)
@@ -34,6 +35,11 @@ _TOLERANCE_S = Fraction(1, 500)
 _JITTER = Fraction(1, 4)
 # A file that has most intervals of one length has dropped frames; otherwise its rate varies, and its mean is used.
 _MOSTLY = 0.9
+# Aspect ratios that differ by less are the same, rounded to whole pixels.
+_SAME_ASPECT = 0.02
+# Containers of broadcasts, whose clock may jump; FFmpeg's command takes a jump of 10 s for one.
+_WITH_CLOCK = ("mpegts", "mpeg")
+_LONGEST_GAP_S = 10
 # Denominators of frame rates, such as 24000/1001.
 _LARGEST_DENOMINATOR = 1001
 
@@ -115,7 +121,7 @@ def seek_frames(path: str | Path, times_s: Iterable[float]) -> Iterator[np.ndarr
         to_rgb = ToRgb(path)
         for time_s in times_s:
             container.seek(math.floor(time_s / stream.time_base) + (stream.start_time or 0), stream=stream)
-            frame = next(container.decode(stream), None)
+            frame = next(decode_video(container, stream), None)
             if frame is not None:
                 yield display_geometry(path, stream, frame).apply(to_rgb(frame))
 
@@ -190,9 +196,9 @@ def _probe(path: str, version: tuple[int, int] | None) -> VideoInfo:
     """Probes a version of a file, given by size and time of modification; reading asks again what planning asked."""
     with open_media(path) as container:
         stream = video_stream(container, path)
-        _check_alpha_layer(stream, path)
         times = _packet_times(container, stream)
         header_fps = stream.average_rate or stream.guessed_rate
+        _check_continuous(path, container, times)
     fps, is_variable = _rate(times, header_fps)
     if fps is None:
         raise MediaError(path, "has no frame rate")
@@ -203,9 +209,10 @@ def _probe(path: str, version: tuple[int, int] | None) -> VideoInfo:
         frames = math.ceil((span - _TOLERANCE_S) * fps)
     with open_media(path) as container:
         stream = video_stream(container, path)
-        first = next(container.decode(stream), None)
+        first = next(decode_video(container, stream), None)
         if first is None:
             raise MediaError(path, "no frame can be decoded")
+        _check_alpha_layer(stream, path, first)
         # Only a decoded frame has the size and the matrix that are displayed.
         pixels = display_geometry(path, stream, first).apply(ToRgb(path)(first))
     height, width = pixels.shape[:2]
@@ -214,14 +221,27 @@ def _probe(path: str, version: tuple[int, int] | None) -> VideoInfo:
     )
 
 
-def _check_alpha_layer(stream: av.VideoStream, path: str | Path) -> None:
-    """Refuses VP8 and VP9 with transparency in a second layer, which FFmpeg's own decoders drop."""
-    if stream.metadata.get("alpha_mode") == "1":
-        name = Path(path)
+def _to_first_size(path: str | Path, pixels: np.ndarray, size: tuple[int, int], time_s: Fraction | None) -> np.ndarray:
+    """Scales a frame to the size of the first: conference recordings change their resolution, not what they show."""
+    height, width = pixels.shape[:2]
+    if abs(width / height * size[0] / size[1] - 1) > _SAME_ASPECT:
+        at = "" if time_s is None else f" at {float(time_s):.3f} s"
         raise MediaError(
             path,
-            "has transparency in a layer that is lost in decoding; flatten it: ffmpeg -c:v libvpx-vp9 "
-            f"-i {name.name} -vf format=yuva420p,premultiply=inplace=1,format=yuv420p {name.stem}_flat.mp4",
+            f"changes its size from {size[1]}x{size[0]} to {width}x{height}{at}, expected one aspect ratio; cut it "
+            "there",
+        )
+    return resized(pixels, *size)
+
+
+def _check_alpha_layer(stream: av.VideoStream, path: str | Path, first: av.VideoFrame) -> None:
+    """Refuses VP8 and VP9 with transparency in a second layer if PyAV was built without the decoder that reads it."""
+    if stream.metadata.get("alpha_mode") == "1" and not has_alpha(first):
+        name, decoder = Path(path), "libvpx" if stream.codec_context.name == "vp8" else "libvpx-vp9"
+        raise MediaError(
+            path,
+            f"has transparency in a layer that this build of FFmpeg drops; keep it in another codec: ffmpeg "
+            f"-c:v {decoder} -i {name.name} -c:v ffv1 {name.stem}_alpha.mkv",
         )
 
 
@@ -239,6 +259,21 @@ def _packet_times(container: InputContainer, stream: av.VideoStream) -> list[Fra
         for packet in container.demux(stream)
         if packet.size and not packet.is_discard
     ]
+
+
+def _check_continuous(path: str, container: InputContainer, times: list[Fraction | None]) -> None:
+    """Refuses broadcasts whose clock jumps or starts again, as in files that were appended to each other."""
+    known = sorted(time for time in times if time is not None)
+    if container.format.name not in _WITH_CLOCK or len(known) < 2:
+        return
+    gap_s = max(later - earlier for earlier, later in pairwise(known))
+    if gap_s > _LONGEST_GAP_S or len(set(known)) < _MOSTLY * len(known):
+        raise MediaError(
+            path,
+            f"its time stamps {f'jump by {float(gap_s):.0f} s' if gap_s > _LONGEST_GAP_S else 'start again'}, as in "
+            f"recordings appended to each other; make them continuous: ffmpeg -i {Path(path).name} -c copy "
+            f"{Path(path).stem}_joined.mkv",
+        )
 
 
 def _rate(times: list[Fraction | None], header_fps: Fraction | None) -> tuple[Fraction | None, bool]:
@@ -271,18 +306,17 @@ def _iter_timed(path: str | Path) -> Iterator[tuple[Fraction | None, np.ndarray]
     """Decodes (time stamp in seconds, displayed frame); the time is None in files without time stamps."""
     with open_media(path) as container:
         stream = video_stream(container, path)
-        _check_alpha_layer(stream, path)
-        to_rgb, geometry, size = ToRgb(path), None, None
-        for index, frame in enumerate(container.decode(stream)):
-            if geometry is None:
+        to_rgb, geometry, size, shown = ToRgb(path), None, None, None
+        for frame in progressive(decode_video(container, stream)):
+            if geometry is None or (frame.width, frame.height) != size:
                 geometry, size = display_geometry(path, stream, frame), (frame.width, frame.height)
-            if (frame.width, frame.height) != size:
-                raise MediaError(
-                    path,
-                    f"changes its size from {size} to {(frame.width, frame.height)} in frame {index}; cut it there",
-                )
             time_s = None if frame.pts is None else frame.pts * frame.time_base
-            yield time_s, geometry.apply(to_rgb(frame))
+            pixels = geometry.apply(to_rgb(frame))
+            if shown is None:
+                shown = pixels.shape[:2]
+            elif pixels.shape[:2] != shown:
+                pixels = _to_first_size(path, pixels, shown, time_s)
+            yield time_s, pixels
 
 
 def _at_rate(

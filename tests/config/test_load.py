@@ -189,6 +189,21 @@ def test_broken_toml_names_file_and_line(write, content):
     assert "line" in line
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_job_files_of_windows_editors_are_read(tmp_path, encoding):
+    path = tmp_path / "job.toml"
+    path.write_bytes((MINIMAL + '[job]\ndescription = "größer"\n').replace("\n", "\r\n").encode(encoding))
+    assert load_job(path).job.description == "größer"
+
+
+def test_job_files_in_other_encodings_say_how_to_convert_them(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_bytes((MINIMAL + '[job]\ndescription = "größer"\n').encode("latin-1"))
+    (line,) = errors_of(path)
+    assert "job.toml: expected UTF-8" in line
+    assert "iconv -f WINDOWS-1252 -t UTF-8 job.toml" in line
+
+
 def test_absent_job_file_is_named(tmp_path):
     (line,) = errors_of(tmp_path / "none.toml")
     assert "none.toml: expected a file that can be read" in line

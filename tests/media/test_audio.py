@@ -119,3 +119,23 @@ def test_mono_parts_become_stereo(tmp_path):
     write_wav(tmp_path / "a.wav", Audio(tone(0.5, RATE, 1), RATE))
     (part,) = iter_audio_parts(tmp_path / "a.wav", [(0.1, 0.2)])
     assert torch.equal(part.waveform[0], part.waveform[1])
+
+
+@pytest.mark.parametrize(
+    ("layout", "left", "right"),
+    [
+        (("FL", "FR", "FC"), [1, 0, 0.707], [0, 1, 0.707]),
+        (("FL", "FR", "LFE"), [1, 0, 0], [0, 1, 0]),
+        (("FL", "FR", "BL", "BR"), [1, 0, 0.707, 0], [0, 1, 0, 0.707]),
+        (("FL", "FR", "FC", "BC"), [1, 0, 0.707, 0.5], [0, 1, 0.707, 0.5]),
+        (("FL", "FR", "FC", "BL", "BR"), [1, 0, 0.707, 0.707, 0], [0, 1, 0.707, 0, 0.707]),
+        (("FL", "FR", "FC", "LFE", "BC", "SL", "SR"), [1, 0, 0.707, 0, 0.5, 0.707, 0], [0, 1, 0.707, 0, 0.5, 0, 0.707]),
+        (("AMBI0", "AMBI1", "AMBI2", "AMBI3"), [1, 0, 0, 0], [1, 0, 0, 0]),
+        (("FC", "LFE"), [1, 0], [1, 0]),
+        ((), [1, 1, 1], [1, 1, 1]),
+    ],
+)
+def test_channels_are_mixed_by_their_positions(layout, left, right):
+    found = to_stereo(torch.eye(len(left)), layout)
+    for weights, expected in zip(found, (left, right), strict=True):
+        assert weights.tolist() == pytest.approx([value / sum(expected) for value in expected], abs=1e-3)

@@ -1,5 +1,8 @@
 """Colors as a player shows them, or a refusal that names the command: transfer, primaries, range, depth, alpha."""
 
+import shlex
+import subprocess
+
 import av
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from PIL import Image, PngImagePlugin
 
 from ltx_titan.media import MediaError, iter_frames, probe_video, read_image
 from tests.media.containers import write_frames
+from tests.media.registry import FFMPEG
 
 GRAY = np.full((64, 64, 3), 128, np.uint8)
 
@@ -162,3 +166,27 @@ def test_second_picture_of_a_phone_is_not_the_image(tmp_path):
     first, second = Image.new("RGB", (16, 16), "blue"), Image.new("RGB", (8, 8), "red")
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
     assert read_image(tmp_path / "a.jpg")[0, 0, 0].tolist() == pytest.approx([0, 0, 255], abs=4)
+
+
+@pytest.mark.parametrize("transfer", [16, 18], ids=["pq", "hlg"])
+def test_printed_command_maps_sdr_white_to_white(tmp_path, transfer):
+    # 203 nit, the reference white of ITU-R BT.2408, is 58 % of PQ and 75 % of HLG.
+    white = 0.5807 if transfer == 16 else 0.75
+    path = tmp_path / "phone.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p10le"
+        frame = av.VideoFrame(64, 64, "yuv420p10le")
+        for plane, value in zip(frame.planes, (64 + 876 * white, 512, 512), strict=True):
+            np.frombuffer(plane, np.uint16)[:] = round(value)
+        for name, value in {"color_primaries": 9, "color_trc": transfer, "colorspace": 9, "color_range": 1}.items():
+            setattr(stream.codec_context, name, value)
+            setattr(frame, name, value)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(MediaError) as refused:
+        probe_video(path)
+    command = shlex.split(str(refused.value)[str(refused.value).index("ffmpeg ") :])
+    subprocess.run([FFMPEG, "-v", "error", *command[1:]], check=True, cwd=tmp_path)
+    assert flat(tmp_path / "phone_sdr.mp4") == pytest.approx([255, 255, 255], abs=3)

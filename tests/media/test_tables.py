@@ -102,8 +102,25 @@ def test_rows_that_would_overwrite_each_other_are_rejected(tmp_path):
     [
         ("d.txt", b"x", "suffix '.txt'"),
         ("d.json", b"{", "d.json: not valid JSON"),
-        ("d.jsonl", b'{"video": "a"}\n\n{"video"\n', "d.jsonl: line 3 is not valid JSON"),
-        ("d.csv", b"video,caption\na,\xff\n", "d.csv: not UTF-8"),
+        ("d.jsonl", b'\n{"video"\n', "d.jsonl: has no row that can be used; .*line 2 is not valid JSON"),
+        (
+            "d.csv",
+            "video,caption\na,café\n".encode("latin-1"),
+            r"not UTF-8: line 2 .*0xe9.*'a,café.*iconv -f WINDOWS-1252",
+        ),
+        (
+            "d.csv",
+            "video,caption\na,b\n".encode("utf-16-le"),
+            r"but UTF-16LE without a byte-order mark; .*iconv -f UTF-16LE",
+        ),
+        ("d.json", '[{"video": "a"}]'.encode("utf-16-be"), r"but UTF-16BE without a byte-order mark"),
+        ("d.csv", b"video,caption,caption\na,b,c\n", r"has the columns \['caption'\] more than once"),
+        ("d.csv", b"video,,caption\na,b,c\n", "column 2 of 3 has no name"),
+        ("d.json", b'[{"video": "a"}, // first\n{}]', "JSON has no comments"),
+        ("d.json", b'[{"video": "a"},\n]', "not valid JSON.*delete the comma before it"),
+        ("d.json", b"[{'video': 'a'}]", "JSON has double quotes only"),
+        ("d.json", b'{"data": [{"video": "a"}]}', r"found an object with the keys \['data'\]"),
+        ("d.json", b'{"a.mp4": "a cat"}', r"expected a list of objects.*found an object"),
         ("d.json", b'["a"]', "list of objects"),
         ("d.json", b"[]", "no rows"),
         ("d.json", b'[{"video": "a"}]', "no column 'caption'"),
@@ -136,3 +153,163 @@ def test_moved_rows_name_the_same_files(tmp_path):
     assert below == row | {"video": "set/a.mp4", "reference_video": "set/sub/b.mp4"}
     aside = moved_row(row, tmp_path / "set", tmp_path / "other")
     assert media_of_row(aside, tmp_path / "other" / "d.csv") == tmp_path / "set" / "a.mp4"
+
+
+def captions_and_rejected(path):
+    table = read_sample_table(path)
+    return [sample.caption for sample in table.samples], table.rejected
+
+
+@pytest.mark.parametrize(
+    ("text", "captions", "item", "reason"),
+    [
+        (
+            "video,caption\na,A cat, asleep\nb,two\n",
+            ["two"],
+            "row 1 (line 2)",
+            "has 3 cells, expected 2 (video, caption)",
+        ),
+        ('video,caption\na,He said "hi, you" once\nb,two\n', ["two"], "row 1 (line 2)", "into double quotes"),
+        ('video,caption\na,one\nb,"no end\nc,three\n', ["one", "three"], "row 2 (line 3)", "close the quotes"),
+        (
+            'video,caption\na,"no end\nb,"two, too"\nc,three\n',
+            ["two, too", "three"],
+            "row 1 (line 2)",
+            "close the quotes",
+        ),
+        ('video,caption\na.mp4,"no end\nb.mp4,two"\nc.mp4,x\n', ["x"], "row 1 (line 2)", "swallows the rows after it"),
+        ("video,caption\na\nb,two\n", ["two"], "row 1 (line 2)", "has 1 cells, expected 2"),
+        ("video,caption\na,one\0\nb,two\n", ["two"], "row 1 (line 2)", "contains a NUL byte"),
+        ("video;caption\na;one; too\nb;two, too\n", ["two, too"], "row 1 (line 2)", "contain a semicolon"),
+    ],
+    ids=["comma", "said", "open_quote", "open_before_quoted", "swallowed", "missing", "nul", "semicolon"],
+)
+def test_doubtful_csv_rows_are_rejected_alone(tmp_path, text, captions, item, reason):
+    found, rejected = captions_and_rejected(write(tmp_path, "d.csv", text))
+    assert found == captions
+    assert rejected[0][0] == item
+    assert reason in rejected[0][1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "video,caption\r\na,one\r\n\r\n\r\nb,two\r\n",
+        "\n\nvideo,caption,\na,one,\n,,\nb,two,\n",
+        " video , caption \na,one\nb,two\n",
+        'video, caption\na, "one"\nb, two\n',
+        "video;caption\na;one\nb;two\n",
+        "video\tcaption\na\tone\nb\ttwo\n",
+        "video,caption\ra,one\rb,two\r",
+    ],
+    ids=["empty_lines", "empty_columns", "spaces_in_header", "spaces_after_commas", "semicolons", "tabs", "old_mac"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_csv_styles_of_other_programs(tmp_path, text, encoding):
+    path = tmp_path / "d.csv"
+    path.write_bytes(text.encode(encoding))
+    assert captions_and_rejected(path) == (["one", "two"], ())
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"video": "a", "caption": NaN}', "column 'caption': expected text, found a number (NaN)"),
+        ('{"video": "a", "caption": 5}', "found a number (5)"),
+        ('{"video": "a", "caption": ["one", "two"]}', 'found a list (["one", "two"])'),
+        ('{"video": ["a", "b"], "caption": "x"}', "column 'video': expected text, found a list"),
+        ('{"video": "a", "caption": {"en": "x"}}', "found an object"),
+        ('{"video": "a", "caption": true}', "found true or false"),
+        ('{"video": "a", "caption": "x", "caption": "y"}', "has the key 'caption' twice"),
+        ('{"video": "a", "caption": "\\ud83d"}', "half of a surrogate pair"),
+        ('{"video": "a\\u0000", "caption": "x"}', "contains a NUL byte"),
+        ('{"video": "a", "caption": "x",}', "not valid JSON"),
+        ('["a", "x"]', "found a list"),
+        ("null", "found null"),
+        ('"a"', "expected an object such as"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_doubtful_json_rows_are_rejected_alone(tmp_path, line, reason, suffix):
+    good = '{"video": "b", "caption": "two"}'
+    if suffix == "json" and "not valid" in reason:
+        return
+    text = f"[{good}, {line}]" if suffix == "json" else f"{good}\n{line}\n"
+    found, ((item, why),) = captions_and_rejected(write(tmp_path, f"d.{suffix}", text))
+    assert found == ["two"]
+    assert item.startswith("row 2")
+    assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("d.jsonl", '[{"video": "a", "caption": "one"},\n {"video": "b", "caption": "two"}]'),
+        ("d.json", '{"video": "a", "caption": "one"}\n{"video": "b", "caption": "two"}\n'),
+    ],
+    ids=["array_named_lines", "lines_named_json"],
+)
+def test_json_and_json_lines_may_have_each_others_names(tmp_path, name, text):
+    assert captions_and_rejected(write(tmp_path, name, text)) == (["one", "two"], ())
+
+
+def test_rows_that_would_be_lost_stop_a_table_from_being_rewritten(tmp_path):
+    path = write(tmp_path, "d.csv", "video,caption\na,A cat, asleep\nb,two\n")
+    with pytest.raises(ValueError, match=r"1 rows cannot be read and would be lost.*row 1 \(line 2\)"):
+        read_table(path)
+
+
+def test_values_of_named_columns_must_be_text(tmp_path):
+    path = write(tmp_path, "d.json", '[{"clip": "a", "text": 5}, {"clip": "b", "text": "two"}]')
+    table = read_sample_table(path, video_column="clip", caption_column="text")
+    assert [sample.caption for sample in table.samples] == ["two"]
+    assert table.rejected == (("row 1", "column 'text': expected text, found a number (5); write it in double quotes"),)
+
+
+def fill(folder, **files):
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def test_folder_of_clips_with_captions_is_a_table(tmp_path):
+    fill(tmp_path, a_mp4="", a_txt=" a cat,\n asleep \n", sub__b_MOV="", sub__b_txt="\ufeffzwei ä\r\n", c_jpg="")
+    fill(tmp_path, c_TXT="drei\u2028x".encode("utf-16"))
+    table = read_sample_table(tmp_path)
+    assert [(str(sample.key), sample.caption) for sample in table.samples] == [
+        ("a.pt", "a cat,\n asleep"),
+        ("c.pt", "drei\u2028x"),
+        ("sub/b.pt", "zwei ä"),
+    ]
+    assert table.samples[2].video == tmp_path / "sub" / "b.MOV"
+    assert table.rejected == ()
+    assert (table.has_video, table.has_audio) == (True, False)
+
+
+def test_files_of_a_folder_that_do_not_match_are_named(tmp_path):
+    fill(tmp_path, a_mp4="", a_txt="one", b_mp4="", c_mp4="", c_txt=" \n", readme_txt="x", d_mp4="", d_txt=b"caf\xe9")
+    fill(tmp_path, a_wav="", _hidden__e_mp4="", a_edges_mp4="")
+    (tmp_path / "a_edges.mp4").touch()
+    table = read_sample_table(tmp_path)
+    assert [sample.caption for sample in table.samples] == ["one"]
+    reasons = {item.removeprefix(f"{tmp_path}/"): reason for item, reason in table.rejected}
+    assert reasons["b.mp4"] == "has no text file b.txt beside it; write its caption there"
+    assert reasons["c.mp4"].startswith("has an empty text file c.txt")
+    assert reasons["readme.txt"].startswith("has no media file beside it")
+    assert reasons["d.txt"].startswith("not UTF-8: line 1 has the byte 0xe9")
+    assert reasons["a.wav"].startswith("is audio in a folder of videos")
+    # Captions are not needed where only media are encoded.
+    found = [str(sample.key) for sample in read_sample_table(tmp_path, needs_captions=False).samples]
+    assert found == ["a.edges.pt", "a.pt", "b.pt", "c.pt", "d.pt"]
+
+
+def test_folder_of_audio_and_folders_without_captions(tmp_path):
+    fill(tmp_path, x__a_wav="", x__a_txt="rain", y__a_mp4="", y__dataset_jsonl="{}", z__a_mp4="")
+    table = read_sample_table(tmp_path / "x")
+    assert (table.has_video, table.has_audio, table.samples[0].caption) == (False, True, "rain")
+    with pytest.raises(ValueError, match=r"holds no captions; expected a text file NAME\.txt.*y/dataset\.jsonl"):
+        read_sample_table(tmp_path / "y")
+    with pytest.raises(ValueError, match=r"holds no captions.*ltx-titan caption"):
+        read_sample_table(tmp_path / "z")

@@ -245,3 +245,41 @@ def test_track_without_packets_is_no_audio(tmp_path):
         assert len(container.streams.audio) == 1
     assert read_audio(path) is None
     assert (probe_video(path).has_audio, probe_video(path).frames) == (False, 9)
+
+
+def appended(folder, *parts):
+    """A transport stream of parts (width, height, start in seconds) appended to each other."""
+    path = folder / "joined.ts"
+    content = b""
+    for index, (width, height, start_s) in enumerate(parts):
+        part = folder / f"part{index}.ts"
+        with av.open(str(part), "w", options={"output_ts_offset": str(start_s)}) as container:
+            stream = container.add_stream("libx264", rate=25, options={"bf": "0"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for level in (40, 80, 120, 160, 200):
+                pixels = np.full((height, width, 3), level, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        content += part.read_bytes()
+    path.write_bytes(content)
+    return path
+
+
+def test_frames_of_another_resolution_get_the_size_of_the_first(tmp_path):
+    path = appended(tmp_path, (96, 64, 0), (192, 128, 0.2))
+    frames = list(iter_frames(path))
+    assert [frame.shape for frame in frames] == [(64, 96, 3)] * 10
+    assert [int(frame.mean()) for frame in frames] == pytest.approx([40, 80, 120, 160, 200] * 2, abs=4)
+
+
+def test_frames_of_another_aspect_ratio_are_refused(tmp_path):
+    path = appended(tmp_path, (96, 64, 0), (64, 64, 0.2))
+    with pytest.raises(MediaError, match=r"changes its size from 96x64 to 64x64 at 0\.200 s"):
+        list(iter_frames(path))
+
+
+@pytest.mark.parametrize(("start_s", "reason"), [(500, "jump by 500 s"), (0, "start again")])
+def test_broadcasts_whose_clock_jumps_are_refused(tmp_path, start_s, reason):
+    path = appended(tmp_path, (96, 64, 0), (96, 64, start_s))
+    with pytest.raises(MediaError, match=rf"its time stamps {reason}.*ffmpeg -i joined\.ts -c copy joined_joined\.mkv"):
+        probe_video(path)

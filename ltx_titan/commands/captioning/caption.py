@@ -127,6 +127,9 @@ class CaptionOptions:
     load_in_8bit: Flag = False
     """Load the local model with int8 weights: half the memory."""
 
+    strict: Flag = False
+    """Exit with status 1 if any file failed; otherwise only if nothing could be done."""
+
     device: str = field(default_factory=default_device)
     """Device of the local model: cuda, cpu, or auto to distribute it over all GPUs."""
 
@@ -139,7 +142,7 @@ class CaptionOptions:
 
 
 def run(options: CaptionOptions) -> int:
-    """Runs the command; the exit status is 1 if no file has a caption at the end."""
+    """Runs the command; the exit status is 1 if no file has a caption at the end, or if one failed with `--strict`."""
     if options.api_key is not None:
         raise ValueError(
             "--api-key: every user of this machine can read it in the list of processes; set the variable "
@@ -147,7 +150,7 @@ def run(options: CaptionOptions) -> int:
         )
     report = caption_files(options)
     report.print("caption")
-    return 0 if options.dry_run or report.succeeded() else 1
+    return report.status(options.strict, options.dry_run)
 
 
 def caption_files(options: CaptionOptions, console: Console | None = None) -> Report:

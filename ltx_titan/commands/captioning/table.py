@@ -11,6 +11,7 @@ from pathlib import Path
 from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES, find_media
 from ltx_titan.common.files import locked, write_text
 from ltx_titan.media import is_image
+from ltx_titan.media.folders import captions_beside
 from ltx_titan.media.tables import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
 
 
@@ -35,6 +36,7 @@ class CaptionTable:
             raise ValueError(f"--output: {self.path} is not a table; expected .csv, .json, .jsonl or .txt")
         self._journal = self.path.with_name(f".{self.path.name}.journal")
         self.rows_without_file: list[int] = []
+        self._beside: dict[Path, str] = {}
         if self._source is not None:
             found = [media_of_row(row, source) for row in read_table(source)]
             self.rows_without_file = [number for number, path in enumerate(found, start=1) if path is None]
@@ -44,6 +46,8 @@ class CaptionTable:
             self.files = [source]
         else:
             self.files = _without_audio_of_videos(find_media(source, suffixes, recursive))
+            # Captions of other trainers: `NAME.txt` beside a clip.
+            self._beside, _ = captions_beside(source, self.files)
         self._captions = self._known()
 
     def has(self, path: Path) -> bool:
@@ -74,7 +78,7 @@ class CaptionTable:
 
     def _known(self) -> dict[str, str]:
         """Captions in the source, the output and the journal by file; later ones win."""
-        captions: dict[str, str] = {}
+        captions = {self._key(path): caption for path, caption in self._beside.items()}
         for table in dict.fromkeys(path for path in (self._source, self.path) if path is not None):
             for row in _read(table):
                 media = media_of_row(row, table)

@@ -99,15 +99,18 @@ class InspectOptions:
     mode: Literal["full", "lora"] = "lora"
     """Full or LoRA fine-tuning, for step times."""
 
+    strict: Flag = False
+    """Exit with status 1 if any file failed; otherwise only if nothing could be done."""
+
     device: str = field(default_factory=default_device)
     """Device that latents are decoded on."""
 
 
 def run(options: InspectOptions) -> int:
-    """Runs the command; the exit status is 1 if no file or sample is usable."""
+    """Runs the command; the exit status is 1 if no file or sample is usable, or if one is not with `--strict`."""
     report = inspect_data(options)
     report.print("inspect")
-    return 0 if report.succeeded() else 1
+    return report.status(options.strict)
 
 
 def inspect_data(options: InspectOptions, console: Console | None = None) -> Report:
@@ -141,7 +144,9 @@ def _prepared_root(source: Path) -> Path | None:
 
 def _inspect_clips(options: InspectOptions, times: SampleTimes, report: Report) -> None:
     buckets = parse_buckets(options.resolution_buckets, _SCALE_FACTORS) if options.resolution_buckets else []
-    found = raw.find_clips(options.source)
+    found, problems = raw.find_clips(options.source)
+    for item, reason in problems:
+        report.fail("rows", item, reason)
     with report.progress(_STAGE, len(found)) as bar:
         clips = raw.probe_clips(found, buckets, options.deep, options.num_workers, bar.advance)
     good = [clip for clip in clips if clip.problem is None]
@@ -168,8 +173,12 @@ def _inspect_clips(options: InspectOptions, times: SampleTimes, report: Report) 
         _print_buckets(
             [(str(clip.bucket), clip.fps, clip.video_tokens, clip.audio_tokens) for clip in bucketed], times, report
         )
-    _note(report, raw.warnings_of(clips, is_table(options.source)))
+    _note(report, raw.warnings_of(clips, _has_captions(options.source, found)))
     _write_outputs(options, header, clips, raw.sheet_entry, raw.as_record, report)
+
+
+def _has_captions(source: Path, clips: Sequence[tuple[Path, str | None]]) -> bool:
+    return is_table(source) or any(caption is not None for _, caption in clips)
 
 
 def _inspect_prepared(

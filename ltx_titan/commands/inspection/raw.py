@@ -31,8 +31,9 @@ from ltx_titan.media import (
     seek_frames,
     to_uint8,
 )
+from ltx_titan.media.folders import captions_beside
 from ltx_titan.media.image import image_has_alpha
-from ltx_titan.media.tables import is_table, media_of_row, read_table
+from ltx_titan.media.tables import is_table, media_of_row, read_rows
 
 _SHEET_FRAMES = 6
 # Frames after this one are reached by seeking instead of decoding all frames before.
@@ -121,17 +122,28 @@ class RawClip:
         return "   ".join(parts)
 
 
-def find_clips(source: Path) -> list[tuple[Path, str | None]]:
-    """(file, caption) for the files of a folder or the rows of a table.
+def find_clips(source: Path) -> tuple[list[tuple[Path, str | None]], list[tuple[str, str]]]:
+    """(file, caption) for the rows of a table or the files of a folder, whose captions are in text files beside them.
+
+    Returns:
+        The files, and (item, reason) of rows and text files that cannot be used.
 
     Raises:
         ValueError: there are no files.
     """
-    if is_table(source):
-        rows = read_table(source)
-        found = [(media_of_row(row, source), row.get("caption")) for row in rows]
-        return [(path, caption) for path, caption in found if path is not None]
-    return [(path, None) for path in find_media(source, VIDEO_SUFFIXES | IMAGE_SUFFIXES | AUDIO_SUFFIXES)]
+    if not is_table(source):
+        files = find_media(source, VIDEO_SUFFIXES | IMAGE_SUFFIXES | AUDIO_SUFFIXES)
+        captions, problems = captions_beside(source, files)
+        return [(path, captions.get(path)) for path in files], problems if captions else []
+    table = read_rows(source)
+    clips, problems = [], list(table.rejected)
+    for number, row in table.rows:
+        path = media_of_row(row, source)
+        if path is None:
+            problems.append((f"row {number}", "names no file"))
+        else:
+            clips.append((path, row.get("caption")))
+    return clips, problems
 
 
 def probe_clips(
@@ -206,7 +218,7 @@ def warnings_of(clips: Sequence[RawClip], has_captions: bool) -> dict[str, list[
             "animated images, of few colors and with varying times (convert them to video)": (
                 clip.path.suffix.lower() in ANIMATED_SUFFIXES
             ),
-            "interlaced videos (deinterlace them: ffmpeg -vf bwdif)": clip.is_interlaced,
+            "interlaced videos, deinterlaced by FFmpeg's bwdif at one frame for two fields": clip.is_interlaced,
             "videos and images with transparency, shown over white": clip.has_alpha,
         }
         lost = clip.bucket.notes(clip.width, clip.height, clip.frames) if clip.bucket is not None else ()

@@ -16,7 +16,7 @@ from ltx_titan.commands.report import Report
 from ltx_titan.common.ranks import Ranks
 from ltx_titan.data.cache import READER_THREADS
 from ltx_titan.data.fingerprints import FileVersion, Fingerprint, State, digest_of, is_changed, text_digest, version_of
-from ltx_titan.media.tables import SampleRow, relative_name
+from ltx_titan.media.tables import SampleRow, relative_name, table_folder
 
 
 class Maker(Protocol):
@@ -56,7 +56,7 @@ class Changes:
             store: the samples and their fingerprints.
             table: the dataset table, which paths are relative to.
         """
-        self._store, self._base = store, table.parent
+        self._store, self._base = store, table_folder(table)
         self._done: set[tuple[str, Path]] = set()
         # Note -> names of rows, in the order of the rows.
         self.notes: dict[str, list[str]] = {}

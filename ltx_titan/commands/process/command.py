@@ -12,7 +12,8 @@ _DATASET_DESCRIPTION = """\
 Prepare a dataset for training: encode videos (or still images), their audio and their captions once, so that training
 reads latents and text features instead of running the encoders in every step.
 
-The table has one row per sample (.csv, .json: a list of objects, .jsonl). Paths are relative to its folder.
+The table has one row per sample (.csv, .json: a list of objects, .jsonl). Paths are relative to its folder. In its
+place, a folder of clips with a caption NAME.txt beside each can be given.
   video or media_path   a video or image                                          -> latents/, audio_latents/
   caption               description of the images and the audio                    -> conditions/
   audio                 an audio file, used instead of the video's own             -> audio_latents/
@@ -24,7 +25,7 @@ A dataset of audio only needs audio and caption; all other columns are optional.
 
 Each clip is assigned to the bucket with the closest aspect ratio that it has enough frames for; it is scaled to cover
 it and cropped around the center, and its first frames are taken at its own frame rate. Files that cannot be read are
-reported at the end and skipped.
+reported at the end and skipped; with --strict the exit status then is 1.
 
 An interrupted run resumes where it stopped when it is started again. With several GPUs, start the same command under
 torchrun: each process then has its own GPU and does its share.
@@ -103,20 +104,20 @@ class CaptionsOptions:
 
 
 def process_dataset(options: DatasetOptions) -> int:
-    """Runs `ltx-titan process-dataset`; the exit status is 1 only if nothing at all could be prepared."""
+    """Runs `ltx-titan process-dataset`; the exit status is that of `report_and_status`."""
     report = process(options.data, options.media, options.captions)
-    return report_and_status(report, "process-dataset", options.data.root)
+    return report_and_status(report, "process-dataset", options.data)
 
 
 def process_videos(options: VideosOptions) -> int:
-    """Runs `ltx-titan process-videos`; the exit status is 1 only if nothing at all could be prepared."""
-    return report_and_status(process(options.data, options.media), "process-videos", options.data.root)
+    """Runs `ltx-titan process-videos`; the exit status is that of `report_and_status`."""
+    return report_and_status(process(options.data, options.media), "process-videos", options.data)
 
 
 def process_captions(options: CaptionsOptions) -> int:
-    """Runs `ltx-titan process-captions`; the exit status is 1 only if nothing at all could be prepared."""
+    """Runs `ltx-titan process-captions`; the exit status is that of `report_and_status`."""
     report = process(options.data, captions=options.captions)
-    return report_and_status(report, "process-captions", options.data.root)
+    return report_and_status(report, "process-captions", options.data)
 
 
 class Command(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Annotated
 from ltx_titan.codecs import TextPrecision
 from ltx_titan.common.options import Flag, Maybe, Positional, default_device, placeholder
 from ltx_titan.encode.clips import Reshape
+from ltx_titan.media.tables import table_folder
 
 
 @dataclass(frozen=True)
@@ -15,13 +16,13 @@ class DataOptions:
     """Options of every process command."""
 
     dataset_path: Annotated[Positional[Path], placeholder("DATASET")]
-    """Dataset table: .csv, .json or .jsonl."""
+    """Dataset table (.csv, .json or .jsonl), or a folder of clips with a caption NAME.txt beside each."""
 
     model_path: Path
     """Checkpoint (.safetensors) to be trained; with the text projection, and the VAEs unless they have own files."""
 
     output_dir: Maybe[Path] = None
-    """Root of the prepared data. Default: .precomputed next to the table."""
+    """Root of the prepared data. Default: .precomputed next to the table, or in the folder."""
 
     video_column: Annotated[Maybe[str], placeholder("NAME")] = None
     """Column of videos, which samples are named after. Default: video or media_path."""
@@ -46,13 +47,16 @@ class DataOptions:
     dry_run: Flag = False
     """Load no model, write nothing: report what would be done, and what would be skipped and why."""
 
+    strict: Flag = False
+    """Exit with status 1 if any row or file was skipped; otherwise only if nothing could be prepared."""
+
     device: str = field(default_factory=default_device)
     """Device of the encoders. Under torchrun each process takes its own GPU."""
 
     @property
     def root(self) -> Path:
         """Root of the prepared data."""
-        return self.output_dir or self.dataset_path.parent / ".precomputed"
+        return self.output_dir or table_folder(self.dataset_path) / ".precomputed"
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from ltx_titan.encode.captions import text_bytes
 from ltx_titan.encode.clips import ClipRules
 from ltx_titan.encode.encoders import EncoderFiles
 from ltx_titan.encode.references import ReferenceScale
-from ltx_titan.media.tables import SampleTable, read_sample_table
+from ltx_titan.media.tables import SampleTable, read_sample_table, table_folder
 from ltx_titan.weights import read_config, scale_factors
 
 # Column -> folder of its output.
@@ -165,12 +165,12 @@ def process(
         return report
 
 
-def report_and_status(report: Report, title: str, root: Path) -> int:
-    """Prints a report; returns the exit status, 1 only if nothing at all could be prepared."""
+def report_and_status(report: Report, title: str, data: DataOptions) -> int:
+    """Prints a report; returns the exit status, 1 if nothing at all could be prepared, or anything with `--strict`."""
     report.print(title)
     if not report.plans:
-        report.console.print(f"prepared data: {root}", highlight=False, soft_wrap=True)
-    return 0 if report.succeeded() else 1
+        report.console.print(f"prepared data: {data.root}", highlight=False, soft_wrap=True)
+    return report.status(data.strict)
 
 
 def _report_orphans(orphans: Mapping[str, Sequence[str]], task: _Task, report: Report) -> None:
@@ -278,7 +278,7 @@ def _table_description(task: _Task) -> dict[str, Any]:
     """Path and columns of the table, by which later commands find it."""
     table, root = Path(os.path.abspath(task.data.dataset_path)), Path(os.path.abspath(task.data.root))
     # Relative if they would be moved together.
-    path = os.path.relpath(table, root) if root.is_relative_to(table.parent) else str(table)
+    path = os.path.relpath(table, root) if root.is_relative_to(table_folder(table)) else str(table)
     caption_column = task.captions.caption_column if task.captions else None
     columns = {"video_column": task.data.video_column, "caption_column": caption_column}
     return {"path": path} | {name: column for name, column in columns.items() if column is not None}
