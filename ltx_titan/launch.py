@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main as torchrun
 
+from ltx_titan.common.files import held, is_held
 from ltx_titan.common.options import Overrides, Positional, placeholder
+from ltx_titan.parallel.join import check_address
 from ltx_titan.parallel.stop import LAUNCHER_PID, STOP_SIGNALS
 
 DESCRIPTION = """\
@@ -45,6 +48,10 @@ examples:
 """
 
 
+# Prefix of the folder of the ranks' log files.
+_LOGS = "ltx-titan-logs-"
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """Options of `ltx-titan train`."""
@@ -59,7 +66,9 @@ def run(options: TrainOptions) -> int:
     """Trains on all ranks of this node; returns the exit code of the worker that failed first, or 0."""
     # Larger segments: long jobs with several shapes otherwise run out of memory to fragmentation.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    return launch(torchrun_arguments(options.job, options.overrides, os.environ))
+    arguments = torchrun_arguments(options.job, options.overrides, os.environ)
+    check_nodes(os.environ)
+    return launch(arguments)
 
 
 def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -95,13 +104,37 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
     return [*arguments, "-m", "ltx_titan.train", str(job), *overrides]
 
 
+def check_nodes(environment: Mapping[str, str]) -> None:
+    """Refuses what torchrun would wait for without a word.
+
+    Args:
+        environment: as in `torchrun_arguments`.
+
+    Raises:
+        ValueError: NODE_RANK is not one of the nodes, or MASTER_ADDR does not resolve within 30 s.
+    """
+    values = {name: value for name, value in environment.items() if value}
+    nodes = values.get("NNODES", "1")
+    if nodes == "1":
+        return
+    own = values.get("NODE_RANK", "0")
+    # A range of nodes, MIN:MAX, is torchrun's own business.
+    if nodes.isdecimal() and not (own.isdecimal() and int(own) < int(nodes)):
+        raise ValueError(f"NODE_RANK = {own}: expected 0 to {int(nodes) - 1}, as NNODES = {nodes}; number from 0.")
+    port = values.get("MASTER_PORT", "29500")
+    if not port.isdecimal():
+        raise ValueError(f"MASTER_PORT = {port!r}: expected a whole number; set it to a free port of node 0.")
+    check_address(values.get("MASTER_ADDR", ""), int(port))
+
+
 def launch(arguments: Sequence[str]) -> int:
     """Runs torchrun; returns the exit code of the worker that failed first, or 0."""
     os.environ[LAUNCHER_PID] = str(os.getpid())
     # Its reports of failed workers, of which one line is made below.
     for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="ltx-titan-") as logs:
+    remove_stale_logs()
+    with tempfile.TemporaryDirectory(prefix=_LOGS) as logs, held(Path(logs)):
         # torchrun copies the first error of a worker to its own error file, and complains without one.
         os.environ["TORCHELASTIC_ERROR_FILE"] = str(Path(logs) / "error.json")
         stop = _StopHandler(logs)
@@ -110,6 +143,19 @@ def launch(arguments: Sequence[str]) -> int:
         except ChildFailedError as error:
             return _report(error, stop.received)
     return 0
+
+
+def remove_stale_logs() -> None:
+    """Removes the log folders of killed launchers from the temporary folder; those of living ones are locked."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_LOGS}*"):
+        # A minute, because a launcher makes its folder before it locks it.
+        with suppress(OSError):
+            if (
+                folder.stat().st_uid == os.getuid()
+                and time.time() - folder.stat().st_mtime > 60
+                and not is_held(folder)
+            ):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class _StopHandler:

@@ -7,7 +7,9 @@ device, shards it, loads this rank's slices and resumes. `Trainer.train` loops; 
     clip -> optimizer -> log -> save
 """
 
+import faulthandler
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -60,13 +62,16 @@ from ltx_titan.metrics import (
     summarize_run,
 )
 from ltx_titan.metrics.clock import StepClock
+from ltx_titan.metrics.heartbeat import Heartbeat, Phase
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
 from ltx_titan.optim.build import STATE_BYTES
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
-from ltx_titan.parallel.mesh import build_mesh, init_distributed
+from ltx_titan.parallel.join import check_environment
+from ltx_titan.parallel.mesh import build_mesh, default_store, init_distributed, set_timeouts
 from ltx_titan.parallel.stop import StepVote, end_with_launcher
+from ltx_titan.parallel.watch import Watch
 from ltx_titan.plan import Plan, is_finished, plan_job
 from ltx_titan.validation.training import TrainingValidation, check_validation_files
 from ltx_titan.weights import stream_of
@@ -88,7 +93,8 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.job = job = plan.job
-        self.device = init_distributed()
+        self.device = init_distributed(job.job.timeout_s, plan.folder / "stacks")
+        self.watch = Watch(default_store(), plan.folder / "stacks", job.job.timeout_s)
         self.is_main = dist.get_rank() == 0
         self.is_lora = job.model.mode == "lora"
         self.mesh = build_mesh(self.device.type, plan.degrees)
@@ -113,7 +119,9 @@ class Trainer:
         # Last, because it fills the parameters, optimizer states and average that exist by now.
         self.step, self.next_batch = self._resume()
         self._check_room()
+        set_timeouts(job.job.timeout_s)  # of all groups that exist by now
         self.vote = StepVote()
+        self.heartbeat = Heartbeat(plan.folder, is_writer=self.is_main)
         self.save_blocked_s: float | None = None  # how long the newest save blocked training, until it is logged
 
     def _resume(self) -> tuple[int, int]:
@@ -153,7 +161,16 @@ class Trainer:
         Raises:
             FloatingPointError: the loss, the gradient norm, or a tensor to be saved is not finite.
             SaveError, OSError: checkpoints cannot be written.
+            StalledError: a rank was waited for until the time-out.
         """
+        try:
+            with self.watch.explained():
+                self._train()
+        except BaseException:
+            self.heartbeat.set_phase("failed")
+            raise
+
+    def _train(self) -> None:
         job, plan = self.job, self.plan
         if self.is_main:
             # As resolved, with defaults and overrides, so that the run can be repeated without its command line.
@@ -189,14 +206,17 @@ class Trainer:
             rank=dist.get_rank(),
         )
         clock = StepClock(self.device)
+        self.heartbeat.step(self.step)
+        self.watch.enter(self.step + 1, "loading")
         try:
             with loader, profiling as before_step:
                 sums = self._new_sums()
                 if self.step == 0 and not job.validation.skip_initial_validation:
-                    with clock.paused():
+                    with clock.paused(), self._in_phase("validating"):
                         log.show(self._validate(log), step=0)
                 for batches in loader:
                     before_step(batches.step)
+                    self.watch.enter(batches.step, "training")
                     # Asked before the step and read after it, so the all-reduce overlaps with the step.
                     self.vote.ask(save_failed=self.saver is not None and self.saver.has_failed)
                     grad_norms = self._train_step(batches, sums)
@@ -205,7 +225,7 @@ class Trainer:
                     validated = {}
                     if _is_due(self.step, job.validation.interval):
                         # Validation is no part of the step time, or the figure would depend on the interval.
-                        with clock.paused():
+                        with clock.paused(), self._in_phase("validating"):
                             validated = self._validate(log)
                     is_last = self.step == plan.last_step
                     stop, save_failed = self.vote.result()
@@ -219,12 +239,12 @@ class Trainer:
                         self._log(log, sums, grad_norms, clock.lap(), validated)
                         sums = self._new_sums()
                     if saves:
-                        with clock.paused():
+                        with clock.paused(), self._in_phase("saving"):
                             self._save()
                             while ends and self.saver is not None and not self.saver.settle():
                                 self._save()
                     if _is_due(self.step, job.checkpoint.export_interval) and not is_last:
-                        with clock.paused():
+                        with clock.paused(), self._in_phase("exporting"):
                             self._export()
                     if stop is not None and not is_last:
                         logger.warning(
@@ -233,13 +253,17 @@ class Trainer:
                             "saved and stopped" if job.checkpoint.enable else "stopped without a checkpoint",
                             self.step,
                         )
+                        self.heartbeat.set_phase("stopped")
                         return
+                    self.watch.enter(self.step + 1, "loading")
         finally:
             # Before the process group: its communicators wait for graphs that contain them.
             self.micro_step.drop()
             log.close()
             self._close_saver()
-        export = self._export()
+        with self._in_phase("exporting"):
+            export = self._export()
+        self.heartbeat.set_phase("finished")
         if self.is_main:
             files = {"checkpoint": latest_complete(plan.folder / "checkpoint"), "export": export}
             summarize_run(plan.folder, title=job.job.description or str(plan.folder), files=files)
@@ -337,6 +361,12 @@ class Trainer:
             optimizers=self.optimizers,
         )
 
+    @contextmanager
+    def _in_phase(self, phase: Phase) -> Iterator[None]:
+        self.watch.enter(self.step, phase)
+        with self.heartbeat.phase(phase):
+            yield
+
     def _start_wandb(self) -> "Run | None":
         if not self.is_main or self.job.metrics.wandb == "off":
             return None
@@ -394,6 +424,7 @@ class Trainer:
                 extra=extra,
             )
         )
+        self.heartbeat.step(self.step, loss / steps)
         if not all(isfinite(value) for value in (loss, norm) if value is not None):
             raise self._not_finite(f"loss {loss / steps}, gradient norm {norm}")
 
@@ -509,6 +540,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     folder = Path()
     try:
+        check_environment(os.environ)
         # Checked before a process group exists: every rank finds the same error by itself, and none waits for another.
         plan = plan_job(load_job(arguments[0], arguments[1:]), rank_and_size()[1])
         folder = plan.folder
@@ -549,4 +581,5 @@ def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:
 
 if __name__ == "__main__":
     end_with_launcher()
+    faulthandler.enable()  # a crash in native code ends with the Python stack that led there
     sys.exit(main())

@@ -1,10 +1,21 @@
 """Promises of docs/reliability.md that concern a whole run."""
 
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
 from ltx_titan.common.files import claimed
 from ltx_titan.config import load_job
+from ltx_titan.launch import check_nodes
+from ltx_titan.parallel.join import check_address, check_environment
 from ltx_titan.train import main
 from tests.jobs import train, write_job
 
@@ -48,3 +59,85 @@ def test_a_dump_folder_has_one_user_who_is_named(tmp_path, nano_path, data_root,
     assert "is in use by process" in caplog.text
     assert " on " in caplog.text
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def heartbeat(job: Path) -> dict:
+    file = job.parent / "run" / "heartbeat.json"
+    return json.loads(file.read_text()) if file.exists() else {"step": 0, "phase": "starting"}
+
+
+def rank_of_job(job, rank, world_size, port, log):
+    """A rank as torchrun starts it, in a forked process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    torch.set_num_threads(1)
+    code = main([str(job)])
+    os._exit(code)
+
+
+def start_ranks(job: Path, ranks: int, world_size: int | None = None) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    logs = [job.parent / f"rank-{rank}.log" for rank in range(ranks)]
+    processes = [
+        context.Process(target=rank_of_job, args=(job, n, world_size or ranks, port, logs[n])) for n in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+@pytest.mark.distributed
+def test_a_rank_that_hangs_is_named_and_the_stacks_of_the_others_are_kept(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=100_000, job__timeout_s=8.0)
+    healthy, stopped = start_ranks(job, 2)
+    try:
+        while heartbeat(job)["step"] < 2:
+            assert healthy.is_alive(), (tmp_path / "rank-0.log").read_text()
+            time.sleep(0.05)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        healthy.join(240)
+        assert healthy.exitcode == 1
+    finally:
+        stopped.kill()
+        healthy.kill()
+    log = (tmp_path / "rank-0.log").read_text()
+    assert "waiting for rank 1, which does not answer" in log
+    assert "timed out after 8 s (job.timeout_s), waiting for rank 1" in log
+    assert "Traceback" not in log
+    assert "in _train_step" in (tmp_path / "run/stacks/rank-0.txt").read_text()
+    assert heartbeat(job)["phase"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2: expected 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE = 0: expected at least 1"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE = 'two': expected a whole number"),
+        ({"WORLD_SIZE": "2"}, "expected RANK to be set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT = 70000"),
+    ],
+)
+def test_wrong_numbers_of_ranks_are_refused_at_once(environment, message):
+    with pytest.raises(ValueError, match=message):
+        check_environment(environment)
+
+
+def test_an_address_that_does_not_resolve_and_a_wrong_node_are_named():
+    with pytest.raises(ValueError, match=r"MASTER_ADDR = 'no-such-host\.invalid'"):
+        check_address("no-such-host.invalid", 29500, limit_s=0)
+    with pytest.raises(ValueError, match="NODE_RANK = 2: expected 0 to 1"):
+        check_nodes({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "127.0.0.1"})
+
+
+@pytest.mark.distributed
+def test_a_rank_that_never_comes_is_named(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, job__timeout_s=5.0)
+    alone = start_ranks(job, 1, world_size=2)[0]
+    alone.join(240)
+    assert alone.exitcode == 1
+    assert "rank 1 of 2 did not join within 5 s" in (tmp_path / "rank-0.log").read_text()

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from ltx_titan.common.files import describe_os_error
-from ltx_titan.common.ranks import PeerError, rank_and_size
+from ltx_titan.common.ranks import PeerError, StalledError, rank_and_size
 
 logger = logging.getLogger("ltx_titan")
 
@@ -44,7 +44,7 @@ def report_error(error: Exception, folder: Path) -> bool:
     message = None
     if isinstance(error, OSError):
         message = describe_os_error(error, folder)
-    elif isinstance(error, (ValueError, FloatingPointError)):
+    elif isinstance(error, (ValueError, FloatingPointError, StalledError)):
         message = "\n".join([str(error), *getattr(error, "__notes__", [])])
     _write_error_file(message or "".join(traceback.format_exception(error)).rstrip())
     if message is None:

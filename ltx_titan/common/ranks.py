@@ -23,6 +23,10 @@ class PeerError(RuntimeError):
     """Another rank failed; its own error says why."""
 
 
+class StalledError(RuntimeError):
+    """A rank was waited for until the time-out; the message names it."""
+
+
 def is_distributed() -> bool:
     """Whether there is more than one rank."""
     return dist.is_initialized() and dist.get_world_size() > 1

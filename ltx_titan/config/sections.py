@@ -5,7 +5,7 @@ the sections about learning, `streams.py` and `validation.py` those with lists o
 rules between fields.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,9 @@ class JobSection(Section):
     """Folder of everything the job writes; if it holds a complete checkpoint, the job resumes from it."""
     description: str = ""
     """Free text, stored with the results."""
+    timeout_s: Annotated[float, Field(ge=5.0)] = 1800.0
+    """Seconds that ranks wait for another one before the run ends and names it; raise it if one rank does what others
+    wait for longer than this, such as reading a checkpoint from a slow disk."""
 
 
 class ModelSection(Section):
