@@ -8,6 +8,7 @@ device, shards it, loads this rank's slices and resumes. `Trainer.train` loops; 
 """
 
 import faulthandler
+import json
 import logging
 import os
 import sys
@@ -52,6 +53,7 @@ from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, dra
 from ltx_titan.lora import DropoutStep, is_adapter
 from ltx_titan.metrics import (
     MetricsLogger,
+    StepGuard,
     StepMetrics,
     Sums,
     bucket_means,
@@ -63,6 +65,7 @@ from ltx_titan.metrics import (
 )
 from ltx_titan.metrics.clock import StepClock
 from ltx_titan.metrics.heartbeat import Heartbeat, Phase
+from ltx_titan.metrics.step import Mark
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
 from ltx_titan.optim.build import STATE_BYTES
 from ltx_titan.parallel.float8 import precompute_float8_scales
@@ -116,6 +119,10 @@ class Trainer:
         recorder = make_recorder(job, plan.degrees, self.device)
         self.micro_step = GraphedMicroStep(self._micro_step, self.model.parameters(), recorder)
         self.saver = self._make_saver()
+        training = job.training
+        self.guard: StepGuard | None = None
+        if training.max_skipped_steps > 0 and not job.optimizer.in_backward:
+            self.guard = StepGuard(training.max_skipped_steps, training.spike_factor)
         # Last, because it fills the parameters, optimizer states and average that exist by now.
         self.step, self.next_batch = self._resume()
         self._check_room()
@@ -152,6 +159,8 @@ class Trainer:
         )
         for note in notes:
             logger.warning("resumed: %s", note)
+        if self.guard is not None and "guard" in saved:
+            self.guard.load_state_dict(saved["guard"])
         logger.info("resumed from %s: step %d of %d", path, saved["step"], self.job.training.steps)
         return saved["step"], next_batch
 
@@ -272,9 +281,12 @@ class Trainer:
         """Forward and backward of every micro-batch, then one update.
 
         Returns:
-            The gradient norms before clipping; None with `optimizer.in_backward`, which frees each gradient at once.
+            The gradient norms before clipping; None if the step was skipped, and with `optimizer.in_backward`, which
+            frees each gradient at once.
         """
         max_norm = self.job.training.max_grad_norm
+        mark = sums.mark()
+        sums.taken += 1
         # Before the backward pass, in which `optimizer.in_backward` already updates.
         self.optimizers.set_lr(self._learning_rate(batches.step))
         for number, micro_batch in enumerate(batches.micro_batches):
@@ -287,6 +299,9 @@ class Trainer:
                 grad_norms = clip_grad_norm_(
                     self.model.named_parameters(), max_norm, lambda name: stream_of(without_wrappers(name))
                 )
+            if self.guard is not None and self._skips(batches, sums, mark, grad_norms[0]):
+                self.optimizers.zero_grad()
+                return None
         self.optimizers.step()
         self.optimizers.zero_grad()
         if self.job.float8.all_gather:
@@ -296,6 +311,46 @@ class Trainer:
             self.ema.update(batches.step)
         sums.steps += 1
         return grad_norms
+
+    def _skips(self, batches: StepBatches, sums: Sums, mark: Mark, grad_norm: Tensor) -> bool:
+        """Whether all ranks skip this step's update; records the step and takes its losses out of the means if so.
+
+        Raises:
+            FloatingPointError: too many steps in a row.
+        """
+        assert self.guard is not None
+        degrees = self.plan.degrees
+        # Shares whose sum over all ranks is the figure, in one all-reduce, which gives every rank the same bits.
+        share = sums.loss_since(mark) / (degrees.cp * degrees.tp)
+        figures = torch.stack([share, grad_norm.to(share.device) / dist.get_world_size()])
+        dist.all_reduce(figures)
+        loss, norm = figures.tolist()  # the step's one wait for the device: the update depends on it
+        reason = self.guard.judge(loss, norm)
+        if reason is None:
+            return False
+        sums.undo(mark)
+        names = [self.plan.dataset.name(index) for index in self.plan.batches.global_batch(batches.batch_number)]
+        file = self.plan.folder / "skipped" / f"step-{batches.step}.json"
+        if self.is_main:
+            # Draws are functions of seed, step and position, so this is all that a replay needs.
+            record = {
+                "step": batches.step,
+                "reason": reason,
+                "loss": str(loss),
+                "grad_norm": str(norm),
+                "seed": self.job.training.seed,
+                "batch": batches.batch_number,
+                "dataset": self.plan.batches.fingerprint,
+                "samples": names,
+                "skipped_in_a_row": self.guard.in_a_row,
+            }
+            write_text(file, json.dumps(record, indent=1) + "\n")
+            logger.warning("step %d: skipped, %s; its samples are in %s", batches.step, reason, file)
+        if self.guard.gives_up:
+            self.step = batches.step
+            count = self.guard.in_a_row
+            raise self._not_finite(f"{reason}, the {count}th step in a row to be skipped (training.max_skipped_steps)")
+        return True
 
     def _forward_backward(self, micro_batch: MicroBatch, sums: Sums) -> None:
         """Adds this micro-batch's share of the global mean gradient to the parameters."""
@@ -406,17 +461,19 @@ class Trainer:
             norm = grad_norms[0].item()
             extra = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
         extra |= bucket_means(totals[5:]) | validated
+        if self.guard is not None and self.guard.total:
+            extra["optim/skipped_steps"] = self.guard.total
         if self.save_blocked_s is not None:
             extra["perf/save_blocked_s"], self.save_blocked_s = self.save_blocked_s, None
         log.log(
             StepMetrics(
                 step=self.step,
-                loss=loss / steps,
-                loss_video=loss_video / steps if self.job.video and self.job.video.is_generated else None,
-                loss_audio=loss_audio / steps if self.job.audio and self.job.audio.is_generated else None,
+                loss=loss / steps if steps else None,
+                loss_video=loss_video / steps if steps and self.job.video and self.job.video.is_generated else None,
+                loss_audio=loss_audio / steps if steps and self.job.audio and self.job.audio.is_generated else None,
                 grad_norm=norm,
                 lr=self._learning_rate(self.step),
-                step_time_s=elapsed_s / steps,
+                step_time_s=elapsed_s / sums.taken,
                 tokens_per_s=tokens / elapsed_s,
                 tflops_per_gpu=tflops,
                 mfu=None if self.peak_flops is None else tflops * 1e12 / self.peak_flops,
@@ -424,7 +481,9 @@ class Trainer:
                 extra=extra,
             )
         )
-        self.heartbeat.step(self.step, loss / steps)
+        self.heartbeat.step(self.step, loss / steps if steps else None)
+        if steps == 0:
+            return  # all were skipped, as the records in skipped/ say
         if not all(isfinite(value) for value in (loss, norm) if value is not None):
             raise self._not_finite(f"loss {loss / steps}, gradient norm {norm}")
 
@@ -505,6 +564,8 @@ class Trainer:
             "job": plain_job(self.job),
             "reference_scale": self.plan.reference_scale,
         }
+        if self.guard is not None:
+            trainer["guard"] = self.guard.state_dict()
         state, folder = self._state(trainer), self.plan.folder / "checkpoint"
         self._refuse_not_finite(state)
         started = time.perf_counter()

@@ -14,10 +14,12 @@ import torch
 
 from ltx_titan.common.files import claimed
 from ltx_titan.config import load_job
+from ltx_titan.data import read_sample, write_sample
 from ltx_titan.launch import check_nodes
+from ltx_titan.metrics import StepGuard
 from ltx_titan.parallel.join import check_address, check_environment
 from ltx_titan.train import main
-from tests.jobs import train, write_job
+from tests.jobs import curve, train, write_dataset, write_job
 
 
 def test_a_run_without_its_export_is_not_finished(tmp_path, nano_path, data_root, caplog):
@@ -141,3 +143,74 @@ def test_a_rank_that_never_comes_is_named(tmp_path, nano_path, data_root):
     alone.join(240)
     assert alone.exitcode == 1
     assert "rank 1 of 2 did not join within 5 s" in (tmp_path / "rank-0.log").read_text()
+
+
+def write_overflowing_dataset(root: Path, nano_path: Path, clips: tuple[int, ...]) -> Path:
+    """Six clips; the latents of some are finite, and their loss is not."""
+    write_dataset(root, nano_path)
+    for clip in clips:
+        path = root / "latents" / f"clip_{clip}.pt"
+        sample = read_sample(path, "video")
+        write_sample(path, sample | {"latents": torch.full_like(sample["latents"], 1e30)})
+    return root
+
+
+SKIPPING = {"training__global_batch_size": 2, "training__steps": 4, "checkpoint__interval": 0}
+
+
+@pytest.mark.distributed
+def test_a_step_that_is_not_finite_is_skipped_on_every_mesh_and_after_a_resume(tmp_path, nano_path):
+    root = write_overflowing_dataset(tmp_path / "data", nano_path, clips=(4,))
+    straight = write_job(tmp_path / "straight", nano_path, root, **SKIPPING)
+    lines = train(straight)
+    skipped = [line["step"] for line in lines if line["loss"] is None]
+    assert 1 <= len(skipped) <= 2  # one of the three batches of each epoch
+    for step in skipped:
+        record = json.loads((tmp_path / f"straight/run/skipped/step-{step}.json").read_text())
+        assert "clip_4" in " ".join(record["samples"])
+        assert len(record["samples"]) == 2
+        assert (record["step"], record["batch"], record["seed"]) == (step, step - 1, 3)
+    assert lines[-1]["optim/skipped_steps"] == len(skipped)
+    parts = write_job(tmp_path / "parts", nano_path, root, **SKIPPING)
+    train(parts, 1, f"--training.stop_at={skipped[0]}")
+    assert curve(train(parts)) == curve(lines)
+    weights = [tmp_path / name / "run/export/transformer-step-4.safetensors" for name in ("straight", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    sharded = train(write_job(tmp_path / "sharded", nano_path, root, **SKIPPING), 2)
+    finite = [line for line in lines if line["loss"] is not None]
+    assert [line["loss"] for line in sharded if line["loss"] is not None] == pytest.approx(
+        [line["loss"] for line in finite], rel=1e-5
+    )
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path, nano_path, caplog):
+    root = write_overflowing_dataset(tmp_path / "data", nano_path, clips=range(6))
+    job = write_job(tmp_path, nano_path, root, training__max_skipped_steps=2, **SKIPPING)
+    assert main([str(job)]) == 1
+    assert "the 3th step in a row to be skipped (training.max_skipped_steps)" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "run/skipped").iterdir()) == [
+        f"step-{step}.json" for step in (1, 2, 3)
+    ]
+
+
+def test_a_spike_is_told_from_the_median_of_recent_steps_also_after_a_resume():
+    guard = StepGuard(max_in_a_row=1, spike_factor=4.0)
+    assert guard.judge(1e9, 1.0) is None  # too few steps to tell
+    for _ in range(30):
+        assert guard.judge(1.0, 2.0) is None
+    resumed = StepGuard(max_in_a_row=1, spike_factor=4.0)
+    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    for each in (guard, resumed):
+        assert each.judge(3.9, 7.9) is None
+        assert each.judge(1.0, 8.1) == "gradient norm 8.1, 4.0 times its recent median"
+        assert not each.gives_up
+        assert each.judge(4.1, 2.0) == "loss 4.1, 4.1 times its recent median"
+        assert each.gives_up
+        assert each.judge(1.0, 2.0) is None
+        assert (each.in_a_row, each.total) == (0, 2)
+
+
+def test_updates_in_the_backward_pass_cannot_be_skipped(tmp_path, nano_path, data_root):
+    settings = {"optimizer__in_backward": True, "training__max_grad_norm": 0.0, "training__local_batch_size": 4}
+    with pytest.raises(ValueError, match=r"training\.spike_factor"):
+        load_job(write_job(tmp_path, nano_path, data_root, training__spike_factor=10.0, **settings))

@@ -151,6 +151,13 @@ class TrainingSection(Section):
     """Compute precision; float32 is for numerical checks."""
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient to this norm; 0 disables clipping."""
+    max_skipped_steps: int = Field(5, ge=0)
+    """Steps in a row whose update is skipped because their loss or gradient norm is not finite or a spike; the run ends
+    at the next. Their samples are listed in skipped/. 0 skips none and ends at the first that is not finite, as
+    `optimizer.in_backward` always does; the host then waits for the device in logged steps only."""
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """Also skip a step whose loss or gradient norm exceeds this multiple of the median of the last 100 steps, such as
+    10; unset skips none for that."""
     gc_interval: Positive = 50
     """Steps between Python garbage collections; automatic ones are disabled because a rank that collects stalls all
     others."""

@@ -1,11 +1,13 @@
 from ltx_titan.metrics.loggers import MetricsLogger, read_metrics
 from ltx_titan.metrics.profiling import profile_steps
+from ltx_titan.metrics.spikes import StepGuard
 from ltx_titan.metrics.step import StepMetrics, Sums, bucket_means, peak_memory_gib, reset_peak_memory
 from ltx_titan.metrics.summary import plot_loss, summarize_run
 from ltx_titan.metrics.wandb import start_wandb
 
 __all__ = [
     "MetricsLogger",
+    "StepGuard",
     "StepMetrics",
     "Sums",
     "bucket_means",

@@ -6,7 +6,7 @@ over ranks into a `StepMetrics`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +83,13 @@ class StreamInputs(Protocol):
         """Of the audio stream."""
 
 
+class Mark(NamedTuple):
+    """Losses of `Sums` at some moment."""
+
+    loss: Tensor
+    buckets: Tensor
+
+
 class Sums:
     """Sums over the micro-batches and steps since the last log line; tensors stay on the device."""
 
@@ -96,6 +103,21 @@ class Sums:
         self.flops = 0.0
         self.tokens = 0
         self.steps = 0
+        """Steps whose losses are in the sums."""
+        self.taken = 0
+        """All steps, skipped ones included."""
+
+    def mark(self) -> "Mark":
+        """The sums as they are, for `loss_since` and `undo`."""
+        return Mark(self.loss.clone(), self.buckets.clone())
+
+    def loss_since(self, mark: "Mark") -> Tensor:
+        """This rank's share of the loss since a mark, a scalar."""
+        return self.loss[0] - mark.loss[0]
+
+    def undo(self, mark: "Mark") -> None:
+        """Takes back the losses since a mark, but not the work."""
+        self.loss, self.buckets = mark.loss, mark.buckets
 
     @torch.no_grad()
     def add(self, total: Tensor, loss: StreamLosses, inputs: StreamInputs, share: float) -> None:
