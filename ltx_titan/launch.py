@@ -39,6 +39,7 @@ environment:
   NODE_RANK     number of this node        (default: 0)
   MASTER_ADDR   address of node 0          (default: localhost)
   MASTER_PORT   a free port on node 0      (default: 29500)
+  MAX_RESTARTS  times that ranks are started again after one has failed; they resume  (default: 0)
 
 examples:
   ltx-titan train job.toml
@@ -77,7 +78,7 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
     Args:
         job: job file.
         overrides: `--section.key=value` of the job.
-        environment: NGPU, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; empty values count as unset.
+        environment: NGPU, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and MAX_RESTARTS; empty values count as unset.
 
     Raises:
         ValueError: there are several nodes and no MASTER_ADDR.
@@ -97,6 +98,7 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     processes = values.get("NGPU") or str(max(torch.cuda.device_count(), 1))
     arguments = ["--nnodes", nodes, "--nproc-per-node", processes, *rendezvous]
+    arguments += ["--max-restarts", values.get("MAX_RESTARTS", "0")]
     # Only rank 0 writes to the console; all ranks write to files as well.
     arguments += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
     # torchrun replaces the handlers of the signals that it is to handle; the stop signals are handled here.

@@ -40,6 +40,7 @@ from ltx_titan.checkpoint import (
     set_aside,
     state_tensors,
 )
+from ltx_titan.common.determinism import set_determinism
 from ltx_titan.common.failure import report_error
 from ltx_titan.common.files import claimed, free_bytes, remove_temporaries, write_text
 from ltx_titan.common.logs import quiet_libraries, set_up_logging
@@ -63,6 +64,7 @@ from ltx_titan.metrics import (
     start_wandb,
     summarize_run,
 )
+from ltx_titan.metrics.alerts import Alerts
 from ltx_titan.metrics.clock import StepClock
 from ltx_titan.metrics.heartbeat import Heartbeat, Phase
 from ltx_titan.metrics.step import Mark
@@ -96,9 +98,16 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.job = job = plan.job
+        set_determinism(enabled=job.job.deterministic)
         self.device = init_distributed(job.job.timeout_s, plan.folder / "stacks")
-        self.watch = Watch(default_store(), plan.folder / "stacks", job.job.timeout_s)
         self.is_main = dist.get_rank() == 0
+        self.alerts = Alerts(job.alerts, plan.folder, is_sender=self.is_main)
+        self.watch = Watch(
+            default_store(),
+            plan.folder / "stacks",
+            job.job.timeout_s,
+            on_stall=lambda step, text: self.alerts.send("stalled", text, step),
+        )
         self.is_lora = job.model.mode == "lora"
         self.mesh = build_mesh(self.device.type, plan.degrees)
         self.dtype = COMPUTE_DTYPES[job.training.dtype]
@@ -175,9 +184,12 @@ class Trainer:
         try:
             with self.watch.explained():
                 self._train()
-        except BaseException:
+        except BaseException as error:
             self.heartbeat.set_phase("failed")
+            self.alerts.send("failed", f"{type(error).__name__}: {error}", self.step)
             raise
+        finally:
+            self.alerts.close()
 
     def _train(self) -> None:
         job, plan = self.job, self.plan
@@ -273,6 +285,7 @@ class Trainer:
         with self._in_phase("exporting"):
             export = self._export()
         self.heartbeat.set_phase("finished")
+        self.alerts.send("finished", "", self.step)
         if self.is_main:
             files = {"checkpoint": latest_complete(plan.folder / "checkpoint"), "export": export}
             summarize_run(plan.folder, title=job.job.description or str(plan.folder), files=files)
@@ -345,11 +358,12 @@ class Trainer:
                 "skipped_in_a_row": self.guard.in_a_row,
             }
             write_text(file, json.dumps(record, indent=1) + "\n")
+            self.alerts.send("spiking", f"skipped, {reason}", batches.step)
             logger.warning("step %d: skipped, %s; its samples are in %s", batches.step, reason, file)
         if self.guard.gives_up:
             self.step = batches.step
-            count = self.guard.in_a_row
-            raise self._not_finite(f"{reason}, the {count}th step in a row to be skipped (training.max_skipped_steps)")
+            counts = f"{self.guard.in_a_row} steps in a row would have to be skipped, training.max_skipped_steps is"
+            raise self._not_finite(f"{reason}; {counts} {self.guard.max_in_a_row}")
         return True
 
     def _forward_backward(self, micro_batch: MicroBatch, sums: Sums) -> None:

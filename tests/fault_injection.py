@@ -135,10 +135,15 @@ def _become(main: Callable[[], int | None], stdout: Any, stderr: Any) -> None:
 class Run:
     """One launch of a job: its launchers, its log, and all processes that descend from them."""
 
-    def __init__(self, job: Path, mesh: str, start: str) -> None:
+    def __init__(self, job: Path, mesh: str, start: str, restarts: int = 0) -> None:
         self.job, self.log = job, job.parent / "log.txt"
         nodes, ranks = MESHES[mesh]
-        environment = {"NGPU": str(ranks), "OMP_NUM_THREADS": "1", "TMPDIR": str(job.parent / "tmp")}
+        environment = {
+            "NGPU": str(ranks),
+            "OMP_NUM_THREADS": "1",
+            "MAX_RESTARTS": str(restarts),
+            "TMPDIR": str(job.parent / "tmp"),
+        }
         if nodes > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -419,6 +424,27 @@ class Campaign:
         shutil.rmtree(job.parent)
         return done
 
+    def restarted(self, mesh: str) -> None:
+        """Kills a rank of a launch that may restart its ranks once, and checks that nobody notices in the end.
+
+        Raises:
+            Violation: the launch failed, or its outcome differs.
+        """
+        expected, job = self.unbroken(mesh), self.write_job(f"restarted-{mesh}", mesh)
+        run = Run(job, mesh, self.start, restarts=1)
+        try:
+            first = job.parent / "run" / "checkpoint" / "step-3"
+            wait_for(lambda: run.has_ended() or first.is_dir(), "no first checkpoint")
+            os.kill(run.ranks()[-1], signal.SIGKILL)
+            run.wait_until_gone()
+        finally:
+            run.end()
+        if set(run.codes.values()) != {0} or not _RESUMED.findall(run.text()):
+            raise Violation(f"--max-restarts on {mesh}: ended with {run.codes}\n{run.text()[-4000:]}")
+        if outcome(job, self.steps) != expected:
+            raise Violation(f"--max-restarts on {mesh}: not equal to the unbroken run")
+        self.write({"mesh": mesh, "restarted": True, "equal": True})
+
     def write(self, record: dict[str, Any]) -> None:
         """Adds a line to the log."""
         line = json.dumps({"start": self.start, **record})
@@ -444,6 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mesh", choices=MESHES, nargs="*", default=list(MESHES))
     parser.add_argument("--steps", type=int, default=24, help="length of each job")
     parser.add_argument("--start", choices=("fork", "exec"), default="fork")
+    parser.add_argument("--restarts", action="store_true", help="also kill a rank under --max-restarts=1 on each mesh")
     parser.add_argument("--folder", type=Path, help="default: a temporary one")
     parser.add_argument("--log", type=Path)
     options = parser.parse_args(argv)
@@ -460,6 +487,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"BROKEN: {error}", file=sys.stderr)
                 return 1
             number += 1
+        for mesh in options.mesh if options.restarts else ():
+            try:
+                campaign.restarted(mesh)
+            except Violation as error:
+                print(f"BROKEN: {error}", file=sys.stderr)
+                return 1
     print(f"{survived} kills survived in {number} series")
     return 0
 

@@ -5,21 +5,28 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 from ltx_titan.common.files import claimed
-from ltx_titan.config import load_job
+from ltx_titan.config import AlertsSection, load_job
 from ltx_titan.data import read_sample, write_sample
 from ltx_titan.launch import check_nodes
 from ltx_titan.metrics import StepGuard
+from ltx_titan.metrics.alerts import Alerts
 from ltx_titan.parallel.join import check_address, check_environment
 from ltx_titan.train import main
 from tests.jobs import curve, train, write_dataset, write_job
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_run_without_its_export_is_not_finished(tmp_path, nano_path, data_root, caplog):
@@ -187,7 +194,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path, nano_path, caplog
     root = write_overflowing_dataset(tmp_path / "data", nano_path, clips=range(6))
     job = write_job(tmp_path, nano_path, root, training__max_skipped_steps=2, **SKIPPING)
     assert main([str(job)]) == 1
-    assert "the 3th step in a row to be skipped (training.max_skipped_steps)" in caplog.text
+    assert "3 steps in a row would have to be skipped, training.max_skipped_steps is 2" in caplog.text
     assert sorted(path.name for path in (tmp_path / "run/skipped").iterdir()) == [
         f"step-{step}.json" for step in (1, 2, 3)
     ]
@@ -214,3 +221,70 @@ def test_updates_in_the_backward_pass_cannot_be_skipped(tmp_path, nano_path, dat
     settings = {"optimizer__in_backward": True, "training__max_grad_norm": 0.0, "training__local_batch_size": 4}
     with pytest.raises(ValueError, match=r"training\.spike_factor"):
         load_job(write_job(tmp_path, nano_path, data_root, training__spike_factor=10.0, **settings))
+
+
+class Receiver(BaseHTTPRequestHandler):
+    bodies: ClassVar[list[dict]] = []
+
+    def do_POST(self):
+        self.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_alerts_reach_a_webhook_and_a_command_and_a_broken_one_costs_nothing(tmp_path, nano_path, caplog, monkeypatch):
+    root = write_overflowing_dataset(tmp_path / "data", nano_path, clips=range(6))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HOOK", f"http://127.0.0.1:{server.server_port}/secret")
+    settings = SKIPPING | {"training__max_skipped_steps": 1, "alerts__webhook_variable": "HOOK"}
+    settings["alerts__command"] = ["sh", "-c", f"cat >> {tmp_path}/alerts.txt"]
+    job = write_job(tmp_path / "job", nano_path, root, **settings)
+    assert main([str(job)]) == 1
+    server.shutdown()
+    server.server_close()
+    # One of a kind, although two steps were skipped.
+    assert sorted(body["event"] for body in Receiver.bodies) == ["failed", "spiking"]
+    assert "FloatingPointError" in next(body["text"] for body in Receiver.bodies if body["event"] == "failed")
+    assert (tmp_path / "alerts.txt").read_text().count('"event"') == 2
+    written = [path.read_text(errors="replace") for path in (tmp_path / "job/run").rglob("*") if path.is_file()]
+    assert not any("/secret" in text for text in [*written, caplog.text])
+
+    alerts = Alerts(AlertsSection(webhook_variable="HOOK", command=("false",)), tmp_path, is_sender=True)
+    alerts.send("finished", "", 1)  # nobody listens, and the command fails
+    alerts.close()
+    assert caplog.text.count("alert 'finished' could not be sent") == 2
+    assert "/secret" not in caplog.text
+
+
+def test_a_deterministic_job_gives_the_same_bits_twice(tmp_path, nano_path, data_root):
+    def weights(name):
+        job = write_job(tmp_path / name, nano_path, data_root, training__steps=2, job__deterministic=True)
+        assert main([str(job)]) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        return (job.parent / "run/export/transformer-step-2.safetensors").read_bytes()
+
+    try:
+        assert weights("one") == weights("two")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("code", "seconds_left", "is_requeued"), [(0, 60, True), (0, 7200, False), (1, 60, False)])
+def test_slurm_requeues_a_run_that_its_time_limit_has_stopped(tmp_path, code, seconds_left, is_requeued):
+    def program(name, text):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    program("srun", f"exit {code}")
+    program("squeue", f"date -d '+{seconds_left} seconds' +%Y-%m-%dT%H:%M:%S")
+    program("scontrol", f'case $1 in show) echo node0;; *) echo "$@" >> {tmp_path}/requeued;; esac')
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NUM_NODES": "1"}
+    script = ROOT / "train_configs/slurm/train.sbatch"
+    done = subprocess.run(["bash", script, "job.toml"], env=environment, capture_output=True, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "requeued").exists() == is_requeued

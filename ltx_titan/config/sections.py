@@ -32,6 +32,9 @@ class JobSection(Section):
     """Folder of everything the job writes; if it holds a complete checkpoint, the job resumes from it."""
     description: str = ""
     """Free text, stored with the results."""
+    deterministic: bool = False
+    """Use only deterministic algorithms, so that the same job gives the same bits twice on the same hardware; slower
+    (not measured on a GPU), and an error where an operation has no deterministic form."""
     timeout_s: Annotated[float, Field(ge=5.0)] = 1800.0
     """Seconds that ranks wait for another one before the run ends and names it; raise it if one rank does what others
     wait for longer than this, such as reading a checkpoint from a slow disk."""
@@ -258,6 +261,27 @@ class MetricsSection(Section):
     """Tags of the run."""
     wandb_clips: bool = True
     """Upload validation clips; false keeps them on this machine."""
+
+
+class AlertsSection(Section):
+    """`[alerts]`: messages about a run, as JSON with `event`, `text`, `step`, `run` and `time`.
+
+    Sent in the background with a limit of 10 s; one that fails is logged, and training continues.
+    """
+
+    webhook_variable: str | None = None
+    """Environment variable that holds a URL to POST to. Not the URL, which is a secret: a job is stored in checkpoints
+    and shown by W&B."""
+    command: Words = ()
+    """Program and arguments that get the JSON on standard input; no shell."""
+    events: Annotated[tuple[Literal["finished", "failed", "spiking", "stalled"], ...], Field(strict=False)] = (
+        "finished",
+        "failed",
+        "spiking",
+        "stalled",
+    )
+    """Events to report: the end, an error, a skipped step, a rank that the others have waited for for a minute. At most
+    one of a kind every five minutes."""
 
 
 class ProfilingSection(Section):

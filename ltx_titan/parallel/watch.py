@@ -17,7 +17,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -51,11 +51,15 @@ class Watch:
         store: of the job.
         folder: for the stacks; made when needed.
         timeout_s: time-out of the collectives.
+        on_stall: called on rank 0, in the thread, with the step and the ranks that the others wait for.
     """
 
-    def __init__(self, store: dist.Store, folder: Path, timeout_s: float) -> None:
+    def __init__(
+        self, store: dist.Store, folder: Path, timeout_s: float, on_stall: Callable[[int, str], None] | None = None
+    ) -> None:
         self.folder = folder
         self._timeout_s = timeout_s
+        self._on_stall = on_stall
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         # Several positions and a decision must fit into a short time-out.
         self._poll_s = min(5.0, timeout_s / 20)
@@ -134,6 +138,8 @@ class Watch:
         if waited > self._patience_s and waited > 2 * self._said and missing is not None:
             self._said = waited
             logger.warning("%s: waiting for %s, since %.0f s", position, missing, waited)
+            if self._on_stall is not None:
+                self._on_stall(position.step, f"waiting for {missing}")
         if waited > 0.8 * self._timeout_s and not self._store.check(["watch/write"]):
             self._store.set("watch/write", "1")
             logger.warning(
