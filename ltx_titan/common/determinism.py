@@ -12,7 +12,7 @@ def set_determinism(*, enabled: bool) -> None:
     """
     torch.use_deterministic_algorithms(enabled)
     # Filling new tensors would cost a write of each; none of ours is read before it is written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (the stubs lack it)
     torch.backends.cudnn.deterministic = enabled
     if enabled:
         # cuBLAS reads it once; with the default workspaces its result may depend on the stream.

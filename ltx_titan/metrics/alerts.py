@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 Event = Literal["finished", "failed", "spiking", "stalled"]
 
 _LIMIT_S = 10.0
-# An alert for each of a hundred skipped steps would be turned off.
+# An alert for each of a hundred skipped steps would be muted.
 _PAUSE_S = 300.0
 
 

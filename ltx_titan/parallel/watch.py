@@ -73,7 +73,7 @@ class Watch:
         self._has_written = False
         self._end = threading.Event()
         # A connection of its own: on a shared one the thread would wait behind the main thread's requests.
-        self._store = store.clone()
+        self._store = store.clone()  # type: ignore[attr-defined] # the stubs lack it
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         if self._size > 1:
             self._thread.start()
