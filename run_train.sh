@@ -2,13 +2,14 @@
 # Trains a job:  ./run_train.sh [job.toml] [--section.key=value ...]
 # Without a job it runs the built-in demo: makes a miniature LTX-2.3 pack, prepares clips from the video that ships with
 # the project, and trains on them, on one GPU or a CPU. Sets up its own .venv if packages are missing, then calls
-# `ltx-titan train`, which reads the variables from NGPU to MASTER_PORT.
+# `ltx-titan train`, which reads the variables from NGPU to MAX_RESTARTS.
 #
 #   NGPU          processes on this node     (default: the visible GPUs, or 1)
 #   NNODES        nodes in the job           (default 1); then also, on every node:
 #   NODE_RANK     number of this node        (default 0)
 #   MASTER_ADDR   address of node 0          (default localhost)
 #   MASTER_PORT   a free port there          (default 29500)
+#   MAX_RESTARTS  times that ranks are started again after one has failed; they resume  (default 0)
 #   CONFIG        the job, if it is not the first argument
 #   PYTHON        Python to start with       (default python3)
 #   LTX_TITAN_TORCH  torch requirement for the .venv, e.g. torch==2.11.0

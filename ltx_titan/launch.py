@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main as torchrun
 
+from ltx_titan.common.files import held, is_held
 from ltx_titan.common.options import Overrides, Positional, placeholder
 from ltx_titan.common.ranks import number_of
+from ltx_titan.parallel.join import check_address
 from ltx_titan.parallel.stop import LAUNCHER_PID, STOP_SIGNALS
 
 DESCRIPTION = """\
@@ -37,6 +40,7 @@ environment:
   NODE_RANK     number of this node        (default: 0)
   MASTER_ADDR   address of node 0          (default: localhost)
   MASTER_PORT   a free port on node 0      (default: 29500)
+  MAX_RESTARTS  times that ranks are started again after one has failed; they resume  (default: 0)
 
 examples:
   ltx-titan train job.toml
@@ -44,6 +48,10 @@ examples:
   NGPU=4 ltx-titan train job.toml
   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 ltx-titan train job.toml
 """
+
+
+# Prefix of the folder of the ranks' log files.
+_LOGS = "ltx-titan-logs-"
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,9 @@ def run(options: TrainOptions) -> int:
     """Trains on all ranks of this node; returns the exit code of the worker that failed first, or 0."""
     # Larger segments: long jobs with several shapes otherwise run out of memory to fragmentation.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    return launch(torchrun_arguments(options.job, options.overrides, os.environ))
+    arguments = torchrun_arguments(options.job, options.overrides, os.environ)
+    check_nodes(os.environ)
+    return launch(arguments)
 
 
 def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -69,7 +79,7 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
     Args:
         job: job file.
         overrides: `--section.key=value` of the job.
-        environment: NGPU, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; empty values count as unset.
+        environment: NGPU, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and MAX_RESTARTS; empty values count as unset.
 
     Raises:
         ValueError: a variable is not a number that fits the others, or there are several nodes and no MASTER_ADDR.
@@ -91,12 +101,37 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
     else:
         # A port that the system chooses, so that several jobs can share a node.
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    restarts = number_of(values, "MAX_RESTARTS", 0, at_least=0)
     arguments = ["--nnodes", str(nodes), "--nproc-per-node", str(processes), *rendezvous]
+    arguments += ["--max-restarts", str(restarts)]
     # Only rank 0 writes to the console; all ranks write to files as well.
     arguments += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
     # torchrun replaces the handlers of the signals that it is to handle; the stop signals are handled here.
     arguments += ["--signals-to-handle", "SIGQUIT"]
     return [*arguments, "-m", "ltx_titan.train", str(job), *overrides]
+
+
+def check_nodes(environment: Mapping[str, str]) -> None:
+    """Refuses what torchrun would wait for without a word.
+
+    Args:
+        environment: as in `torchrun_arguments`.
+
+    Raises:
+        ValueError: NODE_RANK is not one of the nodes, or MASTER_ADDR does not resolve within 30 s.
+    """
+    values = {name: value for name, value in environment.items() if value}
+    nodes = values.get("NNODES", "1")
+    if nodes == "1":
+        return
+    own = values.get("NODE_RANK", "0")
+    # A range of nodes, MIN:MAX, is torchrun's own business.
+    if nodes.isdecimal() and not (own.isdecimal() and int(own) < int(nodes)):
+        raise ValueError(f"NODE_RANK = {own}: expected 0 to {int(nodes) - 1}, as NNODES = {nodes}; number from 0.")
+    port = values.get("MASTER_PORT", "29500")
+    if not port.isdecimal():
+        raise ValueError(f"MASTER_PORT = {port!r}: expected a whole number; set it to a free port of node 0.")
+    check_address(values.get("MASTER_ADDR", ""), int(port))
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -105,7 +140,8 @@ def launch(arguments: Sequence[str]) -> int:
     # Its reports of failed workers, of which one line is made below.
     for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="ltx-titan-") as logs:
+    remove_stale_logs()
+    with tempfile.TemporaryDirectory(prefix=_LOGS) as logs, held(Path(logs)):
         # torchrun copies the first error of a worker to its own error file, and complains without one.
         os.environ["TORCHELASTIC_ERROR_FILE"] = str(Path(logs) / "error.json")
         stop = _StopHandler(logs)
@@ -114,6 +150,19 @@ def launch(arguments: Sequence[str]) -> int:
         except ChildFailedError as error:
             return _report(error, stop.received)
     return 0
+
+
+def remove_stale_logs() -> None:
+    """Removes the log folders of killed launchers from the temporary folder; those of living ones are locked."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_LOGS}*"):
+        # A minute, because a launcher makes its folder before it locks it.
+        with suppress(OSError):
+            if (
+                folder.stat().st_uid == os.getuid()
+                and time.time() - folder.stat().st_mtime > 60
+                and not is_held(folder)
+            ):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class _StopHandler:

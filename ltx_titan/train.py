@@ -7,7 +7,10 @@ device, shards it, loads this rank's slices and resumes. `Trainer.train` loops; 
     clip -> optimizer -> log -> save
 """
 
+import faulthandler
+import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,10 +40,11 @@ from ltx_titan.checkpoint import (
     set_aside,
     state_tensors,
 )
+from ltx_titan.common.determinism import set_determinism
 from ltx_titan.common.failure import report_error
 from ltx_titan.common.files import claimed, free_bytes, remove_temporaries, write_text
 from ltx_titan.common.logs import quiet_libraries, set_up_logging
-from ltx_titan.common.ranks import agree, check_environment, rank_and_size
+from ltx_titan.common.ranks import agree, rank_and_size
 from ltx_titan.common.secrets import redacted, redacted_values
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.common.titan import GarbageCollection, peak_flops
@@ -51,6 +55,7 @@ from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, dra
 from ltx_titan.lora import DropoutStep, is_adapter
 from ltx_titan.metrics import (
     MetricsLogger,
+    StepGuard,
     StepMetrics,
     Sums,
     peak_memory_gib,
@@ -59,14 +64,19 @@ from ltx_titan.metrics import (
     start_wandb,
     summarize_run,
 )
+from ltx_titan.metrics.alerts import Alerts
 from ltx_titan.metrics.clock import StepClock
+from ltx_titan.metrics.heartbeat import Heartbeat, Phase
+from ltx_titan.metrics.step import Mark
 from ltx_titan.optim import EMA, build_optimizers, lr_factor
 from ltx_titan.optim.build import STATE_BYTES
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
-from ltx_titan.parallel.mesh import build_mesh, init_distributed
+from ltx_titan.parallel.join import check_environment
+from ltx_titan.parallel.mesh import build_mesh, default_store, init_distributed, set_timeouts
 from ltx_titan.parallel.stop import StepVote, end_with_launcher
+from ltx_titan.parallel.watch import Watch
 from ltx_titan.plan import Plan, check_dump_folder, is_finished, plan_job
 from ltx_titan.validation.training import TrainingValidation, check_validation_files
 from ltx_titan.weights import stream_of
@@ -88,8 +98,16 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.job = job = plan.job
-        self.device = init_distributed()
+        set_determinism(enabled=job.job.deterministic)
+        self.device = init_distributed(job.job.timeout_s, plan.folder / "stacks")
         self.is_main = dist.get_rank() == 0
+        self.alerts = Alerts(job.alerts, plan.folder, is_sender=self.is_main)
+        self.watch = Watch(
+            default_store(),
+            plan.folder / "stacks",
+            job.job.timeout_s,
+            on_stall=lambda step, text: self.alerts.send("stalled", text, step),
+        )
         self.is_lora = job.model.mode == "lora"
         self.mesh = build_mesh(self.device.type, plan.degrees)
         self.dtype = COMPUTE_DTYPES[job.training.dtype]
@@ -110,11 +128,17 @@ class Trainer:
         recorder = make_recorder(job, plan.degrees, self.device)
         self.micro_step = GraphedMicroStep(self._micro_step, self.model.parameters(), recorder)
         self.saver = self._make_saver()
+        training = job.training
+        self.guard: StepGuard | None = None
+        if training.max_skipped_steps > 0 and not job.optimizer.in_backward:
+            self.guard = StepGuard(training.max_skipped_steps, training.spike_factor)
         # Last, because it fills the parameters, optimizer states and average that exist by now.
         self.step, self.next_batch = self._resume()
         self._check_room()
+        set_timeouts(job.job.timeout_s)  # of all groups that exist by now
         self.vote = StepVote()
         self.idle_steps = 0  # of this run, as far as logged
+        self.heartbeat = Heartbeat(plan.folder, is_writer=self.is_main)
         self.save_blocked_s: float | None = None  # how long the newest save blocked training, until it is logged
 
     def _resume(self) -> tuple[int, int]:
@@ -145,6 +169,8 @@ class Trainer:
         )
         for note in notes:
             logger.warning("resumed: %s", note)
+        if self.guard is not None and "guard" in saved:
+            self.guard.load_state_dict(saved["guard"])
         logger.info("resumed from %s: step %d of %d", path, saved["step"], self.job.training.steps)
         return saved["step"], next_batch
 
@@ -154,7 +180,19 @@ class Trainer:
         Raises:
             FloatingPointError: the loss, the gradient norm, or a tensor to be saved is not finite.
             SaveError, OSError: checkpoints cannot be written.
+            StalledError: a rank was waited for until the time-out.
         """
+        try:
+            with self.watch.explained():
+                self._train()
+        except BaseException as error:
+            self.heartbeat.set_phase("failed")
+            self.alerts.send("failed", f"{type(error).__name__}: {error}", self.step)
+            raise
+        finally:
+            self.alerts.close()
+
+    def _train(self) -> None:
         job, plan = self.job, self.plan
         if self.is_main:
             # As resolved, with defaults and overrides, so that the run can be repeated without its command line.
@@ -190,14 +228,17 @@ class Trainer:
             rank=dist.get_rank(),
         )
         clock = StepClock(self.device)
+        self.heartbeat.step(self.step)
+        self.watch.enter(self.step + 1, "loading")
         try:
             with loader, profiling as before_step:
                 sums = self._new_sums()
                 if self.step == 0 and not job.validation.skip_initial_validation:
-                    with clock.paused():
+                    with clock.paused(), self._in_phase("validating"):
                         log.show(self._validate(log), step=0)
                 for batches in loader:
                     before_step(batches.step)
+                    self.watch.enter(batches.step, "training")
                     # Asked before the step and read after it, so the all-reduce overlaps with the step.
                     self.vote.ask(save_failed=self.saver is not None and self.saver.has_failed)
                     grad_norms = self._train_step(batches, sums)
@@ -206,7 +247,7 @@ class Trainer:
                     validated = {}
                     if _is_due(self.step, job.validation.interval):
                         # Validation is no part of the step time, or the figure would depend on the interval.
-                        with clock.paused():
+                        with clock.paused(), self._in_phase("validating"):
                             validated = self._validate(log)
                     is_last = self.step == plan.last_step
                     stop, save_failed = self.vote.result()
@@ -220,12 +261,12 @@ class Trainer:
                         self._log(log, sums, grad_norms, clock.lap(), validated)
                         sums = self._new_sums()
                     if saves:
-                        with clock.paused():
+                        with clock.paused(), self._in_phase("saving"):
                             self._save()
                             while ends and self.saver is not None and not self.saver.settle():
                                 self._save()
                     if _is_due(self.step, job.checkpoint.export_interval) and not is_last:
-                        with clock.paused():
+                        with clock.paused(), self._in_phase("exporting"):
                             self._export()
                     if stop is not None and not is_last:
                         logger.warning(
@@ -234,13 +275,18 @@ class Trainer:
                             "saved and stopped" if job.checkpoint.enable else "stopped without a checkpoint",
                             self.step,
                         )
+                        self.heartbeat.set_phase("stopped")
                         return
+                    self.watch.enter(self.step + 1, "loading")
         finally:
             # Before the process group: its communicators wait for graphs that contain them.
             self.micro_step.drop()
             log.close()
             self._close_saver()
-        export = self._export()
+        with self._in_phase("exporting"):
+            export = self._export()
+        self.heartbeat.set_phase("finished")
+        self.alerts.send("finished", "", self.step)
         if self.idle_steps:
             logger.warning("%d steps of this run had no token to generate and learned nothing", self.idle_steps)
         if self.is_main:
@@ -251,10 +297,11 @@ class Trainer:
         """Forward and backward of every micro-batch, then one update.
 
         Returns:
-            The gradient norms before clipping; None with `optimizer.in_backward`, which frees each gradient at once.
+            The gradient norms before clipping; None if the step was skipped, and with `optimizer.in_backward`, which
+            frees each gradient at once.
         """
         max_norm = self.job.training.max_grad_norm
-        sums.begin_step()
+        mark = sums.begin_step()
         # Before the backward pass, in which `optimizer.in_backward` already updates.
         self.optimizers.set_lr(self._learning_rate(batches.step))
         for number, micro_batch in enumerate(batches.micro_batches):
@@ -267,6 +314,9 @@ class Trainer:
                 grad_norms = clip_grad_norm_(
                     self.model.named_parameters(), max_norm, lambda name: stream_of(without_wrappers(name))
                 )
+            if self.guard is not None and self._skips(batches, sums, mark, grad_norms[0]):
+                self.optimizers.zero_grad()
+                return None
         self.optimizers.step()
         self.optimizers.zero_grad()
         if self.job.float8.all_gather:
@@ -275,6 +325,47 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(batches.step)
         return grad_norms
+
+    def _skips(self, batches: StepBatches, sums: Sums, mark: Mark, grad_norm: Tensor) -> bool:
+        """Whether all ranks skip this step's update; records the step and takes its losses out of the means if so.
+
+        Raises:
+            FloatingPointError: too many steps in a row.
+        """
+        assert self.guard is not None
+        degrees = self.plan.degrees
+        # Shares whose sum over all ranks is the figure, in one all-reduce, which gives every rank the same bits.
+        share = sums.loss_since(mark) / (degrees.cp * degrees.tp)
+        figures = torch.stack([share, grad_norm.to(share.device) / dist.get_world_size()])
+        dist.all_reduce(figures)
+        loss, norm = figures.tolist()  # the step's one wait for the device: the update depends on it
+        reason = self.guard.judge(loss, norm)
+        if reason is None:
+            return False
+        sums.undo(mark)
+        names = [self.plan.dataset.name(index) for index in self.plan.batches.global_batch(batches.batch_number)]
+        file = self.plan.folder / "skipped" / f"step-{batches.step}.json"
+        if self.is_main:
+            # Draws are functions of seed, step and position, so this is all that a replay needs.
+            record = {
+                "step": batches.step,
+                "reason": reason,
+                "loss": str(loss),
+                "grad_norm": str(norm),
+                "seed": self.job.training.seed,
+                "batch": batches.batch_number,
+                "dataset": self.plan.batches.fingerprint,
+                "samples": names,
+                "skipped_in_a_row": self.guard.in_a_row,
+            }
+            write_text(file, json.dumps(record, indent=1) + "\n")
+            self.alerts.send("spiking", f"skipped, {reason}", batches.step)
+            logger.warning("step %d: skipped, %s; its samples are in %s", batches.step, reason, file)
+        if self.guard.gives_up:
+            self.step = batches.step
+            counts = f"{self.guard.in_a_row} steps in a row would have to be skipped, training.max_skipped_steps is"
+            raise self._not_finite(f"{reason}; {counts} {self.guard.max_in_a_row}")
+        return True
 
     def _forward_backward(self, micro_batch: MicroBatch, sums: Sums) -> None:
         """Adds this micro-batch's share of the global mean gradient to the parameters."""
@@ -340,6 +431,12 @@ class Trainer:
             optimizers=self.optimizers,
         )
 
+    @contextmanager
+    def _in_phase(self, phase: Phase) -> Iterator[None]:
+        self.watch.enter(self.step, phase)
+        with self.heartbeat.phase(phase):
+            yield
+
     def _start_wandb(self) -> "Run | None":
         if not self.is_main or self.job.metrics.wandb == "off":
             return None
@@ -363,7 +460,6 @@ class Trainer:
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite.
         """
-        steps = sums.steps
         # One collective and one copy to the host for all figures.
         means = sums.means(self.mesh.sum_over_samples(sums.flat()).tolist())
         peak_memory = peak_memory_gib(self.device)
@@ -382,6 +478,8 @@ class Trainer:
         if means.idle_steps:
             extra["data/idle_steps"] = means.idle_steps
             self._count_idle(means.idle_steps)
+        if self.guard is not None and self.guard.total:
+            extra["optim/skipped_steps"] = self.guard.total
         if self.save_blocked_s is not None:
             extra["perf/save_blocked_s"], self.save_blocked_s = self.save_blocked_s, None
         log.log(
@@ -392,7 +490,7 @@ class Trainer:
                 loss_audio=means.audio,
                 grad_norm=norm,
                 lr=self._learning_rate(self.step),
-                step_time_s=elapsed_s / steps,
+                step_time_s=elapsed_s / sums.taken,
                 tokens_per_s=means.tokens / elapsed_s,
                 tflops_per_gpu=tflops,
                 mfu=None if self.peak_flops is None else tflops * 1e12 / self.peak_flops,
@@ -400,7 +498,9 @@ class Trainer:
                 extra=extra,
             )
         )
-        if not (means.is_finite and isfinite(norm or 0.0)):
+        self.heartbeat.step(self.step, means.loss)
+        # The norm is of the last step; without a step in the sums all were skipped, as the records in skipped/ say.
+        if sums.steps and not (means.is_finite and isfinite(norm or 0.0)):
             raise self._not_finite(f"loss {means.loss}, gradient norm {norm}")
 
     def _count_idle(self, steps: int) -> None:
@@ -491,6 +591,8 @@ class Trainer:
             "job": redacted_values(plain_job(self.job)),
             "reference_scale": self.plan.reference_scale,
         }
+        if self.guard is not None:
+            trainer["guard"] = self.guard.state_dict()
         state, folder = self._state(trainer), self.plan.folder / "checkpoint"
         self._refuse_not_finite(state)
         started = time.perf_counter()
@@ -526,8 +628,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     folder = Path()
     try:
+        check_environment(os.environ)
         # Checked before a process group exists: every rank finds the same error by itself, and none waits for another.
-        check_environment()
         if arguments[0].startswith("--"):
             raise ValueError(
                 f"{arguments[0]}: expected the job file first, then overrides; put it behind the job file."
@@ -572,4 +674,5 @@ def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:
 
 if __name__ == "__main__":
     end_with_launcher()
+    faulthandler.enable()  # a crash in native code ends with the Python stack that led there
     sys.exit(main())

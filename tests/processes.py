@@ -13,7 +13,14 @@ import torch.multiprocessing as mp
 
 # One server imports the modules that ranks need and forks them: milliseconds instead of seconds per rank.
 multiprocessing.set_forkserver_preload(
-    ["ltx_titan.train", "tests.jobs", "tests.checkpoint.toy", "tests.parallel.harness", "torch._inductor.compile_fx"]
+    [
+        "ltx_titan.train",
+        "tests.jobs",
+        "tests.fault_injection",
+        "tests.checkpoint.toy",
+        "tests.parallel.harness",
+        "torch._inductor.compile_fx",
+    ]
 )
 
 

@@ -1,12 +1,32 @@
 """Promises of docs/reliability.md that concern a whole run."""
 
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 import torch
 
 from ltx_titan.common.files import claimed
-from ltx_titan.config import load_job
+from ltx_titan.config import AlertsSection, load_job
+from ltx_titan.data import read_sample, write_sample
+from ltx_titan.launch import check_nodes
+from ltx_titan.metrics import StepGuard
+from ltx_titan.metrics.alerts import Alerts
+from ltx_titan.parallel.join import check_address, check_environment
 from ltx_titan.train import main
-from tests.jobs import train, write_job
+from tests.jobs import curve, train, write_dataset, write_job
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_run_without_its_export_is_not_finished(tmp_path, nano_path, data_root, caplog):
@@ -48,3 +68,229 @@ def test_a_dump_folder_has_one_user_who_is_named(tmp_path, nano_path, data_root,
     assert "is in use by process" in caplog.text
     assert " on " in caplog.text
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def heartbeat(job: Path) -> dict:
+    file = job.parent / "run" / "heartbeat.json"
+    return json.loads(file.read_text()) if file.exists() else {"step": 0, "phase": "starting"}
+
+
+def rank_of_job(job, rank, world_size, port, log):
+    """A rank as torchrun starts it, in a forked process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    torch.set_num_threads(1)
+    code = main([str(job)])
+    os._exit(code)
+
+
+def start_ranks(job: Path, ranks: int, world_size: int | None = None) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    logs = [job.parent / f"rank-{rank}.log" for rank in range(ranks)]
+    processes = [
+        context.Process(target=rank_of_job, args=(job, n, world_size or ranks, port, logs[n])) for n in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+@pytest.mark.distributed
+def test_a_rank_that_hangs_is_named_and_the_stacks_of_the_others_are_kept(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=100_000, job__timeout_s=8.0)
+    healthy, stopped = start_ranks(job, 2)
+    try:
+        while heartbeat(job)["step"] < 2:
+            assert healthy.is_alive(), (tmp_path / "rank-0.log").read_text()
+            time.sleep(0.05)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        healthy.join(240)
+        assert healthy.exitcode == 1
+    finally:
+        stopped.kill()
+        healthy.kill()
+    log = (tmp_path / "rank-0.log").read_text()
+    assert "waiting for rank 1, which does not answer" in log
+    assert "timed out after 8 s (job.timeout_s), waiting for rank 1" in log
+    assert "Traceback" not in log
+    assert "in _train_step" in (tmp_path / "run/stacks/rank-0.txt").read_text()
+    assert heartbeat(job)["phase"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2: expected less than WORLD_SIZE, which is 2"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "0"},
+            "WORLD_SIZE is '0'.*of at least 1",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"},
+            "MASTER_PORT is '70000'",
+        ),
+    ],
+)
+def test_wrong_numbers_of_ranks_are_refused_at_once(environment, message):
+    with pytest.raises(ValueError, match=message):
+        check_environment(environment)
+
+
+def test_an_address_that_does_not_resolve_and_a_wrong_node_are_named():
+    with pytest.raises(ValueError, match=r"MASTER_ADDR = 'no-such-host\.invalid'"):
+        check_address("no-such-host.invalid", 29500, limit_s=0)
+    with pytest.raises(ValueError, match="NODE_RANK = 2: expected 0 to 1"):
+        check_nodes({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "127.0.0.1"})
+
+
+@pytest.mark.distributed
+def test_a_rank_that_never_comes_is_named(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, job__timeout_s=5.0)
+    alone = start_ranks(job, 1, world_size=2)[0]
+    alone.join(240)
+    assert alone.exitcode == 1
+    assert "rank 1 of 2 did not join within 5 s" in (tmp_path / "rank-0.log").read_text()
+
+
+def write_overflowing_dataset(root: Path, nano_path: Path, clips: tuple[int, ...]) -> Path:
+    """Six clips; the latents of some are finite, and their loss is not."""
+    write_dataset(root, nano_path)
+    for clip in clips:
+        path = root / "latents" / f"clip_{clip}.pt"
+        sample = read_sample(path, "video")
+        write_sample(path, sample | {"latents": torch.full_like(sample["latents"], 1e30)})
+    return root
+
+
+SKIPPING = {"training__global_batch_size": 2, "training__steps": 4, "checkpoint__interval": 0}
+
+
+@pytest.mark.distributed
+def test_a_step_that_is_not_finite_is_skipped_on_every_mesh_and_after_a_resume(tmp_path, nano_path):
+    root = write_overflowing_dataset(tmp_path / "data", nano_path, clips=(4,))
+    straight = write_job(tmp_path / "straight", nano_path, root, **SKIPPING)
+    lines = train(straight)
+    skipped = [line["step"] for line in lines if line["loss"] is None]
+    assert 1 <= len(skipped) <= 2  # one of the three batches of each epoch
+    for step in skipped:
+        record = json.loads((tmp_path / f"straight/run/skipped/step-{step}.json").read_text())
+        assert "clip_4" in " ".join(record["samples"])
+        assert len(record["samples"]) == 2
+        assert (record["step"], record["batch"], record["seed"]) == (step, step - 1, 3)
+    assert lines[-1]["optim/skipped_steps"] == len(skipped)
+    parts = write_job(tmp_path / "parts", nano_path, root, **SKIPPING)
+    train(parts, 1, f"--training.stop_at={skipped[0]}")
+    assert curve(train(parts)) == curve(lines)
+    weights = [tmp_path / name / "run/export/transformer-step-4.safetensors" for name in ("straight", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    sharded = train(write_job(tmp_path / "sharded", nano_path, root, **SKIPPING), 2)
+    finite = [line for line in lines if line["loss"] is not None]
+    assert [line["loss"] for line in sharded if line["loss"] is not None] == pytest.approx(
+        [line["loss"] for line in finite], rel=1e-5
+    )
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path, nano_path, caplog):
+    root = write_overflowing_dataset(tmp_path / "data", nano_path, clips=range(6))
+    job = write_job(tmp_path, nano_path, root, training__max_skipped_steps=2, **SKIPPING)
+    assert main([str(job)]) == 1
+    assert "3 steps in a row would have to be skipped, training.max_skipped_steps is 2" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "run/skipped").iterdir()) == [
+        f"step-{step}.json" for step in (1, 2, 3)
+    ]
+
+
+def test_a_spike_is_told_from_the_median_of_recent_steps_also_after_a_resume():
+    guard = StepGuard(max_in_a_row=1, spike_factor=4.0)
+    assert guard.judge(1e9, 1.0) is None  # too few steps to tell
+    for _ in range(30):
+        assert guard.judge(1.0, 2.0) is None
+    resumed = StepGuard(max_in_a_row=1, spike_factor=4.0)
+    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    for each in (guard, resumed):
+        assert each.judge(3.9, 7.9) is None
+        assert each.judge(1.0, 8.1) == "gradient norm 8.1, 4.0 times its recent median"
+        assert not each.gives_up
+        assert each.judge(4.1, 2.0) == "loss 4.1, 4.1 times its recent median"
+        assert each.gives_up
+        assert each.judge(1.0, 2.0) is None
+        assert (each.in_a_row, each.total) == (0, 2)
+
+
+def test_updates_in_the_backward_pass_cannot_be_skipped(tmp_path, nano_path, data_root):
+    settings = {"optimizer__in_backward": True, "training__max_grad_norm": 0.0, "training__local_batch_size": 4}
+    with pytest.raises(ValueError, match=r"training\.spike_factor"):
+        load_job(write_job(tmp_path, nano_path, data_root, training__spike_factor=10.0, **settings))
+
+
+class Receiver(BaseHTTPRequestHandler):
+    bodies: ClassVar[list[dict]] = []
+
+    def do_POST(self):
+        self.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_alerts_reach_a_webhook_and_a_command_and_a_broken_one_costs_nothing(tmp_path, nano_path, caplog, monkeypatch):
+    root = write_overflowing_dataset(tmp_path / "data", nano_path, clips=range(6))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HOOK", f"http://127.0.0.1:{server.server_port}/secret")
+    settings = SKIPPING | {"training__max_skipped_steps": 1, "alerts__webhook_variable": "HOOK"}
+    settings["alerts__command"] = ["sh", "-c", f"cat >> {tmp_path}/alerts.txt"]
+    job = write_job(tmp_path / "job", nano_path, root, **settings)
+    assert main([str(job)]) == 1
+    server.shutdown()
+    server.server_close()
+    # One of a kind, although two steps were skipped.
+    assert sorted(body["event"] for body in Receiver.bodies) == ["failed", "spiking"]
+    assert "FloatingPointError" in next(body["text"] for body in Receiver.bodies if body["event"] == "failed")
+    assert (tmp_path / "alerts.txt").read_text().count('"event"') == 2
+    written = [path.read_text(errors="replace") for path in (tmp_path / "job/run").rglob("*") if path.is_file()]
+    assert not any("/secret" in text for text in [*written, caplog.text])
+
+    alerts = Alerts(AlertsSection(webhook_variable="HOOK", command=("false",)), tmp_path, is_sender=True)
+    alerts.send("finished", "", 1)  # nobody listens, and the command fails
+    alerts.close()
+    assert caplog.text.count("alert 'finished' could not be sent") == 2
+    assert "/secret" not in caplog.text
+
+
+def test_a_deterministic_job_gives_the_same_bits_twice(tmp_path, nano_path, data_root):
+    def weights(name):
+        job = write_job(tmp_path / name, nano_path, data_root, training__steps=2, job__deterministic=True)
+        assert main([str(job)]) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        return (job.parent / "run/export/transformer-step-2.safetensors").read_bytes()
+
+    try:
+        assert weights("one") == weights("two")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("code", "seconds_left", "is_requeued"), [(0, 60, True), (0, 7200, False), (1, 60, False)])
+def test_slurm_requeues_a_run_that_its_time_limit_has_stopped(tmp_path, code, seconds_left, is_requeued):
+    def program(name, text):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    program("srun", f"exit {code}")
+    program("squeue", f"date -d '+{seconds_left} seconds' +%Y-%m-%dT%H:%M:%S")
+    program("scontrol", f'case $1 in show) echo node0;; *) echo "$@" >> {tmp_path}/requeued;; esac')
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NUM_NODES": "1"}
+    script = ROOT / "train_configs/slurm/train.sbatch"
+    done = subprocess.run(["bash", script, "job.toml"], env=environment, capture_output=True, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "requeued").exists() == is_requeued

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from ltx_titan.common.files import describe_os_error
-from ltx_titan.common.ranks import PeerError
+from ltx_titan.common.ranks import PeerError, StalledError
 from ltx_titan.common.secrets import redacted
 
 logger = logging.getLogger("ltx_titan")
@@ -49,7 +49,7 @@ def report_error(error: Exception, folder: Path) -> bool:
     message = None
     if isinstance(error, OSError):
         message = describe_os_error(error, folder)
-    elif isinstance(error, (ValueError, FloatingPointError, RunError)):
+    elif isinstance(error, (ValueError, FloatingPointError, RunError, StalledError)):
         message = "\n".join([str(error), *getattr(error, "__notes__", [])])
     _write_error_file(message or "".join(traceback.format_exception(error)).rstrip())
     if message is None:

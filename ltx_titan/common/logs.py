@@ -12,8 +12,8 @@ from ltx_titan.common.secrets import RedactingFilter
 def set_up_logging() -> None:
     """Logs one line per event of rank 0 to standard output; other ranks log only what is critical."""
     escape_names()
-    # As text: a rank that is no number is reported once logging works.
-    is_main = os.environ.get("RANK", "0") == "0"
+    # Not as a number: this runs before RANK has been checked.
+    is_main = (os.environ.get("RANK") or "0") == "0"
     logging.basicConfig(
         format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stdout
     )

@@ -23,6 +23,10 @@ class PeerError(RuntimeError):
     """Another rank failed; its own error says why."""
 
 
+class StalledError(RuntimeError):
+    """A rank was waited for until the time-out; the message names it."""
+
+
 def is_distributed() -> bool:
     """Whether there is more than one rank."""
     return dist.is_initialized() and dist.get_world_size() > 1
@@ -33,33 +37,22 @@ def is_main_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def rank_and_size() -> tuple[int, int]:
+def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Rank and world size as torchrun sets them in the environment; (0, 1) without it.
 
     Raises:
         ValueError: a variable is missing, or is not a number that fits the other.
     """
-    size = number_of(os.environ, "WORLD_SIZE", 1, at_least=1)
-    if size > 1 and "RANK" not in os.environ:
+    size = number_of(environment, "WORLD_SIZE", 1, at_least=1)
+    if size > 1 and "RANK" not in environment:
         raise ValueError(
             f"WORLD_SIZE is {size}, and RANK is not set: expected both, as torchrun sets them; start with "
             f"`ltx-titan train`, or unset WORLD_SIZE."
         )
-    rank = number_of(os.environ, "RANK", 0, at_least=0)
+    rank = number_of(environment, "RANK", 0, at_least=0)
     if rank >= size:
         raise ValueError(f"RANK is {rank}: expected less than WORLD_SIZE, which is {size}; correct one of them.")
     return rank, size
-
-
-def check_environment() -> None:
-    """Checks the variables that torchrun sets for each process and a scheduler may set otherwise.
-
-    Raises:
-        ValueError: a variable is not a number, or is out of its range.
-    """
-    rank_and_size()
-    number_of(os.environ, "LOCAL_RANK", 0, at_least=0)
-    number_of(os.environ, "MASTER_PORT", 0, at_least=0, at_most=65535)
 
 
 def number_of(
@@ -71,7 +64,7 @@ def number_of(
         ValueError: it is set to something else, or out of range; the message names the variable.
     """
     text = environment.get(name)
-    if text is None:
+    if not text:
         return default
     # isdecimal: int() also accepts spaces, underscores and signs.
     number = int(text) if text.isdecimal() and len(text) < 10 else None

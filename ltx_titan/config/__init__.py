@@ -13,6 +13,7 @@ from ltx_titan.config.optimization import (
 from ltx_titan.config.sections import (
     ActivationCheckpointMode,
     ActivationCheckpointSection,
+    AlertsSection,
     CheckpointSection,
     CompileSection,
     DataSection,
@@ -35,6 +36,7 @@ __all__ = [
     "RELEASED_SHAPES",
     "ActivationCheckpointMode",
     "ActivationCheckpointSection",
+    "AlertsSection",
     "AudioSection",
     "BaseDtype",
     "CheckpointSection",

@@ -4,6 +4,7 @@ from ltx_titan.config.base import Section
 from ltx_titan.config.optimization import LoRASection, LossSection, OptimizerSection, SchedulerSection, SigmaSection
 from ltx_titan.config.sections import (
     ActivationCheckpointSection,
+    AlertsSection,
     CheckpointSection,
     CompileSection,
     DataSection,
@@ -64,5 +65,7 @@ class JobConfig(Section):
     """Adapters."""
     metrics: MetricsSection = MetricsSection()
     """Logging."""
+    alerts: AlertsSection = AlertsSection()
+    """Messages when a run ends or stalls."""
     profiling: ProfilingSection = ProfilingSection()
     """Traces."""

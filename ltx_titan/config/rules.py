@@ -342,6 +342,26 @@ def _clipping_rules(job: JobConfig) -> Iterator[Problem]:
         )
 
 
+def _skipping_rules(job: JobConfig) -> Iterator[Problem]:
+    training = job.training
+    if training.spike_factor is None:
+        return
+    if job.optimizer.in_backward:
+        yield Problem(
+            "training.spike_factor",
+            training.spike_factor,
+            "no value with optimizer.in_backward = true, which updates the weights before a spike is known",
+            "remove it, or set optimizer.in_backward = false",
+        )
+    elif training.max_skipped_steps == 0:
+        yield Problem(
+            "training.spike_factor",
+            training.spike_factor,
+            "training.max_skipped_steps of at least 1, found 0, which skips nothing",
+            "set training.max_skipped_steps, or remove it",
+        )
+
+
 def _export_rules(job: JobConfig) -> Iterator[Problem]:
     checkpoint = job.checkpoint
     is_dora = job.model.mode == "lora" and job.lora.dora
@@ -365,6 +385,7 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _clipping_rules,
     _loss_rules,
     _float8_rules,
+    _skipping_rules,
     _export_rules,
     _single_rules,
     _validation_rules,

@@ -5,7 +5,7 @@ the sections about learning, `streams.py` and `validation.py` those with lists o
 rules between fields.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,12 @@ class JobSection(Section):
     """Folder of everything the job writes; if it holds a complete checkpoint, the job resumes from it."""
     description: str = ""
     """Free text, stored with the results."""
+    deterministic: bool = False
+    """Use only deterministic algorithms, so that the same job gives the same bits twice on the same hardware; slower
+    (not measured on a GPU), and an error where an operation has no deterministic form."""
+    timeout_s: Annotated[float, Field(ge=5.0)] = 1800.0
+    """Seconds that ranks wait for another one before the run ends and names it; raise it if one rank does what others
+    wait for longer than this, such as reading a checkpoint from a slow disk."""
 
 
 class ModelSection(Section):
@@ -154,6 +160,13 @@ class TrainingSection(Section):
     """Compute precision; float32 is for numerical checks."""
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient to this norm; 0 disables clipping."""
+    max_skipped_steps: int = Field(5, ge=0)
+    """Steps in a row whose update is skipped because their loss or gradient norm is not finite or a spike; the run ends
+    at the next. Their samples are listed in skipped/. 0 skips none and ends at the first that is not finite, as
+    `optimizer.in_backward` always does; the host then waits for the device in logged steps only."""
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """Also skip a step whose loss or gradient norm exceeds this multiple of the median of the last 100 steps, such as
+    10; unset skips none for that."""
     gc_interval: Positive = 50
     """Steps between Python garbage collections; automatic ones are disabled because a rank that collects stalls all
     others."""
@@ -254,6 +267,27 @@ class MetricsSection(Section):
     """Tags of the run."""
     wandb_clips: bool = True
     """Upload validation clips; false keeps them on this machine."""
+
+
+class AlertsSection(Section):
+    """`[alerts]`: messages about a run, as JSON with `event`, `text`, `step`, `run` and `time`.
+
+    Sent in the background with a limit of 10 s; one that fails is logged, and training continues.
+    """
+
+    webhook_variable: str | None = None
+    """Environment variable that holds a URL to POST to. Not the URL, which is a secret: a job is stored in checkpoints
+    and shown by W&B."""
+    command: Words = ()
+    """Program and arguments that get the JSON on standard input; no shell."""
+    events: Annotated[tuple[Literal["finished", "failed", "spiking", "stalled"], ...], Field(strict=False)] = (
+        "finished",
+        "failed",
+        "spiking",
+        "stalled",
+    )
+    """Events to report: the end, an error, a skipped step, a rank that the others have waited for for a minute. At most
+    one of a kind every five minutes."""
 
 
 class ProfilingSection(Section):

@@ -7,7 +7,7 @@ over ranks into a `StepMetrics`.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -118,6 +118,13 @@ class Means:
     is_finite: bool
 
 
+class Mark(NamedTuple):
+    """Losses of `Sums` at some moment."""
+
+    loss: Tensor
+    buckets: Tensor
+
+
 class Sums:
     """Sums over the micro-batches and steps since the last log line; tensors stay on the device."""
 
@@ -131,15 +138,29 @@ class Sums:
         self.edges = torch.tensor(_SIGMA_BUCKETS[1:], device=device)
         self.flops = 0.0
         self.tokens = 0
+        self.taken = 0
+        """Steps begun since the last log line, skipped ones included."""
 
     @property
     def steps(self) -> int:
-        """Steps begun since the last log line."""
+        """Steps whose losses are in the sums."""
         return len(self.trained)
 
-    def begin_step(self) -> None:
-        """Starts a step; its micro-batches are then added."""
+    def begin_step(self) -> Mark:
+        """Starts a step, whose micro-batches are then added; returns the sums before it."""
+        mark = Mark(self.loss.clone(), self.buckets.clone())
         self.trained.append(torch.zeros((), device=self.loss.device))
+        self.taken += 1
+        return mark
+
+    def loss_since(self, mark: Mark) -> Tensor:
+        """This rank's share of the loss since a mark, a scalar."""
+        return self.loss - mark.loss
+
+    def undo(self, mark: Mark) -> None:
+        """Takes back the losses of the last step, but not its work."""
+        self.loss, self.buckets = mark.loss, mark.buckets
+        self.trained.pop()
 
     @torch.no_grad()
     def add(self, total: Tensor, loss: StreamLosses, inputs: StreamInputs, share: float) -> None:
@@ -173,7 +194,7 @@ class Sums:
     def flat(self) -> Tensor:
         """All sums in one vector, to be added over ranks in one collective and read in one copy; see `means`."""
         work = self.loss.new_tensor([self.flops / 1e12, self.tokens])
-        return torch.cat([self.loss[None], work, torch.stack(self.trained), self.buckets.flatten()])
+        return torch.cat([self.loss[None], work, *(count[None] for count in self.trained), self.buckets.flatten()])
 
     def means(self, totals: list[float]) -> Means:
         """Means of a vector `flat` that was added up over ranks."""

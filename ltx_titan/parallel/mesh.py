@@ -12,13 +12,16 @@ Axes of size 1 stay in both, with real process groups, so that no code needs a s
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ltx_titan.common.ranks import rank_and_size
 from ltx_titan.config import Degrees
+from ltx_titan.parallel.join import join, record_collectives
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,17 @@ class Mesh:
         return values
 
 
-def init_distributed(timeout_s: int = 1800) -> torch.device:
+def init_distributed(timeout_s: float = 1800.0, stacks: Path | None = None) -> torch.device:
     """Joins the job's process group, NCCL on CUDA and gloo on a CPU, and returns this rank's device.
 
     Under torchrun it reads the environment; without it, the job has one rank.
+
+    Args:
+        timeout_s: how long to wait for other ranks, now and in each collective.
+        stacks: folder for NCCL's record of collectives; None records none.
+
+    Raises:
+        StalledError: a rank did not come in time; on rank 0.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -68,12 +78,28 @@ def init_distributed(timeout_s: int = 1800) -> torch.device:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
+        if stacks is not None and device.type == "cuda":
+            record_collectives(stacks)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            rank, size = rank_and_size()
+            store = join(timeout_s)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         else:
             # An in-process store: a job of one rank needs neither a port nor environment variables.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
+
+
+def default_store() -> dist.Store:
+    """The store through which the ranks have met."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def set_timeouts(timeout_s: float) -> None:
+    """Sets the time-out of every process group; those that libraries make would otherwise keep torch's 10 or 30 min."""
+    groups = dist.distributed_c10d._world.pg_map
+    for group in list(groups):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def build_mesh(device_type: str, degrees: Degrees) -> Mesh:

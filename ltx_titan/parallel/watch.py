@@ -1,0 +1,190 @@
+"""Watches whether all ranks move on, and names the one that does not.
+
+A rank that hangs (a lost file system, a stuck driver, a stopped process) leaves all others waiting in their next
+collective, where none of them can say for whom. So a thread of each rank publishes in the job's store where its rank
+is, and rank 0's compares:
+
+- a rank whose thread has stopped publishing does not answer: stopped, swapped out, or its node is gone;
+- a rank at an earlier position than the others is the one that they wait for.
+
+A phase may take hours on all ranks together, and only a collective knows that it waits for too long. So nothing here
+ends a run: the process group's time-out (`job.timeout_s`) does, and the thread writes every rank's Python stack to
+`stacks/` before.
+"""
+
+import faulthandler
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from ltx_titan.common.ranks import StalledError
+
+logger = logging.getLogger(__name__)
+
+# In the order of a step.
+_PHASES = ("loading", "training", "validating", "saving", "exporting")
+_PATIENCE_S = 60.0
+_TIMED_OUT = ("timed out", "timeout")
+
+
+class _Position(NamedTuple):
+    """Where a rank is."""
+
+    step: int
+    phase: int
+
+    def __str__(self) -> str:
+        return f"{_PHASES[self.phase]}, step {self.step}"
+
+
+class Watch:
+    """This rank's part of the watch; every rank creates one after joining.
+
+    Args:
+        store: of the job.
+        folder: for the stacks; made when needed.
+        timeout_s: time-out of the collectives.
+        on_stall: called on rank 0, in the thread, with the step and the ranks that the others wait for.
+    """
+
+    def __init__(
+        self, store: dist.Store, folder: Path, timeout_s: float, on_stall: Callable[[int, str], None] | None = None
+    ) -> None:
+        self.folder = folder
+        self._timeout_s = timeout_s
+        self._on_stall = on_stall
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        # Several positions and a decision must fit into a short time-out.
+        self._poll_s = min(5.0, timeout_s / 20)
+        self._patience_s = min(_PATIENCE_S, timeout_s / 2)
+        self._position = _Position(0, 0)
+        self._since = time.monotonic()
+        self._beats = 0
+        self._said = 0.0
+        # Beats of each rank as last seen, and since when they have not changed.
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._has_written = False
+        self._end = threading.Event()
+        # A connection of its own: on a shared one the thread would wait behind the main thread's requests.
+        self._store = store.clone()  # type: ignore[attr-defined] # the stubs lack it
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        if self._size > 1:
+            self._thread.start()
+
+    def enter(self, step: int, phase: str) -> None:
+        """Notes where this rank is; only reads a clock."""
+        self._position, self._since = _Position(step, _PHASES.index(phase)), time.monotonic()
+        self._said = 0.0
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raises a `StalledError` in place of the time-out of a collective; ends the watch."""
+        try:
+            yield
+        except RuntimeError as error:
+            explained = self._explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+        finally:
+            self._end.set()
+            if self._thread.is_alive():
+                self._thread.join(timeout=self._poll_s + 1)
+
+    def _explain(self, error: RuntimeError) -> RuntimeError:
+        """The error that names the missing ranks, if it was a time-out; other errors as they are."""
+        text = str(error).lower()
+        if self._size == 1 or not any(words in text for words in _TIMED_OUT):
+            return error
+        self._write_stacks()
+        try:
+            self._store.set("watch/write", "1")
+            # Two looks, so that a rank that does not answer shows.
+            self._missing()
+            time.sleep(4 * self._poll_s)
+            missing = self._missing()
+        except Exception:  # the store's host is gone, and with it the node of rank 0
+            missing = "the node of rank 0, which does not answer"
+        return StalledError(
+            f"{self._position}: a collective timed out after {self._timeout_s:.0f} s (job.timeout_s), waiting for "
+            f"{missing or 'a rank that is in the same place as all others'}. The Python stacks of the ranks that "
+            f"answer are in {self.folder}."
+        )
+
+    def _run(self) -> None:
+        while not self._end.wait(self._poll_s):
+            try:
+                self._beat()
+            except Exception as error:  # the job ends, or its store is gone: the collectives will say so
+                logger.debug("the watch ends: %s", error)
+                return
+
+    def _beat(self) -> None:
+        self._beats += 1
+        position, waited = self._position, time.monotonic() - self._since
+        self._store.set(f"watch/{self._rank}", json.dumps([self._beats, *position]))
+        if waited > 0.8 * self._timeout_s or self._store.check(["watch/write"]):
+            self._write_stacks()
+        if self._rank > 0:
+            return
+        missing = self._missing()
+        if waited > self._patience_s and waited > 2 * self._said and missing is not None:
+            self._said = waited
+            logger.warning("%s: waiting for %s, since %.0f s", position, missing, waited)
+            if self._on_stall is not None:
+                self._on_stall(position.step, f"waiting for {missing}")
+        if waited > 0.8 * self._timeout_s and not self._store.check(["watch/write"]):
+            self._store.set("watch/write", "1")
+            logger.warning(
+                "%s: no progress for %.0f s; job.timeout_s = %.0f. Stacks of all ranks that answer are in %s",
+                position,
+                waited,
+                self._timeout_s,
+                self.folder,
+            )
+
+    def _missing(self) -> str | None:
+        """The ranks that the others wait for, and why; None if all are in the same place."""
+        now, positions, silent = time.monotonic(), {}, []
+        for rank in range(self._size):
+            if not self._store.check([f"watch/{rank}"]):
+                continue
+            beats, step, phase = json.loads(self._store.get(f"watch/{rank}"))
+            last, since = self._seen.get(rank, (-1, now))
+            if beats != last:
+                since = now
+            self._seen[rank] = (beats, since)
+            positions[rank] = _Position(step, phase)
+            if rank != self._rank and now - since > 3 * self._poll_s:
+                silent.append(rank)
+        if silent:
+            return f"{_ranks(silent)}, which does not answer (last seen {positions[silent[0]]})"
+        first = min(positions.values(), default=None)
+        late = [rank for rank, position in positions.items() if position == first]
+        if len(late) in (0, len(positions)):
+            return None
+        return f"{_ranks(late)}, which is still {first}"
+
+    def _write_stacks(self) -> None:
+        if self._has_written:
+            return
+        self._has_written = True
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / f"rank-{self._rank}.txt").open("w") as file:
+                file.write(f"rank {self._rank}, {self._position}, for {time.monotonic() - self._since:.0f} s\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            logger.warning("%s: %s", self.folder, error.strerror or error)
+
+
+def _ranks(ranks: list[int]) -> str:
+    return "rank " + ", ".join(map(str, ranks))
