@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,8 @@ class _Dataset(Protocol):
     def shape_key(self, index: int) -> ShapeKey: ...
 
     def load(self, index: int) -> Sample: ...
+
+    def peek(self, index: int) -> Sample: ...
 
 
 class SkippingDataset:
@@ -82,6 +85,22 @@ class SkippingDataset:
                 self._write(index, other)
                 return sample
         raise ValueError(f"{self._damaged[index]} No other sample of its shape can be read in its place.")
+
+    def peek(self, index: int) -> Sample:
+        """Reads a sample as the dataset's `peek`, or the next one of its shape that can be read.
+
+        Raises:
+            ValueError: there is none, or the disk cannot be read.
+        """
+        try:
+            return self._dataset.peek(index)
+        except UnreadableError:
+            raise
+        except ValueError:
+            for other in self._others(index):
+                with suppress(ValueError):
+                    return self._dataset.peek(other)
+            raise
 
     def _try(self, index: int) -> Sample | None:
         if index in self._damaged:
