@@ -101,7 +101,7 @@ def start_ranks(job: Path, ranks: int, world_size: int | None = None) -> list:
 
 @pytest.mark.distributed
 def test_a_rank_that_hangs_is_named_and_the_stacks_of_the_others_are_kept(tmp_path, nano_path, data_root):
-    job = write_job(tmp_path, nano_path, data_root, training__steps=100_000, job__timeout_s=8.0)
+    job = write_job(tmp_path, nano_path, data_root, training__steps=100_000, job__timeout_s=20.0)
     healthy, stopped = start_ranks(job, 2)
     try:
         while heartbeat(job)["step"] < 2:
@@ -115,7 +115,7 @@ def test_a_rank_that_hangs_is_named_and_the_stacks_of_the_others_are_kept(tmp_pa
         healthy.kill()
     log = (tmp_path / "rank-0.log").read_text()
     assert "waiting for rank 1, which does not answer" in log
-    assert "timed out after 8 s (job.timeout_s), waiting for rank 1" in log
+    assert "timed out after 20 s (job.timeout_s), waiting for rank 1" in log
     assert "Traceback" not in log
     assert "in _train_step" in (tmp_path / "run/stacks/rank-0.txt").read_text()
     assert heartbeat(job)["phase"] == "failed"
@@ -174,22 +174,23 @@ SKIPPING = {"training__global_batch_size": 2, "training__steps": 4, "checkpoint_
 @pytest.mark.distributed
 def test_a_step_that_is_not_finite_is_skipped_on_every_mesh_and_after_a_resume(tmp_path, nano_path):
     root = write_overflowing_dataset(tmp_path / "data", nano_path, clips=(4,))
-    straight = write_job(tmp_path / "straight", nano_path, root, **SKIPPING)
+    settings = SKIPPING | {"training__steps": 6}  # so that steps follow those that are skipped
+    straight = write_job(tmp_path / "straight", nano_path, root, **settings)
     lines = train(straight)
     skipped = [line["step"] for line in lines if line["loss"] is None]
-    assert 1 <= len(skipped) <= 2  # one of the three batches of each epoch
+    assert len(skipped) == 2  # one of the three batches of each epoch
     for step in skipped:
         record = json.loads((tmp_path / f"straight/run/skipped/step-{step}.json").read_text())
         assert "clip_4" in " ".join(record["samples"])
         assert len(record["samples"]) == 2
         assert (record["step"], record["batch"], record["seed"]) == (step, step - 1, 3)
     assert lines[-1]["optim/skipped_steps"] == len(skipped)
-    parts = write_job(tmp_path / "parts", nano_path, root, **SKIPPING)
+    parts = write_job(tmp_path / "parts", nano_path, root, **settings)
     train(parts, 1, f"--training.stop_at={skipped[0]}")
     assert curve(train(parts)) == curve(lines)
-    weights = [tmp_path / name / "run/export/transformer-step-4.safetensors" for name in ("straight", "parts")]
+    weights = [tmp_path / name / "run/export/transformer-step-6.safetensors" for name in ("straight", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    sharded = train(write_job(tmp_path / "sharded", nano_path, root, **SKIPPING), 2)
+    sharded = train(write_job(tmp_path / "sharded", nano_path, root, **settings), 2)
     finite = [line for line in lines if line["loss"] is not None]
     assert [line["loss"] for line in sharded if line["loss"] is not None] == pytest.approx(
         [line["loss"] for line in finite], rel=1e-5
