@@ -18,6 +18,11 @@ from tests.jobs import write_dataset, write_job
 CONFIG = TransformerConfig.from_metadata({})
 
 
+def named(value: object) -> str:
+    """An id that is the same in every process: functions by name."""
+    return str({key: getattr(v, "__name__", v) for key, v in value.items()} if isinstance(value, dict) else value)
+
+
 @pytest.mark.parametrize("degrees", [Degrees(tp=8, cp=4), Degrees(dp_replicate=3, dp_shard=5), Degrees(cp=32)], ids=str)
 def test_what_works_is_let_through(degrees):
     check_parallelism(degrees, CONFIG, "av", recompute="full", offload=True, float8="tensorwise")
@@ -86,7 +91,7 @@ GATHERED = {"float8": "tensorwise", "float8_all_gather": True}
         (Degrees(tp=32), None, {"cuts_moments": cuts_blocks}, r"tp = 32 cuts.*audio_attn1\.to_out\.0\.weight"),
         (Degrees(tp=32), "bfloat16", {"cuts_moments": cuts_blocks}, r"lora_A\.weight \[32, 2048\]"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_parameters_that_do_not_divide_are_named(degrees, base_dtype, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -103,7 +108,7 @@ def test_parameters_that_do_not_divide_are_named(degrees, base_dtype, settings, 
         (Degrees(tp=16), "int4", {"cuts_moments": cuts_blocks}),
         (Degrees(dp_shard=7, tp=16), None, {"cuts_moments": cuts_blocks}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_parameters_that_divide_are_let_through(degrees, base_dtype, settings):
     check_sharding(one_block(base_dtype), degrees, **settings)
