@@ -473,17 +473,17 @@ ADAPTERS = rows(
     (
         "lora_B missing",
         changed_lora(lambda t: t.pop(f"{FIRST}.lora_B.weight")),
-        ("without its lora_A or lora_B", FIRST),
+        ("without the other of A and B", FIRST),
     ),
     (
-        "with alpha",
-        changed_lora(lambda t: t.update({f"{FIRST}.alpha": torch.tensor(1.0)})),
-        ("other than lora_A/lora_B", "alpha"),
+        "with DoRA's magnitudes",
+        changed_lora(lambda t: t.update({f"{FIRST}.dora_scale": torch.ones(4)})),
+        ("other than LoRA weights", "dora_scale", "DoRA", "merge it"),
     ),
     (
         "kohya names",
         changed_lora(lambda t: t.update({"lora_unet_x.lora_down.weight": torch.ones(2, 2)})),
-        ("other than lora_A/lora_B", "lora_down"),
+        ("without the other of A and B", "lora_down"),
     ),
     (
         "ranks differ within a layer",
@@ -494,12 +494,12 @@ ADAPTERS = rows(
     (
         "one dimension",
         changed_lora(lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(2)})),
-        ("other than lora_A/lora_B", FIRST),
+        ("other than LoRA weights", FIRST),
     ),
     (
         "three dimensions",
         changed_lora(lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(2, 2, 2)})),
-        ("other than lora_A/lora_B", FIRST),
+        ("other than LoRA weights", FIRST),
     ),
     (
         "another width",

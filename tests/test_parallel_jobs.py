@@ -71,4 +71,6 @@ def test_float8_trains_near_float32_and_exports_plain_weights(tmp_path, nano_pat
     name = "lora" if mode else "transformer"
     exports = [load_file(tmp_path / run / f"run/export/{name}-step-3.safetensors") for run in ("one", "two")]
     assert exports[0].keys() == exports[1].keys()
-    assert all(tensor.dtype == torch.float32 for tensor in exports[1].values())
+    # The text connectors are not trained: they are the base's, in its dtype.
+    trained = [tensor for key, tensor in exports[1].items() if "embeddings_connector" not in key]
+    assert all(tensor.dtype == torch.float32 for tensor in trained)

@@ -268,6 +268,8 @@ def _parse_json(path: Path, text: str) -> _Parsed:
             # JSON Lines under the name of JSON: a second object follows the first.
             if error.msg != "Extra data":
                 raise ValueError(f"{path}: not valid JSON: {error}{_json_hint(text, error.pos)}") from error
+        except ValueError as error:  # a number with thousands of digits
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
         except RecursionError as error:
             raise ValueError(f"{path}: nested too deeply; expected a list of objects, one per sample") from error
         else:
@@ -298,6 +300,8 @@ def _parse_json(path: Path, text: str) -> _Parsed:
                 f"line {number} is not valid JSON: {error.msg} at column {error.colno}{_json_hint(line, error.pos)}; "
                 "expected one object in each line",
             )
+        except ValueError as error:  # a number with thousands of digits
+            yield f" (line {number})", f"line {number} is not valid JSON: {error}"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[Any, Any]:

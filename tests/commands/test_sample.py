@@ -136,8 +136,8 @@ def test_fusing_adds_the_low_rank_update_to_the_weight(nano, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({f"{LAYER}.lora_B.weight": None}, "without its lora_A or lora_B"),
-        ({f"{LAYER}.alpha": torch.ones(1)}, "other than lora_A/lora_B weights"),
+        ({f"{LAYER}.lora_B.weight": None}, "without the other of A and B"),
+        ({f"{LAYER}.dora_scale": torch.ones(1)}, "other than LoRA weights"),
         (
             {
                 "diffusion_model.no.such.lora_A.weight": torch.ones(2, 2),

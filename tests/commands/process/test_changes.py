@@ -90,9 +90,9 @@ def test_edited_caption_replaced_clip_and_removed_row(prepared, nano):
     for source in ("latents", "audio_latents"):
         assert torch.equal(*(load(prepared, source, name)["latents"] for name in ("b.pt", "c.pt")))
     assert report.counts["videos"] == {"skipped": 1, "done": 1}
-    assert "captions: caption changed since, made again (a.mp4): 1" in printed
-    assert "videos: video changed since, made again (b.mp4): 1" in printed
-    assert "no longer in dataset.jsonl, kept out of training (--prune removes them) (c.pt): 1" in printed
+    assert "captions: caption changed since, made again: 1 (a.mp4)" in printed
+    assert "videos: video changed since, made again: 1 (b.mp4)" in printed
+    assert "no longer in dataset.jsonl, kept out of training (--prune removes them): 1 (c.pt)" in printed
     assert names(prepared) == ["a.pt", "b.pt"]
     report, printed = run(nano, path, BUCKETS)
     assert all(counts["done"] == 0 for counts in report.counts.values())
@@ -120,13 +120,13 @@ def test_edited_masks_and_replaced_reference(prepared, nano):
     assert load(prepared, "audio_masks", "a.pt")["mask"][0] == 0
     reference, target = load(prepared, "reference_latents", "a.pt"), load(prepared, "latents", "b.pt")
     assert torch.equal(reference["latents"], target["latents"])
-    assert "audio masks: audio mask changed since, made again (a.mp4): 1" in printed
+    assert "audio masks: audio mask changed since, made again: 1 (a.mp4)" in printed
 
 
 def test_row_that_no_longer_names_a_mask(prepared, nano):
     rows = {**ROWS, "a": {"caption": "a red wall", "reference_video": "edges.mp4", "video_mask": "mask.png"}}
     _, printed = run(nano, table(prepared, rows), BUCKETS)
-    assert "audio_masks: no longer in dataset.jsonl, kept out of training (--prune removes them) (a.pt): 1" in printed
+    assert "audio_masks: no longer in dataset.jsonl, kept out of training (--prune removes them): 1 (a.pt)" in printed
     with pytest.raises(ValueError, match="1 that are kept out"):
         PrecomputedDataset(prepared, {**SOURCES, "audio_masks": "audio_masks"})
     assert names(prepared) == ["a.pt", "b.pt", "c.pt"]
@@ -227,7 +227,7 @@ def test_samples_of_earlier_versions_are_adopted(prepared, nano):
     assert names(prepared) == ["a.pt", "b.pt", "c.pt"]
     _, printed = run(nano, table(prepared), BUCKETS)
     assert made_again(prepared, before) == set()
-    assert "latents: made before fingerprints were recorded, kept (a.mp4, b.mp4, c.mp4): 3" in printed
+    assert "latents: made before fingerprints were recorded, kept: 3 (a.mp4, b.mp4, c.mp4)" in printed
     _, printed = run(nano, table(prepared, b={"caption": "a red wall"}), BUCKETS)
     assert made_again(prepared, before) == {"conditions/b.pt"}
     assert "before fingerprints" not in printed

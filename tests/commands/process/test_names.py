@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     (folder / "a.pt").mkdir()
     for name in [*USABLE, *UNUSABLE[:3]]:
         shutil.copy(clip, folder / name)
-    rows = [{"video": name, "caption": name} for name in [*USABLE, *UNUSABLE]]
+    rows = [{"video": name, "caption": "a clip"} for name in [*USABLE, *UNUSABLE]]
     (folder / "dataset.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
