@@ -6,6 +6,24 @@ from tests.jobs import data_root, nano_path
 __all__ = ["data_root", "nano_path"]
 
 
+# Files that take a minute or more, longest first: one that starts last keeps the other workers waiting.
+LONGEST = (
+    "test_train.py",
+    "test_interpreted.py",
+    "test_launch.py",
+    "test_parallel_jobs.py",
+    "test_modes.py",
+    "test_training.py",
+    "test_exactness.py",
+    "test_reliability.py",
+    "test_fault_injection.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """One thread per process: oversubscribed cores are slower than idle ones."""

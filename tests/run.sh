@@ -6,4 +6,5 @@ cd "$ROOT"
 PYTHON=$("${PYTHON:-python3}" ltx_titan/bootstrap.py preprocess tools test)
 # One thread per process: the suite runs several processes, and oversubscribed cores are slower than idle ones.
 export OMP_NUM_THREADS=1 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile -m "not gpu" "$@"
+# In the order of collection, which tests/conftest.py chooses: the files that take longest come first.
+exec "$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder -m "not gpu" "$@"

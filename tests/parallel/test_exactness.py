@@ -14,9 +14,9 @@ CASES = selected(
     [
         Case(FSDP2, "first_frame", "selective", "aot_eager", ci=True),
         Case(TP2, "reference", ci=True),
-        Case(TP2, "joint", "selective", "aot_eager", ci=True),
+        Case(TP2, "joint", "selective", ci=True),
         Case(CP2, "frozen_audio", ci=True),
-        Case(CP2, "joint", "full", "aot_eager", ci=True),
+        Case(CP2, "joint", "full", ci=True),
         Case(HSDP, "frozen_video", "every_k", ci=True),
         Case(TP4, "joint", "selective", ci=True),
         Case(TP2_CP2, "reference", "full", ci=True),
