@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.config import JobConfig
+from ltx_titan.config import ExportLayout, JobConfig
 from ltx_titan.lora import adapter_weights, apply_lora, init_base_, init_lora_, load_base
 from ltx_titan.model import TextConnectors
 from ltx_titan.model.init import init_random_
@@ -24,7 +24,6 @@ from ltx_titan.parallel.parallelize import parallelize
 from ltx_titan.plan import Plan, build_transformer
 from ltx_titan.weights import (
     CONNECTORS,
-    ExportLayout,
     LoRAWeights,
     ModelSource,
     build_connectors,

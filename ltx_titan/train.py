@@ -343,9 +343,9 @@ class Trainer:
         if reason is None:
             return False
         sums.undo(mark)
-        names = [self.plan.dataset.name(index) for index in self.plan.batches.global_batch(batches.batch_number)]
         file = self.plan.folder / "skipped" / f"step-{batches.step}.json"
         if self.is_main:
+            indices = self.plan.batches.global_batch(batches.batch_number)
             # Draws are functions of seed, step and position, so this is all that a replay needs.
             record = {
                 "step": batches.step,
@@ -355,7 +355,7 @@ class Trainer:
                 "seed": self.job.training.seed,
                 "batch": batches.batch_number,
                 "dataset": self.plan.batches.fingerprint,
-                "samples": names,
+                "samples": [self.plan.dataset.name(index) for index in indices],
                 "skipped_in_a_row": self.guard.in_a_row,
             }
             write_text(file, json.dumps(record, indent=1) + "\n")
@@ -455,7 +455,7 @@ class Trainer:
         elapsed_s: float,
         validated: dict[str, float],
     ) -> None:
-        """Reduces over ranks and logs. Only logged steps wait for the device.
+        """Reduces over ranks and logs; waits for the device.
 
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite.

@@ -19,7 +19,7 @@ Kills of one seed are the same kills at the same phases, though not at the same 
 kills; `--log` gets a line per kill and per series, and a second call with the same log continues after the last
 complete series, so that long runs can be interrupted and split by seed.
 
-Ranks are forked from this process with all modules imported instead of started anew, which saves most of the time and
+Ranks are forked from this process with all modules imported instead of started again, which saves most of the time and
 is the only difference from a user's run; `--start exec` removes it.
 """
 

@@ -22,6 +22,16 @@ class Accepted(BaseException):
     """A malformed job reached the trainer."""
 
 
+@pytest.fixture
+def refuse_to_train(monkeypatch):
+    """A job that reaches the trainer was accepted."""
+
+    def accept(plan):
+        raise Accepted(f"accepted: {plan.job}")
+
+    monkeypatch.setattr("ltx_titan.train.Trainer", accept)
+
+
 class Outcome(NamedTuple):
     """What a command did: its exit code, and everything it printed and logged."""
 

@@ -11,19 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.jobs import write_job
-from tests.malformed import Accepted, check, rows
+from tests.malformed import check, refuse_to_train, rows
+
+__all__ = ["refuse_to_train"]
 
 Header = dict[str, Any]
-
-
-@pytest.fixture
-def refuse_to_train(monkeypatch):
-    """A job that reaches the trainer was accepted."""
-
-    def accept(plan):
-        raise Accepted(f"accepted: {plan.job}")
-
-    monkeypatch.setattr("ltx_titan.train.Trainer", accept)
 
 
 @pytest.fixture(scope="module")

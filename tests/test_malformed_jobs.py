@@ -12,19 +12,11 @@ from pydantic import BaseModel
 from ltx_titan.config import JobConfig
 from ltx_titan.config.load import models_in
 from tests.jobs import write_job
-from tests.malformed import Accepted, check, rows
+from tests.malformed import check, refuse_to_train, rows
+
+__all__ = ["refuse_to_train"]
 
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture
-def refuse_to_train(monkeypatch):
-    """A job that reaches the trainer was accepted."""
-
-    def accept(plan):
-        raise Accepted(f"accepted: {plan.job}")
-
-    monkeypatch.setattr("ltx_titan.train.Trainer", accept)
 
 
 @pytest.fixture(scope="module")

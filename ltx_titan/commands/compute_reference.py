@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from rich.console import Console
 
-from ltx_titan.commands.files import REFERENCE_SUFFIXES, VIDEO_SUFFIXES, find_media, write_image
+from ltx_titan.commands.files import write_image
 from ltx_titan.commands.filters import Filter, blur, depth, edges, gray
 from ltx_titan.commands.report import Report
 from ltx_titan.common.files import locked
@@ -18,7 +18,7 @@ from ltx_titan.common.options import Flag, Maybe, Positional, alias, default_dev
 from ltx_titan.common.ranks import own_device, own_share
 from ltx_titan.data.fingerprints import FileVersion, Fingerprint, FingerprintFile, digest_of, is_changed, version_of
 from ltx_titan.media import MediaError, is_image, iter_frames, probe_video, read_image, video_writer
-from ltx_titan.media.folders import captions_beside
+from ltx_titan.media.folders import REFERENCE_SUFFIXES, VIDEO_SUFFIXES, captions_beside, find_media
 from ltx_titan.media.tables import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
 
 DESCRIPTION = """\

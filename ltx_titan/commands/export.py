@@ -15,12 +15,11 @@ from ltx_titan.build import export_adapters
 from ltx_titan.checkpoint import SavedTensors, read_trainer_state
 from ltx_titan.common.options import Maybe, Positional, placeholder
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.config import JobConfig
+from ltx_titan.config import ExportLayout, JobConfig
 from ltx_titan.lora import adapter_weights, apply_lora, is_adapter
 from ltx_titan.plan import build_transformer, export_name, trained_modalities
 from ltx_titan.weights import (
     TRANSFORMER,
-    ExportLayout,
     ExportTensor,
     complete_export,
     export_safetensors,

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 from rich.console import Console
 
-from ltx_titan.commands.files import VIDEO_SUFFIXES, find_media, write_image
+from ltx_titan.commands.files import write_image
 from ltx_titan.commands.report import Report
 from ltx_titan.commands.scenes import Detection, arrange, find_scenes, parse_time
 from ltx_titan.common.files import locked, write_text
@@ -22,6 +22,7 @@ from ltx_titan.common.options import Flag, Group, Maybe, Positional, alias, plac
 from ltx_titan.common.ranks import own_share
 from ltx_titan.media import MediaError, iter_frames, probe_video, video_writer
 from ltx_titan.media.audio import iter_audio_parts
+from ltx_titan.media.folders import VIDEO_SUFFIXES, find_media
 from ltx_titan.media.tables import relative_name, write_table
 
 DESCRIPTION = """\

@@ -24,6 +24,7 @@ from ltx_titan.config.base import (
 )
 
 ActivationCheckpointMode = Literal["none", "full", "selective", "every_k"]
+ExportLayout = Literal["transformer", "with_connectors", "complete"]
 
 
 class JobSection(Section):
@@ -244,7 +245,7 @@ class CheckpointSection(Section):
     """Steps between further exports during training, which waits for each; 0 exports at the end only."""
     export_dtype: ComputeDtype = "bfloat16"
     """Precision of the exported weights; float32 doubles the file size."""
-    export_layout: Literal["transformer", "with_connectors", "complete"] = "with_connectors"
+    export_layout: ExportLayout = "with_connectors"
     """Contents of an exported transformer: `with_connectors` adds the base's text connectors, which ComfyUI and
     ltx-pipelines look for beside it, `complete` everything in the base's file, `transformer` nothing. LoRA files hold
     adapters only."""
@@ -254,7 +255,7 @@ class MetricsSection(Section):
     """`[metrics]`: logging."""
 
     interval: Positive = 1
-    """Steps between log lines; each costs one device synchronization."""
+    """Steps between log lines; each costs one device synchronization, besides that of `training.max_skipped_steps`."""
     tensorboard: bool = True
     """Also write tensorboard/."""
     wandb: Literal["off", "online", "offline"] = "off"

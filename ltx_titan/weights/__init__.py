@@ -1,7 +1,7 @@
 """Official safetensors files: metadata, names, reading, writing, quantized weights, LoRA files."""
 
 from ltx_titan.weights.export import ExportTensor, export_safetensors, save_safetensors, transformer_tensors
-from ltx_titan.weights.layout import ExportLayout, complete_export
+from ltx_titan.weights.layout import complete_export
 from ltx_titan.weights.load import (
     build_connectors,
     check_fits,
@@ -54,7 +54,6 @@ __all__ = [
     "TRANSFORMER",
     "CheckpointMetadata",
     "Component",
-    "ExportLayout",
     "ExportTensor",
     "LoRAWeights",
     "ModelSource",

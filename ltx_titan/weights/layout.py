@@ -9,17 +9,15 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from safetensors import safe_open
 
 from ltx_titan.common.tensors import SAFETENSORS_DTYPES
+from ltx_titan.config import ExportLayout
 from ltx_titan.weights.export import ExportTensor
 from ltx_titan.weights.metadata import CheckpointMetadata, ModelSource, read_metadata
 from ltx_titan.weights.names import CONNECTORS, TRANSFORMER
 from ltx_titan.weights.stored import stored_weights
-
-ExportLayout = Literal["transformer", "with_connectors", "complete"]
 
 # Sections of the config and the prefixes of the tensors that they describe.
 _DESCRIBED = {"vae": "vae.", "audio_vae": "audio_vae.", "vocoder": "vocoder."}

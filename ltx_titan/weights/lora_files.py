@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from ltx_titan.common.ranks import is_main_rank
 from ltx_titan.common.tensors import SAFETENSORS_DTYPES, local
+from ltx_titan.config import ExportLayout
 from ltx_titan.weights.export import ExportTensor, export_safetensors
-from ltx_titan.weights.layout import ExportLayout, complete_export
+from ltx_titan.weights.layout import complete_export
 from ltx_titan.weights.load import copy_weights, match_weights
 from ltx_titan.weights.lora_formats import DOWN, OFFICIAL_PREFIX, UP, LoRALayer, read_lora_layers
 from ltx_titan.weights.metadata import ModelSource, read_metadata

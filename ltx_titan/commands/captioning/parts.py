@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from ltx_titan.commands.captioning.text import AudioState, MediaKind
-from ltx_titan.commands.files import AUDIO_SUFFIXES
 from ltx_titan.media import (
     Audio,
     MediaError,
@@ -24,6 +23,7 @@ from ltx_titan.media import (
     read_image,
     to_stereo,
 )
+from ltx_titan.media.folders import AUDIO_SUFFIXES
 
 # Sample rate of the audio encoders of multimodal models.
 _SAMPLE_RATE = 16000

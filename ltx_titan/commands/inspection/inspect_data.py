@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from ltx_titan.commands.inspection import prepared, raw
 from ltx_titan.commands.inspection.prepared import Folders, InspectedSample
 from ltx_titan.commands.inspection.sheet import Entry, write_sheet
@@ -26,6 +25,7 @@ from ltx_titan.data.stale import stale_samples
 from ltx_titan.encode.buckets import parse_buckets
 from ltx_titan.estimate.prediction import SampleTimes, step_times
 from ltx_titan.media import IMAGE_SUFFIXES
+from ltx_titan.media.folders import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from ltx_titan.media.tables import is_table
 from ltx_titan.validation.decode import Decoders, load_decoders
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ltx_titan.commands.files import AUDIO_SUFFIXES, VIDEO_SUFFIXES, find_media
 from ltx_titan.commands.inspection.sheet import Entry
 from ltx_titan.common.tensors import evenly_spaced
 from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND
@@ -31,7 +30,7 @@ from ltx_titan.media import (
     seek_frames,
     to_uint8,
 )
-from ltx_titan.media.folders import captions_beside
+from ltx_titan.media.folders import AUDIO_SUFFIXES, VIDEO_SUFFIXES, captions_beside, find_media
 from ltx_titan.media.image import image_has_alpha
 from ltx_titan.media.tables import is_table, media_of_row, read_rows
 
