@@ -121,7 +121,7 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
         elif records.is_current(clip):
             report.add(options.kind, "skipped")
         else:
-            report.notes[f"clip changed since, computed again: {clip.name}"] += 1
+            report.note(["clip changed since, computed again"], clip.name)
             todo.append(clip)
     if not options.dry_run:
         records.save()

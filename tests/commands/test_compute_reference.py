@@ -91,7 +91,8 @@ def test_replaced_clip_is_filtered_again(tmp_path, console):
     os.utime(tmp_path / "b.mp4", ns=(1, 1))
     report = compute_references(options, console)
     assert report.counts["gray"] == {"done": 1, "skipped": 1}
-    assert report.notes == {"clip changed since, computed again: a.mp4": 1}
+    assert report.notes == {"clip changed since, computed again": 1}
+    assert report.named == {"clip changed since, computed again": ["a.mp4"]}
     assert torch.equal(frames_of(a), frames_of(b))
 
 
