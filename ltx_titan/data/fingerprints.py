@@ -89,6 +89,7 @@ class FingerprintFile:
         self.entries: dict[str, Fingerprint] = {}
         self.values: dict[str, dict[str, Any]] = {}
         self._written: set[str] = set()
+        self._is_merged = True
         for path in _paths(folder, name):
             self._read(path)
 
@@ -117,6 +118,7 @@ class FingerprintFile:
             self._file = self._own.open("a", encoding="utf-8", newline="")
             # A line cut off by a kill must not swallow the next one.
             self._file.write("\n")
+        self._is_merged = False
         self._file.write("".join(lines))
         self._file.flush()
 
@@ -131,13 +133,15 @@ class FingerprintFile:
             self._file = None
 
     def compact(self, removed: Iterable[str] = ()) -> None:
-        """Merges the files of all processes, sorted by sample; no process may be appending.
+        """Merges the files of all processes, sorted by sample, if anything was added; no process may be appending.
 
         Args:
             removed: samples that no longer exist.
         """
         self.close()
-        folder = self._path.parent
+        folder, removed = self._path.parent, list(removed)
+        if self._is_merged and not removed and _paths(folder, self._name) == [self._path]:
+            return
         merged = FingerprintFile(folder, name=self._name)
         for key in removed:
             merged.entries.pop(key, None)
@@ -153,6 +157,7 @@ class FingerprintFile:
             if path != self._path:
                 path.unlink()
         self._written = used
+        self._is_merged = True
 
     def _read(self, path: Path) -> None:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
