@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import ltx_titan.model.adapted_linear  # noqa: F401  # registers the operation
 from ltx_titan.parallel.offload import ActivationOffload
 
 Level = Literal["full", "selective", "matmuls", "all_matmuls", "none"]
@@ -37,8 +38,10 @@ _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 _SAVED = {getattr(_aten, name).default for name in _ATTENTION} | {_c10d.reduce_scatter_tensor.default}
+# A frozen layer's weight, [out, in].
+_ADAPTED = torch.ops.ltx_titan.adapted_linear.default
 # Matmul -> index of its first factor among the arguments.
-_MATMULS = {_aten.mm.default: 0, _aten._scaled_mm.default: 0, _aten.addmm.default: 1}
+_MATMULS = {_aten.mm.default: 0, _aten._scaled_mm.default: 0, _aten.addmm.default: 1, _ADAPTED: 0}
 # A feed-forward's first matmul widens 4 times; an adapter's second one 128 times, which is cheaper to repeat than to
 # save.
 _MOST_WIDENING = 4
@@ -125,8 +128,10 @@ def _policy(
     if save_matmuls and operation in _MATMULS:
         # [M, K] @ [K, N] takes 2 K FLOPs per output, so the matmuls that narrow (K > N) are the expensive ones to
         # repeat.
-        left, right = args[_MATMULS[operation] :][:2]
-        inner, outer = left.shape[1], right.shape[1]
+        right = args[_MATMULS[operation] + 1]
+        inner, outer = right.shape
+        if operation is _ADAPTED:
+            outer, inner = right.shape
         is_saved = {
             "selective": inner > outer,
             "matmuls": inner >= outer,
