@@ -177,7 +177,7 @@ def _host(setup: Setup) -> float:
 
 def _fsdp_copies(work: Workload, setup: Setup) -> float:
     """Bytes of one block: weights pass through the gather's buffer in both passes, gradients are cast to float32."""
-    gathered = work.block.gathered(setup.degrees.tp)
+    gathered = work.block.gathered(setup.degrees.tp, trained_only=not setup.gathers_frozen)
     trained = work.block.gathered(setup.degrees.tp, trained_only=True)
     return 2 * 2 * work.itemsize * gathered + (work.itemsize + 4) * trained
 

@@ -267,8 +267,10 @@ class _Buffers:
 
 def _buffers(work: Workload, setup: Setup) -> _Buffers:
     tp, size = setup.degrees.tp, work.itemsize
-    block, outside = (size * weights.gathered(tp) for weights in (work.block, work.outside))
     trained, trained_outside = (weights.gathered(tp, trained_only=True) for weights in (work.block, work.outside))
+    block, outside = size * trained, size * trained_outside
+    if setup.gathers_frozen:
+        block, outside = (size * weights.gathered(tp) for weights in (work.block, work.outside))
     return _Buffers(
         outside=outside,
         block=block,

@@ -204,6 +204,11 @@ class Setup:
         """Ranks that FSDP2 shards over."""
         return self.degrees.dp_shard * self.degrees.cp
 
+    @property
+    def gathers_frozen(self) -> bool:
+        """Whether FSDP2 gathers frozen weights; on one rank it does not manage them (parallel/fsdp.py)."""
+        return self.fsdp * self.degrees.dp_replicate > 1 or self.cpu_offload
+
     def level_shares(self) -> dict[Level, float]:
         """Fraction of the blocks at each level of activation checkpointing."""
         match self.recompute:

@@ -3,8 +3,8 @@
 Every parameter is then a DTensor, and one rule decides precision: parameters are stored in the dtype they were built in
 (float32 for full fine-tuning), gathered in the compute dtype, and their gradients are reduced in float32.
 
-On a single rank, frozen weights that are stored in the compute dtype already stay plain parameters: FSDP2 would copy
-each of them twice a step.
+On a single rank, frozen weights that are stored in the compute dtype stay plain parameters: FSDP2 would copy each of
+them twice a step.
 
 Gradients are summed, not averaged: a rank's loss is already its share of the global mean.
 """

@@ -5,6 +5,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from ltx_titan.lora import DropoutStep, LoRALinear, adapter_weights, init_lora_, is_adapter
+from ltx_titan.model.adapted_linear import adapted_linear
 from ltx_titan.weights import QuantizedLinear, merged_weight
 from tests.lora.adapted import adapted, loss_of, settings, stir
 
@@ -25,6 +26,22 @@ def test_the_formula(fields, scaling):
     a, b = layer.lora_A.weight, layer.lora_B.weight
     expected = X @ layer.base.weight.T + layer.base.bias + scaling * (X @ a.T) @ b.T
     torch.testing.assert_close(layer(X), expected)
+
+
+@pytest.mark.parametrize(("has_bias", "scaling"), [(True, 1.0), (False, 0.5)])
+def test_base_and_adapter_in_one_operation_have_the_gradients_of_the_formula(has_bias, scaling):
+    generator = torch.Generator().manual_seed(3)
+    x, weight, bias, a, b, dy = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((10, 16), (12, 16), (12,), (4, 16), (12, 4), (10, 12))
+    )
+    bias = bias if has_bias else None
+    trained = [tensor.requires_grad_() for tensor in (x, a, b)]
+    expected = nn.functional.linear(x, weight, bias) + scaling * (x @ a.T) @ b.T
+    y, _ = adapted_linear(x, weight, bias, a, b, scaling)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, trained, dy), torch.autograd.grad(expected, trained, dy))
+    torch.library.opcheck(adapted_linear, (x, weight, bias, a, b, scaling))
 
 
 def test_dora_is_magnitude_times_direction():
