@@ -181,7 +181,9 @@ def test_checkpointed_blocks_of_a_level_share_one_graph_with_the_same_gradients(
             torch.testing.assert_close(parameter.grad, gradients[without_wrappers(name)])
 
 
-@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"dropout": 0.5}, {"base_dtype": "int8"}, {"base_dtype": "int4"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"dora": True}, {"dropout": 0.5}, {"base_dtype": "int8"}, {"base_dtype": "int4"}]
+)
 def test_all_blocks_share_one_full_graph(fields):
     torch.manual_seed(0)
     model = nn.Sequential(*[Block(fields) for _ in range(3)])
