@@ -172,7 +172,11 @@ def saved_per_block(work: Workload, setup: Setup, level: Level) -> float:
         if setup.degrees.tp > 1:
             # Inputs of column-wise matmuls are saved after the all-gather: the tokens of all tp ranks.
             gathered = (5.0 if both else 3.0) * setup.degrees.tp
-    per_video = per_audio = units.own + gathered
+    own = units.own
+    if work.trained == "lora" and level not in ("full", "none"):
+        # The feed-forward's output is saved for the gradient of its gate, which is frozen (`SAVED` was counted so).
+        own -= 1.0
+    per_video = per_audio = own + gathered
     timestep = units.own_timestep
     if both:
         per_video += units.video_cross
