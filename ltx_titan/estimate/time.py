@@ -30,8 +30,9 @@ HOST_FLOAT8_S = 4e-3
 """Additional host time of a compiled pass with float8 matmuls: scales and casts are separate launches. From a
 difference of 9 ms per block and step between bfloat16 and float8 at 4,032 tokens, both host-bound: two H100s,
 2026-11-26."""
-LORA_UNITS = 200.0
-"""Traffic of adapters on all attention layers, in units as above: input, update and sum of 24 layers. Assumed."""
+LORA_UNITS = 100.0
+"""Traffic of adapters on all attention layers, in units as above. Chosen so that LoRA rows of docs/benchmarks with CUDA
+graphs, on H100 and H200, lie on both sides of their predictions."""
 EAGER_HOST_S = 11e-3
 """Host time of one pass of a block that is not compiled: a few hundred launches. Assumed."""
 UPDATE_BYTES = {"adamw": 28.0, "adamw8bit": 18.0, "adamw4bit": 16.0, "muon": 60.0, "adafactor": 24.0}
