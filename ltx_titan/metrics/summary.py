@@ -4,9 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from ltx_titan.common.files import atomic_write
 from ltx_titan.metrics.loggers import read_metrics
 
@@ -68,6 +65,10 @@ def plot_loss(
     Raises:
         ValueError: no step with a loss has been logged, or the smoothing is out of range.
     """
+    # Here, because the import takes over a second, which each rank would pay at start.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing is {smoothing}, expected 0 <= smoothing < 1.")
     records = read_metrics(metrics_jsonl)
@@ -80,7 +81,7 @@ def plot_loss(
         raise ValueError(f"{metrics_jsonl}: expected steps with a loss, found {len(records)} lines without one.")
 
     # An own canvas instead of pyplot, which keeps global state and needs a display on some machines.
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, (label, points) in enumerate(curves.items()):

@@ -7,7 +7,6 @@ file system.
 from collections.abc import Iterator
 from pathlib import Path
 
-from ltx_titan.codecs import text_encoder_config
 from ltx_titan.conditioning import Grid, video_grid
 from ltx_titan.config.validation import (
     AudioToVideo,
@@ -90,6 +89,9 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
         )
     # Unset is fine while all prompts are cached, which the engine finds out; a wrong path is wrong either way.
     if section.samples and section.text_encoder_path is not None:
+        # Here, because it imports transformers and diffusers: 5 s that a job without validation saves on every rank.
+        from ltx_titan.codecs import text_encoder_config
+
         try:
             text_encoder_config(section.text_encoder_path)
         except ValueError as error:

@@ -34,7 +34,7 @@ from ltx_titan.parallel.tp import apply_tensor_parallel
 from tests.golden_cases import load_case
 from tests.processes import run_ranks
 
-STEPS, GLOBAL_BATCH, LR = 3, 4, 1e-3
+STEPS, GLOBAL_BATCH, LR = 2, 4, 1e-3
 
 _FIRST_FRAME = {"type": "first_frame", "probability": 0.5}
 _REFERENCE = {"type": "reference", "latents_dir": "references"}

@@ -17,7 +17,7 @@ from ltx_titan.commands.sample import SampleOptions, sample_clips
 from ltx_titan.common.options import parse_options
 from ltx_titan.media import probe_video, read_audio
 from ltx_titan.train import main
-from tests.jobs import read_run, small_validation, train, write_job
+from tests.jobs import NO_CHECKPOINTS, read_run, small_validation, train, write_job
 from tests.wandb_records import history, run_folders
 
 CLIP = str(Path(ltx_titan.__file__).parent / "assets" / "big_buck_bunny_5s.mp4")
@@ -142,7 +142,8 @@ def test_inference_with_base_and_adapter_makes_the_clips_of_a_lora_job(write, tm
 @pytest.mark.distributed
 @pytest.mark.parametrize(("axis", "ranks"), [("tp", 4), ("cp", 2)], ids=["fsdp2-tp2", "cp2"])
 def test_clips_and_losses_do_not_depend_on_the_mesh_nor_training_on_validation(write, single, tmp_path, axis, ranks):
-    job = write(tmp_path, validation__skip_initial_validation=True, **{f"parallelism__{axis}": 2})
+    settings = {"validation__skip_initial_validation": True, f"parallelism__{axis}": 2, **NO_CHECKPOINTS}
+    job = write(tmp_path, **settings)
     (first, last), expected = train(job, ranks), read_run(single)
     assert same_pictures(sheet(job.parent / "run/samples/step-2"), sheet(single.parent / "run/samples/step-2"))
     # One rank has paused twice for clips before this step.
@@ -180,6 +181,6 @@ def test_a_sample_that_cannot_be_made_is_refused_before_training(write, tmp_path
 
 
 def test_held_out_loss_needs_no_samples(write, tmp_path):
-    job = write(tmp_path, validation__samples=[], validation__interval=1, training__steps=1)
+    job = write(tmp_path, validation__samples=[], validation__interval=1, training__steps=1, **NO_CHECKPOINTS)
     train(job)
     assert read_run(job)[0]["held_out/video"] > 0
