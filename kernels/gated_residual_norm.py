@@ -493,4 +493,11 @@ def gated_residual_norm(
 
 def gated_residual(x: Tensor, y: Tensor, gate: AdaLN | None, index: Tensor | None) -> Tensor:
     """`x + gate * y`; see `gated_residual_norm`. Without a gate there is nothing to fuse."""
-    return x + y if gate is None else gated_residual_norm(x, y, gate, (), index, 0.0)[0]
+    if gate is None:
+        return x + y
+    is_frozen = not any(parameter is not None and parameter.requires_grad for parameter in gate)
+    if is_frozen and torch.is_grad_enabled():
+        # As with LoRA. The kernel reads y again for the gate's gradient, so that autograd would save y for nothing;
+        # without that sum torch.compile is as fast.
+        return formulas.gated_residual(x, y, gate, index)
+    return gated_residual_norm(x, y, gate, (), index, 0.0)[0]

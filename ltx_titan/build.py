@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
 from ltx_titan.config import ExportLayout, JobConfig
 from ltx_titan.lora import adapter_weights, apply_lora, init_base_, init_lora_, load_base
+from ltx_titan.memory.budget import choose_levels
+from ltx_titan.memory.workload import make_setup, make_workload
 from ltx_titan.model import TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
+from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import parallelize
@@ -94,8 +98,24 @@ def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module
         checkpointing=job.activation_checkpoint,
         compiled_shapes=plan.num_shapes if job.compile.enable else None,
         cpu_offload=job.parallelism.cpu_offload,
+        levels=_checkpointing_levels(plan, device),
     )
     return model
+
+
+def _checkpointing_levels(plan: Plan, device: torch.device) -> tuple[Level, ...]:
+    """Level of each block with `activation_checkpoint.mode = "budget"`; empty for other modes."""
+    checkpointing = plan.job.activation_checkpoint
+    if checkpointing.mode != "budget":
+        return ()
+    # A CPU has no limit of its own, so "auto" recomputes nothing there.
+    memory = torch.tensor(float("inf"), dtype=torch.float64, device=device)
+    if device.type == "cuda":
+        memory.fill_(torch.cuda.get_device_properties(device).total_memory)
+        # One decision for all ranks: recomputation repeats collectives of tensor and context parallelism.
+        dist.all_reduce(memory, op=dist.ReduceOp.MIN)
+    setup = make_setup(plan.job, plan.degrees)
+    return choose_levels(make_workload(plan), setup, checkpointing.memory_gib, memory.item())
 
 
 def give_storage(model: nn.Module, device: torch.device, *, offloaded: bool) -> None:

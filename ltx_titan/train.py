@@ -314,31 +314,48 @@ class Trainer:
                 grad_norms = clip_grad_norm_(
                     self.model.named_parameters(), max_norm, lambda name: stream_of(without_wrappers(name))
                 )
-            if self.guard is not None and self._skips(batches, sums, mark, grad_norms[0]):
-                self.optimizers.zero_grad()
-                return None
-        self.optimizers.step()
+        if self.guard is None or grad_norms is None:
+            self._update(batches.step)
+            return grad_norms
+        figures = self._figures(sums, mark, grad_norms[0])
+        if self.optimizers.can_skip and self.ema is None:
+            # The update reads the decision on the device, which then has work while the host reads it as well.
+            self._update(batches.step, skip=self.guard.is_broken(figures))
+            return None if self._skips(batches, sums, mark, figures) else grad_norms
+        # Other updates and the moving average are skipped by the host.
+        if self._skips(batches, sums, mark, figures):
+            self.optimizers.zero_grad()
+            return None
+        self._update(batches.step)
+        return grad_norms
+
+    def _update(self, step: int, skip: Tensor | None = None) -> None:
+        """Updates the weights and frees the gradients; `skip` as in `Optimizers.step`."""
+        self.optimizers.step(skip)
         self.optimizers.zero_grad()
         if self.job.float8.all_gather:
             # The updated weights' scales in one all-reduce, instead of one per layer in the next forward pass.
             precompute_float8_scales(self.model)
         if self.ema is not None:
-            self.ema.update(batches.step)
-        return grad_norms
+            self.ema.update(step)
 
-    def _skips(self, batches: StepBatches, sums: Sums, mark: Mark, grad_norm: Tensor) -> bool:
+    def _figures(self, sums: Sums, mark: Mark, grad_norm: Tensor) -> Tensor:
+        """Loss and gradient norm of this step [2], on the device, the same bits on every rank."""
+        degrees = self.plan.degrees
+        # Shares whose sum over all ranks is the figure, in one all-reduce.
+        share = sums.loss_since(mark) / (degrees.cp * degrees.tp)
+        figures = torch.stack([share, grad_norm.to(share.device) / dist.get_world_size()])
+        dist.all_reduce(figures)
+        return figures
+
+    def _skips(self, batches: StepBatches, sums: Sums, mark: Mark, figures: Tensor) -> bool:
         """Whether all ranks skip this step's update; records the step and takes its losses out of the means if so.
 
         Raises:
             FloatingPointError: too many steps in a row.
         """
         assert self.guard is not None
-        degrees = self.plan.degrees
-        # Shares whose sum over all ranks is the figure, in one all-reduce, which gives every rank the same bits.
-        share = sums.loss_since(mark) / (degrees.cp * degrees.tp)
-        figures = torch.stack([share, grad_norm.to(share.device) / dist.get_world_size()])
-        dist.all_reduce(figures)
-        loss, norm = figures.tolist()  # the step's one wait for the device: the update depends on it
+        loss, norm = figures.tolist()  # the step's one wait for the device
         reason = self.guard.judge(loss, norm)
         if reason is None:
             return False

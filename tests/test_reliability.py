@@ -1,6 +1,7 @@
 """Promises of docs/reliability.md that concern a whole run."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -17,11 +18,12 @@ import pytest
 import torch
 
 from ltx_titan.common.files import claimed
-from ltx_titan.config import AlertsSection, load_job
+from ltx_titan.config import AlertsSection, OptimizerSection, load_job
 from ltx_titan.data import read_sample, write_sample
 from ltx_titan.launch import check_nodes
 from ltx_titan.metrics import StepGuard
 from ltx_titan.metrics.alerts import Alerts
+from ltx_titan.optim import build_optimizers
 from ltx_titan.parallel.join import check_address, check_environment
 from ltx_titan.train import main
 from tests.jobs import curve, train, write_dataset, write_job
@@ -222,6 +224,28 @@ def test_a_spike_is_told_from_the_median_of_recent_steps_also_after_a_resume():
         assert each.gives_up
         assert each.judge(1.0, 2.0) is None
         assert (each.in_a_row, each.total) == (0, 2)
+
+
+def test_the_device_decides_as_the_host_does():
+    guard = StepGuard(max_in_a_row=9, spike_factor=4.0)
+    for figures in [(1.0, 2.0)] * 30 + [(4.0, 8.0), (4.0000005, 2.0), (1.0, 8.1), (math.nan, 2.0), (1.0, math.inf)]:
+        is_broken = bool(guard.is_broken(torch.tensor(figures)))
+        assert is_broken == (guard.judge(*torch.tensor(figures).tolist()) is not None), figures
+
+
+def test_a_fused_update_is_skipped_on_the_device():
+    weights = [torch.nn.Parameter(torch.ones(8)) for _ in range(2)]
+    skipping, plain = (build_optimizers([("w", weight)], OptimizerSection(lr=0.1)) for weight in weights)
+    assert skipping.can_skip
+    for step, broken in enumerate((True, False, True, False)):
+        gradient = torch.full((8,), math.nan if broken else float(step))
+        weights[0].grad = gradient
+        skipping.step(skip=torch.tensor(float(broken)))
+        if not broken:
+            weights[1].grad = gradient
+            plain.step()
+        assert torch.equal(*weights)
+    assert not build_optimizers([("w", weights[0])], OptimizerSection(name="adafactor")).can_skip
 
 
 def test_updates_in_the_backward_pass_cannot_be_skipped(tmp_path, nano_path, data_root):

@@ -287,6 +287,13 @@ def _single_rules(job: JobConfig) -> Iterator[Problem]:
             f'unset, because activation_checkpoint.mode = "{recompute.mode}"',
             'remove it, or set activation_checkpoint.mode = "every_k"',
         )
+    if recompute.mode != "budget" and recompute.memory_gib != "auto":
+        yield Problem(
+            "activation_checkpoint.memory_gib",
+            recompute.memory_gib,
+            f'unset, because activation_checkpoint.mode = "{recompute.mode}"',
+            'remove it, or set activation_checkpoint.mode = "budget"',
+        )
     # 0 reads as none or as all, so it is refused instead of interpreted.
     if job.checkpoint.keep_last == 0:
         yield Problem("checkpoint.keep_last", 0, "-1 (keep all) or at least 1", "set it to 1 or more")

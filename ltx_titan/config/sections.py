@@ -23,7 +23,7 @@ from ltx_titan.config.base import (
     Words,
 )
 
-ActivationCheckpointMode = Literal["none", "full", "selective", "every_k"]
+ActivationCheckpointMode = Literal["none", "full", "selective", "every_k", "budget"]
 ExportLayout = Literal["transformer", "with_connectors", "complete"]
 
 
@@ -193,7 +193,10 @@ class ActivationCheckpointSection(Section):
 
     mode: ActivationCheckpointMode = "none"
     """`full` stores only block inputs (about 33 % more compute); `selective` also stores attention and large matmul
-    outputs; `every_k` recomputes one block in k."""
+    outputs; `every_k` recomputes one block in k; `budget` stores as much as `memory_gib` holds, first what is most
+    expensive to recompute."""
+    memory_gib: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
+    """budget: GiB of activations stored on each GPU; `auto` fills the GPU, by the estimate of `ltx-titan estimate`."""
     k: Positive | None = None
     """every_k: one block in k is recomputed."""
     offload: bool = False

@@ -5,6 +5,7 @@
 
 import json
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +14,11 @@ from ltx_titan.common.files import write_text
 from ltx_titan.common.hardware import GIB, GPUS, Gpu
 from ltx_titan.common.options import Flag, Maybe, Overrides, Positional, parse_size, placeholder
 from ltx_titan.config import Degrees, build_job, read_tables
-from ltx_titan.estimate.memory import RESERVE, SLACK
 from ltx_titan.estimate.placeholders import Tables, add_placeholders
 from ltx_titan.estimate.prediction import Estimate, estimate, search
-from ltx_titan.estimate.workload import Setup, Workload, make_setup, make_workload
+from ltx_titan.memory.budget import with_levels
+from ltx_titan.memory.peak import RESERVE, SLACK
+from ltx_titan.memory.workload import Setup, Workload, make_setup, make_workload
 from ltx_titan.plan import Plan, plan_job
 
 DESCRIPTION = """\
@@ -131,6 +133,8 @@ def describe(setup: Setup, work: Workload) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in vars(degrees).items() if size > 1) or "one rank"
     forwards = -(-work.global_batch_size // (setup.local_batch_size * degrees.dp))
     extra = [f"{forwards} forward(s) of {setup.local_batch_size}", f"checkpointing {setup.recompute}"]
+    if setup.levels:
+        extra[-1] += f" ({', '.join(f'{count} {level}' for level, count in Counter(setup.levels).items())})"
     if setup.compile:
         extra.append("compiled")
     if setup.float8 != "none":
@@ -212,6 +216,7 @@ def _run(options: EstimateOptions, gpu: Gpu, tables: Tables, origins: dict[str, 
         work, setup = make_workload(neutral_plan), make_setup(neutral_plan.job, mesh, gpu.name)
     else:
         work, setup = make_workload(plan), make_setup(plan.job, plan.degrees, gpu.name)
+        setup = with_levels(work, setup, plan.job.activation_checkpoint.memory_gib, gpu.memory)
         found = estimate(work, setup, gpu)
         print(f"{options.job}: a prediction, not a measurement\n")
         print("\n".join(report(work, found)))

@@ -1,6 +1,6 @@
 """Predicts memory, step time and MFU of a setup, and searches for the fastest setup that fits.
 
-Memory comes from `memory.py`, time from `time.py`. Predictions are for comparing setups and for choosing a machine
+Memory comes from `memory/peak.py`, time from `time.py`. Predictions are for comparing setups and for choosing a machine
 before renting it. Each constant of theirs names its source; a test compares predictions with the measured runs in
 `docs/benchmarks/`.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ltx_titan.common.hardware import GPUS, Gpu
 from ltx_titan.config import ActivationCheckpointMode, Degrees, LoRASection
-from ltx_titan.estimate.memory import Memory, estimate_memory
 from ltx_titan.estimate.time import StepTime, estimate_time, model_flops
-from ltx_titan.estimate.workload import Setup, Workload, has_measured_kernels, model_weights
+from ltx_titan.memory.peak import Memory, estimate_memory
+from ltx_titan.memory.workload import Setup, Workload, has_measured_kernels, model_weights
 from ltx_titan.model import TransformerConfig
 from ltx_titan.model.flops import Trained
 from ltx_titan.weights import read_source

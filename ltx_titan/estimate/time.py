@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from ltx_titan.common.hardware import Gpu, bus_bandwidth
-from ltx_titan.estimate.workload import Setup, Workload
+from ltx_titan.memory.workload import Setup, Workload
 from ltx_titan.model.flops import layer_flops, outside_flops, training_flops
+from ltx_titan.parallel.activation_checkpoint import Level
 
 MEMORY_BOUND_UNITS = {True: 235.0, False: 1130.0}
 """Memory traffic of a block's memory-bound operations, forward and backward, in values read or written per token and
@@ -29,12 +30,17 @@ HOST_FLOAT8_S = 4e-3
 """Additional host time of a compiled pass with float8 matmuls: scales and casts are separate launches. From a
 difference of 9 ms per block and step between bfloat16 and float8 at 4,032 tokens, both host-bound: two H100s,
 2026-11-26."""
-LORA_UNITS = 200.0
-"""Traffic of adapters on all attention layers, in units as above: input, update and sum of 24 layers. Assumed."""
+LORA_UNITS = 100.0
+"""Traffic of adapters on all attention layers, in units as above. Chosen so that LoRA rows of docs/benchmarks with CUDA
+graphs, on H100 and H200, lie on both sides of their predictions."""
 EAGER_HOST_S = 11e-3
 """Host time of one pass of a block that is not compiled: a few hundred launches. Assumed."""
 UPDATE_BYTES = {"adamw": 28.0, "adamw8bit": 18.0, "adamw4bit": 16.0, "muon": 60.0, "adafactor": 24.0}
 """Bytes read and written per trained weight and update: weight, gradient and state."""
+RECOMPUTED_LINEAR = {"selective": 10.5 / 16, "matmuls": 4.5 / 16, "all_matmuls": 0.0}
+"""Share of a block's matmuls that a level of activation checkpointing recomputes. A video token is multiplied with 16
+width x width matrices: 4 are the feed-forward's second matmul, which `selective` saves with three cross-modal ones of
+1/2; `matmuls` leaves the feed-forward's first (4) and the output of one cross-modal attention (1/2)."""
 CLIP_BYTES = 12.0
 """Bytes per trained weight of clipping: the norm reads every gradient, and scaling reads and writes it."""
 
@@ -142,30 +148,37 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
 
 
 def _recomputed(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, ...]:
-    """Seconds of recomputation of an average block: (matmul, attention, memory-bound).
+    """Seconds of recomputation of an average block: matmul, attention, memory-bound."""
+    once, _ = _compute(work, setup, gpu)
+    parts = (0.0, 0.0, 0.0)
+    for level, blocks in setup.level_shares().items():
+        shares = _recomputed_shares(level, setup.degrees.tp)
+        parts = tuple(part + blocks * share for part, share in zip(parts, shares, strict=True))
+    return tuple(part * seconds for part, seconds in zip(parts, once, strict=True))
 
-    Selective checkpointing saves attention and, without tensor parallelism, the matmuls that narrow.
-    """
-    (linear, attention, memory), _ = _compute(work, setup, gpu)
-    share = setup.recomputed_share()
-    if setup.recompute == "selective":
-        # A video token is multiplied with 16 width x width matrices. Saved are the outputs of the feed-forward's second
-        # matmul (4 of them) and of three cross-modal ones (1/2 each).
-        return linear * (10.5 / 16 if setup.degrees.tp == 1 else 1.0), 0.0, memory
-    return linear * share, attention * share, memory * share
+
+def _recomputed_shares(level: Level, tp: int) -> tuple[float, float, float]:
+    """Shares of a block's matmuls, attention and memory-bound operations that a level recomputes."""
+    if level == "none":
+        return 0.0, 0.0, 0.0
+    if level == "full":
+        return 1.0, 1.0, 1.0
+    # Under tensor parallelism the outputs of reduce-scatters are saved instead, which saves no matmul.
+    return RECOMPUTED_LINEAR[level] if tp == 1 else 1.0, 0.0, 1.0
 
 
 def _host(setup: Setup) -> float:
     """Host seconds of one block and micro-batch."""
+    shares = setup.level_shares()
     # Selective recomputation is part of the compiled backward graph, so it adds no call.
-    passes = 2.0 if setup.recompute == "selective" and setup.compile else 2 + setup.recomputed_share()
+    again = shares.get("full", 0.0) if setup.compile else 1 - shares.get("none", 0.0)
     call = HOST_CALL_S if setup.compile else EAGER_HOST_S
-    return passes * (call + (HOST_FLOAT8_S if setup.float8 != "none" else 0.0)) + HOST_FSDP_S
+    return (2 + again) * (call + (HOST_FLOAT8_S if setup.float8 != "none" else 0.0)) + HOST_FSDP_S
 
 
 def _fsdp_copies(work: Workload, setup: Setup) -> float:
     """Bytes of one block: weights pass through the gather's buffer in both passes, gradients are cast to float32."""
-    gathered = work.block.gathered(setup.degrees.tp)
+    gathered = work.block.gathered(setup.degrees.tp, trained_only=not setup.gathers_frozen)
     trained = work.block.gathered(setup.degrees.tp, trained_only=True)
     return 2 * 2 * work.itemsize * gathered + (work.itemsize + 4) * trained
 
@@ -191,6 +204,9 @@ def _communication(work: Workload, setup: Setup, gpu: Gpu) -> float:
     tp, cp = setup.degrees.tp, setup.degrees.cp
     both = work.video_tokens > 0 and work.audio_tokens > 0
     batch, size = setup.local_batch_size, work.itemsize
+    shares = setup.level_shares()
+    whole = shares.get("full", 0.0)
+    partly = 1 - whole - shares.get("none", 0.0)
     seconds = 0.0
     if tp > 1:
         columns = (work.video_tokens / cp * work.video_width + work.audio_tokens * work.audio_width) * batch
@@ -199,7 +215,7 @@ def _communication(work: Workload, setup: Setup, gpu: Gpu) -> float:
         gathers, scatters = (5.0, 4.0) if both else (3.0, 3.0)
         once = gathers + scatters
         # Selective checkpointing saves the outputs of reduce-scatters.
-        again = gathers if setup.recompute == "selective" else once * setup.recomputed_share()
+        again = once * whole + gathers * partly
         seconds += (2 * once + again) * columns * size * (tp - 1) / tp / bus_bandwidth(gpu, 1, tp)
     if cp > 1:
         # All-to-all of queries, keys, values and outputs of self-attention, and of the video's keys and values that
@@ -208,7 +224,7 @@ def _communication(work: Workload, setup: Setup, gpu: Gpu) -> float:
         if both:
             widths += 2 * work.audio_width
         columns = work.video_tokens / cp / tp * batch * widths
-        passes = 2 + setup.recomputed_share()
+        passes = 2 + whole + partly
         seconds += passes * columns * size * (cp - 1) / cp / bus_bandwidth(gpu, tp, cp)
     return seconds
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ltx_titan.config import LoRASection
 from ltx_titan.lora.dropout import drop
+from ltx_titan.model.adapted_linear import adapted_linear
 from ltx_titan.weights import QuantizedLinear
 
 
@@ -66,6 +67,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
+        # Sharded, float8 and quantized bases are other classes, with matmuls of their own.
+        is_plain = type(self.base) is nn.Linear and self.base.weight.dtype == x.dtype
+        if is_plain and self.magnitude is None and not (self.dropout > 0 and self.training):
+            lora_a, lora_b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+            y, _ = adapted_linear(x.flatten(0, -2), self.weight, self.bias, lora_a, lora_b, self.scaling)
+            return y.unflatten(0, x.shape[:-1])
         h = x
         if self.dropout > 0 and self.training:
             # The odd multiplier (2^32 / golden ratio) spreads consecutive steps over all 32 bits of the key.

@@ -7,9 +7,11 @@ checkpoint, so a resumed run skips those of an unbroken one.
 
 from collections import deque
 from collections.abc import Mapping
-from math import isfinite
+from math import inf, isfinite
 from statistics import median
 from typing import Any
+
+from torch import Tensor
 
 # Recent steps that a spike is compared with, and how many of them it takes to tell one.
 _RECENT = 100
@@ -49,6 +51,18 @@ class StepGuard:
             self.total += 1
         return reason
 
+    def is_broken(self, figures: Tensor) -> Tensor:
+        """The next decision of `judge` on the device: 1.0 to skip the step, else 0.0.
+
+        Args:
+            figures: loss and gradient norm [2].
+        """
+        # In float64, as `judge` compares; Python numbers as limits, since a tensor of them would have to be copied.
+        values = figures.double().unbind()
+        limits = [self._limit(name) for name in self._recent]
+        taken = [value.isfinite() & (value <= limit) for value, limit in zip(values, limits, strict=True)]
+        return (~(taken[0] & taken[1])).float()
+
     @property
     def gives_up(self) -> bool:
         """Whether more steps in a row were skipped than allowed."""
@@ -68,11 +82,15 @@ class StepGuard:
     def _reason(self, name: str, value: float) -> str | None:
         if not isfinite(value):
             return f"{name} {value}"
+        if value > self._limit(name):
+            return f"{name} {value:.4g}, {value / median(self._recent[name]):.1f} times its recent median"
+        return None
+
+    def _limit(self, name: str) -> float:
+        """The largest value that is no spike."""
         recent = self._recent[name]
         if self._spike_factor is None or len(recent) < _ENOUGH:
-            return None
+            return inf
         usual = median(recent)
         # A median of 0 has no multiples: a dataset that is learned by heart.
-        if usual > 0 and value > self._spike_factor * usual:
-            return f"{name} {value:.4g}, {value / usual:.1f} times its recent median"
-        return None
+        return self._spike_factor * usual if usual > 0 else inf

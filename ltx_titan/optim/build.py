@@ -44,11 +44,24 @@ class Optimizers:
             for group in part.param_groups:
                 group["lr"] = lr
 
-    def step(self) -> None:
-        """Updates the weights; with `in_backward` they have been updated already."""
+    @property
+    def can_skip(self) -> bool:
+        """Whether `step` takes the decision to skip it as a tensor: only torch's fused update does."""
+        return not self._in_backward and all(type(part) is ShardedAdamW for part in self.parts)
+
+    def step(self, skip: Tensor | None = None) -> None:
+        """Updates the weights; with `in_backward` they have been updated already.
+
+        Args:
+            skip: 1.0 leaves weights and state as they are, 0.0 updates them: the host need not know. Only if
+                `can_skip`.
+        """
         if self._in_backward:
             return
+        assert skip is None or self.can_skip
         for part in self.parts:
+            # Made for gradient scalers; the fused kernel reads it on the device.
+            part.found_inf = skip  # type: ignore[attr-defined]
             part.step()
         if self._offloaded and torch.cuda.is_available():
             # A checkpoint may read the state next, which is still being copied to the host.

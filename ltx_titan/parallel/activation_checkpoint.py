@@ -5,22 +5,28 @@
     every_k     every k-th block as in full, the others save everything
     selective   a block saves its inputs and the outputs that are most expensive to recompute per byte: of attention, of
                 the feed-forward's second matmul, and of reduce-scatters
+    budget      every block has a level, from `full` to `none`, chosen to fill memory: see memory/budget.py
 
 The position relative to compilation differs. `full` and `every_k` wrap the compiled block: inside the compiled region
-they fail with tensor parallelism on torch 2.13. `selective` is compiled with the block: outside it would see a compiled
-block as one operation, with nothing to select from.
+they fail with tensor parallelism on torch 2.13. What selects operations is compiled with the block: outside it would
+see a compiled block as one operation, with nothing to select from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import ltx_titan.model.adapted_linear  # noqa: F401  # registers the operation
 from ltx_titan.parallel.offload import ActivationOffload
+
+Level = Literal["full", "selective", "matmuls", "all_matmuls", "none"]
+"""What a block saves under `budget`; each level adds to the one before: inputs, `selective` as above, matmuls that do
+not widen, matmuls that widen, everything."""
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 # One name per backend of SDPA, which chooses by device, dtype and torch version.
@@ -32,33 +38,45 @@ _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 _SAVED = {getattr(_aten, name).default for name in _ATTENTION} | {_c10d.reduce_scatter_tensor.default}
+# A frozen layer's weight, [out, in].
+_ADAPTED = torch.ops.ltx_titan.adapted_linear.default
 # Matmul -> index of its first factor among the arguments.
-_MATMULS = {_aten.mm.default: 0, _aten._scaled_mm.default: 0, _aten.addmm.default: 1}
+_MATMULS = {_aten.mm.default: 0, _aten._scaled_mm.default: 0, _aten.addmm.default: 1, _ADAPTED: 0}
+# A feed-forward's first matmul widens 4 times; an adapter's second one 128 times, which is cheaper to repeat than to
+# save.
+_MOST_WIDENING = 4
 
 
-def apply_selective_checkpointing(blocks: nn.ModuleList, *, tp: int = 1) -> None:
-    """Wraps every block so that it recomputes all but what `_policy` saves. Apply before compilation.
+def apply_selective_checkpointing(blocks: nn.ModuleList, levels: Sequence[Level] | None = None, *, tp: int = 1) -> None:
+    """Wraps blocks so that they recompute all but what `_policy` saves. Apply before compilation.
 
     Args:
         blocks: the model's repeated blocks, replaced in place.
+        levels: of each block; "full" and "none" leave it as it is. None: every block is `selective`.
         tp: degree of tensor parallelism.
     """
-    # One object for all blocks: compiled blocks share their code, which is guarded by it.
-    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, tp == 1))
-    for number, block in enumerate(blocks):
-        blocks[number] = _Selective(block, contexts)
+    levels = ("selective",) * len(blocks) if levels is None else levels
+    # One object for all blocks of a level: compiled blocks share their code, which is guarded by it.
+    contexts = {
+        level: partial(create_selective_checkpoint_contexts, partial(_policy, level, tp == 1)) for level in set(levels)
+    }
+    for number, level in enumerate(levels):
+        if level not in ("full", "none"):
+            blocks[number] = _Selective(blocks[number], contexts[level])
 
 
-def apply_full_checkpointing(blocks: nn.ModuleList, *, every: int = 1, offload: bool = False) -> None:
+def apply_full_checkpointing(
+    blocks: nn.ModuleList, numbers: Iterable[int] | None = None, *, offload: bool = False
+) -> None:
     """Wraps blocks so that they save their inputs only. Apply after compilation.
 
     Args:
         blocks: the model's repeated blocks, replaced in place.
-        every: one block in this many is recomputed; 1 for `full`.
+        numbers: the blocks to recompute; None for all.
         offload: keep the inputs of recomputed blocks in host memory; without effect on a CPU.
     """
     store = ActivationOffload() if offload else None
-    for number in range(0, len(blocks), every):
+    for number in range(len(blocks)) if numbers is None else numbers:
         blocks[number] = _Recomputed(blocks[number], store)
 
 
@@ -95,7 +113,9 @@ class _Selective(ActivationWrapper):
         return checkpoint(block, *args, use_reentrant=False, context_fn=self.contexts, preserve_rng_state=False)
 
 
-def _policy(save_matmuls: bool, context: Any, operation: Callable, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(
+    level: Level, save_matmuls: bool, context: Any, operation: Callable, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
     """Saves the outputs that take most arithmetic per byte.
 
     For attention this ratio grows with the sequence. For a matmul it is the width that is summed over: the
@@ -108,8 +128,16 @@ def _policy(save_matmuls: bool, context: Any, operation: Callable, *args: Any, *
     if save_matmuls and operation in _MATMULS:
         # [M, K] @ [K, N] takes 2 K FLOPs per output, so the matmuls that narrow (K > N) are the expensive ones to
         # repeat.
-        left, right = args[_MATMULS[operation] :][:2]
-        if left.shape[1] > right.shape[1]:
+        right = args[_MATMULS[operation] + 1]
+        inner, outer = right.shape
+        if operation is _ADAPTED:
+            outer, inner = right.shape
+        is_saved = {
+            "selective": inner > outer,
+            "matmuls": inner >= outer,
+            "all_matmuls": inner * _MOST_WIDENING >= outer,
+        }
+        if is_saved[level]:
             return CheckpointPolicy.MUST_SAVE
     # Not MUST: the partitioner of a compiled block may still save what is cheaper to keep than to recompute.
     return CheckpointPolicy.PREFER_RECOMPUTE

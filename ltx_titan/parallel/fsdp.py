@@ -3,6 +3,9 @@
 Every parameter is then a DTensor, and one rule decides precision: parameters are stored in the dtype they were built in
 (float32 for full fine-tuning), gathered in the compute dtype, and their gradients are reduced in float32.
 
+On a single rank, frozen weights that are stored in the compute dtype stay plain parameters: FSDP2 would copy each of
+them twice a step.
+
 Gradients are summed, not averaged: a rank's loss is already its share of the global mean.
 """
 
@@ -33,13 +36,30 @@ def apply_fsdp(
     # The model casts its inputs itself: FSDP2 would also round float32 positions and sigmas.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
+    ignored = set()
+    if mesh.size() == 1 and not cpu_offload:
+        ignored = {p for p in model.parameters() if not p.requires_grad and p.dtype == compute_dtype}
     last = len(blocks) - 1
     for number, block in enumerate(blocks):
         # The backward pass starts with the last block, which would be gathered again at once.
-        fully_shard(block, mesh=mesh, reshard_after_forward=number < last, mp_policy=policy, offload_policy=offload)
+        fully_shard(
+            block,
+            mesh=mesh,
+            reshard_after_forward=number < last,
+            mp_policy=policy,
+            offload_policy=offload,
+            ignored_params=ignored,
+        )
     # The root's weights are needed at both ends of each pass (embeddings, output heads), so they stay gathered in
     # between.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
+    fully_shard(
+        model,
+        mesh=mesh,
+        reshard_after_forward=False,
+        mp_policy=policy,
+        offload_policy=offload,
+        ignored_params=ignored,
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -8,6 +8,7 @@ DTensors without storage: `to_empty`, then load.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ltx_titan.config import ActivationCheckpointSection, Float8Section
 from ltx_titan.model import LTXTransformer
-from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
+from ltx_titan.parallel.activation_checkpoint import Level, apply_full_checkpointing, apply_selective_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8
 from ltx_titan.parallel.fsdp import apply_fsdp
@@ -43,6 +44,7 @@ def parallelize(
     checkpointing: ActivationCheckpointSection,
     compiled_shapes: int | None,
     cpu_offload: bool,
+    levels: Sequence[Level] = (),
 ) -> None:
     """Applies the parallel plan in place. Combinations that cannot work are refused earlier, by `plan_job`.
 
@@ -54,6 +56,7 @@ def parallelize(
         checkpointing: the job's `[activation_checkpoint]`.
         compiled_shapes: compile every block, for this many combinations of shapes; None does not compile.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
+        levels: of each block, with `activation_checkpoint.mode = "budget"`.
     """
     blocks, degrees = model.transformer_blocks, mesh.degrees
     # First, because it replaces modules: every later step addresses them by name or wraps them.
@@ -83,6 +86,9 @@ def parallelize(
     if checkpointing.mode == "selective":
         apply_selective_checkpointing(blocks, tp=degrees.tp)
         logger.info("activation checkpointing: selective")
+    elif checkpointing.mode == "budget":
+        assert len(levels) == len(blocks), (len(levels), len(blocks))
+        apply_selective_checkpointing(blocks, levels, tp=degrees.tp)
 
     if compiled_shapes is not None:
         apply_compile(blocks)
@@ -95,9 +101,11 @@ def parallelize(
         every = 1
         if checkpointing.mode == "every_k" and checkpointing.k is not None:
             every = checkpointing.k
-        apply_full_checkpointing(blocks, every=every, offload=checkpointing.offload)
+        apply_full_checkpointing(blocks, range(0, len(blocks), every), offload=checkpointing.offload)
         offloaded = ", inputs in host memory" if checkpointing.offload else ""
         logger.info("activation checkpointing: one block in %d is recomputed%s", every, offloaded)
+    elif checkpointing.mode == "budget":
+        apply_full_checkpointing(blocks, [number for number, level in enumerate(levels) if level == "full"])
 
     # Last: FSDP2 records each unit's parameters, so their modules, dtypes and tp placements must be final.
     apply_fsdp(model, blocks, mesh.fsdp, dtype, cpu_offload=cpu_offload)

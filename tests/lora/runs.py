@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, save_state
 from ltx_titan.config import Degrees
@@ -52,7 +53,9 @@ def train(model, optimizer, degrees, steps):
 
 
 def whole(model):
-    return {name: t.full_tensor().clone() for name, t in module_tensors(model).items()}
+    # Frozen weights of one rank are plain tensors.
+    tensors = module_tensors(model).items()
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors}
 
 
 def work(folder: Path, form: str, name: str, degrees: Degrees, *split: Callable):

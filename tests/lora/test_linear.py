@@ -4,7 +4,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from ltx_titan.common.tensors import without_wrappers
 from ltx_titan.lora import DropoutStep, LoRALinear, adapter_weights, init_lora_, is_adapter
+from ltx_titan.model.adapted_linear import adapted_linear
+from ltx_titan.parallel.activation_checkpoint import apply_selective_checkpointing
 from ltx_titan.weights import QuantizedLinear, merged_weight
 from tests.lora.adapted import adapted, loss_of, settings, stir
 
@@ -25,6 +28,22 @@ def test_the_formula(fields, scaling):
     a, b = layer.lora_A.weight, layer.lora_B.weight
     expected = X @ layer.base.weight.T + layer.base.bias + scaling * (X @ a.T) @ b.T
     torch.testing.assert_close(layer(X), expected)
+
+
+@pytest.mark.parametrize(("has_bias", "scaling"), [(True, 1.0), (False, 0.5)])
+def test_base_and_adapter_in_one_operation_have_the_gradients_of_the_formula(has_bias, scaling):
+    generator = torch.Generator().manual_seed(3)
+    x, weight, bias, a, b, dy = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((10, 16), (12, 16), (12,), (4, 16), (12, 4), (10, 12))
+    )
+    bias = bias if has_bias else None
+    trained = [tensor.requires_grad_() for tensor in (x, a, b)]
+    expected = nn.functional.linear(x, weight, bias) + scaling * (x @ a.T) @ b.T
+    y, _ = adapted_linear(x, weight, bias, a, b, scaling)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, trained, dy), torch.autograd.grad(expected, trained, dy))
+    torch.library.opcheck(adapted_linear, (x, weight, bias, a, b, scaling))
 
 
 def test_dora_is_magnitude_times_direction():
@@ -134,7 +153,37 @@ class Block(nn.Module):
         return torch.tanh(self.layer(x))
 
 
-@pytest.mark.parametrize("fields", [{"dora": True}, {"dropout": 0.5}, {"base_dtype": "int8"}, {"base_dtype": "int4"}])
+def test_checkpointed_blocks_of_a_level_share_one_graph_with_the_same_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Block({}) for _ in range(6)])
+    init_lora_(model, 1)
+    stir(model)
+    x = torch.randn(5, 32, requires_grad=True)
+    model(x).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+
+    torch._dynamo.reset()
+    # `matmuls` saves the sum of base and adapter, so that neither runs again.
+    apply_selective_checkpointing(model, ("selective",) * 3 + ("matmuls",) * 3)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model:
+        block.compile(backend=counter, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        model.zero_grad()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model(x).sum().backward()
+    assert counter.frame_count == 2
+    (runs,) = (event.count for event in profile.key_averages() if event.key == "ltx_titan::adapted_linear")
+    assert runs == 6 + 3
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[without_wrappers(name)])
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"dora": True}, {"dropout": 0.5}, {"base_dtype": "int8"}, {"base_dtype": "int4"}]
+)
 def test_all_blocks_share_one_full_graph(fields):
     torch.manual_seed(0)
     model = nn.Sequential(*[Block(fields) for _ in range(3)])

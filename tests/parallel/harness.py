@@ -220,7 +220,8 @@ def build(case: Case, mesh: Mesh) -> LTXTransformer:
         for block in model.transformer_blocks:
             block.compile(fullgraph=True, dynamic=False, backend=case.compile)
     if case.recompute in ("full", "every_k"):
-        apply_full_checkpointing(model.transformer_blocks, every=2 if case.recompute == "every_k" else 1)
+        numbers = range(0, len(model.transformer_blocks), 2 if case.recompute == "every_k" else 1)
+        apply_full_checkpointing(model.transformer_blocks, numbers)
     apply_fsdp(model, model.transformer_blocks, mesh.fsdp, torch.float32)
     model.to_empty(device="cpu")
     assert [name for name, _ in named(model)] == names

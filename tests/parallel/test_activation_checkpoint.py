@@ -50,7 +50,8 @@ def _checkpoint(model: LTXTransformer, mode: str) -> None:
     if mode == "selective":
         apply_selective_checkpointing(model.transformer_blocks)
     elif mode != "none":
-        apply_full_checkpointing(model.transformer_blocks, every=2 if mode == "every_k" else 1)
+        step = 2 if mode == "every_k" else 1
+        apply_full_checkpointing(model.transformer_blocks, range(0, len(model.transformer_blocks), step))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,28 @@ def test_attention_is_recomputed_or_saved_by_mode_with_the_same_gradients(mode, 
     assert count == runs
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+class _MatmulCounter(_EagerCounter):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_level_recomputes_fewer_matmuls_with_the_same_gradients():
+    expected, once = _step(build_transformer(CASE), _MatmulCounter())
+    counts = []
+    for levels in (("full", "full"), ("full", "selective"), ("selective", "matmuls"), ("all_matmuls", "none")):
+        model = build_transformer(CASE)
+        apply_selective_checkpointing(model.transformer_blocks, levels)
+        apply_full_checkpointing(model.transformer_blocks, [n for n, level in enumerate(levels) if level == "full"])
+        gradients, count = _step(model, _MatmulCounter())
+        counts.append(count)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) == len(counts)
+    assert counts[-1] == once
 
 
 def test_selective_computes_the_second_matmul_of_the_feed_forward_once():

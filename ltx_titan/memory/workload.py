@@ -1,9 +1,10 @@
-"""Descriptions of a job for the estimator: a mesh-independent `Workload` and a `Setup` that a search varies.
+"""Descriptions of a job for estimates: a mesh-independent `Workload` and a `Setup` that a search varies.
 
 Both are numbers: no model, mesh or dataset is needed to estimate them. `make_workload` and `make_setup` derive them
 from a planned job.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from ltx_titan.lora import apply_lora
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
 from ltx_titan.model.flops import Trained
 from ltx_titan.model.transformer import Modalities
+from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.parallel.graphs import obstacle
 from ltx_titan.parallel.tp import placement_of
 from ltx_titan.plan import Plan
@@ -168,6 +170,7 @@ class Setup:
         degrees: sizes of the mesh axes.
         recompute: mode of activation checkpointing.
         k: one block in `k` is recomputed (`every_k`).
+        levels: of each block (`budget`), see budget.py.
         local_batch_size: samples of a micro-batch.
         compile: blocks are compiled.
         graphs: micro-steps are replayed as CUDA graphs, so that the speed of the host does not matter.
@@ -181,6 +184,7 @@ class Setup:
     degrees: Degrees
     recompute: ActivationCheckpointMode = "none"
     k: int = 1
+    levels: tuple[Level, ...] = ()
     local_batch_size: int = 1
     compile: bool = False
     graphs: bool = False
@@ -200,10 +204,20 @@ class Setup:
         """Ranks that FSDP2 shards over."""
         return self.degrees.dp_shard * self.degrees.cp
 
-    def recomputed_share(self) -> float:
-        """Fraction of the blocks that run their forward pass twice."""
-        # `selective` counts as all blocks; time.py and memory.py account for what it saves within them.
-        return {"none": 0.0, "every_k": 1 / self.k}.get(self.recompute, 1.0)
+    @property
+    def gathers_frozen(self) -> bool:
+        """Whether FSDP2 gathers frozen weights; on one rank it does not manage them (parallel/fsdp.py)."""
+        return self.fsdp * self.degrees.dp_replicate > 1 or self.cpu_offload
+
+    def level_shares(self) -> dict[Level, float]:
+        """Fraction of the blocks at each level of activation checkpointing."""
+        match self.recompute:
+            case "every_k":
+                return {"full": 1 / self.k, "none": 1 - 1 / self.k}
+            case "budget":
+                return {level: count / len(self.levels) for level, count in Counter(self.levels).items()}
+            case level:
+                return {level: 1.0}
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ as `peak_mem_gib` in metrics.jsonl does; `RESERVE` and `SLACK` add what the driv
 Activations are counted in units: one value of the compute dtype per token and column of the stream's residual.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ltx_titan.common.hardware import GIB
-from ltx_titan.estimate.workload import Setup, Workload
+from ltx_titan.memory.workload import Setup, Workload
 from ltx_titan.optim.build import STATE_BYTES
+from ltx_titan.parallel.activation_checkpoint import Level
 
 RESERVE = 2.5 * GIB
 """Bytes of the CUDA context, NCCL buffers and cuBLAS workspaces. Assumed."""
@@ -55,6 +57,11 @@ SELECTIVE = {1: SavedUnits(4.0, 2.0, 1.0, 0.0, 0.0, 0.0), 2: SavedUnits(6.0, 1.5
 """Units under selective checkpointing, compiled: the block's input and attention outputs; without tensor parallelism
 (key 1, counted) also the outputs of matmuls that narrow (feed-forward, cross-modal); with it (key 2, computed by hand)
 the outputs of reduce-scatters instead."""
+MATMULS = SavedUnits(10.0, 2.0, 5.0, 0.0, 0.0, 2.0)
+"""Units under `budget` at level `matmuls`: `SELECTIVE` and the outputs of matmuls that do not widen; counted."""
+ALL_MATMULS = SavedUnits(14.0, 3.0, 5.0, 0.0, 0.0, 2.0)
+"""At level `all_matmuls`: also of those that widen; counted."""
+_LEVEL_UNITS = {"full": SavedUnits(1.0, 0.0, 0.0, 0.0, 0.0, 0.0), "matmuls": MATMULS, "all_matmuls": ALL_MATMULS}
 TRANSIENT = {False: 20.0, True: 10.0}
 """Units of gradients and temporaries within a block's backward pass. They peak in the feed-forward: two tensors of
 4 x width, its input and its output; in float32 if blocks are not compiled."""
@@ -145,28 +152,31 @@ def estimate_memory(work: Workload, setup: Setup) -> Memory:
     )
 
 
-def saved_per_block(work: Workload, setup: Setup, *, keeps_everything: bool = False) -> float:
-    """Bytes that autograd saves of one block under the setup's checkpointing (every_k: of a block that is not
-    recomputed).
+def saved_per_block(work: Workload, setup: Setup, level: Level) -> float:
+    """Bytes that autograd saves of one block.
 
     Args:
         work: the workload.
-        setup: the setup.
-        keeps_everything: count what the block would save without checkpointing.
+        setup: the setup; its activation checkpointing is not read.
+        level: what the block saves.
     """
     video, audio = _tokens(work, setup)
     both = work.video_tokens > 0 and work.audio_tokens > 0
     gathered = 0.0
-    if setup.recompute == "full" and not keeps_everything:
-        units = SavedUnits(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    elif setup.recompute == "selective" and not keeps_everything:
+    if level == "selective":
         units = SELECTIVE[min(setup.degrees.tp, 2)]
+    elif level != "none":
+        units = _LEVEL_UNITS[level]
     else:
         units = SAVED[setup.compile, work.trained]
         if setup.degrees.tp > 1:
             # Inputs of column-wise matmuls are saved after the all-gather: the tokens of all tp ranks.
             gathered = (5.0 if both else 3.0) * setup.degrees.tp
-    per_video = per_audio = units.own + gathered
+    own = units.own
+    if work.trained == "lora" and level not in ("full", "none"):
+        # The feed-forward's output is saved for the gradient of its gate, which is frozen (`SAVED` was counted so).
+        own -= 1.0
+    per_video = per_audio = own + gathered
     timestep = units.own_timestep
     if both:
         per_video += units.video_cross
@@ -189,9 +199,11 @@ def saved_per_block(work: Workload, setup: Setup, *, keeps_everything: bool = Fa
 
 def _activations(work: Workload, setup: Setup) -> tuple[float, float]:
     """Bytes saved by all blocks at the start of the backward pass, and by one block without checkpointing."""
-    everything = saved_per_block(work, setup, keeps_everything=True)
+    everything = saved_per_block(work, setup, "none")
     if setup.recompute == "none":
         return work.num_layers * everything, everything
+    if setup.recompute == "budget":
+        return saved_by_levels(work, setup), everything
     video, audio = _tokens(work, setup)
     inputs = (video * work.video_width + audio * work.audio_width) * work.itemsize
     if setup.recompute == "every_k":
@@ -201,7 +213,13 @@ def _activations(work: Workload, setup: Setup) -> tuple[float, float]:
     if setup.offload_activations:
         # The inputs of two blocks are on the device: one in use, one being copied.
         return 2 * inputs, everything
-    return work.num_layers * saved_per_block(work, setup), everything
+    return work.num_layers * saved_per_block(work, setup, setup.recompute), everything
+
+
+def saved_by_levels(work: Workload, setup: Setup) -> float:
+    """Bytes that autograd saves of all blocks under `budget`, at the setup's levels."""
+    counts = Counter(setup.levels)
+    return sum(count * saved_per_block(work, setup, level) for level, count in counts.items())
 
 
 def _states(work: Workload, setup: Setup) -> dict[str, float]:
@@ -253,8 +271,10 @@ class _Buffers:
 
 def _buffers(work: Workload, setup: Setup) -> _Buffers:
     tp, size = setup.degrees.tp, work.itemsize
-    block, outside = (size * weights.gathered(tp) for weights in (work.block, work.outside))
     trained, trained_outside = (weights.gathered(tp, trained_only=True) for weights in (work.block, work.outside))
+    block, outside = size * trained, size * trained_outside
+    if setup.gathers_frozen:
+        block, outside = (size * weights.gathered(tp) for weights in (work.block, work.outside))
     return _Buffers(
         outside=outside,
         block=block,
