@@ -55,7 +55,7 @@ def test_a_save_that_cannot_be_written_leaves_the_older_one_and_resumes(job, tmp
 
 
 def test_a_disk_without_room_is_refused_before_the_first_step(job, tmp_path, runner, monkeypatch):
-    monkeypatch.setattr("ltx_titan.train.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("ltx_titan.train.room.free_bytes", lambda folder: 1000)
     outcome = runner.train(job)
     assert outcome.code == 1
     assert "job.dump_folder" in outcome.text
