@@ -12,9 +12,10 @@ use, and without.
 import argparse
 import json
 import multiprocessing
-import os
+import pickle
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ltx_titan.common.files import atomic_write
 from tests import fault_runs
 from tests.fault_injection import Campaign, Kill, become_subreaper, check_after, inject, leftovers, outcome
-from tests.fault_runs import Run, Violation
+from tests.fault_runs import Run, Violation, wait_for
 
 TIMEOUT_S = 60
 
@@ -54,14 +56,21 @@ SCENARIOS = {
 }
 
 
-def play(campaign: Campaign, name: str, expected: dict[str, Any]) -> None:
-    """Body of a scenario's process; exits with 1 and says why if a promise was not kept."""
+def play(campaign: Campaign, name: str, start: str, expected: Path) -> None:
+    """Body of a scenario's process; exits with 1 and says why if a promise was not kept.
+
+    Args:
+        campaign: writes jobs and the log.
+        name: of the scenario.
+        start: "fork" or "exec".
+        expected: file in which the outcome of the unbroken run appears.
+    """
     become_subreaper()
     scenario = SCENARIOS[name]
     job = campaign.write_job(name, "2")
     kill = Kill(scenario.phase, 9, 0.0, scenario.target, scenario.signal)
     started = time.monotonic()
-    run = Run(job, "2", campaign.start)
+    run = Run(job, "2", start)
     try:
         hit = inject(run, kill, 0, campaign.steps)
         injected = time.monotonic()
@@ -72,14 +81,16 @@ def play(campaign: Campaign, name: str, expected: dict[str, Any]) -> None:
         if code != scenario.code or newest == 0:
             raise Violation(f"exit code {code}, expected {scenario.code}; newest checkpoint {newest}")
         record = {"scenario": name, "hit": hit, "code": code, "newest": newest, "ended_after_s": round(took, 1)}
+        record["start"] = start
         if scenario.signal == signal.SIGSTOP:
             record |= _check_stopped(job.parent / "run", text)
-        run = Run(job, "2", campaign.start)
+        run = Run(job, "2", start)
         run.wait_until_gone()
         if set(run.codes.values()) != {0} or f"step-{newest}: step {newest} of" not in run.text():
             raise Violation(f"the restart ended with {run.codes} and did not resume from step {newest}")
         found = outcome(job, campaign.steps)
-        unequal = [part for part, value in expected.items() if found[part] != value]
+        wait_for(expected.exists, "no outcome of the unbroken run")
+        unequal = [part for part, value in pickle.loads(expected.read_bytes()).items() if found[part] != value]
         if unequal:
             raise Violation(f"{unequal} differ from those of the unbroken run")
         if left := leftovers(job.parent):
@@ -109,10 +120,10 @@ def compare_unbroken(campaign: Campaign) -> dict[str, Any]:
     for name, deterministic in (("plain", False), ("plain-again", False), ("exact", True), ("exact-again", True)):
         campaign.settings = settings | {"job__deterministic": deterministic}
         runs[name] = Run(campaign.write_job(f"unbroken-{name}", "2"), "2", campaign.start)
-    campaign.settings = settings | {"job__deterministic": True}
+    campaign.settings = settings
     outcomes = {}
     for run in runs.values():
-        fault_runs.wait_for(run.has_ended, "the unbroken runs do not end")
+        wait_for(run.has_ended, "the unbroken runs do not end")
     for name, run in runs.items():
         if set(run.codes.values()) != {0}:
             raise Violation(f"the unbroken run {name} ended with {run.codes}\n{run.text()[-6000:]}")
@@ -131,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="SCENARIO", help=f"default: all of {', '.join(SCENARIOS)}")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--start", choices=("fork", "exec"), default="exec")
+    parser.add_argument("--exec", nargs="*", default=[], metavar="SCENARIO", help="started with exec nevertheless")
     parser.add_argument("--limit", type=float, default=300, help="seconds that nothing may take")
     parser.add_argument("--log", type=Path)
     options = parser.parse_args(argv)
@@ -138,22 +150,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     become_subreaper()
     with tempfile.TemporaryDirectory(prefix="fault-scenarios-") as folder:
         campaign = Campaign(Path(folder), options.start, options.steps, options.log, checkpoint__keep_last=0)
-        campaign.settings |= {"job__timeout_s": TIMEOUT_S}
-        # Read in a process of its own: ranks are forked from this one, and CUDA does not survive a fork.
-        campaign.write(
-            {"torch": torch.__version__, "nccl": _nccl(), "gpus": os.popen("nvidia-smi -L").read().split("\n")}
-        )
-        try:
-            expected = compare_unbroken(campaign)
-        except Violation as error:
-            print(f"BROKEN: {error}", file=sys.stderr)
-            return 1
+        campaign.settings |= {"job__timeout_s": TIMEOUT_S, "job__deterministic": True}
+        gpus = subprocess.run(["sh", "-c", "nvidia-smi -L"], capture_output=True, text=True, check=False).stdout
+        campaign.write({"torch": torch.__version__, "nccl": _nccl(), "gpus": gpus.splitlines()})
+        expected = Path(folder) / "expected.pickle"
         processes = [
-            multiprocessing.get_context("fork").Process(target=play, args=(campaign, name, expected))
+            multiprocessing.get_context("fork").Process(
+                target=play, args=(campaign, name, "exec" if name in options.exec else options.start, expected)
+            )
             for name in options.names or SCENARIOS
         ]
         for process in processes:
             process.start()
+        try:
+            unbroken = compare_unbroken(campaign)
+            with atomic_write(expected) as path:
+                path.write_bytes(pickle.dumps(unbroken))
+        except Violation as error:
+            print(f"BROKEN: {error}", file=sys.stderr)
         for process in processes:
             process.join()
     kept = sum(process.exitcode == 0 for process in processes)
