@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fault_runs.LIMIT_S = options.limit
     become_subreaper()
     with tempfile.TemporaryDirectory(prefix="fault-scenarios-") as folder:
-        campaign = Campaign(Path(folder), options.start, options.steps, options.log, checkpoint__keep_last=0)
+        campaign = Campaign(Path(folder), options.start, options.steps, options.log)
         campaign.settings |= {"job__timeout_s": TIMEOUT_S, "job__deterministic": True}
         gpus = subprocess.run(["sh", "-c", "nvidia-smi -L"], capture_output=True, text=True, check=False).stdout
         campaign.write({"torch": torch.__version__, "nccl": _nccl(), "gpus": gpus.splitlines()})
