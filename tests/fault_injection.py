@@ -151,6 +151,10 @@ def check_after(run: Run, kill: Kill, hit: str, resumed: int) -> int:
         logged = read_run(run.job)[-1]["step"]
         if newest != logged:
             raise Violation(f"SIGTERM to {kill.target} while {hit}: step {logged} was reached, {newest} is saved")
+    # Before the first step there is nothing to save: the other node only loses the connection, and says so.
+    elif 1 in codes and kill.signal == signal.SIGTERM and "lost the connection to another rank" in text:
+        if "Traceback" in text:
+            raise Violation(f"SIGTERM to {kill.target} while {hit}: a traceback")
     # A launcher or rank that is killed in its last moments may leave a run that has finished.
     elif codes & {1, 2} and kill.signal == signal.SIGTERM:
         raise Violation(f"SIGTERM to {kill.target} while {hit}: exit codes {run.codes}")

@@ -168,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 path.write_bytes(pickle.dumps(unbroken))
         except Violation as error:
             print(f"BROKEN: {error}", file=sys.stderr)
+            for process in processes:  # they could only wait for it
+                process.terminate()
         for process in processes:
             process.join()
     kept = sum(process.exitcode == 0 for process in processes)
