@@ -1,7 +1,8 @@
 """Kills training runs at random moments and checks every promise about what is left.
 
     python -m tests.fault_injection --kills 200 --seed 0 --log kills.jsonl
-    python -m tests.fault_injection --kills 5 --seed 0 --mesh 1
+    python -m tests.fault_injection --kills 200 --seed 1 --budget 600 --log more.jsonl   # as many as 10 minutes permit
+    python -m tests.fault_injection --summary kills.jsonl more.jsonl
 
 Jobs of a few dozen steps on the nano pack run under `ltx-titan train`'s launcher over gloo: on one rank, on two, and on
 two nodes of two ranks. Each save, export and validation of such a job is hit as readily as its steps, because the
@@ -31,28 +32,23 @@ import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-
-import ltx_titan.train
-from ltx_titan.launch import launch, remove_stale_logs, torchrun_arguments
+from ltx_titan.launch import remove_stale_logs
 from ltx_titan.nano.pack import make_nano
-from ltx_titan.parallel.stop import end_with_launcher
 from ltx_titan.weights import read_metadata
+from tests import fault_runs
+from tests.fault_runs import MESHES, Run, Violation, wait_for
 from tests.jobs import read_run, write_dataset, write_job
 
-MESHES = {"1": (1, 1), "2": (1, 2), "2x2": (2, 2)}  # nodes, ranks of each
 # Every phase comes up in every few steps, and two of them in some steps.
 SETTINGS: dict[str, Any] = {
     "model__init": "random",
@@ -65,16 +61,10 @@ SETTINGS: dict[str, Any] = {
     "validation__held_out_samples": 2,
 }
 PHASES = ("training", "saving", "writing", "exporting", "validating", "starting")
-# Only for what would otherwise hang: nothing is decided by how long it takes.
-LIMIT_S = 600
 _PR_SET_CHILD_SUBREAPER = 36
 # What a user would find after "complete": written by the save's thread or, in the last step, by the loop.
 _COMPLETE = re.compile(r"checkpoint of step (\d+) is complete")
 _RESUMED = re.compile(r"resumed from \S*/step-(\d+):")
-
-
-class Violation(AssertionError):
-    """A promise that was not kept."""
 
 
 @dataclass
@@ -88,166 +78,9 @@ class Kill:
     signal: signal.Signals
 
 
-class ForkedRank(subprocess.Popen):
-    """A rank as torchrun starts it, in a session of its own, but forked with its modules instead of executed."""
-
-    def __init__(self, args: tuple[str, ...], env: dict[str, str], stdout: Any, stderr: Any, **_: object) -> None:
-        self.args, self.returncode, self._child_created = args, None, True
-        self.stdin = self.stdout = self.stderr = None
-        self._waitpid_lock = threading.Lock()
-        self.pid = os.fork()
-        if self.pid == 0:
-            _become(lambda: _rank_main(args, env), stdout, stderr)
-
-
-def _rank_main(args: tuple[str, ...], env: dict[str, str]) -> int:
-    os.environ.clear()
-    os.environ.update(env)
-    end_with_launcher()
-    return ltx_titan.train.main(args[args.index("ltx_titan.train") + 1 :])
-
-
-def _become(main: Callable[[], int | None], stdout: Any, stderr: Any) -> None:
-    """Turns a forked process into a new program; does not return."""
-    code = 1
-    try:
-        os.setsid()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_DFL)
-        os.dup2(stdout.fileno(), 1)
-        os.dup2(stderr.fileno(), 2)
-        # Otherwise the sockets of the launcher's store would live on with its ranks.
-        os.closerange(3, 4096)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        code = main() or 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-class Run:
-    """One launch of a job: its launchers, its log, and all processes that descend from them."""
-
-    def __init__(self, job: Path, mesh: str, start: str, restarts: int = 0) -> None:
-        self.job, self.log = job, job.parent / "log.txt"
-        nodes, ranks = MESHES[mesh]
-        environment = {
-            "NGPU": str(ranks),
-            "OMP_NUM_THREADS": "1",
-            "MAX_RESTARTS": str(restarts),
-            "TMPDIR": str(job.parent / "tmp"),
-        }
-        if nodes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            environment |= {"NNODES": str(nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        (job.parent / "tmp").mkdir(exist_ok=True)
-        self.log.write_text("")
-        self.launchers = [self._launch(environment | {"NODE_RANK": str(node)}, start) for node in range(nodes)]
-        self.codes: dict[int, int] = {}
-
-    def _launch(self, environment: dict[str, str], start: str) -> int:
-        with self.log.open("a") as log:
-            if start == "exec":
-                command = [sys.executable, "-m", "ltx_titan.cli", "train", str(self.job)]
-                return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log).pid
-            if (process := os.fork()) > 0:
-                return process
-            tempfile.tempdir = None
-            os.environ.update(environment)
-            subprocess_handler.Popen = ForkedRank
-            _become(lambda: launch(torchrun_arguments(self.job, [], os.environ)), log, log)
-            raise AssertionError("not reached")
-
-    def ranks(self) -> list[int]:
-        """Processes of the ranks that live, by launcher."""
-        return [child for launcher in self.launchers for child in _children(launcher) if _lives(child)]
-
-    def text(self) -> str:
-        """What the run has printed."""
-        return self.log.read_text(errors="replace")
-
-    def phase(self) -> tuple[str, int]:
-        """What rank 0 of this launch is doing, and its step; ("starting", 0) until it says."""
-        folder = self.job.parent / "run"
-        try:
-            record = json.loads((folder / "heartbeat.json").read_text())
-        except (OSError, ValueError):
-            return "starting", 0
-        if record["pid"] not in self.ranks():  # of an earlier launch
-            return "starting", 0
-        phase = record["phase"]
-        # The background save, which no phase covers.
-        if phase == "training" and any((folder / "checkpoint").glob("*.incomplete")):
-            phase = "writing"
-        return phase, record["step"]
-
-    def has_ended(self) -> bool:
-        """Whether all launchers have ended; collects their exit codes."""
-        for launcher in self.launchers:
-            if launcher not in self.codes:
-                process, status = os.waitpid(launcher, os.WNOHANG)
-                if process:
-                    self.codes[launcher] = os.waitstatus_to_exitcode(status)
-        return len(self.codes) == len(self.launchers)
-
-    def wait_until_gone(self) -> None:
-        """Waits for the launchers and every process they have started."""
-        wait_for(self.has_ended, f"the launchers {self.launchers} do not end")
-        # Orphans become children of this process, which is their subreaper.
-        wait_for(lambda: not _descendants(), "a process outlives its launcher")
-
-    def end(self) -> None:
-        """Kills whatever is left."""
-        for process in _descendants():
-            os.kill(process, signal.SIGKILL)
-
-
-def _children(process: int) -> list[int]:
-    try:
-        files = list(Path(f"/proc/{process}/task").glob("*/children"))
-        return [int(child) for file in files for child in file.read_text().split()]
-    except OSError:  # it ended
-        return []
-
-
-def _lives(process: int) -> bool:
-    try:
-        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return False
-
-
-def _descendants() -> list[int]:
-    """Living processes below this one."""
-    found, queue = [], _children(os.getpid())
-    while queue:
-        process = queue.pop()
-        queue += _children(process)
-        if _lives(process):
-            found.append(process)
-    return found
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Waits until a condition holds.
-
-    Raises:
-        Violation: it does not hold within `LIMIT_S`.
-    """
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise Violation(f"{what} within {LIMIT_S} s")
-        time.sleep(0.005)
+def become_subreaper() -> None:
+    """Makes this process the parent of every orphan below it."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def draw_kill(rng: random.Random, mesh: str) -> Kill:
@@ -288,7 +121,7 @@ def inject(run: Run, kill: Kill, resumed: int, steps: int) -> str:
     else:
         victims = [(run.launchers if kind == "launcher" else ranks)[int(number) % max(len(ranks), 1)]]
     for victim in victims:
-        # A rank that ended by itself in the meantime is as good as killed.
+        # A rank that ended by itself in the meantime counts as killed.
         with suppress(ProcessLookupError):
             os.kill(victim, kill.signal)
     return hit
@@ -318,6 +151,10 @@ def check_after(run: Run, kill: Kill, hit: str, resumed: int) -> int:
         logged = read_run(run.job)[-1]["step"]
         if newest != logged:
             raise Violation(f"SIGTERM to {kill.target} while {hit}: step {logged} was reached, {newest} is saved")
+    # Before the first step there is nothing to save: the other node only loses the connection, and says so.
+    elif 1 in codes and kill.signal == signal.SIGTERM and "lost the connection to another rank" in text:
+        if "Traceback" in text:
+            raise Violation(f"SIGTERM to {kill.target} while {hit}: a traceback")
     # A launcher or rank that is killed in its last moments may leave a run that has finished.
     elif codes & {1, 2} and kill.signal == signal.SIGTERM:
         raise Violation(f"SIGTERM to {kill.target} while {hit}: exit codes {run.codes}")
@@ -353,10 +190,18 @@ class Campaign:
         start: "fork" or "exec".
         steps: length of each job.
         log: file of one JSON line per kill and series; None writes none.
+        budget_s: no kill begins after this time; None sets no limit.
+        **settings: of every job, besides `SETTINGS`.
     """
 
-    def __init__(self, folder: Path, start: str, steps: int, log: Path | None) -> None:
+    def __init__(
+        self, folder: Path, start: str, steps: int, log: Path | None, budget_s: float | None = None, **settings: Any
+    ) -> None:
         self.folder, self.start, self.steps, self.log = folder, start, steps, log
+        self.settings = SETTINGS | settings
+        self.records: list[dict[str, Any]] = []
+        self.began = time.monotonic()
+        self.budget_s = float("inf") if budget_s is None else budget_s
         make_nano(folder / "nano")
         self.nano = next((folder / "nano").glob("*.safetensors"))
         self.data = write_dataset(folder / "data", self.nano)
@@ -364,12 +209,16 @@ class Campaign:
         self.shape.write_text(read_metadata(self.nano).raw["config"])
         self.expected: dict[str, dict[str, Any]] = {}
 
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() - self.began > self.budget_s
+
     def write_job(self, name: str, mesh: str) -> Path:
         """Writes the job of a series."""
         nodes, ranks = MESHES[mesh]
         paths = {"model__shape": str(self.shape), "validation__held_out_root": str(self.data)}
         batch = {"training__steps": self.steps, "training__local_batch_size": 4 // (nodes * ranks)}
-        job = write_job(self.folder / name, self.nano, self.data, **SETTINGS, **paths, **batch)
+        job = write_job(self.folder / name, self.nano, self.data, **self.settings, **paths, **batch)
         # Random weights of one block: the released shape would take most of the time and test nothing more.
         text = job.read_text().replace(f'checkpoint_path = "{self.nano}"', f'connectors_path = "{self.nano}"')
         job.write_text(text)
@@ -394,7 +243,8 @@ class Campaign:
         rng, job, done, resumed = random.Random(seed), self.write_job(name, mesh), 0, 0
         expected = self.unbroken(mesh)
         while True:
-            kill = draw_kill(rng, mesh) if done < kills else None
+            kill = draw_kill(rng, mesh) if done < kills and not self.is_over() else None
+            launched = time.monotonic()
             run = Run(job, mesh, self.start)
             try:
                 hit = inject(run, kill, resumed, self.steps) if kill is not None else "none"
@@ -408,7 +258,8 @@ class Campaign:
                 done += 1
                 record = {"seed": seed, "mesh": mesh, "target": kill.target, "signal": kill.signal.name}
                 codes = list(run.codes.values())
-                self.write(record | {"hit": hit, "resumed": resumed, "newest": newest, "codes": codes})
+                record |= {"hit": hit, "resumed": resumed, "newest": newest, "codes": codes}
+                self.write(record | {"seconds": round(time.monotonic() - launched, 1)})
             elif set(run.codes.values()) == {0}:
                 break
             else:
@@ -447,7 +298,9 @@ class Campaign:
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a line to the log."""
-        line = json.dumps({"start": self.start, **record})
+        record = {"start": self.start, **record}
+        self.records.append(record)
+        line = json.dumps(record)
         print(line, flush=True)
         if self.log is not None:
             with self.log.open("a") as file:
@@ -462,6 +315,21 @@ def finished_series(log: Path | None) -> dict[str, int]:
     return {record["series"]: record["kills"] for record in records if "series" in record}
 
 
+def summary(records: Sequence[dict[str, Any]]) -> str:
+    """A table of the kills that were survived: target and start by the phase that was hit."""
+    kills = [record for record in records if "hit" in record]
+    rows: dict[tuple[str, ...], Counter[str]] = {}
+    for kill in kills:
+        key = (kill["mesh"], kill["start"], kill["target"].split()[0], kill["signal"])
+        rows.setdefault(key, Counter())[kill["hit"]] += 1
+    phases = [*PHASES, *sorted({kill["hit"] for kill in kills} - set(PHASES))]
+    lines = [f"{'mesh':5}{'start':6}{'target':10}{'signal':9}" + "".join(f"{phase:>12}" for phase in phases)]
+    for (mesh, start, target, name), counts in sorted(rows.items()):
+        lines.append(f"{mesh:5}{start:6}{target:10}{name:9}" + "".join(f"{counts[phase]:12}" for phase in phases))
+    equal = sum("series" in record for record in records)
+    return "\n".join([*lines, f"{len(kills)} kills survived in {equal} series that ended equal to an unbroken run"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs series until `--kills` kills were survived; returns 1 after the first broken promise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -471,14 +339,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=24, help="length of each job")
     parser.add_argument("--start", choices=("fork", "exec"), default="fork")
     parser.add_argument("--restarts", action="store_true", help="also kill a rank under --max-restarts=1 on each mesh")
+    parser.add_argument("--budget", type=float, help="seconds after which no kill begins")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that nothing may take")
+    parser.add_argument("--summary", type=Path, nargs="+", metavar="LOG", help="only print a table of these logs")
     parser.add_argument("--folder", type=Path, help="default: a temporary one")
     parser.add_argument("--log", type=Path)
     options = parser.parse_args(argv)
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    if options.summary:
+        print(summary([json.loads(line) for log in options.summary for line in log.read_text().splitlines()]))
+        return 0
+    fault_runs.LIMIT_S = options.limit
+    become_subreaper()
     finished, survived, number = finished_series(options.log), 0, 0
     with tempfile.TemporaryDirectory(prefix="fault-injection-") as temporary:
-        campaign = Campaign(options.folder or Path(temporary), options.start, options.steps, options.log)
-        while survived < options.kills:
+        folder = options.folder or Path(temporary)
+        campaign = Campaign(folder, options.start, options.steps, options.log, options.budget)
+        while survived < options.kills and not campaign.is_over():
             mesh = options.mesh[number % len(options.mesh)]
             name = f"{options.seed}-{number}-{mesh}-{options.start}"
             try:
@@ -493,6 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Violation as error:
                 print(f"BROKEN: {error}", file=sys.stderr)
                 return 1
+    if campaign.is_over():
+        print(f"the {options.budget:.0f} s are over")
+    print(summary(campaign.records))
     print(f"{survived} kills survived in {number} series")
     return 0
 

@@ -29,7 +29,7 @@ def refuse_to_train(monkeypatch):
     def accept(plan):
         raise Accepted(f"accepted: {plan.job}")
 
-    monkeypatch.setattr("ltx_titan.train.Trainer", accept)
+    monkeypatch.setattr("ltx_titan.train.entry.Trainer", accept)
 
 
 class Outcome(NamedTuple):

@@ -31,7 +31,7 @@ def read_only(monkeypatch):
             plan.dataset.load(index)
         raise Accepted(f"accepted {len(plan.dataset)} samples")
 
-    monkeypatch.setattr("ltx_titan.train.Trainer", read)
+    monkeypatch.setattr("ltx_titan.train.entry.Trainer", read)
 
 
 @pytest.fixture(scope="module")

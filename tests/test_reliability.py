@@ -17,6 +17,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from ltx_titan.common.failure import report_error
 from ltx_titan.common.files import claimed
 from ltx_titan.config import AlertsSection, OptimizerSection, load_job
 from ltx_titan.data import read_sample, write_sample
@@ -29,6 +30,18 @@ from ltx_titan.train import main
 from tests.jobs import curve, train, write_dataset, write_job
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+        "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234",
+    ],
+)
+def test_a_rank_that_lost_another_says_so_in_one_line(tmp_path, caplog, text):
+    assert report_error(torch.distributed.DistNetworkError(text), tmp_path)
+    assert "lost the connection to another rank" in caplog.text
 
 
 def test_a_run_without_its_export_is_not_finished(tmp_path, nano_path, data_root, caplog):

@@ -40,7 +40,7 @@ from ltx_titan.checkpoint.folders import (
 )
 from ltx_titan.checkpoint.reader import METADATA_FILE, StateReader
 from ltx_titan.common.failure import RunError
-from ltx_titan.common.files import free_bytes, sync_folder
+from ltx_titan.common.files import describe_free, sync_folder
 from ltx_titan.common.ranks import agree, is_main_rank
 from ltx_titan.weights import module_tensors, parameter_names, plain_tensor
 from ltx_titan.weights.names import listed
@@ -252,9 +252,9 @@ def num_bytes(tensors: dict[str, Tensor]) -> int:
 
 def _why_not_saved(path: Path, tensors: dict[str, Tensor], error: CheckpointException) -> str:
     """One line: the rank that failed, its reason, and the space, which the reason omits if a zip file was cut short."""
-    needed, free = (f"{count / 2**30:.2f} GiB" for count in (num_bytes(tensors), free_bytes(path.parent)))
+    needed = f"{num_bytes(tensors) / 2**30:.2f} GiB"
     return (
-        f"{path} could not be written: {_first_reason(error)}. It needs {needed}, {free} are free on its disk. Older "
+        f"{path} could not be written: {_first_reason(error)}. It needs {needed}, {describe_free(path.parent)}. Older "
         f"checkpoints are whole: free some space and rerun the same command."
     )
 

@@ -19,6 +19,7 @@ _LOST_PEER = (
     "connection closed by peer",
     "connection reset by peer",
     "connection refused",
+    "connection was likely closed",
     "broken pipe",
     "remote process exited",
     "communicator was aborted",

@@ -23,6 +23,8 @@ NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, er
 """Errors of a name alone: the next file can be written."""
 _LONGEST_SUFFIX = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# A save needs more: a folder, its metadata and a file of each rank.
+_FEW_INODES = 8
 _TEMPORARY = re.compile(r"\.tmp\.\d+\.[0-9a-f]{8}")
 
 
@@ -183,6 +185,18 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def describe_free(folder: Path) -> str:
+    """What is free on the disk of a folder, which need not exist yet: bytes, or that no file can be created at all."""
+    free = free_bytes(folder)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    disk = os.statvfs(folder)
+    # Some file systems count no inodes and report 0 of 0. A few may be left when a save that failed has been removed.
+    if disk.f_files > 0 and disk.f_favail < _FEW_INODES:
+        return f"{disk.f_favail} inodes are free on its disk"
+    return f"{free / 2**30:.2f} GiB are free on its disk"
+
+
 def describe_os_error(error: OSError, folder: Path) -> str:
     """One line for an error of the outside world: path, reason, and for a full disk what is free and what to do.
 
@@ -194,12 +208,8 @@ def describe_os_error(error: OSError, folder: Path) -> str:
     text = f"{path}: {error.strerror or error}"
     if error.errno not in _FULL:
         return text
-    free = free_bytes(Path(os.fsdecode(path)) if isinstance(path, (str, bytes)) else folder)
-    inodes = os.statvfs(folder).f_favail if folder.exists() else 1
-    shortage = "no inodes are left" if inodes == 0 else f"{free / 2**30:.2f} GiB are free"
-    return (
-        f"{text} ({shortage} on its disk). Complete checkpoints are whole: free some space and rerun the same command."
-    )
+    shortage = describe_free(Path(os.fsdecode(path)) if isinstance(path, (str, bytes)) else folder)
+    return f"{text} ({shortage}). Complete checkpoints are whole: free some space and rerun the same command."
 
 
 def printable(name: str | Path) -> str:

@@ -5,10 +5,15 @@ import logging
 
 import pytest
 
+from ltx_titan.config import load_job
 from ltx_titan.data import PrecomputedDataset
 from ltx_titan.data.bad_samples import LOG_NAME, SkippingDataset, tolerated
 from ltx_titan.data.layout import UnreadableError
+from ltx_titan.plan import plan_job
 from tests.data.files import AV_SOURCES, write_dataset
+from tests.jobs import curve, read_run, train_rank, write_job
+from tests.jobs import write_dataset as write_samples
+from tests.processes import run_ranks
 
 
 def dataset(root, **options):
@@ -90,3 +95,26 @@ def test_a_disk_that_cannot_be_read_is_no_damaged_sample(root, tmp_path, monkeyp
 
 def test_the_rate_is_one_percent():
     assert [tolerated(count) for count in (1, 100, 199, 1000)] == [1, 1, 1, 10]
+
+
+@pytest.mark.distributed
+def test_ranks_skip_the_same_sample_and_so_does_a_resumed_run(tmp_path, nano_path):
+    root = write_samples(tmp_path / "data", nano_path)
+    settings = {"data__on_bad_sample": "skip", "checkpoint__interval": 1, "training__local_batch_size": 1}
+    straight = write_job(tmp_path / "straight", nano_path, root, **settings)
+    run_ranks(load_all, 1, straight)  # shapes are known from before the damage
+    damage(root, "clip_1")
+    run_ranks(train_rank, 2, straight)
+    resumed = write_job(tmp_path / "resumed", nano_path, root, **settings)
+    run_ranks(train_rank, 2, resumed, "--training.stop_at=1")
+    run_ranks(train_rank, 2, resumed)
+    assert curve(read_run(resumed)) == curve(read_run(straight))
+    for job in (straight, resumed):
+        log = (job.parent / "run" / LOG_NAME).read_text().splitlines()
+        assert {(json.loads(line)["sample"], json.loads(line)["replaced_by"]) for line in log} == {
+            ("clip_1.pt", "clip_2.pt")
+        }
+
+
+def load_all(job):
+    plan_job(load_job(job), 1)

@@ -1,0 +1,173 @@
+"""One optimizer step: forward and backward of every micro-batch, then clipping and the update."""
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
+from ltx_titan.conditioning import Loss, ModelInputs, absent_streams, to_contexts, weighted_loss
+from ltx_titan.config import JobConfig
+from ltx_titan.data import Batch, MicroBatch, StepBatches, map_tensors
+from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
+from ltx_titan.lora import DropoutStep
+from ltx_titan.metrics import Sums
+from ltx_titan.model import TextConnectors
+from ltx_titan.optim import EMA, lr_factor
+from ltx_titan.optim.build import Optimizers
+from ltx_titan.parallel.float8 import precompute_float8_scales
+from ltx_titan.parallel.grad_norm import clip_grad_norm_
+from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
+from ltx_titan.plan import Plan
+from ltx_titan.train.skipped import SkippedSteps
+from ltx_titan.weights import stream_of
+
+GradNorms = tuple[Tensor, dict[str, Tensor]]
+
+# More micro-batches than any step has, so that (step, micro-batch) maps to a unique number.
+_MICRO_STEPS = 1 << 20
+
+
+class TrainStep:
+    """The step of a run on this rank.
+
+    Args:
+        plan: of the job.
+        model: sharded.
+        connectors: frozen; None if the data holds finished contexts.
+        optimizers: of the model.
+        ema: average of the weights; None without `optimizer.ema_decay`.
+        skipped: decides which updates are skipped; None skips none.
+        dp_rank: data-parallel rank.
+        device: of this rank.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        connectors: TextConnectors | None,
+        optimizers: Optimizers,
+        ema: EMA | None,
+        skipped: SkippedSteps | None,
+        *,
+        dp_rank: int,
+        device: torch.device,
+    ) -> None:
+        self._plan = plan
+        self._job = job = plan.job
+        self._model = model
+        self._connectors = connectors
+        self._optimizers = optimizers
+        self._ema = ema
+        self._skipped = skipped
+        self._device = device
+        self._dtype = COMPUTE_DTYPES[job.training.dtype]
+        self._sampler = _sigma_sampler(job)
+        # Audio is replicated across cp and tp, so all ranks of such a group need the same dropout mask.
+        self._dropout = DropoutStep(model, job.training.seed, dp_rank)
+        self.micro_step = GraphedMicroStep(
+            self._micro_step, model.parameters(), make_recorder(job, plan.degrees, device)
+        )
+
+    def run(self, batches: StepBatches, sums: Sums) -> GradNorms | None:
+        """Forward and backward of every micro-batch, then one update.
+
+        Returns:
+            The gradient norms before clipping; None if the step was skipped, and with `optimizer.in_backward`, which
+            frees each gradient at once.
+        """
+        max_norm = self._job.training.max_grad_norm
+        mark = sums.begin_step()
+        # Before the backward pass, in which `optimizer.in_backward` already updates.
+        self._optimizers.set_lr(self.learning_rate(batches.step))
+        for number, micro_batch in enumerate(batches.micro_batches):
+            # Dropout masks depend on the micro-batch alone, so a resumed run draws the same ones.
+            self._dropout.set(batches.step * _MICRO_STEPS + number)
+            self._forward_backward(micro_batch, sums)
+        grad_norms = None
+        if not self._job.optimizer.in_backward:
+            with record_function("ltx_titan::clip"):
+                grad_norms = clip_grad_norm_(
+                    self._model.named_parameters(), max_norm, lambda name: stream_of(without_wrappers(name))
+                )
+        if self._skipped is None or grad_norms is None:
+            self._update(batches.step)
+            return grad_norms
+        figures = self._skipped.figures(sums, mark, grad_norms[0])
+        if self._optimizers.can_skip and self._ema is None:
+            # The update reads the decision on the device, which then has work while the host reads it as well.
+            self._update(batches.step, skip=self._skipped.guard.is_broken(figures))
+            return None if self._skipped.skips(batches, sums, mark, figures) else grad_norms
+        # Other updates and the moving average are skipped by the host.
+        if self._skipped.skips(batches, sums, mark, figures):
+            self._optimizers.zero_grad()
+            return None
+        self._update(batches.step)
+        return grad_norms
+
+    def _update(self, step: int, skip: Tensor | None = None) -> None:
+        """Updates the weights and frees the gradients; `skip` as in `Optimizers.step`."""
+        self._optimizers.step(skip)
+        self._optimizers.zero_grad()
+        if self._job.float8.all_gather:
+            # The updated weights' scales in one all-reduce, instead of one per layer in the next forward pass.
+            precompute_float8_scales(self._model)
+        if self._ema is not None:
+            self._ema.update(step)
+
+    def _forward_backward(self, micro_batch: MicroBatch, sums: Sums) -> None:
+        """Adds this micro-batch's share of the global mean gradient to the parameters."""
+        # From pinned memory, so the host does not wait for the copy.
+        batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+        batch["conditions"] = to_contexts(batch["conditions"], self._connectors, self._dtype)
+        inputs = self._plan.strategy.prepare(batch, micro_batch.draws)
+        weighted, loss = self.micro_step(inputs)
+        sums.add(weighted, loss, inputs, self._sample_share)
+        # From the shapes in the plan: counting tokens on the device would make the host wait for it.
+        sums.flops += sum(self._plan.sample_flops(index) for index in micro_batch.samples)
+        sums.tokens += sum(self._plan.sample_tokens(index) for index in micro_batch.samples)
+
+    def _micro_step(self, inputs: ModelInputs) -> tuple[Tensor, Loss]:
+        """Forward, loss and backward. All of it may be one CUDA graph: see `GraphedMicroStep` for what that forbids.
+
+        Returns:
+            Weighted loss of each sample [B], and its parts.
+        """
+        video, audio = self._model(inputs.video, inputs.audio, absent_streams(inputs))
+        loss = self._plan.strategy.loss(video, audio, inputs)
+        weighted = weighted_loss(loss, self._job.loss.video_weight, self._job.loss.audio_weight)
+        (weighted.sum() * self._sample_share).backward()
+        return weighted.detach(), loss.detach()
+
+    @property
+    def _sample_share(self) -> float:
+        """Weight of a sample in the global mean: gradients are summed over ranks and micro-batches of any size."""
+        return 1 / self._job.training.global_batch_size
+
+    def draw(self, batch: Batch, step: int, positions: tuple[int, ...]) -> StepDraws:
+        """Draws all random numbers of a micro-batch; called in the loader's threads.
+
+        Args:
+            batch: collated samples; dropped captions are masked in place.
+            step: optimizer step.
+            positions: index of each sample in the global batch. With the seed and step they key each sample's
+                generator, so the draws are the same on every mesh.
+        """
+        seed = self._job.training.seed
+        if self._job.data.caption_dropout > 0:
+            drops = draw_caption_drops(self._job.data.caption_dropout, seed=seed, step=step, indices=positions)
+            batch["conditions"]["prompt_attention_mask"][drops] = 0  # the connectors replace masked tokens by registers
+        video, audio = self._plan.strategy.draw_plan(batch)
+        return draw_step(video, audio, sampler=self._sampler, seed=seed, step=step, indices=positions)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        job = self._job
+        return job.optimizer.lr * lr_factor(step - 1, total_steps=job.training.steps, scheduler=job.scheduler)
+
+
+def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:
+    sigma = job.sigma
+    if sigma.name == "uniform":
+        return UniformSigma(sigma.min_value, sigma.max_value)
+    return ShiftedLogitNormal(sigma.std, sigma.eps, sigma.uniform_prob)
