@@ -14,6 +14,8 @@ from torch import nn
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
 from ltx_titan.config import ExportLayout, JobConfig
+from ltx_titan.data import resolve_root
+from ltx_titan.data.fingerprints import recorded_options
 from ltx_titan.lora import adapter_weights, apply_lora, init_base_, init_lora_, load_base
 from ltx_titan.model import TextConnectors
 from ltx_titan.model.init import init_random_
@@ -33,6 +35,7 @@ from ltx_titan.weights import (
     export_safetensors,
     load_lora,
     load_parameters,
+    lora_header,
     reference_metadata,
     transformer_tensors,
     unused_by,
@@ -192,4 +195,24 @@ def export_adapters(
         export_merged(adapters, source.path, path, job.model.connectors_path, layout)
     else:
         metadata = {} if reference_scale is None else reference_metadata(*reference_scale)
+        metadata |= lora_header(
+            source,
+            title=path.stem,
+            rank=job.lora.rank,
+            alpha=job.lora.alpha,
+            job=job.model_dump(mode="json"),
+            trigger=_trigger(job),
+            license_=job.job.license,
+        )
         export_lora(adapters, path, metadata, dtype=dtype)
+
+
+def _trigger(job: JobConfig) -> str | None:
+    """Trigger word of a job: its own, or the one that its data was prepared with if there is exactly one."""
+    if job.job.trigger or job.data.source == "media":
+        return job.job.trigger or job.data.media.lora_trigger
+    # An export from a checkpoint may be made on a machine without the data.
+    if job.data.source != "precomputed" or job.data.root is None or not Path(job.data.root).is_dir():
+        return None
+    words = recorded_options(resolve_root(job.data.root) / "conditions", "lora_trigger")
+    return words.pop() if len(words) == 1 else None

@@ -37,6 +37,11 @@ COMMANDS = {
     "process-videos": ("ltx_titan.commands.process.command:VIDEOS", "encode videos, images and audio only"),
     "process-captions": ("ltx_titan.commands.process.command:CAPTIONS", "encode captions only"),
     "decode-latents": ("ltx_titan.commands.decode_latents", "decode prepared latents to video and audio files"),
+    "lora info": ("ltx_titan.commands.lora:INFO", "show base model, rank, alpha, trigger word and norms of a LoRA"),
+    "lora merge": ("ltx_titan.commands.lora:MERGE", "merge a LoRA into a checkpoint"),
+    "lora extract": ("ltx_titan.commands.lora:EXTRACT", "make a LoRA from the difference of two checkpoints"),
+    "lora convert": ("ltx_titan.commands.lora:CONVERT", "convert a LoRA for another tool"),
+    "lora resize": ("ltx_titan.commands.lora:RESIZE", "reduce a LoRA to a smaller rank"),
     "make-nano": ("ltx_titan.nano.pack", "write a miniature LTX-2.3 pack with random weights"),
     "make-debug-dataset": ("ltx_titan.nano.debug_dataset", "write a small captioned dataset"),
     "make-checkpoint": (
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
     escape_names()
-    words = 2 if argv[:1] == ["bench"] else 1
+    words = 2 if argv[:1] in (["bench"], ["lora"]) else 1
     name = " ".join(argv[:words])
     if name not in COMMANDS:
         # Ends the program: it prints the list of commands or the version, or refuses the command.
@@ -88,7 +93,7 @@ def _run(command: Any, arguments: list[str], prog: str) -> int:
 
 
 def _command_list(group: list[str]) -> argparse.ArgumentParser:
-    """The parser of `ltx-titan --help` for no group, or of `ltx-titan bench --help`."""
+    """The parser of `ltx-titan --help` for no group, or of `ltx-titan bench --help`, `ltx-titan lora --help`."""
     parser = argparse.ArgumentParser(
         prog=" ".join(["ltx-titan", *group]),
         description="Fine-tuning of the LTX-2 audio-video diffusion transformers. "

@@ -34,6 +34,11 @@ class JobSection(Section):
     """Folder of everything the job writes; if it holds a complete checkpoint, the job resumes from it."""
     description: str = ""
     """Free text, stored with the results."""
+    trigger: str | None = None
+    """Trigger word of the captions, stored in LoRA files, whose readers show it. Unset means the one that the data was
+    prepared with (`--lora-trigger`, `data.media.lora_trigger`)."""
+    license: str | None = None
+    """License of the trained weights, stored in LoRA files; unset means the base's, if its file states one."""
     deterministic: bool = False
     """Use only deterministic algorithms, so that the same job gives the same bits twice on the same hardware; slower
     (not measured on a GPU), and an error where an operation has no deterministic form."""
