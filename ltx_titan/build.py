@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.config import ExportLayout, JobConfig
+from ltx_titan.config import ExportLayout, JobConfig, plain_job
 from ltx_titan.data import resolve_root
 from ltx_titan.data.fingerprints import recorded_options
 from ltx_titan.lora import adapter_weights, apply_lora, init_base_, init_lora_, load_base
@@ -200,7 +200,7 @@ def export_adapters(
             title=path.stem,
             rank=job.lora.rank,
             alpha=job.lora.alpha,
-            job=job.model_dump(mode="json"),
+            job=plain_job(job),
             trigger=_trigger(job),
             license_=job.job.license,
         )

@@ -1,39 +1,25 @@
-"""`ltx-titan lora ...`: shows, merges, extracts, converts and resizes LoRA files, of this and of other trainers."""
+"""`ltx-titan lora ...`: shows, merges, extracts, converts and resizes LoRA files, of this and of other trainers.
+
+torch is imported by what runs, so that `--help` appears at once.
+"""
 
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-import torch
 from rich.console import Console
 
 from ltx_titan.commands.report import Report
 from ltx_titan.common.options import Flag, Maybe, Positional, default_device, placeholder
-from ltx_titan.common.tensors import COMPUTE_DTYPES
 from ltx_titan.config import ExportLayout
 from ltx_titan.config.base import ComputeDtype
-from ltx_titan.weights import (
-    TRANSFORMER,
-    Approximation,
-    Dialect,
-    LoRAFacts,
-    check_layers,
-    dialect_of,
-    export_merged,
-    extract_lora,
-    lora_header,
-    read_lora,
-    read_metadata,
-    read_source,
-    resize_lora,
-    stored_weights,
-    update_norm,
-    write_lora,
-)
+
+if TYPE_CHECKING:
+    from ltx_titan.weights import Approximation
 
 _INFO = """\
 Show what a LoRA file is: base model, rank, alpha, trigger word, license and job, as far as the file states them, and
@@ -133,8 +119,8 @@ class ExtractOptions:
     dtype: ComputeDtype = "bfloat16"
     """Precision of the LoRA."""
 
-    device: str = field(default_factory=default_device)
-    """Device of the decompositions."""
+    device: Maybe[str] = None
+    """Device of the decompositions. Default: cuda if there is a GPU, else cpu."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +133,7 @@ class ConvertOptions:
     out: Annotated[Positional[Path], placeholder("OUT")]
     """File to write (.safetensors); a folder with --to peft."""
 
-    to: Dialect = "comfyui"
+    to: Literal["comfyui", "diffusers", "peft", "kohya"] = "comfyui"
     """Dialect to write."""
 
     dtype: Maybe[ComputeDtype] = None
@@ -170,6 +156,8 @@ class ResizeOptions:
 
 def info(options: InfoOptions) -> int:
     """Runs `ltx-titan lora info`."""
+    from ltx_titan.weights import LoRAFacts, dialect_of, read_lora, update_norm
+
     layers, metadata = read_lora(options.lora)
     facts = LoRAFacts.read(metadata.raw)
     norms = {name: update_norm(layer) for name, layer in layers.items()}
@@ -213,6 +201,8 @@ def info(options: InfoOptions) -> int:
 
 def merge(options: MergeOptions) -> int:
     """Runs `ltx-titan lora merge`."""
+    from ltx_titan.weights import check_layers, export_merged, read_lora
+
     _check_out(options.out, options.base, options.lora)
     layers, _ = read_lora(options.lora)
     scaled = {name: replace(layer, scaling=options.strength * layer.scaling) for name, layer in layers.items()}
@@ -227,12 +217,16 @@ def merge(options: MergeOptions) -> int:
 
 def extract(options: ExtractOptions) -> int:
     """Runs `ltx-titan lora extract`."""
+    import torch
+
+    from ltx_titan.common.tensors import COMPUTE_DTYPES
+    from ltx_titan.weights import extract_lora, lora_header, read_metadata, read_source, write_lora
+
     _check_rank(options.rank)
     _check_out(options.out, options.base, options.tuned)
+    device, dtype = torch.device(options.device or default_device()), COMPUTE_DTYPES[options.dtype]
     with _progress("extract", len(_shapes(options.base))) as done:
-        result = extract_lora(
-            options.base, options.tuned, options.rank, torch.device(options.device), COMPUTE_DTYPES[options.dtype], done
-        )
+        result = extract_lora(options.base, options.tuned, options.rank, device, dtype, done)
     header = lora_header(
         read_source(str(options.base), None, None),
         title=options.out.stem,
@@ -253,6 +247,9 @@ def extract(options: ExtractOptions) -> int:
 
 def convert(options: ConvertOptions) -> int:
     """Runs `ltx-titan lora convert`."""
+    from ltx_titan.common.tensors import COMPUTE_DTYPES
+    from ltx_titan.weights import dialect_of, read_lora, write_lora
+
     if options.to == "peft":
         if options.out.suffix or options.out.is_file():
             raise ValueError(f"OUT is {str(options.out)!r}; expected a folder, since PEFT reads two files.")
@@ -267,6 +264,8 @@ def convert(options: ConvertOptions) -> int:
 
 def resize(options: ResizeOptions) -> int:
     """Runs `ltx-titan lora resize`."""
+    from ltx_titan.weights import read_lora, resize_lora, write_lora
+
     _check_rank(options.rank)
     _check_out(options.out, options.lora)
     layers, metadata = read_lora(options.lora)
@@ -280,7 +279,7 @@ def resize(options: ResizeOptions) -> int:
     return 0
 
 
-def _print_error(result: Approximation, path: Path, rank: int) -> None:
+def _print_error(result: "Approximation", path: Path, rank: int) -> None:
     name, worst = result.worst()
     print(f"{path}  {len(result.layers)} layers of rank {rank}")
     print(f"relative error {100 * result.error:.3g} % (largest: {100 * worst:.3g} % in {name})")
@@ -294,6 +293,8 @@ def _kind(name: str) -> str:
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights of a file's transformer, by official name."""
+    from ltx_titan.weights import TRANSFORMER, read_metadata, stored_weights
+
     weights = stored_weights(read_metadata(path))
     names = {key: TRANSFORMER.module_name(key) for key in weights}
     return {name: weights[key].shape for key, name in names.items() if name is not None}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from ltx_titan.commands.push import push_finished
 from ltx_titan.common.options import Overrides, Positional, placeholder
 from ltx_titan.config import load_job
 
@@ -48,5 +49,8 @@ def run(options: TrainOptions) -> int:
     arguments = launch.torchrun_arguments(options.job, options.overrides, os.environ)
     launch.check_nodes(os.environ)
     # Every rank checks the job as well; here an error costs no start of ranks and is reported once.
-    load_job(options.job, options.overrides)
-    return launch.launch(arguments)
+    job = load_job(options.job, options.overrides)
+    status = launch.launch(arguments)
+    if status == 0 and (os.environ.get("NODE_RANK") or "0") == "0":
+        push_finished(job)
+    return status

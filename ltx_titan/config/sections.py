@@ -18,6 +18,7 @@ from ltx_titan.config.base import (
     NonNegative,
     PathText,
     Positive,
+    RepoName,
     Section,
     Seed,
     Words,
@@ -294,6 +295,23 @@ class AlertsSection(Section):
     )
     """Events to report: the end, an error, a skipped step, a rank that the others have waited for for a minute. At most
     one of a kind every five minutes."""
+
+
+class HubSection(Section):
+    """`[hub]`: upload of the result to the Hugging Face Hub when `ltx-titan train` has finished.
+
+    The token is read from the environment variable HF_TOKEN alone. A failed upload is reported and changes nothing
+    about the run; `ltx-titan push` repeats it.
+    """
+
+    repo: RepoName | None = None
+    """Repository to upload to, `OWNER/NAME`; it is created if it does not exist. Unset uploads nothing."""
+    private: bool = True
+    """Visibility of a repository that is created; an existing one keeps its own."""
+    base_model: RepoName | None = None
+    """Repository of the base model, `OWNER/NAME`, to which the model card links."""
+    clips: bool = True
+    """Upload the clips of the last validation and show them on the model card."""
 
 
 class ProfilingSection(Section):
