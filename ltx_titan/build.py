@@ -28,6 +28,7 @@ from ltx_titan.weights import (
     CONNECTORS,
     LoRAWeights,
     ModelSource,
+    QuantizedLinear,
     build_connectors,
     complete_export,
     export_lora,
@@ -73,12 +74,24 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
         load_parameters(model, path, allow_unused=unused)
     else:
         init_random_(model, seed)
-    weights = sum(p.numel() for p in model.parameters()) / 1e9
+    weights = count_weights(model) / 1e9
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e9
     origin = path or f"random weights ({job.model.shape})"
     elapsed_s = time.perf_counter() - started
     logger.info("transformer: %.3f B weights, %.3f B trained, from %s in %.1f s", weights, trained, origin, elapsed_s)
     return model.train()
+
+
+def count_weights(model: nn.Module) -> int:
+    """Number of weights, adapters included; a quantized layer counts as the matrix that it represents."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            total += module.in_features * module.out_features
+            total += 0 if module.bias is None else module.bias.numel()
+        else:
+            total += sum(p.numel() for p in module.parameters(recurse=False))
+    return total
 
 
 def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
