@@ -10,10 +10,10 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from safetensors import safe_open
@@ -29,7 +29,10 @@ from ltx_titan.weights.names import name_to_diffusers
 from ltx_titan.weights.shapes import RELEASED, released_config
 
 Dialect = Literal["comfyui", "diffusers", "peft", "kohya"]
+Number = TypeVar("Number", int, float)
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
+# Dialects that state the scale of B A; elsewhere it is multiplied into B.
+_STATED: tuple[Dialect, ...] = ("peft", "kohya")
 _KOHYA_PREFIX = "lora_unet_"
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # States a scale in the dialect that was read, and would be applied again.
@@ -101,15 +104,14 @@ def write_lora(
         path = path / _PEFT_WEIGHTS
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        stated = dialect in ("peft", "kohya")
-        lora_b = layer.lora_b if stated or layer.scaling == 1.0 else layer.lora_b.float() * layer.scaling
+        lora_b = layer.lora_b if dialect in _STATED or layer.scaling == 1.0 else layer.lora_b.float() * layer.scaling
         down, up = _keys(name, dialect)
         tensors[down] = layer.lora_a.to(dtype or layer.lora_a.dtype)
         tensors[up] = lora_b.to(dtype or layer.lora_b.dtype)
         if dialect == "kohya":
             alpha = layer.scaling * layer.lora_a.shape[0]
             tensors[down.replace(".lora_down.weight", ".alpha")] = torch.tensor(alpha, dtype=torch.float32)
-    save_safetensors(path, tensors, _header_of(layers, header))
+    save_safetensors(path, tensors, _header_of(layers, header, dialect))
     return path
 
 
@@ -130,7 +132,7 @@ def _peft_config(layers: Mapping[str, LoRAWeights]) -> dict[str, Any]:
     """PEFT's `LoraConfig`, with the exceptions from the most frequent rank and alpha by layer."""
     ranks = {name: layer.lora_a.shape[0] for name, layer in layers.items()}
     alphas = {name: layer.scaling * ranks[name] for name, layer in layers.items()}
-    rank, alpha = (max(set(values), key=values.count) for values in (list(ranks.values()), list(alphas.values())))
+    rank, alpha = _most_frequent(list(ranks.values())), _most_frequent(list(alphas.values()))
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -142,12 +144,19 @@ def _peft_config(layers: Mapping[str, LoRAWeights]) -> dict[str, Any]:
     }
 
 
-def _header_of(layers: Mapping[str, LoRAWeights], header: Mapping[str, str]) -> dict[str, str]:
+def _most_frequent(values: Sequence[Number]) -> Number:
+    return max(set(values), key=lambda value: values.count(value))
+
+
+def _header_of(layers: Mapping[str, LoRAWeights], header: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
     """A header that describes `layers`, whatever the file that it was copied from had."""
     kept = {key: value for key, value in header.items() if key not in _STALE_KEYS}
     ranks = {layer.lora_a.shape[0] for layer in layers.values()}
+    scales = {layer.scaling if dialect in _STATED else 1.0 for layer in layers.values()}
     if "ss_network_dim" in kept and len(ranks) == 1:
-        kept["ss_network_dim"] = str(ranks.pop())
+        kept["ss_network_dim"] = str(*ranks)
+    if "ss_network_alpha" in kept and len(ranks) == 1 and len(scales) == 1:
+        kept["ss_network_alpha"] = f"{ranks.pop() * scales.pop():g}"
     return kept
 
 

@@ -24,7 +24,12 @@ def lora(nano_path, tmp_path_factory):
         # Singular values that fall: directions of B are 1, 1/2, 1/4, ...
         lora_b = torch.randn(out, 8, generator=generator) * 0.5 ** torch.arange(8)
         layers[name] = LoRAWeights(torch.randn(8, width, generator=generator), lora_b, 0.5)
-    header = {"ss_network_dim": "8", "ss_base_model_version": "ltx-2.3", "modelspec.trigger_phrase": "SKSDOG"}
+    header = {
+        "ss_network_dim": "8",
+        "ss_network_alpha": "4",
+        "ss_base_model_version": "ltx-2.3",
+        "modelspec.trigger_phrase": "SKSDOG",
+    }
     return write_lora(layers, tmp_path_factory.mktemp("lora") / "kohya.safetensors", header, "kohya")
 
 
@@ -100,7 +105,8 @@ def test_resize_keeps_what_is_largest_and_states_the_error(lora, tmp_path, capsy
     assert run("resize", lora, out, "--rank", 3) == 0
     before, (after, metadata) = read_lora(lora)[0], read_lora(out)
     assert {layer.lora_a.shape[0] for layer in after.values()} == {3}
-    assert metadata.raw["ss_network_dim"] == "3"
+    # The scale is in B now: readers that compute alpha / rank get 1.
+    assert (metadata.raw["ss_network_dim"], metadata.raw["ss_network_alpha"]) == ("3", "3")
     lost = total = best = 0.0
     for name, layer in before.items():
         values = torch.linalg.svdvals(update(layer))
