@@ -13,14 +13,22 @@
 #   CONFIG        the job, if it is not the first argument
 #   PYTHON        Python to start with       (default python3)
 #   LTX_TITAN_TORCH  torch requirement for the .venv, e.g. torch==2.11.0
+#
+#   ./run_train.sh --help     prints this; `ltx-titan --help` lists the other commands
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    # The comment above, at once: before packages are looked for.
+    sed -n '2,/^set /{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
+    exit
+fi
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 PYTHON=$("${PYTHON:-python3}" "$ROOT/ltx_titan/bootstrap.py" preprocess)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 JOB=${CONFIG:-}
 if [[ $# -gt 0 && $1 != --* ]]; then JOB=$1; shift; fi
-if [[ -z $JOB ]]; then
+# The demo by its path is the demo: its data is prepared as well.
+if [[ -z $JOB || $JOB -ef $ROOT/train_configs/debug.toml ]]; then
     cd "$ROOT"
     JOB=train_configs/debug.toml
     export NGPU=${NGPU:-1}

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.config import ExportLayout, JobConfig
+from ltx_titan.config import ExportLayout, JobConfig, plain_job
+from ltx_titan.data import resolve_root
+from ltx_titan.data.fingerprints import recorded_options
 from ltx_titan.lora import adapter_weights, apply_lora, init_base_, init_lora_, load_base
 from ltx_titan.memory.budget import choose_levels
 from ltx_titan.memory.workload import make_setup, make_workload
@@ -30,6 +32,7 @@ from ltx_titan.weights import (
     CONNECTORS,
     LoRAWeights,
     ModelSource,
+    QuantizedLinear,
     build_connectors,
     complete_export,
     export_lora,
@@ -37,6 +40,7 @@ from ltx_titan.weights import (
     export_safetensors,
     load_lora,
     load_parameters,
+    lora_header,
     reference_metadata,
     transformer_tensors,
     unused_by,
@@ -74,12 +78,24 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
         load_parameters(model, path, allow_unused=unused)
     else:
         init_random_(model, seed)
-    weights = sum(p.numel() for p in model.parameters()) / 1e9
+    weights = count_weights(model) / 1e9
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e9
     origin = path or f"random weights ({job.model.shape})"
     elapsed_s = time.perf_counter() - started
     logger.info("transformer: %.3f B weights, %.3f B trained, from %s in %.1f s", weights, trained, origin, elapsed_s)
     return model.train()
+
+
+def count_weights(model: nn.Module) -> int:
+    """Number of weights, adapters included; a quantized layer counts as the matrix that it represents."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            total += module.in_features * module.out_features
+            total += 0 if module.bias is None else module.bias.numel()
+        else:
+            total += sum(p.numel() for p in module.parameters(recurse=False))
+    return total
 
 
 def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
@@ -212,4 +228,24 @@ def export_adapters(
         export_merged(adapters, source.path, path, job.model.connectors_path, layout)
     else:
         metadata = {} if reference_scale is None else reference_metadata(*reference_scale)
+        metadata |= lora_header(
+            source,
+            title=path.stem,
+            rank=job.lora.rank,
+            alpha=job.lora.alpha,
+            job=plain_job(job),
+            trigger=_trigger(job),
+            license_=job.job.license,
+        )
         export_lora(adapters, path, metadata, dtype=dtype)
+
+
+def _trigger(job: JobConfig) -> str | None:
+    """Trigger word of a job: its own, or the one that its data was prepared with if there is exactly one."""
+    if job.job.trigger or job.data.source == "media":
+        return job.job.trigger or job.data.media.lora_trigger
+    # An export from a checkpoint may be made on a machine without the data.
+    if job.data.source != "precomputed" or job.data.root is None or not Path(job.data.root).is_dir():
+        return None
+    words = recorded_options(resolve_root(job.data.root) / "conditions", "lora_trigger")
+    return words.pop() if len(words) == 1 else None

@@ -1,4 +1,4 @@
-"""`ltx-titan train`: starts the ranks of a job with torchrun; `run_train.sh` ends in the same command.
+"""Starts the ranks of a job with torchrun, for `ltx-titan train`.
 
 torchrun is changed in three ways. Stop signals (`STOP_SIGNALS`) are passed on to the ranks, which save and stop after
 their current step, however long that takes: torchrun alone would die of SIGUSR1, and kill the ranks 30 seconds after
@@ -16,61 +16,20 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main as torchrun
 
 from ltx_titan.common.files import held, is_held
-from ltx_titan.common.options import Overrides, Positional, placeholder
 from ltx_titan.common.ranks import number_of
 from ltx_titan.parallel.join import check_address
 from ltx_titan.parallel.stop import LAUNCHER_PID, STOP_SIGNALS
 
-DESCRIPTION = """\
-Train a job, or resume it: the same command continues from the newest complete checkpoint. --section.key=value overrides
-single values of the job. One process is started for each visible GPU.
-
-environment:
-  NGPU          processes on this node     (default: the visible GPUs, or 1)
-  NNODES        nodes of the job           (default: 1); with more, on every node also
-  NODE_RANK     number of this node        (default: 0)
-  MASTER_ADDR   address of node 0          (default: localhost)
-  MASTER_PORT   a free port on node 0      (default: 29500)
-  MAX_RESTARTS  times that ranks are started again after one has failed; they resume  (default: 0)
-
-examples:
-  ltx-titan train job.toml
-  ltx-titan train job.toml --training.steps=2000 --optimizer.lr=1e-4
-  NGPU=4 ltx-titan train job.toml
-  NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 ltx-titan train job.toml
-"""
-
-
 # Prefix of the folder of the ranks' log files.
 _LOGS = "ltx-titan-logs-"
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Options of `ltx-titan train`."""
-
-    job: Annotated[Positional[Path], placeholder("JOB.toml")]
-    """Job file. Add --section.key=value to override single values."""
-
-    overrides: Overrides = ()
-
-
-def run(options: TrainOptions) -> int:
-    """Trains on all ranks of this node; returns the exit code of the worker that failed first, or 0."""
-    # Larger segments: long jobs with several shapes otherwise run out of memory to fragmentation.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    arguments = torchrun_arguments(options.job, options.overrides, os.environ)
-    check_nodes(os.environ)
-    return launch(arguments)
 
 
 def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -104,8 +63,10 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
     restarts = number_of(values, "MAX_RESTARTS", 0, at_least=0)
     arguments = ["--nnodes", str(nodes), "--nproc-per-node", str(processes), *rendezvous]
     arguments += ["--max-restarts", str(restarts)]
-    # Only rank 0 writes to the console; all ranks write to files as well.
-    arguments += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
+    # Rank 0 writes to the console itself: a progress bar needs a terminal, and lines get no prefix. The others write to
+    # files.
+    if processes > 1:
+        arguments += ["--redirects", ",".join(f"{rank}:3" for rank in range(1, processes))]
     # torchrun replaces the handlers of the signals that it is to handle; the stop signals are handled here.
     arguments += ["--signals-to-handle", "SIGQUIT"]
     return [*arguments, "-m", "ltx_titan.train", str(job), *overrides]
@@ -137,6 +98,9 @@ def check_nodes(environment: Mapping[str, str]) -> None:
 def launch(arguments: Sequence[str]) -> int:
     """Runs torchrun; returns the exit code of the worker that failed first, or 0."""
     os.environ[LAUNCHER_PID] = str(os.getpid())
+    if int(arguments[arguments.index("--nproc-per-node") + 1]) > 1:
+        # What torchrun would set, with a warning of five lines.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Its reports of failed workers, of which one line is made below.
     for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)

@@ -28,6 +28,45 @@ def test_help_lists_every_command_without_loading_torch():
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def test_help_of_light_commands_does_not_load_torch():
+    commands = ["train", "init", "doctor", "push", "lora merge", "lora convert"]
+    script = "import sys; from ltx_titan.cli import main\n"
+    script += f"for command in {commands}:\n    try: main([*command.split(), '--help'])\n    except SystemExit: pass\n"
+    script += "    assert not {'torch', 'diffusers', 'transformers', 'huggingface_hub'} & set(sys.modules), command"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f"usage: ltx-titan {command}" in done.stdout for command in commands)
+
+
+def test_the_launcher_explains_itself_at_once(tmp_path):
+    # Without a Python, so before packages are looked for.
+    script = Path(__file__).parents[1] / "run_train.sh"
+    done = subprocess.run(
+        [script, "--help"], env={"PATH": "/usr/bin:/bin", "PYTHON": "none"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "./run_train.sh [job.toml]" in done.stdout
+    assert "MASTER_ADDR" in done.stdout
+
+
+def test_a_job_with_an_error_starts_no_ranks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ltx_titan.launch.launch", lambda arguments: pytest.fail(f"launched {arguments}"))
+    (tmp_path / "job.toml").write_text("[training]\nstep = 3\n")
+    assert main(["train", str(tmp_path / "job.toml")]) == 1
+    error = capsys.readouterr().err
+    assert "training.step" in error
+    assert "Traceback" not in error
+    assert "[rank" not in error
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_options_and_values(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("process-dataset", "--resolution-buckets", "lora", "resize", "--strength", "bench", "kohya"):
+        assert word in script, word
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:

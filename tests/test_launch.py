@@ -76,6 +76,7 @@ def wait_for_step(job: Path) -> None:
 def test_environment_variables_become_arguments_of_torchrun():
     arguments = torchrun_arguments(Path("job.toml"), ["--training.steps=3"], {"NGPU": "4"})
     assert arguments[:4] == ["--nnodes", "1", "--nproc-per-node", "4"]
+    assert arguments[arguments.index("--redirects") + 1] == "1:3,2:3,3:3"
     assert arguments[-4:] == ["-m", "ltx_titan.train", "job.toml", "--training.steps=3"]
     several = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "NGPU": ""}
     joined = " ".join(torchrun_arguments(Path("job.toml"), [], several))

@@ -31,11 +31,9 @@ example:
   ltx-titan import-config i2v_lora.yaml -o i2v_lora.toml --ranks 4
 """
 
-_HUB = "nothing is uploaded; the files to share are in export/"
 _WITHOUT_EQUIVALENT = {
     "acceleration.load_text_encoder_in_8bit": "the text encoder is not in memory during training",
     "checkpoints.save_training_state": "a checkpoint always contains the state for an exact resume",
-    **dict.fromkeys(("hub.push_to_hub", "hub.hub_model_id"), _HUB),
 }
 _BASE_DTYPES = {
     "int8-quanto": "int8",
@@ -129,6 +127,7 @@ def import_job(text: str, origin: str, ranks: int = 1) -> Imported:
         problems += _no_lora(source, result)
     _training(source, result)
     _wandb(source, result)
+    _hub(source, result)
     problems += _validation(source, result)
     if problems:
         raise ConfigError(Problem(p.key, p.found, p.expected, p.remedy, origin) for p in problems)
@@ -336,6 +335,16 @@ def _training(source: LtxJob, result: Imported) -> None:
     result.put("checkpoint.export_dtype", source.get("checkpoints", "precision"))
     if source.get("checkpoints", "no_resume"):
         result.put("checkpoint.resume", False)
+
+
+def _hub(source: LtxJob, result: Imported) -> None:
+    hub = source.sections["hub"]
+    repo = source.get("hub", "hub_model_id")
+    if source.get("hub", "push_to_hub") and repo is not None:
+        result.put("hub.repo", repo)
+        result.note("hub.push_to_hub", True, "is uploaded once, at the end; set HF_TOKEN, and hub.private as you wish")
+    elif "hub_model_id" in hub:
+        result.note("hub.hub_model_id", repo, "hub.push_to_hub is false")
 
 
 def _wandb(source: LtxJob, result: Imported) -> None:

@@ -25,6 +25,7 @@ class Gpu:
         network: the same per GPU between nodes.
         gpus_per_node: GPUs that share a fast interconnect.
         assumed: which rates are not measured.
+        is_measured: whether matmul and attention rates are; a prediction for other GPUs says so.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Gpu:
     network: float
     gpus_per_node: int = 8
     assumed: str = ""
+    is_measured: bool = True
 
 
 def _from_data_sheet(
@@ -68,6 +70,7 @@ def _from_data_sheet(
         network=0.84 * network,
         assumed="nothing measured: of the data sheet 72 % in matmuls (66 % in float8), 60 / 40 % in attention forward "
         "/ backward, 90 % of memory bandwidth, 73 % of the link between GPUs, 84 % of the network",
+        is_measured=False,
     )
 
 
@@ -114,12 +117,42 @@ GPUS = {
             network=21e9,
             assumed="nothing measured: 79 % of peak in matmuls, FlashAttention 2 rates, 90 % of memory bandwidth, "
             "NVLink 220 GB/s (of 300), network 21 GB/s a GPU (of 25); no float8",
+            is_measured=False,
         ),
         _from_data_sheet(
             "l40s", memory=44.5 * GIB, peak=362e12, float8=733e12, bandwidth=0.864e12, link=32e9, network=25e9
         ),
+        # GeForce cards accumulate in float32 at half the rate that their data sheets name first. Links are PCIe. Cards
+        # before Ada have no float8.
+        _from_data_sheet(
+            "3090", memory=23.5 * GIB, peak=71e12, float8=71e12, bandwidth=0.936e12, link=32e9, network=25e9
+        ),
+        _from_data_sheet(
+            "4090", memory=23.5 * GIB, peak=165e12, float8=330e12, bandwidth=1.008e12, link=32e9, network=25e9
+        ),
+        _from_data_sheet(
+            "5090", memory=31.3 * GIB, peak=209e12, float8=419e12, bandwidth=1.792e12, link=64e9, network=25e9
+        ),
+        _from_data_sheet(
+            "a6000", memory=47.4 * GIB, peak=155e12, float8=155e12, bandwidth=0.768e12, link=32e9, network=25e9
+        ),
+        _from_data_sheet(
+            "rtx6000-ada", memory=47.4 * GIB, peak=364e12, float8=728e12, bandwidth=0.960e12, link=32e9, network=25e9
+        ),
+        _from_data_sheet(
+            "rtx6000-blackwell",
+            memory=95.0 * GIB,
+            peak=504e12,
+            float8=1007e12,
+            bandwidth=1.792e12,
+            link=64e9,
+            network=50e9,
+        ),
         _from_data_sheet(
             "h20", memory=95.0 * GIB, peak=148e12, float8=296e12, bandwidth=4.0e12, link=450e9, network=50e9
+        ),
+        _from_data_sheet(
+            "gh200", memory=95.0 * GIB, peak=989e12, float8=1979e12, bandwidth=4.0e12, link=450e9, network=50e9
         ),
         _from_data_sheet(
             "b200", memory=178.0 * GIB, peak=2250e12, float8=4500e12, bandwidth=7.7e12, link=900e9, network=50e9

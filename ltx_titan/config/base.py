@@ -4,6 +4,7 @@ Types are strict: `"5"` is not 5. An integer is accepted where a number is expec
 """
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
@@ -51,6 +52,12 @@ def _check_folder_name(name: str) -> str:
     return name
 
 
+def _check_repo(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"expected OWNER/NAME, found {name!r}; write the name as on the repository's page")
+    return name
+
+
 # Of every file system in use.
 _LONGEST_NAME = 255
 
@@ -58,6 +65,9 @@ PathText = Annotated[str, AfterValidator(_check_path), AfterValidator(os.path.ex
 """A path; `~` is expanded. Text rather than `Path`, so that a job compares and prints as it was written."""
 FolderName = Annotated[str, Field(min_length=1), AfterValidator(_check_folder_name)]
 """A folder below the data root; it cannot lead outside."""
+
+RepoName = Annotated[str, AfterValidator(_check_repo)]
+"""A repository of the Hugging Face Hub."""
 
 # More steps, samples or tokens than any run has; beyond 2^63 tensors and ranges overflow.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]

@@ -9,6 +9,7 @@ from ltx_titan.config.sections import (
     CompileSection,
     DataSection,
     Float8Section,
+    HubSection,
     JobSection,
     KernelsSection,
     MetricsSection,
@@ -67,5 +68,7 @@ class JobConfig(Section):
     """Logging."""
     alerts: AlertsSection = AlertsSection()
     """Messages when a run ends or stalls."""
+    hub: HubSection = HubSection()
+    """Upload of the result."""
     profiling: ProfilingSection = ProfilingSection()
     """Traces."""

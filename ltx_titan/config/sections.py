@@ -18,6 +18,7 @@ from ltx_titan.config.base import (
     NonNegative,
     PathText,
     Positive,
+    RepoName,
     Section,
     Seed,
     Words,
@@ -34,6 +35,11 @@ class JobSection(Section):
     """Folder of everything the job writes; if it holds a complete checkpoint, the job resumes from it."""
     description: str = ""
     """Free text, stored with the results."""
+    trigger: str | None = None
+    """Trigger word of the captions, stored in LoRA files, whose readers show it. Unset means the one that the data was
+    prepared with (`--lora-trigger`, `data.media.lora_trigger`)."""
+    license: str | None = None
+    """License of the trained weights, stored in LoRA files; unset means the base's, if its file states one."""
     deterministic: bool = False
     """Use only deterministic algorithms, so that the same job gives the same bits twice on the same hardware; slower
     (not measured on a GPU), and an error where an operation has no deterministic form."""
@@ -292,6 +298,23 @@ class AlertsSection(Section):
     )
     """Events to report: the end, an error, a skipped step, a rank that the others have waited for for a minute. At most
     one of a kind every five minutes."""
+
+
+class HubSection(Section):
+    """`[hub]`: upload of the result to the Hugging Face Hub when `ltx-titan train` has finished.
+
+    The token is read from the environment variable HF_TOKEN alone. A failed upload is reported and changes nothing
+    about the run; `ltx-titan push` repeats it.
+    """
+
+    repo: RepoName | None = None
+    """Repository to upload to, `OWNER/NAME`; it is created if it does not exist. Unset uploads nothing."""
+    private: bool = True
+    """Visibility of a repository that is created; an existing one keeps its own."""
+    base_model: RepoName | None = None
+    """Repository of the base model, `OWNER/NAME`, to which the model card links."""
+    clips: bool = True
+    """Upload the clips of the last validation and show them on the model card."""
 
 
 class ProfilingSection(Section):

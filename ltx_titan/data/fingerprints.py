@@ -183,6 +183,19 @@ def excluded_samples(folder: Path) -> dict[str, State]:
     return {key: entry.state for key, entry in entries.items() if entry.state in ("pending", "orphan")}
 
 
+def recorded_options(folder: Path, name: str) -> set[Any]:
+    """Values of an option that samples of a source folder were made with; empty without fingerprints.
+
+    Args:
+        folder: source folder.
+        name: key in the recorded options, such as `lora_trigger`; its values must be hashable.
+    """
+    # Lines of samples, of which there may be half a million, are not parsed.
+    lines = [line for path in _paths(folder) for line in path.open(encoding="utf-8") if line.startswith('{"id":')]
+    values = [json.loads(line)["values"] for line in lines if f'"{name}":' in line]
+    return {value[name] for value in values if name in value}
+
+
 def version_of(path: Path, name: str) -> FileVersion | None:
     """Version of a file without its digest; None if there is no such file.
 

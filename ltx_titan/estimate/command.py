@@ -81,7 +81,7 @@ def report(work: Workload, found: Estimate) -> list[str]:
     tokens = f"{work.video_tokens:,} video + {work.audio_tokens:,} audio tokens, {work.text_tokens:,} text tokens"
     trained = "all" if work.trained == "full" else f"{work.trained_weights / 1e6:,.1f} M in adapters"
     lines = [
-        f"  gpus         {found.setup.gpus} x {gpu.name}: {describe(found.setup, work)}",
+        f"  gpus         {found.setup.gpus} x {_named(gpu)}: {describe(found.setup, work)}",
         f"  sample       {tokens}; {work.global_batch_size} per step",
         f"  weights      {work.weights / 1e9:.3f} B, trained: {trained}",
         "",
@@ -125,6 +125,10 @@ def report(work: Workload, found: Estimate) -> list[str]:
         f"  {'model FLOPs':18}{found.flops / 1e15:8.3f}   PFLOP over all GPUs",
     ]
     return lines
+
+
+def _named(gpu: Gpu) -> str:
+    return gpu.name if gpu.is_measured else f"{gpu.name} (not measured)"
 
 
 def describe(setup: Setup, work: Workload) -> str:
@@ -241,7 +245,7 @@ def _print_search(work: Workload, setup: Setup, gpu: Gpu) -> int:
         )
         return 1
     print(
-        f"\nfastest of {len(best)} configurations that fit {setup.gpus} x {gpu.name}, global batch size "
+        f"\nfastest of {len(best)} configurations that fit {setup.gpus} x {_named(gpu)}, global batch size "
         f"{work.global_batch_size}"
     )
     print(f"  {'s/step':>8} {'MFU':>6} {'needed':>7}   setup")

@@ -43,15 +43,34 @@ def add_placeholders(tables: Tables, folder: Path, *, shape: str | None = None, 
         ValueError: neither `shape` nor the file's name identifies the model, or the codecs cannot encode such a clip.
     """
     notes = _checkpoint(tables, shape)
+    if tables.pop("validation", None) is not None:
+        # Its files need not be on this machine.
+        notes.append("validation: not counted")
     data = tables.setdefault("data", {})
+    if data.get("source") == "media" and (clip is not None or not _has_media(tables)):
+        notes.append("data.source: clips are prepared beforehand; encoding them in each step takes more of both")
+        data["source"] = "precomputed"
+        data.pop("media", None)
+        data.pop("root", None)
+    elif data.get("source") == "media":
+        return notes
     if data.get("source") == "synthetic":
         if clip is not None:
             width, height, frames = clip
             data["synthetic"] = {**data.get("synthetic", {}), "width": width, "height": height, "num_frames": frames}
         return notes
-    if clip is not None or not Path(data.get("root") or "").expanduser().is_dir():
+    root = data.get("root")
+    if clip is not None or not root or not Path(root).expanduser().is_dir():
         notes.append(_sample(tables, folder, clip or DEFAULT_CLIP))
     return notes
+
+
+def _has_media(tables: Tables) -> bool:
+    """Whether a job's clips can be read and encoded on this machine."""
+    media = tables["data"].get("media", {})
+    paths = [media.get(key) for key in ("dataset_path", "text_encoder_path")]
+    has_checkpoint = tables["model"].get("init", "checkpoint") == "checkpoint"
+    return has_checkpoint and all(path and Path(path).expanduser().exists() for path in paths)
 
 
 def _checkpoint(tables: Tables, shape: str | None) -> list[str]:
@@ -104,7 +123,10 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
         f"{name}_context": torch.zeros(_TEXT_TOKENS, stream.stored_context_dim, dtype=torch.bfloat16)
         for name, stream in (("video", architecture.video), ("audio", architecture.audio))
     }
+    # Half of a mask is conditioned: with all of it a sample would train nothing. Masks change neither memory nor time.
     masks = {"video": torch.ones(grid), "audio": torch.ones(steps)}
+    masks["video"][:, :, : grid[2] // 2] = 0
+    masks["audio"][: steps // 2] = 0
     # References have the clip's own size: the largest that training accepts, hence the most memory.
     for source in strategy.sources:
         fields: Mapping[str, Value]

@@ -46,6 +46,7 @@ class StepVote:
         # On the CPU, hence over gloo: it neither waits for nor delays the step's NCCL kernels.
         self._votes = torch.zeros(2, dtype=torch.int32)
         self._pending: dist.Work | None = None
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
@@ -67,6 +68,12 @@ class StepVote:
         self._received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGHUP and self._terminals:
+            # The terminal is gone, and a line for it would be an I/O error in the middle of a step.
+            null = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self._terminals:
+                os.dup2(null, descriptor)
+            os.close(null)
 
 
 def end_with_launcher() -> None:

@@ -7,7 +7,7 @@ multiplied into B. Everything here works on named tensors; `ltx_titan.lora` owns
 Merging computes the sum in float32 and rounds once; loaders of LoRA files usually round B A to bfloat16 first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -138,7 +138,7 @@ def _match_layers(adapters: Mapping[str, LoRAWeights], path: str | Path) -> dict
     if any(adapter.magnitude is not None for adapter in adapters.values()):
         raise ValueError(f"{path}: LoRA files store no DoRA magnitudes; set lora.dora = false to start from one.")
     layers = read_lora_layers(path, adapters)
-    _check_layers(path, layers, {name: adapter.weight_shape for name, adapter in adapters.items()}, complete=True)
+    check_layers(path, layers, {name: adapter.weight_shape for name, adapter in adapters.items()}, complete=True)
     _check_rank(path, layers, {adapter.lora_a.shape[0] for adapter in adapters.values()})
     return layers
 
@@ -172,7 +172,7 @@ def fuse_lora(model: nn.Module, path: str | Path, strength: float = 1.0) -> int:
     # Adapters are of linear layers, so biases, norms and tables are not candidates.
     shapes = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights.items() if weight.ndim == 2}
     layers = read_lora_layers(path, shapes)
-    _check_layers(path, layers, shapes, complete=False)
+    check_layers(path, layers, shapes, complete=False)
     with safe_open(path, framework="pt") as file:
         for name, layer in layers.items():
             weight = weights[f"{name}.weight"]
@@ -188,6 +188,8 @@ def export_merged(
     path: str | Path,
     connectors_path: str | Path | None = None,
     layout: ExportLayout = "with_connectors",
+    *,
+    done: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes the base transformer with every adapter merged in; every rank calls it.
 
@@ -201,6 +203,7 @@ def export_merged(
         base_path: the checkpoint that the base was loaded from.
         path: target file.
         connectors_path, layout: as `complete_export`.
+        done: called on rank 0 after each weight of the transformer is merged.
 
     Raises:
         ValueError: an adapted layer is not in the base file, or has another shape there.
@@ -221,7 +224,7 @@ def export_merged(
             is_plain = weight.form == "plain"
             dtype = SAFETENSORS_DTYPES[metadata.tensors[key].dtype] if is_plain else torch.bfloat16
             # Called when the tensor is written, so that one weight at a time is in memory.
-            read = partial(_read_merged, file, weight, gathered.get(name))
+            read = partial(_read_merged, file, weight, gathered.get(name), done)
             tensors.append(ExportTensor(key, weight.shape, dtype, read))
         # All weights are plain in the new file, so the declaration of quantized layers must not be copied.
         header = {key: value for key, value in metadata.raw.items() if key != "_quantization_metadata"}
@@ -241,8 +244,9 @@ def merged_weight(base: Tensor, adapter: LoRAWeights) -> Tensor:
     return weight
 
 
-def _read_merged(file: Any, weight: StoredWeight, adapter: LoRAWeights | None) -> Tensor:
+def _read_merged(file: Any, weight: StoredWeight, adapter: LoRAWeights | None, done: Callable[[], None]) -> Tensor:
     tensor = weight.read(file, full_box(weight.shape), torch.device("cpu"))
+    done()
     return tensor if adapter is None else merged_weight(tensor, adapter)
 
 
@@ -259,14 +263,18 @@ def _gather(adapter: LoRAWeights) -> LoRAWeights:
     return replace(adapter, lora_a=gather(adapter.lora_a), lora_b=gather(adapter.lora_b), magnitude=magnitude)
 
 
-def _check_layers(
-    path: str | Path, layers: Mapping[str, LoRALayer], shapes: Mapping[str, tuple[int, ...]], *, complete: bool
+def check_layers(
+    path: str | Path,
+    layers: Mapping[str, LoRALayer | LoRAWeights],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    complete: bool,
 ) -> None:
     """Compares a file's layers with the model's.
 
     Args:
         path: of the file.
-        layers: of the file.
+        layers: of the file, by official name.
         shapes: of the model's weights, by layer.
         complete: whether the file must have all layers of `shapes`.
 

@@ -29,8 +29,8 @@ _UP_SUFFIXES = (UP, ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weigh
 _ALPHA = ".alpha"
 
 OFFICIAL_PREFIX = "diffusion_model."
-_PEFT_PREFIX = "base_model.model."
-_PREFIXES = (_PEFT_PREFIX, TRANSFORMER_PREFIX, OFFICIAL_PREFIX, "transformer.")
+PEFT_PREFIX = "base_model.model."
+_PREFIXES = (PEFT_PREFIX, TRANSFORMER_PREFIX, OFFICIAL_PREFIX, "transformer.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 # diffusers writes the adapter's PEFT config here, its keys prefixed with the component.
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"
@@ -120,7 +120,7 @@ class _Alphas:
             config = _parse(metadata.path, metadata.raw[_DIFFUSERS_CONFIG])
             # Keys carry the component: "transformer.lora_alpha".
             return cls(of_layers, {key.rpartition(".")[2]: value for key, value in config.items()})
-        if not any(key.startswith(_PEFT_PREFIX) for key in metadata.tensors) or of_layers:
+        if not any(key.startswith(PEFT_PREFIX) for key in metadata.tensors) or of_layers:
             return cls(of_layers, {})
         beside = metadata.path.parent / "adapter_config.json"
         if not beside.is_file():
@@ -144,6 +144,11 @@ class _Alphas:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
+def flat_prefix(key: str) -> str | None:
+    """Prefix of a key or layer name that has "_" for "."; None for other names."""
+    return next((prefix for prefix in _FLAT_PREFIXES if key.startswith(prefix)), None)
+
+
 def _split(key: str) -> tuple[str, str | None]:
     """Module and part (`DOWN`, `UP`, `_ALPHA`) of a file key; None for other tensors."""
     for part, suffixes in ((DOWN, _DOWN_SUFFIXES), (UP, _UP_SUFFIXES), (_ALPHA, (_ALPHA,))):
@@ -154,9 +159,8 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def _official(module: str, flat_names: Mapping[str, str]) -> str:
-    for prefix in _FLAT_PREFIXES:
-        if module.startswith(prefix):
-            return flat_names.get(module.removeprefix(prefix), module)
+    if prefix := flat_prefix(module):
+        return flat_names.get(module.removeprefix(prefix), module)
     for prefix in _PREFIXES:  # in this order, because PEFT's comes before the others
         module = module.removeprefix(prefix)
     # No part of an official name is a name of diffusers.

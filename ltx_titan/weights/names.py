@@ -40,6 +40,8 @@ _FROM_DIFFUSERS = {
     "norm_k": "k_norm",
 }
 
+_TO_DIFFUSERS = {official: diffusers for diffusers, official in _FROM_DIFFUSERS.items()}
+
 Modalities = Literal["av", "video", "audio"]
 
 
@@ -146,6 +148,11 @@ def is_adapter(name: str) -> bool:
 def name_from_diffusers(name: str) -> str:
     """Official name of a module or parameter of diffusers' transformer."""
     return ".".join(_FROM_DIFFUSERS.get(part, part) for part in name.split("."))
+
+
+def name_to_diffusers(name: str) -> str:
+    """Name in diffusers' transformer of an official module or parameter; the inverse of `name_from_diffusers`."""
+    return ".".join(_TO_DIFFUSERS.get(part, part) for part in name.split("."))
 
 
 def listed(names: Iterable[str], limit: int = 10) -> str:

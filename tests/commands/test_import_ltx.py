@@ -118,7 +118,6 @@ def test_every_key_without_equivalent_is_listed_with_a_reason():
         "acceleration.load_text_encoder_in_8bit = true": "text encoder",
         "checkpoints.save_training_state": "exact resume",
         "optimization.scheduler_params.T_max = 2000": "training.steps",
-        "hub.push_to_hub = false": "export/",
         'metrics.wandb = "online"': "wandb login",
         "model.load_checkpoint": "strength 1",
         "optimization.batch_size = 2": "--ranks",

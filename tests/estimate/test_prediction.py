@@ -239,6 +239,52 @@ def test_a_job_with_missing_files_is_estimated_and_its_placeholders_are_listed(t
     assert row["step_time_s"] > 0
 
 
+MEDIA = """
+[model]
+checkpoint_path = "/nowhere/ltx-2.3-22b-dev.safetensors"
+mode = "lora"
+[data]
+source = "media"
+[data.media]
+dataset_path = "/nowhere/clips"
+text_encoder_path = "/nowhere/gemma"
+resolution_buckets = "768x448x89"
+[video]
+is_generated = true
+latents_dir = "latents"
+[validation]
+interval = 100
+text_encoder_path = "/nowhere/gemma"
+held_out_root = "/nowhere/held-out"
+[[validation.samples]]
+prompt = "x"
+conditions = [{ type = "first_frame", image_or_video = "/nowhere/a.png" }]
+"""
+
+
+@pytest.mark.parametrize("job", ["media", "ltx23_lora_inpaint", "ltx23_lora_audio_inpaint"])
+def test_jobs_of_every_source_and_mask_are_estimated_without_their_files(job, tmp_path, capsys):
+    path = CONFIGS / f"{job}.toml"
+    if job == "media":
+        path = tmp_path / "job.toml"
+        path.write_text(MEDIA)
+    assert main(["estimate", str(path), "--gpu", "rtx6000-blackwell"]) == 0
+    text = capsys.readouterr().out
+    assert "1 x rtx6000-blackwell (not measured)" in text
+    assert "assuming clips of 768x448x89" in text
+
+
+def test_the_table_of_gpus_has_what_people_use_and_says_what_was_measured():
+    used = {"3090", "4090", "5090", "a6000", "l40s", "rtx6000-ada", "rtx6000-blackwell", "b200", "gh200"}
+    assert used <= set(GPUS)
+    assert {name for name, gpu in GPUS.items() if gpu.is_measured} == {"h100", "h200"}
+    for gpu in GPUS.values():
+        assert gpu.is_measured or "nothing measured" in gpu.assumed
+        # A matmul cannot exceed the data sheet, and memory is below what the card is sold with.
+        assert gpu.matmul < gpu.peak <= gpu.matmul_float8 / 0.5
+        assert 8 * GIB < gpu.memory < 192e9
+
+
 def test_a_job_that_does_not_fit_exits_with_1_and_a_search_finds_one_that_does(capsys):
     job = str(CONFIGS / "ltx23_full_av_8gpu.toml")
     assert main(["estimate", job, "--gpus", "4", "--training.global_batch_size=4"]) == 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ltx_titan.build import count_weights
 from ltx_titan.lora import adapter_weights, adapters, apply_lora, init_base_, init_lora_, load_base
 from ltx_titan.weights import QUANTIZED, export_merged, load_parameters
 from ltx_titan.weights.quantized import dequantize, quantize_rows
@@ -152,3 +153,11 @@ def test_a_random_base_is_seeded(form):
     assert torch.equal(one, first(1))
     assert not torch.equal(one, first(2))
     assert abs(one.std() * 64**0.5 - 1) < 0.05
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_weights_are_counted_before_quantization(form):
+    model = transformer("meta")
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    apply_lora(model, settings(base_dtype=form, targets=["attn1.to_q"]))
+    assert count_weights(model) == expected + sum(p.numel() for p in model.parameters() if p.requires_grad)

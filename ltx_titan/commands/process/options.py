@@ -63,9 +63,10 @@ class DataOptions:
 class MediaOptions:
     """Options for videos and audio."""
 
-    resolution_buckets: Annotated[Maybe[str], placeholder("WxHxF;...")] = None
+    resolution_buckets: Annotated[Maybe[str], placeholder("WxHxF;...|auto")] = None
     """Shapes in pixels and frames; width and height are multiples of 32, frames 1, 9, 17, 25, ...; one frame for still
-    images. Needed for datasets with videos. Each additional bucket makes batches harder to fill."""
+    images. `auto` proposes buckets from the clips and explains them; they change with the clips, so pass what it prints
+    when clips are added. Needed for datasets with videos. Each additional bucket makes batches harder to fill."""
 
     fps: Annotated[Maybe[str], placeholder("RATE")] = None
     """Read every video at this rate (24, 23.976, 24000/1001), by dropping or repeating frames; needed for phone videos

@@ -6,7 +6,9 @@ its share of the rows, so the outputs that a later stage needs of an earlier one
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,16 @@ from ltx_titan.commands.process.stages import (
 )
 from ltx_titan.commands.process.store import Settings, Store
 from ltx_titan.commands.report import Report
-from ltx_titan.common.ranks import check_device, join_ranks
+from ltx_titan.common.ranks import check_device, join_ranks, rank_and_size
 from ltx_titan.data.fingerprints import model_digest
 from ltx_titan.encode.buckets import Bucket, parse_buckets
 from ltx_titan.encode.captions import text_bytes
-from ltx_titan.encode.clips import ClipRules
+from ltx_titan.encode.clips import ClipRules, read_header
 from ltx_titan.encode.encoders import EncoderFiles
+from ltx_titan.encode.propose_buckets import Source, propose_buckets
 from ltx_titan.encode.references import ReferenceScale
-from ltx_titan.media.tables import SampleTable, read_sample_table, table_folder
+from ltx_titan.media import MediaError
+from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table, table_folder
 from ltx_titan.weights import read_config, scale_factors
 
 # Column -> folder of its output.
@@ -261,7 +265,10 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
             raise ValueError(
                 "--resolution-buckets: needed for a dataset with videos, as in --resolution-buckets '768x448x89'"
             )
-        buckets = parse_buckets(media.resolution_buckets, factors)
+        if media.resolution_buckets == "auto":
+            buckets = _proposed_buckets(table.samples, factors, parse_fps(media.fps))
+        else:
+            buckets = parse_buckets(media.resolution_buckets, factors)
     rules = ClipRules(buckets, factors, parse_fps(media.fps), media.reshape_mode, *_limits(media))
     scale = ReferenceScale(media.reference_downscale_factor, media.reference_temporal_scale_factor)
     scale.check(rules)
@@ -272,6 +279,24 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
         if column in table.extras and not table.has_video:
             raise ValueError(f"{data.dataset_path}: has a column {column!r}, but no column of videos for it")
     return _Task(data, media, captions, table, files, checkpoint, rules, scale, durations_s)
+
+
+def _proposed_buckets(rows: Sequence[SampleRow], factors: tuple[int, int, int], fps: Fraction | None) -> list[Bucket]:
+    """Buckets for `--resolution-buckets auto`, which are explained; every process finds the same."""
+    sources = []
+    for path in (row.video for row in rows if row.video is not None):
+        # A file that cannot be read is rejected later, with its reason.
+        with suppress(MediaError, OSError):
+            header = read_header(path)
+            frames = header.frames if fps is None or header.frames == 1 else int(header.frames * fps / header.fps)
+            sources.append(Source(header.width, header.height, max(frames, 1)))
+    proposals = propose_buckets(sources, factors)
+    if rank_and_size()[0] == 0:
+        for proposal in proposals:
+            print(f"bucket {proposal.bucket!s:<14} {proposal.reason}")
+        text = ";".join(str(proposal.bucket) for proposal in proposals)
+        print(f'to prepare more clips alike, pass: --resolution-buckets "{text}"')
+    return [proposal.bucket for proposal in proposals]
 
 
 def _table_description(task: _Task) -> dict[str, Any]:

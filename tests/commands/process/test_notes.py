@@ -60,6 +60,17 @@ def test_a_dry_run_tells_what_headers_tell(folder, nano, tmp_path):
     assert named(report, "empty captions") == (2, ["small.mp4", "long.mp4"])
 
 
+def test_proposed_buckets_are_explained_and_the_same_as_when_they_are_passed(folder, nano, tmp_path, capsys):
+    options = {"dry_run": True, "captions": False, "output_dir": tmp_path}
+    proposed, _ = run(nano, folder / "dataset.jsonl", "auto", **options)
+    printed = capsys.readouterr().out
+    assert "clips near " in printed
+    buckets = printed.partition('--resolution-buckets "')[2].partition('"')[0]
+    passed, _ = run(nano, folder / "dataset.jsonl", buckets, **options)
+    assert proposed.plans == passed.plans
+    assert proposed.plans
+
+
 def test_limits_reject_the_clips_that_are_only_reported_otherwise(folder, nano, tmp_path):
     options = {"max_enlargement": 1.5, "max_crop": 0.3, "dry_run": True, "captions": False, "output_dir": tmp_path}
     report, _ = run(nano, folder / "dataset.jsonl", BUCKETS, **options)
