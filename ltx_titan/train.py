@@ -78,6 +78,7 @@ from ltx_titan.parallel.mesh import build_mesh, default_store, init_distributed,
 from ltx_titan.parallel.stop import StepVote, end_with_launcher
 from ltx_titan.parallel.watch import Watch
 from ltx_titan.plan import Plan, check_dump_folder, is_finished, plan_job
+from ltx_titan.validation.report import Report
 from ltx_titan.validation.training import TrainingValidation, check_validation_files
 from ltx_titan.weights import stream_of
 
@@ -228,6 +229,8 @@ class Trainer:
             rank=dist.get_rank(),
         )
         clock = StepClock(self.device)
+        prompts = [] if self.validation is None else self.validation.prompts
+        report = Report(job, plan.last_step, prompts, is_writer=self.is_main)
         self.heartbeat.step(self.step)
         self.watch.enter(self.step + 1, "loading")
         try:
@@ -236,6 +239,7 @@ class Trainer:
                 if self.step == 0 and not job.validation.skip_initial_validation:
                     with clock.paused(), self._in_phase("validating"):
                         log.show(self._validate(log), step=0)
+                        report.write(0)
                 for batches in loader:
                     before_step(batches.step)
                     self.watch.enter(batches.step, "training")
@@ -260,6 +264,9 @@ class Trainer:
                         # Before the save: it raises if the loss is not finite, so bad weights never replace good ones.
                         self._log(log, sums, grad_norms, clock.lap(), validated)
                         sums = self._new_sums()
+                    if _is_due(self.step, job.validation.interval):
+                        with clock.paused():
+                            report.write(self.step)  # after the log, which it shows
                     if saves:
                         with clock.paused(), self._in_phase("saving"):
                             self._save()
@@ -291,6 +298,7 @@ class Trainer:
             logger.warning("%d steps of this run had no token to generate and learned nothing", self.idle_steps)
         if self.is_main:
             files = {"checkpoint": latest_complete(plan.folder / "checkpoint"), "export": export}
+            report.write(self.step, export)
             summarize_run(plan.folder, title=job.job.description or str(plan.folder), files=files)
 
     def _train_step(self, batches: StepBatches, sums: Sums) -> GradNorms | None:
@@ -475,6 +483,9 @@ class Trainer:
             norm = grad_norms[0].item()
             extra = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
         extra |= means.by_sigma | validated
+        # As drawn from the data: with skipped updates, too, and over all runs of a resumed job.
+        seen = self.next_batch * self.plan.batches.global_batch_size
+        extra |= {"data/samples": seen, "data/epochs": seen / len(self.plan.dataset)}
         if means.idle_steps:
             extra["data/idle_steps"] = means.idle_steps
             self._count_idle(means.idle_steps)

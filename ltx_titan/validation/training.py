@@ -71,6 +71,11 @@ class TrainingValidation:
         if self.held_out is not None and plan.job.compile.enable:
             allow_graphs(len({self.held_out.shape_key(index) for index in range(len(self.held_out))}))
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts of the samples, in order."""
+        return tuple(sample.prompt for sample in self.section.samples)
+
     def run(
         self,
         step: int,
