@@ -200,11 +200,16 @@ class Trainer:
             write_text(plan.folder / "job.toml", redacted(dump_job(job)))
         log = MetricsLogger(
             plan.folder,
-            total_steps=job.training.steps,
+            total_steps=plan.last_step,
             resumed_step=self.step,
             is_writer=self.is_main,
             tensorboard=job.metrics.tensorboard,
             wandb=self._start_wandb(),
+            intervals={
+                "validating": job.validation.interval,
+                "saving": job.checkpoint.interval if job.checkpoint.enable else None,
+                "exporting": job.checkpoint.export_interval if plan.exports else None,
+            },
         )
         # Collect garbage at fixed steps: an unsynchronized collection on one rank stalls all others.
         garbage = GarbageCollection(job.training.gc_interval)
@@ -237,7 +242,7 @@ class Trainer:
             with loader, profiling as before_step:
                 sums = self._new_sums()
                 if self.step == 0 and not job.validation.skip_initial_validation:
-                    with clock.paused(), self._in_phase("validating"):
+                    with clock.paused(), self._in_phase("validating", log):
                         log.show(self._validate(log), step=0)
                         report.write(0)
                 for batches in loader:
@@ -251,7 +256,7 @@ class Trainer:
                     validated = {}
                     if _is_due(self.step, job.validation.interval):
                         # Validation is no part of the step time, or the figure would depend on the interval.
-                        with clock.paused(), self._in_phase("validating"):
+                        with clock.paused(), self._in_phase("validating", log):
                             validated = self._validate(log)
                     is_last = self.step == plan.last_step
                     stop, save_failed = self.vote.result()
@@ -268,12 +273,12 @@ class Trainer:
                         with clock.paused():
                             report.write(self.step)  # after the log, which it shows
                     if saves:
-                        with clock.paused(), self._in_phase("saving"):
+                        with clock.paused(), self._in_phase("saving", log):
                             self._save()
                             while ends and self.saver is not None and not self.saver.settle():
                                 self._save()
                     if _is_due(self.step, job.checkpoint.export_interval) and not is_last:
-                        with clock.paused(), self._in_phase("exporting"):
+                        with clock.paused(), self._in_phase("exporting", log):
                             self._export()
                     if stop is not None and not is_last:
                         logger.warning(
@@ -440,10 +445,13 @@ class Trainer:
         )
 
     @contextmanager
-    def _in_phase(self, phase: Phase) -> Iterator[None]:
+    def _in_phase(self, phase: Phase, log: MetricsLogger | None = None) -> Iterator[None]:
         self.watch.enter(self.step, phase)
+        started = time.monotonic()
         with self.heartbeat.phase(phase):
             yield
+        if log is not None:
+            log.pause(phase, time.monotonic() - started)
 
     def _start_wandb(self) -> "Run | None":
         if not self.is_main or self.job.metrics.wandb == "off":

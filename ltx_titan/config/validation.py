@@ -211,6 +211,9 @@ class ValidationSection(Section):
     """Skip the validation before the first step, which shows the untrained model."""
     samples: Annotated[tuple[ValidationSample, ...], Field(strict=False)] = ()
     """Clips to sample; a guided one costs up to four forwards of the model per sampling step."""
+    dataset_samples: Annotated[int, Field(ge=0)] = 0
+    """Further clips whose caption, size and conditioned parts (first frame, mask, reference, ...) are those of prepared
+    samples, evenly spaced over `held_out_root`, or else over `data.root`."""
     negative_prompt: str | None = None
     """Negative prompt of all samples; unset means the list of defects of the released pipelines."""
     video_dims: Dims = (960, 544, 89)
@@ -280,8 +283,10 @@ class ValidationSection(Section):
         # Unset values depend on the job's streams; only an explicit pair of false is known to be wrong here.
         if self.samples and self.generate_video is False and self.generate_audio is False:
             raise ValueError("generate_video and generate_audio are both false; set one to true, or remove samples")
-        if self.interval is not None and not self.samples and self.held_out_root is None:
-            raise ValueError("interval is set, but there is nothing to do; add samples or held_out_root")
+        if self.interval is not None and not (self.samples or self.dataset_samples) and self.held_out_root is None:
+            raise ValueError(
+                "interval is set, but there is nothing to do; add samples, dataset_samples or held_out_root"
+            )
         return self
 
     @field_validator("stg_blocks", mode="before")

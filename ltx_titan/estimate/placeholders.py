@@ -104,7 +104,10 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
         f"{name}_context": torch.zeros(_TEXT_TOKENS, stream.stored_context_dim, dtype=torch.bfloat16)
         for name, stream in (("video", architecture.video), ("audio", architecture.audio))
     }
+    # Half of the clip, because a sample whose mask covers everything cannot be trained on.
     masks = {"video": torch.ones(grid), "audio": torch.ones(steps)}
+    for mask in masks.values():
+        mask[mask.shape[0] // 2 :] = 0
     # References have the clip's own size: the largest that training accepts, hence the most memory.
     for source in strategy.sources:
         fields: Mapping[str, Value]

@@ -73,7 +73,8 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
                 f"or add a [{name}] section."
             )
     # A block beyond the model is skipped nowhere: STG would subtract a prediction from itself.
-    if section.samples and (section.video_stg_scale or section.audio_stg_scale) and section.stg_blocks != "all":
+    has_samples = bool(section.samples or section.dataset_samples)
+    if has_samples and (section.video_stg_scale or section.audio_stg_scale) and section.stg_blocks != "all":
         beyond = [block for block in section.stg_blocks if not 0 <= block < num_blocks]
         if beyond:
             yield (
@@ -88,7 +89,7 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
             "steps; remove it."
         )
     # Unset is fine while all prompts are cached, which the engine finds out; a wrong path is wrong either way.
-    if section.samples and section.text_encoder_path is not None:
+    if has_samples and section.text_encoder_path is not None:
         # Here, because it imports transformers and diffusers: 5 s that a job without validation saves on every rank.
         from ltx_titan.codecs import text_encoder_config
 
