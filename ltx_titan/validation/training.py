@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from ltx_titan.common.progress import ProgressLog
 from ltx_titan.common.tensors import COMPUTE_DTYPES, evenly_spaced
 from ltx_titan.conditioning import Batch, to_contexts
 from ltx_titan.config import ValidationSection
@@ -23,7 +24,7 @@ from ltx_titan.parallel.parallelize import allow_graphs
 from ltx_titan.plan import Dataset, Plan
 from ltx_titan.validation.check import check_validation
 from ltx_titan.validation.held_out import as_batch, held_out_losses
-from ltx_titan.validation.sampling import SampleGroups, guidance_of
+from ltx_titan.validation.sampling import SampleGroups, guidance_of, schedule_of
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -139,6 +140,8 @@ class TrainingValidation:
             if len(self.sampler.titles) < len(self.prompts):
                 # At the first validation, because the connectors are loaded after the model.
                 self.sampler = self.sampler.with_dataset_samples(self._read_dataset_samples(connectors))
+            own = sum(sample is not None for sample in self.sampler.samples)
+            progress = ProgressLog("sampling", own * (len(schedule_of(self.section)) - 1), "steps")
             self.sampler.run(
                 model,
                 folder,
@@ -147,6 +150,7 @@ class TrainingValidation:
                 wandb_run=wandb_run,
                 averaged_weights=None if ema is None else lambda: self._averaged(ema, model),
                 optimizers=optimizers.parts,
+                on_step=lambda _: progress.advance(),
             )
         losses = {}
         if self.held_out is not None:
