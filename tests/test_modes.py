@@ -169,6 +169,7 @@ def overrides(tmp_path_factory, nano_path, data_roots) -> Callable[[str], list[s
     folder = tmp_path_factory.mktemp("modes")
     return lambda name: [
         "--compile.enable=false",
+        *(["--validation.stg_blocks=[1]"] if name.startswith("ltx2_") else []),
         f"--validation.text_encoder_path={nano_path.parent / 'text_encoder'}",
         f"--model.checkpoint_path={nano_path}",
         f"--data.root={data_roots[MODES[SIZES.get(name, name)].grid]}",

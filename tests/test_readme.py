@@ -23,7 +23,6 @@ REDUCED = (
     "--compile.enable=false",
     "--validation.video_dims=[64, 64, 9]",
     "--validation.inference_steps=1",
-    "--validation.stg_blocks=[1]",
     "--metrics.tensorboard=false",
 )
 

@@ -237,8 +237,8 @@ class ValidationSection(Section):
     0 skips that pass."""
     audio_stg_scale: NonNegative = 1.0
     """Spatio-temporal guidance scale of the audio."""
-    stg_blocks: Annotated[tuple[int, ...], Field(strict=False)] | Literal["all"] = (28,)
-    """Blocks whose self-attention that pass skips: [29] for LTX-2, [28] for later models."""
+    stg_blocks: Annotated[tuple[int, ...], Field(strict=False)] | Literal["all"] | None = None
+    """Blocks whose self-attention that pass skips: [29] for LTX-2; unset means [28], or the last of a small model."""
     guidance_rescale: Fraction = 0.7
     """Rescales the standard deviation of a guided prediction towards that of the conditional one; 0 disables it."""
     video_modality_guidance_scale: GuidanceScale = 3.0

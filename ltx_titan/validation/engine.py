@@ -24,7 +24,7 @@ from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.config.validation import ValidationSample, ValidationSection
 from ltx_titan.diffusion import StepReport
 from ltx_titan.model import TransformerConfig
-from ltx_titan.validation.check import check_validation, generated_streams
+from ltx_titan.validation.check import check_validation, generated_streams, with_stg_blocks
 from ltx_titan.validation.decode import (
     DecodedSample,
     Decoders,
@@ -270,6 +270,7 @@ def prepare_validation(
         num_blocks=architecture.num_layers,
         scale_factors=factors,
     )
+    section = with_stg_blocks(section, architecture.num_layers)
     files = CodecFiles(Path(section.video_vae_path or checkpoint_path), Path(section.audio_vae_path or checkpoint_path))
     shapes = tuple(ClipShape(*section.dims_of(sample), section.frame_rate) for sample in section.samples)
     # Prompts before codecs, so that the text encoder has the device to itself. All groups take part: rank 0 encodes for
