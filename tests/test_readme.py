@@ -11,7 +11,7 @@ import torch
 from ltx_titan.cli import main
 from ltx_titan.media import write_video
 from tests.jobs import train_rank
-from tests.processes import run_ranks
+from tests.processes import run_here
 
 ROOT = Path(__file__).parent.parent
 # A size that a CPU prepares at once, and two steps: the commands are otherwise typed as they stand.
@@ -57,7 +57,6 @@ def home(tmp_path_factory, nano_path):
     return folder
 
 
-@pytest.mark.distributed
 def test_the_five_steps_work_as_typed(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     typed = [words[1:] for words in commands("LoRA on your own clips") if words[0] == "ltx-titan"]
@@ -66,7 +65,7 @@ def test_the_five_steps_work_as_typed(home, monkeypatch, capsys):
         arguments = [argument.replace(*SMALL) for argument in arguments]
         if command == "train":
             # The trainer's own entry point in one rank; the launcher around it has its own tests.
-            run_ranks(train_rank, 1, home / arguments[0], *arguments[1:], *REDUCED)
+            run_here(train_rank, home / arguments[0], *arguments[1:], *REDUCED)
         else:
             # The short run has exported after its own last step, and has no GPU.
             arguments = [argument.replace("step-2000", "step-2") for argument in arguments]

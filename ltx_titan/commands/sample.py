@@ -158,8 +158,14 @@ def _modalities(job: dict[str, Any]) -> Modalities:
 
 def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection:
     """The job's table, overridden by the options; keys that concern training only are dropped."""
-    training_only = ("interval", "skip_initial_validation", "use_ema", "offload_optimizer", "held_out_root")
-    training_only += ("dataset_samples",)
+    training_only = (
+        "interval",
+        "skip_initial_validation",
+        "use_ema",
+        "offload_optimizer",
+        "held_out_root",
+        "dataset_samples",
+    )
     # They have no meaning outside training.
     table = {key: value for key, value in table.items() if key not in training_only}
     if options.prompt:
