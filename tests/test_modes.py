@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ltx_titan.build import build_transformer
 from ltx_titan.conditioning import (
     ModelInputs,
+    StreamTokens,
     check_conditions,
     patchify_audio,
     patchify_video,
@@ -26,6 +27,9 @@ from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, draw_step
 from ltx_titan.lora import apply_lora, init_lora_, is_adapter, load_base
 from ltx_titan.model import TextConnectors
 from ltx_titan.plan import Plan, plan_job
+from ltx_titan.validation.decode import DecodedSample, Decoders, decode_sample
+from ltx_titan.validation.sampling import SampledLatents
+from ltx_titan.validation.start import dataset_starts
 from ltx_titan.weights import CONNECTORS, build_connectors, load_parameters, read_metadata, unused_by
 from tests.jobs import train_rank
 from tests.processes import run_ranks
@@ -109,8 +113,17 @@ SIZES = {
     "ltx23_lora_t2v_4gpu": "ltx23_lora_t2v",
     "ltx23_lora_t2v_8gpu": "ltx23_lora_t2v",
 }
-# On one rank and a CPU: compiling takes minutes there.
-REDUCED = ("--parallelism.dp_replicate=1", "--compile.enable=false", "--training.global_batch_size=2")
+# On one rank.
+REDUCED = ("--parallelism.dp_replicate=1", "--training.global_batch_size=2")
+# Modes whose clips depend on more than their text are validated once, in one sampling step without text encoder.
+SAMPLED = [name for name in MODES if any(kind in name for kind in ("a2v", "v2a", "i2v", "extend", "paint", "_ic_"))]
+DECODED = ("ltx23_lora_outpaint",)  # its clips have one frame
+VALIDATED = (
+    "--validation.dataset_samples=1",
+    "--validation.inference_steps=1",
+    "--validation.video_cfg_scale=1",
+    "--validation.audio_cfg_scale=1",
+)
 
 
 def write_data(root: Path, nano_path: Path, grid: tuple[int, int, int]) -> Path:
@@ -155,18 +168,32 @@ def data_roots(tmp_path_factory, nano_path) -> dict[tuple[int, int, int], Path]:
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory, nano_path, data_roots) -> Callable[[str], list[str]]:
-    """Paths, and nothing else."""
+    """Paths, and no compilation: it takes minutes on a CPU."""
     folder = tmp_path_factory.mktemp("modes")
     return lambda name: [
+        "--compile.enable=false",
+        *(["--validation.stg_blocks=[1]"] if name.startswith("ltx2_") else []),
+        f"--validation.text_encoder_path={nano_path.parent / 'text_encoder'}",
         f"--model.checkpoint_path={nano_path}",
         f"--data.root={data_roots[MODES[SIZES.get(name, name)].grid]}",
         f"--job.dump_folder={folder / name}",
     ]
 
 
+def quick_decode(latents: SampledLatents, decoders: Decoders, seed: int = 0) -> DecodedSample:
+    """Black frames instead of decoded ones: 73 frames take a CPU ten seconds, and decoding has its own tests."""
+    if latents.video is None:
+        return decode_sample(latents, decoders, seed)
+    assert latents.video.isfinite().all()
+    return DecodedSample(torch.zeros(8 * latents.video.shape[2] - 7, 16, 16, 3, dtype=torch.uint8), None)
+
+
 def train_all(jobs: list[tuple[Path, list[str]]]) -> None:
     """Trains one job after the other in this process; an error is written to a file in the run's folder."""
+    from ltx_titan.validation import engine
+
     for path, arguments in jobs:
+        engine.decode_sample = decode_sample if path.stem in DECODED else quick_decode
         try:
             train_rank(path, *arguments)
         except Exception as error:
@@ -181,7 +208,8 @@ def runs(overrides) -> Callable[[str], Path]:
     jobs = []
     for name in MODES:
         reduced = REDUCED if name.endswith("gpu") else ()
-        arguments = [*overrides(name), f"--training.stop_at={STEPS}", *reduced]
+        validated = VALIDATED if name in SAMPLED else ("--validation.skip_initial_validation=true",)
+        arguments = [*overrides(name), f"--training.stop_at={STEPS}", *reduced, *validated]
         jobs.append((CONFIGS / f"{name}.toml", arguments))
     run_ranks(train_all, 1, jobs)
     return lambda name: Path(load_job(CONFIGS / f"{name}.toml", overrides(name)).job.dump_folder)
@@ -224,6 +252,10 @@ def test_a_job_file_trains_as_shipped(runs, overrides, name):
         assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_B.weight"))
     else:
         assert any(key.endswith("audio_proj_out.weight") for key in tensors)
+    clips = sorted(path.name for path in folder.glob("samples/step-0/sample-*"))
+    kind = "wav" if mode.video is None else "png" if mode.grid[0] == 1 else "mp4"
+    assert clips == ([f"sample-01.{kind}"] if name in SAMPLED else [])
+    assert (folder / "report.html").stat().st_size > 0
     has_reference = mode.video is not None and mode.video.reference is not None
     found = [metadata.get(f"reference_{part}_scale_factor") for part in ("spatial", "temporal")]
     assert found == (["2", "3"] if has_reference else [None, None])
@@ -288,6 +320,24 @@ def check_stream(name: str, promised: Stream | None, batch: Batch, inputs: Model
         assert torch.equal(mask, (~is_clean).expand_as(mask))
 
 
+def check_start(promised: Stream | None, start: StreamTokens | None, latents: Tensor | None) -> None:
+    """Sampling starts from the conditioned tokens of the data, bit for bit, and from nothing else of it."""
+    if promised is None:
+        assert start is None
+        return
+    assert start is not None
+    assert latents is not None
+    clean = (patchify_video if latents.ndim == 5 else patchify_audio)(latents.float())
+    grid = torch.zeros(latents.shape[2:] if latents.ndim == 5 else (latents.shape[2], 1, 1))
+    assert start.is_frozen == promised.is_frozen
+    is_clean = promised.clean_cells(grid).flatten().bool() | promised.is_frozen
+    assert torch.equal(start.target.tokens, torch.where(is_clean[:, None], clean, torch.zeros(())))
+    if not promised.is_frozen:
+        assert start.conditioned is not None
+        assert torch.equal(start.conditioned, is_clean[None])
+    assert len(start.references) == (promised.reference is not None)
+
+
 @pytest.mark.parametrize("name", MODES)
 def test_a_mode_learns_and_leaves_clean_tokens_and_frozen_weights_unchanged(name, overrides, connectors):
     mode = MODES[name]
@@ -304,6 +354,11 @@ def test_a_mode_learns_and_leaves_clean_tokens_and_frozen_weights_unchanged(name
     inputs = plan.strategy.prepare(batch, draw(plan, batch))
     check_stream("video", mode.video, batch, inputs)
     check_stream("audio", mode.audio, batch, inputs)
+
+    single = {source: {n: value[:1] for n, value in fields.items()} for source, fields in batch.items()}
+    starts = dataset_starts(plan.strategy, single)
+    for stream, promised in (("video", mode.video), ("audio", mode.audio)):
+        check_start(promised, starts.get(stream), single.get(f"{stream}_latents", {}).get("latents"))
 
     model = build_model(plan)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -158,7 +158,14 @@ def _modalities(job: dict[str, Any]) -> Modalities:
 
 def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection:
     """The job's table, overridden by the options; keys that concern training only are dropped."""
-    training_only = ("interval", "skip_initial_validation", "use_ema", "offload_optimizer", "held_out_root")
+    training_only = (
+        "interval",
+        "skip_initial_validation",
+        "use_ema",
+        "offload_optimizer",
+        "held_out_root",
+        "dataset_samples",
+    )
     # They have no meaning outside training.
     table = {key: value for key, value in table.items() if key not in training_only}
     if options.prompt:
@@ -167,7 +174,10 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
     elif options.image is not None:
         raise ValueError("--image needs --prompt; samples of a job name their own first frames.")
     if not table.get("samples"):
-        raise ValueError("nothing to sample: add --prompt, or --job with [[validation.samples]].")
+        raise ValueError(
+            "nothing to sample: add --prompt, or --job with [[validation.samples]] (dataset_samples need the dataset "
+            "and are sampled in training only)."
+        )
     if options.distilled:
         table.pop("inference_steps", None)
         # As in the released pipelines: distilled checkpoints are sampled without guidance.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ltx_titan.conditioning.batch import Batch, read_stream, token_shape
-from ltx_titan.conditioning.conditioned import condition_stream, crop_cells
+from ltx_titan.conditioning.conditioned import StreamTokens, condition_stream, crop_cells
 from ltx_titan.conditioning.loss import Loss, ModelInputs, flow_matching_loss
 from ltx_titan.conditioning.tokens import DEFAULT_SCALE_FACTORS
 from ltx_titan.config.streams import AudioSection, Mask, Reference, SpatialCrop, StrategyConfig, VideoSection
@@ -155,6 +155,27 @@ class FlexibleStrategy:
             audio_present=None if audio is None else audio.present,
             reference_scale=None if video is None else _single_scale(video.scales),
         )
+
+    def clean_streams(self, batch: Batch) -> dict[str, StreamTokens]:
+        """Conditions one sample without noise, as if every condition fired: the start of sampling.
+
+        Args:
+            batch: a batch of one, with text contexts.
+
+        Returns:
+            Tokens of each stream by its name.
+
+        Raises:
+            ValueError: as `prepare`.
+        """
+        found = {}
+        for name, block in self.blocks.items():
+            fires = torch.ones(1, dtype=torch.bool)
+            uses = [fires if is_applied else None for is_applied in block.applied]
+            read = read_stream(batch, name, block, self.scale_factors)
+            marks_first_frame = name == "video" and self.keyframe_marker
+            found[name], _ = condition_stream(read, block, uses, self.scale_factors, marks_first_frame)
+        return found
 
     def loss(self, video_pred: Tensor | None, audio_pred: Tensor | None, inputs: ModelInputs) -> Loss:
         """Masked mean squared error of the velocities; see `flow_matching_loss`."""

@@ -304,6 +304,14 @@ def _single_rules(job: JobConfig) -> Iterator[Problem]:
 
 
 def _validation_rules(job: JobConfig) -> Iterator[Problem]:
+    validation = job.validation
+    if validation.dataset_samples and validation.held_out_root is None and job.data.source != "precomputed":
+        yield Problem(
+            "validation.dataset_samples",
+            validation.dataset_samples,
+            f'prepared samples, which data.source = "{job.data.source}" does not have',
+            "set validation.held_out_root to a prepared dataset, or remove dataset_samples",
+        )
     if job.validation.use_ema and job.optimizer.ema_decay is None:
         yield Problem(
             "validation.use_ema",

@@ -211,6 +211,9 @@ class ValidationSection(Section):
     """Skip the validation before the first step, which shows the untrained model."""
     samples: Annotated[tuple[ValidationSample, ...], Field(strict=False)] = ()
     """Clips to sample; a guided one costs up to four forwards of the model per sampling step."""
+    dataset_samples: Annotated[int, Field(ge=0)] = 0
+    """Further clips whose caption, size and conditioned parts (first frame, mask, reference, ...) are those of prepared
+    samples, evenly spaced over `held_out_root`, or else over `data.root`."""
     negative_prompt: str | None = None
     """Negative prompt of all samples; unset means the list of defects of the released pipelines."""
     video_dims: Dims = (960, 544, 89)
@@ -234,8 +237,8 @@ class ValidationSection(Section):
     0 skips that pass."""
     audio_stg_scale: NonNegative = 1.0
     """Spatio-temporal guidance scale of the audio."""
-    stg_blocks: Annotated[tuple[int, ...], Field(strict=False)] | Literal["all"] = (28,)
-    """Blocks whose self-attention that pass skips: [29] for LTX-2, [28] for later models."""
+    stg_blocks: Annotated[tuple[int, ...], Field(strict=False)] | Literal["all"] | None = None
+    """Blocks whose self-attention that pass skips: [29] for LTX-2; unset means [28], or the last of a small model."""
     guidance_rescale: Fraction = 0.7
     """Rescales the standard deviation of a guided prediction towards that of the conditional one; 0 disables it."""
     video_modality_guidance_scale: GuidanceScale = 3.0
@@ -280,8 +283,10 @@ class ValidationSection(Section):
         # Unset values depend on the job's streams; only an explicit pair of false is known to be wrong here.
         if self.samples and self.generate_video is False and self.generate_audio is False:
             raise ValueError("generate_video and generate_audio are both false; set one to true, or remove samples")
-        if self.interval is not None and not self.samples and self.held_out_root is None:
-            raise ValueError("interval is set, but there is nothing to do; add samples or held_out_root")
+        if self.interval is not None and not (self.samples or self.dataset_samples) and self.held_out_root is None:
+            raise ValueError(
+                "interval is set, but there is nothing to do; add samples, dataset_samples or held_out_root"
+            )
         return self
 
     @field_validator("stg_blocks", mode="before")

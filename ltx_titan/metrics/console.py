@@ -1,11 +1,12 @@
 """One line per logged step on the console, with a progress bar below if it is a terminal."""
 
 import sys
-import time
+from collections.abc import Mapping
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from ltx_titan.metrics.remaining import RemainingTime
 from ltx_titan.metrics.step import StepMetrics
 
 # About a screen, so that the column names stay in sight.
@@ -16,22 +17,25 @@ class Console:
     """Prints steps.
 
     Args:
-        total_steps: last step of the job.
+        total_steps: last step of the run.
         first_step: the step that it resumes from.
+        intervals: steps between interruptions by kind, see `RemainingTime`.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 0) -> None:
+    def __init__(
+        self, total_steps: int, first_step: int = 0, intervals: Mapping[str, int | None] | None = None
+    ) -> None:
         self._total_steps = total_steps
         self._lines = 0
-        self._remaining = RemainingTime(total_steps, first_step)
+        self.remaining = RemainingTime(total_steps, first_step, intervals)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         # A progress bar moves the cursor, which would fill a log file with control characters.
         if sys.stdout.isatty():
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TimeRemainingColumn())
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[left]}"))
             # Soft wrap and no highlighting: rich would otherwise break and color lines that are formatted already.
             self._progress = Progress(*columns, console=RichConsole(highlight=False, soft_wrap=True))
-            self._task = self._progress.add_task("train", total=total_steps, completed=first_step)
+            self._task = self._progress.add_task("train", total=total_steps, completed=first_step, left="")
             self._progress.start()
 
     def step(self, metrics: StepMetrics) -> None:
@@ -39,9 +43,12 @@ class Console:
         if self._lines % _HEADER_EVERY == 0:
             self._print(header())
         self._lines += 1
-        self._print(format_line(metrics, self._total_steps, self._remaining.seconds(metrics.step)))
+        left = duration(self.remaining.seconds(metrics.step))
+        if self.remaining.is_lower_bound(metrics.step) and left != "-":
+            left += "+"
+        self._print(format_line(metrics, self._total_steps, left))
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=metrics.step)
+            self._progress.update(self._task, completed=metrics.step, left=f"{left} left")
 
     def close(self) -> None:
         """Restores the terminal."""
@@ -56,41 +63,16 @@ class Console:
             print(line, flush=True)
 
 
-class RemainingTime:
-    """Time until the last step, from a moving average of wall time per step.
-
-    Validation and checkpoints are included; the compilation in the first steps loses its weight as steps pass.
-    """
-
-    def __init__(self, total_steps: int, first_step: int) -> None:
-        self._total_steps = total_steps
-        # Monotonic, because a clock that is adjusted would give a negative rate.
-        self._last = (first_step, time.monotonic())
-        self._seconds_per_step: float | None = None
-
-    def seconds(self, step: int) -> float | None:
-        """Seconds from `step` to the last step; None before the first step has been timed."""
-        now = time.monotonic()
-        last_step, last_time = self._last
-        if step > last_step:
-            rate = (now - last_time) / (step - last_step)
-            known = self._seconds_per_step
-            self._seconds_per_step = rate if known is None else known + 0.1 * (rate - known)
-            self._last = (step, now)
-        if self._seconds_per_step is None:
-            return None
-        return max(0, self._total_steps - step) * self._seconds_per_step
-
-
 _COLUMNS = (
     ("step", 13),
-    ("loss", 9),
-    ("video", 9),
-    ("audio", 9),
-    ("grad norm", 10),
-    ("lr", 9),
+    ("epoch", 6),
+    ("loss", 8),
+    ("video", 8),
+    ("audio", 8),
+    ("grad norm", 9),
+    ("lr", 8),
     ("s/step", 8),
-    ("tokens/s", 10),
+    ("tokens/s", 9),
     ("TFLOP/s", 8),
     ("MFU", 6),
     ("mem GiB", 8),
@@ -103,10 +85,11 @@ def header() -> str:
     return " ".join(name.rjust(width) for name, width in _COLUMNS)
 
 
-def format_line(metrics: StepMetrics, total_steps: int, seconds_left: float | None) -> str:
-    """A step in columns of fixed width; "-" for a missing value."""
+def format_line(metrics: StepMetrics, total_steps: int, left: str) -> str:
+    """A step in columns of fixed width; "-" for a missing value. `left` is the time until the last step."""
     cells = (
         f"{metrics.step}/{total_steps}",
+        _cell(metrics.extra.get("data/epochs"), ".1f"),
         _cell(metrics.loss, ".4f"),
         _cell(metrics.loss_video, ".4f"),
         _cell(metrics.loss_audio, ".4f"),
@@ -117,7 +100,7 @@ def format_line(metrics: StepMetrics, total_steps: int, seconds_left: float | No
         _cell(metrics.tflops_per_gpu, ".1f"),
         _cell(metrics.mfu, ".1%"),
         _cell(metrics.peak_mem_gib, ".2f"),
-        _duration(seconds_left),
+        left,
     )
     return " ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
 
@@ -126,7 +109,8 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Hours, minutes and seconds; "-" for None."""
     if seconds is None:
         return "-"
     minutes, seconds = divmod(round(seconds), 60)

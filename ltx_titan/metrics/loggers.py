@@ -44,12 +44,13 @@ class MetricsLogger:
 
     Args:
         dump_folder: the job's folder.
-        total_steps: last step of the job, for progress and remaining time.
+        total_steps: last step of the run, for progress and remaining time.
         resumed_step: the step of the checkpoint that training resumes from, 0 for a new run. Later lines of an earlier
             run are dropped, and later points hidden in TensorBoard.
         is_writer: False on all ranks but 0: every method then does nothing.
         tensorboard: whether to write TensorBoard files.
         wandb: run of Weights & Biases, ended by `close`; None without one.
+        intervals: steps between interruptions by kind, for the remaining time; `pause` records them.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class MetricsLogger:
         is_writer: bool = True,
         tensorboard: bool = True,
         wandb: "Run | None" = None,
+        intervals: Mapping[str, int | None] | None = None,
     ) -> None:
         self.tensorboard: SummaryWriter | None = None
         self.wandb = wandb
@@ -74,7 +76,7 @@ class MetricsLogger:
         # Before the file is opened: the rewrite replaces it, and an earlier handle would append to the old one.
         drop_later_lines(path, resumed_step)
         self._file = path.open("a")
-        self._console = Console(total_steps, resumed_step)
+        self._console = Console(total_steps, resumed_step, intervals)
         if tensorboard:
             # The event files of the earlier run stay; TensorBoard hides their points from this step on.
             self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=resumed_step + 1)
@@ -97,6 +99,11 @@ class MetricsLogger:
         shown = {_TAGS.get(name, name): value for name, value in values.items() if name != "step" and value is not None}
         self.show(shown, metrics.step)
         self._console.step(metrics)
+
+    def pause(self, kind: str, seconds: float) -> None:
+        """Records an interruption of training, such as a validation, for the remaining time."""
+        if self._console is not None:
+            self._console.remaining.pause(kind, seconds)
 
     def show(self, scalars: Mapping[str, float], step: int) -> None:
         """Adds scalars to TensorBoard and W&B only, such as those of step 0, for which `metrics.jsonl` has no line."""

@@ -41,6 +41,7 @@ def summarize_run(folder: Path, *, title: str, files: Mapping[str, Path | None])
             "" if key == "loss" else " with such a loss",
         )
     own = {
+        "report": folder / "report.html",
         "loss curve": curve,
         "metrics": metrics,
         "tensorboard": folder / "tensorboard",

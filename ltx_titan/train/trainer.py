@@ -8,6 +8,7 @@ device, shards it, loads this rank's slices and resumes. `Trainer.train` loops; 
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ from ltx_titan.train.report import StepReport
 from ltx_titan.train.saves import Saves
 from ltx_titan.train.skipped import SkippedSteps
 from ltx_titan.train.step import GradNorms, TrainStep
+from ltx_titan.validation.report import RunReport
 from ltx_titan.validation.training import TrainingValidation
 
 if TYPE_CHECKING:
@@ -118,11 +120,16 @@ class Trainer:
             write_text(plan.folder / "job.toml", redacted(dump_job(job)))
         log = MetricsLogger(
             plan.folder,
-            total_steps=job.training.steps,
+            total_steps=plan.last_step,
             resumed_step=self.step,
             is_writer=self.is_main,
             tensorboard=job.metrics.tensorboard,
             wandb=self._start_wandb(),
+            intervals={
+                "validating": job.validation.interval,
+                "saving": job.checkpoint.interval if job.checkpoint.enable else None,
+                "exporting": job.checkpoint.export_interval if plan.exports else None,
+            },
         )
         # Collect garbage at fixed steps: an unsynchronized collection on one rank stalls all others.
         garbage = GarbageCollection(job.training.gc_interval)
@@ -147,14 +154,17 @@ class Trainer:
             rank=dist.get_rank(),
         )
         clock = StepClock(self.device)
+        prompts = [] if self.validation is None else self.validation.prompts
+        page = RunReport(job, plan.last_step, prompts, is_writer=self.is_main)
         self.heartbeat.step(self.step)
         self.watch.enter(self.step + 1, "loading")
         try:
             with loader, profiling as before_step:
                 sums = Sums(self.device)
                 if self.step == 0 and not job.validation.skip_initial_validation:
-                    with clock.paused(), self._in_phase("validating"):
+                    with clock.paused(), self._in_phase("validating", log):
                         log.show(self._validate(log), step=0)
+                        page.write(0)
                 for batches in loader:
                     before_step(batches.step)
                     self.watch.enter(batches.step, "training")
@@ -168,7 +178,7 @@ class Trainer:
                     validated = {}
                     if _is_due(self.step, job.validation.interval):
                         # Validation is no part of the step time, or the figure would depend on the interval.
-                        with clock.paused(), self._in_phase("validating"):
+                        with clock.paused(), self._in_phase("validating", log):
                             validated = self._validate(log)
                     is_last = self.step == plan.last_step
                     stop, save_failed = self.vote.result()
@@ -181,13 +191,16 @@ class Trainer:
                         # Before the save: it raises if the loss is not finite, so bad weights never replace good ones.
                         self._log(log, sums, grad_norms, clock.lap(), validated)
                         sums = Sums(self.device)
+                    if _is_due(self.step, job.validation.interval):
+                        with clock.paused():
+                            page.write(self.step)  # after the log, which it shows
                     if saves:
-                        with clock.paused(), self._in_phase("saving"):
+                        with clock.paused(), self._in_phase("saving", log):
                             self.saves.save(self.step, self.next_batch)
                             while ends and not self.saves.settle():
                                 self.saves.save(self.step, self.next_batch)
                     if _is_due(self.step, job.checkpoint.export_interval) and not is_last:
-                        with clock.paused(), self._in_phase("exporting"):
+                        with clock.paused(), self._in_phase("exporting", log):
                             self.saves.export(self.step)
                     if stop is not None and not is_last:
                         logger.warning(
@@ -212,6 +225,7 @@ class Trainer:
             logger.warning("%d steps of this run had no token to generate and learned nothing", idle_steps)
         if self.is_main:
             files = {"checkpoint": latest_complete(self.saves.folder), "export": export}
+            page.write(self.step, export)
             summarize_run(plan.folder, title=job.job.description or str(plan.folder), files=files)
 
     def _validate(self, log: MetricsLogger) -> dict[str, float]:
@@ -230,10 +244,13 @@ class Trainer:
         )
 
     @contextmanager
-    def _in_phase(self, phase: Phase) -> Iterator[None]:
+    def _in_phase(self, phase: Phase, log: MetricsLogger | None = None) -> Iterator[None]:
         self.watch.enter(self.step, phase)
+        started = time.monotonic()
         with self.heartbeat.phase(phase):
             yield
+        if log is not None:
+            log.pause(phase, time.monotonic() - started)
 
     def _start_wandb(self) -> "Run | None":
         if not self.is_main or self.job.metrics.wandb == "off":
@@ -255,6 +272,9 @@ class Trainer:
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite.
         """
+        # As drawn from the data: with skipped updates, too, and over all runs of a resumed job.
+        seen = self.next_batch * self.plan.batches.global_batch_size
+        drawn = {"data/samples": seen, "data/epochs": seen / len(self.plan.dataset)}
         not_finite = self.report.log(
             log,
             self.step,
@@ -263,7 +283,7 @@ class Trainer:
             elapsed_s=elapsed_s,
             lr=self.train_step.learning_rate(self.step),
             graph_bytes=self.train_step.micro_step.peak_bytes,
-            extra=validated | self.saves.take_figures(),
+            extra=validated | drawn | self.saves.take_figures(),
         )
         if not_finite is not None:
             raise self.saves.not_finite(self.step, not_finite)

@@ -21,6 +21,8 @@ from ltx_titan.config.validation import (
 )
 from ltx_titan.diffusion import distilled_schedule
 
+_STG_BLOCK = 28
+
 
 def check_validation(
     section: ValidationSection,
@@ -53,6 +55,13 @@ def check_validation(
         raise ValueError("\n".join(problems))
 
 
+def with_stg_blocks(section: ValidationSection, num_blocks: int) -> ValidationSection:
+    """Fills in an unset `stg_blocks`: that of the released pipelines for LTX-2.3, or the last one of a small model."""
+    if section.stg_blocks is not None:
+        return section
+    return section.model_copy(update={"stg_blocks": (min(_STG_BLOCK, num_blocks - 1),)})
+
+
 def generated_streams(
     section: ValidationSection, sample: ValidationSample, has_video: bool, has_audio: bool
 ) -> tuple[str, ...]:
@@ -73,8 +82,10 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
                 f"or add a [{name}] section."
             )
     # A block beyond the model is skipped nowhere: STG would subtract a prediction from itself.
-    if section.samples and (section.video_stg_scale or section.audio_stg_scale) and section.stg_blocks != "all":
-        beyond = [block for block in section.stg_blocks if not 0 <= block < num_blocks]
+    has_samples = bool(section.samples or section.dataset_samples)
+    blocks = section.stg_blocks
+    if has_samples and (section.video_stg_scale or section.audio_stg_scale) and isinstance(blocks, tuple):
+        beyond = [block for block in blocks if not 0 <= block < num_blocks]
         if beyond:
             yield (
                 f"validation.stg_blocks has {beyond}, but the model's blocks are 0 to {num_blocks - 1}; choose from "
@@ -88,7 +99,7 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
             "steps; remove it."
         )
     # Unset is fine while all prompts are cached, which the engine finds out; a wrong path is wrong either way.
-    if section.samples and section.text_encoder_path is not None:
+    if has_samples and section.text_encoder_path is not None:
         # Here, because it imports transformers and diffusers: 5 s that a job without validation saves on every rank.
         from ltx_titan.codecs import text_encoder_config
 

@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 
 from ltx_titan.codecs import AudioCodec, VideoCodec
-from ltx_titan.conditioning import StreamTokens, audio_steps, conditioned_tokens, video_grid
-from ltx_titan.config.streams import SpatialCrop
+from ltx_titan.conditioning import (
+    Batch,
+    FlexibleStrategy,
+    StreamTokens,
+    audio_steps,
+    conditioned_tokens,
+    latent_grid,
+    video_grid,
+)
+from ltx_titan.conditioning.batch import DEFAULT_FPS
+from ltx_titan.conditioning.conditioned import reference_factors
+from ltx_titan.config.streams import Reference, SpatialCrop
 from ltx_titan.config.validation import (
     AudioToVideo,
     SampleCondition,
@@ -45,6 +55,7 @@ from ltx_titan.validation.start import (
     audio_start,
     condition_frames,
     condition_where,
+    dataset_starts,
     freeze,
     video_start,
     with_audio_reference,
@@ -93,12 +104,15 @@ class EncodedSample:
         audio: tokens of the audio stream.
         reference_frames: frames of the video reference to show next to the result, uint8 [F, H, W, 3], or None.
         reference_temporal_scale: frames of the result per frame of the reference, after the first.
+        reference_latents: latents of a reference that is decoded to be shown, instead of `reference_frames`
+            [1, C, F, H, W], or None.
     """
 
     video: StreamTokens | None
     audio: StreamTokens | None
     reference_frames: Tensor | None = None
     reference_temporal_scale: int = 1
+    reference_latents: Tensor | None = None
 
 
 def needed_encoders(samples: tuple[ValidationSample, ...]) -> tuple[bool, bool]:
@@ -223,6 +237,39 @@ def _with_audio(
             return freeze(audio_start(latents.shape[2]), latents)
     assert isinstance(condition, SampleReference)
     return with_audio_reference(start, _encode_audio(codec, audio, longest_s))
+
+
+def encode_dataset_sample(strategy: FlexibleStrategy, batch: Batch) -> tuple[EncodedSample, ClipShape]:
+    """Conditions a prepared sample as in training, with every condition; nothing is left to encode.
+
+    Args:
+        strategy: of the job.
+        batch: one sample on the host, with text contexts.
+
+    Returns:
+        Its streams, and its size.
+
+    Raises:
+        ValueError: the sample does not fit the job.
+    """
+    starts = dataset_starts(strategy, batch)
+    shape, shown, temporal = ClipShape(0, 0, 1, DEFAULT_FPS), None, 1
+    if strategy.video is not None:
+        time, vertical, horizontal = strategy.scale_factors
+        grid = starts["video"].target.grid
+        fps = batch["video_latents"].get("fps")
+        shape = ClipShape(
+            grid.width * horizontal,
+            grid.height * vertical,
+            (grid.frames - 1) * time + 1,
+            DEFAULT_FPS if fps is None else float(fps[0]),
+        )
+        for condition in strategy.video.conditions:
+            if isinstance(condition, Reference):
+                shown = batch[condition.latents_dir]["latents"].float()
+                _, temporal = reference_factors(grid, latent_grid(shown))
+                break  # one fits next to the result
+    return EncodedSample(starts.get("video"), starts.get("audio"), None, temporal, shown), shape
 
 
 def _encode(codec: VideoCodec, pixels: Tensor) -> Tensor:

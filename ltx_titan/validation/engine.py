@@ -10,9 +10,9 @@ gathers the previews of all groups.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.config.validation import ValidationSample, ValidationSection
 from ltx_titan.diffusion import StepReport
 from ltx_titan.model import TransformerConfig
-from ltx_titan.validation.check import check_validation, generated_streams
+from ltx_titan.validation.check import check_validation, generated_streams, with_stg_blocks
 from ltx_titan.validation.decode import (
     DecodedSample,
     Decoders,
@@ -78,26 +78,65 @@ class SampledFile:
 
 
 @dataclass(frozen=True)
+class DatasetSample:
+    """A sample whose conditions and caption come from prepared data.
+
+    Attributes:
+        title: its name.
+        encoded: starts of its streams.
+        shape: its size.
+        contexts: contexts of its caption for video and audio [1, T, D].
+    """
+
+    title: str
+    encoded: EncodedSample
+    shape: ClipShape
+    contexts: PromptContext
+
+
+@dataclass(frozen=True)
 class Validation:
     """The prepared samples of a job; those of other groups are None.
 
     Attributes:
         section: the job's `[validation]`.
+        titles: prompts of all samples; names of samples that come from a dataset.
         samples: initial latents and contexts.
         encoded: encoded conditions, with the frames of references that are shown next to results.
         shapes: sizes of all samples, those of other groups too.
+        negative: contexts of the negative prompt for video and audio; None without one.
         files: files of the decoders.
         device: device of the model.
         groups: distribution of the samples over data-parallel groups.
     """
 
     section: ValidationSection
+    titles: tuple[str, ...]
     samples: tuple[PreparedSample | None, ...]
     encoded: tuple[EncodedSample | None, ...]
     shapes: tuple[ClipShape, ...]
+    negative: PromptContext | None
     files: CodecFiles
     device: torch.device | str
     groups: SampleGroups
+
+    def with_dataset_samples(self, found: Sequence["DatasetSample"]) -> Self:
+        """Appends samples whose conditions come from prepared data; every rank passes the same ones."""
+        samples: list[PreparedSample | None] = list(self.samples)
+        encoded: list[EncodedSample | None] = list(self.encoded)
+        for sample in found:
+            is_own = len(samples) % self.groups.size == self.groups.rank
+            contexts = Contexts(*sample.contexts, *(self.negative or (None, None)))
+            streams = sample.encoded.video, sample.encoded.audio
+            samples.append(PreparedSample(*streams, contexts, self.section.seed) if is_own else None)
+            encoded.append(sample.encoded if is_own else None)
+        return replace(
+            self,
+            titles=(*self.titles, *(sample.title for sample in found)),
+            samples=tuple(samples),
+            encoded=tuple(encoded),
+            shapes=(*self.shapes, *(sample.shape for sample in found)),
+        )
 
     def run(
         self,
@@ -177,16 +216,20 @@ class Validation:
         return written
 
     def _write_one(self, index: int, latents: SampledLatents, decoders: Decoders, folder: str | Path) -> SampledFile:
-        sample, shape, encoded = self.section.samples[index], self.shapes[index], self.encoded[index]
-        decoded = decode_sample(latents, decoders, self.section.seed_of(sample))
-        if encoded is not None and encoded.reference_frames is not None and decoded.frames is not None:
-            frames = side_by_side(encoded.reference_frames, decoded.frames, encoded.reference_temporal_scale)
+        sample, shape, encoded = self.samples[index], self.shapes[index], self.encoded[index]
+        assert sample is not None and encoded is not None, f"sample {index} was sampled by another group"
+        decoded = decode_sample(latents, decoders, sample.seed)
+        reference = encoded.reference_frames
+        if encoded.reference_latents is not None:
+            reference = decode_sample(SampledLatents(encoded.reference_latents, None), decoders, sample.seed).frames
+        if reference is not None and decoded.frames is not None:
+            frames = side_by_side(reference, decoded.frames, encoded.reference_temporal_scale)
             decoded = DecodedSample(frames, decoded.audio)
         path = write_sample(folder, f"sample-{index + 1:02d}", decoded, shape.fps)
-        return SampledFile(index, sample.prompt, path, make_preview(decoded, shape.fps))
+        return SampledFile(index, self.titles[index], path, make_preview(decoded, shape.fps))
 
     def _announce(self, index: int) -> None:
-        logger.info("sampling %d of %d: %s", index + 1, len(self.samples), self.section.samples[index].prompt)
+        logger.info("sampling %d of %d: %s", index + 1, len(self.samples), self.titles[index])
 
 
 def prepare_validation(
@@ -227,6 +270,7 @@ def prepare_validation(
         num_blocks=architecture.num_layers,
         scale_factors=factors,
     )
+    section = with_stg_blocks(section, architecture.num_layers)
     files = CodecFiles(Path(section.video_vae_path or checkpoint_path), Path(section.audio_vae_path or checkpoint_path))
     shapes = tuple(ClipShape(*section.dims_of(sample), section.frame_rate) for sample in section.samples)
     # Prompts before codecs, so that the text encoder has the device to itself. All groups take part: rank 0 encodes for
@@ -255,7 +299,18 @@ def prepare_validation(
     # Freed here: in training the model is loaded next and needs the memory.
     del encoders
     free_device_memory()
-    return Validation(section, tuple(samples), tuple(encoded), shapes, files, device, groups)
+    negative = _negative_prompt(section)
+    return Validation(
+        section,
+        tuple(sample.prompt for sample in section.samples),
+        tuple(samples),
+        tuple(encoded),
+        shapes,
+        None if negative is None else known[negative],
+        files,
+        device,
+        groups,
+    )
 
 
 def _streams(section: ValidationSection, sample: ValidationSample, has_video: bool, has_audio: bool) -> tuple[str, ...]:
@@ -283,8 +338,7 @@ def _contexts(
     negative = _negative_prompt(section)
     wanted = [sample.prompt for sample in section.samples] + ([] if negative is None else [negative])
     missing = [prompt for prompt in wanted if prompt not in known]
-    # A job that only computes held-out losses has no prompt and needs no text encoder.
-    if section.samples and missing:
+    if missing:
         known |= prompt_contexts(
             missing,
             checkpoint_path=checkpoint_path,

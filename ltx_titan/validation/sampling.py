@@ -87,7 +87,7 @@ class SampledLatents:
 
 def guidance_of(section: ValidationSection) -> tuple[Guidance, Guidance]:
     """Guidance of the video and of the audio stream."""
-    blocks = None if section.stg_blocks == "all" else section.stg_blocks
+    blocks = section.stg_blocks if isinstance(section.stg_blocks, tuple) else None
     video = Guidance(
         cfg_scale=section.video_cfg_scale,
         stg_scale=section.video_stg_scale,

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ltx_titan.conditioning import (
+    Batch,
     Clip,
+    FlexibleStrategy,
     Grid,
     StreamTokens,
     audio_coordinates,
@@ -54,6 +56,30 @@ def video_start(
 def audio_start(steps: int, *, width: int = AUDIO_CHANNELS * AUDIO_BINS) -> StreamTokens:
     """Creates audio of `steps` latent steps that is generated entirely, in tokens of `width` channels."""
     return _empty(Clip(torch.zeros(1, steps, width), Grid(steps, 1, 1), audio_coordinates(steps, 1)))
+
+
+def dataset_starts(strategy: FlexibleStrategy, batch: Batch) -> dict[str, StreamTokens]:
+    """Creates the streams of a prepared sample, conditioned as in training when all conditions fire.
+
+    Args:
+        strategy: of the job.
+        batch: one sample on the host, with text contexts.
+
+    Raises:
+        ValueError: the sample does not fit the job; see `FlexibleStrategy.prepare`.
+    """
+    starts = {}
+    for name, tokens in strategy.clean_streams(batch).items():
+        target, conditioned = tokens.target, tokens.conditioned
+        if conditioned is None:
+            conditioned = torch.zeros(target.tokens.shape[:2], dtype=torch.bool)
+        if not tokens.is_frozen:
+            # What is to be generated must not be seen, not even by mistake.
+            known = torch.where(conditioned[:, :, None], target.tokens, torch.zeros_like(target.tokens))
+            target = target._replace(tokens=known)
+        # References are appended when sampling, see `StreamTokens`.
+        starts[name] = replace(tokens, target=target, conditioned=conditioned, references_first=False)
+    return starts
 
 
 def freeze(tokens: StreamTokens, latents: Tensor) -> StreamTokens:

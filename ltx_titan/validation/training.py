@@ -4,27 +4,32 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from ltx_titan.common.tensors import COMPUTE_DTYPES
+from ltx_titan.common.progress import ProgressLog
+from ltx_titan.common.tensors import COMPUTE_DTYPES, evenly_spaced
 from ltx_titan.conditioning import Batch, to_contexts
+from ltx_titan.config import ValidationSection
 from ltx_titan.data import PrecomputedDataset
 from ltx_titan.model import TextConnectors, TransformerConfig
 from ltx_titan.optim import EMA, Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import allow_graphs
-from ltx_titan.plan import Plan
+from ltx_titan.plan import Dataset, Plan
 from ltx_titan.validation.check import check_validation
 from ltx_titan.validation.held_out import as_batch, held_out_losses
-from ltx_titan.validation.sampling import SampleGroups
+from ltx_titan.validation.sampling import SampleGroups, guidance_of, schedule_of
 
 if TYPE_CHECKING:
     from wandb import Run
+
+    from ltx_titan.validation.engine import DatasetSample
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +57,9 @@ class TrainingValidation:
             is_first=data.get_local_rank("cp") == 0 and data.get_local_rank("tp") == 0,
         )
         self.sampler = None
-        if self.section.samples:
+        root = self.section.held_out_root
+        self.held_out = None if root is None else PrecomputedDataset(root, plan.strategy.sources)
+        if self.section.samples or self.section.dataset_samples:
             # Imported here: it loads diffusers and transformers, which a job without samples does not need.
             from ltx_titan.validation.engine import prepare_validation
 
@@ -66,10 +73,41 @@ class TrainingValidation:
                 cache_folder=plan.folder / _CACHE,
                 groups=self.groups,
             )
-        root = self.section.held_out_root
-        self.held_out = None if root is None else PrecomputedDataset(root, plan.strategy.sources)
+        self.from_dataset = self._chosen_samples()
         if self.held_out is not None and plan.job.compile.enable:
             allow_graphs(len({self.held_out.shape_key(index) for index in range(len(self.held_out))}))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts of the samples, or the names of those from the dataset, in order."""
+        return (*(sample.prompt for sample in self.section.samples), *self.from_dataset.values())
+
+    def _chosen_samples(self) -> dict[int, str]:
+        """Indices and titles of `dataset_samples`."""
+        dataset = self._dataset
+        chosen = evenly_spaced(len(dataset), self.section.dataset_samples)
+        return {index: f"{PurePath(dataset.name(index)).with_suffix('')}, with its own caption" for index in chosen}
+
+    @property
+    def _dataset(self) -> Dataset:
+        return self.plan.dataset if self.held_out is None else self.held_out
+
+    def _read_dataset_samples(self, connectors: TextConnectors | None) -> list["DatasetSample"]:
+        """Reads `dataset_samples`; a collective call, since the connectors are sharded."""
+        # Imported here, as above.
+        from ltx_titan.validation.encode import encode_dataset_sample
+        from ltx_titan.validation.engine import DatasetSample
+
+        dtype, strategy = COMPUTE_DTYPES[self.plan.job.training.dtype], self.plan.strategy
+        found = []
+        for index, title in self.from_dataset.items():
+            batch = dict(as_batch(self._dataset.load(index), "cpu"))
+            on_device = {name: value.to(self.device) for name, value in batch["conditions"].items()}
+            text = {name: value.cpu() for name, value in to_contexts(on_device, connectors, dtype).items()}
+            encoded, shape = encode_dataset_sample(strategy, {**batch, "conditions": text})
+            contexts = text["video_prompt_embeds"], text.get("audio_prompt_embeds", text["video_prompt_embeds"])
+            found.append(DatasetSample(title, encoded, shape, contexts))
+        return found
 
     def run(
         self,
@@ -99,6 +137,11 @@ class TrainingValidation:
         started = time.perf_counter()
         folder = self.plan.folder / "samples" / f"step-{step}"
         if self.sampler is not None:
+            if len(self.sampler.titles) < len(self.prompts):
+                # At the first validation, because the connectors are loaded after the model.
+                self.sampler = self.sampler.with_dataset_samples(self._read_dataset_samples(connectors))
+            own = sum(sample is not None for sample in self.sampler.samples)
+            progress = ProgressLog("sampling", own * (len(schedule_of(self.section)) - 1), "steps")
             self.sampler.run(
                 model,
                 folder,
@@ -107,6 +150,7 @@ class TrainingValidation:
                 wandb_run=wandb_run,
                 averaged_weights=None if ema is None else lambda: self._averaged(ema, model),
                 optimizers=optimizers.parts,
+                on_step=lambda _: progress.advance(),
             )
         losses = {}
         if self.held_out is not None:
@@ -160,14 +204,15 @@ def check_validation_files(plan: Plan) -> None:
     section = plan.job.validation
     if section.interval is None:
         return
-    if section.samples and plan.source.path is None:
+    if (section.samples or section.dataset_samples) and plan.source.path is None:
         raise ValueError(
-            'validation.samples: expected a checkpoint with codecs, found model.init = "random"; remove the samples.'
+            'validation.samples: expected a checkpoint with codecs, found model.init = "random"; remove the samples '
+            "(also dataset_samples)."
         )
-    if section.samples and section.text_encoder_path is None and not (plan.folder / _CACHE).is_dir():
+    if _has_prompts(section) and section.text_encoder_path is None and not (plan.folder / _CACHE).is_dir():
         raise ValueError(
             "validation.text_encoder_path is missing: expected the folder of the checkpoint's text encoder, because "
-            "validation.samples have prompts and none is cached; set it."
+            "there are prompts (of validation.samples, or the negative one of guidance) and none is cached; set it."
         )
     if section.held_out_root is not None:
         # Opened and dropped: a missing folder should be an error before any GPU is touched.
@@ -183,3 +228,9 @@ def check_validation_files(plan: Plan) -> None:
         num_blocks=TransformerConfig.from_metadata(plan.source.config["transformer"]).num_layers,
         scale_factors=plan.strategy.scale_factors,
     )
+
+
+def _has_prompts(section: ValidationSection) -> bool:
+    """Whether a text encoder is needed: samples of a dataset have their captions encoded."""
+    has_negative = any(guidance.needs_uncond for guidance in guidance_of(section))
+    return bool(section.samples) or (section.dataset_samples > 0 and has_negative)

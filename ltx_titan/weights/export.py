@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ltx_titan.common.files import atomic_write, sync_folder
+from ltx_titan.common.progress import ProgressLog
 from ltx_titan.common.ranks import agree, is_main_rank
 from ltx_titan.common.tensors import SAFETENSORS_DTYPES
 from ltx_titan.weights.names import TRANSFORMER
@@ -86,6 +87,7 @@ def export_safetensors(path: str | Path, tensors: Iterable[ExportTensor], metada
             except (OSError, ValueError) as failure:
                 error = failure
         agree(error, what)
+        progress = ProgressLog(f"writing {path.name}", sum(tensor.num_bytes for tensor in tensors), "GiB")
         for index, tensor in enumerate(tensors):
             full = _gather(tensor)
             if file is not None and error is None:
@@ -95,6 +97,7 @@ def export_safetensors(path: str | Path, tensors: Iterable[ExportTensor], metada
                     error = failure
             # Freed before the next gather, or two full tensors would be on the device.
             del full
+            progress.advance(tensor.num_bytes)
             if (index + 1) % _TENSORS_PER_CHECK == 0:
                 agree(error, what)
         agree(error, what)

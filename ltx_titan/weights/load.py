@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ltx_titan.common.progress import ProgressLog
 from ltx_titan.model import TextConnectors
 from ltx_titan.weights.metadata import CheckpointMetadata, ModelSource, read_metadata
 from ltx_titan.weights.names import CONNECTORS, TRANSFORMER, Component, listed
@@ -194,13 +195,16 @@ def copy_weights(path: str | Path, weights: Mapping[str, StoredWeight], targets:
         weights: from `match_weights`.
         targets: plain tensors or DTensors.
     """
+    boxes = {name: local_box(targets[name]) for name in weights}
+    progress = ProgressLog(f"reading {Path(path).name}", sum(local.nbytes for local, _ in boxes.values()), "GiB")
     with safe_open(path, framework="pt", device="cpu") as file:
         # In file order: each rank then walks through the pages once, forwards.
         for name, weight in sorted(weights.items(), key=lambda item: item[1].start):
-            local, box = local_box(targets[name])
+            local, box = boxes[name]
             # FSDP2 gives ranks an empty shard if a dimension is smaller than the mesh.
             if local.numel() > 0:
                 local.copy_(weight.read(file, box, local.device))
+                progress.advance(local.nbytes)
     refuse_not_finite(path, targets)
 
 

@@ -56,6 +56,7 @@ def error_of(**sections):
         ({"activation_checkpoint": {"mode": "every_k"}}, ["activation_checkpoint.k is missing"]),
         ({"checkpoint": {"keep_last": 0}}, ["checkpoint.keep_last = 0"]),
         ({"profiling": {"trace_start": 2001}}, ["profiling.trace_start = 2001"]),
+        ({"validation": {"dataset_samples": 2}}, ["validation.dataset_samples = 2", "synthetic", "held_out_root"]),
         ({"validation": {"use_ema": True}}, ["validation.use_ema = true", "optimizer.ema_decay"]),
         (
             {"model": BASE["model"] | {"mode": "lora"}, "lora": {"dora": True}},

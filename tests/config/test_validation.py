@@ -5,7 +5,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from ltx_titan.config import ValidationSection
-from ltx_titan.validation import check_validation
+from ltx_titan.validation.check import check_validation, with_stg_blocks
 
 SHAPES = {"has_video": True, "has_audio": True, "num_blocks": 48, "scale_factors": (8, 32, 32)}
 
@@ -144,3 +144,10 @@ def test_a_model_of_one_stream_samples_that_stream_by_default(clip):
     check_validation(section(stg_blocks=[0]), **(SHAPES | {"has_audio": False}))
     found = problems(section({"type": "audio_to_video", "audio": clip}), has_audio=False)
     assert "conditions the audio, but the model is built without it" in found
+
+
+@pytest.mark.parametrize(("num_blocks", "blocks"), [(48, (28,)), (4, (3,))])
+def test_guidance_skips_a_block_that_the_model_has(num_blocks, blocks):
+    unset = section()
+    assert with_stg_blocks(unset, num_blocks).stg_blocks == blocks
+    assert with_stg_blocks(section(stg_blocks=[2]), num_blocks).stg_blocks == (2,)

@@ -18,6 +18,7 @@ from ltx_titan.common.options import parse_options
 from ltx_titan.media import probe_video, read_audio
 from ltx_titan.train import main
 from tests.jobs import NO_CHECKPOINTS, read_run, small_validation, train, write_job
+from tests.validation.test_report import Page
 from tests.wandb_records import history, run_folders
 
 CLIP = str(Path(ltx_titan.__file__).parent / "assets" / "big_buck_bunny_5s.mp4")
@@ -121,6 +122,17 @@ def test_clips_audio_and_frames_are_in_wandb_with_prompt_and_step(single):
     assert probe_video(run / "files" / clips[2]["sample-02/video.path"]).frames == 17
     assert "sample-03/video.path" not in clips[2]
     assert [row["loss/total"] for row in rows if "loss/total" in row] == [line["loss"] for line in read_run(single)]
+
+
+def test_the_report_of_a_run_has_its_clips_prompts_curves_job_and_use(single):
+    page = Page((single.parent / "run/report.html").read_text(encoding="utf-8"))
+    assert len(page.sources("video")) == 6  # two clips with audio, before training and after both steps
+    assert len(page.sources("img")) == 3
+    assert all(source.startswith("data:") for source in page.loaded())
+    for shown in ("a rabbit", "a hill", "a tree", "before training", "step 1", "step 2", "stg_blocks"):
+        assert shown in page.text
+    assert "transformer-step-2.safetensors" in page.text
+    assert "Held-out loss" in page.text
 
 
 def test_inference_with_the_export_makes_the_clips_of_the_last_validation(single, tmp_path):
