@@ -150,7 +150,7 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
 def _recomputed(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, ...]:
     """Seconds of recomputation of an average block: matmul, attention, memory-bound."""
     once, _ = _compute(work, setup, gpu)
-    parts = (0.0, 0.0, 0.0)
+    parts: tuple[float, ...] = (0.0, 0.0, 0.0)
     for level, blocks in setup.level_shares().items():
         shares = _recomputed_shares(level, setup.degrees.tp)
         parts = tuple(part + blocks * share for part, share in zip(parts, shares, strict=True))

@@ -55,7 +55,8 @@ def apply_selective_checkpointing(blocks: nn.ModuleList, levels: Sequence[Level]
         levels: of each block; "full" and "none" leave it as it is. None: every block is `selective`.
         tp: degree of tensor parallelism.
     """
-    levels = ("selective",) * len(blocks) if levels is None else levels
+    if levels is None:
+        levels = ["selective"] * len(blocks)
     # One object for all blocks of a level: compiled blocks share their code, which is guarded by it.
     contexts = {
         level: partial(create_selective_checkpoint_contexts, partial(_policy, level, tp == 1)) for level in set(levels)
