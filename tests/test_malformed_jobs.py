@@ -166,6 +166,7 @@ VALUES = rows(
     ("recompute unknown", {"activation_checkpoint.mode": "all"}, ("activation_checkpoint.mode", "full")),
     ("every_k without k", {"activation_checkpoint.mode": "every_k"}, ("activation_checkpoint.k is missing", "set it")),
     ("k without every_k", {"activation_checkpoint.k": 2}, ("activation_checkpoint.k", "remove it")),
+    ("budget without its mode", {"activation_checkpoint.memory_gib": 8.0}, ("activation_checkpoint.memory_gib", "budget")),
     ("float8 recipe", {"float8.recipe": "fp8"}, ("float8.recipe", "rowwise")),
     ("float8 all_gather alone", {"float8.all_gather": True}, ("float8.all_gather", "float8.recipe")),
     ("float8 all_gather rowwise", {"float8.all_gather": True, "float8.recipe": "rowwise"}, ("float8.all_gather", "tensorwise")),

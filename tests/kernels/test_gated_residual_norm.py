@@ -56,6 +56,21 @@ def test_equals_the_reference(batch, tokens, k, gate_timesteps, width, norms, dt
     compare(_of(gated_residual_norm, index, norms), _of(reference, index, norms), leaves, generator, roundings=2)
 
 
+def test_a_frozen_gate_saves_nothing_of_what_it_scales():
+    leaves, _, _ = _case(2, 7, 1, 64, FLOAT32)
+    x, y, gate, table = (leaves[name] for name in ("x", "y", "gate", "table"))
+    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+    saved = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.data_ptr()) or t, lambda t: t):
+        result = gated_residual(x, y, (gate.detach(), table[4].detach()), None)
+    assert y.data_ptr() not in saved
+    expected = gated_residual(x, y, (gate.detach().requires_grad_(), table[4].detach()), None)
+    torch.testing.assert_close(result, expected)
+    weights = torch.arange(64.0, device=x.device)
+    gradients = (torch.autograd.grad((r * weights).sum(), (x, y)) for r in (result, expected))
+    torch.testing.assert_close(*gradients)
+
+
 def test_strided_tokens_and_gradients():
     leaves, index, generator = _case(2, 10, 2, 64, FLOAT32)
 
