@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from ltx_titan.common.hardware import GIB, GPUS
-from ltx_titan.config import JobConfig, build_job, read_tables
+from ltx_titan.config import JobConfig, ValidationSection, build_job, read_tables
 from ltx_titan.config.streams import Reference
 from ltx_titan.diffusion.guidance import Guidance
 from ltx_titan.estimate.placeholders import add_placeholders
 from ltx_titan.estimate.prediction import estimate
-from ltx_titan.estimate.workload import Workload, make_setup, make_workload
+from ltx_titan.memory.budget import with_levels
+from ltx_titan.memory.workload import Workload, make_setup, make_workload
 from ltx_titan.model.flops import layer_flops
 from ltx_titan.plan import Plan, plan_job
 from ltx_titan.validation.sampling import guidance_of, schedule_of
@@ -27,26 +28,32 @@ LINE = re.compile(
 )
 
 
-def planned(name: str, gpus: int, clip: tuple[int, int, int]) -> Plan:
-    """The recipe on placeholders for checkpoint and data."""
+def planned(name: str, gpus: int, clip: tuple[int, int, int]) -> tuple[Plan, ValidationSection]:
+    """The recipe on placeholders for checkpoint and data, which leave out its validation."""
     with tempfile.TemporaryDirectory() as folder:
         path = CONFIGS / f"{name}.toml"
         tables, origins = read_tables(path, [])
+        validation = {**tables["validation"]}
+        assert validation.pop("text_encoder_path")
         add_placeholders(tables, Path(folder), clip=clip)
-        return plan_job(build_job(tables, str(path), origins), gpus)
+        section = build_job({**tables, "validation": validation}, str(path), origins).validation
+        return plan_job(build_job(tables, str(path), origins), gpus), section
 
 
 def estimated_line(job: JobConfig, work: Workload, plan: Plan, gpu: str, clip: str) -> str:
     """The comment about memory and time, from the project's own estimate."""
     degrees = plan.degrees
     gpus = degrees.dp * degrees.cp * degrees.tp
-    found = estimate(work, make_setup(job, degrees, gpu), GPUS[gpu])
+    memory = GPUS[gpu].memory
+    setup = with_levels(work, make_setup(job, degrees, gpu), job.activation_checkpoint.memory_gib, memory)
+    found = estimate(work, setup, GPUS[gpu])
     batch, steps = job.training.global_batch_size, job.training.steps
+    minutes = max(1, round(found.step_time_s * steps / 60))
     clips = "clip" if batch == 1 else "clips"
     return (
         f"# Estimated by `ltx-titan estimate --gpus {gpus} --gpu {gpu}`, not measured: "
         f"{found.memory.needed / GIB:.0f} GiB per GPU, {found.step_time_s:.2g} s per step of {batch} {clips} of\n"
-        f"#   {clip}, MFU {found.mfu:.0%}, {found.step_time_s * steps / 60:.0f} min for {steps} steps.\n"
+        f"#   {clip}, MFU {found.mfu:.0%}, {minutes} min for {steps} steps.\n"
     )
 
 
@@ -57,9 +64,8 @@ def forward_flops(work: Workload, passes: float) -> float:
     return passes * (flops.linear / (3 if work.trained == "full" else 2) + flops.attention / 3)
 
 
-def sampling_share(job: JobConfig, work: Workload) -> float:
+def sampling_share(job: JobConfig, validation: ValidationSection, work: Workload) -> float:
     """FLOPs of a validation's sampling over those of the training steps between two validations."""
-    validation = job.validation
     sections = zip(guidance_of(validation), (job.video, job.audio), strict=True)
     streams = [guidance for guidance, section in sections if section is not None]
     both = job.video is not None and job.audio is not None
@@ -87,16 +93,15 @@ def test_a_recipe_validates_cheaply_and_states_the_estimated_memory_and_time(nam
     stated = LINE.search(text)
     assert stated, "the comment about estimated memory and time is missing"
     width, height, frames = (int(size) for size in stated["clip"].split("x"))
-    plan = planned(name, int(stated["gpus"]), (width, height, frames))
-    job, work = plan.job, make_workload(plan)
-    assert stated[0] == estimated_line(job, work, plan, stated["gpu"], stated["clip"])
+    plan, validation = planned(name, int(stated["gpus"]), (width, height, frames))
+    work = make_workload(plan)
+    assert stated[0] == estimated_line(plan.job, work, plan, stated["gpu"], stated["clip"])
 
-    validation = job.validation
+    job = plan.job
     assert validation.interval is not None
     assert job.training.steps % validation.interval == 0
     assert validation.samples or validation.dataset_samples
-    assert validation.text_encoder_path is not None
-    assert sampling_share(job, work) < 0.08  # the rest of the tenth is for loading decoders and decoding
+    assert sampling_share(job, validation, work) < 0.08  # the rest of the tenth is for loading decoders and decoding
     assert bool(validation.dataset_samples) == any(kind in name for kind in CONDITIONED)
     assert job.compile.enable
     has_reference = any(

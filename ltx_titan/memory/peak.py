@@ -218,6 +218,8 @@ def _activations(work: Workload, setup: Setup) -> tuple[float, float]:
 
 def saved_by_levels(work: Workload, setup: Setup) -> float:
     """Bytes that autograd saves of all blocks under `budget`, at the setup's levels."""
+    # Without this, a setup that nobody chose levels for would need no memory at all.
+    assert len(setup.levels) == work.num_layers, f"budget: {len(setup.levels)} levels for {work.num_layers} blocks"
     counts = Counter(setup.levels)
     return sum(count * saved_per_block(work, setup, level) for level, count in counts.items())
 
