@@ -38,7 +38,7 @@ _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Partials are added in blocks of this many programs and columns. Narrow columns: there must be enough blocks to fill
 # the device, and each should load all its slots at once.
 _SUM_PROGRAMS = 64
-_SUM_WIDTH = 16
+_SUM_WIDTH = 512 if _IS_INTERPRETED else 16  # the interpreter runs one program after the other
 
 
 @dataclass(frozen=True)
