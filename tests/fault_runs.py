@@ -56,8 +56,10 @@ def _become(main: Callable[[], int | None], stdout: Any, stderr: Any) -> None:
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
-        os.dup2(stdout.fileno(), 1)
-        os.dup2(stderr.fileno(), 2)
+        # None is the launcher's own output, as of rank 0.
+        for number, file in ((1, stdout), (2, stderr)):
+            if file is not None:
+                os.dup2(file.fileno(), number)
         # Otherwise the sockets of the launcher's store would live on with its ranks.
         os.closerange(3, 4096)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)

@@ -59,7 +59,8 @@ class InitOptions:
     """Folder of Gemma, for validation clips."""
 
     prompt: Repeated[str] = ()
-    """Prompt of a validation clip. May be passed several times; without one the job samples no clips."""
+    """Prompt of a validation clip. May be passed several times. Without one the job samples the recipe's clips if
+    --text-encoder is passed, and no clips otherwise."""
 
     size: Annotated[Maybe[str], placeholder("WxHxF")] = None
     """Width, height and frames of validation clips, for example 768x448x89."""
@@ -184,6 +185,10 @@ def _fill(tables: dict[str, Any], options: InitOptions) -> None:
             encoder = options.text_encoder or _ask("--text-encoder", "folder of Gemma, the text encoder")
             validation["text_encoder_path"] = encoder
         validation["samples"] = [{"prompt": prompt} for prompt in prompts]
+    elif options.text_encoder and "validation" in tables:
+        tables["validation"]["text_encoder_path"] = options.text_encoder
+    elif not any(name.startswith("validation.") for name in _overridden(options)):
+        tables.pop("validation", None)  # it cannot run without the text encoder
     if options.size is not None:
         tables.setdefault("validation", {})["video_dims"] = list(parse_size(options.size, "--size"))
 

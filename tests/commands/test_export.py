@@ -29,6 +29,7 @@ def test_a_checkpoint_exports_to_the_bytes_that_training_wrote(
     tmp_path, nano_path, data_root, capsys, settings, ranks, name
 ):
     train(write_job(tmp_path, nano_path, data_root, training__steps=2, **settings), ranks)
+    capsys.readouterr()
     assert main(["export", str(tmp_path / "run/checkpoint/step-2"), str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / name)
     assert (tmp_path / name).read_bytes() == (tmp_path / "run/export" / name).read_bytes()

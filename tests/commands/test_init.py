@@ -22,12 +22,15 @@ def no_terminal(monkeypatch):
 @pytest.mark.parametrize("recipe", [path.stem for path in recipes()])
 def test_every_recipe_survives_with_its_keys(recipe, tmp_path, nano_path, no_terminal, capsys):
     out = tmp_path / "job.toml"
-    data = answers(nano_path, tmp_path, "--recipe", recipe)
+    encoder = str(nano_path.parent / "text_encoder")
+    data = answers(nano_path, tmp_path, "--recipe", recipe, "--text-encoder", encoder)
     assert main(["init", str(out), *data]) == 0
     (path,) = (path for path in recipes() if path.stem == recipe)
     before, after = read_tables(path)[0], read_tables(out)[0]
     before["model"]["checkpoint_path"], before["data"]["root"] = str(nano_path), str(tmp_path)
     before["job"]["dump_folder"] = "outputs/job"
+    if "validation" in before:
+        before["validation"]["text_encoder_path"] = encoder
     assert after == before
     # Keys are explained by the schema; a recipe that is not valid here would not be valid there either.
     lines = out.read_text().splitlines()
