@@ -2,7 +2,7 @@
 
 Reads a trace of torch's profiler. Two times are given for each class: the sum of its kernels, and what of it is
 *exposed*: at every moment the step is attributed to one running class, the first of `CLASSES`, so that a collective
-beside a matmul is hidden and exposed times add up to the time in which the device was busy.
+during a matmul is hidden and exposed times add up to the time in which the device was busy.
 
 Classes follow from kernel names, except the optimizer's and clipping's, which follow from where they were launched:
 `record_function` ranges on the host. Kernels of a replayed CUDA graph have names but no ranges, and need none: forward
@@ -66,7 +66,7 @@ class Share:
 
 @dataclass
 class StepTrace:
-    """What a step was made of.
+    """Parts of a step.
 
     Attributes:
         shares: by class.

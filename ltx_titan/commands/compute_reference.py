@@ -144,7 +144,7 @@ def compute_references(options: ReferenceOptions, console: Console | None = None
 
 
 class References:
-    """What the references next to clips were computed from, recorded in `.references.jsonl` next to the table."""
+    """Inputs of the references next to clips, recorded in `.references.jsonl` next to the table."""
 
     def __init__(self, options: ReferenceOptions) -> None:
         """Reads the records of a table's folder."""

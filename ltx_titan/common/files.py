@@ -186,7 +186,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def describe_free(folder: Path) -> str:
-    """What is free on the disk of a folder, which need not exist yet: bytes, or that no file can be created at all."""
+    """Free bytes on the disk of a folder, which need not exist yet, in words; or that it has no inodes left."""
     free = free_bytes(folder)
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -242,9 +242,9 @@ class ValidationSection(Section):
     guidance_rescale: Fraction = 0.7
     """Rescales the standard deviation of a guided prediction towards that of the conditional one; 0 disables it."""
     video_modality_guidance_scale: GuidanceScale = 3.0
-    """How closely the video follows the audio; 1 skips the pass without cross-modal attention."""
+    """Strength with which the video follows the audio; 1 skips the pass without cross-modal attention."""
     audio_modality_guidance_scale: GuidanceScale = 3.0
-    """How closely the audio follows the video; 1 skips the pass without cross-modal attention."""
+    """Strength with which the audio follows the video; 1 skips the pass without cross-modal attention."""
     generate_video: bool | None = None
     """Unset generates video if the job has a [video] section."""
     generate_audio: bool | None = None

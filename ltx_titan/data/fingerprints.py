@@ -49,7 +49,7 @@ class FileVersion(NamedTuple):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What one sample of a source folder was made of.
+    """Inputs that one sample of a source folder was made from.
 
     Attributes:
         files: role, such as `video` or `video_mask` -> file.

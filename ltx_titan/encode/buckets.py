@@ -37,7 +37,7 @@ class Bucket:
         return 1 - self.width * self.height / (scale**2 * width * height)
 
     def notes(self, width: int, height: int, frames: int) -> tuple[str, ...]:
-        """What a source of this size and length loses, as plural phrases to be counted."""
+        """Losses of a source of this size and length, as plural phrases to be counted."""
         notes = {
             f"clips enlarged more than {MAX_ENLARGEMENT:g} times for their bucket (add a smaller one, or reject them "
             "by --max-enlargement)": self.enlargement(width, height) > MAX_ENLARGEMENT,

@@ -71,7 +71,7 @@ def audio_steps(duration_s: float) -> int:
 
 
 def rate_notes(audio: Audio, codec: AudioCodec) -> list[str]:
-    """What resampling to the rate of the audio VAE cannot restore, as plural phrases to be counted."""
+    """Losses that resampling to the rate of the audio VAE cannot restore, as plural phrases to be counted."""
     rate = codec.mel.sample_rate
     if audio.sample_rate >= rate:
         return []

@@ -69,7 +69,7 @@ class StepGuard:
         return self.in_a_row > self.max_in_a_row
 
     def state_dict(self) -> dict[str, Any]:
-        """What later decisions depend on, for the checkpoint."""
+        """State that later decisions depend on, for the checkpoint."""
         recent = {name: list(values) for name, values in self._recent.items()} if self._spike_factor else {}
         return {"total": self.total, "in_a_row": self.in_a_row, "recent": recent}
 

@@ -25,8 +25,8 @@ import ltx_titan.model.adapted_linear  # noqa: F401  # registers the operation
 from ltx_titan.parallel.offload import ActivationOffload
 
 Level = Literal["full", "selective", "matmuls", "all_matmuls", "none"]
-"""What a block saves under `budget`; each level adds to the one before: inputs, `selective` as above, matmuls that do
-not widen, matmuls that widen, everything."""
+"""Activations that a block saves under `budget`; each level adds to the one before: inputs, `selective` as above,
+matmuls that do not widen, matmuls that widen, everything."""
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 # One name per backend of SDPA, which chooses by device, dtype and torch version.

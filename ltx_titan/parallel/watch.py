@@ -35,7 +35,7 @@ _TIMED_OUT = ("timed out", "timeout")
 
 
 class _Position(NamedTuple):
-    """Where a rank is."""
+    """Position of a rank in the run."""
 
     step: int
     phase: int

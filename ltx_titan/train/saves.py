@@ -158,7 +158,7 @@ class Saves:
         logger.info("checkpoint of step %d %s; training was blocked for %.1f s", step, how, self._blocked_s)
 
     def take_figures(self) -> dict[str, float]:
-        """How long the newest save blocked training, for the next log line; empty if there was none since the last."""
+        """Seconds that the newest save blocked training, for the next log line; empty if there was none since."""
         blocked_s, self._blocked_s = self._blocked_s, None
         return {} if blocked_s is None else {"perf/save_blocked_s": blocked_s}
 

@@ -1,4 +1,4 @@
-"""What an exported checkpoint holds beside the trained weights, and the header that says so.
+"""Contents of an exported checkpoint besides the trained weights, and the header that lists them.
 
 Inference tools take the text connectors from the transformer's file: ComfyUI computes with uninitialized memory where
 they are missing, and ltx-pipelines ends with an error. Tensors that training does not change are therefore copied from

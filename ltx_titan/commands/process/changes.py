@@ -1,4 +1,4 @@
-"""What changed since samples were made: rows compared with the fingerprints of their samples.
+"""Changes since samples were made: rows compared with the fingerprints of their samples.
 
 Files are compared by size and time, and by content where those differ: a copied or touched file is not encoded again.
 What cannot be made again, since its file is gone, is kept. Samples made before fingerprints existed are adopted.
@@ -20,7 +20,7 @@ from ltx_titan.media.tables import SampleRow, relative_name, table_folder
 
 
 class Maker(Protocol):
-    """What is compared of a stage."""
+    """Inputs of a stage that are compared."""
 
     name: str
 
@@ -40,7 +40,7 @@ class Maker(Protocol):
 
 @dataclass(frozen=True)
 class MadeOf:
-    """What a sample is made of, except options, which differ between the folders of a stage."""
+    """Inputs of a sample, except options, which differ between the folders of a stage."""
 
     files: Mapping[str, FileVersion]
     text: str | None
@@ -68,7 +68,7 @@ class Changes:
         return (stage.name, row.key) in self._done
 
     def made_of(self, stage: Maker, row: SampleRow) -> MadeOf:
-        """What a row's samples are made of now, with the content of its files; call it before they are read.
+        """Current inputs of a row's samples, with the content of its files; call it before they are read.
 
         Raises:
             OSError: a file cannot be read.
