@@ -23,8 +23,11 @@ def test_a_machine_and_a_job_in_order(tmp_path, nano_path, data_root, capsys):
     job = write_job(tmp_path, nano_path, data_root, **small_validation(nano_path, samples=[{"prompt": "x"}]))
     assert main(["doctor", str(job)]) == 0
     printed = lines(capsys)
-    for subject in ("python", "memory", "disk", "job", "checkpoint", "data", "validation"):
+    for subject in ("python", "job", "checkpoint", "data", "validation"):
         assert any(line.startswith("ok") and subject in line for line in printed), subject
+    # A busy machine may have little memory, or a slow disk.
+    for subject in ("memory", "disk"):
+        assert any(line.startswith(("ok", "warning")) and subject in line for line in printed), subject
     assert printed[-1].startswith("0 broken")
     # The probe of the disk is removed.
     assert not list(tmp_path.glob(".ltx-titan*"))
