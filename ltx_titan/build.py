@@ -98,8 +98,17 @@ def count_weights(model: nn.Module) -> int:
     return total
 
 
-def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
-    """Builds the job's transformer, adapted and sharded over `mesh`, on the meta device; call `give_storage` next."""
+def shape_transformer(
+    plan: Plan, mesh: Mesh, device: torch.device, levels: tuple[Level, ...] | None = None
+) -> nn.Module:
+    """Builds the job's transformer, adapted and sharded over `mesh`, on the meta device; call `give_storage` next.
+
+    Args:
+        plan: of the job.
+        mesh: of all ranks.
+        device: of this rank.
+        levels: of each block with `activation_checkpoint.mode = "budget"`; None chooses them for the device's memory.
+    """
     job = plan.job
     # Adapters before the parallel plan, which shards, converts and wraps their layers, too.
     model = build_transformer(plan.source, plan.modalities, select_operators(job.kernels.backend, device))
@@ -114,7 +123,7 @@ def shape_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module
         checkpointing=job.activation_checkpoint,
         compiled_shapes=plan.num_shapes if job.compile.enable else None,
         cpu_offload=job.parallelism.cpu_offload,
-        levels=_checkpointing_levels(plan, device),
+        levels=_checkpointing_levels(plan, device) if levels is None else levels,
     )
     return model
 

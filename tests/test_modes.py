@@ -379,7 +379,7 @@ def test_a_mode_learns_and_leaves_clean_tokens_and_frozen_weights_unchanged(name
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.total.item())
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[-1] < 0.7 * losses[0], losses
     parameters = dict(model.named_parameters())
     assert all(parameters[name].grad is None for name in frozen)
     assert all(torch.equal(parameters[name], before) for name, before in frozen.items())

@@ -19,6 +19,7 @@ from ltx_titan.estimate.prediction import Estimate, estimate, search
 from ltx_titan.memory.budget import with_levels
 from ltx_titan.memory.peak import RESERVE, SLACK
 from ltx_titan.memory.workload import Setup, Workload, make_setup, make_workload
+from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.plan import Plan, plan_job
 
 DESCRIPTION = """\
@@ -230,7 +231,7 @@ def _run(options: EstimateOptions, gpu: Gpu, tables: Tables, origins: dict[str, 
     if options.search:
         status = _print_search(work, setup, gpu)
     if options.dry_run and plan is not None:
-        _print_dry_run(plan)
+        _print_dry_run(plan, setup.levels)
     print("\nassumptions")
     print("\n".join(f"  - {line}" for line in [*notes, *assumptions(gpu, setup)]))
     return status
@@ -256,12 +257,12 @@ def _print_search(work: Workload, setup: Setup, gpu: Gpu) -> int:
     return 0
 
 
-def _print_dry_run(plan: Plan) -> None:
+def _print_dry_run(plan: Plan, levels: tuple[Level, ...]) -> None:
     # Imported here: it loads the optimizers and FSDP2, which an estimate alone does not need.
     from ltx_titan.estimate.dry_run import dry_run
 
     degrees = plan.degrees
-    done = dry_run(plan)
+    done = dry_run(plan, levels)
     ranks = degrees.dp * degrees.cp * degrees.tp
     print(f"\ndry run: {ranks} ranks, built and stepped in {done.seconds:.0f} s")
     print("  GiB that tensors of rank 0 hold, not compiled")

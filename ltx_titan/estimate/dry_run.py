@@ -32,6 +32,7 @@ from ltx_titan.estimate.live_bytes import LiveBytes
 from ltx_titan.model import TransformerConfig
 from ltx_titan.optim import EMA, build_optimizers
 from ltx_titan.optim.build import Optimizers
+from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import build_mesh
 from ltx_titan.plan import Plan
@@ -63,11 +64,13 @@ class DryRun:
         return max(self.peak_backward, self.peak_update)
 
 
-def dry_run(plan: Plan) -> DryRun:
+def dry_run(plan: Plan, levels: tuple[Level, ...] | None = None) -> DryRun:
     """Builds a planned job and runs one step; the process must not have a process group.
 
     Args:
         plan: the job; the world size is the product of its degrees.
+        levels: of each block with `activation_checkpoint.mode = "budget"`, chosen for the GPU that is asked about: the
+            fake ranks have none.
 
     Raises:
         Exception: whatever the real job would raise.
@@ -78,7 +81,7 @@ def dry_run(plan: Plan) -> DryRun:
     with _fake_ranks(plan):
         # Real tensors, made before the fake mode: a mesh is a tensor of ranks, and `prepare` depends on values.
         device = torch.device("cpu")
-        model = shape_transformer(plan, build_mesh(device.type, plan.degrees), device).train()
+        model = shape_transformer(plan, build_mesh(device.type, plan.degrees), device, levels).train()
         inputs = _inputs(plan)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as live:
             give_storage(model, device, offloaded=False)

@@ -202,6 +202,7 @@ def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Set
                             degrees=degrees,
                             recompute=mode,
                             k=1,
+                            levels=(),
                             local_batch_size=batch,
                             offload_activations=offload,
                             # Its time is not predicted, so it could not be ranked.

@@ -330,3 +330,13 @@ def test_unknown_options_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["estimate", "job.toml", "--gpuz", "8"])
     assert "--gpuz" in capsys.readouterr().err
+
+
+def test_a_dry_run_and_a_search_use_the_levels_of_the_gpu_that_is_asked_about():
+    plan = plan_of(1, model={"num_layers": 2}, activation_checkpoint={"mode": "budget"})
+    work, setup = make_workload(plan), make_setup(plan.job, plan.degrees)
+    large, small = (with_levels(work, setup, memory_gib, 80 * GIB) for memory_gib in ("auto", 0.2))
+    assert large.levels != small.levels
+    assert dry_run(plan, small.levels).after_forward < dry_run(plan, large.levels).after_forward
+    # Levels belong to the mode that a candidate replaces.
+    assert all(not candidate.levels for candidate in candidates(work, large, 8))
