@@ -19,15 +19,13 @@ def lines(capsys):
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_machine_and_a_job_in_order(tmp_path, nano_path, data_root, capsys):
+def test_a_machine_and_a_job_in_order(tmp_path, nano_path, data_root, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_SLOW_BYTES_PER_S", 0)  # the disk of a busy machine is slow
     job = write_job(tmp_path, nano_path, data_root, **small_validation(nano_path, samples=[{"prompt": "x"}]))
     assert main(["doctor", str(job)]) == 0
     printed = lines(capsys)
-    for subject in ("python", "job", "checkpoint", "data", "validation"):
+    for subject in ("python", "memory", "disk", "job", "checkpoint", "data", "validation"):
         assert any(line.startswith("ok") and subject in line for line in printed), subject
-    # A busy machine may have little memory, or a slow disk.
-    for subject in ("memory", "disk"):
-        assert any(line.startswith(("ok", "warning")) and subject in line for line in printed), subject
     assert printed[-1].startswith("0 broken")
     # The probe of the disk is removed.
     assert not list(tmp_path.glob(".ltx-titan*"))
