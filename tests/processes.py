@@ -52,4 +52,5 @@ def _rank(rank: int, world_size: int, folder: Path, work: Callable[..., object],
     try:
         torch.save(work(*args), folder / f"{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a command ends its group itself
+            dist.destroy_process_group()

@@ -35,7 +35,7 @@ from tests.jobs import train_rank
 from tests.processes import run_ranks
 
 CONFIGS = Path(__file__).parent.parent / "train_configs"
-STEPS = 2
+STEPS = 1
 LEARNING_STEPS = 12
 SMALL, WIDE = (10, 2, 4), (1, 10, 18)
 AUDIO_STEPS = 12
@@ -238,7 +238,7 @@ def test_a_job_file_trains_as_shipped(runs, overrides, name):
     folder, mode = runs(name), MODES[name]
     assert not (folder / "error.txt").exists(), (folder / "error.txt").read_text()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
+    assert [line["step"] for line in lines] == [1]
     for stream, promised in (("video", mode.video), ("audio", mode.audio)):
         is_generated = promised is not None and not promised.is_frozen
         assert all((line[f"loss_{stream}"] is not None) == is_generated for line in lines)

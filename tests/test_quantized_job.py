@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from ltx_titan.config import load_job
 from ltx_titan.plan import plan_job
-from tests.jobs import read_run, train_rank, write_job
+from tests.jobs import NO_CHECKPOINTS, read_run, train_rank, write_job
 from tests.processes import run_ranks
 from tests.weights.quantized_file import FORMS, quantize
 
@@ -44,7 +44,7 @@ def test_adapters_train_on_it_whether_its_bits_are_kept_or_not(tmp_path, quantiz
     for form, path in quantized.items():
         for base in (OWN[form], "bfloat16"):
             settings = {"model__mode": "lora", "lora__base_dtype": base, "lora__rank": 4, "training__steps": 2}
-            jobs[form, base] = write_job(tmp_path / form / base, path, data_root, **settings, checkpoint__export=False)
+            jobs[form, base] = write_job(tmp_path / form / base, path, data_root, **settings, **NO_CHECKPOINTS)
     run_ranks(train_all, 2, *jobs.values())
     for form in quantized:
         kept, plain = ([line["loss"] for line in read_run(jobs[form, base])] for base in (OWN[form], "bfloat16"))

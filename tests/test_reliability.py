@@ -27,7 +27,7 @@ from ltx_titan.metrics.alerts import Alerts
 from ltx_titan.optim import build_optimizers
 from ltx_titan.parallel.join import check_address, check_environment
 from ltx_titan.train import main
-from tests.jobs import curve, train, write_dataset, write_job
+from tests.jobs import NO_CHECKPOINTS, curve, train, write_dataset, write_job
 
 ROOT = Path(__file__).parent.parent
 
@@ -205,7 +205,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_every_mesh_and_after_a_resume(t
     assert curve(train(parts)) == curve(lines)
     weights = [tmp_path / name / "run/export/transformer-step-6.safetensors" for name in ("straight", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    sharded = train(write_job(tmp_path / "sharded", nano_path, root, **settings), 2)
+    sharded = train(write_job(tmp_path / "sharded", nano_path, root, **settings, **NO_CHECKPOINTS), 2)
     finite = [line for line in lines if line["loss"] is not None]
     assert [line["loss"] for line in sharded if line["loss"] is not None] == pytest.approx(
         [line["loss"] for line in finite], rel=1e-5

@@ -24,7 +24,7 @@ TEXT_ENCODER: dict[str, Any] = {
 
 _TRANSFORMER: dict[str, Any] = {
     "_class_name": "AVTransformer3DModel",
-    "num_layers": 3,
+    "num_layers": 2,
     "num_attention_heads": 8,
     "attention_head_dim": _VIDEO_WIDTH // 8,
     "audio_num_attention_heads": 8,
@@ -77,8 +77,8 @@ _TRANSFORMER: dict[str, Any] = {
     "connector_attention_head_dim": _VIDEO_WIDTH // 8,
     "audio_connector_num_attention_heads": 8,
     "audio_connector_attention_head_dim": _AUDIO_WIDTH // 8,
-    "connector_num_layers": 2,
-    "audio_connector_num_layers": 2,
+    "connector_num_layers": 1,
+    "audio_connector_num_layers": 1,
     "connector_num_learnable_registers": 128,
     "connector_learnable_registers_std": 1,
     "connector_positional_embedding_max_pos": [4096],

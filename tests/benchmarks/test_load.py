@@ -1,16 +1,16 @@
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from ltx_titan.benchmarks import load
 from ltx_titan.cli import main
 from ltx_titan.model import LTXTransformer
 from ltx_titan.nano.random_checkpoint import make_checkpoint
 from ltx_titan.weights import check_fits, read_metadata
+from tests.processes import run_ranks
 from tests.shapes import TINY_23
 
 
@@ -47,10 +47,7 @@ def test_the_full_size_has_the_official_names_and_bytes(tmp_path, monkeypatch):
 
 def test_the_load_benchmark_writes_a_row_per_state_of_the_page_cache(made, tmp_path):
     out = tmp_path / "rows.jsonl"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "ltx_titan.benchmarks.load", str(made), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert run_ranks(load.main, 2, [str(made), "--out", str(out)]) == [0, 0]
     cold, warm = (json.loads(line) for line in out.read_text().splitlines())
     assert (cold["page_cache"], warm["page_cache"]) == ("cold", "warm")
     assert warm["cached_before_load"] == 1.0

@@ -1,15 +1,14 @@
 """The split of a training step, on a small hand-made trace and on a real step of a miniature job."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from ltx_titan.benchmarks.step import table
 from ltx_titan.benchmarks.step_trace import split_step
+from ltx_titan.cli import main
 from tests.jobs import write_job
+from tests.processes import run_ranks
 
 
 def kernel(name: str, start: float, ms: float, correlation: int = 0, cat: str = "kernel") -> dict:
@@ -105,8 +104,8 @@ def test_the_table_adds_up_to_the_step():
 def test_a_real_step_is_profiled(tmp_path, nano_path, data_root):
     job = write_job(tmp_path, nano_path, data_root, training__local_batch_size=2)
     out = tmp_path / "row.jsonl"
-    command = [sys.executable, "-m", "ltx_titan.cli", "bench", "step", str(job), "--steps", "3", "--out", str(out)]
-    subprocess.run([*command, "--data.num_workers=0"], check=True, cwd=Path(__file__).parents[2])
+    command = ["bench", "step", str(job), "--steps", "3", "--out", str(out), "--data.num_workers=0"]
+    assert run_ranks(main, 1, command) == [0]
     row = json.loads(out.read_text())
     assert row["steps_timed"] == 1
     assert len(row["losses"]) == 2

@@ -1,8 +1,6 @@
 """`ltx-titan export`: the bytes that training exports, from any mesh's checkpoint."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,8 +51,7 @@ def step(trained, tmp_path) -> Path:
 
 def test_export_needs_neither_data_nor_gpu_nor_ranks_and_takes_another_dtype(tmp_path, step):
     out = tmp_path / "new" / "model.safetensors"
-    command = [sys.executable, "-m", "ltx_titan.cli", "export", step, out]
-    subprocess.run([*command, "--dtype", "bfloat16"], check=True, cwd=Path(__file__).parents[2])
+    assert main(["export", str(step), str(out), "--dtype", "bfloat16"]) == 0
     assert {tensor.dtype for tensor in load_file(out).values()} == {torch.bfloat16}
 
 

@@ -9,7 +9,7 @@ from ltx_titan.data import PrecomputedDataset
 from ltx_titan.data.bad_samples import LOG_NAME, SkippingDataset, tolerated
 from ltx_titan.data.layout import UnreadableError
 from tests.data.files import AV_SOURCES, write_dataset
-from tests.jobs import curve, read_run, train_rank, write_job
+from tests.jobs import NO_CHECKPOINTS, curve, read_run, train_rank, write_job
 from tests.jobs import write_dataset as write_samples
 from tests.processes import run_ranks
 
@@ -98,11 +98,11 @@ def test_the_rate_is_one_percent():
 @pytest.mark.distributed
 def test_ranks_skip_the_same_sample_and_so_does_a_resumed_run(tmp_path, nano_path):
     root = write_samples(tmp_path / "data", nano_path)
-    settings = {"data__on_bad_sample": "skip", "training__steps": 2, "checkpoint__export": False}
-    straight = write_job(tmp_path / "straight", nano_path, root, **settings)
+    settings = {"data__on_bad_sample": "skip", "training__steps": 2}
+    straight = write_job(tmp_path / "straight", nano_path, root, **settings, **NO_CHECKPOINTS)
     damage(root, "clip_1")
     run_ranks(train_rank, 2, straight)
-    resumed = write_job(tmp_path / "resumed", nano_path, root, **settings)
+    resumed = write_job(tmp_path / "resumed", nano_path, root, **settings, checkpoint__export=False)
     run_ranks(train_rank, 2, resumed, "--training.stop_at=1")
     run_ranks(train_rank, 2, resumed)
     assert curve(read_run(resumed)) == curve(read_run(straight))

@@ -51,6 +51,7 @@ SCENARIOS = {
     "reference": {"video": _VIDEO | {"conditions": [_FIRST_FRAME, _REFERENCE]}, "audio": _AUDIO},
     "frozen_audio": {"video": _VIDEO, "audio": _AUDIO | {"is_generated": False}},
     "frozen_video": {"video": _VIDEO | {"is_generated": False}, "audio": _AUDIO},
+    "video_alone": {"video": _VIDEO | {"conditions": [_FIRST_FRAME]}},
 }
 
 
@@ -157,11 +158,17 @@ def train(
     return Record(losses, [float(x) for x in norms], gradients, weights)
 
 
+def empty_model(scenario: str) -> LTXTransformer:
+    """The model of a scenario's streams, on the default device."""
+    return LTXTransformer.from_config(model_config(), "av" if "audio" in SCENARIOS[scenario] else "video")
+
+
 @cache
 def single(scenario: str) -> Record:
     """The run on one process."""
-    model = LTXTransformer.from_config(model_config())
-    model.load_state_dict(load_case("av_22b").weights)
+    model = empty_model(scenario)
+    weights = load_case("av_22b").weights
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
     return train(model, adamw(model), scenario)
 
 
@@ -204,7 +211,7 @@ def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, case: Case, mes
 def build(case: Case, mesh: Mesh) -> LTXTransformer:
     """The model, built on the meta device, parallelized, then given storage, as by the trainer."""
     with torch.device("meta"):
-        model = LTXTransformer.from_config(model_config())
+        model = empty_model(case.scenario)
     names = [name for name, _ in model.named_parameters()]
     tp = case.degrees.tp
     if case.float8:
