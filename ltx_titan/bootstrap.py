@@ -69,7 +69,8 @@ def make_venv(extras: list[str], requirements: list[str]) -> Path:
     _say(f"setting up {VENV} (once; this takes a few minutes)")
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True, stdout=sys.stderr)
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    # Most of what is installed is never imported: Python compiles what is, and pip need not compile everything.
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-compile"]
     torch = os.environ.get("LTX_TITAN_TORCH")
     if torch is None:
         newest = next(requirement for requirement in requirements if requirement.startswith("torch>"))

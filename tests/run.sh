@@ -7,4 +7,4 @@ PYTHON=$("${PYTHON:-python3}" ltx_titan/bootstrap.py preprocess tools test)
 # One thread per process: the suite runs several processes, and oversubscribed cores are slower than idle ones.
 export OMP_NUM_THREADS=1 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # In the order of collection, which tests/conftest.py chooses: the files that take longest come first.
-exec "$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder -m "not gpu" "$@"
+exec "$PYTHON" -m pytest -n "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder -m "not gpu" "$@"
