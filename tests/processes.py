@@ -19,7 +19,6 @@ multiprocessing.set_forkserver_preload(
         "tests.fault_injection",
         "tests.checkpoint.toy",
         "tests.parallel.harness",
-        "torch._inductor.compile_fx",
         "matplotlib.figure",
         "tests.frozen",
     ]

@@ -1,14 +1,10 @@
 """The only module that imports torchtitan, so that replacing or upgrading it concerns one file.
 
-Import it in the trainer only: torchtitan takes seconds to import. `docs/architecture.md` lists what is taken and why
-each other part is not.
+It is imported where it is called: torchtitan takes seconds to import, and a CPU has no peak. `docs/architecture.md`
+lists what is taken and why each other part is not.
 """
 
 import logging
-
-from torchtitan.tools.utils import GarbageCollection, get_peak_flops
-
-__all__ = ["GarbageCollection", "peak_flops"]
 
 # Devices in torchtitan's table. For any other it returns an A100's figure: a wrong MFU is worse than none.
 _KNOWN_DEVICES = ("A100", "H100", "H200", "H20", "B200", "MI250X", "MI300X", "MI325X", "MI355X", "l40s")
@@ -23,6 +19,8 @@ def peak_flops(device_name: str | None) -> float | None:
     """
     if device_name is None or not any(known in device_name for known in _KNOWN_DEVICES):
         return None
+    from torchtitan.tools.utils import get_peak_flops
+
     # Containers often lack `lspci`; torchtitan then warns on every rank and uses the name, which is fine.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

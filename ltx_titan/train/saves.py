@@ -1,5 +1,6 @@
 """Checkpoints and exports of a run: resumes from the newest, saves, and keeps out what is not finite."""
 
+import gc
 import logging
 import time
 from pathlib import Path
@@ -22,7 +23,6 @@ from ltx_titan.checkpoint import (
     state_tensors,
 )
 from ltx_titan.common.secrets import redacted_values
-from ltx_titan.common.titan import GarbageCollection
 from ltx_titan.config import job_changes, plain_job
 from ltx_titan.data import DataPosition, resume_step
 from ltx_titan.lora import is_adapter
@@ -152,7 +152,7 @@ class Saves:
         else:
             save_state(self.folder, step, state, keep_last=self._keep_last)
         # Every rank pauses here anyway: also collect the oldest generation, which the runs between steps skip.
-        GarbageCollection.collect("after a save", generation=2)
+        gc.collect()
         self._blocked_s = time.perf_counter() - started
         how = "is being written in the background" if self._saver is not None else "is saved"
         logger.info("checkpoint of step %d %s; training was blocked for %.1f s", step, how, self._blocked_s)

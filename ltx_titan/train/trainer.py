@@ -20,7 +20,6 @@ from ltx_titan.checkpoint import latest_complete
 from ltx_titan.common.determinism import set_determinism
 from ltx_titan.common.files import write_text
 from ltx_titan.common.secrets import redacted, redacted_values
-from ltx_titan.common.titan import GarbageCollection
 from ltx_titan.config import dump_job, plain_job
 from ltx_titan.data import StepLoader
 from ltx_titan.metrics import MetricsLogger, StepGuard, Sums, profile_steps, start_wandb, summarize_run
@@ -32,6 +31,7 @@ from ltx_titan.parallel.mesh import build_mesh, default_store, init_distributed,
 from ltx_titan.parallel.stop import StepVote
 from ltx_titan.parallel.watch import Watch
 from ltx_titan.plan import Plan
+from ltx_titan.train.garbage import GarbageCollector
 from ltx_titan.train.report import StepReport
 from ltx_titan.train.saves import Saves
 from ltx_titan.train.skipped import SkippedSteps
@@ -131,8 +131,7 @@ class Trainer:
                 "exporting": job.checkpoint.export_interval if plan.exports else None,
             },
         )
-        # Collect garbage at fixed steps: an unsynchronized collection on one rank stalls all others.
-        garbage = GarbageCollection(job.training.gc_interval)
+        garbage = GarbageCollector(job.training.gc_interval)
         loader = StepLoader(
             plan.dataset,
             plan.batches,
@@ -174,7 +173,7 @@ class Trainer:
                     self.step, self.next_batch = batches.step, batches.batch_number + 1
                     if self.skipped is not None and self.skipped.given_up is not None:
                         raise self.saves.not_finite(self.step, self.skipped.given_up)
-                    garbage.run(self.step)
+                    garbage.after(self.step)
                     validated = {}
                     if _is_due(self.step, job.validation.interval):
                         # Validation is no part of the step time, or the figure would depend on the interval.

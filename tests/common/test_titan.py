@@ -31,13 +31,16 @@ def test_the_peak_of_an_unknown_device_is_unknown():
     assert peak_flops(None) is None
 
 
-def test_import_has_no_side_effects():
+def test_a_rank_starts_without_it_and_importing_it_has_no_side_effects():
     """In a separate process, because an import runs once per process."""
     program = """
-import gc, logging, torch
+import gc, logging, sys, torch
+import ltx_titan.train
+slow = ("torchtitan", "torch._inductor.lowering", "diffusers", "transformers", "torchao", "matplotlib")
+assert not [name for name in slow if name in sys.modules]
 import torch.distributed as dist
 state = torch.get_rng_state(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
-import ltx_titan.common.titan
+from torchtitan.tools.utils import get_peak_flops
 assert gc.isenabled() and not dist.is_initialized() and not logging.getLogger().handlers
 assert torch.equal(state[0], torch.get_rng_state())
 assert state[1:] == (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
