@@ -34,6 +34,8 @@ _TP_LEVELS: tuple[Level, ...] = ("full", "selective", "none")
 # Share of a device's memory for what the estimate does not count: fragmentation, other processes. Jobs that were filled
 # without it ran out of memory (docs/benchmarks/log.md).
 _MARGIN = 0.06
+# One block computes, the next one is copied.
+_FEWEST_SLOTS = 2
 
 
 def choose_levels(
@@ -82,6 +84,46 @@ def with_levels(work: Workload, setup: Setup, budget_gib: float | Literal["auto"
     if setup.recompute != "budget":
         return setup
     return replace(setup, levels=choose_levels(work, setup, budget_gib, device_bytes))
+
+
+def with_stream_blocks(
+    work: Workload,
+    setup: Setup,
+    wanted: int | Literal["auto"],
+    budget_gib: float | Literal["auto"],
+    device_bytes: float,
+) -> Setup:
+    """The setup with the number of blocks on the device that `parallelism.stream_blocks` asks for.
+
+    Args:
+        work: the workload.
+        setup: how it runs.
+        wanted: a number; "auto" keeps as many blocks on the device as its memory holds, by the memory estimate.
+        budget_gib: `activation_checkpoint.memory_gib`.
+        device_bytes: memory of a GPU.
+    """
+    if wanted != "auto":
+        return replace(setup, stream_blocks=wanted)
+    if setup.recompute == "budget":
+        # A resident block saves two copies of it per step, which takes longer than recomputing the activations that
+        # fit into its memory: blocks first, and what is left is for the levels.
+        levels = (_LEVELS[0],) * work.num_layers
+        if budget_gib != "auto":
+            levels = choose_levels(work, setup, budget_gib, device_bytes)
+        setup = replace(setup, levels=levels)
+    limit = device_bytes * (1 - _MARGIN)
+
+    def size(count: int) -> float:
+        memory = estimate_memory(work, replace(setup, stream_blocks=count))
+        return memory.needed + memory.gradients
+
+    count = 0
+    if size(0) > limit:
+        counts = range(_FEWEST_SLOTS, work.num_layers)
+        count = counts[max(bisect_right(counts, limit, key=size) - 1, 0)]
+        if size(count) > limit:
+            logger.warning("weight streaming: %.1f GiB expected even with %d blocks", size(count) / GIB, count)
+    return replace(setup, stream_blocks=count, levels=())
 
 
 def fill(
