@@ -148,7 +148,9 @@ def _fit_to_device(plan: Plan, device: torch.device) -> tuple[int, tuple[Level, 
     # A CPU has no limit of its own, so "auto" recomputes nothing there.
     memory = torch.tensor(float("inf"), dtype=torch.float64, device=device)
     if device.type == "cuda":
-        memory.fill_(torch.cuda.get_device_properties(device).total_memory)
+        # A process may be limited to a share of its device, as when a smaller one is tried out.
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        memory.fill_(torch.cuda.get_device_properties(device).total_memory * share)
         # One decision for all ranks: recomputation repeats collectives of tensor and context parallelism.
         dist.all_reduce(memory, op=dist.ReduceOp.MIN)
     work, setup = make_workload(plan), make_setup(plan.job, plan.degrees)
