@@ -174,8 +174,8 @@ class WeightStream:
             RuntimeError: the memory cannot be pinned.
         """
         self._layouts = [_layout(block) for block in self._blocks]
-        host = "meta" if device.type == "meta" else "cpu"
-        self._hosts = [torch.empty(_size(layout), dtype=torch.uint8, device=host) for layout in self._layouts]
+        memory = "meta" if device.type == "meta" else "cpu"
+        self._hosts = [torch.empty(_size(layout), dtype=torch.uint8, device=memory) for layout in self._layouts]
         if device.type == "cuda":
             # Registered, not allocated as pinned: torch's allocator would round each size up to a power of two.
             weakref.finalize(self, _unpin, _pin(self._hosts))

@@ -113,8 +113,8 @@ def train_steps(model: Model, steps: int = 3) -> list[Tensor]:
         seen += [p.grad.clone() for p in trained]
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            seen += [model(inputs(100 + number)) for number in range(2)]
+        with torch.no_grad() if step % 2 else torch.inference_mode():
+            seen += [model(inputs(100 + number)).clone() for number in range(2)]
     return seen
 
 
