@@ -178,7 +178,8 @@ class WeightStream:
         self._hosts = [torch.empty(_size(layout), dtype=torch.uint8, device=memory) for layout in self._layouts]
         if device.type == "cuda":
             # Registered, not allocated as pinned: torch's allocator would round each size up to a power of two.
-            weakref.finalize(self, _unpin, _pin(self._hosts))
+            # Not at exit, when the driver may be gone.
+            weakref.finalize(self, _unpin, _pin(self._hosts)).atexit = False
         for layout, host in zip(self._layouts, self._hosts, strict=True):
             for part in layout:
                 setattr(part.module, part.attribute, nn.Parameter(part.view(host), requires_grad=False))
