@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ltx_titan.common.hardware import GIB
 from ltx_titan.common.tensors import COMPUTE_DTYPES
 from ltx_titan.config import ExportLayout, JobConfig, plain_job
 from ltx_titan.data import resolve_root
 from ltx_titan.data.fingerprints import recorded_options
 from ltx_titan.lora import adapter_weights, apply_lora, init_base_, init_lora_, load_base
-from ltx_titan.memory.budget import choose_levels
+from ltx_titan.memory.budget import with_levels, with_stream_blocks
 from ltx_titan.memory.workload import make_setup, make_workload
 from ltx_titan.model import TextConnectors
 from ltx_titan.model.init import init_random_
@@ -27,6 +28,7 @@ from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import parallelize
+from ltx_titan.parallel.stream import weight_stream
 from ltx_titan.plan import Plan, build_transformer
 from ltx_titan.weights import (
     CONNECTORS,
@@ -67,9 +69,9 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
     give_storage(model, device, offloaded=job.parallelism.cpu_offload)
     if job.model.mode == "lora":
         if path is not None:
-            load_base(model, path, allow_unused=unused)
+            load_base(model, path, allow_unused=unused, device=device)
         else:
-            init_base_(model, seed)
+            init_base_(model, seed, device=device)
         # After the base: DoRA magnitudes are initialized from it, and init_base_ overwrites adapters.
         init_lora_(model, seed)
         if job.model.adapter_path is not None:
@@ -81,6 +83,9 @@ def load_transformer(plan: Plan, mesh: Mesh, device: torch.device) -> nn.Module:
     weights = count_weights(model) / 1e9
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e9
     origin = path or f"random weights ({job.model.shape})"
+    if (stream := weight_stream(model)) is not None:
+        stream.start(device)
+        logger.info("weight streaming: %.1f GiB in host memory", stream.host_bytes / GIB)
     elapsed_s = time.perf_counter() - started
     logger.info("transformer: %.3f B weights, %.3f B trained, from %s in %.1f s", weights, trained, origin, elapsed_s)
     return model.train()
@@ -99,7 +104,11 @@ def count_weights(model: nn.Module) -> int:
 
 
 def shape_transformer(
-    plan: Plan, mesh: Mesh, device: torch.device, levels: tuple[Level, ...] | None = None
+    plan: Plan,
+    mesh: Mesh,
+    device: torch.device,
+    levels: tuple[Level, ...] | None = None,
+    stream_blocks: int | None = None,
 ) -> nn.Module:
     """Builds the job's transformer, adapted and sharded over `mesh`, on the meta device; call `give_storage` next.
 
@@ -108,8 +117,10 @@ def shape_transformer(
         mesh: of all ranks.
         device: of this rank.
         levels: of each block with `activation_checkpoint.mode = "budget"`; None chooses them for the device's memory.
+        stream_blocks: blocks whose frozen weights are on the device at a time, 0 for all; None chooses as well.
     """
     job = plan.job
+    fitted = _fit_to_device(plan, device)
     # Adapters before the parallel plan, which shards, converts and wraps their layers, too.
     model = build_transformer(plan.source, plan.modalities, select_operators(job.kernels.backend, device))
     if job.model.mode == "lora":
@@ -123,24 +134,29 @@ def shape_transformer(
         checkpointing=job.activation_checkpoint,
         compiled_shapes=plan.num_shapes if job.compile.enable else None,
         cpu_offload=job.parallelism.cpu_offload,
-        levels=_checkpointing_levels(plan, device) if levels is None else levels,
+        levels=fitted[1] if levels is None else levels,
+        stream_blocks=fitted[0] if stream_blocks is None else stream_blocks,
     )
     return model
 
 
-def _checkpointing_levels(plan: Plan, device: torch.device) -> tuple[Level, ...]:
-    """Level of each block with `activation_checkpoint.mode = "budget"`; empty for other modes."""
-    checkpointing = plan.job.activation_checkpoint
-    if checkpointing.mode != "budget":
-        return ()
+def _fit_to_device(plan: Plan, device: torch.device) -> tuple[int, tuple[Level, ...]]:
+    """Blocks on the device at a time (0 for all), and their levels with `activation_checkpoint.mode = "budget"`."""
+    checkpointing, stream_blocks = plan.job.activation_checkpoint, plan.job.parallelism.stream_blocks
+    if checkpointing.mode != "budget" and stream_blocks != "auto":
+        return stream_blocks, ()
     # A CPU has no limit of its own, so "auto" recomputes nothing there.
     memory = torch.tensor(float("inf"), dtype=torch.float64, device=device)
     if device.type == "cuda":
-        memory.fill_(torch.cuda.get_device_properties(device).total_memory)
+        # A process may be limited to a share of its device, as when a smaller one is tried out.
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        memory.fill_(torch.cuda.get_device_properties(device).total_memory * share)
         # One decision for all ranks: recomputation repeats collectives of tensor and context parallelism.
         dist.all_reduce(memory, op=dist.ReduceOp.MIN)
-    setup = make_setup(plan.job, plan.degrees)
-    return choose_levels(make_workload(plan), setup, checkpointing.memory_gib, memory.item())
+    work, setup = make_workload(plan), make_setup(plan.job, plan.degrees)
+    setup = with_stream_blocks(work, setup, stream_blocks, checkpointing.memory_gib, memory.item())
+    setup = with_levels(work, setup, checkpointing.memory_gib, memory.item())
+    return setup.stream_blocks, setup.levels
 
 
 def give_storage(model: nn.Module, device: torch.device, *, offloaded: bool) -> None:
@@ -151,7 +167,14 @@ def give_storage(model: nn.Module, device: torch.device, *, offloaded: bool) -> 
         device: of this rank.
         offloaded: allocate parameters in host memory, from where FSDP2 copies them to the device.
     """
-    model.to_empty(device="cpu" if offloaded else device)
+    stream, streamed = weight_stream(model), set()
+    if stream is not None:
+        if not stream.is_allocated:
+            stream.allocate(device)
+        streamed = stream.parameters()
+    target = torch.device("cpu") if offloaded else device
+    # As `to_empty`, but for the streamed weights, which have their memory.
+    model._apply(lambda tensor: tensor if tensor in streamed else torch.empty_like(tensor, device=target))
     if offloaded:
         # FSDP2 manages parameters only; buffers are read on the device.
         for module in model.modules():

@@ -148,6 +148,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         float8=job.float8.recipe,
         float8_all_gather=job.float8.all_gather,
         dora=model.mode == "lora" and job.lora.dora,
+        stream_blocks=0 if job.parallelism.stream_blocks == "auto" else job.parallelism.stream_blocks,
     )
     if model.mode == "lora":
         # Targets without a match and widths that a quantized base does not support are refused here.

@@ -104,7 +104,7 @@ MODES = {
     "ltx23_lora_ic_a2a": Mode(None, Stream(reference="reference_audio_latents")),
     "ltx23_lora_ic_av2av": Mode(Stream(reference="reference_latents"), Stream(reference="reference_audio_latents")),
 }
-# The same mode on another number of GPUs: file -> the file above that it must equal in what it trains on.
+# The same mode on other numbers or kinds of GPUs: file -> the file above; on many GPUs it trains on the same.
 SIZES = {
     "ltx2_full_av_4gpu": "ltx2_full_av_8gpu",
     "ltx2_full_av_64gpu": "ltx2_full_av_8gpu",
@@ -112,6 +112,9 @@ SIZES = {
     "ltx23_full_av_64gpu": "ltx23_full_av_8gpu",
     "ltx23_lora_t2v_4gpu": "ltx23_lora_t2v",
     "ltx23_lora_t2v_8gpu": "ltx23_lora_t2v",
+    "ltx23_lora_24gb": "ltx23_lora_t2v",
+    "ltx23_lora_16gb": "ltx23_lora_t2v",
+    "ltx23_lora_12gb": "ltx23_lora_t2v",
 }
 # On one rank.
 REDUCED = ("--parallelism.dp_replicate=1", "--training.global_batch_size=2")

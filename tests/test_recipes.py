@@ -12,7 +12,7 @@ from ltx_titan.config.streams import Reference
 from ltx_titan.diffusion.guidance import Guidance
 from ltx_titan.estimate.placeholders import add_placeholders
 from ltx_titan.estimate.prediction import estimate
-from ltx_titan.memory.budget import with_levels
+from ltx_titan.memory.budget import with_levels, with_stream_blocks
 from ltx_titan.memory.workload import Workload, make_setup, make_workload
 from ltx_titan.model.flops import layer_flops
 from ltx_titan.plan import Plan, plan_job
@@ -45,7 +45,10 @@ def estimated_line(job: JobConfig, work: Workload, plan: Plan, gpu: str, clip: s
     degrees = plan.degrees
     gpus = degrees.dp * degrees.cp * degrees.tp
     memory = GPUS[gpu].memory
-    setup = with_levels(work, make_setup(job, degrees, gpu), job.activation_checkpoint.memory_gib, memory)
+    budget_gib = job.activation_checkpoint.memory_gib
+    setup = make_setup(job, degrees, gpu)
+    setup = with_stream_blocks(work, setup, job.parallelism.stream_blocks, budget_gib, memory)
+    setup = with_levels(work, setup, budget_gib, memory)
     found = estimate(work, setup, GPUS[gpu])
     batch, steps = job.training.global_batch_size, job.training.steps
     minutes = max(1, round(found.step_time_s * steps / 60))

@@ -42,6 +42,10 @@ COMMANDS = {
     "bench attention": ("ltx_titan.benchmarks.attention", "time the attention backends of torch"),
     "bench block": ("ltx_titan.benchmarks.block", "time a transformer block in training, next to diffusers"),
     "bench step": ("ltx_titan.benchmarks.step", "profile a training step of a job: where its time goes"),
+    "bench small-gpu": (
+        "ltx_titan.benchmarks.small_gpu",
+        "check and time LoRA with streamed weights under memory caps",
+    ),
     "bench encode": ("ltx_titan.benchmarks.encode", "time the encoder of the video VAE"),
     "completion": ("ltx_titan.commands.completion", "print a completion script for bash, zsh or tcsh"),
 }

@@ -24,6 +24,8 @@ class Gpu:
         nvlink: bus bandwidth of a large collective within a node.
         network: the same per GPU between nodes.
         gpus_per_node: GPUs that share a fast interconnect.
+        host_link: of copies from pinned host memory. Assumed for every GPU: 25 GB/s of PCIe 4.0 x16's 32, and 50 of
+            5.0's 64; a slot with fewer lanes has less.
         assumed: which rates are not measured.
         is_measured: whether matmul and attention rates are; a prediction for other GPUs says so.
     """
@@ -39,12 +41,21 @@ class Gpu:
     nvlink: float
     network: float
     gpus_per_node: int = 8
+    host_link: float = 25e9
     assumed: str = ""
     is_measured: bool = True
 
 
 def _from_data_sheet(
-    name: str, *, memory: float, peak: float, float8: float, bandwidth: float, link: float, network: float
+    name: str,
+    *,
+    memory: float,
+    peak: float,
+    float8: float,
+    bandwidth: float,
+    link: float,
+    network: float,
+    host_link: float = 25e9,
 ) -> Gpu:
     """A GPU that nothing was measured on: the shares of the data sheet that H100s and A100s reach.
 
@@ -56,6 +67,7 @@ def _from_data_sheet(
         bandwidth: of memory, bytes/s.
         link: between GPUs of a node, bytes/s in one direction.
         network: between nodes, bytes/s per GPU.
+        host_link: as in `Gpu`.
     """
     return Gpu(
         name=name,
@@ -68,6 +80,7 @@ def _from_data_sheet(
         copy=0.9 * bandwidth,
         nvlink=0.73 * link,
         network=0.84 * network,
+        host_link=host_link,
         assumed="nothing measured: of the data sheet 72 % in matmuls (66 % in float8), 60 / 40 % in attention forward "
         "/ backward, 90 % of memory bandwidth, 73 % of the link between GPUs, 84 % of the network",
         is_measured=False,
@@ -88,6 +101,7 @@ GPUS = {
             copy=3.0e12,  # 2.87 at 128 MiB, 3.02 at 2 GiB
             nvlink=330e9,
             network=42e9,
+            host_link=50e9,
             assumed="NVLink 330 GB/s bus bandwidth (of 450), network 42 GB/s a GPU (of 50: 400 Gb/s InfiniBand)",
         ),
         Gpu(
@@ -101,6 +115,7 @@ GPUS = {
             copy=4.3e12,
             nvlink=330e9,
             network=42e9,
+            host_link=50e9,
             assumed="matmul and attention rates of the H100; copy 4.3 TB/s (the H100's 90 % of the data sheet's 4.8); "
             "NVLink 330 GB/s bus bandwidth (of 450), network 42 GB/s a GPU (of 50)",
         ),
@@ -131,7 +146,20 @@ GPUS = {
             "4090", memory=23.5 * GIB, peak=165e12, float8=330e12, bandwidth=1.008e12, link=32e9, network=25e9
         ),
         _from_data_sheet(
-            "5090", memory=31.3 * GIB, peak=209e12, float8=419e12, bandwidth=1.792e12, link=64e9, network=25e9
+            "5090",
+            memory=31.3 * GIB,
+            peak=209e12,
+            float8=419e12,
+            bandwidth=1.792e12,
+            link=64e9,
+            network=25e9,
+            host_link=50e9,
+        ),
+        _from_data_sheet(
+            "4080", memory=15.6 * GIB, peak=97e12, float8=195e12, bandwidth=0.717e12, link=32e9, network=25e9
+        ),
+        _from_data_sheet(
+            "3060", memory=11.6 * GIB, peak=25e12, float8=25e12, bandwidth=0.360e12, link=32e9, network=25e9
         ),
         _from_data_sheet(
             "a6000", memory=47.4 * GIB, peak=155e12, float8=155e12, bandwidth=0.768e12, link=32e9, network=25e9
@@ -147,15 +175,37 @@ GPUS = {
             bandwidth=1.792e12,
             link=64e9,
             network=50e9,
+            host_link=50e9,
         ),
         _from_data_sheet(
-            "h20", memory=95.0 * GIB, peak=148e12, float8=296e12, bandwidth=4.0e12, link=450e9, network=50e9
+            "h20",
+            memory=95.0 * GIB,
+            peak=148e12,
+            float8=296e12,
+            bandwidth=4.0e12,
+            link=450e9,
+            network=50e9,
+            host_link=50e9,
         ),
         _from_data_sheet(
-            "gh200", memory=95.0 * GIB, peak=989e12, float8=1979e12, bandwidth=4.0e12, link=450e9, network=50e9
+            "gh200",
+            memory=95.0 * GIB,
+            peak=989e12,
+            float8=1979e12,
+            bandwidth=4.0e12,
+            link=450e9,
+            network=50e9,
+            host_link=50e9,
         ),
         _from_data_sheet(
-            "b200", memory=178.0 * GIB, peak=2250e12, float8=4500e12, bandwidth=7.7e12, link=900e9, network=50e9
+            "b200",
+            memory=178.0 * GIB,
+            peak=2250e12,
+            float8=4500e12,
+            bandwidth=7.7e12,
+            link=900e9,
+            network=50e9,
+            host_link=50e9,
         ),
     )
 }

@@ -377,6 +377,42 @@ def _skipping_rules(job: JobConfig) -> Iterator[Problem]:
         )
 
 
+def _stream_blocks_rules(job: JobConfig) -> Iterator[Problem]:
+    key, wanted, parallelism = "parallelism.stream_blocks", job.parallelism.stream_blocks, job.parallelism
+    if wanted == 0:
+        return
+    if job.model.mode != "lora":
+        reason = 'model.mode = "lora", because only frozen weights are streamed; found "full"'
+        yield Problem(key, wanted, reason, "set it to 0; parallelism.cpu_offload keeps trained weights in host memory")
+    for axis in ("tp", "cp"):
+        if (degree := getattr(parallelism, axis)) > 1:
+            reason = f"parallelism.{axis} = 1, because every rank streams whole blocks; found {degree}"
+            yield Problem(key, wanted, reason, f"set it to 0, or parallelism.{axis} to 1")
+    if parallelism.cpu_offload:
+        yield Problem(
+            key,
+            wanted,
+            "parallelism.cpu_offload = false, because both keep the weights in host memory",
+            "set parallelism.cpu_offload = false: streaming copies ahead, and keeps the optimizer on the GPU",
+        )
+    # Streamed weights are not gathered by FSDP2, which casts all others to the compute dtype.
+    base = "float32" if job.lora.base_dtype == "float32" else "bfloat16"
+    if job.model.mode == "lora" and job.training.dtype != base:
+        yield Problem(
+            key,
+            wanted,
+            f'training.dtype = "{base}", the dtype of a base in {job.lora.base_dtype}; found "{job.training.dtype}"',
+            f'set training.dtype = "{base}", or it to 0',
+        )
+    if job.float8.all_gather:
+        yield Problem(
+            key,
+            wanted,
+            "float8.all_gather = false, because streamed weights are not gathered",
+            "set float8.all_gather = false",
+        )
+
+
 def _export_rules(job: JobConfig) -> Iterator[Problem]:
     checkpoint = job.checkpoint
     is_dora = job.model.mode == "lora" and job.lora.dora
@@ -402,6 +438,7 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _float8_rules,
     _skipping_rules,
     _export_rules,
+    _stream_blocks_rules,
     _single_rules,
     _validation_rules,
     _wandb_rules,

@@ -192,6 +192,10 @@ class ParallelismSection(Section):
     """Tensor parallel: ranks that split each matrix; keep it within a node."""
     cpu_offload: bool = False
     """Keep sharded weights, gradients and optimizer state in host memory; slow, for models that fit in no other way."""
+    stream_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """LoRA: keep the frozen weights of the blocks in host memory, and this many blocks on the GPU at a time, copied
+    ahead of use, for small GPUs; 0 keeps all blocks on the GPU, `auto` all, if they fit, or as many as do,
+    or with `activation_checkpoint.mode = "budget"` three, and activations fill the memory. Losses are the same."""
 
 
 class ActivationCheckpointSection(Section):

@@ -16,10 +16,10 @@ from ltx_titan.common.options import Flag, Maybe, Overrides, Positional, parse_s
 from ltx_titan.config import Degrees, build_job, read_tables
 from ltx_titan.estimate.placeholders import Tables, add_placeholders
 from ltx_titan.estimate.prediction import Estimate, estimate, search
-from ltx_titan.memory.budget import with_levels
-from ltx_titan.memory.peak import RESERVE, SLACK
+from ltx_titan.estimate.small_gpu import describe_proposals, propose
+from ltx_titan.memory.budget import with_levels, with_stream_blocks
+from ltx_titan.memory.peak import RESERVE, SLACK, pinned_bytes
 from ltx_titan.memory.workload import Setup, Workload, make_setup, make_workload
-from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.plan import Plan, plan_job
 
 DESCRIPTION = """\
@@ -103,8 +103,11 @@ def report(work: Workload, found: Estimate) -> list[str]:
         f"  {'peak of tensors':18}{memory.peak / GIB:8.2f}   at the {moment} of the backward pass",
         f"  {'needed':18}{memory.needed / GIB:8.2f}   of {gpu.memory / GIB:.1f}: "
         + ("fits" if found.fits else "DOES NOT FIT"),
-        "",
     ]
+    if found.setup.stream_blocks:
+        pinned = pinned_bytes(work, found.setup) / found.setup.gpus
+        lines.append(f"  {'host, pinned':18}{pinned / GIB:8.2f}   a rank; not on the GPU")
+    lines.append("")
     if found.time is None:
         return [*lines, "step time: not predicted with parallelism.cpu_offload"]
     names = {
@@ -116,6 +119,7 @@ def report(work: Workload, found: Estimate) -> list[str]:
         "outside": "outside, update",
         "host": "host-bound",
         "exposed": "exposed FSDP2",
+        "streaming": "exposed streaming",
     }
     lines.append("time of a step, s")
     # Parts below half a millisecond would be printed as 0.000.
@@ -140,6 +144,8 @@ def describe(setup: Setup, work: Workload) -> str:
     extra = [f"{forwards} forward(s) of {setup.local_batch_size}", f"checkpointing {setup.recompute}"]
     if setup.levels:
         extra[-1] += f" ({', '.join(f'{count} {level}' for level, count in Counter(setup.levels).items())})"
+    if setup.stream_blocks:
+        extra.append(f"{setup.stream_blocks} of {work.num_layers} blocks on the GPU")
     if setup.compile:
         extra.append("compiled")
     if setup.float8 != "none":
@@ -173,6 +179,8 @@ def assumptions(gpu: Gpu, setup: Setup) -> list[str]:
         f"against measured runs (docs/benchmarks): peak within {PEAK_ERROR:.0%}; step time within {TIME_ERROR:.0%} for "
         f"{TIMED_LAYERS} layers or more with CUDA graphs; without them the host decides, whose speed is not predicted",
     ]
+    if setup.stream_blocks:
+        lines.append(f"{gpu.host_link / 1e9:.0f} GB/s from pinned host memory; not measured on this kind of GPU")
     if not setup.compile:
         lines.append("blocks are not compiled: set compile.enable = true")
     return lines
@@ -221,17 +229,21 @@ def _run(options: EstimateOptions, gpu: Gpu, tables: Tables, origins: dict[str, 
         work, setup = make_workload(neutral_plan), make_setup(neutral_plan.job, mesh, gpu.name)
     else:
         work, setup = make_workload(plan), make_setup(plan.job, plan.degrees, gpu.name)
-        setup = with_levels(work, setup, plan.job.activation_checkpoint.memory_gib, gpu.memory)
+        budget_gib = plan.job.activation_checkpoint.memory_gib
+        setup = with_stream_blocks(work, setup, plan.job.parallelism.stream_blocks, budget_gib, gpu.memory)
+        setup = with_levels(work, setup, budget_gib, gpu.memory)
         found = estimate(work, setup, gpu)
         print(f"{options.job}: a prediction, not a measurement\n")
         print("\n".join(report(work, found)))
         if options.json is not None:
-            _write_json(options.json, found)
+            _write_json(options.json, work, found)
         status = 0 if found.fits else 1
+        if not found.fits:
+            print("\n".join(describe_proposals(propose(plan, gpu), gpu)))
     if options.search:
         status = _print_search(work, setup, gpu)
     if options.dry_run and plan is not None:
-        _print_dry_run(plan, setup.levels)
+        _print_dry_run(plan, setup)
     print("\nassumptions")
     print("\n".join(f"  - {line}" for line in [*notes, *assumptions(gpu, setup)]))
     return status
@@ -257,12 +269,12 @@ def _print_search(work: Workload, setup: Setup, gpu: Gpu) -> int:
     return 0
 
 
-def _print_dry_run(plan: Plan, levels: tuple[Level, ...]) -> None:
+def _print_dry_run(plan: Plan, setup: Setup) -> None:
     # Imported here: it loads the optimizers and FSDP2, which an estimate alone does not need.
     from ltx_titan.estimate.dry_run import dry_run
 
     degrees = plan.degrees
-    done = dry_run(plan, levels)
+    done = dry_run(plan, setup.levels, setup.stream_blocks)
     ranks = degrees.dp * degrees.cp * degrees.tp
     print(f"\ndry run: {ranks} ranks, built and stepped in {done.seconds:.0f} s")
     print("  GiB that tensors of rank 0 hold, not compiled")
@@ -275,7 +287,7 @@ def _print_dry_run(plan: Plan, levels: tuple[Level, ...]) -> None:
         print(f"  {name:24}{size / GIB:8.2f}")
 
 
-def _write_json(path: Path, found: Estimate) -> None:
+def _write_json(path: Path, work: Workload, found: Estimate) -> None:
     memory = {name: value / GIB for name, value in asdict(found.memory).items()}
     row = {
         "gpu": found.gpu.name,
@@ -283,6 +295,7 @@ def _write_json(path: Path, found: Estimate) -> None:
         "peak_mem_gib": found.memory.peak / GIB,
         "needed_gib": found.memory.needed / GIB,
         "memory_gib": memory,
+        "pinned_host_gib": pinned_bytes(work, found.setup) / GIB,
         "step_time_s": found.time.total if found.time else None,
         "time_s": asdict(found.time) if found.time else None,
         "tokens_per_s_per_gpu": found.tokens_per_s if found.time else None,

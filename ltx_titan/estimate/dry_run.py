@@ -12,7 +12,7 @@ connectors, reading checkpoints, validation.
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ from ltx_titan.optim.build import Optimizers
 from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import build_mesh
+from ltx_titan.parallel.stream import weight_stream
 from ltx_titan.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -64,13 +65,14 @@ class DryRun:
         return max(self.peak_backward, self.peak_update)
 
 
-def dry_run(plan: Plan, levels: tuple[Level, ...] | None = None) -> DryRun:
+def dry_run(plan: Plan, levels: tuple[Level, ...] | None = None, stream_blocks: int | None = None) -> DryRun:
     """Builds a planned job and runs one step; the process must not have a process group.
 
     Args:
         plan: the job; the world size is the product of its degrees.
         levels: of each block with `activation_checkpoint.mode = "budget"`, chosen for the GPU that is asked about: the
             fake ranks have none.
+        stream_blocks: the same for `parallelism.stream_blocks = "auto"`.
 
     Raises:
         Exception: whatever the real job would raise.
@@ -81,11 +83,21 @@ def dry_run(plan: Plan, levels: tuple[Level, ...] | None = None) -> DryRun:
     with _fake_ranks(plan):
         # Real tensors, made before the fake mode: a mesh is a tensor of ranks, and `prepare` depends on values.
         device = torch.device("cpu")
-        model = shape_transformer(plan, build_mesh(device.type, plan.degrees), device, levels).train()
+        model = shape_transformer(plan, build_mesh(device.type, plan.degrees), device, levels, stream_blocks).train()
         inputs = _inputs(plan)
+        stream = weight_stream(model)
+        if stream is not None:
+            stream.allocate(torch.device("meta"))  # host memory is not counted
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as live:
             give_storage(model, device, offloaded=False)
+            if stream is not None:
+                stream.start(device, _NoCopies())
             return _steps(plan, model, _as_fake(inputs, fake), live, started)
+
+
+class _NoCopies:
+    def start(self, slot: Tensor, host: Tensor) -> Callable[[], None]:
+        return lambda: None
 
 
 def _steps(plan: Plan, model: nn.Module, inputs: ModelInputs, live: LiveBytes, started: float) -> DryRun:

@@ -207,6 +207,8 @@ def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Set
                             offload_activations=offload,
                             # Its time is not predicted, so it could not be ranked.
                             cpu_offload=False,
+                            # The mesh of a streamed job has neither tp nor cp.
+                            stream_blocks=setup.stream_blocks if tp * cp == 1 else 0,
                         )
 
 

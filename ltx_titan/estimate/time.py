@@ -56,6 +56,7 @@ class StepTime:
         outside: everything outside the blocks, and the optimizer.
         host: time that the GPU waits for launches, if the host is slower.
         exposed: time that FSDP2's collectives take beyond the computation that they overlap with.
+        streaming: the same for copies of weights from host memory.
     """
 
     matmul: float
@@ -66,6 +67,7 @@ class StepTime:
     outside: float
     host: float
     exposed: float
+    streaming: float = 0.0
 
     @property
     def total(self) -> float:
@@ -93,6 +95,10 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
     # A CUDA graph is one launch; otherwise the device waits wherever the host is slower.
     host = 0.0 if setup.graphs else max(0.0, _host(setup) - busy)
 
+    # The host launches everything, and copies run meanwhile: they overlap with whichever of the two is slower.
+    slower = (busy + host) / busy
+    streaming = sum(_exposed_copies(work, setup, gpu, part * slower) for part in (busy_forward, busy_backward))
+
     def all_blocks(seconds: float) -> float:
         return micro_batches * layers * seconds
 
@@ -105,7 +111,17 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
         outside=_outside(work, setup, gpu, micro_batches),
         host=all_blocks(host),
         exposed=all_blocks(exposed),
+        streaming=micro_batches * streaming,
     )
+
+
+def _exposed_copies(work: Workload, setup: Setup, gpu: Gpu, block_s: float) -> float:
+    """Seconds that one pass over all blocks waits for copies of weights, if a block takes `block_s` without them."""
+    if setup.stream_blocks == 0:
+        return 0.0
+    copied = work.num_layers - setup.stream_blocks
+    # The first copy starts when the first block is done, and the last one ends before the last block starts.
+    return max(0.0, copied * work.block.frozen_bytes / gpu.host_link - (work.num_layers - 2) * block_s)
 
 
 def model_flops(work: Workload) -> float:

@@ -38,13 +38,20 @@ _ReadRows = Callable[[slice, torch.device], tuple[Tensor, Tensor]]
 """(rows, device) -> data and scales of these rows, as `QuantizedLinear` stores them."""
 
 
-def load_base(model: nn.Module, path: str | Path, *, allow_unused: Callable[[str], bool] = lambda name: False) -> None:
+def load_base(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    allow_unused: Callable[[str], bool] = lambda name: False,
+    device: torch.device | None = None,
+) -> None:
     """Fills every frozen weight; adapters keep their values.
 
     Args:
         model: adapted by `apply_lora`, sharded or not, with storage.
         path: an official checkpoint.
         allow_unused: official names that may be in the file and not in the model, as in `weights.load_parameters`.
+        device: that weights are quantized on, if they are not stored there; None: where they are.
 
     Raises:
         ValueError: weights are missing, unexpected, of another shape or of an unreadable dtype; nothing is loaded.
@@ -57,20 +64,27 @@ def load_base(model: nn.Module, path: str | Path, *, allow_unused: Callable[[str
     with safe_open(path, framework="pt", device="cpu") as file:
         # In file order: each rank then walks through the pages once, forwards.
         for name, weight in sorted(weights.items(), key=lambda item: item[1].start):
-            _fill(layers[name], _row_reader(weight, file, layers[name]))
+            _fill(layers[name], _row_reader(weight, file, layers[name]), device)
     # A row with a NaN has no finite scale; the packed values themselves are not numbers.
     refuse_not_finite(path, {name: layer.scale for name, layer in layers.items()})
 
 
-def init_base_(model: nn.Module, seed: int) -> None:
-    """Fills the base with seeded random values instead of a checkpoint's. Overwrites adapters as well."""
-    init_random_(model, seed)
+def init_base_(model: nn.Module, seed: int, device: torch.device | None = None) -> None:
+    """Fills the base with seeded random values instead of a checkpoint's. Overwrites adapters as well.
+
+    Args:
+        model: as for `load_base`.
+        seed: of all generators.
+        device: that values are drawn and quantized on; None: where they are stored.
+    """
+    init_random_(model, seed, device)
     for name, layer in quantized_layers(model).items():
         # Drawn at full size and quantized, as a checkpoint's weights are, one layer at a time.
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device=local(layer.qdata).device)
+        drawn_on = device or local(layer.qdata).device
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device=drawn_on)
         # Not `hash`, which Python salts per process: ranks would draw different weights.
         init_random_(linear, seed + zlib.crc32(name.encode()))
-        _fill(layer, _quantizer(linear.weight.detach(), layer.form))
+        _fill(layer, _quantizer(linear.weight.detach(), layer.form), device)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -98,12 +112,12 @@ def _row_reader(weight: StoredWeight, file: Any, layer: QuantizedLinear) -> _Rea
 
 
 @torch.no_grad()
-def _fill(layer: QuantizedLinear, read: _ReadRows) -> None:
+def _fill(layer: QuantizedLinear, read: _ReadRows, device: torch.device | None) -> None:
     data, (rows, columns) = local_box(layer.qdata)
     if data.numel() == 0:
         return
     scale, (_, groups) = local_box(layer.scale)
     # Whole rows are quantized; a rank that holds some of the columns keeps its part of data and scales.
-    values, scales = read(rows, data.device)
+    values, scales = read(rows, device or data.device)
     data.copy_(values[:, columns])
     scale.copy_(scales[:, groups])

@@ -34,6 +34,8 @@ _TP_LEVELS: tuple[Level, ...] = ("full", "selective", "none")
 # Share of a device's memory for what the estimate does not count: fragmentation, other processes. Jobs that were filled
 # without it ran out of memory (docs/benchmarks/log.md).
 _MARGIN = 0.06
+# Blocks on the device at least: one computes, the next is ready, and the one after that is copied.
+_SLOTS = 3
 
 
 def choose_levels(
@@ -82,6 +84,49 @@ def with_levels(work: Workload, setup: Setup, budget_gib: float | Literal["auto"
     if setup.recompute != "budget":
         return setup
     return replace(setup, levels=choose_levels(work, setup, budget_gib, device_bytes))
+
+
+def with_stream_blocks(
+    work: Workload,
+    setup: Setup,
+    wanted: int | Literal["auto"],
+    budget_gib: float | Literal["auto"],
+    device_bytes: float,
+) -> Setup:
+    """The setup with the number of blocks on the device that `parallelism.stream_blocks` asks for, without levels.
+
+    "auto" keeps all blocks on the device if its memory holds them, by the memory estimate. Otherwise it keeps as many
+    as fit; under `budget`, whose saved activations are then worth more, few, and the levels fill the rest.
+
+    Args:
+        work: the workload.
+        setup: how it runs.
+        wanted: a number, 0 for all blocks, or "auto".
+        budget_gib: `activation_checkpoint.memory_gib`.
+        device_bytes: memory of a GPU.
+    """
+    if wanted != "auto":
+        return replace(setup, stream_blocks=wanted)
+    if setup.recompute == "budget":
+        levels = (_LEVELS[0],) * work.num_layers
+        if budget_gib != "auto":
+            levels = choose_levels(work, setup, budget_gib, device_bytes)
+        setup = replace(setup, levels=levels)
+    limit = device_bytes * (1 - _MARGIN)
+
+    def size(count: int) -> float:
+        memory = estimate_memory(work, replace(setup, stream_blocks=count))
+        return memory.needed + memory.gradients
+
+    count = 0
+    if size(0) > limit:
+        counts = range(min(_SLOTS, work.num_layers - 1), work.num_layers)
+        if setup.recompute == "budget":
+            counts = counts[:1]
+        count = counts[max(bisect_right(counts, limit, key=size) - 1, 0)]
+        if size(count) > limit:
+            logger.warning("weight streaming: %.1f GiB expected with %d blocks on the GPU", size(count) / GIB, count)
+    return replace(setup, stream_blocks=count, levels=())
 
 
 def fill(

@@ -225,7 +225,6 @@ def saved_by_levels(work: Workload, setup: Setup) -> float:
 
 
 def _states(work: Workload, setup: Setup) -> dict[str, float]:
-    elements, size = _sharded(work, setup, trained_only=False)
     trained, trained_size = _sharded(work, setup, trained_only=True)
     state = STATE_BYTES[work.optimizer]
     ema = 4.0 if work.ema else 0.0  # float32
@@ -236,12 +235,26 @@ def _states(work: Workload, setup: Setup) -> dict[str, float]:
         optimizer = trained * ema + 2 * block * state
     on_device = 0.0 if setup.cpu_offload else 1.0
     return {
-        "parameters": size * on_device,
+        "parameters": _parameters(work, setup) * on_device,
         "optimizer": optimizer * on_device,
         # In the parameter's dtype; with in_backward each is used and freed at once.
         "gradients": 0.0 if work.in_backward else trained_size * on_device,
         "connectors": 2.0 * work.connectors / setup.fsdp,  # bfloat16
     }
+
+
+def _parameters(work: Workload, setup: Setup) -> float:
+    if setup.stream_blocks == 0:
+        return _sharded(work, setup, trained_only=False)[1]
+    adapters = work.block.sharded(setup.degrees, trained_only=True)[1]
+    # Every rank has slots of its own.
+    slots = setup.stream_blocks * work.block.frozen_bytes
+    return work.num_layers * adapters + slots + work.outside.sharded(setup.degrees)[1]
+
+
+def pinned_bytes(work: Workload, setup: Setup) -> float:
+    """Host memory of all ranks for streamed weights."""
+    return work.num_layers * work.block.frozen_bytes * setup.gpus if setup.stream_blocks else 0.0
 
 
 def _sharded(work: Workload, setup: Setup, *, trained_only: bool) -> tuple[int, int]:
@@ -277,6 +290,8 @@ def _buffers(work: Workload, setup: Setup) -> _Buffers:
     block, outside = size * trained, size * trained_outside
     if setup.gathers_frozen:
         block, outside = (size * weights.gathered(tp) for weights in (work.block, work.outside))
+    if setup.stream_blocks:
+        block = size * trained
     return _Buffers(
         outside=outside,
         block=block,

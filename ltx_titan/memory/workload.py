@@ -69,6 +69,11 @@ class Weights:
         """Number of trained weights."""
         return sum(prod(weight.shape) for weight in self.items if weight.is_trained)
 
+    @property
+    def frozen_bytes(self) -> int:
+        """Stored bytes of the frozen weights, without any sharding."""
+        return sum(prod(weight.shape) * weight.itemsize for weight in self.items if not weight.is_trained)
+
     def gathered(self, tp: int, *, trained_only: bool = False) -> int:
         """Elements on a rank while FSDP2 has the unit gathered."""
         return sum(prod(w.after_tp(tp)) for w in self.items if w.is_trained or not trained_only)
@@ -179,6 +184,7 @@ class Setup:
         float8_all_gather: FSDP2 gathers weights in float8.
         offload_activations: inputs of recomputed blocks are kept in host memory.
         cpu_offload: weights, gradients and optimizer state are in host memory.
+        stream_blocks: blocks whose frozen weights are on the device at a time; 0 for all of them.
     """
 
     degrees: Degrees
@@ -193,6 +199,7 @@ class Setup:
     float8_all_gather: bool = False
     offload_activations: bool = False
     cpu_offload: bool = False
+    stream_blocks: int = 0
 
     @property
     def gpus(self) -> int:
@@ -304,6 +311,8 @@ def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
         float8_all_gather=job.float8.all_gather,
         offload_activations=job.activation_checkpoint.offload,
         cpu_offload=job.parallelism.cpu_offload,
+        # "auto" depends on a GPU's memory: see budget.py.
+        stream_blocks=0 if job.parallelism.stream_blocks == "auto" else job.parallelism.stream_blocks,
     )
 
 

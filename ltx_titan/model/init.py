@@ -18,18 +18,24 @@ _OUTPUT_HEAD_SCALE = 0.1
 
 
 @torch.no_grad()
-def init_random_(module: nn.Module, seed: int) -> None:
+def init_random_(module: nn.Module, seed: int, device: torch.device | None = None) -> None:
     """Fills every parameter in place. Parameters may be DTensors; buffers are not changed.
 
     Norm weights become 1, biases 0, registers N(0, 1); everything else is N(0, 1 / fan_in), the output heads a tenth of
     that.
+
+    Args:
+        module: with storage.
+        seed: of all generators.
+        device: that numbers are drawn on, whose generators give other numbers than a CPU's; None: each parameter's.
     """
     for name, parameter in module.named_parameters():
         shard = local(parameter)
         # Keyed by the name without wrappers: compiled, checkpointed and LoRA-wrapped modules get the weights of the
         # plain one.
-        generator = torch.Generator(shard.device).manual_seed(seed_of(f"{seed}/{without_wrappers(name)}"))
-        full = _draw(name, parameter.shape, shard.device, generator)
+        drawn_on = device or shard.device
+        generator = torch.Generator(drawn_on).manual_seed(seed_of(f"{seed}/{without_wrappers(name)}"))
+        full = _draw(name, parameter.shape, drawn_on, generator)
         if isinstance(parameter, DTensor):
             # Every rank drew the same tensor, so there is nothing to broadcast.
             full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()

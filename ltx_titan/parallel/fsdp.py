@@ -4,10 +4,12 @@ Every parameter is then a DTensor, and one rule decides precision: parameters ar
 (float32 for full fine-tuning), gathered in the compute dtype, and their gradients are reduced in float32.
 
 On a single rank, frozen weights that are stored in the compute dtype stay plain parameters: FSDP2 would copy each of
-them twice a step.
+them twice a step. Streamed weights (stream.py) stay plain parameters on any number of ranks, each of which has its own.
 
 Gradients are summed, not averaged: a rank's loss is already its share of the global mean.
 """
+
+from collections.abc import Set
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ def apply_fsdp(
     compute_dtype: torch.dtype,
     *,
     cpu_offload: bool = False,
+    streamed: Set[nn.Parameter] = frozenset(),
 ) -> None:
     """Shards each block as one unit and everything outside the blocks as another.
 
@@ -32,13 +35,14 @@ def apply_fsdp(
         compute_dtype: dtype of gathered parameters, hence of matmuls.
         cpu_offload: keep shards, their gradients and the optimizer's state in host memory; the parameters then need
             storage there (`to_empty(device="cpu")`).
+        streamed: frozen parameters that are not sharded.
     """
     # The model casts its inputs itself: FSDP2 would also round float32 positions and sigmas.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
-    ignored = set()
+    ignored = set(streamed)
     if mesh.size() == 1 and not cpu_offload:
-        ignored = {p for p in model.parameters() if not p.requires_grad and p.dtype == compute_dtype}
+        ignored |= {p for p in model.parameters() if not p.requires_grad and p.dtype == compute_dtype}
     last = len(blocks) - 1
     for number, block in enumerate(blocks):
         # The backward pass starts with the last block, which would be gathered again at once.

@@ -26,6 +26,7 @@ def check_parallelism(
     float8: str = "none",
     float8_all_gather: bool = False,
     dora: bool = False,
+    stream_blocks: int = 0,
 ) -> None:
     """Checks the mesh and the options against the transformer.
 
@@ -37,6 +38,7 @@ def check_parallelism(
         float8: recipe, or "none".
         float8_all_gather: FSDP2 gathers float8 weights.
         dora: adapters learn each output's magnitude separately.
+        stream_blocks: blocks whose frozen weights are on the device at a time; 0 for all.
 
     Raises:
         ValueError: one line for each unsupported combination: keys, values, reason and remedy.
@@ -64,6 +66,11 @@ def check_parallelism(
     if recompute == "every_k" and k > config.num_layers:
         problems.append(
             f"activation_checkpoint.k = {k}: the transformer has {config.num_layers} blocks; set it to at most that."
+        )
+    if stream_blocks >= config.num_layers:
+        problems.append(
+            f"parallelism.stream_blocks = {stream_blocks}: the transformer has {config.num_layers} blocks, and at "
+            "least one must be in host memory; lower it, or set it to 0 to keep all blocks on the GPU."
         )
     problems += _float8_problems(degrees, config, modalities, float8, float8_all_gather)
     if dora and degrees.tp > 1:

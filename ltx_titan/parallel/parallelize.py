@@ -1,7 +1,7 @@
 """The parallel plan, applied to a model on the meta device from outside, in one fixed order.
 
     float8 -> token split -> tensor parallel -> context parallel -> selective checkpointing -> compile
-           -> full checkpointing -> FSDP2
+           -> full checkpointing -> weight streaming -> FSDP2
 
 LoRA adapters are added before. Each step is one call and one line in the log. Afterwards the parameters are sharded
 DTensors without storage: `to_empty`, then load.
@@ -24,6 +24,7 @@ from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Mesh
+from ltx_titan.parallel.stream import WeightStream
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 
@@ -45,6 +46,7 @@ def parallelize(
     compiled_shapes: int | None,
     cpu_offload: bool,
     levels: Sequence[Level] = (),
+    stream_blocks: int = 0,
 ) -> None:
     """Applies the parallel plan in place. Combinations that cannot work are refused earlier, by `plan_job`.
 
@@ -57,6 +59,7 @@ def parallelize(
         compiled_shapes: compile every block, for this many combinations of shapes; None does not compile.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
         levels: of each block, with `activation_checkpoint.mode = "budget"`.
+        stream_blocks: blocks whose frozen weights are on the device at a time; 0 keeps all of them there.
     """
     blocks, degrees = model.transformer_blocks, mesh.degrees
     # First, because it replaces modules: every later step addresses them by name or wraps them.
@@ -107,8 +110,13 @@ def parallelize(
     elif checkpointing.mode == "budget":
         apply_full_checkpointing(blocks, [number for number, level in enumerate(levels) if level == "full"])
 
+    # Around everything that runs a block again or as one operation.
+    streamed = WeightStream(blocks, stream_blocks).parameters() if stream_blocks else frozenset()
+    if stream_blocks:
+        logger.info("weight streaming: %d of %d blocks on the device at a time", stream_blocks, len(blocks))
+
     # Last: FSDP2 records each unit's parameters, so their modules, dtypes and tp placements must be final.
-    apply_fsdp(model, blocks, mesh.fsdp, dtype, cpu_offload=cpu_offload)
+    apply_fsdp(model, blocks, mesh.fsdp, dtype, cpu_offload=cpu_offload, streamed=streamed)
     logger.info("FSDP2: %s, parameters gathered as %s", mesh.fsdp, dtype)
 
 

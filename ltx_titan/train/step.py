@@ -17,6 +17,7 @@ from ltx_titan.optim.build import Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
+from ltx_titan.parallel.stream import weight_stream
 from ltx_titan.plan import Plan
 from ltx_titan.train.skipped import SkippedSteps
 from ltx_titan.weights import stream_of
@@ -62,6 +63,7 @@ class TrainStep:
         self._skipped = skipped
         self._device = device
         self._dtype = COMPUTE_DTYPES[job.training.dtype]
+        self._stream = weight_stream(model)
         self._sampler = _sigma_sampler(job)
         # Audio is replicated across cp and tp, so all ranks of such a group need the same dropout mask.
         self._dropout = DropoutStep(model, job.training.seed, dp_rank)
@@ -121,6 +123,8 @@ class TrainStep:
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self._device, non_blocking=True))
         batch["conditions"] = to_contexts(batch["conditions"], self._connectors, self._dtype)
         inputs = self._plan.strategy.prepare(batch, micro_batch.draws)
+        if self._stream is not None:
+            self._stream.settle()
         weighted, loss = self.micro_step(inputs)
         sums.add(weighted, loss, inputs, self._sample_share)
         # From the shapes in the plan: counting tokens on the device would make the host wait for it.

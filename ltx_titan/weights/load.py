@@ -215,9 +215,12 @@ def refuse_not_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     checked = {name: t for name, t in checked.items() if t.is_floating_point() and t.itemsize > 1 and t.numel() > 0}
     if not checked:
         return
-    # One flag per tensor on the device, and one wait for all of them.
-    finite = torch.stack([tensor.isfinite().all() for tensor in checked.values()]).tolist()
-    bad = [name for name, is_finite in zip(checked, finite, strict=True) if not is_finite]
+    # One flag per tensor on its device, and one wait for all of a device; streamed weights are on the host.
+    bad = []
+    for device in {tensor.device for tensor in checked.values()}:
+        names = [name for name, tensor in checked.items() if tensor.device == device]
+        finite = torch.stack([checked[name].isfinite().all() for name in names]).tolist()
+        bad += [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
     if bad:
         raise ValueError(
             f"{path}: {len(bad)} tensors contain NaN or infinity: {listed(bad)}. The file is damaged or its training "

@@ -11,6 +11,7 @@ BASE = {
     "data": {"source": "synthetic"},
     "video": {"is_generated": True, "latents_dir": "latents"},
 }
+STREAMED = {"model": BASE["model"] | {"mode": "lora"}, "parallelism": {"stream_blocks": 4}}
 FRAME = {"type": "first_frame"}
 FROZEN_AUDIO = {"is_generated": False, "latents_dir": "audio_latents"}
 
@@ -62,6 +63,11 @@ def error_of(**sections):
             {"model": BASE["model"] | {"mode": "lora"}, "lora": {"dora": True}},
             ["checkpoint.export = true", "lora.dora = true", "set it to false"],
         ),
+        ({"parallelism": {"stream_blocks": 4}}, ['model.mode = "lora"', "parallelism.cpu_offload"]),
+        ({**STREAMED, "parallelism": {"stream_blocks": 4, "tp": 2}}, ["parallelism.tp = 1", "found 2"]),
+        ({**STREAMED, "parallelism": {"stream_blocks": "auto", "cp": 2}}, ["parallelism.cp = 1", "found 2"]),
+        ({**STREAMED, "parallelism": {"stream_blocks": 4, "cpu_offload": True}}, ["cpu_offload = false"]),
+        ({**STREAMED, "training": {"dtype": "float32"}}, ['training.dtype = "bfloat16"', "a base in bfloat16"]),
         ({"metrics": {"wandb_project": "films"}}, ['metrics.wandb_project = "films"', 'metrics.wandb = "off"']),
     ],
 )

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from ltx_titan.common.hardware import GIB
+from ltx_titan.common.hardware import GIB, GPUS
 from ltx_titan.config import ConfigError
-from ltx_titan.memory.budget import choose_levels, fill
-from ltx_titan.memory.peak import estimate_memory, saved_by_levels
-from ltx_titan.memory.workload import make_setup, make_workload
+from ltx_titan.estimate.time import estimate_time
+from ltx_titan.memory.budget import choose_levels, fill, with_stream_blocks
+from ltx_titan.memory.peak import SLACK, estimate_memory, saved_by_levels
+from ltx_titan.memory.workload import Setup, make_setup, make_workload
 from tests.estimate.test_prediction import plan_of
 
 ORDER = ["full", "selective", "matmuls", "all_matmuls", "none"]
@@ -52,6 +53,27 @@ def test_auto_fills_the_device_by_the_estimate(job):
     small, large = (choose_levels(work, setup, "auto", gib * GIB) for gib in (60, 79))
     assert sum(map(ORDER.index, small)) < sum(map(ORDER.index, large))
     assert estimate_memory(work, replace(setup, levels=large)).needed <= 79 * GIB
+
+
+def test_blocks_are_streamed_only_where_they_do_not_fit(job):
+    work, setup = job
+    full = replace(setup, recompute="full")
+
+    def chosen(setup: Setup, gib: float) -> int:
+        return with_stream_blocks(work, setup, "auto", "auto", gib * GIB).stream_blocks
+
+    assert [chosen(full, gib) for gib in (79, 12)] == [0, 3]
+    slots = chosen(full, 24)
+    fits, more = (estimate_memory(work, replace(full, stream_blocks=count)) for count in (slots, slots + 1))
+    assert fits.needed < 24 * GIB * (1 - 0.06) < more.needed + more.gradients
+    assert more.needed - fits.needed == pytest.approx(SLACK * work.block.frozen_bytes)
+    # Under a budget, activations have what blocks leave.
+    assert [chosen(setup, gib) for gib in (79, 24)] == [0, 3]
+    # A step waits only for copies that take longer than the blocks that run meanwhile.
+    link = [replace(GPUS["h100"], host_link=speed) for speed in (1e12, 20e9, 10e9)]
+    waits = [estimate_time(work, replace(full, stream_blocks=3, graphs=True), gpu).streaming for gpu in link]
+    assert waits[0] == 0 < waits[1] < waits[2]
+    assert waits[2] < 2 * 45 * work.block.frozen_bytes / 10e9
 
 
 def test_gradient_shards_have_room_of_their_own():

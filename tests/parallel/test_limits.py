@@ -38,6 +38,7 @@ def test_what_works_is_let_through(degrees):
         (Degrees(), "av", {"recompute": "every_k", "k": 49}, r"activation_checkpoint\.k = 49.*48 blocks"),
         (Degrees(), "audio", {"float8": "rowwise"}, r"float8\.recipe = 'rowwise'.*audio only"),
         (Degrees(), "av", {"float8": "rowwise", "float8_all_gather": True}, r"float8\.all_gather = true.*'rowwise'"),
+        (Degrees(), "av", {"stream_blocks": 48}, r"parallelism\.stream_blocks = 48.*48 blocks"),
         (Degrees(tp=2), "av", {"dora": True}, r"tp = 2 with lora\.dora"),
     ],
 )

@@ -1,0 +1,65 @@
+"""Proposes settings for a LoRA job that does not fit one GPU: format of the base, streamed weights, budget."""
+
+from dataclasses import dataclass, replace
+
+from ltx_titan.common.hardware import GIB, Gpu
+from ltx_titan.config import BaseDtype
+from ltx_titan.estimate.prediction import Estimate, estimate
+from ltx_titan.memory.budget import with_levels, with_stream_blocks
+from ltx_titan.memory.peak import pinned_bytes
+from ltx_titan.memory.workload import make_setup, make_workload
+from ltx_titan.plan import Plan
+
+# From the most accurate one.
+_BASES: tuple[BaseDtype, ...] = ("bfloat16", "int8", "nvfp4")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A format of the base, and its estimate with streamed weights.
+
+    Attributes:
+        base: `lora.base_dtype`.
+        found: the estimate.
+        pinned: bytes of pinned host memory.
+    """
+
+    base: BaseDtype
+    found: Estimate
+    pinned: float
+
+
+def propose(plan: Plan, gpu: Gpu) -> list[Proposal]:
+    """The formats with which a job fits one GPU, the most accurate first; empty if it is not a LoRA job on one GPU."""
+    job, degrees = plan.job, plan.degrees
+    if job.model.mode != "lora" or degrees.dp * degrees.cp * degrees.tp > 1 or job.training.dtype != "bfloat16":
+        return []
+    proposals = []
+    for base in _BASES:
+        lora = job.lora.model_copy(update={"base_dtype": base})
+        work = make_workload(replace(plan, job=job.model_copy(update={"lora": lora})))
+        setup = replace(make_setup(job, degrees, gpu.name), recompute="budget", k=1, cpu_offload=False)
+        setup = with_stream_blocks(work, setup, "auto", "auto", gpu.memory)
+        setup = with_levels(work, setup, "auto", gpu.memory)
+        found = estimate(work, setup, gpu)
+        if found.fits:
+            proposals.append(Proposal(base, found, pinned_bytes(work, setup)))
+    return proposals
+
+
+def describe_proposals(proposals: list[Proposal], gpu: Gpu) -> list[str]:
+    """Formats proposals as lines of text."""
+    if not proposals:
+        return []
+    text = [
+        f"\nwith frozen weights in host memory it fits {gpu.name}; the first format that this machine's memory holds "
+        "is the most accurate",
+        f"  {'s/step':>8} {'GPU GiB':>8} {'host GiB':>8}   --parallelism.stream_blocks=auto "
+        "--activation_checkpoint.mode=budget and",
+    ]
+    for one in proposals:
+        text.append(
+            f"  {one.found.step_time_s:8.3f} {one.found.memory.needed / GIB:8.1f} {one.pinned / GIB:8.1f}   "
+            f"--lora.base_dtype={one.base}"
+        )
+    return text
