@@ -294,7 +294,8 @@ def is_finished(plan: Plan) -> bool:
             return False
     for change in job_changes(trainer["job"], plan.job):
         logger.warning("job settings changed since the checkpoint, and nothing is left to do with them: %s", change)
-    logger.info("nothing to do: %s is already at step %d of %d", path, plan.last_step, plan.job.training.steps)
+    steps = plan.job.training.steps
+    logger.info("nothing to do: %s has step %d, and the job ends at step %d of %d", path, step, plan.last_step, steps)
     return True
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -137,7 +138,8 @@ def test_a_rank_that_hangs_is_named_and_the_stacks_of_the_others_are_kept(tmp_pa
         stopped.kill()
         healthy.kill()
     log = (tmp_path / "rank-0.log").read_text()
-    assert "waiting for rank 1, which does not answer" in log
+    assert re.search(r"waiting for rank 1, which does not answer .*, since \d+ s", log)
+    assert re.search(r"no progress for \d+ s, waiting for rank 1, which does not answer", log)
     assert "timed out after 20 s (job.timeout_s), waiting for rank 1" in log
     assert "Traceback" not in log
     assert "in _train\n" in (tmp_path / "run/stacks/rank-0.txt").read_text()
