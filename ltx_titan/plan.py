@@ -16,7 +16,7 @@ import torch
 from ltx_titan.checkpoint import latest_complete, read_trainer_state
 from ltx_titan.common.files import LOCK_FILE, describe_os_error
 from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_text, check_trainable, reference_scale
-from ltx_titan.config import Degrees, JobConfig, check_world
+from ltx_titan.config import Degrees, JobConfig, check_world, job_changes
 from ltx_titan.config.streams import Reference
 from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, stores_text_features, stream_tokens, token_counts
 from ltx_titan.data.bad_samples import SkippingDataset, tolerated
@@ -32,6 +32,7 @@ from ltx_titan.parallel.limits import check_parallelism, check_sharding
 from ltx_titan.weights import (
     ModelSource,
     build_connectors,
+    check_contents,
     check_fits,
     check_lora,
     find_connectors,
@@ -261,8 +262,8 @@ def check_dump_folder(folder: Path) -> None:
 def is_finished(plan: Plan) -> bool:
     """Whether everything that the job asks for exists: the checkpoint of its last step, and its export; logs it.
 
-    A job whose checkpoint is complete and whose export is missing is not finished: training it again takes no step and
-    exports.
+    A job whose checkpoint is complete and whose export is missing or damaged is not finished: training it again takes
+    no step and exports.
 
     Raises:
         ValueError: `checkpoint.resume = false` and the folder is not empty.
@@ -276,13 +277,26 @@ def is_finished(plan: Plan) -> bool:
         return False
     path = latest_complete(plan.folder / "checkpoint")
     # Only the JSON part: reading the state would take as long as resuming.
-    if path is None or (step := read_trainer_state(path)["step"]) < plan.last_step:
+    if path is None:
         return False
-    export = plan.export_path(step)
+    trainer = read_trainer_state(path)
+    step, export = trainer["step"], plan.export_path(trainer["step"])
+    if step < plan.last_step:
+        return False
     if plan.exports and not export.is_file():
         logger.info("step %d of %d is saved, but %s is missing: exporting it", step, plan.job.training.steps, export)
         return False
-    logger.info("nothing to do: %s is already at step %d of %d", path, plan.last_step, plan.job.training.steps)
+    if plan.exports:
+        try:
+            read_metadata(export)
+            check_contents(export)
+        except ValueError as error:
+            logger.warning("step %d of %d is saved, and is exported again: %s", step, plan.job.training.steps, error)
+            return False
+    for change in job_changes(trainer["job"], plan.job):
+        logger.warning("job settings changed since the checkpoint, and nothing is left to do with them: %s", change)
+    steps = plan.job.training.steps
+    logger.info("nothing to do: %s has step %d, and the job ends at step %d of %d", path, step, plan.last_step, steps)
     return True
 
 

@@ -99,15 +99,18 @@ def draw_kill(rng: random.Random, mesh: str) -> Kill:
     )
 
 
-def inject(run: Run, kill: Kill, resumed: int, steps: int) -> str:
-    """Waits for the moment of a kill and kills; returns the phase that was hit, "ended" if the run was faster."""
+def inject(run: Run, kill: Kill, resumed: int, steps: int, patience: int = 5) -> str:
+    """Waits for the moment of a kill and kills; returns the phase that was hit, "ended" if the run was faster.
+
+    The phase of the kill is awaited for `patience` steps; then any is hit.
+    """
     reached = min(resumed + kill.after_steps, steps)
 
     def is_due() -> bool:
         phase, step = run.phase()
         if kill.phase == "starting":
             return bool(run.ranks())
-        return step >= reached and (phase == kill.phase or step > reached + 5)
+        return step >= reached and (phase == kill.phase or step > reached + patience)
 
     wait_for(lambda: run.has_ended() or is_due(), f"{kill} is never due")
     # A kill while modules are imported says little; spread those over the whole start.

@@ -31,28 +31,31 @@ from tests.fault_injection import Campaign, Kill, become_subreaper, check_after,
 from tests.fault_runs import Run, Violation, wait_for
 
 TIMEOUT_S = 60
+# The copy of a save takes a few milliseconds: it may not be seen in the first save, nor in the second.
+PATIENCE = 20
 
 
 class Scenario(NamedTuple):
-    """One fault: the phase in which a target receives a signal, and the launcher's exit code."""
+    """One fault: the phase in which a target receives a signal, and the launcher's exit codes that are right."""
 
     phase: str
     target: str
     signal: signal.Signals
-    code: int
+    codes: tuple[int, ...]
 
 
 SCENARIOS = {
-    "kill-rank-0-in-step": Scenario("training", "rank 0", signal.SIGKILL, 137),
-    "kill-rank-1-in-step": Scenario("training", "rank 1", signal.SIGKILL, 137),
-    "kill-rank-1-in-copy-of-save": Scenario("saving", "rank 1", signal.SIGKILL, 137),
-    "kill-rank-0-in-write-of-save": Scenario("writing", "rank 0", signal.SIGKILL, 137),
-    "kill-rank-1-in-write-of-save": Scenario("writing", "rank 1", signal.SIGKILL, 137),
-    "kill-launcher-in-step": Scenario("training", "launcher 0", signal.SIGKILL, -9),
-    "kill-job-in-save": Scenario("writing", "job", signal.SIGKILL, -9),
-    "terminate-launcher": Scenario("training", "launcher 0", signal.SIGTERM, 0),
-    "terminate-rank-1": Scenario("training", "rank 1", signal.SIGTERM, 0),
-    "stop-rank-1": Scenario("training", "rank 1", signal.SIGSTOP, 1),
+    "kill-rank-0-in-step": Scenario("training", "rank 0", signal.SIGKILL, (137,)),
+    "kill-rank-1-in-step": Scenario("training", "rank 1", signal.SIGKILL, (137,)),
+    "kill-rank-1-in-copy-of-save": Scenario("saving", "rank 1", signal.SIGKILL, (137,)),
+    "kill-rank-0-in-write-of-save": Scenario("writing", "rank 0", signal.SIGKILL, (137,)),
+    "kill-rank-1-in-write-of-save": Scenario("writing", "rank 1", signal.SIGKILL, (137,)),
+    "kill-launcher-in-step": Scenario("training", "launcher 0", signal.SIGKILL, (-9,)),
+    "kill-job-in-save": Scenario("writing", "job", signal.SIGKILL, (-9,)),
+    "terminate-launcher": Scenario("training", "launcher 0", signal.SIGTERM, (0,)),
+    "terminate-rank-1": Scenario("training", "rank 1", signal.SIGTERM, (0,)),
+    # gloo raises in the rank that waits; NCCL's watchdog ends it with SIGABRT.
+    "stop-rank-1": Scenario("training", "rank 1", signal.SIGSTOP, (1, 134)),
 }
 
 
@@ -72,14 +75,14 @@ def play(campaign: Campaign, name: str, start: str, expected: Path) -> None:
     started = time.monotonic()
     run = Run(job, "2", start)
     try:
-        hit = inject(run, kill, 0, campaign.steps)
+        hit = inject(run, kill, 0, campaign.steps, PATIENCE)
         injected = time.monotonic()
         run.wait_until_gone()
         took = time.monotonic() - injected
         newest = check_after(run, kill, hit, 0)
         text, code = run.text(), run.codes[run.launchers[0]]
-        if code != scenario.code or newest == 0:
-            raise Violation(f"exit code {code}, expected {scenario.code}; newest checkpoint {newest}")
+        if code not in scenario.codes or newest == 0:
+            raise Violation(f"exit code {code}, expected one of {scenario.codes}; newest checkpoint {newest}")
         record = {"scenario": name, "hit": hit, "code": code, "newest": newest, "ended_after_s": round(took, 1)}
         record["start"] = start
         if scenario.signal == signal.SIGSTOP:
@@ -111,7 +114,7 @@ def _check_stopped(folder: Path, text: str) -> dict[str, Any]:
     stacks = sorted(path.name for path in (folder / "stacks").iterdir())
     if "rank-0.txt" not in stacks or "File" not in (folder / "stacks" / "rank-0.txt").read_text():
         raise Violation(f"no stack of rank 0 in {stacks}")
-    return {"named": named, "stacks": stacks}
+    return {"named": named, "stacks": stacks, "end": text[-3000:]}
 
 
 def compare_unbroken(campaign: Campaign) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from ltx_titan.weights import read_metadata
 from tests.jobs import write_job
 from tests.malformed import check, refuse_to_train, rows
 
@@ -536,16 +537,10 @@ def test_a_malformed_adapter_is_refused(row, tmp_path, nano_path, data_root, run
 
 
 def poisoned(path: Path, part: str, value: float) -> None:
-    """Overwrites the first number of a tensor of a safetensors file."""
-    content = bytearray(path.read_bytes())
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    name = next(name for name in header if part in name)
-    start = 8 + length + header[name]["data_offsets"][0]
-    dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[header[name]["dtype"]]
-    number = torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes()
-    content[start : start + len(number)] = number
-    path.write_bytes(content)
+    """Overwrites the first number of a tensor, and writes the file as other tools do: without a digest."""
+    tensors, metadata = load_file(path), read_metadata(path).raw
+    tensors[next(name for name in tensors if part in name)].view(-1)[0] = value
+    save_file(tensors, path, metadata)
 
 
 NUMBERS = rows(

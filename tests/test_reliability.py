@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -44,7 +45,7 @@ def test_a_rank_that_lost_another_says_so_in_one_line(tmp_path, caplog, text):
     assert "lost the connection to another rank" in caplog.text
 
 
-def test_a_run_without_its_export_is_not_finished(tmp_path, nano_path, data_root, caplog):
+def test_a_run_without_its_export_or_with_a_damaged_one_is_not_finished(tmp_path, nano_path, data_root, caplog):
     job = write_job(tmp_path, nano_path, data_root, training__steps=1)
     train(job)
     export = tmp_path / "run/export/transformer-step-1.safetensors"
@@ -55,6 +56,14 @@ def test_a_run_without_its_export_is_not_finished(tmp_path, nano_path, data_root
     assert export.read_bytes() == expected
     assert [entry.name for entry in export.parent.iterdir()] == [export.name]
     assert [entry.name for entry in (tmp_path / "run/checkpoint").iterdir()] == ["step-1"]
+    export.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
+    assert main([str(job)]) == 0
+    assert f"is exported again: {export}: a weight in its bytes" in caplog.text
+    assert export.read_bytes() == expected
+    assert "settings changed" not in caplog.text
+    assert main([str(job), "--checkpoint.export_dtype=bfloat16"]) == 0
+    assert 'nothing is left to do with them: checkpoint.export_dtype: "float32" -> "bfloat16"' in caplog.text
+    assert export.read_bytes() == expected
 
 
 def test_an_update_that_overflows_is_neither_saved_nor_exported(tmp_path, nano_path, data_root, caplog, monkeypatch):
@@ -129,7 +138,8 @@ def test_a_rank_that_hangs_is_named_and_the_stacks_of_the_others_are_kept(tmp_pa
         stopped.kill()
         healthy.kill()
     log = (tmp_path / "rank-0.log").read_text()
-    assert "waiting for rank 1, which does not answer" in log
+    assert re.search(r"waiting for rank 1, which does not answer .*, since \d+ s", log)
+    assert re.search(r"no progress for \d+ s, waiting for rank 1, which does not answer", log)
     assert "timed out after 20 s (job.timeout_s), waiting for rank 1" in log
     assert "Traceback" not in log
     assert "in _train\n" in (tmp_path / "run/stacks/rank-0.txt").read_text()

@@ -1,6 +1,7 @@
 """The trainer end to end: losses that do not depend on the mesh, exact resume, exports, and errors."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -170,8 +171,17 @@ def test_a_finished_job_exits_with_nothing_to_do(finished_job, caplog):
     before = read_run(finished_job)
     caplog.set_level("INFO", "ltx_titan")
     assert main([str(finished_job)]) == 0
-    assert "nothing to do" in caplog.text
+    assert "step-1 has step 1, and the job ends at step 1 of 1" in caplog.text
     assert read_run(finished_job) == before
+
+
+def test_steps_that_a_resumed_run_does_not_save_are_called_lost(tmp_path, finished_job, caplog):
+    folder = shutil.copytree(finished_job.parent / "run", tmp_path / "run")
+    overrides = [f"--job.dump_folder={folder}", "--training.steps=2", "--checkpoint.enable=false"]
+    caplog.set_level("INFO", "ltx_titan")
+    assert main([str(finished_job), *overrides]) == 0
+    assert "the weights of step 2 are neither saved nor exported" in caplog.text
+    assert [path.name for path in (folder / "checkpoint").iterdir()] == ["step-1"]
 
 
 def test_a_new_run_in_a_used_folder_is_refused(finished_job, caplog):

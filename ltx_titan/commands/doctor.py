@@ -315,13 +315,19 @@ def _job(job: JobConfig) -> Iterator[Finding]:
 
 
 def _read_checkpoint(plan: "Plan") -> str:
-    """Reads the first and the last tensor of the base's file: a file system may fail although the header is fine."""
+    """Reads the first and the last tensor of the base's file: a file system may fail although the header is fine.
+
+    An export of ours is read as a whole, to compare it with its digest.
+    """
     import torch
     from safetensors import safe_open
+
+    from ltx_titan.weights import check_contents
 
     path = plan.source.path
     if path is None:
         return "random weights"
+    check_contents(path)
     with safe_open(path, framework="pt") as file:
         keys = list(file.keys())
         for key in (keys[0], keys[-1]):

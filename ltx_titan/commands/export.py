@@ -78,6 +78,9 @@ def export_checkpoint(options: ExportOptions) -> Path:
         )
     model = job.model
     source = read_source(model.checkpoint_path if model.init == "checkpoint" else None, model.shape, model.num_layers)
+    for name, taken in (("model.checkpoint_path", source.path), ("model.connectors_path", model.connectors_path)):
+        if taken is not None and path.resolve() == Path(taken).expanduser().resolve():
+            raise ValueError(f"OUT is {str(path)!r}, which is {name} of the job; choose another name.")
     transformer = build_transformer(source, trained_modalities(job))
     dtype = COMPUTE_DTYPES[options.dtype or job.checkpoint.export_dtype]
     layout = options.layout or job.checkpoint.export_layout

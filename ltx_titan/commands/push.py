@@ -111,11 +111,11 @@ def collect(job: JobConfig, folder: Path, weights: Path | None = None) -> Upload
         weights: file with the weights; None for the newest export.
 
     Raises:
-        ValueError: the job names no repository, or there are no weights.
+        ValueError: the job names no repository, or there are no weights, or they are damaged.
     """
     from ltx_titan.commands.model_card import model_card
     from ltx_titan.metrics.loggers import read_metrics
-    from ltx_titan.weights import LoRAFacts, read_metadata
+    from ltx_titan.weights import LoRAFacts, check_contents, read_metadata
 
     if job.hub.repo is None:
         raise ValueError("hub.repo is missing: expected a repository OWNER/NAME; pass --repo, or set it in the job.")
@@ -128,6 +128,7 @@ def collect(job: JobConfig, folder: Path, weights: Path | None = None) -> Upload
             )
         weights = exports[-1]
     facts = LoRAFacts.read(read_metadata(weights).raw)
+    check_contents(weights)
     clips = _clips(folder, [sample.prompt for sample in job.validation.samples]) if job.hub.clips else {}
     files = {weights.name: weights}
     files |= {name: folder / name for name in ("job.toml", "metrics.jsonl", "loss.png", "report.html")}

@@ -143,9 +143,11 @@ class Watch:
         if waited > 0.8 * self._timeout_s and not self._store.check(["watch/write"]):
             self._store.set("watch/write", "1")
             logger.warning(
-                "%s: no progress for %.0f s; job.timeout_s = %.0f. Stacks of all ranks that answer are in %s",
+                "%s: no progress for %.0f s%s; job.timeout_s = %.0f. Stacks of all ranks that answer are in %s",
                 position,
                 waited,
+                # Perhaps for the last time: NCCL's own watchdog ends a rank without asking.
+                "" if missing is None else f", waiting for {missing}",
                 self._timeout_s,
                 self.folder,
             )

@@ -222,8 +222,13 @@ class Trainer:
         self.alerts.send("finished", "", self.step)
         if idle_steps := self.report.idle_steps:
             logger.warning("%d steps of this run had no token to generate and learned nothing", idle_steps)
+        if not job.checkpoint.enable:
+            lost = f"the weights of step {self.step} are neither saved nor exported"
+            logger.warning("checkpoint.enable = false: %s", lost)
         if self.is_main:
-            files = {"checkpoint": latest_complete(self.saves.folder), "export": export}
+            # Without checkpoints the newest one is of an earlier step.
+            newest = latest_complete(self.saves.folder) if job.checkpoint.enable else None
+            files = {"checkpoint": newest, "export": export}
             page.write(self.step, export)
             summarize_run(plan.folder, title=job.job.description or str(plan.folder), files=files)
 

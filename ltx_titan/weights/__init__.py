@@ -1,5 +1,6 @@
 """Official safetensors files: metadata, names, reading, writing, quantized weights, LoRA files."""
 
+from ltx_titan.weights.digest import check_contents
 from ltx_titan.weights.export import ExportTensor, export_safetensors, save_safetensors, transformer_tensors
 from ltx_titan.weights.layout import complete_export
 from ltx_titan.weights.load import (
@@ -67,6 +68,7 @@ __all__ = [
     "QuantizedLinear",
     "StoredWeight",
     "build_connectors",
+    "check_contents",
     "check_fits",
     "check_layers",
     "check_lora",

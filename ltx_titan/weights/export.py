@@ -4,7 +4,7 @@ The safetensors library wants every tensor of a file in memory at once and order
 from process to process, and torch's own export drops the file's `__metadata__`, from which official loaders build the
 model. Here the header is written first and the data streamed behind it: sharded tensors are gathered one at a time by
 all ranks in the same order, and rank 0 writes. The same input gives the same bytes. The file appears under its name
-only when it is complete.
+only when it is complete, with a digest of its contents (digest.py) in its header.
 """
 
 import json
@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ltx_titan.common.files import atomic_write, sync_folder
 from ltx_titan.common.progress import ProgressLog
 from ltx_titan.common.ranks import agree, is_main_rank
 from ltx_titan.common.tensors import SAFETENSORS_DTYPES
+from ltx_titan.weights.digest import DIGEST_KEY, DigestStream, empty_digest
 from ltx_titan.weights.names import TRANSFORMER
 from ltx_titan.weights.tensors import module_tensors
 
@@ -129,7 +130,9 @@ def transformer_tensors(module: nn.Module, dtype: torch.dtype | None = torch.bfl
 
 def _header(path: Path, tensors: list[ExportTensor], metadata: Mapping[str, str]) -> bytes:
     """Length prefix and JSON, padded so that the data starts at a multiple of 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    digest = empty_digest(sum(tensor.num_bytes for tensor in tensors))
+    # First, where readers look for it.
+    entries: dict[str, Any] = {"__metadata__": {DIGEST_KEY: digest, **metadata}}
     end = 0
     for tensor in tensors:
         if tensor.name in entries:
@@ -140,14 +143,15 @@ def _header(path: Path, tensors: list[ExportTensor], metadata: Mapping[str, str]
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    # Blanks behind colons tell a digest of ours from one that another writer has copied.
+    text = json.dumps(entries, separators=(",", ": ")).encode()
     # Padding is allowed by the format; with data sorted by element size it aligns every tensor.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 @contextmanager
-def _open(path: Path, header: bytes, data_bytes: int) -> Iterator[BinaryIO]:
+def _open(path: Path, header: bytes, data_bytes: int) -> Iterator[DigestStream]:
     """Yields a temporary file after its header; on success flushes it to disk and renames it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     needed, free = len(header) + data_bytes, shutil.disk_usage(path.parent).free
@@ -158,8 +162,9 @@ def _open(path: Path, header: bytes, data_bytes: int) -> Iterator[BinaryIO]:
             "another disk."
         )
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        yield file
+        stream = DigestStream(file, header)
+        yield stream
+        stream.finish()
         # Data must be on disk before the rename, or a crash can leave a file of zeros under the final name.
         file.flush()
         os.fsync(file.fileno())
@@ -176,7 +181,7 @@ def _gather(tensor: ExportTensor) -> Tensor | None:
     return tensor.source if isinstance(tensor.source, Tensor) and is_main_rank() else None
 
 
-def _write(file: BinaryIO, tensor: ExportTensor, full: Tensor | None) -> None:
+def _write(file: DigestStream, tensor: ExportTensor, full: Tensor | None) -> None:
     value = full
     if value is None:
         assert not isinstance(tensor.source, Tensor), f"{tensor.name}: gathered on another rank"

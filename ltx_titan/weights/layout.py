@@ -9,11 +9,14 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
 from ltx_titan.common.tensors import SAFETENSORS_DTYPES
 from ltx_titan.config import ExportLayout
+from ltx_titan.weights.digest import check_contents
 from ltx_titan.weights.export import ExportTensor
 from ltx_titan.weights.metadata import CheckpointMetadata, ModelSource, read_metadata
 from ltx_titan.weights.names import CONNECTORS, TRANSFORMER
@@ -78,5 +81,11 @@ def _copies(metadata: CheckpointMetadata, keys: Iterable[str]) -> dict[str, Expo
     copies = {}
     for key in keys:
         info = metadata.tensors[key]
-        copies[key] = ExportTensor(key, info.shape, SAFETENSORS_DTYPES[info.dtype], partial(file.get_tensor, key))
+        copies[key] = ExportTensor(key, info.shape, SAFETENSORS_DTYPES[info.dtype], partial(_read, file, metadata, key))
     return copies
+
+
+def _read(file: Any, metadata: CheckpointMetadata, key: str) -> Tensor:
+    # Otherwise a damaged tensor would be copied and pass for a whole one.
+    check_contents(metadata.path, [metadata.range_of(key)])
+    return file.get_tensor(key)

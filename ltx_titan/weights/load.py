@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ltx_titan.common.progress import ProgressLog
 from ltx_titan.model import TextConnectors
+from ltx_titan.weights.digest import check_contents
 from ltx_titan.weights.metadata import CheckpointMetadata, ModelSource, read_metadata
 from ltx_titan.weights.names import CONNECTORS, TRANSFORMER, Component, listed
 from ltx_titan.weights.stored import StoredWeight, stored_weights
@@ -177,6 +178,8 @@ def read_tensors(
     weights = match_weights(metadata, shapes, component)
     if device.type == "meta":
         return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    keys = [key for weight in weights.values() for key in (weight.key, *weight.companions.values())]
+    check_contents(metadata.path, [metadata.range_of(key) for key in keys])
     tensors = {}
     with safe_open(metadata.path, framework="pt", device="cpu") as file:
         for name, weight in weights.items():
@@ -194,7 +197,11 @@ def copy_weights(path: str | Path, weights: Mapping[str, StoredWeight], targets:
         path: the file.
         weights: from `match_weights`.
         targets: plain tensors or DTensors.
+
+    Raises:
+        ValueError: the file is not what was written, or has weights that are not finite.
     """
+    check_contents(path, divided=True)
     boxes = {name: local_box(targets[name]) for name in weights}
     progress = ProgressLog(f"reading {Path(path).name}", sum(local.nbytes for local, _ in boxes.values()), "GiB")
     with safe_open(path, framework="pt", device="cpu") as file:

@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor
 from ltx_titan.common.ranks import is_main_rank
 from ltx_titan.common.tensors import SAFETENSORS_DTYPES, local
 from ltx_titan.config import ExportLayout
+from ltx_titan.weights.digest import check_contents
 from ltx_titan.weights.export import ExportTensor, export_safetensors
 from ltx_titan.weights.layout import complete_export
 from ltx_titan.weights.load import copy_weights, match_weights
 from ltx_titan.weights.lora_formats import DOWN, OFFICIAL_PREFIX, UP, LoRALayer, read_lora_layers
-from ltx_titan.weights.metadata import ModelSource, read_metadata
+from ltx_titan.weights.metadata import CheckpointMetadata, ModelSource, read_metadata
 from ltx_titan.weights.names import TRANSFORMER, Component, listed
 from ltx_titan.weights.stored import StoredWeight, stored_weights
 from ltx_titan.weights.tensors import full_box
@@ -224,7 +225,7 @@ def export_merged(
             is_plain = weight.form == "plain"
             dtype = SAFETENSORS_DTYPES[metadata.tensors[key].dtype] if is_plain else torch.bfloat16
             # Called when the tensor is written, so that one weight at a time is in memory.
-            read = partial(_read_merged, file, weight, gathered.get(name), done)
+            read = partial(_read_merged, metadata, file, weight, gathered.get(name), done)
             tensors.append(ExportTensor(key, weight.shape, dtype, read))
         # All weights are plain in the new file, so the declaration of quantized layers must not be copied.
         header = {key: value for key, value in metadata.raw.items() if key != "_quantization_metadata"}
@@ -244,7 +245,10 @@ def merged_weight(base: Tensor, adapter: LoRAWeights) -> Tensor:
     return weight
 
 
-def _read_merged(file: Any, weight: StoredWeight, adapter: LoRAWeights | None, done: Callable[[], None]) -> Tensor:
+def _read_merged(
+    base: CheckpointMetadata, file: Any, weight: StoredWeight, adapter: LoRAWeights | None, done: Callable[[], None]
+) -> Tensor:
+    check_contents(base.path, [base.range_of(key) for key in (weight.key, *weight.companions.values())])
     tensor = weight.read(file, full_box(weight.shape), torch.device("cpu"))
     done()
     return tensor if adapter is None else merged_weight(tensor, adapter)

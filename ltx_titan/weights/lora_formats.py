@@ -20,6 +20,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from ltx_titan.weights.digest import check_contents
 from ltx_titan.weights.metadata import CheckpointMetadata, read_metadata
 from ltx_titan.weights.names import TRANSFORMER_PREFIX, listed, name_from_diffusers
 
@@ -63,7 +64,7 @@ class LoRALayer:
 
 
 def read_lora_layers(path: str | Path, modules: Iterable[str]) -> dict[str, LoRALayer]:
-    """Reads the header of a LoRA file.
+    """Reads the header of a LoRA file, and compares its contents with their digest.
 
     Args:
         path: a LoRA file in any of the forms above.
@@ -74,7 +75,7 @@ def read_lora_layers(path: str | Path, modules: Iterable[str]) -> dict[str, LoRA
 
     Raises:
         ValueError: the file has other tensors than pairs of A and B, or none; A and B do not fit each other; the scale
-            cannot be known.
+            cannot be known; the file is damaged.
     """
     metadata = read_metadata(path)
     flat_names = {module.replace(".", "_"): module for module in modules}
@@ -89,6 +90,7 @@ def read_lora_layers(path: str | Path, modules: Iterable[str]) -> dict[str, LoRA
     unpaired = [key for keys in pairs.values() if DOWN not in keys or UP not in keys for key in keys.values()]
     if foreign or unpaired or not pairs:
         raise ValueError(f"{path}: {_refusal(foreign, unpaired)}")
+    check_contents(path)
     alphas = _Alphas.read(metadata, {name: keys[_ALPHA] for name, keys in pairs.items() if _ALPHA in keys})
     layers = {}
     for name, keys in pairs.items():

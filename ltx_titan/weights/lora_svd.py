@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ltx_titan.common.tensors import seed_of
+from ltx_titan.weights.digest import check_contents
 from ltx_titan.weights.lora_files import LoRAWeights
 from ltx_titan.weights.metadata import read_metadata
 from ltx_titan.weights.names import TRANSFORMER, listed
@@ -125,6 +126,8 @@ def extract_lora(
             f"{tuned_path}: expected the transformer of {base_path}, found {len(different)} tensors that only one of "
             f"them has or that differ in shape: {listed(different)}. Use the base that the file was trained from."
         )
+    for path in (base_path, tuned_path):
+        check_contents(path)
     result = Approximation({}, {}, {}, {})
     with safe_open(base_path, framework="pt") as one, safe_open(tuned_path, framework="pt") as two:
         for name, weight in base.items():

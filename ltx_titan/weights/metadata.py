@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_titan.common.tensors import SAFETENSORS_DTYPES
+from ltx_titan.weights.digest import DIGEST_KEY
 from ltx_titan.weights.schema import check_config, parse_header
 from ltx_titan.weights.shapes import released_config
 
@@ -38,7 +39,7 @@ class CheckpointMetadata:
         path: the file.
         config: the parsed `config` entry; sections that are null (in split files) are empty objects.
         model_version: such as "2.3.0", or None.
-        raw: the header's unparsed `__metadata__`, strings to strings.
+        raw: the header's unparsed `__metadata__`, strings to strings, without the digest of the contents.
         tensors: entry of every tensor by file key.
     """
 
@@ -93,6 +94,10 @@ class CheckpointMetadata:
                 f"This {_describe(self)}. Use the official file that contains the {component}."
             )
         return section
+
+    def range_of(self, key: str) -> tuple[int, int]:
+        """Bytes of a tensor in the file: start and end."""
+        return self.tensors[key].start, self.tensors[key].end
 
     def prefix(self, prefix: str) -> str:
         """Returns `prefix` if tensors have it, else the empty string: files of a split pack use bare names."""
@@ -157,6 +162,8 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
         raise ValueError(
             f"{path}: file is {problem}: expected {expected:,} bytes, found {found:,}. Download or copy it again."
         )
+    # Of this file's contents: no entry to show, nor to copy into other files.
+    raw = {key: value for key, value in raw.items() if key != DIGEST_KEY}
     return CheckpointMetadata(path, _parse_config(path, raw), raw.get("model_version"), raw, tensors)
 
 

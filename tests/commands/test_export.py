@@ -1,5 +1,6 @@
 """`ltx-titan export`: the bytes that training exports, from any mesh's checkpoint."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ltx_titan.checkpoint.digests import signed
 from ltx_titan.cli import main
 from tests.jobs import train, write_dataset, write_job
 
@@ -77,3 +79,16 @@ def test_what_cannot_be_exported_is_named_in_one_line(tmp_path, step, capsys, wh
     assert "Traceback" not in error
     assert not out.exists()
     assert not list(tmp_path.glob("*.tmp.*"))
+
+
+@pytest.mark.parametrize("key", ["model.checkpoint_path", "model.connectors_path"])
+def test_an_export_does_not_replace_the_files_that_it_is_made_of(tmp_path, step, nano_path, capsys, key):
+    base = shutil.copyfile(nano_path, tmp_path / "base.safetensors")
+    trainer = json.loads((step / "trainer.json").read_text())
+    trainer["job"]["model"][key.removeprefix("model.")] = str(base)
+    (step / "trainer.json").write_text(json.dumps(signed({k: v for k, v in trainer.items() if k != "crc32"})))
+    link = tmp_path / "out.safetensors"
+    link.symlink_to(base)
+    assert main(["export", str(step), str(link)]) == 1
+    assert f"which is {key} of the job" in capsys.readouterr().err
+    assert base.read_bytes() == nano_path.read_bytes()

@@ -1,11 +1,10 @@
 import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ltx2_lora_to_diffusers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ltx_titan.lora import adapter_weights, adapters, init_lora_
-from ltx_titan.weights import export_lora, load_lora, reference_metadata
+from ltx_titan.weights import export_lora, load_lora, read_metadata, reference_metadata
 from tests.lora.adapted import adapted, settings
 
 
@@ -37,12 +36,11 @@ def test_keys_shapes_and_header(tmp_path):
     assert tensors["diffusion_model.patchify_proj.lora_A.weight"].shape == (4, 16)
     assert tensors["diffusion_model.patchify_proj.lora_B.weight"].shape == (64, 4)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {
-            "reference_downscale_factor": "2",
-            "reference_spatial_scale_factor": "2",
-            "reference_temporal_scale_factor": "1",
-        }
+    assert read_metadata(path).raw == {
+        "reference_downscale_factor": "2",
+        "reference_spatial_scale_factor": "2",
+        "reference_temporal_scale_factor": "1",
+    }
 
 
 @pytest.mark.parametrize(
