@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -22,6 +24,12 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+    """What is imported by now is no garbage: jobs collect often, and searching all modules takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
