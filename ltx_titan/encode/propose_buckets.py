@@ -63,6 +63,15 @@ def propose_buckets(sources: Sequence[Source], scale_factors: tuple[int, int, in
     return list({proposal.bucket: proposal for proposal in reversed(proposals)}.values())[::-1]
 
 
+def explain(proposals: Sequence[Proposal]) -> list[str]:
+    """The buckets with their reasons, and the option that asks for the same again, as lines of text."""
+    buckets = ";".join(str(proposal.bucket) for proposal in proposals)
+    return [
+        *(f"bucket {proposal.bucket!s:<14} {proposal.reason}" for proposal in proposals),
+        f'to prepare more clips alike, pass: --resolution-buckets "{buckets}"',
+    ]
+
+
 def _by_aspect(sources: Sequence[Source]) -> dict[str, list[Source]]:
     """Clips by the nearest common aspect ratio."""
     counts = dict.fromkeys(_ASPECTS, 0)
