@@ -205,6 +205,8 @@ def run_or_check(command: Command, monkeypatch, capsys) -> None:
     printed = capsys.readouterr()
     # No disk of a test is fast enough to be asserted: doctor may warn, and its own tests hold what is broken.
     assert status == 0 or command.words[1] == "doctor", f"{command.text}\n{printed.out}\n{printed.err}"
+    # Work that takes minutes at real sizes says what it is doing.
+    assert RUN_ANYWAY not in command.words or command.words[1] != "estimate" or "backward pass" in printed.out
 
 
 # --- the newcomer's folder
