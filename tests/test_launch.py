@@ -1,6 +1,7 @@
 """run_train.sh and `ltx-titan train` as on a cluster: two nodes on loopback, SIGUSR1, a dead node."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -88,6 +89,30 @@ def test_environment_variables_become_arguments_of_torchrun():
         torchrun_arguments(Path("job.toml"), [], {"NNODES": "2"})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_demo"),
+    [
+        ([], True),
+        (["--training.steps=3"], True),
+        (["train_configs/debug.toml"], True),
+        ([str(ROOT / "tests/../train_configs/debug.toml"), "--training.steps=3"], True),
+        (["train_configs/ltx23_lora_t2v.toml"], False),
+    ],
+)
+def test_the_demo_prepares_its_data_however_it_is_named(arguments, is_demo, tmp_path):
+    # Plays Python: it has everything, and records what it is asked to run.
+    python, asked = tmp_path / "python", tmp_path / "asked"
+    python.write_text(
+        f'#!/bin/sh\n[ "${{1##*/}}" = bootstrap.py ] && echo "$0" || echo "$@" >> {shlex.quote(str(asked))}\n'
+    )
+    python.chmod(0o755)
+    subprocess.run([ROOT / "run_train.sh", *arguments], cwd=ROOT, env={**os.environ, "PYTHON": str(python)}, check=True)
+    typed = [line.split()[2:] for line in asked.read_text().splitlines()]
+    commands = ["make-nano", "make-debug-dataset", "process-dataset", "train"] if is_demo else ["train"]
+    assert [words[0] for words in typed] == commands
+    assert ("--training.steps=3" in typed[-1]) == ("--training.steps=3" in arguments)
+
+
 def test_train_command_passes_overrides_and_exit_codes(tmp_path, nano_path, data_root, capfd):
     job = write_job(tmp_path, nano_path, data_root, training__steps=100_000, checkpoint__enable=False)
     command = [sys.executable, "-m", "ltx_titan.cli", "train", str(job), "--training.steps=1"]
@@ -95,6 +120,9 @@ def test_train_command_passes_overrides_and_exit_codes(tmp_path, nano_path, data
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [line["step"] for line in read_run(job)] == [1]
+    # What a newcomer sees: no warning of a library that nobody running a job can act on.
+    assert done.stderr == ""
+    assert "arning" not in done.stdout
     # Refused before a rank is started, hence in this process.
     assert main(["train", str(job), "--training.step=1"]) == 1
     assert "training.step" in "".join(capfd.readouterr())

@@ -54,13 +54,25 @@ def propose_buckets(sources: Sequence[Source], scale_factors: tuple[int, int, in
             bucket = _bucket(group, _ASPECTS[aspect], scale_factors)
             short = sum(source.frames < bucket.frames for source in group)
             width, height = _median_size(group)
-            reason = f"{len(group)} {kind} near {aspect}, half of them at least {width}x{height}"
+            one = len(group) == 1
+            size = f" of {width}x{height}" if one else f", half of them at least {width}x{height}"
+            reason = f"{len(group)} {kind.removesuffix('s') if one else kind} near {aspect}{size}"
             if kind == "clips":
-                frames = sorted(source.frames for source in group)
-                reason += f" with {frames[0]} to {frames[-1]} frames, {short} of them too short"
+                frames = sorted({source.frames for source in group})
+                reason += f" with {' to '.join(map(str, (frames[0], frames[-1])[: len(frames)]))} frames"
+                reason += f", {short} of them too short" if short else ""
             proposals.append(Proposal(bucket, reason))
     # Two groups may end in one bucket.
     return list({proposal.bucket: proposal for proposal in reversed(proposals)}.values())[::-1]
+
+
+def explain(proposals: Sequence[Proposal]) -> list[str]:
+    """The buckets with their reasons, and the option that asks for the same again, as lines of text."""
+    buckets = ";".join(str(proposal.bucket) for proposal in proposals)
+    return [
+        *(f"bucket {proposal.bucket!s:<14} {proposal.reason}" for proposal in proposals),
+        f'to prepare more clips alike, pass: --resolution-buckets "{buckets}"',
+    ]
 
 
 def _by_aspect(sources: Sequence[Source]) -> dict[str, list[Source]]:

@@ -274,8 +274,15 @@ def _print_dry_run(plan: Plan, setup: Setup) -> None:
     from ltx_titan.estimate.dry_run import dry_run
 
     degrees = plan.degrees
-    done = dry_run(plan, setup.levels, setup.stream_blocks)
     ranks = degrees.dp * degrees.cp * degrees.tp
+    print()
+    # Flushed: a launcher or a pipe would otherwise show all lines at the end.
+    done = dry_run(
+        plan,
+        setup.levels,
+        setup.stream_blocks,
+        on_phase=lambda phase: print(f"dry run on {ranks} fake ranks: {phase}", flush=True),
+    )
     print(f"\ndry run: {ranks} ranks, built and stepped in {done.seconds:.0f} s")
     print("  GiB that tensors of rank 0 hold, not compiled")
     for name, size in (

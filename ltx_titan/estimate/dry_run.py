@@ -65,7 +65,12 @@ class DryRun:
         return max(self.peak_backward, self.peak_update)
 
 
-def dry_run(plan: Plan, levels: tuple[Level, ...] | None = None, stream_blocks: int | None = None) -> DryRun:
+def dry_run(
+    plan: Plan,
+    levels: tuple[Level, ...] | None = None,
+    stream_blocks: int | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+) -> DryRun:
     """Builds a planned job and runs one step; the process must not have a process group.
 
     Args:
@@ -73,6 +78,7 @@ def dry_run(plan: Plan, levels: tuple[Level, ...] | None = None, stream_blocks: 
         levels: of each block with `activation_checkpoint.mode = "budget"`, chosen for the GPU that is asked about: the
             fake ranks have none.
         stream_blocks: the same for `parallelism.stream_blocks = "auto"`.
+        on_phase: called with what is done next; a large model on many ranks takes minutes.
 
     Raises:
         Exception: whatever the real job would raise.
@@ -83,6 +89,7 @@ def dry_run(plan: Plan, levels: tuple[Level, ...] | None = None, stream_blocks: 
     with _fake_ranks(plan):
         # Real tensors, made before the fake mode: a mesh is a tensor of ranks, and `prepare` depends on values.
         device = torch.device("cpu")
+        on_phase("building and sharding the model")
         model = shape_transformer(plan, build_mesh(device.type, plan.degrees), device, levels, stream_blocks).train()
         inputs = _inputs(plan)
         stream = weight_stream(model)
@@ -92,7 +99,7 @@ def dry_run(plan: Plan, levels: tuple[Level, ...] | None = None, stream_blocks: 
             give_storage(model, device, offloaded=False)
             if stream is not None:
                 stream.start(device, _NoCopies())
-            return _steps(plan, model, _as_fake(inputs, fake), live, started)
+            return _steps(plan, model, _as_fake(inputs, fake), live, started, on_phase)
 
 
 class _NoCopies:
@@ -100,24 +107,35 @@ class _NoCopies:
         return lambda: None
 
 
-def _steps(plan: Plan, model: nn.Module, inputs: ModelInputs, live: LiveBytes, started: float) -> DryRun:
+def _steps(
+    plan: Plan,
+    model: nn.Module,
+    inputs: ModelInputs,
+    live: LiveBytes,
+    started: float,
+    on_phase: Callable[[str], None],
+) -> DryRun:
     job = plan.job
     optimizers = build_optimizers(model.named_parameters(), job.optimizer, seed=job.training.seed)
     ema = EMA(model.parameters(), job.optimizer.ema_decay) if job.optimizer.ema_decay is not None else None
+    on_phase("optimizer state")
     _make_state(optimizers)
     if job.training.global_batch_size == job.training.local_batch_size * plan.degrees.dp:
         optimizers.zero_grad()
     # With several micro-batches the gradients stay: this is the last of them, which accumulates.
     resident = live.now
     live.reset()
+    on_phase("forward pass")
     video, audio = model(inputs.video, inputs.audio, absent_streams(inputs))
     loss = plan.strategy.loss(video, audio, inputs)
     total = weighted_loss(loss, job.loss.video_weight, job.loss.audio_weight).sum() / job.training.global_batch_size
     del video, audio, loss
     after_forward = live.now
+    on_phase("backward pass")
     total.backward()
     peak_backward = live.peak
     live.reset()
+    on_phase("update")
     clip_grad_norm_(model.named_parameters(), job.training.max_grad_norm)
     optimizers.step()
     optimizers.zero_grad()

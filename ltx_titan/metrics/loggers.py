@@ -8,7 +8,9 @@ first drops the lines after the checkpoint that it resumes from.
 import json
 import logging
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -100,10 +102,13 @@ class MetricsLogger:
         self.show(shown, metrics.step)
         self._console.step(metrics)
 
-    def pause(self, kind: str, seconds: float) -> None:
-        """Records an interruption of training, such as a validation, for the remaining time."""
+    @contextmanager
+    def paused(self, kind: str) -> Iterator[None]:
+        """Times an interruption of training, such as a validation, which the remaining time counts apart from steps."""
+        started = time.monotonic()
+        yield
         if self._console is not None:
-            self._console.remaining.pause(kind, seconds)
+            self._console.remaining.pause(kind, time.monotonic() - started)
 
     def show(self, scalars: Mapping[str, float], step: int) -> None:
         """Adds scalars to TensorBoard and W&B only, such as those of step 0, for which `metrics.jsonl` has no line."""

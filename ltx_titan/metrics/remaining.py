@@ -9,6 +9,8 @@ from collections.abc import Mapping
 _WINDOW = 100
 # A line that took longer than this many medians held a compilation or a stall, which the remaining steps do not repeat.
 _OUTLIER = 3.0
+# Interruptions that follow the log line of their step: at that line they are still ahead.
+_AFTER_LINE = frozenset({"reporting", "saving", "exporting"})
 
 
 class RemainingTime:
@@ -53,7 +55,8 @@ class RemainingTime:
 
     def _left(self, step: int) -> dict[str, int]:
         return {
-            kind: max(0, self._last_step // interval - step // interval) for kind, interval in self._intervals.items()
+            kind: max(0, self._last_step // interval - (step - (kind in _AFTER_LINE)) // interval)
+            for kind, interval in self._intervals.items()
         }
 
     def _typical(self, kind: str) -> float:

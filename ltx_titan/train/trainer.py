@@ -8,9 +8,8 @@ device, shards it, loads this rank's slices and resumes. `Trainer.train` loops; 
 """
 
 import logging
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -127,6 +126,7 @@ class Trainer:
             wandb=self._start_wandb(),
             intervals={
                 "validating": job.validation.interval,
+                "reporting": job.validation.interval,
                 "saving": job.checkpoint.interval if job.checkpoint.enable else None,
                 "exporting": job.checkpoint.export_interval if plan.exports else None,
             },
@@ -191,7 +191,7 @@ class Trainer:
                         self._log(log, sums, grad_norms, clock.lap(), validated)
                         sums = Sums(self.device)
                     if _is_due(self.step, job.validation.interval):
-                        with clock.paused():
+                        with clock.paused(), log.paused("reporting"):
                             page.write(self.step)  # after the log, which it shows
                     if saves:
                         with clock.paused(), self._in_phase("saving", log):
@@ -250,11 +250,8 @@ class Trainer:
     @contextmanager
     def _in_phase(self, phase: Phase, log: MetricsLogger | None = None) -> Iterator[None]:
         self.watch.enter(self.step, phase)
-        started = time.monotonic()
-        with self.heartbeat.phase(phase):
+        with self.heartbeat.phase(phase), nullcontext() if log is None else log.paused(phase):
             yield
-        if log is not None:
-            log.pause(phase, time.monotonic() - started)
 
     def _start_wandb(self) -> "Run | None":
         if not self.is_main or self.job.metrics.wandb == "off":

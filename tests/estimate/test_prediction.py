@@ -337,6 +337,9 @@ def test_a_dry_run_and_a_search_use_the_levels_of_the_gpu_that_is_asked_about():
     work, setup = make_workload(plan), make_setup(plan.job, plan.degrees)
     large, small = (with_levels(work, setup, memory_gib, 80 * GIB) for memory_gib in ("auto", 0.2))
     assert large.levels != small.levels
-    assert dry_run(plan, small.levels).after_forward < dry_run(plan, large.levels).after_forward
+    phases: list[str] = []
+    assert dry_run(plan, small.levels, on_phase=phases.append).after_forward < dry_run(plan, large.levels).after_forward
+    # With more layers and ranks each takes a minute, and says so.
+    assert [phase.split()[0] for phase in phases] == ["building", "optimizer", "forward", "backward", "update"]
     # Levels belong to the mode that a candidate replaces.
     assert all(not candidate.levels for candidate in candidates(work, large, 8))

@@ -1,10 +1,17 @@
-"""The time left, against a simulated clock."""
+"""The time left, against a simulated clock: of simulated runs, and of a real job."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from ltx_titan.metrics import loggers, remaining
 from ltx_titan.metrics.remaining import RemainingTime
+from ltx_titan.train.saves import Saves
+from ltx_titan.train.step import TrainStep
+from ltx_titan.validation.report import RunReport
+from ltx_titan.validation.training import TrainingValidation
+from tests.jobs import train, write_job
 
 
 class Run:
@@ -75,3 +82,50 @@ def test_a_resumed_run_counts_its_own_steps(monkeypatch):
     assert left.seconds(42) == pytest.approx(18 * 3)
     now[0] += 3
     assert left.seconds(43) == pytest.approx(17 * 3)
+
+
+def test_a_job_foretells_its_length_whatever_takes_the_time(tmp_path, nano_path, data_root, monkeypatch):
+    # The real loop, validation, report and saves, on a clock that advances by a set time for each: how busy the
+    # machine is changes nothing, and a validation or save that the forecast overlooks is a third of what is left.
+    now = [0.0]
+    for module in (remaining, loggers):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for owner, name, seconds in (
+        (TrainStep, "run", 2),
+        (TrainingValidation, "run", 9),
+        (RunReport, "write", 3),
+        (Saves, "save", 7),
+    ):
+        monkeypatch.setattr(owner, name, taking(now, seconds, getattr(owner, name)))
+    forecasts = []
+
+    def noted(self, step, seconds=RemainingTime.seconds):
+        forecasts.append((step, now[0], seconds(self, step)))
+        return forecasts[-1][2]
+
+    monkeypatch.setattr(RemainingTime, "seconds", noted)
+    validation = {"interval": 4, "held_out_root": str(data_root), "held_out_samples": 1, "held_out_sigmas": [0.5]}
+    job = write_job(
+        tmp_path,
+        nano_path,
+        data_root,
+        training__steps=40,
+        training__stop_at=16,
+        training__global_batch_size=1,
+        checkpoint__interval=8,
+        **{f"validation__{key}": value for key, value in validation.items()},
+    )
+    train(job)
+    assert [step for step, _, _ in forecasts] == list(range(1, 17))
+    for step, then, left in forecasts[9:15]:
+        assert left == pytest.approx(now[0] - then, rel=0.15), step
+
+
+def taking(now, seconds, work):
+    """`work`, which takes a set time on the simulated clock."""
+
+    def timed(*arguments, **options):
+        now[0] += seconds
+        return work(*arguments, **options)
+
+    return timed

@@ -38,12 +38,15 @@ have a caption are skipped. An interrupted run resumes when it is started again;
 The model runs behind any OpenAI-compatible server, such as vLLM on one 80 GB GPU (video and audio):
   {LAUNCH}
 or in this process with --local-model: a local folder of an instruction-tuned model for transformers (Qwen3-Omni,
-Gemma 3n, Gemma 3, Qwen3-VL, ...). Models without audio input need --skip-audio.
+Gemma 3n, Gemma 3, Qwen3-VL, ...). Models without audio input need --skip-audio. Weights that do not fit into the free
+memory of the GPU are loaded in int8; for images and audio on 12 GB: google/gemma-3n-E2B-it, which needs `pip install
+timm` (about 10 GiB, estimated from its weights, not run on such a card).
 
 examples:
   ltx-titan caption clips/
   ltx-titan caption clips/scenes.jsonl --output clips/dataset.jsonl --num-workers 8
   ltx-titan caption photos/ --local-model gemma-3-12b-it --skip-audio
+  ltx-titan caption clips/ --local-model gemma-3n-E2B-it --max-frames 16                # a GPU of 12 GB
   ltx-titan caption clips/ --server https://api.example.com/v1 --model some-model     # key: OPENAI_API_KEY
   torchrun --nproc-per-node 8 -m ltx_titan.cli caption clips/ --local-model Qwen3-Omni-30B-A3B-Instruct
 """
@@ -125,7 +128,7 @@ class CaptionOptions:
     """Run this model with transformers instead of using a server."""
 
     load_in_8bit: Flag = False
-    """Load the local model with int8 weights: half the memory."""
+    """Load the local model with int8 weights: half the memory. Default: if bfloat16 does not fit into the GPU."""
 
     strict: Flag = False
     """Exit with status 1 if any file failed; otherwise only if nothing could be done."""

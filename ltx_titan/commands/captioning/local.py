@@ -1,5 +1,9 @@
-"""Captioning model in this process: any multimodal chat model of transformers that accepts images, or audio as well."""
+"""Captioning model in this process: any multimodal chat model of transformers that accepts images, or audio as well.
 
+On one GPU the weights are loaded in bfloat16 if they fit into its free memory, and otherwise in int8.
+"""
+
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +11,16 @@ import torch
 
 from ltx_titan.commands.captioning.parts import ClipParts
 from ltx_titan.commands.captioning.server import Captioner, CaptionError
+from ltx_titan.common.hardware import GIB
+from ltx_titan.weights import read_metadata
 
 # Models that also generate speech: captions need only the part that generates text.
 _TEXT_PARTS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
+# Memory beside the weights: activations and KV cache of a request of the default size (32 frames, 768 pixels).
+_RESERVE = 2 * GIB
 
 
 def local_captioner(
@@ -64,6 +72,39 @@ def local_captioner(
     return caption
 
 
+def needs_8bit(folder: Path, free_bytes: int) -> bool:
+    """Whether a model fits into memory with int8 weights only.
+
+    Counts 2 bytes a weight in bfloat16, and 1 for the matrices of linear layers in int8. Models that also generate
+    speech are counted without that part.
+
+    Args:
+        folder: local folder of the model.
+        free_bytes: free memory of the GPU.
+
+    Raises:
+        ValueError: it does not fit in int8 either.
+    """
+    shapes = {
+        name: tensor.shape
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in read_metadata(path).tensors.items()
+    }
+    # The part that generates text, if the file has it apart.
+    shapes = {name: shape for name, shape in shapes.items() if name.startswith("thinker.")} or shapes
+    full = sum(2 * prod(shape) for shape in shapes.values())
+    linear = sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
+    if full + _RESERVE <= free_bytes:
+        return False
+    if full - linear + _RESERVE <= free_bytes:
+        return True
+    raise ValueError(
+        f"--local-model: {folder} needs {(full - linear + _RESERVE) / GIB:.1f} GiB with int8 weights (estimated), and "
+        f"{free_bytes / GIB:.1f} GiB of the GPU are free; use a smaller model, --device auto with several GPUs, or "
+        "--server"
+    )
+
+
 def _load(folder: Path, device: str, load_in_8bit: bool) -> tuple[Any, Any]:
     # Here, because transformers takes seconds to import and clients of a server do without it.
     import transformers
@@ -74,6 +115,10 @@ def _load(folder: Path, device: str, load_in_8bit: bool) -> tuple[Any, Any]:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     on_cpu = device != "auto" and torch.device(device).type == "cpu"
     options["dtype"] = torch.float32 if on_cpu else torch.bfloat16
+    if device != "auto" and torch.device(device).type == "cuda" and not load_in_8bit:
+        load_in_8bit = needs_8bit(folder, torch.cuda.mem_get_info(torch.device(device))[0])
+        if load_in_8bit:
+            print(f"{folder}: loaded with int8 weights, as bfloat16 does not fit into the free memory of the GPU")
     if load_in_8bit:
         from torchao.quantization import Int8WeightOnlyConfig
 

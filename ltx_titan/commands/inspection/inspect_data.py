@@ -23,6 +23,7 @@ from ltx_titan.common.tensors import evenly_spaced
 from ltx_titan.data import resolve_root
 from ltx_titan.data.stale import stale_samples
 from ltx_titan.encode.buckets import parse_buckets
+from ltx_titan.encode.propose_buckets import Source, explain, propose_buckets
 from ltx_titan.estimate.prediction import SampleTimes, step_times
 from ltx_titan.media import IMAGE_SUFFIXES
 from ltx_titan.media.folders import AUDIO_SUFFIXES, VIDEO_SUFFIXES
@@ -66,8 +67,8 @@ class InspectOptions:
     json: Maybe[Path] = None
     """File (.json) for the findings of every file."""
 
-    resolution_buckets: Annotated[Maybe[str], placeholder("WxHxF;...")] = None
-    """Buckets to sort clips into, as for process-dataset."""
+    resolution_buckets: Annotated[Maybe[str], placeholder("WxHxF;...|auto")] = None
+    """Buckets to sort clips into, as for process-dataset; `auto` proposes some, as it would."""
 
     limit: Annotated[int, placeholder("N")] = 24
     """Clips on the sheet, evenly spaced over all of them."""
@@ -143,12 +144,21 @@ def _prepared_root(source: Path) -> Path | None:
 
 
 def _inspect_clips(options: InspectOptions, times: SampleTimes, report: Report) -> None:
-    buckets = parse_buckets(options.resolution_buckets, _SCALE_FACTORS) if options.resolution_buckets else []
+    is_auto = options.resolution_buckets == "auto"
+    buckets = []
+    if options.resolution_buckets and not is_auto:
+        buckets = parse_buckets(options.resolution_buckets, _SCALE_FACTORS)
     found, problems = raw.find_clips(options.source)
     for item, reason in problems:
         report.fail("rows", item, reason)
     with report.progress(_STAGE, len(found)) as bar:
         clips = raw.probe_clips(found, buckets, options.deep, options.num_workers, bar.advance)
+    if is_auto:
+        sources = sorted(Source(clip.width, clip.height, clip.frames) for clip in clips if clip.frames)
+        proposals = propose_buckets(sources, _SCALE_FACTORS)
+        _write_lines(report, explain(proposals))
+        buckets = [proposal.bucket for proposal in proposals]
+        clips = [raw.with_bucket(clip, buckets) for clip in clips]
     good = [clip for clip in clips if clip.problem is None]
     for clip in clips:
         if clip.problem is None:

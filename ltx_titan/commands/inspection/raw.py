@@ -250,7 +250,7 @@ def _probe(path: Path, caption: str | None, buckets: Sequence[Bucket], deep: boo
     if kind == "image":
         _, height, width, _ = read_image(path).shape
         clip = RawClip(path, kind, width, height, 1, caption=caption, has_alpha=image_has_alpha(path))
-        return _with_bucket(clip, buckets)
+        return with_bucket(clip, buckets)
     audio = probe_audio(path)
     channels, rate = (audio.channels, audio.sample_rate) if audio is not None else (0, 0)
     if kind == "audio":
@@ -281,7 +281,7 @@ def _probe(path: Path, caption: str | None, buckets: Sequence[Bucket], deep: boo
         is_interlaced=info.is_interlaced,
         has_alpha=info.has_alpha,
     )
-    return _with_bucket(_with_silence(clip) if deep and channels else clip, buckets)
+    return with_bucket(_with_silence(clip) if deep and channels else clip, buckets)
 
 
 def _kind(path: Path) -> str:
@@ -295,8 +295,9 @@ def _with_silence(clip: RawClip) -> RawClip:
     return RawClip(**{**vars(clip), "is_silent": silent})
 
 
-def _with_bucket(clip: RawClip, buckets: Sequence[Bucket]) -> RawClip:
-    if not buckets or clip.problem is not None:
+def with_bucket(clip: RawClip, buckets: Sequence[Bucket]) -> RawClip:
+    """The clip with its bucket, or with the reason that it fits none; audio and unusable files are returned as is."""
+    if not buckets or clip.problem is not None or clip.kind == "audio":
         return clip
     bucket = choose_bucket(buckets, clip.width, clip.height, clip.frames)
     problem = None

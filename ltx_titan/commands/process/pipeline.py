@@ -37,13 +37,13 @@ from ltx_titan.commands.process.stages import (
 )
 from ltx_titan.commands.process.store import Settings, Store
 from ltx_titan.commands.report import Report
-from ltx_titan.common.ranks import check_device, join_ranks, rank_and_size
+from ltx_titan.common.ranks import Ranks, check_device, join_ranks
 from ltx_titan.data.fingerprints import model_digest
 from ltx_titan.encode.buckets import Bucket, parse_buckets
 from ltx_titan.encode.captions import text_bytes
 from ltx_titan.encode.clips import ClipRules, read_header
 from ltx_titan.encode.encoders import EncoderFiles
-from ltx_titan.encode.propose_buckets import Source, propose_buckets
+from ltx_titan.encode.propose_buckets import Source, explain, propose_buckets
 from ltx_titan.encode.references import ReferenceScale
 from ltx_titan.media import MediaError
 from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table, table_folder
@@ -126,7 +126,7 @@ def process(
     """
     with join_ranks() as ranks:
         report = Report((console or Console()) if ranks.is_main else Console(quiet=True))
-        task = _check(data, media, captions)
+        task = _check(data, media, captions, ranks)
         store = Store(
             data.root,
             task.table.samples,
@@ -229,7 +229,7 @@ def _stages(task: _Task, store: Store) -> list[Stage[Any, Any]]:
     return stages
 
 
-def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptions | None) -> _Task:
+def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptions | None, ranks: Ranks) -> _Task:
     """Finds all errors of a run before an encoder is loaded."""
     caption_column = captions.caption_column if captions else None
     table = read_sample_table(data.dataset_path, data.video_column, caption_column, captions is not None)
@@ -266,7 +266,7 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
                 "--resolution-buckets: needed for a dataset with videos, as in --resolution-buckets '768x448x89'"
             )
         if media.resolution_buckets == "auto":
-            buckets = _proposed_buckets(table.samples, factors, parse_fps(media.fps))
+            buckets = _proposed_buckets(table.samples, factors, parse_fps(media.fps), ranks)
         else:
             buckets = parse_buckets(media.resolution_buckets, factors)
     rules = ClipRules(buckets, factors, parse_fps(media.fps), media.reshape_mode, *_limits(media))
@@ -281,21 +281,22 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
     return _Task(data, media, captions, table, files, checkpoint, rules, scale, durations_s)
 
 
-def _proposed_buckets(rows: Sequence[SampleRow], factors: tuple[int, int, int], fps: Fraction | None) -> list[Bucket]:
-    """Buckets for `--resolution-buckets auto`, which are explained; every process finds the same."""
+def _proposed_buckets(
+    rows: Sequence[SampleRow], factors: tuple[int, int, int], fps: Fraction | None, ranks: Ranks
+) -> list[Bucket]:
+    """Buckets for `--resolution-buckets auto`, which are explained; every process reads its share of the headers."""
     sources = []
-    for path in (row.video for row in rows if row.video is not None):
+    videos = [row.video for row in rows if row.video is not None]
+    for path in videos[ranks.rank :: ranks.world_size]:
         # A file that cannot be read is rejected later, with its reason.
         with suppress(MediaError, OSError):
             header = read_header(path)
             frames = header.frames if fps is None or header.frames == 1 else int(header.frames * fps / header.fps)
             sources.append(Source(header.width, header.height, max(frames, 1)))
-    proposals = propose_buckets(sources, factors)
-    if rank_and_size()[0] == 0:
-        for proposal in proposals:
-            print(f"bucket {proposal.bucket!s:<14} {proposal.reason}")
-        text = ";".join(str(proposal.bucket) for proposal in proposals)
-        print(f'to prepare more clips alike, pass: --resolution-buckets "{text}"')
+    # Sorted: the order of the buckets must not depend on the number of processes.
+    proposals = propose_buckets(sorted(source for share in ranks.gather(sources) for source in share), factors)
+    if ranks.is_main:
+        print("\n".join(explain(proposals)))
     return [proposal.bucket for proposal in proposals]
 
 

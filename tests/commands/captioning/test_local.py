@@ -2,8 +2,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ltx_titan.commands.captioning.caption import CaptionOptions, caption_files
+from ltx_titan.commands.captioning.local import needs_8bit
+from ltx_titan.common.hardware import GIB
 from ltx_titan.media import Audio, write_wav
 from tests.commands.caption_models import write_audio_model, write_vision_model
 from tests.media.clips import tone, write_clip
@@ -55,6 +58,16 @@ def test_weights_in_8_bit(vision_model, tmp_path, console):
     write_clip(tmp_path / "a.mp4")
     options = CaptionOptions(tmp_path, local_model=vision_model, load_in_8bit=True, skip_audio=True, max_tokens=4)
     assert caption_files(options, console).counts["caption"] == {"done": 1}
+
+
+def test_int8_is_chosen_where_bfloat16_does_not_fit(vision_model):
+    weights = sum(tensor.numel() for path in vision_model.glob("*.safetensors") for tensor in load_file(path).values())
+    reserve = 2 * GIB
+    assert not needs_8bit(vision_model, reserve + 2 * weights)
+    assert needs_8bit(vision_model, reserve + 2 * weights - 1)
+    # More than one byte a weight: embeddings and norms stay as they are.
+    with pytest.raises(ValueError, match=r"--local-model.*int8.*smaller model"):
+        needs_8bit(vision_model, reserve + weights)
 
 
 def test_a_model_without_audio_input_needs_skip_audio(vision_model, tmp_path, console):

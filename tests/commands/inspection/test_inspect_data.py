@@ -76,6 +76,19 @@ def test_clips_are_measured_and_drawn(clips, tmp_path, console):
         assert len(picture.resize((64, 64)).getcolors(4096)) > 50
 
 
+def test_proposed_buckets_are_those_that_it_says_to_pass(clips, tmp_path, console):
+    found = []
+    text = "auto"
+    for name in ("proposed.json", "passed.json"):
+        options = InspectOptions(clips, no_sheet=True, json=tmp_path / name, resolution_buckets=text)
+        inspect_data(options, console)
+        found.append(json.loads((tmp_path / name).read_text()))
+        text = console.file.getvalue().partition('--resolution-buckets "')[2].partition('"')[0]
+    assert ";" in text
+    assert found[0] == found[1]
+    assert any(record["bucket"] for record in found[0])
+
+
 def test_missing_captions_of_a_table_are_counted(clips, tmp_path, console):
     table = clips / "table.jsonl"
     rows = [{"video": "a.mp4", "caption": "a tone"}, {"video": "silent.mp4", "caption": ""}]

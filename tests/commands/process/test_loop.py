@@ -22,7 +22,8 @@ SOURCES = {"latents": "video_latents", "audio_latents": "audio_latents", "condit
 
 
 def prepare(nano, path, out, form):
-    return run(nano, path, buckets="64x32x9;64x32x1", output_dir=out, **FORMS[form])
+    # Proposed buckets, so that their agreement between processes is part of it.
+    return run(nano, path, buckets="auto", output_dir=out, **FORMS[form])
 
 
 def prepare_until_killed(nano, path, out, form):
