@@ -48,6 +48,7 @@ COMMANDS = {
         "check and time LoRA with streamed weights under memory caps",
     ),
     "bench encode": ("ltx_titan.benchmarks.encode", "time the encoder of the video VAE"),
+    "bench nano": ("ltx_titan.benchmarks.nano.command", "train and score the miniature pack"),
     "completion": ("ltx_titan.commands.completion", "print a completion script for bash, zsh or tcsh"),
 }
 
