@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ltx_titan.benchmarks.nano.loop import train
 from ltx_titan.codecs import AudioCodec, VideoCodec, load_text_encoder
 from ltx_titan.conditioning import FlexibleStrategy, weighted_loss
+from ltx_titan.conditioning.tokens import audio_steps
 from ltx_titan.config import LoRASection
 from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws
-from ltx_titan.encode.latents import audio_steps
 from ltx_titan.lora import apply_lora, init_lora_
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.nano.clips import (
