@@ -86,6 +86,8 @@ def run(options: NanoTrainingOptions) -> int:
     """Runs the stages; the exit status is 0."""
     # bf16 matmuls come from autocast; what stays in float32 may use TF32.
     torch.set_float32_matmul_precision("high")
+    # Shapes never change, and the fastest 3-D convolutions are not those of the heuristics.
+    torch.backends.cudnn.benchmark = True
     torch.manual_seed(_SEED)
     options.out.mkdir(parents=True, exist_ok=True)
     given = zip(options.stages, options.seconds, options.batches, options.rates, strict=False)
@@ -148,7 +150,7 @@ def _transformer(options: NanoTrainingOptions, seconds: float, batch: int, lr: f
 def _score(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
     sampler, model = _sampler(options), _load_transformer(options)
     found: dict[str, Any] = scores.score_model(sampler, model, options.scored, options.device)
-    untrained = build_transformer(_SEED).to(options.device)
+    untrained = _for_sampling(build_transformer(_SEED), options)
     found["held_out_untrained"] = scores.score_untrained(sampler, untrained, options.scored, options.device)
     shown = scores.shown_clips()[0].to(options.device)
     scores.save_sheet(options.out / "held_out.png", sampler(model, shown, cfg=scores.CFG_SCALE)[0])
@@ -200,7 +202,11 @@ def _sampler(options: NanoTrainingOptions) -> scores.Sampler:
 
 def _load_transformer(options: NanoTrainingOptions) -> nn.Module:
     model = _load(build_transformer(_SEED), options.out / "transformer.safetensors")[0]
-    return model.requires_grad_(False).eval().to(options.device)
+    return _for_sampling(model, options)
+
+
+def _for_sampling(model: nn.Module, options: NanoTrainingOptions) -> nn.Module:
+    return model.requires_grad_(False).eval().to(options.device, torch.bfloat16)
 
 
 def _load_video(options: NanoTrainingOptions) -> VideoCodec:

@@ -46,8 +46,10 @@ def train(
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     on_gpu = parameters[0].device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=on_gpu)
-    average = [parameter.detach().clone() for parameter in parameters]
+    # bfloat16 weights are too coarse for small updates.
+    masters = [parameter.detach().float().clone().requires_grad_() for parameter in parameters]
+    optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=on_gpu)
+    average = [master.detach().clone() for master in masters]
     curve: list[dict[str, float]] = []
     started, step = time.monotonic(), 0
     while (spent := time.monotonic() - started) < seconds:
@@ -56,12 +58,16 @@ def train(
             group["lr"] = lr * factor
         losses = loss_of(step)
         losses["loss"].backward()
-        nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
+        for master, parameter in zip(masters, parameters, strict=True):
+            # A frozen stream's output head has no gradient.
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        nn.utils.clip_grad_norm_(masters, _MAX_NORM)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
+            torch._foreach_copy_(parameters, masters)
             # Slow averaging would keep the initial weights of a short run.
-            torch._foreach_lerp_(average, parameters, 1 - min(ema, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(average, masters, 1 - min(ema, (1 + step) / (10 + step)))
         step += 1
         if step % log_every == 0 or step == 1:
             # Also bounds how far the host runs ahead of the device, so the clock is the device's.

@@ -19,6 +19,7 @@ from ltx_titan.benchmarks.nano.transformer import (
     training_clips,
 )
 from ltx_titan.codecs import AudioCodec, VideoCodec, Vocoder
+from ltx_titan.conditioning import StreamTokens
 from ltx_titan.diffusion import Guidance, sample, sigma_schedule
 from ltx_titan.nano.clip_score import Measured, adherence, agreement, measure
 from ltx_titan.nano.clips import SAMPLE_RATE, Clips, render_audio, render_video
@@ -72,8 +73,8 @@ class Sampler:
             empty = torch.full_like(rows, len(self._contexts.video) - 2)
             batch = make_batch(latents, self._contexts, rows, latents.captions if captioned else empty)
             negative = self._contexts.fields(empty)
-            starts = dataset_starts(strategy, batch)
-            if mode == "joint":
+            starts = dataset_starts(strategy, _on_host(batch))
+            if mode in ("joint", "a2v"):
                 starts["video"] = _unconditioned(starts["video"])
             streams = {
                 name: begin(
@@ -87,12 +88,12 @@ class Sampler:
                 )
                 for name, tokens in starts.items()
             }
-            with evaluating(model), torch.autocast(self._device, torch.bfloat16, enabled=self._device != "cpu"):
+            with evaluating(model):
                 found = sample(model, streams["video"], streams["audio"], self._sigmas, passes_at_once=1)
             video, audio = (
                 target_latents(tokens, starts[name], name) for name, tokens in zip(starts, found, strict=True)
             )
-            frames.append(self._video.decode(video).clamp(-1, 1))
+            frames.append(torch.cat([self._video.decode(part) for part in video.split(32)]).clamp(-1, 1))
             waves.append(torch.cat([self._vocoder(mel) for mel in self._audio.decode(audio).split(32)]))
         return torch.cat(frames), torch.cat(waves)
 
@@ -108,9 +109,17 @@ class Sampler:
         return measure(frames, audio, rate)
 
 
-def _unconditioned(tokens: Any) -> Any:
+def _on_host(batch: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The batch for `dataset_starts`, which reads everything but the text."""
+    return {
+        source: {name: value[:, :1].cpu() if source == "conditions" else value.cpu() for name, value in fields.items()}
+        for source, fields in batch.items()
+    }
+
+
+def _unconditioned(tokens: StreamTokens) -> StreamTokens:
     """The stream of joint sampling without the condition on the first frame that joint training sometimes has."""
-    nothing = torch.zeros_like(tokens.conditioned)
+    nothing = torch.zeros(tokens.target.tokens.shape[:2], dtype=torch.bool)
     target = tokens.target._replace(tokens=torch.zeros_like(tokens.target.tokens))
     return replace(tokens, conditioned=nothing, target=target)
 

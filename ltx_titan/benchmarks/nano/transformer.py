@@ -45,8 +45,10 @@ _MODES = ("v2a", "a2v", *["joint"] * 8)
 
 def strategy_of(mode: str) -> FlexibleStrategy:
     """Both streams generated ("joint", "first_frame"), or one for the other ("v2a", "a2v")."""
-    conditions = {"joint": [_FIRST_FRAME], "first_frame": [{"type": "first_frame"}]}.get(mode, [])
-    video = {"is_generated": mode != "v2a", "latents_dir": "latents", "conditions": conditions}
+    # Never drawn in a2v: with a condition the blocks have the same shapes as in joint training, and compile once.
+    never = [{**_FIRST_FRAME, "probability": 0.0}]
+    conditions = {"joint": [_FIRST_FRAME], "a2v": never, "first_frame": [{**_FIRST_FRAME, "probability": 1.0}]}
+    video = {"is_generated": mode != "v2a", "latents_dir": "latents", "conditions": conditions.get(mode, [])}
     audio = {"is_generated": mode != "a2v", "latents_dir": "audio_latents"}
     return FlexibleStrategy.from_config({"video": video, "audio": audio})
 
@@ -71,7 +73,7 @@ class Contexts:
 
     def fields(self, rows: Tensor) -> dict[str, Tensor]:
         """The source `conditions` of a batch."""
-        return {"video_prompt_embeds": self.video[rows].float(), "audio_prompt_embeds": self.audio[rows].float()}
+        return {"video_prompt_embeds": self.video[rows], "audio_prompt_embeds": self.audio[rows]}
 
 
 def known_captions() -> list[str]:
@@ -165,8 +167,7 @@ class StepLoss:
         rows = torch.randint(len(self._latents), (self._batch,), generator=self._generator, device=self._device)
         batch = make_batch(self._latents, self._contexts, rows, self._captions(rows))
         inputs = strategy.prepare(batch, self._draw(strategy, batch))
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type != "cpu"):
-            video, audio = self._model(inputs.video, inputs.audio, None)
+        video, audio = self._model(inputs.video, inputs.audio, None)
         loss = strategy.loss(video, audio, inputs)
         parts = {"video": loss.video, "audio": loss.audio}
         means = {name: part.mean() for name, part in parts.items() if part is not None}
@@ -207,7 +208,8 @@ def train_transformer(
     compiled: bool,
 ) -> dict[str, Any]:
     """Trains all weights; returns the figures."""
-    model.to(latents.video.device).train()
+    # As a job does: bfloat16 weights in the model, float32 weights in the optimizer.
+    model.to(latents.video.device, contexts.video.dtype).train()
     if compiled:
         for block in model.transformer_blocks:
             block.compile()
@@ -223,7 +225,7 @@ def train_concept(
     model: LTXTransformer, latents: Latents, contexts: Contexts, *, rank: int, seconds: float, batch: int, lr: float
 ) -> dict[str, Any]:
     """Adds a LoRA to the transformer and trains it on clips of the concept; returns the figures."""
-    apply_lora(model, LoRASection(rank=rank, alpha=float(rank), base_dtype="float32", targets=("all_attention",)))
+    apply_lora(model, LoRASection(rank=rank, alpha=float(rank), base_dtype="bfloat16", targets=("all_attention",)))
     model.to(latents.video.device).train()
     init_lora_(model, 0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
