@@ -88,6 +88,11 @@ class Sampler:
                 )
                 for name, tokens in starts.items()
             }
+            # The mask of a frozen stream is that of one sample.
+            streams = {
+                name: replace(stream, denoise_mask=stream.denoise_mask.expand(len(part), -1, -1))
+                for name, stream in streams.items()
+            }
             with evaluating(model):
                 found = sample(model, streams["video"], streams["audio"], self._sigmas, passes_at_once=1)
             video, audio = (
