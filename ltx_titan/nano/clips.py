@@ -1,4 +1,4 @@
-"""Procedural clips with audio: one moving shape, and a tone that follows it. Captions say what is seen and heard.
+"""Procedural clips with audio: one moving shape, and a tone that follows it. Captions describe both.
 
 The tone plays while the shape moves. Its pitch follows the height of the shape, its balance the horizontal position,
 its register the size: either stream tells direction, size and timing of the other. Start, timing and shades vary from
