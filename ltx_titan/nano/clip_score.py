@@ -72,7 +72,9 @@ def measure(frames: Tensor, audio: Tensor, sample_rate: int) -> Measured:
         audio: [B, 2, N].
         sample_rate: Hz.
     """
-    return Measured(*_measure_frames(frames.float()), *_measure_audio(audio.float(), sample_rate))
+    shape, color, size, background, motion, seen_at = _measure_frames(frames.float())
+    pitch, tone_motion, heard_at = _measure_audio(audio.float(), sample_rate)
+    return Measured(shape, color, size, background, motion, seen_at, pitch, tone_motion, heard_at)
 
 
 def adherence(measured: Measured, clips: Clips) -> dict[str, float]:

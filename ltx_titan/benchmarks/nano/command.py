@@ -23,6 +23,7 @@ from ltx_titan.benchmarks.nano import codecs, scores, transformer
 from ltx_titan.benchmarks.nano.loop import write_result
 from ltx_titan.codecs import AudioCodec, VideoCodec
 from ltx_titan.common.options import Positional, default_device
+from ltx_titan.model import LTXTransformer
 from ltx_titan.nano.pack import TEXT_ENCODER_NAME
 from ltx_titan.nano.trained_pack import (
     CHECKPOINT_NAME,
@@ -137,9 +138,16 @@ def _transformer(options: NanoTrainingOptions, seconds: float, batch: int, lr: f
     model = _resumed(build_transformer(_SEED), path)
     compiled = options.compiled and options.device != "cpu"
     figures = transformer.train_transformer(
-        model, latents, contexts, seconds=seconds, batch=batch, lr=lr, compiled=compiled
+        model,
+        latents,
+        contexts,
+        seconds=seconds,
+        batch=batch,
+        lr=lr,
+        compiled=compiled,
+        save=lambda: _save(path, model, {}),
     )
-    _save(path, model, {}, torch.bfloat16)
+    _save(path, model, {})
     vocoder = _load(build_pack_vocoder(), options.out / "vocoder.safetensors")[0]
     facts = {"recipe": "ltx-titan bench nano", "commit": _commit()}
     text = build_text_modules(_SEED)
@@ -200,12 +208,12 @@ def _sampler(options: NanoTrainingOptions) -> scores.Sampler:
     return scores.Sampler(_contexts(options), *codec, vocoder_of(vocoder), options.device, options.steps)
 
 
-def _load_transformer(options: NanoTrainingOptions) -> nn.Module:
+def _load_transformer(options: NanoTrainingOptions) -> LTXTransformer:
     model = _load(build_transformer(_SEED), options.out / "transformer.safetensors")[0]
     return _for_sampling(model, options)
 
 
-def _for_sampling(model: nn.Module, options: NanoTrainingOptions) -> nn.Module:
+def _for_sampling(model: LTXTransformer, options: NanoTrainingOptions) -> LTXTransformer:
     return model.requires_grad_(False).eval().to(options.device, torch.bfloat16)
 
 
@@ -233,11 +241,11 @@ def _load(module: Any, path: Path) -> tuple[Any, dict[str, Tensor]]:
     return module, extra
 
 
-def _save(path: Path, module: nn.Module, extra: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes parameters in the dtype of the pack, buffers and extra tensors exactly."""
+def _save(path: Path, module: nn.Module, extra: dict[str, Tensor]) -> None:
+    """Writes parameters in bfloat16, as the pack does, buffers and extra tensors exactly."""
     parameters = {name for name, _ in module.named_parameters()}
     tensors = {
-        name: (tensor.to(dtype) if name in parameters else tensor).cpu().contiguous()
+        name: (tensor.to(torch.bfloat16) if name in parameters else tensor).cpu().contiguous()
         for name, tensor in module.state_dict().items()
     }
     save_file(tensors | {f"extra.{name}": tensor.cpu().contiguous() for name, tensor in extra.items()}, path)

@@ -14,6 +14,7 @@ from ltx_titan.common.files import write_text
 
 _WARMUP_STEPS = 200
 _MAX_NORM = 1.0
+_SAVE_SECONDS = 60.0
 
 
 def train(
@@ -26,6 +27,7 @@ def train(
     ema: float = 0.999,
     weight_decay: float = 0.01,
     log_every: int = 100,
+    save: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Trains until the time is over, then sets the parameters to their moving average.
 
@@ -40,18 +42,20 @@ def train(
         ema: decay of the moving average, reached after about 10 / (1 - ema) steps.
         weight_decay: of AdamW.
         log_every: steps between log lines.
+        save: called every minute, so that a call that runs out of time leaves its last weights.
 
     Returns:
         Steps, seconds and the logged losses.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    weights: list[Tensor] = list(parameters)
     on_gpu = parameters[0].device.type == "cuda"
     # bfloat16 weights are too coarse for small updates.
     masters = [parameter.detach().float().clone().requires_grad_() for parameter in parameters]
     optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=on_gpu)
     average = [master.detach().clone() for master in masters]
     curve: list[dict[str, float]] = []
-    started, step = time.monotonic(), 0
+    started, step, saved = time.monotonic(), 0, 0.0
     while (spent := time.monotonic() - started) < seconds:
         factor = min(1.0, (step + 1) / _WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, spent / seconds)))
         for group in optimizer.param_groups:
@@ -65,7 +69,7 @@ def train(
         nn.utils.clip_grad_norm_(masters, _MAX_NORM)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_copy_(parameters, masters)
+            torch._foreach_copy_(weights, masters)
             # Slow averaging would keep the initial weights of a short run.
             torch._foreach_lerp_(average, masters, 1 - min(ema, (1 + step) / (10 + step)))
         step += 1
@@ -74,8 +78,11 @@ def train(
             values = {key: round(float(value.detach()), 5) for key, value in losses.items()}
             curve.append({"step": step, "seconds": round(time.monotonic() - started, 1), **values})
             print(f"{name}  {json.dumps(curve[-1])}", flush=True)
+        if save is not None and spent - saved > _SAVE_SECONDS:
+            save()
+            saved = spent
     with torch.no_grad():
-        torch._foreach_copy_(parameters, average)
+        torch._foreach_copy_(weights, average)
     spent = time.monotonic() - started
     return {
         "steps": step,

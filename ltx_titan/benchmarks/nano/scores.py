@@ -95,9 +95,10 @@ class Sampler:
             }
             with evaluating(model):
                 found = sample(model, streams["video"], streams["audio"], self._sigmas, passes_at_once=1)
-            video, audio = (
-                target_latents(tokens, starts[name], name) for name, tokens in zip(starts, found, strict=True)
-            )
+            assert found[0] is not None
+            assert found[1] is not None
+            video = target_latents(found[0], starts["video"], "video")
+            audio = target_latents(found[1], starts["audio"], "audio")
             frames.append(torch.cat([self._video.decode(part) for part in video.split(32)]).clamp(-1, 1))
             waves.append(torch.cat([self._vocoder(mel) for mel in self._audio.decode(audio).split(32)]))
         return torch.cat(frames), torch.cat(waves)

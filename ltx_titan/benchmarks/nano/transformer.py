@@ -5,7 +5,7 @@ Conditioning, sigmas, noise and loss are those of a training job (`FlexibleStrat
 on the host, would take longer than a step of this model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,7 @@ def train_transformer(
     batch: int,
     lr: float,
     compiled: bool,
+    save: Callable[[], None],
 ) -> dict[str, Any]:
     """Trains all weights; returns the figures."""
     # As a job does: bfloat16 weights in the model, float32 weights in the optimizer.
@@ -218,7 +219,7 @@ def train_transformer(
     for step in range(4):
         loss_of(step)["loss"].backward()
     model.zero_grad(set_to_none=True)
-    return train("transformer", model.parameters(), loss_of, seconds=seconds, lr=lr)
+    return train("transformer", model.parameters(), loss_of, seconds=seconds, lr=lr, save=save)
 
 
 def train_concept(
