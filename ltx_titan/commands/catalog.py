@@ -33,6 +33,7 @@ COMMANDS = {
     "lora convert": ("ltx_titan.commands.lora:CONVERT", "convert a LoRA for another tool"),
     "lora resize": ("ltx_titan.commands.lora:RESIZE", "reduce a LoRA to a smaller rank"),
     "make-nano": ("ltx_titan.nano.pack", "write a miniature LTX-2.3 pack with random weights"),
+    "make-clips": ("ltx_titan.nano.make_clips", "write procedural clips with audio and captions"),
     "make-debug-dataset": ("ltx_titan.nano.debug_dataset", "write a small captioned dataset"),
     "make-checkpoint": (
         "ltx_titan.nano.random_checkpoint",
@@ -47,6 +48,7 @@ COMMANDS = {
         "check and time LoRA with streamed weights under memory caps",
     ),
     "bench encode": ("ltx_titan.benchmarks.encode", "time the encoder of the video VAE"),
+    "bench nano": ("ltx_titan.benchmarks.nano.command", "train and score the miniature pack"),
     "completion": ("ltx_titan.commands.completion", "print a completion script for bash, zsh or tcsh"),
 }
 

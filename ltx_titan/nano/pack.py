@@ -11,12 +11,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderKLLTX2Audio
+from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
@@ -124,7 +125,7 @@ def _video_vae_tensors(seed: int) -> dict[str, Tensor]:
     with torch.no_grad():
         latents = torch.cat([vae.encode(clip[None]).latent_dist.mode() for clip in _synthetic_clips(generator)])
     # [clips, C, F, H, W] -> [C, clips * F * H * W].
-    return tensors | _statistics("vae.", latents.transpose(0, 1).flatten(1))
+    return tensors | statistics("vae.", latents.transpose(0, 1).flatten(1))
 
 
 def _audio_vae_tensors(seed: int) -> dict[str, Tensor]:
@@ -140,7 +141,7 @@ def _audio_vae_tensors(seed: int) -> dict[str, Tensor]:
         spectrograms = log_mel(_synthetic_audio(generator, settings.sample_rate), settings)
         latents = vae.encode(spectrograms).latent_dist.mode()
     # Statistics have the packed layout: one entry per (channel, frequency).
-    return tensors | _statistics("audio_vae.", latents.permute(1, 3, 0, 2).flatten(0, 1).flatten(1))
+    return tensors | statistics("audio_vae.", latents.permute(1, 3, 0, 2).flatten(0, 1).flatten(1))
 
 
 def _vocoder_tensors(seed: int) -> dict[str, Tensor]:
@@ -151,6 +152,22 @@ def _vocoder_tensors(seed: int) -> dict[str, Tensor]:
         # Random layers have large outputs: unscaled, their sum would be clipped almost everywhere.
         model.vocoder.conv_out.weight *= 0.1
         model.bwe_generator.conv_out.weight *= 0.02
+    fill_spectrogram_buffers(model, section)
+    parameters = {name for name, _ in model.named_parameters()}
+    # Filters and bases are exact, and rounding them would only degrade the audio.
+    return {
+        "vocoder." + stored_vocoder_name(name, True): tensor.to(torch.bfloat16) if name in parameters else tensor
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def fill_spectrogram_buffers(model: LTX2VocoderWithBWE, section: dict[str, Any]) -> None:
+    """Fills the windowed DFT and the mel filters of the bandwidth extension in place.
+
+    Args:
+        model: the vocoder.
+        section: `vocoder` of the metadata.
+    """
     stft = model.mel_stft.stft_fn
     stft.forward_basis.copy_(_causal_stft_basis(stft.window_length))
     # Never used by the vocoder, but the file must hold all of its buffers.
@@ -158,12 +175,6 @@ def _vocoder_tensors(seed: int) -> dict[str, Tensor]:
     bwe = section["bwe"]
     filters = slaney_filters(bwe["n_fft"], bwe["num_mels"], bwe["input_sampling_rate"], 0.0, 8000.0)
     model.mel_stft.mel_basis.copy_(filters)
-    parameters = {name for name, _ in model.named_parameters()}
-    # Filters and bases are exact, and rounding them would only degrade the audio.
-    return {
-        "vocoder." + stored_vocoder_name(name, True): tensor.to(torch.bfloat16) if name in parameters else tensor
-        for name, tensor in model.state_dict().items()
-    }
 
 
 def _causal_stft_basis(length: int) -> Tensor:
@@ -220,7 +231,7 @@ def _synthetic_audio(generator: torch.Generator, sample_rate: int, clips: int = 
     return result
 
 
-def _statistics(prefix: str, values: Tensor) -> dict[str, Tensor]:
+def statistics(prefix: str, values: Tensor) -> dict[str, Tensor]:
     """Mean and standard deviation of raw latents [C, samples] under their names in checkpoints."""
     return {
         # Rounded, so that the file does not depend on the order in which a machine sums.

@@ -1,0 +1,1 @@
+"""The recipe of the trained miniature pack, and its scores."""

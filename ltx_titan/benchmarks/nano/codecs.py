@@ -1,0 +1,228 @@
+"""Training of the miniature's codecs on procedural clips: video VAE, audio VAE, vocoder.
+
+Codecs see every shape, color and combination, as released ones have seen far more than any one fine-tuning; what is
+held out is held out from the transformer.
+"""
+
+import math
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
+from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderKLLTX2Audio
+from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
+from torch import Tensor
+
+from ltx_titan.benchmarks.nano.loop import train
+from ltx_titan.codecs import AudioCodec, VideoCodec
+from ltx_titan.codecs.audio_vae import mel_settings
+from ltx_titan.codecs.mel import log_mel, resample
+from ltx_titan.nano.clip_score import adherence, measure
+from ltx_titan.nano.clips import ALL_SHAPES, SAMPLE_RATE, Clips, combinations, draw_clips, render_audio, render_video
+from ltx_titan.nano.trained_config import TRAINED_CONFIG
+from ltx_titan.nano.trained_pack import audio_codec, latent_statistics, video_codec, vocoder_of
+
+_SHAPES = range(len(ALL_SHAPES))
+_EVERYTHING = combinations(held_out=False, shapes=_SHAPES) + combinations(held_out=True)
+_KL_WEIGHT = 1e-5
+# Noise on latents in training, as a fraction of their spread: what a transformer predicts is never exact.
+_LATENT_NOISE = 0.03
+_MEL = mel_settings(TRAINED_CONFIG["audio_vae"])
+_FFT_SIZES = (256, 512, 1024, 2048)
+# Short windows have wide bins: a tone of nearly the right pitch is nearly right there.
+_TRAINING_FFT_SIZES = (64, 128, 256, 512, 1024, 2048)
+_STATISTICS_CLIPS = 128
+
+
+def random_clips(count: int, seed: int, device: torch.device | str) -> Clips:
+    """Clips of all shapes, every fourth in a random color on a random gray."""
+    clips = draw_clips(count, seed, _EVERYTHING)
+    generator = torch.Generator().manual_seed(seed)
+    clips.shade[::4] = torch.rand(clips.shade[::4].shape, generator=generator)
+    clips.level[::4] = torch.rand(clips.level[::4].shape, generator=generator)
+    return clips.to(device)
+
+
+def held_out_clips(count: int, device: torch.device | str, seed: int = 1) -> Clips:
+    """Clips of held-out combinations."""
+    return draw_clips(count, 10**6 + seed, combinations(held_out=True)).to(device)
+
+
+def train_video_vae(vae: AutoencoderKLLTX2Video, device: str, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    """Trains on L1 and squared error with a small KL term; returns the figures."""
+    vae.to(device, memory_format=torch.channels_last_3d).train()
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        pixels = render_video(random_clips(batch, step, device))
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last_3d)).latent_dist
+            decoded = vae.decode(_noisy(posterior.mean, posterior.logvar)).sample.float()
+        error = decoded - pixels
+        kl = _kl(posterior.mean, posterior.logvar)
+        squared = error.square().mean()
+        loss = error.abs().mean() + 4 * squared + _KL_WEIGHT * kl
+        return {"loss": loss, "psnr": -10 * (squared / 4).log10(), "kl": kl}
+
+    return train("video VAE", vae.parameters(), loss_of, seconds=seconds, lr=lr)
+
+
+def train_audio_vae(vae: AutoencoderKLLTX2Audio, device: str, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    """Trains on the L1 and squared error of log-mel spectrograms with a small KL term; returns the figures."""
+    vae.to(device, memory_format=torch.channels_last).train()
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        mel = log_mel(render_audio(random_clips(batch, step, device)), _MEL)
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            posterior = vae.encode(mel.contiguous(memory_format=torch.channels_last)).latent_dist
+            decoded = vae.decode(_noisy(posterior.mean, posterior.logvar)).sample.float()
+        error = decoded - mel[:, :, : decoded.shape[2]]
+        kl = _kl(posterior.mean, posterior.logvar)
+        loss = error.abs().mean() + 0.1 * error.square().mean() + 10 * _KL_WEIGHT * kl
+        return {"loss": loss, "mel_l1": error.abs().mean(), "kl": kl}
+
+    return train("audio VAE", vae.parameters(), loss_of, seconds=seconds, lr=lr)
+
+
+def train_vocoder(
+    model: LTX2VocoderWithBWE, codec: AudioCodec, device: str, seconds: float, batch: int, lr: float
+) -> dict[str, Any]:
+    """Trains the 16 kHz generator on spectra of several resolutions; returns the figures.
+
+    Half of the spectrograms have been through the audio VAE, as all have when sampling.
+    """
+    model.to(device).train()
+    generator = model.vocoder
+    generator.final_act_fn, final = None, generator.final_act_fn
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        audio = render_audio(random_clips(batch, step, device))
+        mel = log_mel(audio, _MEL)
+        with torch.no_grad():
+            decoded = codec.decode(codec.encode(audio[::2], SAMPLE_RATE))
+        mel = torch.cat([decoded, mel[1::2, :, : decoded.shape[2]]])
+        target = torch.cat([audio[::2], audio[1::2]])
+        length = min(mel.shape[2] * _MEL.hop_length, target.shape[-1])
+        output = generator(mel)[..., :length]
+        # Phase is free, so only the spectra are compared.
+        target = target[..., :length]
+        spectral, balance = _weighted_spectral_loss(output, target), _balance_loss(output, target)
+        return {"loss": spectral + balance, "spectral": spectral, "balance": balance}
+
+    parameters = generator.parameters()
+    figures = train("vocoder", parameters, loss_of, seconds=seconds, lr=lr, weight_decay=0.0)
+    generator.final_act_fn = final
+    return figures
+
+
+def _weighted_spectral_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Distance of log magnitudes in which loud bins weigh more, over all training resolutions.
+
+    With equal weights silence is a local minimum: a tone of the wrong pitch is twice as far from the target.
+    """
+    losses = []
+    for size in _TRAINING_FFT_SIZES:
+        ours, theirs = _magnitudes(output, size), _magnitudes(target, size)
+        weight = 1 + theirs / theirs.mean((1, 2), keepdim=True).clamp(min=1e-5)
+        error = ((ours + 1e-4).log() - (theirs + 1e-4).log()).abs()
+        losses.append((weight * error).sum() / weight.sum())
+    return torch.stack(losses).mean()
+
+
+def _balance_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Distance of the stereo balance over time: a few decibels between channels are little in a spectral loss."""
+    balances = []
+    for audio in (output, target):
+        left, right = _magnitudes(audio, 1024).square().sum(1).unflatten(0, (-1, 2)).unbind(1)
+        loudness = left + right
+        balances.append((right - left) / (loudness + 1e-5))
+    is_loud = (loudness > 0.1 * loudness.amax(1, keepdim=True)).float()
+    return ((balances[0] - balances[1]).abs() * is_loud).sum() / is_loud.sum()
+
+
+def _magnitudes(audio: Tensor, size: int) -> Tensor:
+    """[B, 2, N] -> [2 B, bins, T]; 0.5 for a sine of amplitude 1."""
+    window = torch.hann_window(size, device=audio.device)
+    return torch.stft(audio.flatten(0, 1), size, size // 4, window=window, return_complex=True).abs() / window.sum()
+
+
+def spectral_distance(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of magnitudes, relative to the target's, and mean distance of log magnitudes, over four resolutions.
+
+    Args:
+        output, target: [B, 2, N].
+    """
+    linear, logarithmic = [], []
+    for size in _FFT_SIZES:
+        ours, theirs = _magnitudes(output, size), _magnitudes(target, size)
+        linear.append((ours - theirs).square().sum().sqrt() / theirs.square().sum().sqrt())
+        logarithmic.append(((ours + 1e-4).log() - (theirs + 1e-4).log()).abs().mean())
+    return torch.stack(linear).mean(), torch.stack(logarithmic).mean()
+
+
+@torch.no_grad()
+def measured_video_codec(vae: AutoencoderKLLTX2Video, device: str) -> VideoCodec:
+    """The codec with weights as stored, and statistics of the transformer's training clips."""
+    _as_stored(vae, device)
+    clips = draw_clips(_STATISTICS_CLIPS, 7, combinations(held_out=False)).to(device)
+    raw = [vae.encode(render_video(clips[i : i + 64])).latent_dist.mode() for i in range(0, len(clips), 64)]
+    return video_codec(vae, *latent_statistics(torch.cat(raw).transpose(0, 1)))
+
+
+@torch.no_grad()
+def measured_audio_codec(vae: AutoencoderKLLTX2Audio, device: str) -> AudioCodec:
+    """As `measured_video_codec`, for audio."""
+    _as_stored(vae, device)
+    clips = draw_clips(_STATISTICS_CLIPS, 7, combinations(held_out=False)).to(device)
+    raw = vae.encode(log_mel(render_audio(clips), _MEL)).latent_dist.mode()
+    # One entry per (channel, frequency).
+    return audio_codec(vae, *latent_statistics(raw.permute(1, 3, 0, 2).flatten(0, 1)))
+
+
+@torch.no_grad()
+def score_video(codec: VideoCodec, clips: Clips) -> dict[str, float]:
+    """PSNR in dB (mean over clips, and the worst) of reconstructions, and what the scorer reads off them."""
+    frames = render_video(clips)
+    decoded = torch.cat([codec.decode(codec.encode(part)) for part in frames.split(32)]).clamp(-1, 1)
+    psnr = -10 * ((decoded - frames).square().flatten(1).mean(1) / 4).log10()
+    scores = adherence(measure(decoded, render_audio(clips), SAMPLE_RATE), clips)
+    found = {key: scores[key] for key in ("shape", "color", "size", "background", "motion", "sync_time")}
+    return {"psnr_db": float(psnr.mean()), "worst_psnr_db": float(psnr.min()), **found}
+
+
+@torch.no_grad()
+def score_audio(codec: AudioCodec, vocoder: LTX2VocoderWithBWE, clips: Clips) -> dict[str, float]:
+    """Distances of reconstructed spectrograms and waveforms, and what the scorer reads off the latter."""
+    audio = render_audio(clips)
+    mel = log_mel(audio, codec.mel)
+    decoded = codec.decode(codec.encode(audio, SAMPLE_RATE))
+    play = vocoder_of(vocoder.to(audio.device).eval())
+    waveform = torch.cat([play(part) for part in decoded.split(32)])
+    rate = play.sample_rate
+    scores = adherence(measure(render_video(clips), waveform, rate), clips)
+    found = {key: scores[key] for key in ("register", "tone_motion", "pitch", "sync_time")}
+    back = resample(waveform, rate, SAMPLE_RATE)
+    length = min(back.shape[-1], audio.shape[-1])
+    linear, logarithmic = spectral_distance(back[..., :length], audio[..., :length])
+    return {
+        "mel_l1": float((decoded - mel[:, :, : decoded.shape[2]]).abs().mean()),
+        "spectral_distance": float(linear),
+        "log_spectral_distance_db": float(logarithmic) * 20 / math.log(10),
+        **found,
+    }
+
+
+def _as_stored(module: torch.nn.Module, device: str) -> None:
+    module.to(torch.bfloat16).float().to(device).requires_grad_(False).eval()
+
+
+def _noisy(mean: Tensor, logvar: Tensor) -> Tensor:
+    """A sample of the posterior with a floor on its noise."""
+    spread = mean.detach().float().std() * _LATENT_NOISE
+    std = torch.maximum((0.5 * logvar.float().clamp(-20, 10)).exp(), spread)
+    return mean + std * torch.randn_like(std)
+
+
+def _kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Mean KL divergence to the standard normal per latent number."""
+    mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

@@ -1,0 +1,260 @@
+"""Trains the miniature pack: codecs, transformer, scores, and a LoRA of a concept it has never seen.
+
+    ltx-titan bench nano OUT [--stages video audio vocoder transformer score lora] [--seconds 150 150 100 400 ...]
+
+Each stage reads what earlier ones wrote to OUT and writes its weights and `<stage>.json`, so stages can run in separate
+calls. `transformer` also writes the pack. Everything is rendered and kept on the device; no files are read.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ltx_titan.benchmarks.measure import environment
+from ltx_titan.benchmarks.nano import codecs, scores, transformer
+from ltx_titan.benchmarks.nano.loop import write_result
+from ltx_titan.codecs import AudioCodec, VideoCodec
+from ltx_titan.common.options import Positional, default_device
+from ltx_titan.model import LTXTransformer
+from ltx_titan.nano.pack import TEXT_ENCODER_NAME
+from ltx_titan.nano.trained_pack import (
+    CHECKPOINT_NAME,
+    audio_codec,
+    build_audio_vae,
+    build_pack_vocoder,
+    build_text_modules,
+    build_transformer,
+    build_video_vae,
+    save_pack,
+    video_codec,
+    vocoder_of,
+    write_trained_text_encoder,
+)
+
+DESCRIPTION = __doc__
+
+_STAGES = ("video", "audio", "vocoder", "transformer", "score", "lora")
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class NanoTrainingOptions:
+    """Options of `ltx-titan bench nano`."""
+
+    out: Positional[Path]
+    """Folder of weights and figures."""
+
+    stages: tuple[str, ...] = _STAGES
+    """Stages to run, in this order."""
+
+    seconds: tuple[float, ...] = (180.0, 150.0, 120.0, 480.0, 0.0, 60.0)
+    """Training time of each of these stages."""
+
+    batches: tuple[int, ...] = (64, 64, 32, 256, 0, 32)
+    """Clips per step of each of these stages."""
+
+    rates: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 1e-3, 0.0, 2e-3)
+    """Highest learning rate of each of these stages."""
+
+    clips: int = 40000
+    """Training clips of the transformer."""
+
+    concept_clips: int = 48
+    """Training clips of the LoRA."""
+
+    scored: int = 288
+    """Clips of each score."""
+
+    steps: int = 30
+    """Sampling steps of scores."""
+
+    compiled: bool = True
+    """Compile the transformer's blocks (GPU)."""
+
+    device: str = field(default_factory=default_device)
+    """Device of everything."""
+
+
+def run(options: NanoTrainingOptions) -> int:
+    """Runs the stages; the exit status is 0."""
+    # bf16 matmuls come from autocast; what stays in float32 may use TF32.
+    torch.set_float32_matmul_precision("high")
+    # Shapes never change, and the fastest 3-D convolutions are not those of the heuristics.
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(_SEED)
+    options.out.mkdir(parents=True, exist_ok=True)
+    given = zip(options.stages, options.seconds, options.batches, options.rates, strict=False)
+    for stage, seconds, batch, lr in given:
+        started = time.monotonic()
+        facts = {**environment(torch.device(options.device)), "commit": _commit(), "batch": batch, "lr": lr}
+        found = _RUNNERS[stage](options, seconds, batch, lr)
+        write_result(options.out, stage, {**facts, **found, "stage_seconds": round(time.monotonic() - started, 1)})
+    return 0
+
+
+def _video(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    vae = _resumed(build_video_vae(), options.out / "video.safetensors")
+    figures = codecs.train_video_vae(vae, options.device, seconds, batch, lr)
+    codec = codecs.measured_video_codec(vae, options.device)
+    _save(options.out / "video.safetensors", vae, {"mean": codec.mean, "std": codec.std})
+    held_out = codecs.held_out_clips(options.scored, options.device)
+    return {"training": figures, "held_out": codecs.score_video(codec, held_out)}
+
+
+def _audio(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    vae = _resumed(build_audio_vae(), options.out / "audio.safetensors")
+    figures = codecs.train_audio_vae(vae, options.device, seconds, batch, lr)
+    codec = codecs.measured_audio_codec(vae, options.device)
+    _save(options.out / "audio.safetensors", vae, {"mean": codec.mean, "std": codec.std})
+    return {"training": figures}
+
+
+def _vocoder(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    model = _resumed(build_pack_vocoder(), options.out / "vocoder.safetensors")
+    codec = _load_audio(options)
+    figures = codecs.train_vocoder(model, codec, options.device, seconds, batch, lr)
+    _save(options.out / "vocoder.safetensors", model, {})
+    held_out = codecs.held_out_clips(options.scored, options.device)
+    return {"training": figures, "held_out": codecs.score_audio(codec, model, held_out)}
+
+
+def _transformer(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    video, audio = _load_video(options), _load_audio(options)
+    started = time.monotonic()
+    contexts = _contexts(options)
+    clips = transformer.training_clips(options.clips)
+    latents = transformer.encode_clips(clips, contexts, video, audio, options.device)
+    prepared = time.monotonic() - started
+    print(f"transformer  {len(clips)} clips and {len(contexts.rows)} captions encoded in {prepared:.1f} s", flush=True)
+    path = options.out / "transformer.safetensors"
+    model = _resumed(build_transformer(_SEED), path)
+    compiled = options.compiled and options.device != "cpu"
+    figures = transformer.train_transformer(
+        model,
+        latents,
+        contexts,
+        seconds=seconds,
+        batch=batch,
+        lr=lr,
+        compiled=compiled,
+        save=lambda: _save(path, model, {}),
+    )
+    _save(path, model, {})
+    vocoder = _load(build_pack_vocoder(), options.out / "vocoder.safetensors")[0]
+    facts = {"recipe": "ltx-titan bench nano", "commit": _commit()}
+    text = build_text_modules(_SEED)
+    save_pack(options.out / CHECKPOINT_NAME, video, audio, vocoder, model, text, facts)
+    return {"encoding_seconds": round(prepared, 1), "clips": len(clips), "training": figures}
+
+
+def _score(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    sampler, model = _sampler(options), _load_transformer(options)
+    found: dict[str, Any] = scores.score_model(sampler, model, options.scored, options.device)
+    untrained = _for_sampling(build_transformer(_SEED), options)
+    found["held_out_untrained"] = scores.score_untrained(sampler, untrained, options.scored, options.device)
+    shown = scores.shown_clips()[0].to(options.device)
+    scores.save_sheet(options.out / "held_out.png", sampler(model, shown, cfg=scores.CFG_SCALE)[0])
+    return found
+
+
+def _lora(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    sampler, model = _sampler(options), _load_transformer(options)
+    shown = scores.shown_clips()[1].to(options.device)
+    found: dict[str, Any] = {"before": scores.score_concept(sampler, model, options.scored, options.device)}
+    before = sampler(model, shown, cfg=scores.CFG_SCALE)[0]
+    clips = transformer.concept_clips(options.concept_clips)
+    contexts = _contexts(options)
+    latents = transformer.encode_clips(clips, contexts, _load_video(options), _load_audio(options), options.device)
+    found["training"] = transformer.train_concept(
+        model, latents, contexts, rank=16, seconds=seconds, batch=batch, lr=lr
+    )
+    found["after"] = scores.score_concept(sampler, model, options.scored, options.device)
+    after = sampler(model, shown, cfg=scores.CFG_SCALE)[0]
+    scores.save_sheet(options.out / "concept.png", torch.cat([before, after], dim=4))
+    return found
+
+
+_Runner = Callable[[NanoTrainingOptions, float, int, float], dict[str, Any]]
+_RUNNERS: dict[str, _Runner] = dict(zip(_STAGES, (_video, _audio, _vocoder, _transformer, _score, _lora), strict=True))
+
+
+def _contexts(options: NanoTrainingOptions) -> transformer.Contexts:
+    """Contexts of the captions of all clips that any stage uses."""
+    folder = options.out / TEXT_ENCODER_NAME
+    if not folder.exists():
+        # The concept's word is spelled in bytes: the tokenizer has never seen it either.
+        write_trained_text_encoder(folder, transformer.known_captions(), _SEED)
+    used = (
+        transformer.training_clips(max(options.clips, options.scored)),
+        transformer.concept_clips(options.concept_clips),
+        *scores.scored_clips(options.scored),
+        *scores.shown_clips(),
+    )
+    captions = sorted({caption for clips in used for caption in clips.captions})
+    return transformer.encode_captions(folder, build_text_modules(_SEED), options.device, captions)
+
+
+def _sampler(options: NanoTrainingOptions) -> scores.Sampler:
+    vocoder = _load(build_pack_vocoder(), options.out / "vocoder.safetensors")[0].to(options.device).eval()
+    codec = _load_video(options), _load_audio(options)
+    return scores.Sampler(_contexts(options), *codec, vocoder_of(vocoder), options.device, options.steps)
+
+
+def _load_transformer(options: NanoTrainingOptions) -> LTXTransformer:
+    model = _load(build_transformer(_SEED), options.out / "transformer.safetensors")[0]
+    return _for_sampling(model, options)
+
+
+def _for_sampling(model: LTXTransformer, options: NanoTrainingOptions) -> LTXTransformer:
+    return model.requires_grad_(False).eval().to(options.device, torch.bfloat16)
+
+
+def _load_video(options: NanoTrainingOptions) -> VideoCodec:
+    vae, extra = _load(build_video_vae(), options.out / "video.safetensors")
+    vae.requires_grad_(False).eval().to(options.device)
+    return video_codec(vae, *(extra[name].flatten().to(options.device) for name in ("mean", "std")))
+
+
+def _load_audio(options: NanoTrainingOptions) -> AudioCodec:
+    vae, extra = _load(build_audio_vae(), options.out / "audio.safetensors")
+    vae.requires_grad_(False).eval().to(options.device)
+    return audio_codec(vae, *(extra[name].flatten().to(options.device) for name in ("mean", "std")))
+
+
+def _resumed(module: Any, path: Path) -> Any:
+    """Continues from the weights of an earlier call."""
+    return _load(module, path)[0] if path.exists() else module
+
+
+def _load(module: Any, path: Path) -> tuple[Any, dict[str, Tensor]]:
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    extra = {name.removeprefix("extra."): tensors.pop(name) for name in list(tensors) if name.startswith("extra.")}
+    module.load_state_dict(tensors)
+    return module, extra
+
+
+def _save(path: Path, module: nn.Module, extra: dict[str, Tensor]) -> None:
+    """Writes parameters in bfloat16, as the pack does, buffers and extra tensors exactly."""
+    parameters = {name for name, _ in module.named_parameters()}
+    tensors = {
+        name: (tensor.to(torch.bfloat16) if name in parameters else tensor).cpu().contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+    save_file(tensors | {f"extra.{name}": tensor.cpu().contiguous() for name, tensor in extra.items()}, path)
+
+
+def _commit() -> str:
+    """Commit of the recipe: of the checkout, or as the environment says where there is none."""
+    if "LTX_TITAN_COMMIT" in os.environ:
+        return os.environ["LTX_TITAN_COMMIT"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"

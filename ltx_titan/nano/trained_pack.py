@@ -1,0 +1,221 @@
+"""Modules of the trained miniature pack, and the official file that holds them.
+
+The recipe (`benchmarks.nano`) trains the modules; `save_pack` writes them as the released files are laid out, so that
+every command of this project, diffusers and the released loaders read them.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
+from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderKLLTX2Audio
+from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import Gemma3Config, Gemma3Model, PreTrainedTokenizerFast
+
+from ltx_titan.codecs import AudioCodec, VideoCodec, Vocoder
+from ltx_titan.codecs.audio_vae import audio_vae_arguments, mel_settings, packed_statistics
+from ltx_titan.codecs.video_vae import video_vae_layout
+from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name
+from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
+from ltx_titan.model.init import init_random_
+from ltx_titan.nano.pack import fill_spectrogram_buffers, statistics
+from ltx_titan.nano.pack_config import MODEL_VERSION
+from ltx_titan.nano.trained_config import TEXT_ENCODER, TRAINED_CONFIG, VISION_TOWER, VOCABULARY
+from ltx_titan.weights import save_safetensors
+
+CHECKPOINT_NAME = "ltx-2.3-nano-trained.safetensors"
+_SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
+_TRANSFORMER, _TEXT_PROJECTION = "model.diffusion_model.", "text_embedding_projection."
+
+
+def build_video_vae() -> AutoencoderKLLTX2Video:
+    """The video VAE, with diffusers' initial weights."""
+    return AutoencoderKLLTX2Video(**video_vae_layout(TRAINED_CONFIG["vae"]).arguments)
+
+
+def build_audio_vae() -> AutoencoderKLLTX2Audio:
+    """The audio VAE, with diffusers' initial weights."""
+    return AutoencoderKLLTX2Audio(**audio_vae_arguments(TRAINED_CONFIG["audio_vae"]))
+
+
+def build_pack_vocoder() -> LTX2VocoderWithBWE:
+    """The vocoder, with diffusers' initial weights; its bandwidth extension adds nothing."""
+    section = TRAINED_CONFIG["vocoder"]
+    model = build_vocoder(section, device="cpu")
+    assert isinstance(model, LTX2VocoderWithBWE)
+    fill_spectrogram_buffers(model, section)
+    nn.init.zeros_(model.bwe_generator.conv_out.weight)
+    return model
+
+
+def build_text_modules(seed: int) -> tuple[FeatureExtractor, TextConnectors]:
+    """Text projection and connectors with seeded random weights, which are never trained.
+
+    A projection of random features keeps words apart, which is all that the transformer's text attention needs.
+    """
+    extractor = FeatureExtractor.from_config(TRAINED_CONFIG, TEXT_ENCODER)
+    connectors = TextConnectors.from_config(TRAINED_CONFIG)
+    for module in (extractor, connectors):
+        init_random_(module, seed)
+        # The file stores bfloat16: features are computed with what it will hold.
+        module.to(torch.bfloat16).float().requires_grad_(False).eval()
+    return extractor, connectors
+
+
+def build_transformer(seed: int) -> LTXTransformer:
+    """The transformer, with seeded initial weights."""
+    model = LTXTransformer.from_config(TRAINED_CONFIG["transformer"])
+    init_random_(model, seed)
+    return model
+
+
+def video_codec(vae: AutoencoderKLLTX2Video, mean: Tensor, std: Tensor) -> VideoCodec:
+    """Codec of a VAE and the statistics of its raw latents [128]."""
+    return VideoCodec(vae, mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1), (8, 32, 32))
+
+
+def audio_codec(vae: AutoencoderKLLTX2Audio, mean: Tensor, std: Tensor) -> AudioCodec:
+    """Codec of a VAE and the packed statistics of its raw latents [128]."""
+    channels = vae.config.latent_channels
+    unpacked = packed_statistics(mean, channels), packed_statistics(std, channels)
+    return AudioCodec(vae, *unpacked, mel_settings(TRAINED_CONFIG["audio_vae"]))
+
+
+def vocoder_of(model: LTX2VocoderWithBWE) -> Vocoder:
+    """Vocoder of a model."""
+    return Vocoder(model, model.config.output_sampling_rate)
+
+
+def save_pack(
+    path: Path,
+    video: VideoCodec,
+    audio: AudioCodec,
+    vocoder: LTX2VocoderWithBWE,
+    transformer: LTXTransformer,
+    text: tuple[FeatureExtractor, TextConnectors],
+    facts: dict[str, str],
+) -> None:
+    """Writes all parts but the text encoder into one file in the official layout, in bfloat16.
+
+    Args:
+        path: the file.
+        video, audio, vocoder, transformer, text: the parts.
+        facts: further entries of the header, such as the commit of the recipe.
+    """
+    layout = video_vae_layout(TRAINED_CONFIG["vae"])
+    tensors = {
+        f"vae.{layout.stored_name(name)}": tensor
+        for name, tensor in video.vae.state_dict().items()
+        if not name.startswith("latents_")
+    }
+    tensors |= {
+        f"audio_vae.{name}": tensor
+        for name, tensor in audio.vae.state_dict().items()
+        if not name.startswith("latents_")
+    }
+    for prefix, mean, std in (("vae.", video.mean, video.std), ("audio_vae.", audio.mean, audio.std)):
+        tensors[f"{prefix}per_channel_statistics.mean-of-means"] = mean.flatten()
+        tensors[f"{prefix}per_channel_statistics.std-of-means"] = std.flatten()
+    extractor, connectors = text
+    for prefix, module in ((_TRANSFORMER, transformer), (_TRANSFORMER, connectors), (_TEXT_PROJECTION, extractor)):
+        tensors |= {prefix + name: tensor for name, tensor in module.state_dict().items()}
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    parameters = {name for name, _ in vocoder.named_parameters()}
+    for name, tensor in vocoder.state_dict().items():
+        # Filters and bases are exact, and rounding them would only degrade the audio.
+        stored = tensor.to(torch.bfloat16) if name in parameters else tensor
+        tensors["vocoder." + stored_vocoder_name(name, True)] = stored
+    metadata = {"config": json.dumps(TRAINED_CONFIG), "model_version": MODEL_VERSION, **facts}
+    save_safetensors(path, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def latent_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over all but the first dim of raw latents [C, ...], as a file stores them."""
+    values = statistics("", latents.flatten(1)).values()
+    mean, std = (value.float() for value in values)
+    return mean, std
+
+
+def write_trained_text_encoder(folder: Path, captions: Iterable[str], seed: int) -> None:
+    """Writes a tiny Gemma 3 with a seeded random language model and a tokenizer that knows the words of the captions.
+
+    The layout is that of the released encoder: text and vision model, tokenizer, image processor.
+    """
+    tokenizer = _word_tokenizer(captions)
+    ids = tokenizer.get_vocab()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    )
+    config = Gemma3Config(
+        text_config={
+            **TEXT_ENCODER,
+            "vocab_size": len(ids),
+            "pad_token_id": ids["<pad>"],
+            "eos_token_id": ids["<eos>"],
+            "bos_token_id": ids["<bos>"],
+        },
+        vision_config=VISION_TOWER,
+        mm_tokens_per_image=4,
+        boi_token_index=ids["<start_of_image>"],
+        eoi_token_index=ids["<end_of_image>"],
+        image_token_index=ids["<image_soft_token>"],
+        dtype="bfloat16",
+        architectures=["Gemma3ForConditionalGeneration"],
+    )
+    model = Gemma3Model(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            # Gemma scales embeddings by the square root of the width, and norms by one plus their weight.
+            std = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(parameter[0].numel())
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    temporary = folder.with_name(folder.name + ".partial")
+    config.save_pretrained(temporary)
+    # Names of the released files, in which the language model is `language_model.model`.
+    names = {
+        "language_model.": "language_model.model.",
+        "vision_tower.": "vision_tower.",
+        "multi_modal_projector.": "multi_modal_projector.",
+    }
+    tensors = {}
+    for name, tensor in model.to(torch.bfloat16).state_dict().items():
+        prefix = next(prefix for prefix in names if name.startswith(prefix))
+        tensors[names[prefix] + name.removeprefix(prefix)] = tensor.contiguous()
+    save_safetensors(temporary / "model.safetensors", tensors, {"format": "pt"})
+    fast.save_pretrained(temporary)
+    image = {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": VISION_TOWER["image_size"], "width": VISION_TOWER["image_size"]},
+        "image_seq_length": 4,
+    }
+    (temporary / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
+    processor = {"processor_class": "Gemma3Processor", "image_seq_length": 4}
+    (temporary / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def _word_tokenizer(captions: Iterable[str]) -> Tokenizer:
+    """BPE over bytes with merges learned from the captions: their words are single tokens, and any text is accepted."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(_SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    bos = tokenizer.token_to_id("<bos>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", bos)]
+    )
+    return tokenizer
