@@ -435,7 +435,7 @@ def lora(rank: int = 2, name: str = "diffusion_model.transformer_blocks.{}.attn1
     """Tensors of an adapter of the nano model's video self-attention queries."""
     width = 128
     tensors = {}
-    for block in range(3):
+    for block in range(2):
         key = name.format(block)
         tensors[f"{key}.lora_A.weight"] = torch.ones(rank, width)
         tensors[f"{key}.lora_B.weight"] = torch.ones(width, rank)

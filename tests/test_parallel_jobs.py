@@ -74,9 +74,9 @@ def assert_same_adapter(job: Path, expected_job: Path, lines: list[dict], expect
     torch.testing.assert_close(torch.tensor(curve(lines)), torch.tensor(curve(expected)), rtol=1e-5, atol=0)
     actual, wanted = (load_file(path.parent / "run/export/lora-step-2.safetensors") for path in (job, expected_job))
     assert actual.keys() == wanted.keys()
-    for name in wanted:
-        # AdamW divides by the gradient's size: an element whose gradient is almost 0 may go the other way.
-        assert ((wanted[name] - actual[name]).abs() > 1e-5).float().mean() <= 1e-3, name
+    # AdamW divides by the gradient's size: an element whose gradient is almost 0 may go the other way.
+    differences = torch.cat([(wanted[name] - actual[name]).abs().flatten() for name in wanted])
+    assert (differences > 1e-5).float().mean() <= 1e-3
 
 
 @pytest.mark.distributed

@@ -10,7 +10,7 @@ from ltx_titan.cli import main
 from ltx_titan.weights import LoRAWeights, read_lora, read_metadata, write_lora
 
 PREFIX = "model.diffusion_model."
-LAYERS = [f"transformer_blocks.{block}.{layer}" for block in range(3) for layer in ("attn1.to_q", "audio_ff.net.2")]
+LAYERS = [f"transformer_blocks.{block}.{layer}" for block in range(2) for layer in ("attn1.to_q", "audio_ff.net.2")]
 
 
 @pytest.fixture(scope="module")
