@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now is no garbage: jobs collect often, and searching all modules takes half a second."""
+    """Exempts imported modules from garbage collection: jobs collect often, and searching them takes half a second."""
     gc.collect()
     gc.freeze()
 

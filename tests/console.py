@@ -8,5 +8,5 @@ from rich.console import Console
 
 @pytest.fixture
 def console():
-    """What a command prints; `console.file.getvalue()`."""
+    """A console whose output `console.file.getvalue()` returns."""
     return Console(file=io.StringIO(), width=200)

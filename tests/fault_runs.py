@@ -114,11 +114,11 @@ class Run:
         return [child for launcher in self.launchers for child in _children(launcher) if _lives(child)]
 
     def text(self) -> str:
-        """What the run has printed."""
+        """Output of the run."""
         return self.log.read_text(errors="replace")
 
     def phase(self) -> tuple[str, int]:
-        """What rank 0 of this launch is doing, and its step; ("starting", 0) until it says."""
+        """Phase of rank 0 in this launch, and its step; ("starting", 0) until it says."""
         folder = self.job.parent / "run"
         try:
             record = json.loads((folder / "heartbeat.json").read_text())

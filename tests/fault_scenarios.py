@@ -107,7 +107,7 @@ def play(campaign: Campaign, name: str, start: str, expected: Path) -> None:
 
 
 def _check_stopped(folder: Path, text: str) -> dict[str, Any]:
-    """What was said of a stopped rank 1, and which stacks were written."""
+    """Messages about a stopped rank 1, and the stacks that were written."""
     named = re.findall(r"[^\n]*rank 1, which does not answer[^\n]*", text)
     if not named:
         raise Violation("the stopped rank is not named")

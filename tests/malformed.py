@@ -33,7 +33,7 @@ def refuse_to_train(monkeypatch):
 
 
 class Outcome(NamedTuple):
-    """What a command did: its exit code, and everything it printed and logged."""
+    """Outcome of a command: its exit code, and everything it printed and logged."""
 
     code: int
     text: str

@@ -23,7 +23,7 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def history(run: Path) -> list[dict]:
-    """What the run logged, call by call; a field of an image, clip or audio is `<tag>.<field>`."""
+    """Logged values, call by call; a field of an image, clip or audio is `<tag>.<field>`."""
     rows = []
     for record in _records(next(run.glob("*.wandb"))):
         if record.WhichOneof("record_type") == "history":

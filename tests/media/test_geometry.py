@@ -1,4 +1,4 @@
-"""What a player shows is what is read: pixel aspect, display matrix, cropping, and which track is the video."""
+"""Frames are read as a player shows them: pixel aspect, display matrix, cropping, and which track is the video."""
 
 import av
 import numpy as np

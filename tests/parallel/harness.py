@@ -80,7 +80,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Record:
-    """What a run of `STEPS` steps left: losses and gradient norms per step, first gradients, last weights."""
+    """Results of `STEPS` steps: losses and gradient norms per step, first gradients, last weights."""
 
     losses: list[float]
     norms: list[float]

@@ -133,7 +133,7 @@ def with_other_weights(model: nn.Module, groups: SampleGroups | None = None) -> 
 
 
 def most_blocks_held(num_blocks: int) -> int:
-    """How many blocks a rank holds whole, at most, while a deeper model is sampled under FSDP2."""
+    """Largest number of blocks that a rank holds whole while a deeper model is sampled under FSDP2."""
     model = LTXTransformer.from_config(CASE.entry["config"]["transformer"] | {"num_layers": num_blocks})
     blocks = model.transformer_blocks
     apply_fsdp(model, blocks, build_mesh("cpu", Degrees(dp_shard=2)).fsdp, torch.float32)

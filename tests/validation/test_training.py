@@ -75,7 +75,7 @@ def same_pictures(a, b):
 
 
 def infer(job, folder, *changes):
-    """What `ltx-titan sample` makes of the samples of a job."""
+    """Clips that `ltx-titan sample` makes of the samples of a job."""
     folder.mkdir()
     (folder / ".contexts").symlink_to(job.parent / "run/validation-cache")
     arguments = ["--job", job, "--output-dir", folder, "--device", "cpu", *changes]

@@ -48,7 +48,7 @@ def path(request, tmp_path, tensors, monkeypatch):
 
 
 def contents(path):
-    """What a reader takes from the file: metadata besides the digest's entry, and the bytes of all tensors."""
+    """Parts of the file that a reader uses: metadata besides the digest's entry, and the bytes of all tensors."""
     metadata = read_metadata(path)
     check_contents(path)
     data = {name: (t.dtype, t.shape, t.view(torch.uint8).tolist()) for name, t in load_file(path).items()}

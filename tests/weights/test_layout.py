@@ -1,4 +1,4 @@
-"""What exports hold beside the trained weights, as the key lists and headers that inference tools read."""
+"""Contents of exports beside the trained weights, as the key lists and headers that inference tools read."""
 
 import pytest
 import torch

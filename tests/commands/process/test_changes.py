@@ -1,4 +1,4 @@
-"""What changed since a dataset was prepared is made again, and nothing else."""
+"""A second preparation makes again only samples whose clip, caption or settings changed."""
 
 import logging
 import os

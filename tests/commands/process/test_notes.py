@@ -1,4 +1,4 @@
-"""What preparation decides for the user is counted in its report, with the names of the first clips."""
+"""Decisions that preparation takes for the user are counted in its report, with the names of the first clips."""
 
 import json
 from fractions import Fraction
