@@ -8,17 +8,20 @@ from tests.jobs import data_root, nano_path
 __all__ = ["data_root", "nano_path"]
 
 
-# Files that take a minute or more, longest first: one that starts last keeps the other workers waiting.
+# Files that take about a minute or more, longest first: one that starts last keeps the other workers waiting.
 LONGEST = (
-    "test_train.py",
     "test_interpreted.py",
-    "test_launch.py",
+    "test_prediction.py",
+    "test_train.py",
     "test_parallel_jobs.py",
     "test_modes.py",
-    "test_training.py",
-    "test_exactness.py",
     "test_reliability.py",
+    "test_launch.py",
+    "test_engine.py",
     "test_fault_injection.py",
+    "test_training.py",
+    "test_sharded.py",
+    "test_exactness.py",
 )
 
 
