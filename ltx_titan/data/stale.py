@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ltx_titan.data.cache import READER_THREADS
 from ltx_titan.data.fingerprints import FileVersion, FingerprintFile, is_changed, text_digest, version_of
-from ltx_titan.media.tables import SampleRow, read_sample_table, table_folder
+from ltx_titan.media.tables import SampleRow, read_sample_table, split_window_key, table_folder
 
 _EXAMPLES = 3
 # Paths that one thread asks for, so that handing them over costs less than asking.
@@ -50,7 +50,8 @@ def stale_samples(root: Path, folders: Iterable[str]) -> dict[str, list[str]]:
             rows = tables.get(table)
             if rows is None:
                 continue
-            row = rows.get(key)
+            # Windows of one clip have one row.
+            row = rows.get(key) or rows.get(split_window_key(key)[0])
             if row is None:
                 found.setdefault(f"samples whose row was removed from {Path(table).name} since", {})[key] = None
             elif entry.text is not None and (row.caption is None or text_digest(row.caption) != entry.text):

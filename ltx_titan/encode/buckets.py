@@ -36,15 +36,23 @@ class Bucket:
         scale = self.enlargement(width, height)
         return 1 - self.width * self.height / (scale**2 * width * height)
 
-    def notes(self, width: int, height: int, frames: int) -> tuple[str, ...]:
-        """Losses of a source of this size and length, as plural phrases to be counted."""
+    def notes(self, width: int, height: int, frames: int, used: int | None = None) -> tuple[str, ...]:
+        """Losses of a source of this size and length, as plural phrases to be counted.
+
+        Args:
+            width: pixels.
+            height: pixels.
+            frames: of the source.
+            used: frames that samples are made of; by default those of the bucket.
+        """
+        used = used or self.frames
         notes = {
             f"clips enlarged more than {MAX_ENLARGEMENT:g} times for their bucket (add a smaller one, or reject them "
             "by --max-enlargement)": self.enlargement(width, height) > MAX_ENLARGEMENT,
             "clips of whose area cropping removes more than a third (add a bucket of their shape, or reject them by "
             "--max-crop)": self.cropped(width, height) > MAX_CROP + _ROUNDING,
-            "videos of which more than a third is after the frames used (cut them by ltx-titan split-scenes, or add a "
-            "longer bucket)": 1 - self.frames / frames > MAX_UNUSED + _ROUNDING,
+            "videos of which more than a third is after the frames used (cut them by ltx-titan split-scenes, take "
+            "several windows by --windows, or add a longer bucket)": 1 - used / frames > MAX_UNUSED + _ROUNDING,
         }
         return tuple(note for note, applies in notes.items() if applies)
 

@@ -16,11 +16,13 @@ from typing import Literal
 from torch import Tensor
 
 from ltx_titan.encode.buckets import Bucket, choose_bucket
+from ltx_titan.encode.windows import FIRST_WINDOW, WindowRule, frames_used
 from ltx_titan.media import (
     Audio,
     MediaError,
     TooFewFramesError,
     VideoInfo,
+    after_time,
     fit_frames,
     frames_at_rate,
     is_image,
@@ -51,6 +53,7 @@ class ClipRules:
         reshape: position of the crop: the center, or one that differs from sample to sample.
         max_enlargement: factor of enlargement above which a clip is refused.
         max_crop: share of its area above which a clip that is to be cropped is refused.
+        windows: choice of windows of a clip that is longer than its bucket.
     """
 
     buckets: Sequence[Bucket]
@@ -59,6 +62,7 @@ class ClipRules:
     reshape: Reshape = "center"
     max_enlargement: float = math.inf
     max_crop: float = 1.0
+    windows: WindowRule = FIRST_WINDOW
 
     def anchor(self, key: Path) -> tuple[float, float]:
         """Position of a sample's crop (down, right); the same in every run, for its clip, reference and mask."""
@@ -104,7 +108,7 @@ class DecodedClip:
     Attributes:
         clip: its shape.
         pixels: [3, F, H, W] in [-1, 1].
-        audio: the whole audio track, None without one.
+        audio: the audio track from the first of these frames on, None without any.
     """
 
     clip: Clip
@@ -150,8 +154,11 @@ def plan_clip(path: Path, rules: ClipRules, header: VideoInfo | None = None) -> 
         raise MediaError(path, f"{size} enlarge {enlargement:.2f} times; the limit is {rules.max_enlargement:g}")
     if (cropped := bucket.cropped(header.width, header.height)) > rules.max_crop + 1e-9:
         raise MediaError(path, f"{size} crop by {cropped:.0%} of its area; the limit is {rules.max_crop:.0%}")
-    notes = _notes(path, header, fps) + bucket.notes(header.width, header.height, frames)
-    return Clip(bucket, fps or header.fps, notes)
+    rate = fps or header.fps
+    # The start of a random window does not matter for the number of frames.
+    used = frames_used(rules.windows.starts(frames, bucket.frames, rate, path), bucket.frames)
+    notes = _notes(path, header, fps) + bucket.notes(header.width, header.height, frames, used)
+    return Clip(bucket, rate, notes)
 
 
 def _notes(path: Path, header: VideoInfo, fps: Fraction | None) -> tuple[str, ...]:
@@ -167,14 +174,15 @@ def _notes(path: Path, header: VideoInfo, fps: Fraction | None) -> tuple[str, ..
     return tuple(note for note, applies in notes.items() if applies)
 
 
-def read_pixels(path: Path, clip: Clip, rules: ClipRules, key: Path) -> Tensor:
-    """Reads the first frames of a video, or an image, at the size of its bucket: [3, F, H, W] in [-1, 1].
+def read_pixels(path: Path, clip: Clip, rules: ClipRules, key: Path, start: int = 0) -> Tensor:
+    """Reads consecutive frames of a video, or an image, at the size of its bucket: [3, F, H, W] in [-1, 1].
 
     Args:
         path: the file.
         clip: the shape that it is brought to.
         rules: rules by which clips are brought to a shape.
         key: the sample's key, which a random crop depends on.
+        start: first frame, at the rate of the rules.
 
     Raises:
         MediaError: the file cannot be read, or has fewer frames than its header states.
@@ -182,13 +190,14 @@ def read_pixels(path: Path, clip: Clip, rules: ClipRules, key: Path) -> Tensor:
     bucket, anchor = clip.bucket, rules.anchor(key)
     if is_image(path):
         return fit_frames(read_image(path), bucket.width, bucket.height, anchor)
-    return read_clip(path, bucket.frames, bucket.width, bucket.height, fps=rules.fps, anchor=anchor)
+    return read_clip(path, bucket.frames, bucket.width, bucket.height, start, rules.fps, anchor)
 
 
-def decode_clip(path: Path, rules: ClipRules, key: Path, with_audio: bool) -> DecodedClip:
-    """Reads a video or image at the shape of its bucket, and its audio track if `with_audio`.
+def decode_clip(path: Path, rules: ClipRules, key: Path, with_audio: bool, start: int = 0) -> DecodedClip:
+    """Reads a video or image at the shape of its bucket, and its audio track if `with_audio`, from frame `start` on.
 
-    A video of which fewer frames decode than its packets promise gets the bucket of those that do.
+    A video of which fewer frames decode than its packets promise gets the bucket of those that do; a window that does
+    not start at frame 0 is refused then.
 
     Raises:
         MediaError: the file cannot be read, or is too short for every bucket.
@@ -196,24 +205,30 @@ def decode_clip(path: Path, rules: ClipRules, key: Path, with_audio: bool) -> De
     header = read_header(path)
     clip = plan_clip(path, rules, header)
     try:
-        pixels = read_pixels(path, clip, rules, key)
+        pixels = read_pixels(path, clip, rules, key, start)
     except TooFewFramesError as error:
+        if start:
+            raise
         fps = rules.fps or header.fps
         # Counted at the rate of the rules; a header counts at its own.
         decoded = replace(header, frames=math.floor(error.frames / fps * header.fps))
         clip = plan_clip(path, rules, decoded)
         pixels = read_pixels(path, clip, rules, key)
     audio = read_audio(path) if with_audio and not is_image(path) else None
+    if audio is not None and start:
+        audio = after_time(audio, start / clip.fps)
     return DecodedClip(clip, pixels, audio)
 
 
-def read_clip_mask(path: Path, clip: Clip, rules: ClipRules, key: Path) -> Tensor:
+def read_clip_mask(path: Path, clip: Clip, rules: ClipRules, key: Path, start: int = 0) -> Tensor:
     """Reads the mask of a clip's latent cells [F', H', W'], True where conditioned; cropped like the clip.
+
+    `start` is the first frame of the clip in its file, and in that of the mask.
 
     Raises:
         MediaError: the file cannot be read, or is shorter than the clip.
     """
     bucket = clip.bucket
     return read_video_mask(
-        path, bucket.frames, bucket.width, bucket.height, rules.scale_factors, rules.fps, rules.anchor(key)
+        path, bucket.frames, bucket.width, bucket.height, rules.scale_factors, rules.fps, rules.anchor(key), start
     )

@@ -60,10 +60,12 @@ class ReferencePlan:
     Attributes:
         decoded: as read from its file: small, with all frames.
         stored: as encoded: without the frames that the temporal factor drops.
+        start: first frame of its file.
     """
 
     decoded: Clip
     stored: Clip
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class DecodedReference:
     has_other_rate: bool
 
 
-def plan_reference(path: Path, target: Clip, rules: ClipRules, scale: ReferenceScale) -> ReferencePlan:
+def plan_reference(path: Path, target: Clip, rules: ClipRules, scale: ReferenceScale, start: int = 0) -> ReferencePlan:
     """Finds the shapes of a reference from its header.
 
     Args:
@@ -89,6 +91,7 @@ def plan_reference(path: Path, target: Clip, rules: ClipRules, scale: ReferenceS
         target: shape of the clip that it belongs to.
         rules: rules by which clips are brought to a shape.
         scale: size of a reference relative to its target.
+        start: first frame of the target in its file.
 
     Raises:
         MediaError: the file cannot be read, or is shorter than its target.
@@ -101,14 +104,19 @@ def plan_reference(path: Path, target: Clip, rules: ClipRules, scale: ReferenceS
     info = probe_video(path)
     frames, needed = frames_at_rate(info, rules.fps), target.bucket.frames
     # Not repeated or padded: reference and target must show the same moments.
-    if frames < needed:
-        raise MediaError(path, f"has {frames} frames, its video's clip {needed}; use a longer one")
     fps = rules.fps or info.fps
+    # The same moment, also at another rate.
+    first = round(start / target.fps * fps)
+    if frames < first + needed:
+        raise MediaError(path, f"has {frames} frames, its video's clip {first + needed}; use a longer one")
     kept = (needed - 1) // scale.time + 1
-    return ReferencePlan(Clip(Bucket(width, height, needed), fps), Clip(Bucket(width, height, kept), fps / scale.time))
+    stored = Clip(Bucket(width, height, kept), fps / scale.time)
+    return ReferencePlan(Clip(Bucket(width, height, needed), fps), stored, first)
 
 
-def decode_reference(path: Path, target: Clip, rules: ClipRules, scale: ReferenceScale, key: Path) -> DecodedReference:
+def decode_reference(
+    path: Path, target: Clip, rules: ClipRules, scale: ReferenceScale, key: Path, start: int = 0
+) -> DecodedReference:
     """Reads a reference at its stored shape.
 
     Args:
@@ -117,12 +125,13 @@ def decode_reference(path: Path, target: Clip, rules: ClipRules, scale: Referenc
         rules: rules by which clips are brought to a shape.
         scale: size of a reference relative to its target.
         key: the sample's key, which a random crop depends on.
+        start: first frame of the target in its file.
 
     Raises:
         MediaError: the file cannot be read, or is shorter than its target.
     """
-    plan = plan_reference(path, target, rules, scale)
-    pixels = read_pixels(path, plan.decoded, rules, key)
+    plan = plan_reference(path, target, rules, scale, start)
+    pixels = read_pixels(path, plan.decoded, rules, key, plan.start)
     if scale.time > 1:
         # Frame 0 is a latent frame of its own in target and reference; the frames after it are subsampled, whole latent
         # frames of the target at a time.

@@ -1,6 +1,15 @@
 """Video, audio and image files as tensors and back, and the tables that list them."""
 
-from ltx_titan.media.audio import Audio, AudioInfo, iter_audio_parts, probe_audio, read_audio, to_duration, to_stereo
+from ltx_titan.media.audio import (
+    Audio,
+    AudioInfo,
+    after_time,
+    iter_audio_parts,
+    probe_audio,
+    read_audio,
+    to_duration,
+    to_stereo,
+)
 from ltx_titan.media.container import MediaError, open_media
 from ltx_titan.media.image import IMAGE_SUFFIXES, fit_frames, is_image, read_image, to_uint8
 from ltx_titan.media.masks import read_audio_mask, read_video_mask
@@ -23,6 +32,7 @@ __all__ = [
     "MediaError",
     "TooFewFramesError",
     "VideoInfo",
+    "after_time",
     "cut_windows",
     "encode_wav",
     "fit_frames",

@@ -190,6 +190,12 @@ def to_duration(audio: Audio, duration_s: float) -> Audio:
     return Audio(F.pad(audio.waveform, (0, samples - audio.waveform.shape[1])), audio.sample_rate)
 
 
+def after_time(audio: Audio, start_s: float | Fraction) -> Audio | None:
+    """Audio from a time in seconds on; None if it ends before."""
+    waveform = audio.waveform[:, round(start_s * audio.sample_rate) :]
+    return Audio(waveform, audio.sample_rate) if waveform.shape[1] else None
+
+
 @dataclass(frozen=True)
 class _Chunk:
     """Decoded samples [C, N] and the index of the first, counted from time 0 at the rate of the whole."""

@@ -28,6 +28,7 @@ def read_video_mask(
     scale_factors: tuple[int, int, int],
     fps: Fraction | None = None,
     anchor: tuple[float, float] = CENTER,
+    start: int = 0,
 ) -> Tensor:
     """Reads a mask of a clip's latent cells [F', H', W'], from an image (for all frames) or a video.
 
@@ -39,6 +40,7 @@ def read_video_mask(
         scale_factors: pixels per latent along (time, height, width).
         fps: rate at which the clip is read, None for its own.
         anchor: position of the clip's crop.
+        start: first frame of the clip.
 
     Raises:
         MediaError: the file cannot be read or is shorter than the clip.
@@ -47,9 +49,10 @@ def read_video_mask(
         # A view: one image serves all frames without copies.
         mask = _gray(fit_frames(read_image(path), width, height, anchor)).expand(frames, -1, -1)
     else:
-        decoded = [_gray(frame) for frame in islice(iter_fitted(path, width, height, fps, anchor), frames)]
+        decoded = [_gray(frame) for frame in islice(iter_fitted(path, width, height, fps, anchor, start), frames)]
         if len(decoded) < frames:
-            raise MediaError(path, f"has {len(decoded)} frames, its clip {frames}; use a longer mask or an image")
+            found = f"has {len(decoded)} frames from frame {start}" if start else f"has {len(decoded)} frames"
+            raise MediaError(path, f"{found}, its clip {frames}; use a longer mask or an image")
         mask = torch.cat(decoded)
     time, down, right = scale_factors
     # [F, H, W] -> [F, H', W'].

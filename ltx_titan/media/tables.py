@@ -9,6 +9,7 @@ each other; `read_sample_table` rejects the second before any work is done.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,14 +47,18 @@ __all__ = [
     "read_table",
     "relative_name",
     "relative_sample_path",
+    "split_window_key",
     "table_folder",
+    "window_key",
     "write_table",
 ]
+
+_WINDOW = re.compile(r"\.w(\d{6,})\.pt$")
 
 
 @dataclass(frozen=True)
 class SampleRow:
-    """A usable row of a table.
+    """A usable row of a table, or one window of its clip.
 
     Attributes:
         row: number in the table, from 1.
@@ -63,6 +68,7 @@ class SampleRow:
         caption: the text; None if the row has none.
         extras: further files by column (`reference_video`, `reference_audio`, `video_mask`, `audio_mask`); only those
             that the row names.
+        start: first frame, at the rate that the video is read at.
     """
 
     row: int
@@ -71,6 +77,7 @@ class SampleRow:
     audio: Path | None
     caption: str | None
     extras: Mapping[str, Path] = field(default_factory=dict)
+    start: int = 0
 
     @property
     def media(self) -> Path:
@@ -78,6 +85,10 @@ class SampleRow:
         media = self.video or self.audio
         assert media is not None
         return media
+
+    def subject(self, path: Path | str) -> str:
+        """Name of one of the row's files in messages, with the window."""
+        return f"{path} from frame {self.start}" if self.start else str(path)
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,20 @@ def relative_sample_path(media: str | Path, base: str | Path) -> Path:
     media, base = Path(os.path.abspath(media)), Path(os.path.abspath(base))
     relative = media.relative_to(base) if media.is_relative_to(base) else media.relative_to(media.anchor)
     return relative.with_suffix(".pt")
+
+
+def window_key(key: Path, start: int) -> Path:
+    """Path of the sample of a clip's window: that of the clip if it starts at frame 0, else with the first frame.
+
+    `a.pt` sorts before `a.w000089.pt`, and six digits last for hours of video.
+    """
+    return key.with_name(f"{key.name.removesuffix('.pt')}.w{start:06d}.pt") if start else key
+
+
+def split_window_key(key: str) -> tuple[str, int]:
+    """Inverse of `window_key`: path of the clip's first sample, and the first frame of the window."""
+    match = _WINDOW.search(key)
+    return (f"{key[: match.start()]}.pt", int(match[1])) if match else (key, 0)
 
 
 def read_sample_table(

@@ -135,7 +135,12 @@ def frames_at_rate(info: VideoInfo, fps: Fraction | None) -> int:
 
 
 def iter_fitted(
-    path: str | Path, width: int, height: int, fps: Fraction | None = None, anchor: tuple[float, float] = CENTER
+    path: str | Path,
+    width: int,
+    height: int,
+    fps: Fraction | None = None,
+    anchor: tuple[float, float] = CENTER,
+    start: int = 0,
 ) -> Iterator[Tensor]:
     """Decodes a video; scales each frame to cover a size and crops it: float32 [3, 1, height, width] in [-1, 1].
 
@@ -147,11 +152,12 @@ def iter_fitted(
         height: of the result, pixels.
         fps: rate to resample to, as in `iter_frames`.
         anchor: position of the crop, as in `fit_frames`.
+        start: index of the first frame; earlier ones are decoded and not scaled.
 
     Raises:
         MediaError: the file is not a readable video.
     """
-    for frame in iter_frames(path, fps):
+    for frame in islice(iter_frames(path, fps), start, None):
         yield fit_frames(torch.from_numpy(np.ascontiguousarray(frame))[None], width, height, anchor)
 
 
@@ -182,7 +188,7 @@ def read_clip(
         TooFewFramesError: fewer frames can be decoded.
         MediaError: the file is not a readable video.
     """
-    fitted = list(islice(iter_fitted(path, width, height, fps, anchor), start, start + frames))
+    fitted = list(islice(iter_fitted(path, width, height, fps, anchor, start), frames))
     if len(fitted) < frames:
         found = start + len(fitted)
         raise TooFewFramesError(

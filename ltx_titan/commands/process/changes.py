@@ -212,7 +212,7 @@ class Changes:
         return version_of(path, relative_name(path, self._base))
 
     def _note(self, note: str, row: SampleRow) -> None:
-        self.notes.setdefault(note, []).append(row.media.name)
+        self.notes.setdefault(note, []).append(row.subject(row.media.name))
 
 
 def report_changes(notes_of_ranks: Sequence[Mapping[str, list[str]]], ranks: Ranks, report: Report) -> None:

@@ -24,8 +24,9 @@ place, a folder of clips with a caption NAME.txt beside each can be given.
 A dataset of audio only needs audio and caption; all other columns are optional.
 
 Each clip is assigned to the bucket with the closest aspect ratio that it has enough frames for; it is scaled to cover
-it and cropped around the center, and its first frames are taken at its own frame rate. Files that cannot be read are
-reported at the end and skipped; with --strict the exit status then is 1.
+it and cropped around the center, and its first frames are taken at its own frame rate. Of clips that are longer,
+--windows makes several samples. Files that cannot be read are reported at the end and skipped; with --strict the exit
+status then is 1.
 
 An interrupted run resumes where it stopped when it is started again. With several GPUs, start the same command under
 torchrun: each process then has its own GPU and does its share.
@@ -41,6 +42,8 @@ examples:
   # phone videos of varying frame rate; a 24 GB GPU
   ltx-titan process-dataset phone/dataset.csv --resolution-buckets "768x448x89" --fps 24 \\
       --text-encoder-precision int8 --vae-tiling ...
+  # long takes: at most 8 samples of each, evenly spread
+  ltx-titan process-dataset takes --resolution-buckets "768x448x89" --windows 8 ...
   # half a million clips: few large files, finished contexts
   torchrun ... process-dataset big/dataset.jsonl --shard-size 64 --contexts ...
 """

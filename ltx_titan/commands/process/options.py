@@ -81,6 +81,14 @@ class MediaOptions:
     max_crop: Annotated[Maybe[float], placeholder("SHARE")] = None
     """Reject clips of whose area cropping would remove more than this, for example 0.33. Default: report them."""
 
+    windows: Annotated[str, placeholder("all|N|random")] = "1"
+    """Samples made of a video that is longer than its bucket: 1, its start; all, one after the other; N, at most N of
+    all, evenly spread; random, one at a start that differs between videos and is the same in every run."""
+
+    window_stride: Annotated[Maybe[str], placeholder("FRAMES|SECONDSs")] = None
+    """Distance between the starts of windows, in frames (48) or seconds (2.5s); windows overlap if it is shorter than
+    their bucket. Default: the length of the bucket; for random, any frame."""
+
     skip_audio: Flag = False
     """Do not encode the audio of videos."""
 

@@ -36,6 +36,7 @@ from ltx_titan.commands.process.stages import (
     VideoStage,
 )
 from ltx_titan.commands.process.store import Settings, Store
+from ltx_titan.commands.process.windows import with_stored_windows, with_windows
 from ltx_titan.commands.report import Report
 from ltx_titan.common.ranks import Ranks, check_device, join_ranks
 from ltx_titan.data.fingerprints import model_digest
@@ -45,8 +46,9 @@ from ltx_titan.encode.clips import ClipRules, read_header
 from ltx_titan.encode.encoders import EncoderFiles
 from ltx_titan.encode.propose_buckets import Source, explain, propose_buckets
 from ltx_titan.encode.references import ReferenceScale
+from ltx_titan.encode.windows import parse_windows
 from ltx_titan.media import MediaError
-from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table, table_folder
+from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table, split_window_key, table_folder
 from ltx_titan.weights import read_config, scale_factors
 
 # Column -> folder of its output.
@@ -140,6 +142,9 @@ def process(
         if ranks.is_main:
             for item, reason in task.table.rejected:
                 report.fail("rows", item, reason)
+            for row in task.table.samples:
+                if row.start:
+                    report.note(["samples that start later in their video (--windows)"], row.key.as_posix())
             for path in store.damaged:
                 report.notes[f"damaged shard, made again: {path}"] += 1
             idle = ranks.world_size - store.num_groups()
@@ -186,7 +191,9 @@ def _report_orphans(orphans: Mapping[str, Sequence[str]], task: _Task, report: R
         if keys:
             together.setdefault(tuple(keys), []).append(folder)
     for keys, folders in together.items():
-        note = f"{', '.join(folders)}: no longer in {task.data.dataset_path.name}, {what}"
+        is_windowed = task.media is not None and task.media.windows != "1"
+        reason = " or its windows" if is_windowed or any(split_window_key(key)[1] for key in keys) else ""
+        note = f"{', '.join(folders)}: no longer in {task.data.dataset_path.name}{reason}, {what}"
         for key in keys:
             report.note([note], key)
         if task.data.prune and task.data.dry_run:
@@ -257,7 +264,9 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
     if media is None:
         # Captions alone: no rule of clips is ever read.
         rules = ClipRules(buckets=(), scale_factors=(1, 1, 1))
+        table = with_stored_windows(table, data.root)
         return _Task(data, media, captions, table, files, checkpoint, rules, ReferenceScale(), ())
+    windows = parse_windows(media.windows, media.window_stride)
     factors = scale_factors(read_config(files.video_path))
     buckets: list[Bucket] = []
     if table.has_video:
@@ -269,7 +278,7 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
             buckets = _proposed_buckets(table.samples, factors, parse_fps(media.fps), ranks)
         else:
             buckets = parse_buckets(media.resolution_buckets, factors)
-    rules = ClipRules(buckets, factors, parse_fps(media.fps), media.reshape_mode, *_limits(media))
+    rules = ClipRules(buckets, factors, parse_fps(media.fps), media.reshape_mode, *_limits(media), windows)
     scale = ReferenceScale(media.reference_downscale_factor, media.reference_temporal_scale_factor)
     scale.check(rules)
     durations_s = parse_durations(media.audio_durations)
@@ -278,6 +287,15 @@ def _check(data: DataOptions, media: MediaOptions | None, captions: CaptionOptio
     for column in ("reference_video", "video_mask"):
         if column in table.extras and not table.has_video:
             raise ValueError(f"{data.dataset_path}: has a column {column!r}, but no column of videos for it")
+    if not windows.is_first:
+        if not table.has_video:
+            raise ValueError(f"--windows {media.windows}: {data.dataset_path} has no column of videos; omit it")
+        if "audio_mask" in table.extras:
+            raise ValueError(
+                f"--windows {media.windows}: {data.dataset_path} has a column 'audio_mask', and an audio mask spans a "
+                "whole sample, whatever its window; cut the clips (ltx-titan split-scenes), or remove the column"
+            )
+        table = with_windows(table, rules, data.root, ranks)
     return _Task(data, media, captions, table, files, checkpoint, rules, scale, durations_s)
 
 

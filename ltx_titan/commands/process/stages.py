@@ -1,7 +1,7 @@
 """The stages of preparation: for each column, what is read of a row, and how the functions of `encode` are applied."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
 from pathlib import Path
@@ -14,6 +14,7 @@ from ltx_titan.codecs import AudioCodec, TextPrecision, VideoCodec
 from ltx_titan.commands.process.loop import Output, PlannedOutput, Stage
 from ltx_titan.commands.process.store import Store
 from ltx_titan.common.ranks import own_device
+from ltx_titan.data.layout import Fields
 from ltx_titan.encode.buckets import Bucket
 from ltx_titan.encode.captions import TextModels, encode_caption, tokens_cut, with_trigger, without_prefix
 from ltx_titan.encode.clips import Clip, ClipRules, DecodedClip, decode_clip, plan_clip, read_clip_mask
@@ -28,7 +29,7 @@ from ltx_titan.encode.latents import (
     video_bytes,
 )
 from ltx_titan.encode.references import DecodedReference, ReferenceScale, decode_reference, plan_reference
-from ltx_titan.media import Audio, MediaError, probe_audio, read_audio, read_audio_mask
+from ltx_titan.media import Audio, MediaError, after_time, probe_audio, read_audio, read_audio_mask
 from ltx_titan.media.container import check_file
 from ltx_titan.media.tables import SampleRow
 
@@ -85,7 +86,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
         return {"video": row.media}
 
     def subject(self, row: SampleRow) -> str:
-        return str(row.media)
+        return row.subject(row.media)
 
     def plan(self, row: SampleRow) -> PlannedOutput:
         clip = plan_clip(row.media, self.rules)
@@ -101,7 +102,7 @@ class VideoStage(Stage[DecodedClip, tuple[VideoCodec, AudioCodec | None]]):
 
     def read(self, row: SampleRow) -> DecodedClip:
         # Video and audio in one call, so that a file is opened once.
-        return decode_clip(row.media, self.rules, row.key, self.with_audio)
+        return decode_clip(row.media, self.rules, row.key, self.with_audio, row.start)
 
     def encode(self, row: SampleRow, item: DecodedClip, encoder: tuple[VideoCodec, AudioCodec | None]) -> Output:
         video_codec, audio_codec = encoder
@@ -165,13 +166,13 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
         return {self.name: self._path(row), **clip}
 
     def subject(self, row: SampleRow) -> str:
-        return str(self.file(row))
+        return row.subject(self._path(row))
 
     def plan(self, row: SampleRow) -> PlannedOutput:
         audio = probe_audio(self._path(row))
         if audio is None:
             raise MediaError(self._path(row), "has no audio track, or an empty one")
-        seconds = self._duration_s(row, audio.duration_s)
+        seconds = self._duration_s(row, max(0.0, audio.duration_s - self._start_s(row)))
         return PlannedOutput(f"{seconds:.2f} s", audio_bytes(audio_steps(seconds)))
 
     def load(self) -> AudioCodec:
@@ -181,6 +182,11 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
         audio = read_audio(self._path(row))
         if audio is None:
             raise MediaError(self._path(row), "has no audio track, or an empty one")
+        start_s, whole_s = self._start_s(row), audio.duration_s
+        audio = after_time(audio, start_s)
+        if audio is None:
+            reason = f"lasts {whole_s:.2f} s, the window of its clip starts at {float(start_s):.2f} s; use longer audio"
+            raise MediaError(self._path(row), reason)
         return audio, self._duration_s(row, audio.duration_s)
 
     def encode(self, row: SampleRow, item: tuple[Audio, float], encoder: AudioCodec) -> Output:
@@ -199,6 +205,13 @@ class AudioStage(Stage[tuple[Audio, float], AudioCodec]):
         path = self.file(row)
         assert path is not None
         return path
+
+    def _start_s(self, row: SampleRow) -> Fraction:
+        """Time of the first frame of a row's window."""
+        if not row.start:
+            return Fraction(0)
+        assert self.targets is not None
+        return row.start / self.targets.clip(row).fps
 
     def _duration_s(self, row: SampleRow, own_s: float) -> float:
         if self.targets is not None:
@@ -246,11 +259,11 @@ class ReferenceVideoStage(Stage[DecodedReference, VideoCodec]):
         return {"reference video": row.extras["reference_video"], "video": row.media}
 
     def subject(self, row: SampleRow) -> str:
-        return str(row.extras["reference_video"])
+        return row.subject(row.extras["reference_video"])
 
     def plan(self, row: SampleRow) -> PlannedOutput:
         path, target = row.extras["reference_video"], self.targets.clip(row)
-        stored = plan_reference(path, target, self.rules, self.scale).stored
+        stored = plan_reference(path, target, self.rules, self.scale, row.start).stored
         return PlannedOutput(str(stored), video_bytes(stored.latent_size(self.rules.scale_factors)))
 
     def load(self) -> VideoCodec:
@@ -258,7 +271,7 @@ class ReferenceVideoStage(Stage[DecodedReference, VideoCodec]):
 
     def read(self, row: SampleRow) -> DecodedReference:
         path, target = row.extras["reference_video"], self.targets.clip(row)
-        return decode_reference(path, target, self.rules, self.scale, row.key)
+        return decode_reference(path, target, self.rules, self.scale, row.key, row.start)
 
     def encode(self, row: SampleRow, item: DecodedReference, encoder: VideoCodec) -> Output:
         fields = encode_video(item.pixels, float(item.clip.fps), encoder)
@@ -282,7 +295,7 @@ class VideoMaskStage(Stage[Tensor, None]):
         return {"video mask": row.extras["video_mask"], "video": row.media}
 
     def subject(self, row: SampleRow) -> str:
-        return str(row.extras["video_mask"])
+        return row.subject(row.extras["video_mask"])
 
     def plan(self, row: SampleRow) -> PlannedOutput:
         clip = self.targets.clip(row)
@@ -295,7 +308,7 @@ class VideoMaskStage(Stage[Tensor, None]):
         """Masks need no encoder."""
 
     def read(self, row: SampleRow) -> Tensor:
-        return read_clip_mask(row.extras["video_mask"], self.targets.clip(row), self.rules, row.key)
+        return read_clip_mask(row.extras["video_mask"], self.targets.clip(row), self.rules, row.key, row.start)
 
     def encode(self, row: SampleRow, item: Tensor, encoder: None) -> Output:
         # float32, as the reference trainer stores masks.
@@ -361,6 +374,8 @@ class CaptionStage(Stage[str, TextModels]):
     with_contexts: bool
     name: str = "captions"
     folders: tuple[str, ...] = ("conditions",)
+    # The caption encoded last: windows of one clip have one.
+    last: dict[str, Fields] = field(default_factory=dict, compare=False)
 
     def sources(self, row: SampleRow) -> dict[str, Path]:
         return {}
@@ -389,7 +404,10 @@ class CaptionStage(Stage[str, TextModels]):
         notes = self._notes(row)
         if tokens_cut(item, encoder) > 0:
             notes += (f"captions longer than {encoder.encoder.max_tokens} tokens, cut at the end (shorten them)",)
-        return Output({"conditions": encode_caption(item, encoder)}, notes)
+        if item not in self.last:
+            self.last.clear()
+            self.last[item] = encode_caption(item, encoder)
+        return Output({"conditions": self.last[item]}, notes)
 
     def _notes(self, row: SampleRow) -> tuple[str, ...]:
         caption = row.caption or ""
