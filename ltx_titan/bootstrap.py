@@ -88,7 +88,7 @@ def _compile(python: Path) -> None:
     """Compiles all packages to bytecode: where PYTHONDONTWRITEBYTECODE is set, no import would."""
     packages = python.parent.parent / "lib"
     # Some packages ship templates and tests that are no valid Python; pip ignores them, too.
-    command = [python, "-m", "compileall", "-q", "-j", "0", packages]
+    command = [str(python), "-m", "compileall", "-q", "-j", "0", str(packages)]
     subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
