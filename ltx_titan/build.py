@@ -120,7 +120,10 @@ def shape_transformer(
         stream_blocks: blocks whose frozen weights are on the device at a time, 0 for all; None chooses as well.
     """
     job = plan.job
-    fitted = _fit_to_device(plan, device)
+    if levels is None or stream_blocks is None:
+        fitted_blocks, fitted_levels = _fit_to_device(plan, device)
+        levels = fitted_levels if levels is None else levels
+        stream_blocks = fitted_blocks if stream_blocks is None else stream_blocks
     # Adapters before the parallel plan, which shards, converts and wraps their layers, too.
     model = build_transformer(plan.source, plan.modalities, select_operators(job.kernels.backend, device))
     if job.model.mode == "lora":
@@ -134,8 +137,8 @@ def shape_transformer(
         checkpointing=job.activation_checkpoint,
         compiled_shapes=plan.num_shapes if job.compile.enable else None,
         cpu_offload=job.parallelism.cpu_offload,
-        levels=fitted[1] if levels is None else levels,
-        stream_blocks=fitted[0] if stream_blocks is None else stream_blocks,
+        levels=levels,
+        stream_blocks=stream_blocks,
     )
     return model
 
