@@ -174,7 +174,7 @@ def score_concept(sampler: Sampler, model: nn.Module, count: int, device: str) -
 
 
 def save_sheet(path: Path, frames: Tensor, columns: int = 6) -> None:
-    """Writes a picture with one row per clip [B, 3, F, H, W] and `columns` of its frames."""
+    """Writes an image with one row per clip [B, 3, F, H, W] and `columns` of its frames."""
     chosen = torch.linspace(0, frames.shape[2] - 1, columns).round().long()
     pixels = ((frames[:, :, chosen].float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     # [B, 3, n, H, W] -> [B * H, n * W, 3].
