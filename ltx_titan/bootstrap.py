@@ -69,7 +69,7 @@ def make_venv(extras: list[str], requirements: list[str]) -> Path:
     _say(f"setting up {VENV} (once; this takes a few minutes)")
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True, stdout=sys.stderr)
-    # pip compiles one file after the other; `_compile` uses all cores.
+    # pip would compile every file of every package for minutes; `_compile` does those that a rank imports.
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-compile"]
     torch = os.environ.get("LTX_TITAN_TORCH")
     if torch is None:
@@ -85,11 +85,11 @@ def make_venv(extras: list[str], requirements: list[str]) -> Path:
 
 
 def _compile(python: Path) -> None:
-    """Compiles all packages to bytecode: where PYTHONDONTWRITEBYTECODE is set, no import would."""
-    packages = python.parent.parent / "lib"
-    # Some packages ship templates and tests that are no valid Python; pip ignores them, too.
-    command = [str(python), "-m", "compileall", "-q", "-j", "0", str(packages)]
-    subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Compiles to bytecode all modules that a rank imports: where PYTHONDONTWRITEBYTECODE is set, no job would."""
+    command = [str(python), "-c", "import ltx_titan.cli, ltx_titan.train"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": str(ROOT)}
+    # Whatever is wrong here, the command that follows says it better.
+    subprocess.run(command, env=environment, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _matching_triton(python: Path) -> list[str]:

@@ -146,7 +146,7 @@ def _audio_vae_tensors(seed: int) -> dict[str, Tensor]:
 
 def _vocoder_tensors(seed: int) -> dict[str, Tensor]:
     section = CONFIG["vocoder"]
-    model = build_vocoder(section, device="cpu")
+    model = build_vocoder(section)
     _random_codec(model, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         # Random layers have large outputs: unscaled, their sum would be clipped almost everywhere.

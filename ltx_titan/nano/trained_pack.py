@@ -47,7 +47,7 @@ def build_audio_vae() -> AutoencoderKLLTX2Audio:
 def build_pack_vocoder() -> LTX2VocoderWithBWE:
     """The vocoder, with diffusers' initial weights; its bandwidth extension adds nothing."""
     section = TRAINED_CONFIG["vocoder"]
-    model = build_vocoder(section, device="cpu")
+    model = build_vocoder(section)
     assert isinstance(model, LTX2VocoderWithBWE)
     fill_spectrogram_buffers(model, section)
     nn.init.zeros_(model.bwe_generator.conv_out.weight)

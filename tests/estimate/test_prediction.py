@@ -142,7 +142,6 @@ def saved_bytes(recompute: str, backend: str | None, timesteps: int) -> int:
         ("none", None, 1),
         ("none", None, 2),
         ("full", None, 1),
-        ("none", "aot_eager_decomp_partition", 1),
         ("matmuls", "aot_eager_decomp_partition", 1),
     ],
 )
