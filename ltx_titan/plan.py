@@ -20,6 +20,7 @@ from ltx_titan.config import Degrees, JobConfig, check_world, job_changes
 from ltx_titan.config.streams import Reference
 from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, stores_text_features, stream_tokens, token_counts
 from ltx_titan.data.bad_samples import SkippingDataset, tolerated
+from ltx_titan.diffusion import sigma_sampler
 from ltx_titan.lora import adapter_weights, apply_lora
 from ltx_titan.model import LTXTransformer, TransformerConfig
 from ltx_titan.model.flops import training_flops
@@ -170,6 +171,9 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     strategy = FlexibleStrategy.from_config(
         {"name": "flexible", "video": job.video, "audio": job.audio}, factors, architecture.keyframe_embedding
     )
+    for stream in strategy.blocks:
+        # Raises if a range of [sigma] leaves nothing to draw.
+        sigma_sampler(job.sigma, "audio" if stream == "audio" else "video")
     dataset: Dataset = _open_dataset(job, strategy, architecture, factors)
     if job.data.on_bad_sample == "skip":
         dataset = SkippingDataset(dataset, Path(job.job.dump_folder))

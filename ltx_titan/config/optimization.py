@@ -4,9 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ltx_titan.config.base import AboveZero, Decay, Fraction, NonNegative, Positive, Section
+from ltx_titan.config.base import AboveZero, Decay, Fraction, NonNegative, Positive, Section, StreamName
 
 OptimizerName = Literal["adamw", "adamw8bit", "adamw4bit", "muon", "adafactor"]
+SigmaName = Literal["shifted_logit_normal", "uniform", "distilled"]
+ErrorName = Literal["mse", "huber"]
+WeightingName = Literal["none", "sigma_sqrt", "cosmap", "min_snr"]
 BaseDtype = Literal["float32", "bfloat16", "int8", "int4", "float8", "nvfp4"]
 
 # These update each parameter on its own, so an update can run inside the backward pass.
@@ -16,8 +19,12 @@ _PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit")
 class SigmaSection(Section):
     """`[sigma]`: distribution of the sigmas that are drawn in training; 1 is pure noise."""
 
-    name: Literal["shifted_logit_normal", "uniform"] = "shifted_logit_normal"
-    """`shifted_logit_normal` draws higher sigmas for longer clips, as in base training; `uniform` does not."""
+    name: SigmaName = "shifted_logit_normal"
+    """`shifted_logit_normal` draws higher sigmas for longer clips, as in base training; `uniform` does not. `distilled`
+    draws the eight sigmas at which a distilled checkpoint is sampled, each equally often."""
+    shift: AboveZero | None = None
+    """shifted_logit_normal: factor on the odds of sigma (SD3's timestep shift) for clips of any length; unset follows
+    the number of tokens: 2.6 at 1,024, 7.8 at 4,096, and higher beyond."""
     std: AboveZero = 1.0
     """shifted_logit_normal: standard deviation of the log-odds; larger draws more extreme sigmas."""
     eps: float = Field(1e-3, ge=0.0, lt=0.5)
@@ -28,11 +35,35 @@ class SigmaSection(Section):
     """uniform: lowest sigma."""
     max_value: Fraction = 1.0
     """uniform: highest sigma."""
+    video_min: Fraction = 0.0
+    """Lowest sigma of the video; the distribution is cut off there and keeps its shape above. Raise it to learn motion
+    and composition only."""
+    video_max: Fraction = 1.0
+    """Highest sigma of the video. Lower it to learn texture and detail only."""
+    audio_min: Fraction = 0.0
+    """Lowest sigma of the audio."""
+    audio_max: Fraction = 1.0
+    """Highest sigma of the audio."""
+
+    def range_of(self, stream: StreamName) -> tuple[float, float]:
+        """Lowest and highest sigma of a stream."""
+        return (self.video_min, self.video_max) if stream == "video" else (self.audio_min, self.audio_max)
 
 
 class LossSection(Section):
-    """`[loss]`: weights of the two streams."""
+    """`[loss]`: error of the velocity, and weights over sigma and of the two streams."""
 
+    name: ErrorName = "mse"
+    """Error of the predicted velocity: `mse` is its square, as in base training; `huber` grows linearly beyond
+    `huber_delta`, so that outliers, such as defects of the data, matter less."""
+    huber_delta: AboveZero = 1.0
+    """huber: difference at which the error turns linear; a velocity has a standard deviation of about 1.4."""
+    weighting: WeightingName = "none"
+    """Factor by sigma s. `cosmap`, 2 / (pi (1 - 2 s + 2 s^2)), favors medium sigmas; `min_snr`, min((1 - s)^2,
+    `snr_gamma` s^2), nearly drops high ones; `sigma_sqrt`, 1 / s^2, favors low ones and needs a lowest sigma well
+    above 0."""
+    snr_gamma: AboveZero = 5.0
+    """min_snr: signal-to-noise ratio above which it no longer counts."""
     video_weight: NonNegative = 1.0
     """Factor of the video loss; the two losses are added."""
     audio_weight: NonNegative = 1.0

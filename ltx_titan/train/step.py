@@ -6,9 +6,9 @@ from torch.profiler import record_function
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
 from ltx_titan.conditioning import Loss, ModelInputs, absent_streams, to_contexts, weighted_loss
-from ltx_titan.config import JobConfig
+from ltx_titan.conditioning.loss import flow_matching_loss
 from ltx_titan.data import Batch, MicroBatch, StepBatches, map_tensors
-from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
+from ltx_titan.diffusion import Objective, StepDraws, draw_caption_drops, draw_step, sigma_sampler
 from ltx_titan.lora import DropoutStep
 from ltx_titan.metrics import Sums
 from ltx_titan.model import TextConnectors
@@ -64,7 +64,8 @@ class TrainStep:
         self._device = device
         self._dtype = COMPUTE_DTYPES[job.training.dtype]
         self._stream = weight_stream(model)
-        self._sampler = _sigma_sampler(job)
+        self._video_sampler, self._audio_sampler = sigma_sampler(job.sigma, "video"), sigma_sampler(job.sigma, "audio")
+        self._objective = Objective.from_config(job.loss)
         # Audio is replicated across cp and tp, so all ranks of such a group need the same dropout mask.
         self._dropout = DropoutStep(model, job.training.seed, dp_rank)
         self.micro_step = GraphedMicroStep(
@@ -138,7 +139,7 @@ class TrainStep:
             Weighted loss of each sample [B], and its parts.
         """
         video, audio = self._model(inputs.video, inputs.audio, absent_streams(inputs))
-        loss = self._plan.strategy.loss(video, audio, inputs)
+        loss = flow_matching_loss(video, audio, inputs, self._objective)
         weighted = weighted_loss(loss, self._job.loss.video_weight, self._job.loss.audio_weight)
         (weighted.sum() * self._sample_share).backward()
         return weighted.detach(), loss.detach()
@@ -162,16 +163,17 @@ class TrainStep:
             drops = draw_caption_drops(self._job.data.caption_dropout, seed=seed, step=step, indices=positions)
             batch["conditions"]["prompt_attention_mask"][drops] = 0  # the connectors replace masked tokens by registers
         video, audio = self._plan.strategy.draw_plan(batch)
-        return draw_step(video, audio, sampler=self._sampler, seed=seed, step=step, indices=positions)
+        return draw_step(
+            video,
+            audio,
+            sampler=self._video_sampler,
+            audio_sampler=self._audio_sampler,
+            seed=seed,
+            step=step,
+            indices=positions,
+        )
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step."""
         job = self._job
         return job.optimizer.lr * lr_factor(step - 1, total_steps=job.training.steps, scheduler=job.scheduler)
-
-
-def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:
-    sigma = job.sigma
-    if sigma.name == "uniform":
-        return UniformSigma(sigma.min_value, sigma.max_value)
-    return ShiftedLogitNormal(sigma.std, sigma.eps, sigma.uniform_prob)
