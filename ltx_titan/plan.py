@@ -21,12 +21,13 @@ from ltx_titan.config.streams import Reference
 from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, stores_text_features, stream_tokens, token_counts
 from ltx_titan.data.bad_samples import SkippingDataset, tolerated
 from ltx_titan.diffusion import sigma_sampler
-from ltx_titan.lora import adapter_weights, apply_lora
+from ltx_titan.lora import adapter_weights, apply_lora, check_ranks
 from ltx_titan.model import LTXTransformer, TransformerConfig
 from ltx_titan.model.flops import training_flops
 from ltx_titan.model.ops import TORCH, Operators
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.nano.synthetic import SyntheticDataset
+from ltx_titan.optim import check_groups, freeze_groups
 from ltx_titan.optim.sharding import cuts_blocks
 from ltx_titan.parallel.graphs import obstacle
 from ltx_titan.parallel.limits import check_parallelism, check_sharding
@@ -154,9 +155,11 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     )
     if model.mode == "lora":
         # Targets without a match and widths that a quantized base does not support are refused here.
-        apply_lora(transformer, job.lora)
+        check_ranks(apply_lora(transformer, job.lora), job.lora)
         if model.adapter_path is not None:
             check_lora(adapter_weights(transformer), model.adapter_path)
+    check_groups(transformer, job.optimizer.groups)
+    freeze_groups(transformer, job.optimizer.groups)
     check_sharding(
         transformer,
         degrees,

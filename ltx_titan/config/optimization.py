@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StrictInt, field_validator, model_validator
 
-from ltx_titan.config.base import AboveZero, Decay, Fraction, NonNegative, Positive, Section, StreamName
+from ltx_titan.config.base import AboveZero, Decay, Fraction, NonNegative, Positive, Section, StreamName, Words
 
 OptimizerName = Literal["adamw", "adamw8bit", "adamw4bit", "muon", "adafactor"]
 SigmaName = Literal["shifted_logit_normal", "uniform", "distilled"]
@@ -14,6 +14,20 @@ BaseDtype = Literal["float32", "bfloat16", "int8", "int4", "float8", "nvfp4"]
 
 # These update each parameter on its own, so an update can run inside the backward pass.
 _PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit")
+_SCHEDULE_FREE = (
+    "schedule-free optimizers are not supported: the weights they train are not those to sample, export and save, and "
+    "schedulefree keeps part of its state in Python numbers, which a resumed run would lose; use adamw with "
+    'optimizer.ema_decay and scheduler.name = "wsd", which can also be extended at any time'
+)
+_REFUSED = {
+    "prodigy": "Prodigy is not supported: prodigyopt estimates its step size from sums over all ranks, which count "
+    "weights that are replicated over ranks several times, and keeps it in Python numbers, which a resumed run would "
+    "lose; use adamw with a learning rate from docs/tips.md",
+    "schedule_free": _SCHEDULE_FREE,
+    "schedulefree": _SCHEDULE_FREE,
+    "adamw_schedule_free": _SCHEDULE_FREE,
+}
+"""Optimizers that are often asked for, and why none is here."""
 
 
 class SigmaSection(Section):
@@ -70,6 +84,51 @@ class LossSection(Section):
     """Factor of the audio loss, which is usually the larger one; lower it if audio improves at the expense of video."""
 
 
+class _Selection(Section):
+    """Which weights an entry is about; both keys must match."""
+
+    match: Words = ()
+    """Parts of the model (`video`, `audio`, `cross_modal`, `self_attention`, `text_attention`, `feed_forward`) or of
+    names of weights (`attn1.to_q`, `audio_to_video_attn`, `patchify_proj`, `lora_B`), any of them; unset means all."""
+    blocks: Annotated[tuple[StrictInt, StrictInt], Field(strict=False)] | None = None
+    """First and last block, counted from 0; unset means all, and the weights outside the blocks."""
+
+    @model_validator(mode="after")
+    def _selects_something(self) -> Self:
+        if not self.match and self.blocks is None:
+            raise ValueError("expected match or blocks, found neither; set the section's own keys for all weights")
+        if self.blocks is not None and not 0 <= self.blocks[0] <= self.blocks[1]:
+            raise ValueError(
+                f"blocks = {list(self.blocks)}: expected [first, last] with 0 <= first <= last; correct them"
+            )
+        return self
+
+
+class ParameterGroup(_Selection):
+    """`[[optimizer.groups]]`: weights that are trained differently.
+
+    A weight belongs to the first group that matches it. Each group's gradient norm is logged as
+    `optim/grad_norm_<name>`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    """Name of the group in the metrics: lower-case letters, digits and underscores."""
+    lr_factor: AboveZero = 1.0
+    """Factor on the learning rate. 0.1 protects a stream that is good already; 16 on `lora_B` is LoRA+."""
+    weight_decay: NonNegative | None = None
+    """Decoupled weight decay; unset means `optimizer.weight_decay`."""
+    freeze: bool = False
+    """Do not train these weights: no gradients and no optimizer state for them."""
+
+    @model_validator(mode="after")
+    def _is_trained_or_frozen(self) -> Self:
+        if self.name in ("video", "audio", "cross"):
+            raise ValueError(f"name = {self.name!r} is that of a stream in the metrics; choose another name")
+        if self.freeze and (self.lr_factor != 1.0 or self.weight_decay is not None):
+            raise ValueError("freeze = true: expected neither lr_factor nor weight_decay; remove them, or freeze")
+        return self
+
+
 class OptimizerSection(Section):
     """`[optimizer]`: update rule and its memory.
 
@@ -98,8 +157,22 @@ class OptimizerSection(Section):
     ema_decay: Decay | None = None
     """Decay rate of a moving average of the trained weights (4 bytes each), such as 0.999; unset keeps none."""
 
+    groups: Annotated[tuple[ParameterGroup, ...], Field(strict=False)] = ()
+    """Weights with a learning rate or weight decay of their own, or frozen ones."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _is_supported(cls, name: object) -> object:
+        reason = _REFUSED.get(name) if isinstance(name, str) else None
+        if reason is not None:
+            raise ValueError(reason)
+        return name
+
     @model_validator(mode="after")
     def _supports_its_options(self) -> Self:
+        names = [group.name for group in self.groups]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"groups: expected different names, found {', '.join(repeated)} twice; rename one")
         per_parameter = ", ".join(_PER_PARAMETER)
         if self.in_backward and self.name not in _PER_PARAMETER:
             raise ValueError(
@@ -146,6 +219,15 @@ class SchedulerSection(Section):
     """wsd: steps of the linear decay at the end; unset means a fifth of the run."""
 
 
+class LoRARank(_Selection):
+    """`[[lora.ranks]]`: adapted layers with another rank. A layer has the rank of the first entry that matches it."""
+
+    rank: Positive
+    """Rank of these adapters."""
+    alpha: AboveZero | None = None
+    """Alpha of these adapters; unset keeps the scale of the others."""
+
+
 class LoRASection(Section):
     """`[lora]`: low-rank adapters on a frozen base, `y = W x + (alpha / rank) B A x`; needs `model.mode = "lora"`."""
 
@@ -165,6 +247,9 @@ class LoRASection(Section):
     """Format of the frozen weights. int8 and float8 halve their memory, int4 quarters it, nvfp4 needs a fifth more than
     int4 and is more accurate. An official fp8 or NVFP4 file is used unchanged with float8 or nvfp4."""
 
+    ranks: Annotated[tuple[LoRARank, ...], Field(strict=False)] = ()
+    """Layers with another rank than `rank`, among those of `targets`."""
+
     @field_validator("targets", mode="before")
     @classmethod
     def _is_a_list(cls, targets: object) -> object:
@@ -177,4 +262,12 @@ class LoRASection(Section):
     def scaling(self) -> float:
         """Factor of `B A x`."""
         # rsLoRA (Kalajdzievski, 2023): with alpha / rank the update shrinks as the rank grows.
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+        return self.alpha / self._divisor(self.rank)
+
+    def with_rank(self, chosen: LoRARank) -> Self:
+        """The section of a layer with a rank of its own."""
+        alpha = self.scaling * self._divisor(chosen.rank) if chosen.alpha is None else chosen.alpha
+        return self.model_copy(update={"rank": chosen.rank, "alpha": alpha})
+
+    def _divisor(self, rank: int) -> float:
+        return rank**0.5 if self.rslora else rank

@@ -1,6 +1,6 @@
 """LoRA and DoRA adapters on a frozen, optionally quantized transformer."""
 
-from ltx_titan.lora.apply import adapter_weights, adapters, apply_lora, init_lora_
+from ltx_titan.lora.apply import adapter_weights, adapters, apply_lora, check_ranks, init_lora_
 from ltx_titan.lora.dropout import DropoutStep
 from ltx_titan.lora.linear import AdapterLinear, LoRALinear
 from ltx_titan.lora.load import init_base_, load_base
@@ -15,6 +15,7 @@ __all__ = [
     "adapter_weights",
     "adapters",
     "apply_lora",
+    "check_ranks",
     "find_targets",
     "init_base_",
     "init_lora_",

@@ -12,7 +12,7 @@ from ltx_titan.diffusion import Objective, StepDraws, draw_caption_drops, draw_s
 from ltx_titan.lora import DropoutStep
 from ltx_titan.metrics import Sums
 from ltx_titan.model import TextConnectors
-from ltx_titan.optim import EMA, lr_factor
+from ltx_titan.optim import EMA, group_of, lr_factor
 from ltx_titan.optim.build import Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
@@ -91,7 +91,10 @@ class TrainStep:
         if not self._job.optimizer.in_backward:
             with record_function("ltx_titan::clip"):
                 grad_norms = clip_grad_norm_(
-                    self._model.named_parameters(), max_norm, lambda name: stream_of(without_wrappers(name))
+                    self._model.named_parameters(),
+                    max_norm,
+                    lambda name: stream_of(without_wrappers(name)),
+                    self._group_name,
                 )
         if self._skipped is None or grad_norms is None:
             self._update(batches.step)
@@ -107,6 +110,10 @@ class TrainStep:
             return None
         self._update(batches.step)
         return grad_norms
+
+    def _group_name(self, parameter: str) -> str | None:
+        group = group_of(parameter, self._job.optimizer.groups)
+        return None if group is None else group.name
 
     def _update(self, step: int, skip: Tensor | None = None) -> None:
         """Updates the weights and frees the gradients; `skip` as in `Optimizers.step`."""
