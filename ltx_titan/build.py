@@ -138,7 +138,7 @@ def shape_transformer(
         dtype=COMPUTE_DTYPES[job.training.dtype],
         float8=job.float8,
         checkpointing=job.activation_checkpoint,
-        compiled_shapes=plan.num_shapes * _block_kinds(model) if job.compile.enable else None,
+        compiled_shapes=_compiled_shapes(plan, model) if job.compile.enable else None,
         cpu_offload=job.parallelism.cpu_offload,
         levels=levels,
         stream_blocks=stream_blocks,
@@ -146,14 +146,14 @@ def shape_transformer(
     return model
 
 
-def _block_kinds(model: LTXTransformer) -> int:
-    """Number of blocks that differ in ranks or frozen weights, each of which is compiled by itself."""
-    return len(
-        {
-            tuple((name, weight.shape, weight.requires_grad) for name, weight in block.named_parameters())
-            for block in model.transformer_blocks
-        }
-    )
+def _compiled_shapes(plan: Plan, model: LTXTransformer) -> int:
+    """Graphs of a block that training compiles: one for each shape, kind of block, and state of the adapters."""
+    kinds = {
+        # Ranks and freezing may differ from block to block.
+        tuple((name, weight.shape, weight.requires_grad) for name, weight in block.named_parameters())
+        for block in model.transformer_blocks
+    }
+    return plan.num_shapes * len(kinds) * (2 if plan.job.preservation.parts else 1)
 
 
 def _fit_to_device(plan: Plan, device: torch.device) -> tuple[int, tuple[Level, ...]]:

@@ -117,7 +117,13 @@ class Plan:
     def sample_flops(self, index: int) -> float:
         """Model FLOPs of a training step on one sample of the dataset."""
         tokens = stream_tokens(self.dataset.shape_key(index), self.modalities)
-        return training_flops(self.architecture, **vars(tokens), trained=self.job.model.mode)
+        step = training_flops(self.architecture, **vars(tokens), trained=self.job.model.mode)
+        parts = self.job.preservation.parts
+        if not parts:
+            return step
+        # Each part has a forward pass of the base; without captions there is a further training pass.
+        base = training_flops(self.architecture, **vars(tokens), trained="none")
+        return step * (2 if "blank_prompt" in parts else 1) + base * len(parts)
 
     def sample_tokens(self, index: int) -> int:
         """Video and audio tokens of one sample, references included."""
@@ -196,6 +202,16 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         # Both, whatever the streams: the connectors always run together.
         widths = {"video": video.width, "audio": audio.width}
         check_text(keys, dataset.name, widths=widths, multiple_of=registers, is_features=True)
+        if job.preservation.blank_prompt_weight > 0 and not connectors.fills_padding:
+            raise ValueError(
+                "preservation.blank_prompt_weight: expected text connectors with registers, which stand for a blank "
+                f"prompt, found none in {connectors_path}; remove it."
+            )
+    elif job.preservation.blank_prompt_weight > 0:
+        raise ValueError(
+            f"preservation.blank_prompt_weight = {job.preservation.blank_prompt_weight}: expected text features, found "
+            f"finished contexts, which cannot be made blank; remove it, or prepare the data without --contexts."
+        )
     elif job.data.caption_dropout > 0:
         raise ValueError(
             f"data.caption_dropout = {job.data.caption_dropout}: expected text features, found finished contexts, "

@@ -9,6 +9,7 @@ from ltx_titan.config.optimization import (
     LossSection,
     OptimizerSection,
     ParameterGroup,
+    PreservationSection,
     SchedulerSection,
     SigmaSection,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "OptimizerSection",
     "ParallelismSection",
     "ParameterGroup",
+    "PreservationSection",
     "Problem",
     "ProfilingSection",
     "SampleCondition",

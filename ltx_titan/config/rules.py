@@ -105,6 +105,26 @@ def _sigma_rules(job: JobConfig, generated: list[StreamName]) -> Iterator[Proble
             )
 
 
+def _preservation_rules(job: JobConfig) -> Iterator[Problem]:
+    preservation = job.preservation
+    for part in preservation.parts:
+        weight = getattr(preservation, f"{part}_weight")
+        if job.model.mode != "lora":
+            yield Problem(
+                f"preservation.{part}_weight",
+                weight,
+                '0 with model.mode = "full", which keeps no base to compare with',
+                'remove it, or set model.mode = "lora"',
+            )
+    if preservation.blank_prompt_weight > 0 and job.optimizer.in_backward:
+        yield Problem(
+            "preservation.blank_prompt_weight",
+            preservation.blank_prompt_weight,
+            "0 with optimizer.in_backward = true, which updates the weights after each of its two backward passes",
+            "remove it, or set optimizer.in_backward = false",
+        )
+
+
 def _float8_rules(job: JobConfig) -> Iterator[Problem]:
     if job.float8.all_gather and job.float8.recipe != "tensorwise":
         yield Problem(
@@ -476,6 +496,7 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _batch_rules,
     _clipping_rules,
     _loss_rules,
+    _preservation_rules,
     _float8_rules,
     _skipping_rules,
     _export_rules,
