@@ -93,10 +93,10 @@ class PreservationSection(Section):
 
     prior_weight: NonNegative = 0.0
     """Weight of the difference on the batch's own captions, which holds back what is learned as well: 0.1 to 0.5 for
-    few steps on few clips. Costs a forward pass of the base, about a third of a step. 0 computes nothing."""
+    a start. Costs a forward pass of the base, a third to a half of a step. 0 computes nothing."""
     blank_prompt_weight: NonNegative = 0.0
     """Weight of the difference without captions, so that what is learned stays tied to captions: 0.5 to 1. Costs a
-    forward pass of the base and a second training pass, about 1.3 times a step."""
+    forward pass of the base and a second training pass, 1.3 to 1.5 steps more."""
 
     @property
     def parts(self) -> tuple[str, ...]:
