@@ -159,6 +159,8 @@ def _purpose(blocks: Mapping[str, Any], source: str) -> tuple[str, bool]:
             continue
         if block.get("latents_dir") == source:
             return stream, False
+        if block.get("loss_mask_dir") == source:
+            return stream, True
         for condition in block.get("conditions", ()):
             if condition.get("mask_dir") == source:
                 return stream, True
