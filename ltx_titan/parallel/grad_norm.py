@@ -62,10 +62,10 @@ def clip_grad_norm_(
         torch._foreach_mul_([g for groups in gradients_of.values() for grads in groups.values() for g in grads], factor)
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for names, value in disjoint.items():
-        for name in names:
-            if name is not None:
-                parts[name].append(value)
-    return total, {name: torch.stack(values).sum().sqrt() for name, values in parts.items()}
+        for group in names:
+            if group is not None:
+                parts[group].append(value)
+    return total, {group: torch.stack(values).sum().sqrt() for group, values in parts.items()}
 
 
 def _shard_of(gradient: Tensor) -> tuple[_Sharding, Tensor]:
