@@ -140,7 +140,7 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
     root = data.get("root")
     # Contexts have passed the connectors, which is where captions are dropped; the plan refuses both together.
     data |= {"root": str(folder), "caption_dropout": 0.0}
-    # Both need text features, which a placeholder is not; they change the time, as the report notes, but not the memory.
+    # Needs text features, too. The report says that its pass is not counted.
     if "preservation" in tables:
         tables["preservation"] = {**tables["preservation"], "blank_prompt_weight": 0.0}
     return (
