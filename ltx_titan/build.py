@@ -21,9 +21,10 @@ from ltx_titan.data.fingerprints import recorded_options
 from ltx_titan.lora import adapter_weights, apply_lora, init_base_, init_lora_, load_base
 from ltx_titan.memory.budget import with_levels, with_stream_blocks
 from ltx_titan.memory.workload import make_setup, make_workload
-from ltx_titan.model import TextConnectors
+from ltx_titan.model import LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
+from ltx_titan.optim import freeze_groups
 from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Mesh
@@ -128,19 +129,31 @@ def shape_transformer(
     model = build_transformer(plan.source, plan.modalities, select_operators(job.kernels.backend, device))
     if job.model.mode == "lora":
         adapted = apply_lora(model, job.lora)
-        logger.info("LoRA: rank %d on %d layers, base in %s", job.lora.rank, len(adapted), job.lora.base_dtype)
+        ranks = " and ".join(map(str, sorted({layer.lora_a.shape[0] for layer in adapter_weights(model).values()})))
+        logger.info("LoRA: rank %s on %d layers, base in %s", ranks, len(adapted), job.lora.base_dtype)
+    freeze_groups(model, job.optimizer.groups)
     parallelize(
         model,
         mesh,
         dtype=COMPUTE_DTYPES[job.training.dtype],
         float8=job.float8,
         checkpointing=job.activation_checkpoint,
-        compiled_shapes=plan.num_shapes if job.compile.enable else None,
+        compiled_shapes=_compiled_shapes(plan, model) if job.compile.enable else None,
         cpu_offload=job.parallelism.cpu_offload,
         levels=levels,
         stream_blocks=stream_blocks,
     )
     return model
+
+
+def _compiled_shapes(plan: Plan, model: LTXTransformer) -> int:
+    """Graphs of a block that training compiles: one for each shape, kind of block, and state of the adapters."""
+    kinds = {
+        # Ranks and freezing may differ from block to block.
+        tuple((name, weight.shape, weight.requires_grad) for name, weight in block.named_parameters())
+        for block in model.transformer_blocks
+    }
+    return plan.num_shapes * len(kinds) * (2 if plan.job.preservation.parts else 1)
 
 
 def _fit_to_device(plan: Plan, device: torch.device) -> tuple[int, tuple[Level, ...]]:
@@ -228,8 +241,8 @@ def export_bytes(plan: Plan, model: nn.Module) -> int:
     job = plan.job
     dtype = COMPUTE_DTYPES[job.checkpoint.export_dtype]
     if job.model.mode == "lora" and not job.lora.dora:
-        adapters = adapter_weights(model).values()
-        return sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in adapters) * dtype.itemsize
+        layers = adapter_weights(model).values()
+        return sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers) * dtype.itemsize
     # Merged adapters are as large as the base, whose transformer is added where no trained tensor replaces it.
     trained = transformer_tensors(model, dtype) if job.model.mode == "full" else []
     layout = job.checkpoint.export_layout if trained else "with_connectors"
@@ -263,10 +276,11 @@ def export_adapters(
         export_merged(adapters, source.path, path, job.model.connectors_path, layout)
     else:
         metadata = {} if reference_scale is None else reference_metadata(*reference_scale)
+        ranks = {layer.lora_a.shape[0] for layer in adapters.values()}
         metadata |= lora_header(
             source,
             title=path.stem,
-            rank=job.lora.rank,
+            rank=ranks.pop() if len(ranks) == 1 else None,
             alpha=job.lora.alpha,
             job=plain_job(job),
             trigger=_trigger(job),

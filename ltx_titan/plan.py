@@ -20,12 +20,14 @@ from ltx_titan.config import Degrees, JobConfig, check_world, job_changes
 from ltx_titan.config.streams import Reference
 from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, stores_text_features, stream_tokens, token_counts
 from ltx_titan.data.bad_samples import SkippingDataset, tolerated
-from ltx_titan.lora import adapter_weights, apply_lora
+from ltx_titan.diffusion import sigma_sampler
+from ltx_titan.lora import adapter_weights, apply_lora, check_ranks
 from ltx_titan.model import LTXTransformer, TransformerConfig
 from ltx_titan.model.flops import training_flops
 from ltx_titan.model.ops import TORCH, Operators
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.nano.synthetic import SyntheticDataset
+from ltx_titan.optim import check_groups, freeze_groups
 from ltx_titan.optim.sharding import cuts_blocks
 from ltx_titan.parallel.graphs import obstacle
 from ltx_titan.parallel.limits import check_parallelism, check_sharding
@@ -115,7 +117,13 @@ class Plan:
     def sample_flops(self, index: int) -> float:
         """Model FLOPs of a training step on one sample of the dataset."""
         tokens = stream_tokens(self.dataset.shape_key(index), self.modalities)
-        return training_flops(self.architecture, **vars(tokens), trained=self.job.model.mode)
+        step = training_flops(self.architecture, **vars(tokens), trained=self.job.model.mode)
+        parts = self.job.preservation.parts
+        if not parts:
+            return step
+        # Each part has a forward pass of the base; without captions there is a further training pass.
+        base = training_flops(self.architecture, **vars(tokens), trained="none")
+        return step * (2 if "blank_prompt" in parts else 1) + base * len(parts)
 
     def sample_tokens(self, index: int) -> int:
         """Video and audio tokens of one sample, references included."""
@@ -153,9 +161,11 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     )
     if model.mode == "lora":
         # Targets without a match and widths that a quantized base does not support are refused here.
-        apply_lora(transformer, job.lora)
+        check_ranks(apply_lora(transformer, job.lora), job.lora)
         if model.adapter_path is not None:
             check_lora(adapter_weights(transformer), model.adapter_path)
+    check_groups(transformer, job.optimizer.groups)
+    freeze_groups(transformer, job.optimizer.groups)
     check_sharding(
         transformer,
         degrees,
@@ -170,6 +180,9 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     strategy = FlexibleStrategy.from_config(
         {"name": "flexible", "video": job.video, "audio": job.audio}, factors, architecture.keyframe_embedding
     )
+    for stream in strategy.blocks:
+        # Raises if a range of [sigma] leaves nothing to draw.
+        sigma_sampler(job.sigma, "audio" if stream == "audio" else "video")
     dataset: Dataset = _open_dataset(job, strategy, architecture, factors)
     if job.data.on_bad_sample == "skip":
         dataset = SkippingDataset(dataset, Path(job.job.dump_folder))
@@ -189,6 +202,16 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         # Both, whatever the streams: the connectors always run together.
         widths = {"video": video.width, "audio": audio.width}
         check_text(keys, dataset.name, widths=widths, multiple_of=registers, is_features=True)
+        if job.preservation.blank_prompt_weight > 0 and not connectors.fills_padding:
+            raise ValueError(
+                "preservation.blank_prompt_weight: expected text connectors with registers, which stand for a blank "
+                f"prompt, found none in {connectors_path}; remove it."
+            )
+    elif job.preservation.blank_prompt_weight > 0:
+        raise ValueError(
+            f"preservation.blank_prompt_weight = {job.preservation.blank_prompt_weight}: expected text features, found "
+            f"finished contexts, which cannot be made blank; remove it, or prepare the data without --contexts."
+        )
     elif job.data.caption_dropout > 0:
         raise ValueError(
             f"data.caption_dropout = {job.data.caption_dropout}: expected text features, found finished contexts, "

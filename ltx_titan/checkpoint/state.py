@@ -385,9 +385,9 @@ def _check_same(path: Path, saved: dict[str, Any], tensors: dict[str, Tensor]) -
 def _setting_behind(name: str) -> str:
     """The job setting that most likely determines whether a tensor exists, and its shape."""
     if "lora_" in name:
-        return "lora.rank, lora targets and model.mode"
+        return "lora.rank, lora.ranks, lora targets and model.mode"
     if name.startswith("optimizer."):
-        return "optimizer.name and its precision"
+        return "optimizer.name, its precision and what optimizer.groups freeze"
     return "model.checkpoint_path, model.mode and which of [video] and [audio] are trained"
 
 

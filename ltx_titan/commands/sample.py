@@ -16,6 +16,7 @@ from ltx_titan.config import ValidationSection
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.validation import schedule_of
+from ltx_titan.validation.check import NO_GUIDANCE, with_schedule
 from ltx_titan.validation.engine import SampledFile, prepare_validation
 from ltx_titan.weights import fuse_lora, load_parameters, read_metadata, unused_by
 
@@ -26,7 +27,8 @@ Samples are described by --prompt, or by [[validation.samples]] of a job (--job 
 Options override the job's [validation] table.
 
 --transformer-path loads a fine-tuned transformer and takes everything else (text connectors, VAEs, vocoder) from the
-official --model-path; --lora fuses a LoRA. Distilled checkpoints need --distilled, which also disables guidance.
+official --model-path; --lora fuses a LoRA. A distilled checkpoint is known by the name of its file, and sampled without
+guidance where none is set; --distilled says so for a renamed one, or a distilled LoRA.
 
 examples:
   ltx-titan sample --model-path ltx-2.3-22b-dev.safetensors --text-encoder-path gemma-3-12b-it-qat-q4_0-unquantized \\
@@ -34,15 +36,6 @@ examples:
   ltx-titan sample --model-path ltx-2.3-22b-dev.safetensors --text-encoder-path gemma-3-12b-it-qat-q4_0-unquantized \\
       --lora outputs/job/export/lora-step-2000.safetensors --job outputs/job/job.toml --output-dir clips
 """
-
-NO_GUIDANCE = {
-    "video_cfg_scale": 1.0,
-    "audio_cfg_scale": 1.0,
-    "video_stg_scale": 0.0,
-    "audio_stg_scale": 0.0,
-    "video_modality_guidance_scale": 1.0,
-    "audio_modality_guidance_scale": 1.0,
-}
 
 
 @dataclass(frozen=True)
@@ -55,11 +48,11 @@ class SampleOptions:
     transformer_path: Maybe[Path] = None
     """Fine-tuned transformer that replaces the one of the checkpoint."""
 
-    lora: Maybe[Path] = None
-    """LoRA to fuse into the transformer."""
+    lora: Repeated[Path] = ()
+    """LoRA to fuse into the transformer. May be passed several times: their changes are added."""
 
-    lora_strength: float = 1.0
-    """Factor on the change that the LoRA makes."""
+    lora_strength: Repeated[float] = ()
+    """Factor on the change that a LoRA makes, one for each --lora, or one for all. Default: 1."""
 
     text_encoder_path: Maybe[Path] = None
     """Local folder of the text encoder."""
@@ -69,6 +62,9 @@ class SampleOptions:
 
     prompt: Repeated[str] = ()
     """Description of video and audio. May be passed several times."""
+
+    prompts_file: Maybe[Path] = None
+    """Text file with a prompt in every line, sampled after those of --prompt."""
 
     image: Maybe[Path] = None
     """First frame of the clips of --prompt."""
@@ -117,23 +113,25 @@ def sample_clips(options: SampleOptions) -> list[SampledFile]:
     Raises:
         ValueError: options are missing or contradict each other, or a file cannot be used.
     """
+    strengths = _strengths(options)
     job = {} if options.job is None else _read_job(options.job)
     model_path = options.model_path or job.get("model", {}).get("checkpoint_path")
     if model_path is None:
         raise ValueError("--model-path is missing: the official checkpoint to sample with, or --job of a job with one.")
     # The table alone and not the whole job: its data and paths need not exist where clips are sampled.
     section = _section(options, job.get("validation", {}))
-    config, modalities = read_metadata(model_path).config, options.modalities or _modalities(job)
+    metadata, modalities = read_metadata(model_path), options.modalities or _modalities(job)
+    section = with_schedule(section, model_path, metadata.model_version)
     # Encodes the prompts and frees the encoders before the transformer is loaded.
     validation = prepare_validation(
         section,
         checkpoint_path=model_path,
-        config=config,
+        config=metadata.config,
         modalities=modalities,
         device=options.device,
         cache_folder=options.output_dir / ".contexts",
     )
-    model = _load_model(options, model_path, modalities)
+    model = _load_model(options, model_path, modalities, strengths)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as bar:
         task = bar.add_task("sampling steps", total=len(section.samples) * (len(schedule_of(section)) - 1))
@@ -168,15 +166,18 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
     )
     # They have no meaning outside training.
     table = {key: value for key, value in table.items() if key not in training_only}
-    if options.prompt:
+    if options.prompt or options.prompts_file is not None:
+        table.pop("prompts_file", None)
         image = [] if options.image is None else [{"type": "first_frame", "image_or_video": str(options.image)}]
         table["samples"] = [{"prompt": prompt, "conditions": image} for prompt in options.prompt]
+        if options.prompts_file is not None:
+            table["prompts_file"] = str(options.prompts_file)
     elif options.image is not None:
         raise ValueError("--image needs --prompt; samples of a job name their own first frames.")
-    if not table.get("samples"):
+    if not table.get("samples") and not table.get("prompts_file"):
         raise ValueError(
-            "nothing to sample: add --prompt, or --job with [[validation.samples]] (dataset_samples need the dataset "
-            "and are sampled in training only)."
+            "nothing to sample: add --prompt or --prompts-file, or --job with [[validation.samples]] (dataset_samples "
+            "need the dataset and are sampled in training only)."
         )
     if options.distilled:
         table.pop("inference_steps", None)
@@ -196,8 +197,10 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
     )
 
 
-def _load_model(options: SampleOptions, model_path: str | Path, modalities: Modalities) -> LTXTransformer:
-    """The transformer on the device, in bfloat16 (on a CPU in float32), with the LoRA fused in."""
+def _load_model(
+    options: SampleOptions, model_path: str | Path, modalities: Modalities, strengths: tuple[float, ...]
+) -> LTXTransformer:
+    """The transformer on the device, in bfloat16 (on a CPU in float32), with the LoRAs fused in."""
     # An exported transformer has no codecs; those come from the official file.
     path = options.transformer_path or model_path
     dtype = torch.float32 if torch.device(options.device).type == "cpu" else torch.bfloat16
@@ -206,7 +209,17 @@ def _load_model(options: SampleOptions, model_path: str | Path, modalities: Moda
     # Straight to the device: the host never holds the model.
     model.to_empty(device=options.device)
     load_parameters(model, path, allow_unused=unused_by(modalities))
-    if options.lora is not None:
-        # Fused rather than wrapped: sampling never changes the adapter, and a fused layer adds no matmul.
-        fuse_lora(model, options.lora, options.lora_strength)
+    # Fused rather than wrapped: sampling never changes the adapter, and a fused layer adds no matmul.
+    for path, strength in zip(options.lora, strengths, strict=True):
+        fuse_lora(model, path, strength)
     return model.requires_grad_(False).eval()
+
+
+def _strengths(options: SampleOptions) -> tuple[float, ...]:
+    """Factor of each LoRA."""
+    given, count = options.lora_strength, len(options.lora)
+    if len(given) not in (0, 1, count):
+        raise ValueError(
+            f"--lora-strength: expected one for each of {count} --lora, or one for all, found {len(given)}."
+        )
+    return given if len(given) == count else (given or (1.0,)) * count

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ltx_titan.conditioning.batch import Batch, read_stream, token_shape
-from ltx_titan.conditioning.conditioned import StreamTokens, condition_stream, crop_cells
+from ltx_titan.conditioning.batch import Batch, read_field, read_stream, token_shape
+from ltx_titan.conditioning.conditioned import StreamTokens, condition_stream, conditioned_tokens, crop_cells
 from ltx_titan.conditioning.loss import Loss, ModelInputs, flow_matching_loss
 from ltx_titan.conditioning.tokens import DEFAULT_SCALE_FACTORS
 from ltx_titan.config.streams import AudioSection, Mask, Reference, SpatialCrop, StrategyConfig, VideoSection
@@ -28,6 +28,7 @@ class _Stream(NamedTuple):
     modality: Modality
     target: Tensor | None
     loss_mask: Tensor | None
+    loss_weights: Tensor | None
     present: Tensor | None
     scales: dict[str, tuple[int, int]]
 
@@ -101,6 +102,8 @@ class FlexibleStrategy:
         wanted = [("conditions", "conditions", "text features")]
         for name, block in self.blocks.items():
             wanted.append((block.latents_dir, f"{name}_latents", f"the {name} target"))
+            if block.loss_mask_dir is not None and block.is_generated:
+                wanted.append((block.loss_mask_dir, block.loss_mask_dir, f"a {name} mask"))
             for condition, is_applied in zip(block.conditions, block.applied, strict=True):
                 if isinstance(condition, Mask) and is_applied:
                     wanted.append((condition.mask_dir, condition.mask_dir, f"a {name} mask"))
@@ -153,6 +156,8 @@ class FlexibleStrategy:
             audio_loss_mask=None if audio is None else audio.loss_mask,
             video_present=None if video is None else video.present,
             audio_present=None if audio is None else audio.present,
+            video_loss_weights=None if video is None else video.loss_weights,
+            audio_loss_weights=None if audio is None else audio.loss_weights,
             reference_scale=None if video is None else _single_scale(video.scales),
         )
 
@@ -192,7 +197,7 @@ class FlexibleStrategy:
 
         target, present = read.target, read.present
         device, shape = target.tokens.device, target.tokens.shape
-        clean_mask, velocity, loss_mask = tokens.clean_mask, None, None
+        clean_mask, velocity, loss_mask, loss_weights = tokens.clean_mask, None, None, None
         if tokens.is_frozen:
             # No draws and no loss, but a stream like any other to the model: it attends and is attended to, as in the
             # reference trainer.
@@ -212,6 +217,12 @@ class FlexibleStrategy:
             loss_mask = torch.ones(shape[:2], dtype=torch.bool, device=device) if clean_mask is None else ~clean_mask
             if present is not None:
                 loss_mask = loss_mask & present[:, None]
+            if block.loss_mask_dir is not None:
+                stored = read_field(batch, block.loss_mask_dir, "mask")
+                # Read as the mask of a condition is: one element per token, True above 0.5.
+                subject = Mask(type="mask", mask_dir=block.loss_mask_dir)
+                is_subject = conditioned_tokens(subject, target.grid, self.scale_factors, stored, device)
+                loss_weights = torch.where(is_subject, 1.0, block.unmasked_weight)
         coordinates = tokens.coordinates
         modality = Modality.from_sigma(
             tokens.with_references(latent),
@@ -224,7 +235,7 @@ class FlexibleStrategy:
             context_mask=read.context_mask,
             keyframes_mask=tokens.keyframes_mask,
         )
-        return _Stream(modality, velocity, loss_mask, present, scales)
+        return _Stream(modality, velocity, loss_mask, loss_weights, present, scales)
 
 
 def _uses(name: str, block: VideoSection | AudioSection, draws: StreamDraws) -> list[Tensor | None]:

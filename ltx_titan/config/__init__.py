@@ -4,9 +4,12 @@ from ltx_titan.config.job import RELEASED_SHAPES, JobConfig
 from ltx_titan.config.load import build_job, dump_job, job_changes, load_job, plain_job, read_tables
 from ltx_titan.config.optimization import (
     BaseDtype,
+    LoRARank,
     LoRASection,
     LossSection,
     OptimizerSection,
+    ParameterGroup,
+    PreservationSection,
     SchedulerSection,
     SigmaSection,
 )
@@ -51,6 +54,7 @@ __all__ = [
     "JobConfig",
     "JobSection",
     "KernelsSection",
+    "LoRARank",
     "LoRASection",
     "LossSection",
     "MediaSection",
@@ -58,6 +62,8 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "ParallelismSection",
+    "ParameterGroup",
+    "PreservationSection",
     "Problem",
     "ProfilingSection",
     "SampleCondition",

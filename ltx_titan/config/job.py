@@ -1,7 +1,14 @@
 """The whole job: one section per table of the file. Rules between the fields are in `rules.py`."""
 
 from ltx_titan.config.base import Section
-from ltx_titan.config.optimization import LoRASection, LossSection, OptimizerSection, SchedulerSection, SigmaSection
+from ltx_titan.config.optimization import (
+    LoRASection,
+    LossSection,
+    OptimizerSection,
+    PreservationSection,
+    SchedulerSection,
+    SigmaSection,
+)
 from ltx_titan.config.sections import (
     ActivationCheckpointSection,
     AlertsSection,
@@ -53,7 +60,9 @@ class JobConfig(Section):
     kernels: KernelsSection = KernelsSection()
     """Fused operations."""
     loss: LossSection = LossSection()
-    """Loss weights of the streams."""
+    """Error of the velocity and its weights."""
+    preservation: PreservationSection = PreservationSection()
+    """LoRA: closeness to the base."""
     optimizer: OptimizerSection = OptimizerSection()
     """Update rule."""
     scheduler: SchedulerSection = SchedulerSection()

@@ -2,22 +2,43 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StrictInt, field_validator, model_validator
 
-from ltx_titan.config.base import AboveZero, Decay, Fraction, NonNegative, Positive, Section
+from ltx_titan.config.base import AboveZero, Decay, Fraction, NonNegative, Positive, Section, StreamName, Words
 
 OptimizerName = Literal["adamw", "adamw8bit", "adamw4bit", "muon", "adafactor"]
+SigmaName = Literal["shifted_logit_normal", "uniform", "distilled"]
+ErrorName = Literal["mse", "huber"]
+WeightingName = Literal["none", "sigma_sqrt", "cosmap", "min_snr"]
 BaseDtype = Literal["float32", "bfloat16", "int8", "int4", "float8", "nvfp4"]
 
 # These update each parameter on its own, so an update can run inside the backward pass.
 _PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit")
+_SCHEDULE_FREE = (
+    "schedule-free optimizers are not supported: the weights they train are not those to sample, export and save, and "
+    "schedulefree keeps part of its state in Python numbers, which a resumed run would lose; use adamw with "
+    'optimizer.ema_decay and scheduler.name = "wsd", which can also be extended at any time'
+)
+_REFUSED = {
+    "prodigy": "Prodigy is not supported: prodigyopt estimates its step size from sums over all ranks, which count "
+    "weights that are replicated over ranks several times, and keeps it in Python numbers, which a resumed run would "
+    "lose; use adamw with a learning rate from docs/tips.md",
+    "schedule_free": _SCHEDULE_FREE,
+    "schedulefree": _SCHEDULE_FREE,
+    "adamw_schedule_free": _SCHEDULE_FREE,
+}
+"""Optimizers that are often asked for, and why none is here."""
 
 
 class SigmaSection(Section):
     """`[sigma]`: distribution of the sigmas that are drawn in training; 1 is pure noise."""
 
-    name: Literal["shifted_logit_normal", "uniform"] = "shifted_logit_normal"
-    """`shifted_logit_normal` draws higher sigmas for longer clips, as in base training; `uniform` does not."""
+    name: SigmaName = "shifted_logit_normal"
+    """`shifted_logit_normal` draws higher sigmas for longer clips, as in base training; `uniform` does not. `distilled`
+    draws the eight sigmas at which a distilled checkpoint is sampled, each equally often."""
+    shift: AboveZero | None = None
+    """shifted_logit_normal: factor on the odds of sigma (SD3's timestep shift) for clips of any length; unset follows
+    the number of tokens: 2.6 at 1,024, 7.8 at 4,096, and higher beyond."""
     std: AboveZero = 1.0
     """shifted_logit_normal: standard deviation of the log-odds; larger draws more extreme sigmas."""
     eps: float = Field(1e-3, ge=0.0, lt=0.5)
@@ -28,15 +49,105 @@ class SigmaSection(Section):
     """uniform: lowest sigma."""
     max_value: Fraction = 1.0
     """uniform: highest sigma."""
+    video_min: Fraction = 0.0
+    """Lowest sigma of the video; the distribution is cut off there and keeps its shape above. Raise it to learn motion
+    and composition only."""
+    video_max: Fraction = 1.0
+    """Highest sigma of the video. Lower it to learn texture and detail only."""
+    audio_min: Fraction = 0.0
+    """Lowest sigma of the audio."""
+    audio_max: Fraction = 1.0
+    """Highest sigma of the audio."""
+
+    def range_of(self, stream: StreamName) -> tuple[float, float]:
+        """Lowest and highest sigma of a stream."""
+        return (self.video_min, self.video_max) if stream == "video" else (self.audio_min, self.audio_max)
 
 
 class LossSection(Section):
-    """`[loss]`: weights of the two streams."""
+    """`[loss]`: error of the velocity, and weights over sigma and of the two streams."""
 
+    name: ErrorName = "mse"
+    """Error of the predicted velocity: `mse` is its square, as in base training; `huber` grows linearly beyond
+    `huber_delta`, so that outliers, such as defects of the data, matter less."""
+    huber_delta: AboveZero = 1.0
+    """huber: difference at which the error turns linear; a velocity has a standard deviation of about 1.4."""
+    weighting: WeightingName = "none"
+    """Factor by sigma s. `cosmap`, 2 / (pi (1 - 2 s + 2 s^2)), favors medium sigmas; `min_snr`, min((1 - s)^2,
+    `snr_gamma` s^2), nearly drops high ones; `sigma_sqrt`, 1 / s^2, favors low ones and needs a lowest sigma well
+    above 0."""
+    snr_gamma: AboveZero = 5.0
+    """min_snr: signal-to-noise ratio above which it no longer counts."""
     video_weight: NonNegative = 1.0
     """Factor of the video loss; the two losses are added."""
     audio_weight: NonNegative = 1.0
     """Factor of the audio loss, which is usually the larger one; lower it if audio improves at the expense of video."""
+
+
+class PreservationSection(Section):
+    """`[preservation]`: keeps an adapted model close to its base; needs `model.mode = "lora"`.
+
+    Each weight adds to the loss the mean squared difference from the velocity of the same model with its adapters
+    switched off, on the same noised clip. Both parts are logged without their weights.
+    """
+
+    prior_weight: NonNegative = 0.0
+    """Weight of the difference on the batch's own captions, which holds back what is learned as well: 0.1 to 0.5 for
+    a start. Costs a forward pass of the base, a third to a half of a step. 0 computes nothing."""
+    blank_prompt_weight: NonNegative = 0.0
+    """Weight of the difference without captions, so that what is learned stays tied to captions: 0.5 to 1. Costs a
+    forward pass of the base and a second training pass, 1.3 to 1.5 steps more."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that are computed, as they are logged under `loss/`."""
+        weights = {"prior": self.prior_weight, "blank_prompt": self.blank_prompt_weight}
+        return tuple(name for name, weight in weights.items() if weight > 0)
+
+
+class _Selection(Section):
+    """Which weights an entry is about; both keys must match."""
+
+    match: Words = ()
+    """Parts of the model (`video`, `audio`, `cross_modal`, `self_attention`, `text_attention`, `feed_forward`) or of
+    names of weights (`attn1.to_q`, `audio_to_video_attn`, `patchify_proj`, `lora_B`), any of them; unset means all."""
+    blocks: Annotated[tuple[StrictInt, StrictInt], Field(strict=False)] | None = None
+    """First and last block, counted from 0; unset means all, and the weights outside the blocks."""
+
+    @model_validator(mode="after")
+    def _selects_something(self) -> Self:
+        if not self.match and self.blocks is None:
+            raise ValueError("expected match or blocks, found neither; set the section's own keys for all weights")
+        if self.blocks is not None and not 0 <= self.blocks[0] <= self.blocks[1]:
+            raise ValueError(
+                f"blocks = {list(self.blocks)}: expected [first, last] with 0 <= first <= last; correct them"
+            )
+        return self
+
+
+class ParameterGroup(_Selection):
+    """`[[optimizer.groups]]`: weights that are trained differently.
+
+    A weight belongs to the first group that matches it. Each group's gradient norm is logged as
+    `optim/grad_norm_<name>`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    """Name of the group in the metrics: lower-case letters, digits and underscores."""
+    lr_factor: AboveZero = 1.0
+    """Factor on the learning rate. 0.1 protects a stream that is good already; 16 on `lora_B` is LoRA+."""
+    weight_decay: NonNegative | None = None
+    """Decoupled weight decay; unset means `optimizer.weight_decay`."""
+    freeze: bool = False
+    """Do not train these weights: no gradients and no optimizer state for them."""
+
+    @model_validator(mode="after")
+    def _is_trained_or_frozen(self) -> Self:
+        if self.name in ("video", "audio", "cross"):
+            raise ValueError(f"name = {self.name!r} is that of a stream in the metrics; choose another name")
+        if self.freeze and (self.lr_factor != 1.0 or self.weight_decay is not None):
+            raise ValueError("freeze = true: expected neither lr_factor nor weight_decay; remove them, or freeze")
+        return self
 
 
 class OptimizerSection(Section):
@@ -67,8 +178,22 @@ class OptimizerSection(Section):
     ema_decay: Decay | None = None
     """Decay rate of a moving average of the trained weights (4 bytes each), such as 0.999; unset keeps none."""
 
+    groups: Annotated[tuple[ParameterGroup, ...], Field(strict=False)] = ()
+    """Weights with a learning rate or weight decay of their own, or frozen ones."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _is_supported(cls, name: object) -> object:
+        reason = _REFUSED.get(name) if isinstance(name, str) else None
+        if reason is not None:
+            raise ValueError(reason)
+        return name
+
     @model_validator(mode="after")
     def _supports_its_options(self) -> Self:
+        names = [group.name for group in self.groups]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"groups: expected different names, found {', '.join(repeated)} twice; rename one")
         per_parameter = ", ".join(_PER_PARAMETER)
         if self.in_backward and self.name not in _PER_PARAMETER:
             raise ValueError(
@@ -115,6 +240,15 @@ class SchedulerSection(Section):
     """wsd: steps of the linear decay at the end; unset means a fifth of the run."""
 
 
+class LoRARank(_Selection):
+    """`[[lora.ranks]]`: adapted layers with another rank. A layer has the rank of the first entry that matches it."""
+
+    rank: Positive
+    """Rank of these adapters."""
+    alpha: AboveZero | None = None
+    """Alpha of these adapters; unset keeps the scale of the others."""
+
+
 class LoRASection(Section):
     """`[lora]`: low-rank adapters on a frozen base, `y = W x + (alpha / rank) B A x`; needs `model.mode = "lora"`."""
 
@@ -134,6 +268,9 @@ class LoRASection(Section):
     """Format of the frozen weights. int8 and float8 halve their memory, int4 quarters it, nvfp4 needs a fifth more than
     int4 and is more accurate. An official fp8 or NVFP4 file is used unchanged with float8 or nvfp4."""
 
+    ranks: Annotated[tuple[LoRARank, ...], Field(strict=False)] = ()
+    """Layers with another rank than `rank`, among those of `targets`."""
+
     @field_validator("targets", mode="before")
     @classmethod
     def _is_a_list(cls, targets: object) -> object:
@@ -146,4 +283,12 @@ class LoRASection(Section):
     def scaling(self) -> float:
         """Factor of `B A x`."""
         # rsLoRA (Kalajdzievski, 2023): with alpha / rank the update shrinks as the rank grows.
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+        return self.alpha / self._divisor(self.rank)
+
+    def with_rank(self, chosen: LoRARank) -> Self:
+        """The section of a layer with a rank of its own."""
+        alpha = self.scaling * self._divisor(chosen.rank) if chosen.alpha is None else chosen.alpha
+        return self.model_copy(update={"rank": chosen.rank, "alpha": alpha})
+
+    def _divisor(self, rank: int) -> float:
+        return rank**0.5 if self.rslora else rank

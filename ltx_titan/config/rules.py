@@ -9,18 +9,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ltx_titan.config.base import StreamName
 from ltx_titan.config.errors import MISSING, Problem
 from ltx_titan.config.job import RELEASED_SHAPES, JobConfig
+from ltx_titan.config.streams import AudioSection, VideoSection
 from ltx_titan.config.world import batch_problems
 
 PARAMETER_OWNERS: dict[str, dict[str, frozenset[str]]] = {
     "sigma": {
+        "shift": frozenset({"shifted_logit_normal"}),
         "std": frozenset({"shifted_logit_normal"}),
         "eps": frozenset({"shifted_logit_normal"}),
         "uniform_prob": frozenset({"shifted_logit_normal"}),
         "min_value": frozenset({"uniform"}),
         "max_value": frozenset({"uniform"}),
     },
+    "loss": {"huber_delta": frozenset({"huber"})},
     "scheduler": {
         "start_factor": frozenset({"linear"}),
         "end_factor": frozenset({"linear"}),
@@ -34,6 +38,8 @@ PARAMETER_OWNERS: dict[str, dict[str, frozenset[str]]] = {
     },
 }
 """Parameters that only some values of their section's `name` use: section -> parameter -> names."""
+# With `loss.weighting = "sigma_sqrt"`: below it one sample would weigh as much as 400 at sigma 1.
+_LOWEST_WEIGHTED = 0.05
 
 
 def rule_problems(job: JobConfig) -> list[Problem]:
@@ -57,17 +63,65 @@ def warn_without_effect(job: JobConfig) -> None:
 
 def _loss_rules(job: JobConfig) -> Iterator[Problem]:
     weights = {"video": job.loss.video_weight, "audio": job.loss.audio_weight}
-    generated = [
-        name
-        for name, stream in (("video", job.video), ("audio", job.audio))
-        if stream is not None and stream.is_generated
-    ]
+    streams: tuple[tuple[StreamName, VideoSection | AudioSection | None], ...]
+    streams = (("video", job.video), ("audio", job.audio))
+    generated = [name for name, stream in streams if stream is not None and stream.is_generated]
     if generated and not any(weights[name] for name in generated):
         yield Problem(
             f"loss.{generated[0]}_weight",
             0.0,
             f"a weight above 0 for a generated stream ({', '.join(generated)}), or the loss is 0 in every step",
             "raise it, or remove it",
+        )
+    if job.loss.weighting != "min_snr" and job.loss.snr_gamma != type(job.loss).model_fields["snr_gamma"].default:
+        yield Problem(
+            "loss.snr_gamma",
+            job.loss.snr_gamma,
+            f'unset, because loss.weighting = "{job.loss.weighting}" has no such parameter',
+            'remove it, or set loss.weighting = "min_snr"',
+        )
+    yield from _sigma_rules(job, generated)
+
+
+def _sigma_rules(job: JobConfig, generated: list[StreamName]) -> Iterator[Problem]:
+    sigma = job.sigma
+    bounds = (sigma.min_value, sigma.max_value) if sigma.name == "uniform" else (0.0, 1.0)
+    for stream in generated:
+        low, high = sigma.range_of(stream)
+        if max(low, bounds[0]) >= min(high, bounds[1]):
+            yield Problem(
+                f"sigma.{stream}_min",
+                low,
+                f"less than sigma.{stream}_max = {high}, with sigmas between {bounds[0]} and {bounds[1]} left",
+                f"lower it, or raise sigma.{stream}_max",
+            )
+        floor = sigma.eps if sigma.name == "shifted_logit_normal" else bounds[0]
+        if job.loss.weighting == "sigma_sqrt" and sigma.name != "distilled" and max(low, floor) < _LOWEST_WEIGHTED:
+            yield Problem(
+                f"sigma.{stream}_min",
+                low,
+                f'at least {_LOWEST_WEIGHTED} with loss.weighting = "sigma_sqrt", whose factor is 1 / sigma^2',
+                "raise it, for example to 0.1, or choose another loss.weighting",
+            )
+
+
+def _preservation_rules(job: JobConfig) -> Iterator[Problem]:
+    preservation = job.preservation
+    for part in preservation.parts:
+        weight = getattr(preservation, f"{part}_weight")
+        if job.model.mode != "lora":
+            yield Problem(
+                f"preservation.{part}_weight",
+                weight,
+                '0 with model.mode = "full", which keeps no base to compare with',
+                'remove it, or set model.mode = "lora"',
+            )
+    if preservation.blank_prompt_weight > 0 and job.optimizer.in_backward:
+        yield Problem(
+            "preservation.blank_prompt_weight",
+            preservation.blank_prompt_weight,
+            "0 with optimizer.in_backward = true, which updates the weights after each of its two backward passes",
+            "remove it, or set optimizer.in_backward = false",
         )
 
 
@@ -180,6 +234,13 @@ def _data_rules(job: JobConfig) -> Iterator[Problem]:
     if data.source == "media":
         yield from _media_rules(job)
     for name, block in (("video", job.video), ("audio", job.audio)):
+        if block is not None and block.loss_mask_dir is not None:
+            yield Problem(
+                f"{name}.loss_mask_dir",
+                block.loss_mask_dir,
+                f'unset with data.source = "{data.source}", which does not provide masks',
+                'remove it, or set data.source = "precomputed"',
+            )
         for index, condition in enumerate(block.conditions if block is not None else ()):
             # Both are read from folders of prepared samples.
             if condition.type in ("mask", "reference"):
@@ -435,6 +496,7 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _batch_rules,
     _clipping_rules,
     _loss_rules,
+    _preservation_rules,
     _float8_rules,
     _skipping_rules,
     _export_rules,

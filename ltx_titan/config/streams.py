@@ -76,6 +76,11 @@ class _StreamSection(Section):
     """False freezes the stream: clean, without loss, still attended to by the other stream."""
     latents_dir: FolderName
     """Folder of the stream's latents under the data root."""
+    loss_mask_dir: FolderName | None = None
+    """Folder of masks under the data root, as `process-dataset` makes them: the loss of tokens where a mask is dark
+    weighs `unmasked_weight`, so that a subject is learned rather than what surrounds it. Unset weighs all alike."""
+    unmasked_weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Weight of the tokens where a mask is dark, relative to the others."""
     conditions: tuple[Any, ...] = ()
     """Conditions of the stream."""
 

@@ -5,6 +5,7 @@ condition a whole stream: `video_to_audio` and `audio_to_video`. This module che
 a file; `ltx_titan.validation.check` does the rest.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -211,6 +212,9 @@ class ValidationSection(Section):
     """Skip the validation before the first step, which shows the untrained model."""
     samples: Annotated[tuple[ValidationSample, ...], Field(strict=False)] = ()
     """Clips to sample; a guided one costs up to four forwards of the model per sampling step."""
+    prompts_file: PathText | None = None
+    """Text file with a prompt in every line, each of which is sampled after `samples`; empty lines and those that begin
+    with # are skipped. Read with the job, whose resolved form lists the prompts under `samples`."""
     dataset_samples: Annotated[int, Field(ge=0)] = 0
     """Further clips whose caption, size and conditioned parts (first frame, mask, reference, ...) are those of prepared
     samples, evenly spaced over `held_out_root`, or else over `data.root`."""
@@ -224,8 +228,10 @@ class ValidationSection(Section):
     """Seed of the noise; the same in every validation, so that clips can be compared."""
     inference_steps: Positive | None = None
     """Sampling steps; unset means 30, or 8 with the distilled schedule, which supports no other number."""
-    schedule: Literal["standard", "distilled"] = "standard"
-    """`distilled` for distilled checkpoints; also set the CFG and modality scales to 1 and the STG scales to 0."""
+    schedule: Literal["auto", "standard", "distilled"] = "auto"
+    """`distilled` is that of distilled checkpoints, which also need CFG and modality scales of 1 and STG scales of 0.
+    `auto` sets all of that if the name of the checkpoint's file contains "distilled", for scales that are left at their
+    defaults, with `euler_ancestral` for LTX-2.5; otherwise it is `standard`."""
     stepper: Literal["euler", "euler_ancestral"] = "euler"
     """`euler_ancestral` adds noise in every step, as the distilled models of LTX-2.5 expect."""
     video_cfg_scale: GuidanceScale = 3.0
@@ -277,6 +283,25 @@ class ValidationSection(Section):
     def seed_of(self, sample: ValidationSample) -> int:
         """Seed of a sample."""
         return self.seed if sample.seed is None else sample.seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_prompts(cls, table: Any) -> Any:
+        if not isinstance(table, dict) or not isinstance(path := table.get("prompts_file"), str):
+            return table
+        try:
+            lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(
+                f"prompts_file = {path!r}: expected a text file in UTF-8, found: {reason}; correct the path or the file"
+            ) from error
+        prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not prompts:
+            raise ValueError(f"prompts_file = {path!r}: expected a prompt in a line, found none; add one")
+        # The prompts themselves are kept, so that a resolved job repeats the run without the file.
+        samples = [*table.get("samples", ()), *({"prompt": prompt} for prompt in prompts)]
+        return {**table, "samples": samples, "prompts_file": None}
 
     @model_validator(mode="after")
     def _has_work_to_do(self) -> Self:

@@ -1,4 +1,4 @@
-from ltx_titan.diffusion.draws import StepDraws, StreamDraws, StreamPlan, draw_caption_drops, draw_step
+from ltx_titan.diffusion.draws import StepDraws, StreamDraws, StreamPlan, draw_caption_drops, draw_step, sigma_sampler
 from ltx_titan.diffusion.flow import (
     add_noise,
     denoised_from_velocity,
@@ -10,13 +10,16 @@ from ltx_titan.diffusion.flow import (
     velocity_target,
 )
 from ltx_titan.diffusion.guidance import Guidance, apg_delta, cfg_delta, cfg_star_delta, guide, stg_delta
+from ltx_titan.diffusion.objective import MEAN_SQUARED_ERROR, Objective
 from ltx_titan.diffusion.sampler import PASSES, SampledStream, StepReport, count_forwards, needed_passes, sample
 from ltx_titan.diffusion.schedule import beta_schedule, distilled_schedule, linear_quadratic_schedule, sigma_schedule
 from ltx_titan.diffusion.sigma import ShiftedLogitNormal, SigmaSampler, UniformSigma
 
 __all__ = [
+    "MEAN_SQUARED_ERROR",
     "PASSES",
     "Guidance",
+    "Objective",
     "SampledStream",
     "ShiftedLogitNormal",
     "SigmaSampler",
@@ -43,6 +46,7 @@ __all__ = [
     "needed_passes",
     "restore_clean",
     "sample",
+    "sigma_sampler",
     "sigma_schedule",
     "stg_delta",
     "velocity_from_denoised",

@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltx_titan.diffusion.sigma import SigmaSampler
+from ltx_titan.config import SigmaSection
+from ltx_titan.config.base import StreamName
+from ltx_titan.diffusion.schedule import DISTILLED_SIGMAS
+from ltx_titan.diffusion.sigma import (
+    DiscreteSigma,
+    ShiftedLogitNormal,
+    SigmaSampler,
+    TruncatedSigma,
+    UniformSigma,
+)
 
 
 class StreamDraws(NamedTuple):
@@ -85,6 +94,7 @@ def draw_step(
     audio: StreamPlan | None,
     *,
     sampler: SigmaSampler,
+    audio_sampler: SigmaSampler | None = None,
     seed: int,
     step: int,
     indices: Sequence[int],
@@ -97,13 +107,37 @@ def draw_step(
         video: plan of the video stream, None if absent.
         audio: plan of the audio stream, None if absent.
         sampler: distribution of sigma.
+        audio_sampler: distribution of the audio's sigma; None: the same.
         seed: seed of the job.
         step: optimizer step; all micro-batches of a step share it.
         indices: index of each sample of this micro-batch in the global batch.
     """
     v = _draw_stream("video", video, sampler, f"{seed}/{step}", indices)
-    a = _draw_stream("audio", audio, sampler, f"{seed}/{step}", indices)
+    a = _draw_stream("audio", audio, audio_sampler or sampler, f"{seed}/{step}", indices)
     return StepDraws(v.sigma, a.sigma, v.noise, a.noise, v.uses, a.uses)
+
+
+def sigma_sampler(settings: SigmaSection, stream: StreamName) -> SigmaSampler:
+    """Builds the distribution of a stream's sigma from the job's `[sigma]`.
+
+    Raises:
+        ValueError: none of the distilled sigmas is in the stream's range.
+    """
+    low, high = settings.range_of(stream)
+    if settings.name == "distilled":
+        values = tuple(value for value in DISTILLED_SIGMAS[:-1] if low <= value <= high)
+        if not values:
+            raise ValueError(
+                f"sigma.{stream}_min = {low}, sigma.{stream}_max = {high}: expected at least one of the sigmas of "
+                f'sigma.name = "distilled" between them, {DISTILLED_SIGMAS[:-1]}; widen the range.'
+            )
+        return DiscreteSigma(values)
+    if settings.name == "uniform":
+        # Exact, without drawing again.
+        return UniformSigma(max(low, settings.min_value), min(high, settings.max_value))
+    sampler = ShiftedLogitNormal(settings.std, settings.eps, settings.uniform_prob, settings.shift)
+    # Not wrapped by default: the reference trainer's sigmas, bit for bit.
+    return sampler if (low, high) == (0.0, 1.0) else TruncatedSigma(sampler, low, high)
 
 
 def draw_caption_drops(probability: float, *, seed: int, step: int, indices: Sequence[int]) -> Tensor:

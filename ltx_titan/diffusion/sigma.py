@@ -20,6 +20,9 @@ HIGH_TOKENS, HIGH_SHIFT = 4096, 2.05
 # Standard normal quantiles at 0.5 % and 99.9 %: between them the distribution is stretched to fill [0, 1].
 LOW_QUANTILE, HIGH_QUANTILE = -2.5758, 3.0902
 
+# Draws of `TruncatedSigma`; a range with 1 % of the distribution is missed by all of them once in 20,000 samples.
+_TRIES = 1000
+
 
 class SigmaSampler(Protocol):
     """Interface that `draw_step` requires of a sampler."""
@@ -48,11 +51,13 @@ class ShiftedLogitNormal:
         std: standard deviation of the log-odds of sigma.
         eps: smallest sigma; values below are reflected at it.
         uniform_prob: fraction of samples drawn uniformly from [eps, 1] instead.
+        shift: factor on the odds of sigma (SD3's timestep shift); None follows the token count.
     """
 
     std: float = 1.0
     eps: float = 1e-3
     uniform_prob: float = 0.1
+    shift: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.std) and self.std > 0):
@@ -68,7 +73,7 @@ class ShiftedLogitNormal:
 
     def mu(self, num_tokens: int) -> float:
         """Center of the log-odds of sigma for a token count (see `mu`)."""
-        return mu(num_tokens)
+        return mu(num_tokens) if self.shift is None else math.log(self.shift)
 
     def map(self, z: Tensor, u: Tensor, p: Tensor, num_tokens: int) -> Tensor:
         """Maps drawn numbers to sigmas, exactly as the reference trainer does.
@@ -122,6 +127,48 @@ class UniformSigma:
     def sample(self, shape: tuple[int, ...], num_tokens: int, generator: Generator) -> Tensor:
         """Draws sigmas of the given shape, float32; `num_tokens` is ignored."""
         return self.map(torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32))
+
+
+@dataclass(frozen=True)
+class DiscreteSigma:
+    """A few sigmas, each equally often: those of a sampling schedule."""
+
+    values: tuple[float, ...]
+
+    def sample(self, shape: tuple[int, ...], num_tokens: int, generator: Generator) -> Tensor:
+        """Draws sigmas of the given shape, float32; `num_tokens` is ignored."""
+        values = torch.tensor(self.values, dtype=torch.float32, device=generator.device)
+        return values[torch.randint(len(self.values), shape, generator=generator, device=generator.device)]
+
+
+@dataclass(frozen=True)
+class TruncatedSigma:
+    """Another distribution cut off at both ends; between them it keeps its shape.
+
+    Sigmas outside are drawn again, up to 1,000 times, and then uniformly, which only a range with less than about 0.5 %
+    of the distribution comes to.
+
+    Attributes:
+        sampler: the whole distribution.
+        low: lowest sigma.
+        high: highest sigma.
+    """
+
+    sampler: SigmaSampler
+    low: float
+    high: float
+
+    def sample(self, shape: tuple[int, ...], num_tokens: int, generator: Generator) -> Tensor:
+        """Draws sigmas of the given shape, float32, for streams of `num_tokens` target tokens."""
+        sigma = self.sampler.sample(shape, num_tokens, generator)
+        for _ in range(_TRIES):
+            is_outside = (sigma < self.low) | (sigma > self.high)
+            if not is_outside.any():
+                return sigma
+            sigma = torch.where(is_outside, self.sampler.sample(shape, num_tokens, generator), sigma)
+        uniform = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
+        is_outside = (sigma < self.low) | (sigma > self.high)
+        return torch.where(is_outside, self.low + (self.high - self.low) * uniform, sigma)
 
 
 def _sigmoid(x: float) -> float:

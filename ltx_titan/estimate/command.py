@@ -244,6 +244,8 @@ def _run(options: EstimateOptions, gpu: Gpu, tables: Tables, origins: dict[str, 
         status = _print_search(work, setup, gpu)
     if options.dry_run and plan is not None:
         _print_dry_run(plan, setup)
+    if tables.get("preservation"):
+        notes = [*notes, "the passes of [preservation] are in neither time nor memory"]
     print("\nassumptions")
     print("\n".join(f"  - {line}" for line in [*notes, *assumptions(gpu, setup)]))
     return status

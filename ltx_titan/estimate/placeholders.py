@@ -140,6 +140,9 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
     root = data.get("root")
     # Contexts have passed the connectors, which is where captions are dropped; the plan refuses both together.
     data |= {"root": str(folder), "caption_dropout": 0.0}
+    # Needs text features, too. The report says that its pass is not counted.
+    if "preservation" in tables:
+        tables["preservation"] = {**tables["preservation"], "blank_prompt_weight": 0.0}
     return (
         f"data: {root} not found (or overridden by --clip); assuming clips of {width}x{height}x{frames} at {_FPS:g} "
         f"fps with text contexts of {_TEXT_TOKENS} tokens"
@@ -159,6 +162,8 @@ def _purpose(blocks: Mapping[str, Any], source: str) -> tuple[str, bool]:
             continue
         if block.get("latents_dir") == source:
             return stream, False
+        if block.get("loss_mask_dir") == source:
+            return stream, True
         for condition in block.get("conditions", ()):
             if condition.get("mask_dir") == source:
                 return stream, True

@@ -1,5 +1,6 @@
 """Adds adapters to a transformer and initializes them."""
 
+from collections.abc import Iterable
 from math import sqrt
 
 import torch
@@ -7,9 +8,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ltx_titan.common.tensors import local, seed_of
-from ltx_titan.config import BaseDtype, LoRASection
+from ltx_titan.config import BaseDtype, LoRARank, LoRASection
 from ltx_titan.lora.linear import LoRALinear
 from ltx_titan.lora.targets import PRESETS, find_targets
+from ltx_titan.model.parts import PARTS, matches
 from ltx_titan.weights import QUANTIZED, LoRAWeights, QuantizedLinear, module_tensors, official_name
 from ltx_titan.weights.quantized import dequantize
 
@@ -42,8 +44,34 @@ def apply_lora(model: nn.Module, settings: LoRASection) -> list[str]:
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear | QuantizedLinear)
-        model.set_submodule(name, LoRALinear(layer, settings))
+        chosen = rank_of(name, settings)
+        model.set_submodule(name, LoRALinear(layer, settings if chosen is None else settings.with_rank(chosen)))
     return names
+
+
+def rank_of(name: str, settings: LoRASection) -> LoRARank | None:
+    """The entry of `lora.ranks` for an adapted layer; None if it has `lora.rank`."""
+    return next((entry for entry in settings.ranks if matches(name, entry.match, entry.blocks)), None)
+
+
+def check_ranks(names: Iterable[str], settings: LoRASection) -> None:
+    """Checks that each entry of `lora.ranks` gives some layer its rank.
+
+    Args:
+        names: of the adapted layers, from `apply_lora`.
+        settings: the job's `[lora]`.
+
+    Raises:
+        ValueError: an entry matches no adapted layer, or only layers of earlier entries.
+    """
+    used = {id(rank_of(name, settings)) for name in names}
+    for index, entry in enumerate(settings.ranks):
+        if id(entry) not in used:
+            raise ValueError(
+                f"lora.ranks[{index}]: match = {list(entry.match)}, blocks = {entry.blocks and list(entry.blocks)} "
+                f"leaves no adapted layer that an earlier entry does not match. match takes {', '.join(PARTS)}, and "
+                f"parts of names such as attn1.to_q; lora.targets selects the adapted layers."
+            )
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:

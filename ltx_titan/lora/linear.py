@@ -7,6 +7,8 @@ Children are `base` (nn.Linear or QuantizedLinear), `lora_A` and `lora_B`; the p
 FSDP2 address them by these names. Adapters are float32 on a bfloat16 base: their updates are too small for bfloat16.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +33,11 @@ class AdapterLinear(nn.Linear):
 
 
 class LoRALinear(nn.Module):
-    """Wraps a frozen layer; see the formulas above. Adapters are uninitialized: call `init_lora_`."""
+    """Wraps a frozen layer; see the formulas above. Adapters are uninitialized: call `init_lora_`.
+
+    Attributes:
+        is_on: False leaves the adapter out. A Python value: compiled code is specialized on it.
+    """
 
     dropout_time: Tensor
     dropout_layer: Tensor
@@ -49,6 +55,7 @@ class LoRALinear(nn.Module):
         if settings.dora:
             self.magnitude = nn.Parameter(torch.empty(base.out_features, dtype=torch.float32, device=device))
         self.scaling = settings.scaling
+        self.is_on = True
         self.dropout = settings.dropout
         if settings.dropout > 0:
             # DropoutStep sets the values; tensors rather than numbers, so that all layers share one compiled graph.
@@ -67,6 +74,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
+        if not self.is_on:
+            return self.base(x)
         # Sharded, float8 and quantized bases are other classes, with matmuls of their own.
         is_plain = type(self.base) is nn.Linear and self.base.weight.dtype == x.dtype
         if is_plain and self.magnitude is None and not (self.dropout > 0 and self.training):
@@ -97,3 +106,25 @@ class LoRALinear(nn.Module):
         squares = ((b @ (a @ a.T)) * b).sum(1)
         # Rounding can make a near-zero sum negative; the epsilon protects the division.
         return (w.square().sum(1) + 2 * self.scaling * cross + self.scaling**2 * squares).clamp(min=0).sqrt() + 1e-12
+
+
+class AdapterSwitch:
+    """Switches all adapters of a model off for a while.
+
+    Args:
+        model: adapted by `apply_lora`, sharded or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Context in which the model is its base; a backward pass must not run in it, nor recompute what ran in it."""
+        for layer in self._layers:
+            layer.is_on = False
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.is_on = True

@@ -5,7 +5,7 @@ from a planned job.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,12 +16,13 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.config import ActivationCheckpointMode, Degrees, JobConfig, LoRASection
+from ltx_titan.config import ActivationCheckpointMode, Degrees, JobConfig, LoRASection, ParameterGroup
 from ltx_titan.data import stream_tokens
 from ltx_titan.lora import apply_lora
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
 from ltx_titan.model.flops import Trained
 from ltx_titan.model.transformer import Modalities
+from ltx_titan.optim import freeze_groups
 from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.parallel.graphs import obstacle
 from ltx_titan.parallel.tp import placement_of
@@ -236,19 +237,32 @@ class ModelWeights:
     quantized: int
 
 
-def model_weights(transformer: Mapping[str, Any], modalities: Modalities, lora: LoRASection | None) -> ModelWeights:
+def model_weights(
+    transformer: Mapping[str, Any],
+    modalities: Modalities,
+    lora: LoRASection | None,
+    groups: Sequence[ParameterGroup] = (),
+) -> ModelWeights:
     """Describes a transformer by building one of its blocks on the meta device.
 
     Args:
         transformer: the `transformer` section of a checkpoint's config.
         modalities: streams that the transformer has.
         lora: adapters to add; None for full fine-tuning.
+        groups: of the optimizer, which may freeze weights.
     """
     # One block: all of them have the same weights, and the real number of layers multiplies its counts.
     with torch.device("meta"):
         model = LTXTransformer.from_config({**transformer, "num_layers": 1}, modalities)
+    # The one block stands for all: a larger rank of some blocks counts in all of them, and weights that are frozen in
+    # some count as trained. Too much rather than too little.
     if lora is not None:
-        apply_lora(model, lora)
+        entries = []
+        for entry in lora.ranks:
+            rank = entry.rank if entry.blocks is None else max(entry.rank, lora.rank)
+            entries.append(entry.model_copy(update={"blocks": None, "rank": rank}))
+        apply_lora(model, lora.model_copy(update={"ranks": tuple(entries)}))
+    freeze_groups(model, [group for group in groups if group.blocks is None])
     inside: list[tuple[str, nn.Parameter]] = []
     outside: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
@@ -260,7 +274,8 @@ def model_weights(transformer: Mapping[str, Any], modalities: Modalities, lora: 
 def make_workload(plan: Plan) -> Workload:
     """Describes what a planned job trains."""
     job, transformer = plan.job, plan.source.config["transformer"]
-    weights = model_weights(transformer, plan.modalities, job.lora if job.model.mode == "lora" else None)
+    lora = job.lora if job.model.mode == "lora" else None
+    weights = model_weights(transformer, plan.modalities, lora, job.optimizer.groups)
     connectors = 0
     if plan.connectors_path is not None:
         with torch.device("meta"):

@@ -5,7 +5,7 @@ over ranks into a `StepMetrics`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -102,6 +102,7 @@ class Means:
         video: mean over the samples with video to generate; None without such a sample.
         audio: the same for audio.
         by_sigma: mean of each stream and sigma range that had samples, by TensorBoard tag.
+        parts: mean over samples of each further part of the loss, without its weight, by TensorBoard tag.
         tflop: work in units of 1e12.
         tokens: video and audio tokens.
         idle_steps: steps in which no sample had a token to generate, so that nothing was learned.
@@ -112,6 +113,7 @@ class Means:
     video: float | None
     audio: float | None
     by_sigma: dict[str, float]
+    parts: dict[str, float]
     tflop: float
     tokens: float
     idle_steps: int
@@ -123,16 +125,25 @@ class Mark(NamedTuple):
 
     loss: Tensor
     buckets: Tensor
+    parts: Tensor
 
 
 class Sums:
-    """Sums over the micro-batches and steps since the last log line; tensors stay on the device."""
+    """Sums over the micro-batches and steps since the last log line; tensors stay on the device.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of the tensors.
+        parts: names of further parts of the loss, which belong to no stream.
+    """
+
+    def __init__(self, device: torch.device, parts: Sequence[str] = ()) -> None:
         self.loss = torch.zeros((), device=device)
         """Training loss: mean over the global batch, added over steps."""
         self.buckets = torch.zeros(len(_STREAMS), 2, len(_SIGMA_BUCKETS), device=device)
         """Per stream and sigma range: sum of the losses of the samples that have the stream, and their number."""
+        self.names = tuple(parts)
+        self.parts = torch.zeros(len(parts), device=device)
+        """Sums of these parts over samples, divided by the size of the global batch, added over steps."""
         self.trained: list[Tensor] = []
         """Per step: number of samples with a token to generate."""
         self.edges = torch.tensor(_SIGMA_BUCKETS[1:], device=device)
@@ -148,7 +159,7 @@ class Sums:
 
     def begin_step(self) -> Mark:
         """Starts a step, whose micro-batches are then added; returns the sums before it."""
-        mark = Mark(self.loss.clone(), self.buckets.clone())
+        mark = Mark(self.loss.clone(), self.buckets.clone(), self.parts.clone())
         self.trained.append(torch.zeros((), device=self.loss.device))
         self.taken += 1
         return mark
@@ -159,7 +170,7 @@ class Sums:
 
     def undo(self, mark: Mark) -> None:
         """Takes back the losses of the last step, but not its work."""
-        self.loss, self.buckets = mark.loss, mark.buckets
+        self.loss, self.buckets, self.parts = mark
         self.trained.pop()
 
     @torch.no_grad()
@@ -191,10 +202,26 @@ class Sums:
             sums[1].index_add_(0, bucket, has_loss.to(values.dtype))
         self.trained[-1] += is_trained.sum()
 
+    @torch.no_grad()
+    def add_part(self, name: str, values: Tensor, total: Tensor | None, share: float) -> None:
+        """Adds a further part of one micro-batch's loss.
+
+        Args:
+            name: one of `parts`.
+            values: of each sample, [B], without a weight.
+            total: what it adds to the training loss of each sample, [B]; None: `add` was given it already.
+            share: weight of one sample in the mean over the global batch.
+        """
+        self.parts[self.names.index(name)] += values.sum() * share
+        if total is not None:
+            self.loss += total.sum() * share
+
     def flat(self) -> Tensor:
         """All sums in one vector, to be added over ranks in one collective and read in one copy; see `means`."""
         work = self.loss.new_tensor([self.flops / 1e12, self.tokens])
-        return torch.cat([self.loss[None], work, *(count[None] for count in self.trained), self.buckets.flatten()])
+        return torch.cat(
+            [self.loss[None], work, *(count[None] for count in self.trained), self.buckets.flatten(), self.parts]
+        )
 
     def means(self, totals: list[float]) -> Means:
         """Means of a vector `flat` that was added up over ranks."""
@@ -216,6 +243,11 @@ class Sums:
             video=means["video"],
             audio=means["audio"],
             by_sigma=by_sigma,
+            parts={
+                f"loss/{name}": value / self.steps
+                for name, value in zip(self.names, totals[2 * len(_STREAMS) * width :], strict=True)
+                if self.steps
+            },
             tflop=tflop,
             tokens=tokens,
             idle_steps=sum(not count for count in trained),

@@ -15,6 +15,14 @@ from typing import Literal
 from ltx_titan.model.config import TransformerConfig
 
 Trained = Literal["full", "lora"]
+Passes = Literal["full", "lora", "none"]
+"""What is trained in a step; "none" is a forward pass alone."""
+
+# FLOPs per weight and token of blocks and of input and output projections, and per query, key and width of attention.
+_LINEAR = {"full": 6, "lora": 4, "none": 2}
+_INTO = {"full": 4, "lora": 2, "none": 2}
+_OUT = {"full": 6, "lora": 4, "none": 2}
+_ATTENTION = {"full": 12, "lora": 12, "none": 4}
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,12 @@ class Flops:
 
 
 def layer_flops(
-    config: TransformerConfig, *, video_tokens: int, audio_tokens: int, text_tokens: int, trained: Trained = "full"
+    config: TransformerConfig,
+    *,
+    video_tokens: int,
+    audio_tokens: int,
+    text_tokens: int,
+    trained: Passes = "full",
 ) -> Flops:
     """FLOPs of one transformer block for one sample, forward and backward.
 
@@ -49,7 +62,7 @@ def layer_flops(
         audio_tokens: the same.
         text_tokens: tokens of the prompt.
         trained: "lora" counts 4 instead of 6 per frozen weight (no weight gradient) and omits the adapters
-            themselves, about 1 % at rank 32.
+            themselves, about 1 % at rank 32; "none" counts a forward pass alone.
     """
     video, audio = config.video, config.audio
     v, a = video.width, audio.width
@@ -75,18 +88,23 @@ def layer_flops(
         # Both directions.
         scores_times_width += 2 * video_tokens * audio_tokens * a
     # Attention scores have no weights, so LoRA saves nothing of the 12.
-    return Flops((6 if trained == "full" else 4) * weights_times_tokens, 12 * scores_times_width)
+    return Flops(_LINEAR[trained] * weights_times_tokens, _ATTENTION[trained] * scores_times_width)
 
 
 def outside_flops(
-    config: TransformerConfig, *, video_tokens: int, audio_tokens: int, text_tokens: int, trained: Trained = "full"
+    config: TransformerConfig,
+    *,
+    video_tokens: int,
+    audio_tokens: int,
+    text_tokens: int,
+    trained: Passes = "full",
 ) -> Flops:
     """FLOPs outside the blocks for one sample: input, output and (LTX-2 19B) caption projections.
 
     Input projections cost 4 per weight and token: latents and text features need no gradient. Frozen, they cost their
     forward 2, and the output projections 4.
     """
-    into, out = (4, 6) if trained == "full" else (2, 4)
+    into, out = _INTO[trained], _OUT[trained]
     linear = 0
     for stream, tokens in ((config.video, video_tokens), (config.audio, audio_tokens)):
         if tokens == 0:
@@ -108,7 +126,7 @@ def training_flops(
     text_tokens: int,
     batch: int = 1,
     num_layers: int | None = None,
-    trained: Trained = "full",
+    trained: Passes = "full",
 ) -> float:
     """Model FLOPs of a training step on `batch` samples of equal token counts.
 

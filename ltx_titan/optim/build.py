@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from ltx_titan.common.tensors import local
 from ltx_titan.config import OptimizerSection
 from ltx_titan.optim.adafactor import Adafactor
+from ltx_titan.optim.groups import parameter_groups
 from ltx_titan.optim.muon import Muon
 from ltx_titan.optim.offload import keep_state_on_host
 
@@ -42,7 +43,7 @@ class Optimizers:
         """Sets the learning rate of the next update; with `in_backward` before the backward pass."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_factor"]
 
     @property
     def can_skip(self) -> bool:
@@ -96,18 +97,16 @@ def build_optimizers(
     parts: list[Optimizer] = []
     for group in _groups(named, settings):
         if settings.name == "muon":
-            matrices = [parameter for name, parameter in group if is_matrix(name, parameter)]
-            others = [parameter for name, parameter in group if not is_matrix(name, parameter)]
+            matrices = [item for item in group if is_matrix(*item)]
+            others = [item for item in group if not is_matrix(*item)]
             if matrices:
-                momentum = settings.momentum
-                parts.append(Muon(matrices, lr=settings.lr, momentum=momentum, weight_decay=settings.weight_decay))
+                parts.append(Muon(parameter_groups(matrices, settings), lr=settings.lr, momentum=settings.momentum))
             if others:
                 parts.append(_adamw(others, settings, seed))
         elif settings.name == "adafactor":
-            parameters = [parameter for _, parameter in group]
-            parts.append(Adafactor(parameters, lr=settings.lr, weight_decay=settings.weight_decay))
+            parts.append(Adafactor(parameter_groups(group, settings), lr=settings.lr))
         else:
-            parts.append(_adamw([parameter for _, parameter in group], settings, seed))
+            parts.append(_adamw(group, settings, seed))
     if settings.offload_state:
         for part in parts:
             keep_state_on_host(part)
@@ -139,7 +138,8 @@ def _groups(named: Named, settings: OptimizerSection) -> list[Named]:
     return list(groups.values())
 
 
-def _adamw(parameters: list[nn.Parameter], settings: OptimizerSection, seed: int) -> Optimizer:
+def _adamw(named: Named, settings: OptimizerSection, seed: int) -> Optimizer:
+    parameters = parameter_groups(named, settings)
     # Stochastic rounding is a feature of torchao's update alone, so it selects that with unquantized moments (32 bits).
     bits = {"adamw8bit": 8, "adamw4bit": 4}.get(settings.name, 32)
     if bits < 32 or settings.stochastic_rounding:
@@ -157,10 +157,7 @@ def _adamw(parameters: list[nn.Parameter], settings: OptimizerSection, seed: int
             seed=seed,
         )
     # fused: one pass over weight, gradient and both moments; torch's default makes one per operation.
-    decay = settings.weight_decay
-    return ShardedAdamW(
-        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=decay, fused=True
-    )
+    return ShardedAdamW(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 class ShardedAdamW(AdamW):

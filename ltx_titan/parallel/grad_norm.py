@@ -22,6 +22,7 @@ def clip_grad_norm_(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     max_norm: float,
     group_of: Callable[[str], str] = lambda name: "all",
+    further_group_of: Callable[[str], str | None] = lambda name: None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scales all gradients so that their global L2 norm is at most `max_norm`; with 0 they stay as they are.
 
@@ -32,16 +33,18 @@ def clip_grad_norm_(
         named_parameters: those without a gradient are ignored.
         max_norm: largest norm afterwards.
         group_of: name of the group that a parameter's norm is also reported for.
+        further_group_of: name of another one; None without.
 
     Returns:
         The norm before clipping and that of each group: scalars on the gradients' device, the same on every rank.
     """
-    gradients_of: dict[_Sharding, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    # By both groups of a parameter together, so that each gradient is read once.
+    gradients_of: dict[_Sharding, dict[tuple[str, str | None], list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in named_parameters:
         if parameter.grad is not None:
             sharding, gradient = _shard_of(parameter.grad)
-            gradients_of[sharding][group_of(name)].append(gradient)
-    squares: dict[str, list[Tensor]] = defaultdict(list)
+            gradients_of[sharding][group_of(name), further_group_of(name)].append(gradient)
+    squares: dict[tuple[str, str | None], list[Tensor]] = defaultdict(list)
     for sharding, groups in gradients_of.items():
         sums = torch.stack([_sum_of_squares(gradients) for gradients in groups.values()])
         if sharding is not None:
@@ -49,15 +52,20 @@ def clip_grad_norm_(
             for axis in axes:
                 # Replicas have equal gradients, so only the sharded axes are summed over.
                 dist.all_reduce(sums, group=mesh.get_group(axis))
-        for group, value in zip(groups, sums.unbind(), strict=True):
-            squares[group].append(value)
-    sums_of_groups = {group: torch.stack(values).sum() for group, values in squares.items()}
-    total = torch.stack(list(sums_of_groups.values())).sum().sqrt()
+        for names, value in zip(groups, sums.unbind(), strict=True):
+            squares[names].append(value)
+    disjoint = {names: torch.stack(values).sum() for names, values in squares.items()}
+    total = torch.stack(list(disjoint.values())).sum().sqrt()
     if max_norm > 0:
         # A tensor, clamped instead of compared: a Python `if` on the norm would wait for the device.
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([g for groups in gradients_of.values() for grads in groups.values() for g in grads], factor)
-    return total, {group: value.sqrt() for group, value in sums_of_groups.items()}
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for names, value in disjoint.items():
+        for group in names:
+            if group is not None:
+                parts[group].append(value)
+    return total, {group: torch.stack(values).sum().sqrt() for group, values in parts.items()}
 
 
 def _shard_of(gradient: Tensor) -> tuple[_Sharding, Tensor]:

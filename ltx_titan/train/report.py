@@ -68,7 +68,7 @@ class StepReport:
         if grad_norms is not None:
             norm = grad_norms[0].item()
             figures = {f"optim/grad_norm_{stream}": value.item() for stream, value in sorted(grad_norms[1].items())}
-        figures |= means.by_sigma | extra
+        figures |= means.by_sigma | means.parts | extra
         if means.idle_steps:
             figures["data/idle_steps"] = means.idle_steps
             self._count_idle(step, means.idle_steps)

@@ -1,24 +1,27 @@
 """One optimizer step: forward and backward of every micro-batch, then clipping and the update."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ltx_titan.common.tensors import COMPUTE_DTYPES, without_wrappers
-from ltx_titan.conditioning import Loss, ModelInputs, absent_streams, to_contexts, weighted_loss
-from ltx_titan.config import JobConfig
+from ltx_titan.conditioning import Loss, absent_streams, to_contexts, weighted_loss
+from ltx_titan.conditioning.loss import flow_matching_loss
 from ltx_titan.data import Batch, MicroBatch, StepBatches, map_tensors
-from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws, UniformSigma, draw_caption_drops, draw_step
+from ltx_titan.diffusion import Objective, StepDraws, draw_caption_drops, draw_step, sigma_sampler
 from ltx_titan.lora import DropoutStep
 from ltx_titan.metrics import Sums
 from ltx_titan.model import TextConnectors
-from ltx_titan.optim import EMA, lr_factor
+from ltx_titan.optim import EMA, group_of, lr_factor
 from ltx_titan.optim.build import Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
 from ltx_titan.parallel.stream import weight_stream
 from ltx_titan.plan import Plan
+from ltx_titan.train.preservation import Preservation, TrainedPass, without_captions
 from ltx_titan.train.skipped import SkippedSteps
 from ltx_titan.weights import stream_of
 
@@ -26,6 +29,20 @@ GradNorms = tuple[Tensor, dict[str, Tensor]]
 
 # More micro-batches than any step has, so that (step, micro-batch) maps to a unique number.
 _MICRO_STEPS = 1 << 20
+
+
+class PassLosses(NamedTuple):
+    """Losses of one forward and backward pass, without autograd history.
+
+    Attributes:
+        total: what was differentiated, of each sample [B].
+        streams: its parts by stream; None for a pass without captions, which has no loss of its own.
+        preservation: difference from the base, of each sample [B], without its weight; None if it was not computed.
+    """
+
+    total: Tensor
+    streams: Loss | None
+    preservation: Tensor | None
 
 
 class TrainStep:
@@ -64,7 +81,11 @@ class TrainStep:
         self._device = device
         self._dtype = COMPUTE_DTYPES[job.training.dtype]
         self._stream = weight_stream(model)
-        self._sampler = _sigma_sampler(job)
+        self._video_sampler, self._audio_sampler = sigma_sampler(job.sigma, "video"), sigma_sampler(job.sigma, "audio")
+        self._objective = Objective.from_config(job.loss)
+        self._preservation = Preservation(model, job.preservation) if job.preservation.parts else None
+        groups = {name: group_of(name, job.optimizer.groups) for name, _ in model.named_parameters()}
+        self._group_names = {name: group.name for name, group in groups.items() if group is not None}
         # Audio is replicated across cp and tp, so all ranks of such a group need the same dropout mask.
         self._dropout = DropoutStep(model, job.training.seed, dp_rank)
         self.micro_step = GraphedMicroStep(
@@ -90,7 +111,10 @@ class TrainStep:
         if not self._job.optimizer.in_backward:
             with record_function("ltx_titan::clip"):
                 grad_norms = clip_grad_norm_(
-                    self._model.named_parameters(), max_norm, lambda name: stream_of(without_wrappers(name))
+                    self._model.named_parameters(),
+                    max_norm,
+                    lambda name: stream_of(without_wrappers(name)),
+                    self._group_names.get,
                 )
         if self._skipped is None or grad_norms is None:
             self._update(batches.step)
@@ -121,27 +145,54 @@ class TrainStep:
         """Adds this micro-batch's share of the global mean gradient to the parameters."""
         # From pinned memory, so the host does not wait for the copy.
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self._device, non_blocking=True))
-        batch["conditions"] = to_contexts(batch["conditions"], self._connectors, self._dtype)
+        features = batch["conditions"]
+        batch["conditions"] = to_contexts(features, self._connectors, self._dtype)
         inputs = self._plan.strategy.prepare(batch, micro_batch.draws)
-        if self._stream is not None:
-            self._stream.settle()
-        weighted, loss = self.micro_step(inputs)
-        sums.add(weighted, loss, inputs, self._sample_share)
+        losses = self._train_on(TrainedPass(inputs))
+        assert losses.streams is not None
+        sums.add(losses.total, losses.streams, inputs, self._sample_share)
+        if losses.preservation is not None:
+            # Its weighted value is in the total.
+            sums.add_part("prior", losses.preservation, None, self._sample_share)
+        if self._preservation is not None and self._preservation.has_blank_pass:
+            # The same draws: only the captions differ.
+            batch["conditions"] = to_contexts(without_captions(features), self._connectors, self._dtype)
+            blank = self._train_on(TrainedPass(self._plan.strategy.prepare(batch, micro_batch.draws), is_blank=True))
+            assert blank.preservation is not None
+            sums.add_part("blank_prompt", blank.preservation, blank.total, self._sample_share)
         # From the shapes in the plan: counting tokens on the device would make the host wait for it.
         sums.flops += sum(self._plan.sample_flops(index) for index in micro_batch.samples)
         sums.tokens += sum(self._plan.sample_tokens(index) for index in micro_batch.samples)
 
-    def _micro_step(self, inputs: ModelInputs) -> tuple[Tensor, Loss]:
-        """Forward, loss and backward. All of it may be one CUDA graph: see `GraphedMicroStep` for what that forbids.
+    def _train_on(self, work: TrainedPass) -> PassLosses:
+        if self._stream is not None:
+            self._stream.settle()
+        return self.micro_step(work)
 
-        Returns:
-            Weighted loss of each sample [B], and its parts.
-        """
+    def _micro_step(self, work: TrainedPass) -> PassLosses:
+        """Forward, loss and backward. All of it may be one CUDA graph: see `GraphedMicroStep` for what that forbids."""
+        inputs, preservation = work.inputs, self._preservation
+        weight = 0.0 if preservation is None else preservation.weight(work.is_blank)
+        # Before the pass with adapters, whose activations would be in memory meanwhile.
+        towards_base = preservation.base_targets(inputs) if preservation is not None and weight > 0 else None
         video, audio = self._model(inputs.video, inputs.audio, absent_streams(inputs))
-        loss = self._plan.strategy.loss(video, audio, inputs)
-        weighted = weighted_loss(loss, self._job.loss.video_weight, self._job.loss.audio_weight)
-        (weighted.sum() * self._sample_share).backward()
-        return weighted.detach(), loss.detach()
+        streams = difference = total = None
+        if not work.is_blank:
+            streams = flow_matching_loss(video, audio, inputs, self._objective)
+            total = self._weigh(streams)
+        if towards_base is not None:
+            difference = self._weigh(flow_matching_loss(video, audio, towards_base))
+            total = weight * difference if total is None else total + weight * difference
+        assert total is not None, "a pass without captions needs a weight"
+        (total.sum() * self._sample_share).backward()
+        return PassLosses(
+            total.detach(),
+            None if streams is None else streams.detach(),
+            None if difference is None else difference.detach(),
+        )
+
+    def _weigh(self, loss: Loss) -> Tensor:
+        return weighted_loss(loss, self._job.loss.video_weight, self._job.loss.audio_weight)
 
     @property
     def _sample_share(self) -> float:
@@ -162,16 +213,17 @@ class TrainStep:
             drops = draw_caption_drops(self._job.data.caption_dropout, seed=seed, step=step, indices=positions)
             batch["conditions"]["prompt_attention_mask"][drops] = 0  # the connectors replace masked tokens by registers
         video, audio = self._plan.strategy.draw_plan(batch)
-        return draw_step(video, audio, sampler=self._sampler, seed=seed, step=step, indices=positions)
+        return draw_step(
+            video,
+            audio,
+            sampler=self._video_sampler,
+            audio_sampler=self._audio_sampler,
+            seed=seed,
+            step=step,
+            indices=positions,
+        )
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step."""
         job = self._job
         return job.optimizer.lr * lr_factor(step - 1, total_steps=job.training.steps, scheduler=job.scheduler)
-
-
-def _sigma_sampler(job: JobConfig) -> ShiftedLogitNormal | UniformSigma:
-    sigma = job.sigma
-    if sigma.name == "uniform":
-        return UniformSigma(sigma.min_value, sigma.max_value)
-    return ShiftedLogitNormal(sigma.std, sigma.eps, sigma.uniform_prob)

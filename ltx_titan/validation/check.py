@@ -23,6 +23,16 @@ from ltx_titan.diffusion import distilled_schedule
 
 _STG_BLOCK = 28
 
+NO_GUIDANCE = {
+    "video_cfg_scale": 1.0,
+    "audio_cfg_scale": 1.0,
+    "video_stg_scale": 0.0,
+    "audio_stg_scale": 0.0,
+    "video_modality_guidance_scale": 1.0,
+    "audio_modality_guidance_scale": 1.0,
+}
+"""Keys of `[validation]` with which no guidance pass is computed."""
+
 
 def check_validation(
     section: ValidationSection,
@@ -62,6 +72,32 @@ def with_stg_blocks(section: ValidationSection, num_blocks: int) -> ValidationSe
     return section.model_copy(update={"stg_blocks": (min(_STG_BLOCK, num_blocks - 1),)})
 
 
+def with_schedule(section: ValidationSection, path: str | Path | None, version: str | None) -> ValidationSection:
+    """Chooses schedule, guidance and stepper of `schedule = "auto"` by the kind of the checkpoint.
+
+    Headers do not state whether a checkpoint is distilled; the names of all released files do.
+
+    Args:
+        section: the job's `[validation]`.
+        path: of the checkpoint; None for random weights.
+        version: of the model in its header, such as "2.5.0"; None if it states none.
+    """
+    if section.schedule != "auto":
+        return section
+    if path is None or "distilled" not in Path(path).name.lower():
+        return section.model_copy(update={"schedule": "standard"})
+    changes: dict[str, object] = {"schedule": "distilled"}
+    # Compared with defaults instead of `model_fields_set`: a resolved job spells all defaults out.
+    fields = ValidationSection.model_fields
+    changes |= {key: value for key, value in NO_GUIDANCE.items() if getattr(section, key) == fields[key].default}
+    # The released pipelines of LTX-2.5 and later add noise in every step of their distilled models.
+    major, _, minor = (version or "0.0").partition(".")
+    numbers = [int(part) if part.isdecimal() else 0 for part in (major, minor.partition(".")[0])]
+    if section.stepper == fields["stepper"].default and numbers >= [2, 5]:
+        changes["stepper"] = "euler_ancestral"
+    return section.model_copy(update=changes)
+
+
 def generated_streams(
     section: ValidationSection, sample: ValidationSample, has_video: bool, has_audio: bool
 ) -> tuple[str, ...]:
@@ -96,7 +132,7 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
     if section.schedule == "distilled" and section.inference_steps not in (None, own_steps):
         yield (
             f"validation.inference_steps is {section.inference_steps}, but the distilled schedule has {own_steps} "
-            "steps; remove it."
+            "steps; remove it, or set validation.schedule to standard."
         )
     # Unset is fine while all prompts are cached, which the engine finds out; a wrong path is wrong either way.
     if has_samples and section.text_encoder_path is not None:

@@ -22,7 +22,7 @@ from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import allow_graphs
 from ltx_titan.plan import Dataset, Plan
-from ltx_titan.validation.check import check_validation
+from ltx_titan.validation.check import check_validation, with_schedule
 from ltx_titan.validation.held_out import as_batch, held_out_losses
 from ltx_titan.validation.sampling import SampleGroups, guidance_of, schedule_of
 
@@ -47,7 +47,13 @@ class TrainingValidation:
     """
 
     def __init__(self, plan: Plan, mesh: Mesh, device: torch.device) -> None:
-        self.plan, self.device, self.section = plan, device, plan.job.validation
+        self.plan, self.device, self.section = plan, device, _section(plan)
+        if self.section.schedule == "distilled" and plan.job.validation.schedule == "auto":
+            logger.info(
+                "validation: sampled as a distilled checkpoint, by the name of its file (%s, no guidance where unset); "
+                'validation.schedule = "standard" changes that',
+                self.section.stepper,
+            )
         data = mesh.data
         self.groups = SampleGroups(
             mesh.dp_rank,
@@ -201,7 +207,7 @@ def check_validation_files(plan: Plan) -> None:
         ValueError: samples without a checkpoint to decode with, a missing file or folder, or a section that does not
             fit the model.
     """
-    section = plan.job.validation
+    section = _section(plan)
     if section.interval is None:
         return
     if (section.samples or section.dataset_samples) and plan.source.path is None:
@@ -228,6 +234,10 @@ def check_validation_files(plan: Plan) -> None:
         num_blocks=TransformerConfig.from_metadata(plan.source.config["transformer"]).num_layers,
         scale_factors=plan.strategy.scale_factors,
     )
+
+
+def _section(plan: Plan) -> ValidationSection:
+    return with_schedule(plan.job.validation, plan.source.path, plan.source.metadata.get("model_version"))
 
 
 def _has_prompts(section: ValidationSection) -> bool:

@@ -58,7 +58,7 @@ def lora_header(
     source: ModelSource,
     *,
     title: str,
-    rank: int,
+    rank: int | None,
     alpha: float,
     job: Mapping[str, Any] | None = None,
     trigger: str | None = None,
@@ -69,7 +69,7 @@ def lora_header(
     Args:
         source: of the base model.
         title: name of the adapter.
-        rank: of all layers.
+        rank: of all layers; None if they have different ones, which kohya's files call Dynamic.
         alpha: of the training, which is multiplied into B: `ss_network_alpha`, from which readers compute the scale of
             what is stored, is therefore the rank.
         job: the job that trained it, for its digest; None for one that was not trained.
@@ -86,8 +86,8 @@ def lora_header(
         "ss_base_model_version": generation,
         "ss_sd_model_name": base,
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank),
+        "ss_network_dim": "Dynamic" if rank is None else str(rank),
+        "ss_network_alpha": "Dynamic" if rank is None else str(rank),
         "ss_output_name": title,
         _ALPHA: f"{alpha:g}",
     }

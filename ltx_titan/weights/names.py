@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ltx_titan.common.tensors import without_wrappers
+from ltx_titan.model.parts import stream_of
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
 TEXT_PROJECTION_PREFIX = "text_embedding_projection."
@@ -98,25 +99,6 @@ def _projection_name(key: str) -> str | None:
 TRANSFORMER = Component("transformer", _transformer_name, lambda name: TRANSFORMER_PREFIX + name)
 CONNECTORS = Component("text connectors", _connector_name, lambda name: TRANSFORMER_PREFIX + name)
 TEXT_PROJECTION = Component("text projection", _projection_name, lambda name: TEXT_PROJECTION_PREFIX + name)
-
-
-def stream_of(name: str) -> Literal["video", "audio", "cross"]:
-    """Returns the stream that a transformer parameter serves.
-
-    Args:
-        name: official parameter name without the file prefix.
-
-    Returns:
-        "cross" for parameters that exist only in a model of both streams: the two cross-modal attentions, their
-        scale/shift tables and their AdaLN (`av_ca_*`).
-    """
-    parts = name.split(".")
-    # `transformer_blocks.<i>.<module>`: the module decides.
-    head = parts[2] if parts[0] == "transformer_blocks" and len(parts) > 2 else parts[0]
-    # Before the test for "audio_", which also begins `audio_to_video_attn`.
-    if head.startswith(("audio_to_video_attn", "video_to_audio_attn", "scale_shift_table_a2v_ca", "av_ca_")):
-        return "cross"
-    return "audio" if head.startswith("audio_") else "video"
 
 
 def unused_by(modalities: Modalities) -> Callable[[str], bool]:

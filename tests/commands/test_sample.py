@@ -64,7 +64,8 @@ def test_a_lora_changes_the_clip_and_an_empty_one_does_not(nano, cache, tmp_path
         ("base", ()),
         ("empty", ("--lora", lora(tmp_path / "empty.safetensors", 0.0))),
         ("full", ("--lora", lora(tmp_path / "full.safetensors", 1.0))),
-        ("off", ("--lora", tmp_path / "full.safetensors", "--lora-strength", "0")),
+        # Two LoRAs, whose changes cancel.
+        ("off", 2 * ("--lora", tmp_path / "full.safetensors") + ("--lora-strength", "1", "--lora-strength", "-1")),
     ):
         (tmp_path / name).mkdir()
         (file,) = run(nano, cache, tmp_path / name, "--prompt", "a rabbit", *options)
@@ -109,6 +110,7 @@ def test_samples_of_a_job_are_overridden_by_options(nano, cache, tmp_path):
         ((), "nothing to sample"),
         (("--image", "a.png"), "--image needs --prompt"),
         (("--prompt", "a", "--size", "64x64"), "expected WxHxF"),
+        (("--lora", "a", "--lora-strength", "1", "--lora-strength", "2"), "one for each of 1 --lora, .* found 2"),
         (("--prompt", "a", "--distilled", "--steps", "3"), "distilled schedule has 8"),
     ],
 )

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ltx_titan.conditioning import FlexibleStrategy, stream_loss, token_weights
-from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
+from ltx_titan.conditioning.loss import flow_matching_loss
+from ltx_titan.diffusion import Objective, ShiftedLogitNormal, draw_step
 
 REFERENCE = {"type": "reference", "latents_dir": "reference_latents"}
 FIRST_FRAME = {"type": "first_frame"}
@@ -311,3 +312,30 @@ def test_what_a_batch_lacks_is_named():
         strategy.draw_plan({**batch, "video_latents": {}})
     with pytest.raises(ValueError, match=r"audio_latents: audio latents have shape \[2, 6, 6\]; expected"):
         strategy.draw_plan({**batch, "audio_latents": {"latents": torch.zeros(2, 6, 6)}})
+
+
+def test_a_loss_mask_weighs_tokens_and_leaves_the_sum_of_weights():
+    weighted = block("video", FIRST_FRAME) | {"loss_mask_dir": "video_masks", "unmasked_weight": 0.25}
+    plain, strategy, batch = strategy_of(block("video", FIRST_FRAME)), strategy_of(weighted), make_batch()
+    assert strategy.sources["video_masks"] == "video_masks"
+    inputs, expected = prepare(strategy, batch), prepare(plain, batch)
+    assert torch.equal(inputs.video.latent, expected.video.latent)
+    mask = batch["video_masks"]["mask"].flatten(1)
+    # The first frame of two by three tokens is conditioned and has no loss, whatever its mask.
+    relative = torch.where(mask > 0.5, 1.0, 0.25)
+    relative[:, :6] = 0
+    errors = torch.rand(2, 18, 1) * torch.ones(4)
+    found = strategy.loss(inputs.video_target + errors.sqrt(), None, inputs)
+    torch.testing.assert_close(found.video, (relative * errors[..., 0]).sum(1) / relative.sum(1))
+
+
+def test_huber_and_weighting_act_on_each_stream_by_its_own_sigma():
+    strategy, batch = strategy_of(block("video"), block("audio")), make_batch()
+    inputs = prepare(strategy, batch)
+    shifted = inputs.video_target + 3, inputs.audio_target - 3
+    found = flow_matching_loss(*shifted, inputs, Objective(error="huber", huber_delta=1.0, weighting="cosmap"))
+    for loss, stream in ((found.video, inputs.video), (found.audio, inputs.audio)):
+        torch.testing.assert_close(loss, 5 * 2 / (torch.pi * (1 - 2 * stream.sigma + 2 * stream.sigma**2)))
+    torch.testing.assert_close(found.total, (found.video + found.audio).mean())
+    # The strategy's own loss, which held-out losses use, is a plain mean squared error.
+    torch.testing.assert_close(strategy.loss(*shifted, inputs).video, torch.full((2,), 9.0))

@@ -5,7 +5,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from ltx_titan.config import ValidationSection
-from ltx_titan.validation.check import check_validation, with_stg_blocks
+from ltx_titan.validation.check import check_validation, with_schedule, with_stg_blocks
 
 SHAPES = {"has_video": True, "has_audio": True, "num_blocks": 48, "scale_factors": (8, 32, 32)}
 
@@ -151,3 +151,33 @@ def test_guidance_skips_a_block_that_the_model_has(num_blocks, blocks):
     unset = section()
     assert with_stg_blocks(unset, num_blocks).stg_blocks == blocks
     assert with_stg_blocks(section(stg_blocks=[2]), num_blocks).stg_blocks == (2,)
+
+
+def test_a_distilled_checkpoint_is_sampled_as_one_unless_the_job_says_otherwise():
+    made = section(video_cfg_scale=2.0)
+    found = with_schedule(made, "packs/ltx-2.3-22b-distilled-1.1.safetensors", "2.3.0")
+    assert (found.schedule, found.stepper) == ("distilled", "euler")
+    assert (found.video_cfg_scale, found.audio_cfg_scale, found.video_stg_scale) == (2.0, 1.0, 0.0)
+    newer = with_schedule(made, "ltx-2.5-22b-distilled-transformer-bf16.safetensors", "2.5.0")
+    assert newer.stepper == "euler_ancestral"
+    # The folder's name says nothing about the file.
+    for path in ("distilled/ltx-2.3-22b-dev.safetensors", None):
+        other = with_schedule(made, path, "2.3.0")
+        assert other == made.model_copy(update={"schedule": "standard"})
+    chosen = section(schedule="standard")
+    assert with_schedule(chosen, "ltx-2.3-22b-distilled-1.1.safetensors", "2.3.0") == chosen
+
+
+def test_prompts_of_a_file_follow_the_samples_and_are_kept_in_the_resolved_section(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# subjects\na rabbit\n\n  a hill, at night  \n", encoding="utf-8")
+    made = section(prompts_file=str(path))
+    assert [sample.prompt for sample in made.samples] == ["a river", "a rabbit", "a hill, at night"]
+    path.unlink()
+    again = ValidationSection.model_validate(tomllib.loads(tomli_w.dumps(made.model_dump(exclude_none=True))))
+    assert again == made
+    with pytest.raises(ValidationError, match=r"prompts_file = .*correct the path"):
+        section(prompts_file=str(path))
+    path.write_text("# nothing\n")
+    with pytest.raises(ValidationError, match="expected a prompt in a line"):
+        section(prompts_file=str(path))

@@ -21,7 +21,11 @@ FORMS = {
     "float32": {"targets": ["all_attention", "v2v"]},
     "bfloat16": {"base_dtype": "bfloat16", "targets": ["video"], "dora": True},
     "int8": {"base_dtype": "int8", "targets": ["video"]},
-    "int4": {"base_dtype": "int4", "targets": ["v2v"]},
+    "int4": {
+        "base_dtype": "int4",
+        "targets": ["v2v"],
+        "ranks": [{"match": ["feed_forward"], "rank": 2}, {"blocks": [1, 1], "rank": 6, "alpha": 3.0}],
+    },
     "float8": {"base_dtype": "float8", "targets": ["video"], "dora": True},
 }
 # DoRA needs whole rows, which tensor parallelism shards by columns.

@@ -2,8 +2,8 @@ import pytest
 from pydantic import ValidationError
 
 from ltx_titan.config import LoRASection
-from ltx_titan.lora import PRESETS, find_targets
-from tests.lora.adapted import transformer
+from ltx_titan.lora import PRESETS, adapters, apply_lora, check_ranks, find_targets
+from tests.lora.adapted import settings, transformer
 
 MODEL = transformer("meta")
 BLOCKS = 2
@@ -80,3 +80,24 @@ def test_settings_survive_being_written():
     settings = LoRASection(targets=["video", "to_gate_logits"], rslora=True, alpha=16)
     assert LoRASection.model_validate(settings.model_dump(mode="json")) == settings
     assert settings.scaling == 16 / 32**0.5
+
+
+def test_layers_have_ranks_of_their_own_at_the_same_scale_or_with_their_own_alpha():
+    model = transformer("meta")
+    ranks = [{"match": ["audio"], "rank": 2}, {"match": ["feed_forward"], "blocks": [1, 1], "rank": 16, "alpha": 8}]
+    chosen = settings(rank=4, alpha=8, targets=["video", "v2v", "t2a"], ranks=ranks)
+    check_ranks(apply_lora(model, chosen), chosen)
+    layers = adapters(model)
+    for name, rank, scaling in (
+        ("transformer_blocks.0.audio_ff.net.2", 2, 2.0),
+        ("transformer_blocks.0.ff.net.2", 4, 2.0),
+        ("transformer_blocks.1.ff.net.2", 16, 0.5),
+    ):
+        assert layers[name].lora_A.weight.shape[0] == layers[name].lora_B.weight.shape[1] == rank
+        assert layers[name].scaling == scaling
+
+
+def test_a_rank_for_layers_without_adapters_is_refused():
+    chosen = settings(targets=["video"], ranks=[{"match": ["attn1"], "rank": 2}, {"match": ["audio"], "rank": 2}])
+    with pytest.raises(ValueError, match=r"lora\.ranks\[1\].*leaves no adapted layer"):
+        check_ranks(apply_lora(transformer("meta"), chosen), chosen)

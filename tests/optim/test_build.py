@@ -102,6 +102,12 @@ def test_frozen_weights_are_skipped_and_a_model_without_trained_weights_is_refus
         ({"name": "adafactor", "stochastic_rounding": True}, "stochastic_rounding = true"),
         ({"betas": [0.9, 1.0]}, "betas"),
         ({"name": "sgd"}, "name"),
+        ({"name": "prodigy"}, "prodigyopt.*Python numbers.*use adamw"),
+        ({"name": "schedule_free"}, "schedulefree.*ema_decay"),
+        ({"groups": [{"name": "a"}]}, "match or blocks, found neither"),
+        ({"groups": [{"name": "video", "match": ["video"]}]}, "choose another name"),
+        ({"groups": [{"name": "a", "match": ["ff"]}, {"name": "a", "match": ["up"]}]}, "a twice"),
+        ({"groups": [{"name": "a", "match": ["ff"], "freeze": True, "lr_factor": 2.0}]}, "freeze = true"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(fields, names):
