@@ -56,6 +56,12 @@ def _last(count: int) -> Callable[[Tensor], Tensor]:
     return lambda grid: _first(count)(grid).flip(0)
 
 
+def _ends_and_middle(grid: Tensor) -> Tensor:
+    is_clean = torch.zeros_like(grid)
+    is_clean[[0, (len(grid) - 1) // 2, -1]] = True
+    return is_clean
+
+
 def _corner(grid: Tensor) -> Tensor:
     is_clean = torch.zeros_like(grid)
     is_clean[:, :9, :18] = True
@@ -91,6 +97,7 @@ MODES = {
     "ltx23_lora_t2v_video_only": Mode(audio=None),
     "ltx23_lora_t2a": Mode(video=None),
     "ltx23_lora_i2v": Mode(Stream(_first(1))),
+    "ltx23_lora_keyframes": Mode(Stream(_ends_and_middle)),
     "ltx23_lora_extend_forward": Mode(Stream(_first(8))),
     "ltx23_lora_extend_backward": Mode(Stream(_last(8))),
     "ltx23_lora_inpaint": Mode(Stream(_checkered), None),
@@ -119,7 +126,8 @@ SIZES = {
 # On one rank.
 REDUCED = ("--parallelism.dp_replicate=1", "--training.global_batch_size=2")
 # Modes whose clips depend on more than their text are validated once, in one sampling step without text encoder.
-SAMPLED = [name for name in MODES if any(kind in name for kind in ("a2v", "v2a", "i2v", "extend", "paint", "_ic_"))]
+CONDITIONED = ("a2v", "v2a", "i2v", "keyframes", "extend", "paint", "_ic_")
+SAMPLED = [name for name in MODES if any(kind in name for kind in CONDITIONED)]
 DECODED = ("ltx23_lora_outpaint",)  # its clips have one frame
 VALIDATED = (
     "--validation.dataset_samples=1",

@@ -1,4 +1,11 @@
-from ltx_titan.diffusion.draws import StepDraws, StreamDraws, StreamPlan, draw_caption_drops, draw_step
+from ltx_titan.diffusion.draws import (
+    ConditionPlan,
+    StepDraws,
+    StreamDraws,
+    StreamPlan,
+    draw_caption_drops,
+    draw_step,
+)
 from ltx_titan.diffusion.flow import (
     add_noise,
     denoised_from_velocity,
@@ -16,6 +23,7 @@ from ltx_titan.diffusion.sigma import ShiftedLogitNormal, SigmaSampler, UniformS
 
 __all__ = [
     "PASSES",
+    "ConditionPlan",
     "Guidance",
     "SampledStream",
     "ShiftedLogitNormal",
