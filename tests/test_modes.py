@@ -123,6 +123,8 @@ SIZES = {
     "ltx23_lora_16gb": "ltx23_lora_t2v",
     "ltx23_lora_12gb": "ltx23_lora_t2v",
 }
+# Keyframes differ from the other conditions in their tokens alone, which the last test checks.
+TRAINED = [name for name in MODES if name != "ltx23_lora_keyframes"]
 # On one rank.
 REDUCED = ("--parallelism.dp_replicate=1", "--training.global_batch_size=2")
 # Modes whose clips depend on more than their text are validated once, in one sampling step without text encoder.
@@ -217,7 +219,7 @@ def train_all(jobs: list[tuple[Path, list[str]]]) -> None:
 def runs(overrides) -> Callable[[str], Path]:
     """Folder of each mode's run. One process trains them all, for starting one costs more than two steps."""
     jobs = []
-    for name in MODES:
+    for name in TRAINED:
         reduced = REDUCED if name.endswith("gpu") else ()
         validated = VALIDATED if name in SAMPLED else ("--validation.skip_initial_validation=true",)
         arguments = [*overrides(name), f"--training.stop_at={STEPS}", *reduced, *validated]
@@ -244,7 +246,7 @@ def test_a_job_file_for_many_gpus_is_planned_for_as_many(name, overrides):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_job_file_trains_as_shipped(runs, overrides, name):
     folder, mode = runs(name), MODES[name]
     assert not (folder / "error.txt").exists(), (folder / "error.txt").read_text()

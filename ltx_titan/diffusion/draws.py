@@ -120,9 +120,10 @@ def draw_step(
     return StepDraws(v.sigma, a.sigma, v.noise, a.noise, v.uses, a.uses, v.starts, a.starts)
 
 
-def draw_caption_drops(probability: float, *, seed: int, step: int, indices: Sequence[int]) -> Tensor:
+def draw_caption_drops(probabilities: Sequence[float], *, seed: int, step: int, indices: Sequence[int]) -> Tensor:
     """Draws which samples of a micro-batch are trained without their caption [B], bool; keyed like all other draws."""
-    return torch.tensor([_uniform(f"{seed}/{step}/{index}/caption") < probability for index in indices])
+    drawn = [_uniform(f"{seed}/{step}/{index}/caption") for index in indices]
+    return torch.tensor([number < probability for number, probability in zip(drawn, probabilities, strict=True)])
 
 
 def _draw_stream(

@@ -122,7 +122,7 @@ class TrainStep:
         # From pinned memory, so the host does not wait for the copy.
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self._device, non_blocking=True))
         batch["conditions"] = to_contexts(batch["conditions"], self._connectors, self._dtype)
-        inputs = self._plan.strategy.prepare(batch, micro_batch.draws)
+        inputs = self._plan.part_of(micro_batch.samples[0]).strategy.prepare(batch, micro_batch.draws)
         if self._stream is not None:
             self._stream.settle()
         weighted, loss = self.micro_step(inputs)
@@ -148,7 +148,7 @@ class TrainStep:
         """Weight of a sample in the global mean: gradients are summed over ranks and micro-batches of any size."""
         return 1 / self._job.training.global_batch_size
 
-    def draw(self, batch: Batch, step: int, positions: tuple[int, ...]) -> StepDraws:
+    def draw(self, batch: Batch, step: int, positions: tuple[int, ...], samples: tuple[int, ...]) -> StepDraws:
         """Draws all random numbers of a micro-batch; called in the loader's threads.
 
         Args:
@@ -156,12 +156,14 @@ class TrainStep:
             step: optimizer step.
             positions: index of each sample in the global batch. With the seed and step they key each sample's
                 generator, so the draws are the same on every mesh.
+            samples: index of each sample in the dataset; they have the same conditions.
         """
-        seed = self._job.training.seed
-        if self._job.data.caption_dropout > 0:
-            drops = draw_caption_drops(self._job.data.caption_dropout, seed=seed, step=step, indices=positions)
+        seed, parts = self._job.training.seed, [self._plan.part_of(index) for index in samples]
+        dropout = [part.caption_dropout for part in parts]
+        if any(dropout):
+            drops = draw_caption_drops(dropout, seed=seed, step=step, indices=positions)
             batch["conditions"]["prompt_attention_mask"][drops] = 0  # the connectors replace masked tokens by registers
-        video, audio = self._plan.strategy.draw_plan(batch)
+        video, audio = parts[0].strategy.draw_plan(batch)
         return draw_step(video, audio, sampler=self._sampler, seed=seed, step=step, indices=positions)
 
     def learning_rate(self, step: int) -> float:
