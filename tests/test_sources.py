@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ltx_titan.conditioning import FlexibleStrategy
-from ltx_titan.config import ConfigError, load_job
+from ltx_titan.config import ConfigError, build_job, load_job
+from ltx_titan.estimate.placeholders import add_placeholders
 from ltx_titan.plan import plan_job
 from ltx_titan.train.step import TrainStep
 from tests.jobs import NO_CHECKPOINTS, train, write_job
@@ -113,3 +114,14 @@ def test_a_trigger_word_that_the_captions_lack_is_refused(tmp_path, nano_path, d
     monkeypatch.setattr(sources, "recorded_options", lambda folder, name: {"SKS"})
     with pytest.raises(ValueError, match=r"data\.sources\[1\]\.trigger = 'TOK': .* found 'SKS'; .*--lora-trigger TOK"):
         plan_job(job, 1)
+
+
+def test_sources_that_are_not_on_this_machine_are_estimated_as_one(tmp_path):
+    tables = {
+        "model": {"init": "random", "shape": "ltx-2.3-22b", "num_layers": 1},
+        "data": {"sources": [{"root": "no/such", "weight": 1.0}]},
+        "video": {"is_generated": True, "latents_dir": "latents"},
+    }
+    notes = add_placeholders(tables, tmp_path)
+    assert any("data.sources: not all found" in note for note in notes)
+    assert build_job(tables, "job").data.root == str(tmp_path)
