@@ -111,8 +111,10 @@ MODES = {
     "ltx23_lora_ic_a2a": Mode(None, Stream(reference="reference_audio_latents")),
     "ltx23_lora_ic_av2av": Mode(Stream(reference="reference_latents"), Stream(reference="reference_audio_latents")),
 }
-# The same mode on other numbers or kinds of GPUs: file -> the file above; on many GPUs it trains on the same.
+# The same mode on other numbers or kinds of GPUs: file -> the file above; on many GPUs it trains on the same. LTX-2.5's
+# is trained by test_ltx25.py.
 SIZES = {
+    "ltx25_lora_i2v": "ltx23_lora_i2v",
     "ltx2_full_av_4gpu": "ltx2_full_av_8gpu",
     "ltx2_full_av_64gpu": "ltx2_full_av_8gpu",
     "ltx23_full_av_4gpu": "ltx23_full_av_8gpu",
