@@ -89,7 +89,7 @@ class TrainingValidation:
         indices: Sequence[int] = range(len(dataset))
         if isinstance(dataset, MixedDataset):
             indices = [index for index in indices if not dataset.source_of(index).absent]
-        chosen = [indices[place] for place in evenly_spaced(len(indices), self.section.dataset_samples)]
+        chosen = [indices[i] for i in evenly_spaced(len(indices), self.section.dataset_samples)]
         return {index: f"{PurePath(dataset.name(index)).with_suffix('')}, with its own caption" for index in chosen}
 
     @property
