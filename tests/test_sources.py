@@ -87,7 +87,10 @@ def test_a_job_of_one_source_twice_is_planned_with_both_names(tmp_path, nano_pat
         ([{"weight": 1}, {"name": "b"}], ["data.sources[1].weight is missing", "other sources have one"]),
         ([{"name": "a"}, {"name": "a"}], ['data.sources[1].name = "a"', "data.sources[0]"]),
         ([{"name": "a/b"}], ["data.sources[0].name"]),
-        ([{"modality": "video", "audio_conditions": [{"type": "prefix", "temporal_boundary": 1}]}], ["modality"]),
+        (
+            [{"modality": "video", "audio_conditions": [{"type": "prefix", "temporal_boundary": 1}]}],
+            ['data.sources[0].audio_conditions = "prefix"', 'modality = "video"'],
+        ),
         ([{"video_conditions": [{"type": "keyframe"}]}], ["data.sources[0].video_conditions[0].at is missing"]),
     ],
 )
@@ -103,6 +106,9 @@ def test_sources_replace_the_root_and_need_a_stream_that_is_generated(tmp_path, 
         load_job(job, [f"--data.root={data_root}"])
     with pytest.raises(ConfigError, match=r"data\.sources\[0\]\.modality = \"audio\": .* trains nothing"):
         load_job(job, ["--audio.is_generated=false"])
+    conditioned = write(tmp_path, nano_path, data_root, {"video_conditions": [{"type": "first_frame"}]})
+    with pytest.raises(ConfigError, match=r"video_conditions = \"first_frame\": .* clean already; remove"):
+        load_job(conditioned, ["--video.is_generated=false"])
 
 
 def test_a_trigger_word_that_the_captions_lack_is_refused(tmp_path, nano_path, data_root, monkeypatch):

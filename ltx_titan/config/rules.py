@@ -222,13 +222,19 @@ def _source_rules(job: JobConfig) -> Iterator[Problem]:
         if streams and not trained:
             what = "a stream that the job generates, or the source trains nothing"
             yield Problem(f"{key}.modality", source.modality, what, "change it, or remove the source")
-        for name in ("video", "audio"):
-            if not getattr(source, f"{name}_conditions"):
+        for name, conditions in (("video", source.video_conditions), ("audio", source.audio_conditions)):
+            if not conditions:
                 continue
-            if name not in streams or source.modality not in ("all", name):
-                where = f"the source has modality = {source.modality!r}" if name in streams else f"there is no [{name}]"
-                what = f"unset, because {where}"
-                yield Problem(f"{key}.{name}_conditions", getattr(source, f"{name}_conditions"), what, "remove them")
+            reason = ""
+            if name not in streams:
+                reason = f"the job has no [{name}]"
+            elif source.modality not in ("all", name):
+                reason = f'the source has modality = "{source.modality}"'
+            elif not streams[name].is_generated and any(c.type != "reference" for c in conditions):
+                reason = f"[{name}] has is_generated = false, so all of its tokens are clean already"
+            if reason:
+                kinds = ", ".join(condition.type for condition in conditions)
+                yield Problem(f"{key}.{name}_conditions", kinds, f"unset, because {reason}", "remove them")
 
 
 def _media_rules(job: JobConfig) -> Iterator[Problem]:

@@ -59,15 +59,16 @@ class Mixture:
 
     def source_of(self, index: int) -> int:
         """Number of the source that a sample belongs to."""
-        return bisect_right(self._ends, index)
+        return bisect_right(self.ends, index)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Index after the last sample of each source."""
+        return np.cumsum(self.sizes).tolist()
 
     @cached_property
     def _cumulative(self) -> list[Fraction]:
         return [sum(self.draws[: number + 1], Fraction()) / sum(self.draws) for number in range(len(self.draws))]
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return np.cumsum(self.sizes).tolist()
 
 
 class BatchPlan:
@@ -140,8 +141,7 @@ class BatchPlan:
         epoch, index = divmod(n, self.batches_per_epoch)
         counts = np.array(self._mixture.drawn(epoch * self.batches_per_epoch * self.global_batch_size))
         if index:
-            ends = np.cumsum(self._mixture.sizes)
-            sources = np.searchsorted(ends, self._epoch(epoch)[:index].ravel(), side="right")
+            sources = np.searchsorted(self._mixture.ends, self._epoch(epoch)[:index].ravel(), side="right")
             counts += np.bincount(sources, minlength=len(counts))
         return counts.tolist()
 
