@@ -15,9 +15,8 @@ from torch import nn
 
 from ltx_titan.common.hardware import GIB
 from ltx_titan.common.tensors import COMPUTE_DTYPES
+from ltx_titan.conditioning.sources import prepared_triggers
 from ltx_titan.config import ExportLayout, JobConfig, plain_job
-from ltx_titan.data import resolve_root
-from ltx_titan.data.fingerprints import recorded_options
 from ltx_titan.lora import adapter_weights, apply_lora, init_base_, init_lora_, load_base
 from ltx_titan.memory.budget import with_levels, with_stream_blocks
 from ltx_titan.memory.workload import make_setup, make_workload
@@ -290,11 +289,9 @@ def export_adapters(
 
 
 def _trigger(job: JobConfig) -> str | None:
-    """Trigger word of a job: its own, or the one that its data was prepared with if there is exactly one."""
+    """Trigger word of a job: its own, or the one that its data was prepared with; of several sources all of them."""
     if job.job.trigger or job.data.source == "media":
         return job.job.trigger or job.data.media.lora_trigger
-    # An export from a checkpoint may be made on a machine without the data.
-    if job.data.source != "precomputed" or job.data.root is None or not Path(job.data.root).is_dir():
+    if job.data.source != "precomputed":
         return None
-    words = recorded_options(resolve_root(job.data.root) / "conditions", "lora_trigger")
-    return words.pop() if len(words) == 1 else None
+    return ", ".join(prepared_triggers(job.data)) or None

@@ -15,11 +15,20 @@ import torch
 
 from ltx_titan.checkpoint import latest_complete, read_trainer_state
 from ltx_titan.common.files import LOCK_FILE, describe_os_error
-from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_text, check_trainable, reference_scale
+from ltx_titan.conditioning import FlexibleStrategy, check_text
+from ltx_titan.conditioning.sources import DataPart, check_part, common_reference_scale, open_prepared
 from ltx_titan.config import Degrees, JobConfig, check_world, job_changes
 from ltx_titan.config.streams import Reference
-from ltx_titan.data import BatchPlan, PrecomputedDataset, ShapeKey, stores_text_features, stream_tokens, token_counts
-from ltx_titan.data.bad_samples import SkippingDataset, tolerated
+from ltx_titan.data import (
+    BatchPlan,
+    MixedDataset,
+    PrecomputedDataset,
+    ShapeKey,
+    stores_text_features,
+    stream_tokens,
+    token_counts,
+)
+from ltx_titan.data.bad_samples import SkippingDataset
 from ltx_titan.diffusion import sigma_sampler
 from ltx_titan.lora import adapter_weights, apply_lora, check_ranks
 from ltx_titan.model import LTXTransformer, TransformerConfig
@@ -53,7 +62,7 @@ if TYPE_CHECKING:
 # Combinations of shapes above which compilation takes an hour or more.
 _MANY_SHAPES = 64
 
-Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset | SkippingDataset"
+Dataset: TypeAlias = "PrecomputedDataset | SyntheticDataset | MediaDataset | SkippingDataset | MixedDataset"
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,9 @@ class Plan:
         source: config and file of the transformer.
         architecture: sizes and options of the transformer.
         modalities: streams that the transformer has.
-        strategy: turns batches into inputs and predictions into a loss.
+        strategy: turns batches into inputs and predictions into a loss, with the conditions of [video] and [audio].
         dataset: the samples.
+        parts: of the dataset, each with its conditions: the sources, or the whole.
         batches: samples of each global batch.
         connectors_path: file of the text connectors; None if the data holds finished contexts.
         reference_scale: (spatial, temporal) factors of the video references; None without references.
@@ -80,6 +90,7 @@ class Plan:
     modalities: Modalities
     strategy: FlexibleStrategy
     dataset: Dataset
+    parts: tuple[DataPart, ...]
     batches: BatchPlan
     connectors_path: Path | None
     reference_scale: tuple[int, int] | None
@@ -105,14 +116,24 @@ class Plan:
 
         A batch has 1 to `local_batch_size` samples of one shape; a reference lengthens it in some steps only.
         """
-        blocks = self.strategy.blocks.values()
-        conditions = [condition for block in blocks for condition in block.conditions]
-        occasional = sum(isinstance(c, Reference) and 0 < c.probability < 1 for c in conditions)
+        strategies = [part.strategy for part in self.parts]
+        conditions = [[c for block in strategy.blocks.values() for c in block.conditions] for strategy in strategies]
+        occasional = max(sum(isinstance(c, Reference) and 0 < c.probability < 1 for c in own) for own in conditions)
         return self.batches.num_shapes * self.job.training.local_batch_size * 2**occasional
 
     def export_path(self, step: int) -> Path:
         """File of the export of `step`."""
         return self.folder / "export" / export_name(self.job, step)
+
+    def part_of(self, index: int) -> DataPart:
+        """The part of the dataset that a sample belongs to; all samples of a forward have equal strategies."""
+        return next(part for part in self.parts if index in part.indices)
+
+    def drawn(self, num_batches: int) -> dict[str, tuple[int, float]]:
+        """Samples and epochs of each source in the first global batches of the run; empty without sources."""
+        counts = self.batches.drawn(num_batches)
+        parts = [part for part in self.parts if part.name]
+        return {part.name: (count, count / len(part.indices)) for part, count in zip(parts, counts, strict=False)}
 
     def sample_flops(self, index: int) -> float:
         """Model FLOPs of a training step on one sample of the dataset."""
@@ -183,15 +204,13 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
     for stream in strategy.blocks:
         # Raises if a range of [sigma] leaves nothing to draw.
         sigma_sampler(job.sigma, "audio" if stream == "audio" else "video")
-    dataset: Dataset = _open_dataset(job, strategy, architecture, factors)
-    if job.data.on_bad_sample == "skip":
-        dataset = SkippingDataset(dataset, Path(job.job.dump_folder))
+    dataset, parts = _open_dataset(job, strategy, architecture, factors)
     # Shapes only: no latents are read before training.
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
-    for warning in check_conditions(strategy, keys, dataset.name):
-        logger.warning("%s", warning)
     weights = {"video": job.loss.video_weight, "audio": job.loss.audio_weight}
-    check_trainable(strategy, keys, dataset.peek, weights, dataset.name)
+    for part in parts:
+        for warning in check_part(part, dataset, keys, weights):
+            logger.warning("%s", warning)
     # Finished contexts have passed the connectors already, which are then neither read nor kept in memory.
     connectors_path = None
     if any(stores_text_features(key) for key in set(keys)):
@@ -207,15 +226,10 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
                 "preservation.blank_prompt_weight: expected text connectors with registers, which stand for a blank "
                 f"prompt, found none in {connectors_path}; remove it."
             )
-    elif job.preservation.blank_prompt_weight > 0:
+    if job.preservation.blank_prompt_weight > 0 and not all(stores_text_features(key) for key in set(keys)):
         raise ValueError(
             f"preservation.blank_prompt_weight = {job.preservation.blank_prompt_weight}: expected text features, found "
             f"finished contexts, which cannot be made blank; remove it, or prepare the data without --contexts."
-        )
-    elif job.data.caption_dropout > 0:
-        raise ValueError(
-            f"data.caption_dropout = {job.data.caption_dropout}: expected text features, found finished contexts, "
-            f"whose caption can no longer be dropped; set it to 0, or prepare the data without --contexts."
         )
     streams = {"video": architecture.video, "audio": architecture.audio}
     widths = {name: stream.stored_context_dim for name, stream in streams.items() if modalities in ("av", name)}
@@ -234,15 +248,20 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         modalities=modalities,
         strategy=strategy,
         dataset=dataset,
+        parts=parts,
         batches=BatchPlan(
-            keys,
+            # Samples of sources with other conditions cannot share a forward.
+            [(dataset.source_of(i).group, key) for i, key in enumerate(keys)]
+            if isinstance(dataset, MixedDataset)
+            else keys,
             [flops[key] for key in keys],
             job.training.seed,
             job.training.global_batch_size,
             dataset.fingerprint,
+            dataset.mixture if isinstance(dataset, MixedDataset) else None,
         ),
         connectors_path=connectors_path,
-        reference_scale=reference_scale(strategy, keys, dataset.name),
+        reference_scale=common_reference_scale(parts, dataset, keys),
     )
     if job.compile.enable and plan.num_shapes > _MANY_SHAPES:
         logger.warning(
@@ -362,28 +381,26 @@ def trained_modalities(job: JobConfig) -> Modalities:
 
 def _open_dataset(
     job: JobConfig, strategy: FlexibleStrategy, architecture: TransformerConfig, factors: tuple[int, int, int]
-) -> Dataset:
+) -> tuple[Dataset, tuple[DataPart, ...]]:
+    folder = Path(job.job.dump_folder)
+    dataset: Dataset
     if job.data.source == "precomputed":
-        assert job.data.root is not None, "required by the section"
-        skip = job.data.on_bad_sample == "skip"
-        dataset = PrecomputedDataset(job.data.root, strategy.sources, skip_damaged=skip)
-        if dataset.num_dropped > tolerated(len(dataset) + dataset.num_dropped):
-            raise ValueError(
-                f"{dataset.root}: {dataset.num_dropped} samples are damaged (named above), {len(dataset)} are not; "
-                f'data.on_bad_sample = "skip" tolerates 1 %: prepare them again.'
-            )
-        return dataset
+        return open_prepared(job.data, strategy, folder)
     if job.data.source == "media":
         # Imported here: it loads the encoders' libraries, which other jobs do not need.
         from ltx_titan.encode.media_dataset import MediaDataset
 
         assert job.model.checkpoint_path is not None, "required by the section"
-        return MediaDataset(job.data.media, strategy.sources, job.model.checkpoint_path)
-    return SyntheticDataset(
-        strategy.sources,
-        **job.data.synthetic.model_dump(),
-        video_text_dim=architecture.video.caption_dim or architecture.video.context_dim,
-        audio_text_dim=architecture.audio.caption_dim or architecture.audio.context_dim,
-        seed=job.training.seed,
-        scale_factors=factors,
-    )
+        dataset = MediaDataset(job.data.media, strategy.sources, job.model.checkpoint_path)
+    else:
+        dataset = SyntheticDataset(
+            strategy.sources,
+            **job.data.synthetic.model_dump(),
+            video_text_dim=architecture.video.caption_dim or architecture.video.context_dim,
+            audio_text_dim=architecture.audio.caption_dim or architecture.audio.context_dim,
+            seed=job.training.seed,
+            scale_factors=factors,
+        )
+    if job.data.on_bad_sample == "skip":
+        dataset = SkippingDataset(dataset, folder)
+    return dataset, (DataPart("", range(len(dataset)), strategy, job.data.caption_dropout),)

@@ -21,7 +21,7 @@ from ltx_titan.validation.sampling import guidance_of, schedule_of
 CONFIGS = Path(__file__).parent.parent / "train_configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("ltx*.toml"))
 # Modes whose clips depend on more than their text.
-CONDITIONED = ("a2v", "v2a", "i2v", "extend", "paint", "_ic_")
+CONDITIONED = ("a2v", "v2a", "i2v", "keyframes", "extend", "paint", "_ic_")
 LINE = re.compile(
     r"# Estimated by `ltx-titan estimate --gpus (?P<gpus>\d+) --gpu (?P<gpu>\w+)`, not measured: .*\n"
     r"#   (?P<clip>\d+x\d+x\d+), .*\n"

@@ -168,7 +168,8 @@ def _fill(tables: dict[str, Any], options: InitOptions) -> None:
     if "model.checkpoint_path" not in _overridden(options):
         question = "checkpoint of the base model (.safetensors)"
         model["checkpoint_path"] = options.checkpoint or _ask("--checkpoint", question)
-    if "data.root" not in _overridden(options) and data.get("source", "precomputed") == "precomputed":
+    has_root = data.get("source", "precomputed") == "precomputed" and not data.get("sources")
+    if has_root and "data.root" not in _overridden(options):
         data["root"] = options.data or _ask("--data", "folder of the prepared clips")
     if "job.dump_folder" not in _overridden(options):
         job["dump_folder"] = options.output or f"outputs/{options.out.stem}"

@@ -69,6 +69,10 @@ class SampleOptions:
     image: Maybe[Path] = None
     """First frame of the clips of --prompt."""
 
+    keyframe: Annotated[Repeated[str], placeholder("FILE@AT")] = ()
+    """Image or video for the clips of --prompt, and where it starts: a latent frame (negative from the end), first,
+    middle or last, such as end.png@last. May be passed several times."""
+
     negative_prompt: Maybe[str] = None
     """Text that guidance steers away from."""
 
@@ -166,14 +170,17 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
     )
     # They have no meaning outside training.
     table = {key: value for key, value in table.items() if key not in training_only}
+    conditions = [_keyframe(text) for text in options.keyframe]
+    if options.image is not None:
+        conditions.insert(0, {"type": "first_frame", "image_or_video": str(options.image)})
     if options.prompt or options.prompts_file is not None:
         table.pop("prompts_file", None)
-        image = [] if options.image is None else [{"type": "first_frame", "image_or_video": str(options.image)}]
-        table["samples"] = [{"prompt": prompt, "conditions": image} for prompt in options.prompt]
+        table["samples"] = [{"prompt": prompt, "conditions": conditions} for prompt in options.prompt]
         if options.prompts_file is not None:
             table["prompts_file"] = str(options.prompts_file)
-    elif options.image is not None:
-        raise ValueError("--image needs --prompt; samples of a job name their own first frames.")
+    elif conditions:
+        option = "--keyframe" if options.keyframe else "--image"
+        raise ValueError(f"{option} needs --prompt; samples of a job name their own conditions.")
     if not table.get("samples") and not table.get("prompts_file"):
         raise ValueError(
             "nothing to sample: add --prompt or --prompts-file, or --job with [[validation.samples]] (dataset_samples "
@@ -195,6 +202,15 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
     return ValidationSection.model_validate(
         table | {key: value for key, value in overrides.items() if value is not None}
     )
+
+
+def _keyframe(text: str) -> dict[str, Any]:
+    """Parses FILE@AT to a condition of a sample."""
+    path, _, at = text.rpartition("@")
+    if not path:
+        raise ValueError(f"--keyframe {text}: expected FILE@AT, such as end.png@last or middle.png@6.")
+    is_number = at.removeprefix("-").isdecimal()
+    return {"type": "keyframe", "image_or_video": path, "at": int(at) if is_number else at}
 
 
 def _load_model(

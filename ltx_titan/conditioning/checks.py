@@ -14,18 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ltx_titan.conditioning.conditioned import conditioned_tokens, reference_factors
+from ltx_titan.conditioning.conditioned import conditioned_tokens, reference_factors, span_bounds
 from ltx_titan.conditioning.strategy import FlexibleStrategy
 from ltx_titan.conditioning.tokens import Grid
 from ltx_titan.config.streams import (
     AudioSection,
     IntrinsicCondition,
+    Keyframe,
     Mask,
     Prefix,
     Reference,
     SpatialCrop,
     Suffix,
     VideoSection,
+    random_spans,
 )
 from ltx_titan.data import Sample, ShapeKey
 
@@ -275,13 +277,22 @@ def _stream_warnings(
 def _problem(condition: IntrinsicCondition, mask: Tensor, grid: Grid, factors: tuple[int, int, int]) -> str:
     if mask.all():
         return "covers the whole clip, so it contributes no loss"
-    if not mask.any():
+    if isinstance(condition, Keyframe) and (outside := _outside(condition, grid.frames)):
+        return f"is outside the clip at {', '.join(outside)}, where it has no effect"
+    # The mask of a random keyframe has only what is clean wherever it starts.
+    if not mask.any() and not random_spans(condition):
         return "is outside the frame, so it has no effect"
     if isinstance(condition, SpatialCrop):
         _, _, bottom, right = condition.spatial_region
         if bottom > grid.height * factors[1] or right > grid.width * factors[2]:
             return "exceeds the frame; only the part inside is conditioned on"
     return ""
+
+
+def _outside(condition: Keyframe, frames: int) -> list[str]:
+    """Starts of keyframes that lie beyond the clip with all of their frames."""
+    bounds = [(span.at, span_bounds(span, frames)) for span in condition.spans if span.at != "random"]
+    return [str(at) for at, (first, stop) in bounds if first >= frames or stop <= 0]
 
 
 def _known_from_shapes(block: VideoSection | AudioSection) -> list[tuple[int, IntrinsicCondition]]:
@@ -345,6 +356,8 @@ def _label(name: str, block: VideoSection | AudioSection, index: int) -> str:
     detail = ""
     if isinstance(condition, Prefix | Suffix):
         detail = f", temporal_boundary = {condition.temporal_boundary}"
+    elif isinstance(condition, Keyframe):
+        detail = f", at = {list(condition.at)}"
     elif isinstance(condition, SpatialCrop):
         detail = f", spatial_region = {list(condition.spatial_region)}"
     return f"{name}.conditions[{index}] ({condition.type}{detail})"

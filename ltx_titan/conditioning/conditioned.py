@@ -23,12 +23,15 @@ from ltx_titan.config.streams import (
     AudioSection,
     FirstFrame,
     IntrinsicCondition,
+    Keyframe,
     Mask,
     Prefix,
     Reference,
+    Span,
     SpatialCrop,
     Suffix,
     VideoSection,
+    random_spans,
 )
 
 _T = TypeVar("_T")
@@ -158,6 +161,7 @@ def condition_stream(
     read: StreamBatch,
     section: VideoSection | AudioSection,
     uses: Sequence[Tensor | None],
+    starts: Sequence[Tensor | None],
     scale_factors: tuple[int, int, int],
     marks_first_frame: bool,
 ) -> tuple[StreamTokens, dict[str, tuple[int, int]]]:
@@ -168,6 +172,7 @@ def condition_stream(
         section: the stream's section of the job.
         uses: for each condition, whether it fires: [B] for an intrinsic condition, a scalar for a reference, None for
             one without effect.
+        starts: for each condition, the random starts of its keyframes [B, n]; None for one without.
         scale_factors: compression factors of the video codec (time, height, width).
         marks_first_frame: whether the model has an embedding for tokens of a single pixel frame.
 
@@ -187,7 +192,7 @@ def condition_stream(
         marks_first_frame=marks_first_frame,
     )
     factors: dict[str, tuple[int, int]] = {}
-    for condition, fires in zip(section.conditions, uses, strict=True):
+    for condition, fires, at in zip(section.conditions, uses, starts, strict=True):
         if isinstance(condition, Reference):
             reference = read.references[condition.latents_dir]
             # Checked in every batch, fired or not: an adapter stores the factors.
@@ -198,8 +203,9 @@ def condition_stream(
                 tokens = tokens.add_reference(reference)
         elif fires is not None:
             file_mask = read.masks[condition.mask_dir] if isinstance(condition, Mask) else None
+            assert at is not None or not random_spans(condition), f"{condition.type}: no random starts"
             # [1, S] or [B, S], and [B, 1] for the draw of each sample.
-            mask = conditioned_tokens(condition, target.grid, scale_factors, file_mask, device)
+            mask = conditioned_tokens(condition, target.grid, scale_factors, file_mask, device, at)
             tokens = tokens.condition(mask & fires.to(device, non_blocking=True)[:, None])
     return tokens, factors
 
@@ -210,10 +216,11 @@ def conditioned_tokens(
     scale_factors: tuple[int, int, int],
     file_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Builds the token mask of an intrinsic condition.
 
-    Boundaries and regions that exceed the clip are clamped to it, as in the reference trainer.
+    Spans and regions that exceed the clip are clamped to it, as in the reference trainer.
 
     Args:
         condition: any condition but a reference.
@@ -221,20 +228,17 @@ def conditioned_tokens(
         scale_factors: compression factors of the video codec (time, height, width).
         file_mask: stored mask of a `mask` condition, [B, ...] with one element per token.
         device: device of the result.
+        starts: random starts of a condition's spans, see `frames_mask`.
 
     Returns:
-        True for a conditioned token: [1, S], or [B, S] for a `mask` condition.
+        True for a conditioned token: [1, S], or [B, S] for a `mask` condition or with random starts.
 
     Raises:
         ValueError: a stored mask does not have one element per token.
     """
     match condition:
-        case FirstFrame():
-            return frames_mask(grid, 1, device=device)
-        case Prefix(temporal_boundary=count):
-            return frames_mask(grid, count, device=device)
-        case Suffix(temporal_boundary=count):
-            return frames_mask(grid, count, at_end=True, device=device)
+        case FirstFrame() | Prefix() | Suffix() | Keyframe():
+            return frames_mask(grid, condition.spans, starts, device)
         case SpatialCrop():
             mask = torch.zeros(tuple(grid), dtype=torch.bool, device=device)
             top, left, bottom, right = crop_cells(condition, scale_factors)
@@ -246,15 +250,55 @@ def conditioned_tokens(
             return _threshold(file_mask.to(device), grid, condition.mask_dir)
 
 
-def frames_mask(grid: Grid, count: int, *, at_end: bool = False, device: torch.device | str = "cpu") -> Tensor:
-    """Token mask [1, S] of the first or the last `count` latent frames (video) or steps (audio)."""
-    mask = torch.zeros(tuple(grid), dtype=torch.bool, device=device)
-    if at_end:
-        # Not mask[-count:], which for a count beyond the clip would start inside it.
-        mask[max(grid.frames - count, 0) :] = True
-    else:
-        mask[:count] = True
-    return mask.flatten()[None]
+def frames_mask(
+    grid: Grid, spans: Sequence[Span], starts: Tensor | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Builds the token mask of latent frames (video) or steps (audio); parts of a span beyond the clip are dropped.
+
+    Args:
+        grid: latent sizes.
+        spans: frames to mark; their union is marked.
+        starts: start of each random span as a fraction of all starts at which it fits, uniform in [0, 1) [B, n]. None
+            marks those frames of a random span that it covers wherever it starts.
+        device: device of the result.
+
+    Returns:
+        True for a token of a span: [1, S], or [B, S] with starts.
+    """
+    frames = torch.arange(grid.frames, device=device)
+    marked = torch.zeros(1, grid.frames, dtype=torch.bool, device=device)
+    drawn = iter(()) if starts is None else iter(starts.unbind(dim=1))
+    for span in spans:
+        first: Tensor | int
+        if span.at != "random":
+            first, stop = span_bounds(span, grid.frames)
+            marked = marked | ((frames >= first) & (frames < stop))
+            continue
+        last_start = max(grid.frames - span.length, 0)
+        if starts is None:
+            marked = marked | ((frames >= last_start) & (frames < span.length))
+            continue
+        # [B, 1]. On the host as long as the draws are: only whole numbers are copied.
+        first = (next(drawn) * (last_start + 1)).long().clamp(max=last_start)[:, None].to(device, non_blocking=True)
+        marked = marked | ((frames >= first) & (frames < first + span.length))
+    # Tokens are frame-major.
+    return marked.repeat_interleave(grid.tokens_per_frame, dim=1)
+
+
+def span_bounds(span: Span, frames: int) -> tuple[int, int]:
+    """Start and end of a span that is not random, in a clip of `frames` latent frames or steps; not clamped to it."""
+    assert span.at != "random"
+    match span.at:
+        case "first":
+            first = 0
+        case "middle":
+            first = max(frames - span.length, 0) // 2
+        case "last":
+            # Negative for a span that is longer than the clip, which it then covers.
+            first = frames - span.length
+        case at:
+            first = at if at >= 0 else frames + at
+    return first, first + span.length
 
 
 def crop_cells(condition: SpatialCrop, scale_factors: tuple[int, int, int]) -> tuple[int, int, int, int]:

@@ -16,8 +16,16 @@ from ltx_titan.conditioning.batch import Batch, read_field, read_stream, token_s
 from ltx_titan.conditioning.conditioned import StreamTokens, condition_stream, conditioned_tokens, crop_cells
 from ltx_titan.conditioning.loss import Loss, ModelInputs, flow_matching_loss
 from ltx_titan.conditioning.tokens import DEFAULT_SCALE_FACTORS
-from ltx_titan.config.streams import AudioSection, Mask, Reference, SpatialCrop, StrategyConfig, VideoSection
-from ltx_titan.diffusion.draws import StepDraws, StreamDraws, StreamPlan
+from ltx_titan.config.streams import (
+    AudioSection,
+    Mask,
+    Reference,
+    SpatialCrop,
+    StrategyConfig,
+    VideoSection,
+    random_spans,
+)
+from ltx_titan.diffusion.draws import ConditionPlan, StepDraws, StreamDraws, StreamPlan
 from ltx_titan.diffusion.flow import add_noise, velocity_target
 from ltx_titan.model import Modality
 
@@ -125,7 +133,9 @@ class FlexibleStrategy:
         plans: dict[str, StreamPlan] = {}
         for name, block in self.blocks.items():
             num_tokens, channels = token_shape(batch, f"{name}_latents", name)
-            conditions = tuple((c.probability, isinstance(c, Reference)) for c in block.conditions)
+            conditions = tuple(
+                ConditionPlan(c.probability, isinstance(c, Reference), random_spans(c)) for c in block.conditions
+            )
             plans[name] = StreamPlan(num_tokens, channels, block.is_generated, conditions)
         return plans.get("video"), plans.get("audio")
 
@@ -164,6 +174,8 @@ class FlexibleStrategy:
     def clean_streams(self, batch: Batch) -> dict[str, StreamTokens]:
         """Conditions one sample without noise, as if every condition fired: the start of sampling.
 
+        Keyframes at random times are spread evenly instead, so that every validation shows the same.
+
         Args:
             batch: a batch of one, with text contexts.
 
@@ -177,9 +189,11 @@ class FlexibleStrategy:
         for name, block in self.blocks.items():
             fires = torch.ones(1, dtype=torch.bool)
             uses = [fires if is_applied else None for is_applied in block.applied]
+            counts = [random_spans(condition) for condition in block.conditions]
+            starts = [torch.arange(1, n + 1).double()[None] / (n + 1) if n else None for n in counts]
             read = read_stream(batch, name, block, self.scale_factors)
             marks_first_frame = name == "video" and self.keyframe_marker
-            found[name], _ = condition_stream(read, block, uses, self.scale_factors, marks_first_frame)
+            found[name], _ = condition_stream(read, block, uses, starts, self.scale_factors, marks_first_frame)
         return found
 
     def loss(self, video_pred: Tensor | None, audio_pred: Tensor | None, inputs: ModelInputs) -> Loss:
@@ -191,9 +205,9 @@ class FlexibleStrategy:
     ) -> _Stream:
         """Reads, conditions and noises one stream."""
         read = read_stream(batch, name, block, self.scale_factors)
-        uses = _uses(name, block, draws)
+        uses, starts = _uses(name, block, draws), draws.starts or [None] * len(block.conditions)
         marks_first_frame = name == "video" and self.keyframe_marker
-        tokens, scales = condition_stream(read, block, uses, self.scale_factors, marks_first_frame)
+        tokens, scales = condition_stream(read, block, uses, starts, self.scale_factors, marks_first_frame)
 
         target, present = read.target, read.present
         device, shape = target.tokens.device, target.tokens.shape

@@ -66,6 +66,15 @@ def _section(path: str, section: type[BaseModel], level: int) -> Iterator[str]:
 
 def _variants(path: str, variants: list[type[BaseModel]], level: int) -> Iterator[str]:
     """The kinds of table that an array holds, each with its keys."""
+    for stream in ("video", "audio"):
+        (section,) = models_in(JobConfig.model_fields[stream].annotation)
+        if variants == models_in(section.model_fields["conditions"].annotation) and not path.startswith(f"{stream}."):
+            # A source takes the conditions of a stream.
+            yield from (
+                "",
+                f"`{path.rpartition('.')[2]}` holds tables as [`{stream}.conditions`](#{stream}conditions).",
+            )
+            return
     yield from ("", f"{'#' * level} {path}[]", "", f"Array of tables `[[{path.replace('[]', '')}]]`, one of:")
     for variant in variants:
         yield from ("", f'**`type = "{_kind(variant)}"`**: {_summary(variant)}', "")

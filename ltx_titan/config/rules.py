@@ -220,6 +220,9 @@ def _stream_rules(job: JobConfig) -> Iterator[Problem]:
 
 def _data_rules(job: JobConfig) -> Iterator[Problem]:
     data = job.data
+    if data.sources:
+        yield from _source_rules(job)
+        return
     if data.source == "precomputed":
         if data.root is None:
             yield Problem(
@@ -250,6 +253,49 @@ def _data_rules(job: JobConfig) -> Iterator[Problem]:
                     f'a condition without files, which data.source = "{data.source}" does not provide',
                     'remove the condition, or set data.source = "precomputed"',
                 )
+
+
+def _source_rules(job: JobConfig) -> Iterator[Problem]:
+    data = job.data
+    for key, value, expected in (
+        ("source", data.source, '"precomputed" with data.sources, which are prepared datasets'),
+        ("root", data.root, "unset with data.sources, which have a root each"),
+    ):
+        if value not in (None, "precomputed"):
+            yield Problem(f"data.{key}", value, expected, "remove it, or remove data.sources")
+    streams = {name: block for name, block in (("video", job.video), ("audio", job.audio)) if block is not None}
+    labels: dict[str, int] = {}
+    for number, source in enumerate(data.sources):
+        key = f"data.sources[{number}]"
+        if not Path(source.root).is_dir():
+            yield Problem(
+                f"{key}.root", source.root, "a folder that exists", "correct the path, or preprocess the data"
+            )
+        if source.weight is not None and source.repeats is not None:
+            yield Problem(f"{key}.repeats", source.repeats, f"unset with weight = {source.weight}", "keep one of them")
+        elif source.weight is None and any(other.weight is not None for other in data.sources):
+            what = "a weight, because other sources have one"
+            yield Problem(f"{key}.weight", MISSING, what, "set it, or use repeats for all sources")
+        if (other_number := labels.setdefault(source.label, number)) != number:
+            what = f"another name than that of data.sources[{other_number}]"
+            yield Problem(f"{key}.name", source.label, what, "set name in one of them")
+        trained = [n for n, block in streams.items() if block.is_generated and source.modality in ("all", n)]
+        if streams and not trained:
+            what = "a stream that the job generates, or the source trains nothing"
+            yield Problem(f"{key}.modality", source.modality, what, "change it, or remove the source")
+        for name, conditions in (("video", source.video_conditions), ("audio", source.audio_conditions)):
+            if not conditions:
+                continue
+            reason = ""
+            if name not in streams:
+                reason = f"the job has no [{name}]"
+            elif source.modality not in ("all", name):
+                reason = f'the source has modality = "{source.modality}"'
+            elif not streams[name].is_generated and any(c.type != "reference" for c in conditions):
+                reason = f"[{name}] has is_generated = false, so all of its tokens are clean already"
+            if reason:
+                kinds = ", ".join(condition.type for condition in conditions)
+                yield Problem(f"{key}.{name}_conditions", kinds, f"unset, because {reason}", "remove them")
 
 
 def _media_rules(job: JobConfig) -> Iterator[Problem]:

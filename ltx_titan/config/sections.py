@@ -5,6 +5,8 @@ the sections about learning, `streams.py` and `validation.py` those with lists o
 rules between fields.
 """
 
+import re
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -23,6 +25,7 @@ from ltx_titan.config.base import (
     Seed,
     Words,
 )
+from ltx_titan.config.streams import AudioCondition, VideoCondition
 
 ActivationCheckpointMode = Literal["none", "full", "selective", "every_k", "budget"]
 ExportLayout = Literal["transformer", "with_connectors", "complete"]
@@ -126,6 +129,39 @@ class MediaSection(Section):
     """Size limit of that folder; the least recently used samples are evicted."""
 
 
+class SourceSection(Section):
+    """`[[data.sources]]`: one of several prepared datasets that a job trains on."""
+
+    root: PathText
+    """Folder with latents/, conditions/ and so on, or the folder that contains it as `.precomputed`."""
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    """Name in logs and metrics; unset means the folder's."""
+    weight: AboveZero | None = None
+    """Share of the drawn samples, relative to the weights of the other sources: all of them have one, or none. It
+    balances datasets of different sizes; an epoch then has as many samples as all sources together."""
+    repeats: Positive | None = None
+    """Times that an epoch has each sample of the source, instead of `weight`; unset means once."""
+    modality: Literal["all", "video", "audio"] = "all"
+    """Streams that the source has. A job with both streams trains on images and silent clips with `"video"`: its audio
+    folder is neither needed nor read, and its samples have no audio loss."""
+    caption_dropout: Fraction | None = None
+    """As `data.caption_dropout`, for this source; unset means that one."""
+    trigger: str | None = None
+    """Trigger word that the captions were prepared with, stored in LoRA files. Checked, not added: captions are encoded
+    already (`process-dataset --lora-trigger`). Unset means the recorded one."""
+    video_conditions: Annotated[tuple[VideoCondition, ...], Field(strict=False)] | None = None
+    """Conditions of the video, in place of those of [video]; an empty list has none."""
+    audio_conditions: Annotated[tuple[AudioCondition, ...], Field(strict=False)] | None = None
+    """Conditions of the audio, in place of those of [audio]."""
+
+    @property
+    def label(self) -> str:
+        """The name, or the folder's without characters that a metric cannot have."""
+        path = PurePath(self.root)
+        folder = path.parent.name if path.name == ".precomputed" else path.name
+        return self.name or re.sub(r"[^\w.-]", "_", folder)
+
+
 class DataSection(Section):
     """`[data]`: source of the samples and prefetching."""
 
@@ -133,6 +169,8 @@ class DataSection(Section):
     """`media` encodes clips during training; `synthetic` measures speed without a dataset."""
     root: PathText | None = None
     """Folder with latents/, conditions/ and so on, or the folder that contains it as `.precomputed`."""
+    sources: Annotated[tuple[SourceSection, ...], Field(strict=False)] = ()
+    """Several prepared datasets instead of `root`, mixed by weights or repeats."""
     caption_dropout: Fraction = 0.0
     """Fraction of samples that are trained without their caption, which classifier-free guidance needs."""
     num_workers: int = Field(2, ge=0)

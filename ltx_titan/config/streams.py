@@ -3,15 +3,52 @@
 A stream without a section is not passed to the transformer at all. A section with `is_generated = false` freezes its
 stream: it stays clean and has no loss, but the other stream still attends to it.
 
-Five conditions are intrinsic: they keep some of the target's own tokens clean. The sixth, a reference, prepends clean
-tokens of another clip. `ltx_titan.conditioning.conditions` turns an intrinsic condition into a token mask.
+Intrinsic conditions keep some of the target's own tokens clean: a keyframe, first frame, prefix or suffix all of some
+latent frames, a spatial crop or mask a part of them. A reference prepends clean tokens of another clip.
+`ltx_titan.conditioning.conditioned` turns an intrinsic condition into a token mask.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ltx_titan.config.base import FolderName, Fraction, Positive, Region, Section
+
+FixedTime = Literal["first", "middle", "last"]
+RandomTime = Literal["random"]
+
+
+def _check_time(value: Any, names: tuple[str, ...]) -> Any:
+    # Here and not by the union's own errors, one for each of its members.
+    is_frame = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+    if not (is_frame or value in names):
+        quoted = ", ".join(f'"{name}"' for name in names)
+        raise ValueError(
+            f"expected a latent frame (0 is the first, -1 the last) or one of {quoted}, found {value!r}; correct it"
+        )
+    return value
+
+
+LatentTime = Annotated[
+    int | FixedTime | RandomTime,
+    BeforeValidator(lambda value: _check_time(value, get_args(FixedTime) + get_args(RandomTime))),
+]
+"""The latent frame that a keyframe starts at, negative from the end, or where it is placed in the clip."""
+FixedLatentTime = Annotated[int | FixedTime, BeforeValidator(lambda value: _check_time(value, get_args(FixedTime)))]
+"""As `LatentTime`, without a draw."""
+
+
+class Span(NamedTuple):
+    """Consecutive latent frames (video) or steps (audio).
+
+    Attributes:
+        at: index of the first one, negative from the end; or the beginning, middle or end of the clip, where the whole
+            span fits; or anywhere it fits, drawn for each sample.
+        length: number of them.
+    """
+
+    at: int | FixedTime | RandomTime
+    length: int
 
 
 class _Condition(Section):
@@ -19,10 +56,31 @@ class _Condition(Section):
     """Probability that the condition applies, drawn in every step."""
 
 
+class Keyframe(_Condition):
+    """Latent frames at any time are clean: the model learns to generate what lies between images or short clips."""
+
+    type: Literal["keyframe"]
+    at: Annotated[tuple[LatentTime, ...], Field(strict=False, min_length=1)]
+    """Where keyframes start: latent frames (0 is the first, -1 the last), "first", "middle", "last", or "random", which
+    is drawn for each sample in every step. Latent frame 0 is one frame, each other one 8."""
+    length: Positive = 1
+    """Number of clean latent frames from each: 1 for an image, more for a clip."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The clean latent frames."""
+        return tuple(Span(at, self.length) for at in self.at)
+
+
 class FirstFrame(_Condition):
     """The first latent frame is clean: image to video."""
 
     type: Literal["first_frame"]
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The clean latent frames."""
+        return (Span("first", 1),)
 
 
 class Prefix(_Condition):
@@ -32,6 +90,11 @@ class Prefix(_Condition):
     temporal_boundary: Positive
     """Number of clean latent frames (video) or latent steps (audio)."""
 
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The clean latent frames or steps."""
+        return (Span("first", self.temporal_boundary),)
+
 
 class Suffix(_Condition):
     """The end is clean: the model learns to lead up to it."""
@@ -39,6 +102,11 @@ class Suffix(_Condition):
     type: Literal["suffix"]
     temporal_boundary: Positive
     """Number of clean latent frames (video) or latent steps (audio)."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The clean latent frames or steps."""
+        return (Span("last", self.temporal_boundary),)
 
 
 class SpatialCrop(_Condition):
@@ -66,9 +134,16 @@ class Reference(_Condition):
 
 
 # Discriminated by `type`: an error concerns the keys of that one kind, not of all in turn.
-VideoCondition = Annotated[FirstFrame | Prefix | Suffix | SpatialCrop | Mask | Reference, Field(discriminator="type")]
+VideoCondition = Annotated[
+    FirstFrame | Prefix | Suffix | Keyframe | SpatialCrop | Mask | Reference, Field(discriminator="type")
+]
 AudioCondition = Annotated[Prefix | Suffix | Mask | Reference, Field(discriminator="type")]
-IntrinsicCondition = FirstFrame | Prefix | Suffix | SpatialCrop | Mask
+IntrinsicCondition = FirstFrame | Prefix | Suffix | Keyframe | SpatialCrop | Mask
+
+
+def random_spans(condition: Any) -> int:
+    """Number of spans of a condition whose start is drawn for each sample."""
+    return sum(span.at == "random" for span in getattr(condition, "spans", ()))
 
 
 class _StreamSection(Section):

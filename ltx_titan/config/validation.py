@@ -22,6 +22,7 @@ from ltx_titan.config.base import (
     Seed,
     StreamName,
 )
+from ltx_titan.config.streams import FixedLatentTime
 
 # 1 means no guidance; below it, guidance would weaken what it is meant to strengthen.
 GuidanceScale = Annotated[float, Field(ge=1.0)]
@@ -63,7 +64,24 @@ class SampleFirstFrame(Section):
     image_or_video: PathText
     """Image, or video whose first frame is used."""
 
-    # A constant of the kind, not a key of the file.
+    # Constants of the kind, not keys of the file: it is a keyframe at the first latent frame.
+    stream: ClassVar[StreamName] = "video"
+    at: ClassVar[FixedLatentTime] = "first"
+    length: ClassVar[int] = 1
+
+
+class SampleKeyframe(Section):
+    """Latent frames at any time are an image or a clip; several conditions make several keyframes."""
+
+    type: Literal["keyframe"]
+    image_or_video: PathText
+    """Image, which is held still, or video. A keyframe that does not begin the clip takes the frames after the video's
+    first one, which gives the codec their past as in training."""
+    at: FixedLatentTime
+    """Latent frame that it starts at (0 is the first, -1 the last), or "first", "middle" or "last"."""
+    length: Positive = 1
+    """Number of conditioned latent frames."""
+
     stream: ClassVar[StreamName] = "video"
 
 
@@ -158,6 +176,7 @@ class AudioToVideo(Section):
 
 SampleCondition = Annotated[
     SampleFirstFrame
+    | SampleKeyframe
     | SamplePrefix
     | SampleSuffix
     | SampleSpatialCrop

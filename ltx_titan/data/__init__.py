@@ -14,16 +14,20 @@ from ltx_titan.data.dataset import (
 )
 from ltx_titan.data.layout import read_sample, read_shapes, write_sample
 from ltx_titan.data.loader import Batch, MicroBatch, StepBatches, StepLoader, collate, map_tensors
-from ltx_titan.data.plan import BatchPlan, DataPosition, resume_step
+from ltx_titan.data.mixed import MixedDataset, Source
+from ltx_titan.data.plan import BatchPlan, DataPosition, Mixture, resume_step
 
 __all__ = [
     "Batch",
     "BatchPlan",
     "DataPosition",
     "MicroBatch",
+    "MixedDataset",
+    "Mixture",
     "PrecomputedDataset",
     "Sample",
     "ShapeKey",
+    "Source",
     "StepBatches",
     "StepLoader",
     "TokenCounts",

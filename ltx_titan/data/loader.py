@@ -21,8 +21,8 @@ from ltx_titan.data.plan import BatchPlan, PlannedForward
 
 Batch = dict[str, dict[str, Tensor]]
 """Source -> field -> tensor with a leading batch dim."""
-Draw = Callable[[Batch, int, tuple[int, ...]], Any]
-"""(batch, optimizer step, positions in the global batch) -> the random draws of these samples."""
+Draw = Callable[[Batch, int, tuple[int, ...], tuple[int, ...]], Any]
+"""(batch, optimizer step, positions in the global batch, indices in the dataset) -> the draws of these samples."""
 
 
 class Dataset(Protocol):
@@ -178,7 +178,7 @@ class StepLoader:
         try:
             batch = collate([self._dataset.load(index) for index in samples])
             # Keyed by step and position, so it does not matter which thread draws, or when.
-            draws = None if self._draw is None else self._draw(batch, step, positions)
+            draws = None if self._draw is None else self._draw(batch, step, positions, samples)
         except Exception as error:
             # A note keeps the type: a ValueError is the user's, and is printed without a traceback.
             names = ", ".join(self._dataset.name(index) for index in samples)

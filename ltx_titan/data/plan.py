@@ -7,22 +7,68 @@ An epoch is a shuffle of all samples, cut into global batches. As many global ba
 shape, which can share a forward; the remainders of all shapes form mixed batches at shuffled positions. An epoch ends
 on a batch boundary: its last batch is filled from a further shuffle.
 
+With several sources (`Mixture`) each one is a sequence of shuffles of its own, of which an epoch takes the next
+samples; together they are shuffled and cut as above. So the samples of a source are used equally often, whatever its
+share.
+
 Within a step every data-parallel rank has the same number of samples and of micro-batches, because FSDP runs
 collectives in every forward. The ranks of a mixed batch get about equal costs, and large micro-batches run at the same
 time on all ranks.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from fractions import Fraction
+from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from math import ceil
 from typing import Any, Self
 
 import numpy as np
 
 PlannedForward = list[tuple[int, int]]
 """(position in the global batch, sample index) of each sample in one forward."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of several sources, whose samples have consecutive indices.
+
+    Attributes:
+        sizes: samples of each source.
+        draws: mean number of samples of each source in an epoch, at least 1.
+    """
+
+    sizes: tuple[int, ...]
+    draws: tuple[Fraction, ...]
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of an epoch."""
+        return ceil(sum(self.draws))
+
+    def drawn(self, total: int) -> list[int]:
+        """Samples of each source among the first `total`: its share to less than one."""
+        # Differences of rounded sums rather than rounded shares: they add up to `total`. Fractions are exact, so that
+        # a share does not depend on the machine.
+        ends = [0, *(int(total * share) for share in self._cumulative)]
+        return [end - start for start, end in pairwise(ends)]
+
+    def source_of(self, index: int) -> int:
+        """Number of the source that a sample belongs to."""
+        return bisect_right(self.ends, index)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Index after the last sample of each source."""
+        return np.cumsum(self.sizes).tolist()
+
+    @cached_property
+    def _cumulative(self) -> list[Fraction]:
+        return [sum(self.draws[: number + 1], Fraction()) / sum(self.draws) for number in range(len(self.draws))]
 
 
 class BatchPlan:
@@ -35,6 +81,7 @@ class BatchPlan:
         seed: int,
         global_batch_size: int,
         fingerprint: str,
+        mixture: Mixture | None = None,
     ) -> None:
         """Prepares the plan.
 
@@ -44,6 +91,7 @@ class BatchPlan:
             seed: the job's.
             global_batch_size: samples per optimizer step.
             fingerprint: of the dataset.
+            mixture: shares of its sources; None draws every sample once in an epoch.
 
         Raises:
             ValueError: the dataset is empty.
@@ -54,6 +102,7 @@ class BatchPlan:
         self.global_batch_size = global_batch_size
         self.fingerprint = fingerprint
         self._seed = seed
+        self._mixture = mixture
         self._costs = [float(cost) for cost in costs]
         numbers: dict[Hashable, int] = {}
         self._buckets = np.array([numbers.setdefault(key, len(numbers)) for key in shape_keys])
@@ -66,19 +115,35 @@ class BatchPlan:
         return len(self._buckets)
 
     @property
+    def epoch_samples(self) -> int:
+        """Samples of an epoch, before its last batch is filled up."""
+        return self.num_samples if self._mixture is None else self._mixture.epoch_samples
+
+    @property
     def num_shapes(self) -> int:
         """Distinct shapes of samples."""
         return int(self._buckets.max()) + 1
 
     @property
     def batches_per_epoch(self) -> int:
-        """Global batches until every sample was used at least once."""
-        return -(-self.num_samples // self.global_batch_size)
+        """Global batches of an epoch: until every sample was used at least once, or as many as the mixture asks for."""
+        return -(-self.epoch_samples // self.global_batch_size)
 
     def global_batch(self, n: int) -> tuple[int, ...]:
         """Sample indices of global batch `n` (from 0), in order of their position."""
         epoch, index = divmod(n, self.batches_per_epoch)
         return tuple(self._epoch(epoch)[index].tolist())
+
+    def drawn(self, n: int) -> list[int]:
+        """Samples of each source in the first `n` global batches."""
+        if self._mixture is None:
+            return [n * self.global_batch_size]
+        epoch, index = divmod(n, self.batches_per_epoch)
+        counts = np.array(self._mixture.drawn(epoch * self.batches_per_epoch * self.global_batch_size))
+        if index:
+            sources = np.searchsorted(self._mixture.ends, self._epoch(epoch)[:index].ravel(), side="right")
+            counts += np.bincount(sources, minlength=len(counts))
+        return counts.tolist()
 
     def micro_batches(self, n: int, dp_rank: int, dp_size: int, local_batch_size: int) -> list[PlannedForward]:
         """The forwards of one data-parallel rank in global batch `n`; their number is the same on every rank.
@@ -102,14 +167,14 @@ class BatchPlan:
 
     def _make_epoch(self, epoch: int) -> np.ndarray:
         """Sample indices [batches, global batch size] of an epoch."""
-        # Not Python's hash(), which is salted per process: all ranks must shuffle alike. Hashing also makes the streams
-        # of neighboring seeds and epochs unrelated.
-        key = hashlib.sha256(f"{self.fingerprint}\0{self._seed}\0{epoch}".encode()).digest()
-        generator = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16])))
+        generator = self._generator(epoch)
         size, total = self.global_batch_size, self.batches_per_epoch * self.global_batch_size
-        order = generator.permutation(self.num_samples)
-        while len(order) < total:
-            order = np.concatenate([order, generator.permutation(self.num_samples)[: total - len(order)]])
+        if self._mixture is None:
+            order = generator.permutation(self.num_samples)
+            while len(order) < total:
+                order = np.concatenate([order, generator.permutation(self.num_samples)[: total - len(order)]])
+        else:
+            order = generator.permutation(self._draw_sources(self._mixture, epoch * total, (epoch + 1) * total))
         # A stable sort keeps the samples of each shape in shuffled order.
         order = order[np.argsort(self._buckets[order], kind="stable")]
         # Full batches of one shape first; the remainders of all shapes together fill the mixed batches.
@@ -121,6 +186,25 @@ class BatchPlan:
         batches = np.concatenate(whole + rest).reshape(-1, size)
         # Otherwise all batches of one shape would follow each other.
         return batches[generator.permutation(len(batches))]
+
+    def _generator(self, *purpose: int) -> np.random.Generator:
+        # Not Python's hash(), which is salted per process: all ranks must shuffle alike. Hashing also makes the streams
+        # of neighboring seeds and epochs unrelated.
+        name = "\0".join(map(str, (self.fingerprint, self._seed, *purpose)))
+        return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:16])))
+
+    def _draw_sources(self, mixture: Mixture, start: int, stop: int) -> np.ndarray:
+        """Sample indices of the draws from `start` to `stop` of a run, source by source."""
+        parts, offset = [], 0
+        bounds = zip(mixture.sizes, mixture.drawn(start), mixture.drawn(stop), strict=True)
+        for number, (size, first, last) in enumerate(bounds):
+            # The source's own sequence: one shuffle of all its samples after the other.
+            rounds = range(first // size, -(-last // size))
+            if first < last:
+                sequence = np.concatenate([self._generator(number, i).permutation(size) for i in rounds])
+                parts.append(offset + sequence[first - rounds.start * size : last - rounds.start * size])
+            offset += size
+        return np.concatenate(parts)
 
     def _deal(self, batch: Sequence[int], dp_size: int) -> list[list[int]]:
         """Positions for each rank: the most expensive samples first, each to the least loaded rank with room."""

@@ -1,4 +1,12 @@
-from ltx_titan.diffusion.draws import StepDraws, StreamDraws, StreamPlan, draw_caption_drops, draw_step, sigma_sampler
+from ltx_titan.diffusion.draws import (
+    ConditionPlan,
+    StepDraws,
+    StreamDraws,
+    StreamPlan,
+    draw_caption_drops,
+    draw_step,
+    sigma_sampler,
+)
 from ltx_titan.diffusion.flow import (
     add_noise,
     denoised_from_velocity,
@@ -18,6 +26,7 @@ from ltx_titan.diffusion.sigma import ShiftedLogitNormal, SigmaSampler, UniformS
 __all__ = [
     "MEAN_SQUARED_ERROR",
     "PASSES",
+    "ConditionPlan",
     "Guidance",
     "Objective",
     "SampledStream",

@@ -38,6 +38,7 @@ class StreamDraws(NamedTuple):
     sigma: Tensor | None
     noise: Tensor | None
     uses: list[Tensor | None] | None
+    starts: list[Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class StepDraws:
         video_uses: which conditions fire, parallel to the block's conditions: a boolean tensor, [B] for an intrinsic
             condition and scalar for a reference; None if none is drawn (an intrinsic condition of a frozen stream).
         audio_uses: the same for the audio block's conditions.
+        video_starts: where keyframes at random times start, parallel to the block's conditions: uniform in [0, 1)
+            [B, n], float64; None for a condition without any.
+        audio_starts: the same for the audio block's conditions.
     """
 
     video_sigma: Tensor | None
@@ -60,16 +64,26 @@ class StepDraws:
     audio_noise: Tensor | None
     video_uses: list[Tensor | None] | None
     audio_uses: list[Tensor | None] | None
+    video_starts: list[Tensor | None] | None = None
+    audio_starts: list[Tensor | None] | None = None
 
     @property
     def video(self) -> StreamDraws:
         """Draws of the video stream."""
-        return StreamDraws(self.video_sigma, self.video_noise, self.video_uses)
+        return StreamDraws(self.video_sigma, self.video_noise, self.video_uses, self.video_starts)
 
     @property
     def audio(self) -> StreamDraws:
         """Draws of the audio stream."""
-        return StreamDraws(self.audio_sigma, self.audio_noise, self.audio_uses)
+        return StreamDraws(self.audio_sigma, self.audio_noise, self.audio_uses, self.audio_starts)
+
+
+class ConditionPlan(NamedTuple):
+    """Draws of one condition: its probability, whether it is a reference, and its number of random starts."""
+
+    probability: float
+    is_reference: bool = False
+    random_starts: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,13 @@ class StreamPlan:
         num_tokens: target tokens; references are not counted.
         channels: width of a token.
         is_generated: False for a frozen stream, which has no sigma and no noise.
-        conditions: (probability, whether it is a reference) of each condition of the block, in order.
+        conditions: of the block, in order.
     """
 
     num_tokens: int
     channels: int
     is_generated: bool
-    conditions: tuple[tuple[float, bool], ...] = ()
+    conditions: tuple[ConditionPlan, ...] = ()
 
 
 def draw_step(
@@ -114,7 +128,7 @@ def draw_step(
     """
     v = _draw_stream("video", video, sampler, f"{seed}/{step}", indices)
     a = _draw_stream("audio", audio, audio_sampler or sampler, f"{seed}/{step}", indices)
-    return StepDraws(v.sigma, a.sigma, v.noise, a.noise, v.uses, a.uses)
+    return StepDraws(v.sigma, a.sigma, v.noise, a.noise, v.uses, a.uses, v.starts, a.starts)
 
 
 def sigma_sampler(settings: SigmaSection, stream: StreamName) -> SigmaSampler:
@@ -140,9 +154,10 @@ def sigma_sampler(settings: SigmaSection, stream: StreamName) -> SigmaSampler:
     return sampler if (low, high) == (0.0, 1.0) else TruncatedSigma(sampler, low, high)
 
 
-def draw_caption_drops(probability: float, *, seed: int, step: int, indices: Sequence[int]) -> Tensor:
+def draw_caption_drops(probabilities: Sequence[float], *, seed: int, step: int, indices: Sequence[int]) -> Tensor:
     """Draws which samples of a micro-batch are trained without their caption [B], bool; keyed like all other draws."""
-    return torch.tensor([_uniform(f"{seed}/{step}/{index}/caption") < probability for index in indices])
+    drawn = [_uniform(f"{seed}/{step}/{index}/caption") for index in indices]
+    return torch.tensor([number < probability for number, probability in zip(drawn, probabilities, strict=True)])
 
 
 def _draw_stream(
@@ -152,7 +167,11 @@ def _draw_stream(
         return StreamDraws(None, None, None)
     keys = [f"{step_key}/{index}/{name}" for index in indices]
     uses: list[Tensor | None] = []
-    for i, (probability, is_reference) in enumerate(plan.conditions):
+    starts: list[Tensor | None] = []
+    for i, (probability, is_reference, count) in enumerate(plan.conditions):
+        # In double precision: rounded to float32, a number close to 1 would become 1.
+        drawn = [[_uniform(f"{key}/condition {i}/start {n}") for n in range(count)] for key in keys]
+        starts.append(torch.tensor(drawn, dtype=torch.float64) if count and plan.is_generated else None)
         if is_reference:
             # One decision for the whole global batch: a reference changes the length of the sequence.
             uses.append(torch.tensor(_uniform(f"{step_key}/{name}/reference {i}") < probability))
@@ -162,7 +181,7 @@ def _draw_stream(
         else:
             uses.append(None)
     if not plan.is_generated:
-        return StreamDraws(None, None, uses)
+        return StreamDraws(None, None, uses, starts)
     # One call per sample, each with a generator of its own; a single call for [B] would tie a sample's sigma to its
     # neighbors in the micro-batch.
     sigma = torch.cat([sampler.sample((1,), plan.num_tokens, _torch_generator(f"{key}/sigma")) for key in keys])
@@ -170,7 +189,7 @@ def _draw_stream(
     # In place, one generator per sample.
     for row, key in zip(noise, keys, strict=True):
         _numpy_generator(f"{key}/noise").standard_normal(out=row, dtype=np.float32)
-    return StreamDraws(sigma, torch.from_numpy(noise), uses)
+    return StreamDraws(sigma, torch.from_numpy(noise), uses, starts)
 
 
 def _key(name: str) -> int:

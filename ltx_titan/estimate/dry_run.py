@@ -182,10 +182,9 @@ def _inputs(plan: Plan) -> ModelInputs:
     else:
         batch["conditions"] = _contexts(plan, batch["conditions"]["video_prompt_embeds"])
     # Values of sigma change no shape, so any sampler will do.
-    draws = draw_step(
-        *plan.strategy.draw_plan(batch), sampler=UniformSigma(), seed=0, step=1, indices=tuple(range(count))
-    )
-    return plan.strategy.prepare(batch, draws)
+    strategy = plan.part_of(index).strategy
+    draws = draw_step(*strategy.draw_plan(batch), sampler=UniformSigma(), seed=0, step=1, indices=tuple(range(count)))
+    return strategy.prepare(batch, draws)
 
 
 def _contexts(plan: Plan, features: Tensor) -> dict[str, Tensor]:

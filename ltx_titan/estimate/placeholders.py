@@ -54,6 +54,12 @@ def add_placeholders(tables: Tables, folder: Path, *, shape: str | None = None, 
         data.pop("root", None)
     elif data.get("source") == "media":
         return notes
+    sources = data.get("sources") or []
+    if sources and (clip is not None or not all(Path(source["root"]).expanduser().is_dir() for source in sources)):
+        notes.append("data.sources: not all found (or overridden by --clip); assuming one dataset without them")
+        del data["sources"]
+    elif sources:
+        return notes
     if data.get("source") == "synthetic":
         if clip is not None:
             width, height, frames = clip

@@ -298,8 +298,8 @@ def make_workload(plan: Plan) -> Workload:
         audio_tokens=typical.audio_tokens,
         text_tokens=typical.text_tokens,
         # A condition can make tokens clean: their timestep is 0, that of the others is the sample's sigma.
-        video_timesteps=2 if job.video is not None and job.video.conditions else 1,
-        audio_timesteps=2 if job.audio is not None and job.audio.conditions else 1,
+        video_timesteps=2 if any(part.strategy.video and part.strategy.video.conditions for part in plan.parts) else 1,
+        audio_timesteps=2 if any(part.strategy.audio and part.strategy.audio.conditions for part in plan.parts) else 1,
         largest=(largest.video_tokens, largest.audio_tokens),
         global_batch_size=job.training.global_batch_size,
         itemsize=COMPUTE_DTYPES[job.training.dtype].itemsize,

@@ -147,7 +147,9 @@ class TrainStep:
         batch = map_tensors(micro_batch.batch, lambda tensor: tensor.to(self._device, non_blocking=True))
         features = batch["conditions"]
         batch["conditions"] = to_contexts(features, self._connectors, self._dtype)
-        inputs = self._plan.strategy.prepare(batch, micro_batch.draws)
+        # Samples of a micro-batch have the same conditions.
+        strategy = self._plan.part_of(micro_batch.samples[0]).strategy
+        inputs = strategy.prepare(batch, micro_batch.draws)
         losses = self._train_on(TrainedPass(inputs))
         assert losses.streams is not None
         sums.add(losses.total, losses.streams, inputs, self._sample_share)
@@ -157,7 +159,7 @@ class TrainStep:
         if self._preservation is not None and self._preservation.has_blank_pass:
             # The same draws: only the captions differ.
             batch["conditions"] = to_contexts(without_captions(features), self._connectors, self._dtype)
-            blank = self._train_on(TrainedPass(self._plan.strategy.prepare(batch, micro_batch.draws), is_blank=True))
+            blank = self._train_on(TrainedPass(strategy.prepare(batch, micro_batch.draws), is_blank=True))
             assert blank.preservation is not None
             sums.add_part("blank_prompt", blank.preservation, blank.total, self._sample_share)
         # From the shapes in the plan: counting tokens on the device would make the host wait for it.
@@ -199,7 +201,7 @@ class TrainStep:
         """Weight of a sample in the global mean: gradients are summed over ranks and micro-batches of any size."""
         return 1 / self._job.training.global_batch_size
 
-    def draw(self, batch: Batch, step: int, positions: tuple[int, ...]) -> StepDraws:
+    def draw(self, batch: Batch, step: int, positions: tuple[int, ...], samples: tuple[int, ...]) -> StepDraws:
         """Draws all random numbers of a micro-batch; called in the loader's threads.
 
         Args:
@@ -207,12 +209,14 @@ class TrainStep:
             step: optimizer step.
             positions: index of each sample in the global batch. With the seed and step they key each sample's
                 generator, so the draws are the same on every mesh.
+            samples: index of each sample in the dataset; they have the same conditions.
         """
-        seed = self._job.training.seed
-        if self._job.data.caption_dropout > 0:
-            drops = draw_caption_drops(self._job.data.caption_dropout, seed=seed, step=step, indices=positions)
+        seed, parts = self._job.training.seed, [self._plan.part_of(index) for index in samples]
+        dropout = [part.caption_dropout for part in parts]
+        if any(dropout):
+            drops = draw_caption_drops(dropout, seed=seed, step=step, indices=positions)
             batch["conditions"]["prompt_attention_mask"][drops] = 0  # the connectors replace masked tokens by registers
-        video, audio = self._plan.strategy.draw_plan(batch)
+        video, audio = parts[0].strategy.draw_plan(batch)
         return draw_step(
             video,
             audio,

@@ -222,6 +222,12 @@ class Trainer:
         self.alerts.send("finished", "", self.step)
         if idle_steps := self.report.idle_steps:
             logger.warning("%d steps of this run had no token to generate and learned nothing", idle_steps)
+        seen = self.next_batch * plan.batches.global_batch_size
+        for name, (samples, epochs) in plan.drawn(self.next_batch).items():
+            share = samples / max(seen, 1)
+            logger.info(
+                "drawn from %s: %d of %d samples (%.1f %%), %.2f epochs", name, samples, seen, 100 * share, epochs
+            )
         if not job.checkpoint.enable:
             lost = f"the weights of step {self.step} are neither saved nor exported"
             logger.warning("checkpoint.enable = false: %s", lost)
@@ -275,7 +281,9 @@ class Trainer:
         """
         # As drawn from the data: with skipped updates, too, and over all runs of a resumed job.
         seen = self.next_batch * self.plan.batches.global_batch_size
-        drawn = {"data/samples": seen, "data/epochs": seen / len(self.plan.dataset)}
+        drawn = {"data/samples": seen, "data/epochs": seen / self.plan.batches.epoch_samples}
+        for name, (samples, epochs) in self.plan.drawn(self.next_batch).items():
+            drawn |= {f"data/{name}/samples": samples, f"data/{name}/epochs": epochs}
         not_finite = self.report.log(
             log,
             self.step,

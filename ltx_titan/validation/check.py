@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ltx_titan.conditioning import Grid, video_grid
+from ltx_titan.conditioning.conditioned import span_bounds
+from ltx_titan.config.streams import Span
 from ltx_titan.config.validation import (
     AudioToVideo,
     SampleCondition,
     SampleFirstFrame,
+    SampleKeyframe,
     SampleMask,
     SamplePrefix,
     SampleReference,
@@ -186,7 +189,7 @@ def _sample_problems(
 
 def _files(condition: SampleCondition) -> tuple[str, ...]:
     match condition:
-        case SampleFirstFrame():
+        case SampleFirstFrame() | SampleKeyframe():
             return (condition.image_or_video,)
         case AudioToVideo():
             return (condition.audio,)
@@ -204,6 +207,13 @@ def _size_problems(
     # A causal video VAE encodes frame 0 alone and each further `time` frames as one latent frame, so a prefix holds
     # 1 + n * time frames and a suffix, which does not contain frame 0, n * time.
     match condition:
+        case SampleKeyframe(at=at, length=length):
+            first, stop = span_bounds(Span(at, length), grid.frames)
+            if first < 0 or stop > grid.frames:
+                yield (
+                    f"at = {at!r} with length {length} covers latent frames {first} to {stop - 1}; expected frames "
+                    f"within 0 to {grid.frames - 1} ({frames} pixel frames)."
+                )
         case SamplePrefix(num_frames=int(count)) if (count - 1) % time or count > frames:
             yield f"num_frames is {count}; expected 1 + a multiple of {time}, at most {frames}, for a prefix."
         case SampleSuffix(num_frames=int(count)) if count % time or count > frames:

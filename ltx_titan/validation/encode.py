@@ -23,12 +23,13 @@ from ltx_titan.conditioning import (
     video_grid,
 )
 from ltx_titan.conditioning.batch import DEFAULT_FPS
-from ltx_titan.conditioning.conditioned import reference_factors
-from ltx_titan.config.streams import Reference, SpatialCrop
+from ltx_titan.conditioning.conditioned import reference_factors, span_bounds
+from ltx_titan.config.streams import Reference, Span, SpatialCrop
 from ltx_titan.config.validation import (
     AudioToVideo,
     SampleCondition,
     SampleFirstFrame,
+    SampleKeyframe,
     SampleMask,
     SamplePrefix,
     SampleReference,
@@ -164,9 +165,17 @@ def _with_video(
     assert codec is not None, f"{condition.type} needs a video encoder"
     time, down, right = encoders.scale_factors
     match condition:
-        case SampleFirstFrame(image_or_video=path):
-            pixels = _read_frames(path, 1, shape.width, shape.height)
-            return condition_frames(start, _encode(codec, pixels)), pixels
+        case SampleFirstFrame(image_or_video=path) | SampleKeyframe(image_or_video=path):
+            at, length = condition.at, condition.length
+            # The codec encodes frame 0 of a clip alone, and every later latent frame from its past: one frame, as
+            # little as there can be.
+            has_past = span_bounds(Span(at, length), start.target.grid.frames)[0] > 0
+            count = 1 + time * (length - 1 + has_past)
+            pixels = _read_frames(path, count, shape.width, shape.height)
+            if is_image(path):
+                pixels = pixels.expand(-1, count, -1, -1)
+            _must_have(path, pixels, count)
+            return condition_frames(start, _encode(codec, pixels)[:, :, -length:], at=at), pixels
         case SamplePrefix(video=str(path), num_frames=count):
             pixels = _read_frames(path, count or shape.frames, shape.width, shape.height)
             _must_have(path, pixels, count or 1)
@@ -183,7 +192,7 @@ def _with_video(
                 _must_have(path, pixels, count + 1)
                 # The last latent frames: a suffix does not contain frame 0, so `time` pixel frames each.
                 latents = latents[:, :, -(count // time) :]
-            return condition_frames(start, latents, at_end=True), pixels
+            return condition_frames(start, latents, at="last"), pixels
         case SampleSpatialCrop(video=path, spatial_region=region):
             pixels = _read_whole(path, shape)
             crop = SpatialCrop(type="spatial_crop", spatial_region=region)
@@ -210,7 +219,9 @@ def _with_audio(
     start: StreamTokens, condition: SampleCondition, shape: ClipShape, codec: AudioCodec | None
 ) -> StreamTokens:
     assert codec is not None, f"{condition.type} needs an audio encoder"
-    assert not isinstance(condition, SampleFirstFrame | SampleSpatialCrop | VideoToAudio), "conditions of the video"
+    assert not isinstance(condition, SampleFirstFrame | SampleKeyframe | SampleSpatialCrop | VideoToAudio), (
+        "conditions of the video"
+    )
     assert condition.audio is not None
     audio = _read_audio(condition.audio)
     longest_s = min(audio.duration_s, shape.duration_s)
@@ -221,7 +232,7 @@ def _with_audio(
             length_s = min(wanted_s or longest_s, longest_s)
             first = audio.waveform.shape[1] - round(length_s * audio.sample_rate)
             end = Audio(audio.waveform[:, first:], audio.sample_rate)
-            return condition_frames(start, _encode_audio(codec, end, length_s), at_end=True)
+            return condition_frames(start, _encode_audio(codec, end, length_s), at="last")
         case SampleMask(mask=mask_path):
             # Within one latent step: containers round durations, and the rest is padded.
             if audio.duration_s < shape.duration_s - 1 / codec.steps_per_second:

@@ -91,6 +91,7 @@ def render(
         _clips(folder, step, prompts),
         _curves(records),
         _speed(records),
+        _sources(records),
         _usage(job, export),
         _job_text(folder),
     ]
@@ -239,6 +240,23 @@ def _speed(records: Sequence[Mapping[str, Any]]) -> str:
     note = "Over the logged steps, the first ones with compilation included; validation and saves are not part of them."
     table = f'<div class="card"><table>{head}{"".join(lines)}</table></div>'
     return f'<h2>Speed and memory</h2>{table}<p class="soft">{note}</p>'
+
+
+def _sources(records: Sequence[Mapping[str, Any]]) -> str:
+    """Samples and epochs of each source, for a job with several."""
+    last = records[-1] if records else {}
+    names = [key.split("/")[1] for key in last if key.startswith("data/") and key.count("/") == 2]
+    names = list(dict.fromkeys(names))
+    if not names:
+        return ""
+    seen = max(last["data/samples"], 1)
+    lines = []
+    for name in names:
+        samples, epochs = last[f"data/{name}/samples"], last[f"data/{name}/epochs"]
+        cells = "".join(f"<td>{cell}</td>" for cell in (f"{samples:,}", f"{samples / seen:.1%}", f"{epochs:.2f}"))
+        lines.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
+    head = "<thead><tr><th></th><th>samples</th><th>share</th><th>epochs</th></tr></thead>"
+    return f'<h2>Data</h2><div class="card"><table>{head}{"".join(lines)}</table></div>'
 
 
 def training_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:

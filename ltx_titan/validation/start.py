@@ -26,6 +26,7 @@ from ltx_titan.conditioning import (
     unpatchify_video,
     video_coordinates,
 )
+from ltx_titan.config.streams import FixedLatentTime, Span
 from ltx_titan.diffusion import Guidance, SampledStream, initial_latent
 
 # An audio latent has 8 channels of 16 mel bins, one token per step.
@@ -92,25 +93,26 @@ def freeze(tokens: StreamTokens, latents: Tensor) -> StreamTokens:
     return replace(whole, is_frozen=True)
 
 
-def condition_frames(tokens: StreamTokens, latents: Tensor, *, at_end: bool = False) -> StreamTokens:
-    """Conditions on the first latent frames (or audio steps) of the target, or on its last ones.
+def condition_frames(tokens: StreamTokens, latents: Tensor, *, at: FixedLatentTime = "first") -> StreamTokens:
+    """Conditions on latent frames (or audio steps) of the target.
 
     Args:
         tokens: the stream.
         latents: content [1, C, F, H, W] or [1, 8, T, 16]; its length is the number of conditioned frames or steps.
-        at_end: condition on the last ones.
+        at: the first of them, negative from the end, or where in the target they are.
 
     Raises:
-        ValueError: the latents are longer than the target or of other height and width.
+        ValueError: the latents are not within the target or of other height and width.
     """
     content, grid = _patchify(latents)
     own = tokens.target.grid
-    if grid.frames > own.frames or grid[1:] != own[1:]:
+    mask = frames_mask(own, [Span(at, grid.frames)])
+    if grid[1:] != own[1:] or int(mask.sum()) != grid.num_tokens:
         raise ValueError(
-            f"conditioning latents are {grid} (frames, rows, columns), the sample's {own}; "
-            "use a clip of the same size that is not longer."
+            f"conditioning latents at {at} are {grid} (frames, rows, columns), the sample's {own}; "
+            "use a clip of the same size that fits there."
         )
-    return _condition(tokens, frames_mask(own, grid.frames, at_end=at_end), content)
+    return _condition(tokens, mask, content)
 
 
 def condition_where(tokens: StreamTokens, latents: Tensor, mask: Tensor) -> StreamTokens:

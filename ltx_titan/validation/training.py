@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from ltx_titan.common.progress import ProgressLog
 from ltx_titan.common.tensors import COMPUTE_DTYPES, evenly_spaced
 from ltx_titan.conditioning import Batch, to_contexts
 from ltx_titan.config import ValidationSection
-from ltx_titan.data import PrecomputedDataset
+from ltx_titan.data import MixedDataset, PrecomputedDataset
 from ltx_titan.model import TextConnectors, TransformerConfig
 from ltx_titan.optim import EMA, Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales
@@ -91,7 +91,11 @@ class TrainingValidation:
     def _chosen_samples(self) -> dict[int, str]:
         """Indices and titles of `dataset_samples`."""
         dataset = self._dataset
-        chosen = evenly_spaced(len(dataset), self.section.dataset_samples)
+        # Of sources with all streams: what a placeholder stands for cannot be sampled.
+        indices: Sequence[int] = range(len(dataset))
+        if isinstance(dataset, MixedDataset):
+            indices = [index for index in indices if not dataset.source_of(index).absent]
+        chosen = [indices[i] for i in evenly_spaced(len(indices), self.section.dataset_samples)]
         return {index: f"{PurePath(dataset.name(index)).with_suffix('')}, with its own caption" for index in chosen}
 
     @property
@@ -104,12 +108,13 @@ class TrainingValidation:
         from ltx_titan.validation.encode import encode_dataset_sample
         from ltx_titan.validation.engine import DatasetSample
 
-        dtype, strategy = COMPUTE_DTYPES[self.plan.job.training.dtype], self.plan.strategy
+        dtype = COMPUTE_DTYPES[self.plan.job.training.dtype]
         found = []
         for index, title in self.from_dataset.items():
             batch = dict(as_batch(self._dataset.load(index), "cpu"))
             on_device = {name: value.to(self.device) for name, value in batch["conditions"].items()}
             text = {name: value.cpu() for name, value in to_contexts(on_device, connectors, dtype).items()}
+            strategy = self.plan.part_of(index).strategy if self.held_out is None else self.plan.strategy
             encoded, shape = encode_dataset_sample(strategy, {**batch, "conditions": text})
             contexts = text["video_prompt_embeds"], text.get("audio_prompt_embeds", text["video_prompt_embeds"])
             found.append(DatasetSample(title, encoded, shape, contexts))
@@ -219,6 +224,12 @@ def check_validation_files(plan: Plan) -> None:
         raise ValueError(
             "validation.text_encoder_path is missing: expected the folder of the checkpoint's text encoder, because "
             "there are prompts (of validation.samples, or the negative one of guidance) and none is cached; set it."
+        )
+    mixed = plan.dataset if isinstance(plan.dataset, MixedDataset) and section.held_out_root is None else None
+    if section.dataset_samples and mixed is not None and all(source.absent for source in mixed.sources):
+        raise ValueError(
+            f"validation.dataset_samples = {section.dataset_samples}: expected a source with all streams of the job, "
+            "found none; set validation.held_out_root to a dataset with them, or remove it."
         )
     if section.held_out_root is not None:
         # Opened and dropped: a missing folder should be an error before any GPU is touched.

@@ -31,7 +31,10 @@ def usage(job: JobConfig, export: Path) -> list[Recipe]:
 def has_references(job: JobConfig) -> bool:
     """Whether the job trains an in-context model, which needs a reference at inference."""
     sections = [section for section in (job.video, job.audio) if section is not None]
-    return any(isinstance(condition, Reference) for section in sections for condition in section.conditions)
+    conditions = [condition for section in sections for condition in section.conditions]
+    for source in job.data.sources:
+        conditions += [*(source.video_conditions or ()), *(source.audio_conditions or ())]
+    return any(isinstance(condition, Reference) for condition in conditions)
 
 
 def _base(job: JobConfig) -> str:

@@ -109,6 +109,10 @@ def test_samples_of_a_job_are_overridden_by_options(nano, cache, tmp_path):
     [
         ((), "nothing to sample"),
         (("--image", "a.png"), "--image needs --prompt"),
+        (("--keyframe", "a.png@last"), "--keyframe needs --prompt"),
+        (("--prompt", "a", "--keyframe", "a.png"), "expected FILE@AT"),
+        (("--prompt", "a", "--keyframe", "a.png@end"), '"first", "middle", "last", found \'end\''),
+        (("--prompt", "a", "--keyframe", "a@b.png@-3"), "at = -3 .* covers latent frames -1 to -1; .* 0 to 1"),
         (("--prompt", "a", "--size", "64x64"), "expected WxHxF"),
         (("--lora", "a", "--lora-strength", "1", "--lora-strength", "2"), "one for each of 1 --lora, .* found 2"),
         (("--prompt", "a", "--distilled", "--steps", "3"), "distilled schedule has 8"),

@@ -28,6 +28,10 @@ def prefix(boundary, **fields):
     return {"type": "prefix", "temporal_boundary": boundary} | fields
 
 
+def keyframe(*at, **fields):
+    return {"type": "keyframe", "at": list(at)} | fields
+
+
 @pytest.mark.parametrize(
     ("conditions", "words"),
     [
@@ -36,6 +40,7 @@ def prefix(boundary, **fields):
         ([prefix(2), {"type": "suffix", "temporal_boundary": 1}], ["conditions 0, 1 together", "1 of 3", "clip_1"]),
         ([{**CROP, "spatial_region": [0, 0, 32, 97]}], ["[0, 0, 32, 97]", "only the part inside", "3 of 3"]),
         ([{**CROP, "spatial_region": [64, 0, 96, 96]}], ["outside the frame, so it has no effect", "3 of 3"]),
+        ([keyframe(0, 3)], ["(keyframe, at = [0, 3]) is outside the clip at 3", "1 of 3", "clip_1"]),
         ([prefix(1, probability=0.0)], ["conditions[0] (prefix", "never applies"]),
     ],
 )
@@ -54,7 +59,7 @@ def test_audio_conditions_count_latent_steps():
 
 
 def test_conditions_that_fit_are_not_mentioned():
-    conditions = [{"type": "first_frame", "probability": 0.5}, prefix(2), CROP, REFERENCE]
+    conditions = [{"type": "first_frame", "probability": 0.5}, prefix(2), CROP, REFERENCE, keyframe("random", 2)]
     assert check_conditions(strategy(conditions, audio=[prefix(4)]), [sample(), sample()]) == []
 
 

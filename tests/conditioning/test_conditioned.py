@@ -28,6 +28,25 @@ def test_time_conditions_give_whole_frames_at_their_end_of_the_clip():
     assert clean_cells({"type": "suffix", "temporal_boundary": 1}).sum(dim=(2, 3)).tolist() == [[0, 0, 0, 15]]
 
 
+def test_keyframes_are_whole_frames_at_any_time():
+    def frames(at, length=1, count=7, starts=None):
+        condition = ADAPTER.validate_python({"type": "keyframe", "at": at, "length": length})
+        found = conditioned_tokens(condition, Grid(count, 2, 3), (8, 32, 32), starts=starts).view(-1, count, 6)
+        assert torch.equal(found.any(dim=2), found.all(dim=2))
+        return [row.nonzero().flatten().tolist() for row in found.all(dim=2)]
+
+    assert frames([0, "middle", -1]) == [[0, 3, 6]]
+    assert frames(["first", "last"], length=2) == [[0, 1, 5, 6]]
+    assert frames([2, 9, -9]) == [[2]]
+    assert frames(["middle"], length=9) == [[*range(7)]]
+    starts = torch.tensor([[0.0], [0.5], [1 - 2**-53]], dtype=torch.float64)
+    assert frames(["random"], length=2, starts=starts) == [[0, 1], [3, 4], [5, 6]]
+    assert frames(["random"], length=9, starts=starts) == 3 * [[*range(7)]]
+    # Without a draw: what is clean wherever it starts.
+    assert frames(["random"]) == [[]]
+    assert frames(["random"], length=5) == [[2, 3, 4]]
+
+
 @pytest.mark.parametrize("kind", ["prefix", "suffix"])
 def test_a_boundary_beyond_the_clip_gives_all_of_it(kind):
     assert clean_cells({"type": kind, "temporal_boundary": 9}).all()

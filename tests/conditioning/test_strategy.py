@@ -59,6 +59,7 @@ ALL_CONDITIONS = [
     {**FIRST_FRAME, "probability": 0.5},
     {"type": "suffix", "temporal_boundary": 1, "probability": 0.5},
     {"type": "mask", "mask_dir": "video_masks", "probability": 0.5},
+    {"type": "keyframe", "at": ["random", "last"], "probability": 0.5},
     REFERENCE,
 ]
 
@@ -67,7 +68,7 @@ def test_plans_count_target_tokens_and_tell_references():
     strategy = strategy_of(block("video", *ALL_CONDITIONS), block("audio", generated=False))
     video, audio = strategy.draw_plan(make_batch())
     assert (video.num_tokens, video.channels, video.is_generated) == (18, 4, True)
-    assert video.conditions == ((0.5, False), (0.5, False), (0.5, False), (1.0, True))
+    assert video.conditions == ((0.5, False, 0), (0.5, False, 0), (0.5, False, 0), (0.5, False, 1), (1.0, True, 0))
     assert (audio.num_tokens, audio.channels, audio.is_generated) == (6, 6, False)
     assert strategy_of(audio=block("audio")).draw_plan(make_batch())[0] is None
 
@@ -115,6 +116,27 @@ def test_clean_tokens_come_out_unchanged_and_the_rest_noised():
         assert inputs.video.sigma.gt(0).all()
         fired.update(is_clean.sum(dim=1).tolist())
     assert len(fired) > 3
+
+
+def test_keyframes_are_clean_without_loss_and_unmarked_at_the_time_of_each_sample():
+    keyframe = {"type": "keyframe", "at": ["random"]}
+    strategy, batch = strategy_of(block("video", keyframe), keyframe_marker=True), make_batch(4)
+    clean, found = batch["video_latents"]["latents"].flatten(2).transpose(1, 2), set()
+    for step in range(6):
+        inputs = prepare(strategy, batch, step)
+        is_clean = ~inputs.video_loss_mask.view(4, 3, 6)
+        # One whole latent frame of each sample, not the same in all of them.
+        frames = is_clean.all(dim=2)
+        assert frames.sum(dim=1).eq(1).all()
+        assert is_clean.sum() == 4 * 6
+        found.update(frames.int().argmax(dim=1).tolist())
+        assert torch.equal(inputs.video.latent[is_clean.flatten(1)], clean[is_clean.flatten(1)])
+        assert torch.equal(inputs.video.timesteps == 0, is_clean.flatten(1))
+        # LTX-2.5 marks tokens of a single frame, which a keyframe after the first is not.
+        assert inputs.video.keyframes_mask.view(4, 3, 6).sum(dim=(0, 2)).tolist() == [24, 0, 0]
+        wrong_where_clean = inputs.video_target + 100.0 * is_clean.flatten(1)[..., None]
+        assert strategy.loss(wrong_where_clean, None, inputs).total == 0
+    assert found == {0, 1, 2}
 
 
 def test_a_sample_given_completely_has_loss_zero_and_no_gradient():

@@ -6,6 +6,7 @@ ALL = [
     {"type": "first_frame"},
     {"type": "prefix", "temporal_boundary": 2},
     {"type": "suffix", "temporal_boundary": 1},
+    {"type": "keyframe", "at": [0, "random", -1], "length": 2},
     {"type": "spatial_crop", "spatial_region": [0, 32, 64, 96]},
     {"type": "mask", "mask_dir": "video_masks"},
     {"type": "reference", "latents_dir": "reference_latents"},
@@ -29,14 +30,17 @@ def test_all_conditions_are_read_and_survive_being_written():
     assert VideoSection.model_validate(block.model_dump(mode="json")) == block
 
 
-@pytest.mark.parametrize("condition", [c for c in ALL if c["type"] in ("first_frame", "spatial_crop")])
+VIDEO_ONLY = ("first_frame", "keyframe", "spatial_crop")
+
+
+@pytest.mark.parametrize("condition", [c for c in ALL if c["type"] in VIDEO_ONLY])
 def test_audio_refuses_conditions_on_frames_and_lists_what_it_supports(condition):
     with pytest.raises(ValueError, match=f"'{condition['type']}' .* 'prefix', 'suffix', 'mask', 'reference'"):
         audio(condition)
 
 
 def test_audio_takes_every_other_condition():
-    taken = [c for c in ALL if c["type"] not in ("first_frame", "spatial_crop")]
+    taken = [c for c in ALL if c["type"] not in VIDEO_ONLY]
     assert len(audio(*taken).conditions) == len(taken)
 
 
@@ -51,6 +55,11 @@ def test_audio_takes_every_other_condition():
         ({"type": "first_frame", "probability": "1"}, "probability"),
         ({"type": "first_frame", "strength": 0.5}, "strength"),
         ({"type": "last_frame"}, "last_frame"),
+        ({"type": "keyframe"}, "at"),
+        ({"type": "keyframe", "at": []}, "at least 1 item"),
+        ({"type": "keyframe", "at": [0, "end"]}, '"first", "middle", "last", "random", found \'end\''),
+        ({"type": "keyframe", "at": [1.5]}, "a latent frame .* found 1.5"),
+        ({"type": "keyframe", "at": [0], "length": 0}, "length"),
         ({"type": "spatial_crop", "spatial_region": [0, 0, 64]}, "spatial_region"),
         (
             {"type": "spatial_crop", "spatial_region": [64, 0, 32, 64]},
@@ -75,5 +84,5 @@ def test_a_stream_needs_its_fields_and_no_others():
 
 
 def test_only_references_apply_to_a_frozen_stream():
-    assert video(*ALL, is_generated=False).applied == (False, False, False, False, False, True)
+    assert video(*ALL, is_generated=False).applied == (False, False, False, False, False, False, True)
     assert all(video(*ALL).applied)

@@ -38,6 +38,7 @@ def problems(made, **shapes):
         ({"type": "reference", "audio": "a", "downscale_factor": 2}, "belongs to a video reference"),
         ({"type": "spatial_crop", "video": "a", "spatial_region": [9, 0, 8, 8]}, "0 <= top < bottom"),
         ({"type": "first_frame", "video": "a"}, "image_or_video"),
+        ({"type": "keyframe", "image_or_video": "a", "at": "random"}, '"first", "middle", "last", found \'random\''),
         ({"type": "no_such_thing"}, "no_such_thing"),
     ],
 )
@@ -123,6 +124,14 @@ def test_a_section_that_does_not_fit_the_model_is_refused(fields, shapes, messag
 def test_sizes_that_the_codec_cannot_encode_are_named_before_training(condition, message, clip):
     with pytest.raises(ValueError, match=message):
         check_validation(section(condition | {"video": clip}), **SHAPES)
+
+
+def test_a_keyframe_beyond_the_clip_is_named_before_training(clip):
+    keyframe = {"type": "keyframe", "image_or_video": clip, "length": 2}
+    check_validation(section(*({**keyframe, "at": at} for at in ("last", -2, 10))), **SHAPES)
+    for at, covered in ((11, "11 to 12"), (-13, "-1 to 0")):
+        with pytest.raises(ValueError, match=f"covers latent frames {covered}; expected frames within 0 to 11"):
+            check_validation(section({**keyframe, "at": at}), **SHAPES)
 
 
 def test_every_problem_is_named_at_once(clip):

@@ -84,7 +84,8 @@ def test_first_batch_shifts_the_data_and_not_the_steps():
 def test_draws_are_made_in_a_worker_from_step_and_positions():
     threads = set()
 
-    def draw(batch, step, positions):
+    def draw(batch, step, positions, samples):
+        assert batch["source"]["value"].flatten().tolist() == list(samples)
         threads.add(threading.current_thread())
         return step * 100 + torch.tensor(positions) + batch["source"]["value"].flatten() * 0
 

@@ -3,10 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from ltx_titan.diffusion import ShiftedLogitNormal, StreamPlan, UniformSigma, draw_step
+from ltx_titan.diffusion import ConditionPlan, ShiftedLogitNormal, StreamPlan, UniformSigma, draw_step
 
-VIDEO = StreamPlan(num_tokens=24, channels=4, is_generated=True, conditions=((0.5, False), (0.5, True), (0.5, False)))
-AUDIO = StreamPlan(num_tokens=7, channels=6, is_generated=True, conditions=((0.5, False),))
+SOMETIMES, REFERENCE = ConditionPlan(0.5), ConditionPlan(0.5, is_reference=True)
+VIDEO = StreamPlan(24, 4, True, (SOMETIMES, REFERENCE, ConditionPlan(0.5, random_starts=2)))
+AUDIO = StreamPlan(num_tokens=7, channels=6, is_generated=True, conditions=(SOMETIMES,))
 SAMPLER = ShiftedLogitNormal()
 
 
@@ -17,7 +18,8 @@ def draw(indices, video=VIDEO, audio=AUDIO, seed=3, step=5, sampler=SAMPLER):
 def fields_of(draws, stream):
     """Every tensor of one stream under a name of its own."""
     found = {kind: getattr(draws, f"{stream}_{kind}") for kind in ("sigma", "noise")}
-    return found | {f"use {place}": use for place, use in enumerate(getattr(draws, f"{stream}_uses"))}
+    starts = {f"start {i}": start for i, start in enumerate(getattr(draws, f"{stream}_starts")) if start is not None}
+    return found | starts | {f"use {place}": use for place, use in enumerate(getattr(draws, f"{stream}_uses"))}
 
 
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3]], [[0], [1], [2], [3]], [[2, 0], [3, 1]], [[3, 2, 1, 0]]])
@@ -35,7 +37,7 @@ def test_a_sample_draws_the_same_in_any_micro_batch(split):
 def test_another_seed_step_or_index_draws_otherwise(change):
     one, other = draw([0, 1]), draw(**({"indices": [0, 1]} | change))
     for stream in ("video", "audio"):
-        for kind in ("sigma", "noise"):
+        for kind in ("sigma", "noise", "start 2") if stream == "video" else ("sigma", "noise"):
             a, b = fields_of(one, stream)[kind], fields_of(other, stream)[kind]
             assert not (a == b).flatten(1).all(1).any() if a.ndim > 1 else not (a == b).any(), f"{stream} {kind}"
 
@@ -60,7 +62,7 @@ def test_a_stream_does_not_depend_on_the_other():
 
 
 def test_a_further_condition_moves_no_other_draw():
-    longer = dataclasses.replace(VIDEO, conditions=(*VIDEO.conditions, (0.5, False)))
+    longer = dataclasses.replace(VIDEO, conditions=(*VIDEO.conditions, SOMETIMES))
     one, other = draw(range(4)), draw(range(4), video=longer)
     assert torch.equal(one.video_noise, other.video_noise)
     assert torch.equal(one.video_sigma, other.video_sigma)
@@ -79,7 +81,7 @@ def test_a_reference_is_decided_once_for_the_global_batch():
 
 
 def test_probabilities_are_kept_and_certain_ones_are_exact():
-    plan = StreamPlan(1, 1, True, ((0.3, False), (0.0, False), (1.0, False)))
+    plan = StreamPlan(1, 1, True, (ConditionPlan(0.3), ConditionPlan(0.0), ConditionPlan(1.0)))
     sometimes, never, always = draw(range(2000), video=plan, audio=None).video_uses
     assert sometimes.shape == (2000,)
     assert abs(sometimes.float().mean() - 0.3) < 0.05

@@ -16,9 +16,11 @@ from ltx_titan.config import ValidationSection
 from ltx_titan.media import (
     Audio,
     MediaError,
+    fit_frames,
     probe_video,
     read_audio,
     read_clip,
+    read_image,
     to_duration,
     to_stereo,
     to_uint8,
@@ -32,7 +34,11 @@ WIDTH, HEIGHT, FRAMES, FPS = 64, 64, 17, 24.0
 VIDEO, AUDIO = {"video": str(CLIP)}, {"audio": str(CLIP)}
 CONDITIONS = {
     "none": [],
-    "first_frame": [{"type": "first_frame", "image_or_video": str(CLIP)}],
+    "first_frame": [
+        {"type": "first_frame", "image_or_video": str(CLIP)},
+        {"type": "keyframe", "at": "last", "image_or_video": "mask.png"},
+        {"type": "keyframe", "at": 1, "image_or_video": str(CLIP)},
+    ],
     "prefix": [{"type": "prefix", "num_frames": 9, **VIDEO}, {"type": "prefix", "duration": 0.2, **AUDIO}],
     "suffix": [{"type": "suffix", "num_frames": 8, **VIDEO}, {"type": "suffix", "duration": 0.2, **AUDIO}],
     "spatial_crop": [{"type": "spatial_crop", "spatial_region": [0, 32, 64, 64], **VIDEO}],
@@ -94,7 +100,10 @@ def run(pack, tmp_path_factory):
     torch.save(torch.tensor([1.0, 0.0]), folder / "mask.pt")
     samples = []
     for conditions in CONDITIONS.values():
-        made = [c | {"mask": str(folder / c["mask"])} if "mask" in c else c for c in conditions]
+        made = [
+            {key: str(folder / value) if str(value).startswith("mask.") else value for key, value in c.items()}
+            for c in conditions
+        ]
         samples.append({"prompt": "a rabbit", "conditions": made})
     validation = prepare(pack, section_of(pack, samples), folder)
     latents = validation.sample(pack.model)
@@ -136,6 +145,14 @@ def same(found, expected):
 def test_a_first_frame_survives(run, video_codec):
     encoded = video_codec.encode(read_clip(CLIP, 1, WIDTH, HEIGHT)[None])
     assert same(run.latents["first_frame"].video[:, :, :1], encoded)
+
+
+def test_keyframes_are_encoded_with_a_past_and_survive(run, video_codec):
+    found = run.latents["first_frame"].video
+    clip = video_codec.encode(read_clip(CLIP, 9, WIDTH, HEIGHT)[None])
+    image = fit_frames(read_image(run.folder / "mask.png"), WIDTH, HEIGHT).expand(-1, 9, -1, -1)
+    assert same(found[:, :, 1:2], clip[:, :, 1:])
+    assert same(found[:, :, 2:], video_codec.encode(image[None])[:, :, 1:])
 
 
 def test_a_prefix_survives_in_both_streams(run, video_codec, audio_latents):

@@ -47,10 +47,21 @@ def sampled(made):
 
 def test_prefix_and_suffix_survive_a_run_and_the_rest_is_generated():
     frames = latents(Grid(2, 2, 3))
-    first, last = sampled(condition_frames(start(), frames)), sampled(condition_frames(start(), frames, at_end=True))
+    first, last = sampled(condition_frames(start(), frames)), sampled(condition_frames(start(), frames, at="last"))
     assert torch.equal(first[:, :, :2], frames)
     assert torch.equal(last[:, :, 2:], frames)
     assert not torch.isclose(first[:, :, 2:], last[:, :, :2]).any()
+
+
+@pytest.mark.parametrize(("at", "first"), [(1, 1), (-2, 2), ("middle", 1)])
+def test_a_keyframe_survives_at_its_time_and_is_not_marked(at, first):
+    image, end = latents(Grid(1, 2, 3)), latents(Grid(1, 2, 3), seed=5)
+    made = condition_frames(start(marks_first_frame=True), image, at=at)
+    found = sampled(made if first == 2 else condition_frames(made, end, at="last"))
+    assert torch.equal(found[:, :, first : first + 1], image)
+    assert first == 2 or torch.equal(found[:, :, 3:], end)
+    assert not torch.isclose(found[:, :, :1], image).any()
+    assert begun(made).keyframes_mask[0, :, 0].tolist() == [1.0] * 6 + [0.0] * 18
 
 
 def test_a_masked_part_and_a_first_frame_together_survive_a_run():
@@ -125,8 +136,10 @@ def test_positions_in_the_small_form_are_the_same_positions():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"conditioning latents are 5 x 2 x 3 .* the sample's 4 x 2 x 3"):
+    with pytest.raises(ValueError, match=r"latents at first are 5 x 2 x 3 .* the sample's 4 x 2 x 3"):
         condition_frames(start(), latents(Grid(5, 2, 3)))
+    with pytest.raises(ValueError, match=r"latents at 3 are 2 x 2 x 3 .* fits there"):
+        condition_frames(start(), latents(Grid(2, 2, 3)), at=3)
     with pytest.raises(ValueError, match="use a clip and a mask of the sample's size"):
         condition_where(start(), latents(Grid(4, 2, 2)), torch.ones(16, dtype=torch.bool))
     with pytest.raises(ValueError, match="another codec"):

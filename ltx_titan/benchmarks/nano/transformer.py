@@ -190,8 +190,8 @@ class StepLoss:
                 shape = (self._batch, plan.num_tokens, plan.channels)
                 noise = torch.randn(shape, generator=self._generator, device=self._device)
             uses = [
-                torch.rand(self._batch, generator=self._generator, device=self._device) < probability
-                for probability, _ in plan.conditions
+                torch.rand(self._batch, generator=self._generator, device=self._device) < condition.probability
+                for condition in plan.conditions
             ]
             found |= {f"{name}_sigma": sigma, f"{name}_noise": noise, f"{name}_uses": uses}
         return StepDraws(**found)
