@@ -57,10 +57,7 @@ def choose_levels(
         candidate = replace(setup, levels=levels)
         if budget_gib != "auto":
             return saved_by_levels(work, candidate)
-        memory = estimate_memory(work, candidate)
-        # FSDP2 allocates gradient shards on a stream of its own, and the allocator keeps the memory of streams apart:
-        # they cannot use what the backward pass frees of activations, least of all in a CUDA graph's pool.
-        return memory.needed + memory.gradients
+        return estimate_memory(work, candidate).needed
 
     limit = device_bytes * (1 - _MARGIN) if budget_gib == "auto" else budget_gib * GIB
     available = _LEVELS if setup.degrees.tp == 1 else _TP_LEVELS
@@ -115,8 +112,7 @@ def with_stream_blocks(
     limit = device_bytes * (1 - _MARGIN)
 
     def size(count: int) -> float:
-        memory = estimate_memory(work, replace(setup, stream_blocks=count))
-        return memory.needed + memory.gradients
+        return estimate_memory(work, replace(setup, stream_blocks=count)).needed
 
     count = 0
     if size(0) > limit:
