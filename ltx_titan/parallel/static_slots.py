@@ -17,12 +17,14 @@ This is the only module that relies on private parts of FSDP2 (torch 2.11 to 2.1
 are missing, or a model's weights do not fit, plain FSDP2 runs, and the log says why.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import AllgatherOptions
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
@@ -124,9 +126,12 @@ class _Slot:
         self.buffers: list[Tensor] = []
         self.owner: _SlottedParamGroup | None = None
         self.free: torch.Event | None = None
-        self._staging = torch.empty(0)
-        self._direct: list[int] = []
-        self._together: list[int] = []
+        # Memory for each weight's own shard, and whether it has an all-gather of its own.
+        self._own: list[Tensor] = []
+        self._is_direct: list[bool] = []
+        # The others' all-gather, [ranks, elements], and where it is copied to.
+        self._staging: Tensor | None = None
+        self._staged: list[Tensor] = []
 
     def take(self, group: "_SlottedParamGroup") -> None:
         """Gives the slot to `group`; weights of the present owner are sharded again.
@@ -148,56 +153,56 @@ class _Slot:
 
     def gather(self, params: list[FSDPParam], group: dist.ProcessGroup) -> None:
         """Fills the slot on the current stream."""
-        ranks, rank = group.size(), group.rank()
         if not self.buffers:
-            self._allocate(params, ranks)
-        sizes = [params[i]._sharded_param_data.numel() for i in self._together]
-        staging = self._staging.view(ranks, sum(sizes))
-        cast_to, cast_from = list(staging[rank].split(sizes)), [params[i]._sharded_param_data for i in self._together]
-        outputs, inputs = [], []
-        for i in self._direct:
-            buffer, shard = self.buffers[i], params[i]._sharded_param_data
-            own = buffer.view(ranks, -1)[rank]
-            if ranks == 1 or shard.dtype != buffer.dtype:
-                cast_to.append(own)
-                cast_from.append(shard)
-                shard = own
-            outputs.append(buffer)
-            inputs.append(shard)
-        if self._together:
-            outputs.append(self._staging)
-            inputs.append(staging[rank])
+            self._allocate(params, group.size(), group.rank())
+        inputs: list[Tensor] = []
+        # By dtype, because a foreach operation over mixed ones launches one kernel a tensor.
+        copies: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p, own, is_direct in zip(params, self._own, self._is_direct, strict=True):
+            shard = p._sharded_param_data
+            if is_direct and group.size() > 1 and shard.dtype == own.dtype:
+                inputs.append(shard)
+            else:
+                copies[shard.dtype].append((own, shard))
+                if is_direct:
+                    inputs.append(own)
         # Backward passes check that saved weights have not been written since; regathered ones are the same.
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.buffers)):
-            if cast_to:
-                torch._foreach_copy_(cast_to, cast_from)
-            if ranks > 1:
+            for pairs in copies.values():
+                torch._foreach_copy_([own for own, _ in pairs], [shard for _, shard in pairs])
+            if group.size() > 1:
+                outputs = [buffer for buffer, is_direct in zip(self.buffers, self._is_direct, strict=True) if is_direct]
+                if self._staging is not None:
+                    outputs.append(self._staging)
+                    inputs.append(self._staging[group.rank()])
                 _all_gather_together(outputs, inputs, group)
-            if self._together:
-                copied = [self.buffers[i].view(ranks, -1) for i in self._together]
-                torch.split_with_sizes_copy(staging, sizes, dim=1, out=copied)
+            if self._staging is not None:
+                sizes = [out.shape[1] for out in self._staged]
+                torch.split_with_sizes_copy(self._staging, sizes, dim=1, out=self._staged)
 
-    def _allocate(self, params: list[FSDPParam], ranks: int) -> None:
+    def _allocate(self, params: list[FSDPParam], ranks: int, rank: int) -> None:
         dtypes = [p.param_dtype or p.orig_dtype for p in params]
+        sizes = [p._sharded_param_data.numel() for p in params]
         device = params[0].device
         # Never freed, so that CUDA graphs and autograd may keep the addresses.
         self.buffers = [
-            torch.empty(p._sharded_param_data.numel() * ranks, dtype=dtype, device=device)
-            for p, dtype in zip(params, dtypes, strict=True)
+            torch.empty(ranks * size, dtype=dtype, device=device) for size, dtype in zip(sizes, dtypes, strict=True)
         ]
         small = [i for i, buffer in enumerate(self.buffers) if ranks > 1 and buffer.nbytes < DIRECT_BYTES]
+        # Of one dtype; the others, if there are any, are gathered directly.
+        small = [i for i in small if dtypes[i] == dtypes[small[0]]]
+        self._is_direct = [i not in small for i in range(len(params))]
+        self._own = [buffer.view(ranks, -1)[rank] for buffer in self.buffers]
         if small:
-            # One dtype; the others, if there are any, are gathered directly.
-            dtype = dtypes[small[0]]
-            self._together = [i for i in small if dtypes[i] == dtype]
-            elements = sum(self.buffers[i].numel() for i in self._together)
-            self._staging = torch.empty(elements, dtype=dtype, device=device)
-        self._direct = [i for i in range(len(params)) if i not in set(self._together)]
+            self._staging = torch.empty(ranks, sum(sizes[i] for i in small), dtype=dtypes[small[0]], device=device)
+            for i, own in zip(small, self._staging[rank].split([sizes[i] for i in small]), strict=True):
+                self._own[i] = own
+            self._staged = [self.buffers[i].view(ranks, -1) for i in small]
 
 
 def _all_gather_together(outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
     """All-gathers as one group of NCCL, on the current stream."""
-    options = dist.AllgatherOptions()
+    options = AllgatherOptions()
     options.asyncOp = False
     work = group.allgather_into_tensor_coalesced(outputs, inputs, options)
     if work is not None:
