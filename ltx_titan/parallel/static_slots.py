@@ -173,7 +173,7 @@ class _Slot:
             if group.size() > 1:
                 outputs = [buffer for buffer, is_direct in zip(self.buffers, self._is_direct, strict=True) if is_direct]
                 if self._staging is not None:
-                    outputs.append(self._staging)
+                    outputs.append(self._staging.view(-1))
                     inputs.append(self._staging[group.rank()])
                 _all_gather_together(outputs, inputs, group)
             if self._staging is not None:
