@@ -133,22 +133,18 @@ class _Slot:
         self._staging: Tensor | None = None
         self._staged: list[Tensor] = []
 
-    def take(self, group: "_SlottedParamGroup") -> None:
-        """Gives the slot to `group`; weights of the present owner are sharded again.
+    def is_busy(self, group: "_SlottedParamGroup") -> bool:
+        """Whether another group than `group` is computing with its weights."""
+        if self.owner is None or self.owner is group or not self.owner.is_unsharded:
+            return False
+        return self.owner._training_state in (TrainingState.FORWARD, TrainingState.PRE_BACKWARD)
 
-        Raises:
-            RuntimeError: the present owner is in the middle of a pass.
-        """
-        owner = self.owner
-        if owner is not None and owner is not group:
-            if owner.is_unsharded and owner._training_state in (TrainingState.FORWARD, TrainingState.PRE_BACKWARD):
-                raise RuntimeError(
-                    f"{group._with_fqn('FSDP2')} needs the static slot of {owner._with_fqn('FSDP2')}, whose pass has "
-                    "not ended; set parallelism.fsdp_static_slots to 'off'."
-                )
-            # The last block stays gathered after a forward pass, for the backward pass, which here did not come.
-            owner._to_sharded()
-            owner._all_gather_result = None
+    def take(self, group: "_SlottedParamGroup") -> None:
+        """Gives the slot to `group`; weights of the present owner are sharded again."""
+        if self.owner is not None and self.owner is not group:
+            # The last block stays gathered after a forward pass, for a backward pass that has not come.
+            self.owner._to_sharded()
+            self.owner._all_gather_result = None
         self.owner = group
 
     def gather(self, params: list[FSDPParam], group: dist.ProcessGroup) -> None:
@@ -234,6 +230,10 @@ class _SlottedParamGroup(FSDPParamGroup):
             return
         if not self.unshard_in_backward and self._training_state == TrainingState.PRE_BACKWARD:
             return
+        if self.slot.is_busy(self):
+            # A prefetch: with two forward passes before their backward passes, FSDP2 prefetches the last block of one
+            # while the first block of the other computes. It is gathered when it is its turn.
+            return
         self.slot.take(self)
         stream = self.comm_ctx.get_all_gather_streams(async_op, self._training_state)[1]
         if self.slot.free is not None:
@@ -244,8 +244,17 @@ class _SlottedParamGroup(FSDPParamGroup):
         self._all_gather_result = AllGatherResult(self._all_gather_output, event, None, [], [], [])
 
     def wait_for_unshard(self) -> None:
-        """Orders the current stream after the gather, and gives the weights to the block."""
+        """Orders the current stream after the gather, and gives the weights to the block.
+
+        Raises:
+            RuntimeError: another block computes with the weights in the slot.
+        """
         if self._all_gather_result is None:
+            if self.slot.is_busy(self):
+                raise RuntimeError(
+                    f"{self._with_fqn('FSDP2')} needs the static slot of a block whose pass has not ended; set "
+                    "parallelism.fsdp_static_slots to 'off'."
+                )
             return
         if self._training_state == TrainingState.FORWARD and (root := self.comm_ctx.all_gather_state) is not None:
             # The staging buffer of the root's weights, which FSDP2 frees once the next group has been gathered.
