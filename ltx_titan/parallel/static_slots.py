@@ -197,12 +197,15 @@ class _Slot:
 
 
 def _all_gather_together(outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
-    """All-gathers as one group of NCCL, on the current stream."""
-    options = AllgatherOptions()
-    options.asyncOp = False
-    work = group.allgather_into_tensor_coalesced(outputs, inputs, options)
-    if work is not None:
-        work.wait()
+    """All-gathers on the current stream, as one group of NCCL."""
+    if outputs[0].is_cuda:
+        options = AllgatherOptions()
+        options.asyncOp = False
+        group.allgather_into_tensor_coalesced(outputs, inputs, options).wait()
+        return
+    # Gloo has no groups, and fake tensors (estimate --dry-run) no such operation.
+    for output, shard in zip(outputs, inputs, strict=True):
+        dist.all_gather_into_tensor(output, shard, group=group)
 
 
 @dataclass
