@@ -309,6 +309,5 @@ class _SlottedParamGroup(FSDPParamGroup):
 
     def _pending_reductions(self) -> list[Any]:
         # A list since torch 2.12.
-        if hasattr(self.comm_ctx, "reduce_scatter_states"):
-            return self.comm_ctx.reduce_scatter_states
-        return [self.comm_ctx.reduce_scatter_state]
+        states = getattr(self.comm_ctx, "reduce_scatter_states", None)
+        return [getattr(self.comm_ctx, "reduce_scatter_state", None)] if states is None else states
