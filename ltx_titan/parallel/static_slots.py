@@ -201,7 +201,10 @@ def _all_gather_together(outputs: list[Tensor], inputs: list[Tensor], group: dis
     if outputs[0].is_cuda:
         options = AllgatherOptions()
         options.asyncOp = False
-        group.allgather_into_tensor_coalesced(outputs, inputs, options).wait()
+        work = group.allgather_into_tensor_coalesced(outputs, inputs, options)
+        # None where the backend has ordered the stream itself.
+        if work is not None:
+            work.wait()
         return
     # Gloo has no groups, and fake tensors (estimate --dry-run) no such operation.
     for output, shard in zip(outputs, inputs, strict=True):
