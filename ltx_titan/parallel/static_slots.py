@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import AllgatherOptions
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
@@ -197,14 +196,10 @@ class _Slot:
 
 
 def _all_gather_together(outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
-    """All-gathers on the current stream, as one group of NCCL."""
+    """All-gathers in the order of the current stream, as one group of NCCL."""
     if outputs[0].is_cuda:
-        options = AllgatherOptions()
-        options.asyncOp = False
-        work = group.allgather_into_tensor_coalesced(outputs, inputs, options)
-        # None where the backend has ordered the stream itself.
-        if work is not None:
-            work.wait()
+        # Asynchronous, on NCCL's own stream, as torch's own coalesced collectives always are; recorded in graphs as well.
+        group.allgather_into_tensor_coalesced(outputs, inputs).wait()
         return
     # Gloo has no groups, and fake tensors (estimate --dry-run) no such operation.
     for output, shard in zip(outputs, inputs, strict=True):
