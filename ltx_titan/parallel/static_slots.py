@@ -198,7 +198,7 @@ class _Slot:
 def _all_gather_together(outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
     """All-gathers in the order of the current stream, as one group of NCCL."""
     if outputs[0].is_cuda:
-        # Asynchronous, on NCCL's own stream, as torch's own coalesced collectives always are; recorded in graphs as well.
+        # On NCCL's own stream, which waits for the current one, as torch's coalesced collectives always run.
         group.allgather_into_tensor_coalesced(outputs, inputs).wait()
         return
     # Gloo has no groups, and fake tensors (estimate --dry-run) no such operation.
