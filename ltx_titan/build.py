@@ -141,6 +141,7 @@ def shape_transformer(
         cpu_offload=job.parallelism.cpu_offload,
         levels=levels,
         stream_blocks=stream_blocks,
+        static_slots=job.parallelism.fsdp_static_slots,
     )
     return model
 

@@ -93,6 +93,7 @@ def measure(
             tokens = plan.sample_tokens(0)
             row |= {"tokens_per_sample": tokens, "global_batch_size": plan.job.training.global_batch_size}
             row |= {"weights": weights, "trained": trained, "build_s": built_s, "degrees": vars(plan.degrees)}
+            row |= {"static_slots": plan.job.parallelism.fsdp_static_slots}
             row |= {} if inspect is None else inspect(plan.folder)
     return row
 

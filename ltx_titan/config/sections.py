@@ -234,6 +234,9 @@ class ParallelismSection(Section):
     """LoRA: keep the frozen weights of the blocks in host memory, and this many blocks on the GPU at a time, copied
     ahead of use, for small GPUs; 0 keeps all blocks on the GPU, `auto` all, if they fit, or as many as do,
     or with `activation_checkpoint.mode = "budget"` three, and activations fill the memory. Losses are the same."""
+    fsdp_static_slots: Literal["auto", "on", "off"] = "auto"
+    """Gather the weights of blocks straight into two fixed buffers, without FSDP2's copies; losses are the same. `auto`
+    does so if the job allows it and logs the reason otherwise; `on` refuses such a job."""
 
 
 class ActivationCheckpointSection(Section):

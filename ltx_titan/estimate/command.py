@@ -174,7 +174,8 @@ def assumptions(gpu: Gpu, setup: Setup) -> list[str]:
         f"{gpu.attention_backward / 1e12:.0f} in attention forward / backward, copy {gpu.copy / 1e12:.1f} TB/s",
         f"not measured: {gpu.assumed}",
         f"{gpu.gpus_per_node} GPUs per node, filled in rank order; tp innermost, then FSDP2, then replicas",
-        f"needed = {SLACK} x peak + {RESERVE / GIB:.1f} GiB for CUDA, NCCL and cuBLAS; validation is not counted",
+        f"needed = {SLACK} x peak + {RESERVE / GIB:.1f} GiB for CUDA, NCCL and cuBLAS, and with CUDA graphs or a "
+        "budget the gradients, which cannot use what activations free; validation is not counted",
         "time is for a sample of mean cost, memory for the largest one; no data, checkpoint or logging stalls",
         f"against measured runs (docs/benchmarks): peak within {PEAK_ERROR:.0%}; step time within {TIME_ERROR:.0%} for "
         f"{TIMED_LAYERS} layers or more with CUDA graphs; without them the host decides, whose speed is not predicted",

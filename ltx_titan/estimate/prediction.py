@@ -13,6 +13,7 @@ from pathlib import Path
 from ltx_titan.common.hardware import GPUS, Gpu
 from ltx_titan.config import ActivationCheckpointMode, Degrees, LoRASection
 from ltx_titan.estimate.time import StepTime, estimate_time, model_flops
+from ltx_titan.memory.budget import fitting_levels
 from ltx_titan.memory.peak import Memory, estimate_memory
 from ltx_titan.memory.workload import Setup, Workload, has_measured_kernels, model_weights
 from ltx_titan.model import TransformerConfig
@@ -163,7 +164,15 @@ def search(work: Workload, setup: Setup, gpu: Gpu) -> list[Estimate]:
     Varies the mesh, activation checkpointing and the micro-batch; everything else is taken from `setup`. The global
     batch size stays, since the learning rate was chosen for it. Among equally fast setups the simplest comes first.
     """
-    found = [estimate(work, candidate, gpu) for candidate in candidates(work, setup, gpu.gpus_per_node)]
+    found = []
+    for candidate in candidates(work, setup, gpu.gpus_per_node):
+        if candidate.recompute == "budget":
+            levels = fitting_levels(work, candidate, "auto", gpu.memory)
+            # With everything saved it is the candidate of mode "none".
+            if levels is None or set(levels) == {"none"}:
+                continue
+            candidate = replace(candidate, levels=levels)
+        found.append(estimate(work, candidate, gpu))
     fitting = [one for one in found if one.fits]
     # Rounded to a percent: finer differences are below the model's error, and fewer mesh axes are easier to run.
     return sorted(fitting, key=lambda one: (_rounded(one.step_time_s), _complexity(one.setup), one.memory.peak))
@@ -178,8 +187,8 @@ def candidates(work: Workload, setup: Setup, gpus_per_node: int) -> Iterator[Set
         gpus_per_node: largest degree of tensor parallelism.
     """
     gpus = setup.gpus
-    # Without compilation, selective checkpointing runs operation by operation and is slower than full.
-    modes: list[ActivationCheckpointMode] = ["none", "selective", "full"] if setup.compile else ["none", "full"]
+    # Without compilation, checkpointing by operations runs them one by one and is slower than full.
+    modes: list[ActivationCheckpointMode] = ["none", "budget", "full"] if setup.compile else ["none", "full"]
     for tp in _divisors(min(gpus, gpus_per_node)):  # tp's collectives are not overlapped, so it stays within a node
         for cp in _divisors(gpus // tp if gpus % tp == 0 else 1):
             splits_evenly = gpus % (tp * cp) == 0 and work.heads % (tp * cp) == 0

@@ -52,22 +52,10 @@ def choose_levels(
     Raises:
         ConfigError: the budget does not hold even the blocks' inputs.
     """
-
-    def size(levels: tuple[Level, ...]) -> float:
-        candidate = replace(setup, levels=levels)
-        if budget_gib != "auto":
-            return saved_by_levels(work, candidate)
-        memory = estimate_memory(work, candidate)
-        # FSDP2 allocates gradient shards on a stream of its own, and the allocator keeps the memory of streams apart:
-        # they cannot use what the backward pass frees of activations, least of all in a CUDA graph's pool.
-        return memory.needed + memory.gradients
-
-    limit = device_bytes * (1 - _MARGIN) if budget_gib == "auto" else budget_gib * GIB
-    available = _LEVELS if setup.degrees.tp == 1 else _TP_LEVELS
-    levels = fill(work.num_layers, available, lambda candidate: size(candidate) <= limit)
+    levels = fitting_levels(work, setup, budget_gib, device_bytes)
     if levels is None:
-        levels = (available[0],) * work.num_layers
-        needed = f"{size(levels) / GIB:.1f} GiB"
+        levels = (_available(setup)[0],) * work.num_layers
+        needed = f"{_size(work, replace(setup, levels=levels), budget_gib) / GIB:.1f} GiB"
         if budget_gib != "auto":
             expected = f"at least {needed}, the size of the blocks' inputs"
             remedy = "raise it, or split the clips over more GPUs with parallelism.cp or parallelism.tp"
@@ -75,8 +63,30 @@ def choose_levels(
         logger.warning("activation checkpointing: %s expected even with every block recomputed", needed)
     counts = ", ".join(f"{count} blocks {level}" for level, count in Counter(levels).items())
     purpose = "needed in all" if budget_gib == "auto" else "saved"
-    logger.info("activation checkpointing: %s; %.1f GiB expected to be %s", counts, size(levels) / GIB, purpose)
+    size = _size(work, replace(setup, levels=levels), budget_gib)
+    logger.info("activation checkpointing: %s; %.1f GiB expected to be %s", counts, size / GIB, purpose)
     return levels
+
+
+def fitting_levels(
+    work: Workload, setup: Setup, budget_gib: float | Literal["auto"], device_bytes: float
+) -> tuple[Level, ...] | None:
+    """The levels that `choose_levels` chooses; None if nothing fits."""
+    limit = device_bytes * (1 - _MARGIN) if budget_gib == "auto" else budget_gib * GIB
+    return fill(
+        work.num_layers,
+        _available(setup),
+        lambda levels: _size(work, replace(setup, levels=levels), budget_gib) <= limit,
+    )
+
+
+def _available(setup: Setup) -> tuple[Level, ...]:
+    return _LEVELS if setup.degrees.tp == 1 else _TP_LEVELS
+
+
+def _size(work: Workload, setup: Setup, budget_gib: float | Literal["auto"]) -> float:
+    """What is limited: saved activations by a budget in GiB, all memory by the device."""
+    return estimate_memory(work, setup).needed if budget_gib == "auto" else saved_by_levels(work, setup)
 
 
 def with_levels(work: Workload, setup: Setup, budget_gib: float | Literal["auto"], device_bytes: float) -> Setup:
@@ -115,8 +125,7 @@ def with_stream_blocks(
     limit = device_bytes * (1 - _MARGIN)
 
     def size(count: int) -> float:
-        memory = estimate_memory(work, replace(setup, stream_blocks=count))
-        return memory.needed + memory.gradients
+        return estimate_memory(work, replace(setup, stream_blocks=count)).needed
 
     count = 0
     if size(0) > limit:

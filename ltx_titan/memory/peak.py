@@ -83,6 +83,7 @@ class Memory:
         working_set: one block's recomputed activations and temporaries.
         buffers: gathered weights and unsharded gradients.
         start_of_backward, end_of_backward: sums at these moments.
+        apart: gradients that cannot use the memory that activations free.
     """
 
     parameters: float
@@ -94,6 +95,7 @@ class Memory:
     buffers: float
     start_of_backward: float
     end_of_backward: float
+    apart: float
 
     @property
     def peak(self) -> float:
@@ -103,7 +105,7 @@ class Memory:
     @property
     def needed(self) -> float:
         """Memory that a GPU must have."""
-        return self.peak * SLACK + RESERVE
+        return max(self.start_of_backward * SLACK + self.apart, self.end_of_backward * SLACK) + RESERVE
 
 
 def estimate_memory(work: Workload, setup: Setup) -> Memory:
@@ -127,21 +129,31 @@ def estimate_memory(work: Workload, setup: Setup) -> Memory:
     # At its end: its own gradients, in the compute dtype and as the float32 input of the reduce-scatter.
     activations_peak = one_block + temporary + buffers.reducing
     gradients_peak = buffers.gradients + buffers.reducing
+    prefetched = buffers.prefetched
+    if setup.static_slots:
+        # Both slots are there all the time. Gradients are kept until the next block's are, because the reduce-scatter's
+        # stream copies them.
+        resident += prefetched
+        prefetched = 0.0
+        activations_peak += buffers.gradients
+        gradients_peak += buffers.gradients
     block_peak = max(activations_peak, gradients_peak)
     # The backward pass runs from the last block to the first. In the last one no gradients are being reduced yet.
-    last = saved + recomputed + temporary + buffers.prefetched
+    last = saved + recomputed + temporary + prefetched
     second_last = saved + shard
     if work.num_layers > 2:
-        second_last += buffers.prefetched
+        second_last += prefetched
     if setup.recompute == "none":
         # `saved` still counts the last block, which is free by now, and this one, which the peaks count as well.
         second_last += max(activations_peak - 2 * one_block, gradients_peak - 2 * one_block, 0.0)
     else:
         second_last += block_peak
     # The first block of the model is the last to run: FSDP2 has nothing left to prefetch.
-    second = buffers.prefetched + max(work.num_layers - 2, 0) * shard + block_peak
+    second = prefetched + max(work.num_layers - 2, 0) * shard + block_peak
     first = (work.num_layers - 1) * shard + block_peak
     root = states + buffers.outside + all_shards + buffers.outside_gradients
+    if setup.static_slots:
+        root += buffers.block + buffers.prefetched
     return Memory(
         **parts,
         activations=saved + outside,
@@ -149,6 +161,10 @@ def estimate_memory(work: Workload, setup: Setup) -> Memory:
         buffers=buffers.outside + buffers.block + buffers.prefetched + buffers.reducing,
         start_of_backward=resident + max(last, second_last),
         end_of_backward=max(resident + max(first, second), root),
+        # FSDP2 allocates gradient shards on a stream of its own, and the allocator keeps the memory of streams apart.
+        # Short of memory it gives free blocks back to the device, which takes time and is impossible in a CUDA graph's
+        # pool. Accumulated gradients are there from the start.
+        apart=all_shards if setup.graphs or setup.recompute == "budget" else 0.0,
     )
 
 

@@ -186,6 +186,7 @@ class Setup:
         offload_activations: inputs of recomputed blocks are kept in host memory.
         cpu_offload: weights, gradients and optimizer state are in host memory.
         stream_blocks: blocks whose frozen weights are on the device at a time; 0 for all of them.
+        static_slots: blocks are gathered into two fixed buffers (parallel/static_slots.py).
     """
 
     degrees: Degrees
@@ -201,6 +202,7 @@ class Setup:
     offload_activations: bool = False
     cpu_offload: bool = False
     stream_blocks: int = 0
+    static_slots: bool = False
 
     @property
     def gpus(self) -> int:
@@ -328,6 +330,9 @@ def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
         cpu_offload=job.parallelism.cpu_offload,
         # "auto" depends on a GPU's memory: see budget.py.
         stream_blocks=0 if job.parallelism.stream_blocks == "auto" else job.parallelism.stream_blocks,
+        # As parallel/static_slots.py decides for weights that are the same in every block.
+        static_slots=job.parallelism.fsdp_static_slots != "off"
+        and not (job.parallelism.cpu_offload or job.float8.all_gather),
     )
 
 

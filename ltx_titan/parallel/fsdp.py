@@ -9,12 +9,16 @@ them twice a step. Streamed weights (stream.py) stay plain parameters on any num
 Gradients are summed, not averaged: a rank's loss is already its share of the global mean.
 """
 
+import logging
 from collections.abc import Set
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+logger = logging.getLogger(__name__)
 
 
 def apply_fsdp(
@@ -69,3 +73,39 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             # A divide factor makes FSDP2 reduce with PREMUL_SUM, which gloo does not support.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def use_static_slots(model: nn.Module, blocks: nn.ModuleList, wanted: Literal["auto", "on", "off"]) -> bool:
+    """Makes sharded blocks gather into static slots (static_slots.py). Apply before the first forward pass.
+
+    Args:
+        model: as given to `apply_fsdp`.
+        blocks: its repeated blocks.
+        wanted: `parallelism.fsdp_static_slots`.
+
+    Returns:
+        Whether slots are used; the log has the reason if "auto" does without them.
+
+    Raises:
+        ValueError: "on", and the blocks cannot have slots.
+    """
+    if wanted == "off":
+        return False
+    reason = None
+    try:
+        # Not at the top: it imports private modules of torch, which another version may lack.
+        from ltx_titan.parallel.static_slots import add_static_slots, obstacle
+
+        reason = obstacle(blocks)
+    except ImportError as error:
+        reason = f"FSDP2 of torch {torch.__version__} differs ({error})"
+    if reason is None:
+        count = add_static_slots(model, blocks)
+        logger.info("FSDP2: %d blocks take turns in %d static slots", len(blocks), count)
+        return True
+    if wanted == "on":
+        raise ValueError(
+            f"parallelism.fsdp_static_slots = 'on': {reason}; set parallelism.fsdp_static_slots to 'auto' or 'off'."
+        )
+    logger.info("FSDP2: no static slots, because %s", reason)
+    return False

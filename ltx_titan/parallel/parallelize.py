@@ -1,7 +1,7 @@
 """The parallel plan, applied to a model on the meta device from outside, in one fixed order.
 
     float8 -> token split -> tensor parallel -> context parallel -> selective checkpointing -> compile
-           -> full checkpointing -> weight streaming -> FSDP2
+           -> full checkpointing -> weight streaming -> FSDP2 -> static slots
 
 LoRA adapters are added before. Each step is one call and one line in the log. Afterwards the parameters are sharded
 DTensors without storage: `to_empty`, then load.
@@ -9,7 +9,7 @@ DTensors without storage: `to_empty`, then load.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch._dynamo
@@ -22,7 +22,7 @@ from ltx_titan.model import LTXTransformer
 from ltx_titan.parallel.activation_checkpoint import Level, apply_full_checkpointing, apply_selective_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8
-from ltx_titan.parallel.fsdp import apply_fsdp
+from ltx_titan.parallel.fsdp import apply_fsdp, use_static_slots
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.stream import WeightStream
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
@@ -47,6 +47,7 @@ def parallelize(
     cpu_offload: bool,
     levels: Sequence[Level] = (),
     stream_blocks: int = 0,
+    static_slots: Literal["auto", "on", "off"] = "auto",
 ) -> None:
     """Applies the parallel plan in place. Combinations that cannot work are refused earlier, by `plan_job`.
 
@@ -60,6 +61,10 @@ def parallelize(
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
         levels: of each block, with `activation_checkpoint.mode = "budget"`.
         stream_blocks: blocks whose frozen weights are on the device at a time; 0 keeps all of them there.
+        static_slots: `parallelism.fsdp_static_slots`.
+
+    Raises:
+        ValueError: the device or the weights do not support what the job asks for.
     """
     blocks, degrees = model.transformer_blocks, mesh.degrees
     # First, because it replaces modules: every later step addresses them by name or wraps them.
@@ -118,6 +123,7 @@ def parallelize(
     # Last: FSDP2 records each unit's parameters, so their modules, dtypes and tp placements must be final.
     apply_fsdp(model, blocks, mesh.fsdp, dtype, cpu_offload=cpu_offload, streamed=streamed)
     logger.info("FSDP2: %s, parameters gathered as %s", mesh.fsdp, dtype)
+    use_static_slots(model, blocks, static_slots)
 
 
 def apply_compile(blocks: nn.ModuleList) -> None:

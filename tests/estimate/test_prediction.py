@@ -177,6 +177,8 @@ def test_estimate_agrees_with_a_measured_run(job, row):
     common, *cases = row["command"].partition("--all=")[2].split("--case=")
     (own,) = {case.partition(":")[2] for case in cases if case.startswith(f"{row['case']}:")}
     overrides = [word for word in f"{common} {own}".split() if word.startswith("--") and "." in word.partition("=")[0]]
+    # Rows without this field were measured before there were slots.
+    overrides.append(f"--parallelism.fsdp_static_slots={row.get('static_slots', 'off')}")
     plan = plan_job(load_job(BENCHMARKS / job, overrides), row["ranks"])
     gpu = GPUS["h200" if "H200" in row["device"] else "h100"]
     work = make_workload(plan)

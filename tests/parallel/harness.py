@@ -23,10 +23,11 @@ from ltx_titan.config import Degrees
 from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
 from ltx_titan.optim.build import ShardedAdamW
+from ltx_titan.parallel import static_slots
 from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8, precompute_float8_scales
-from ltx_titan.parallel.fsdp import apply_fsdp
+from ltx_titan.parallel.fsdp import apply_fsdp, use_static_slots
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import Mesh, build_mesh
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
@@ -65,12 +66,16 @@ class Case:
     compile: str | None = None
     float8: str | None = None
     float8_all_gather: bool = False
+    dtype: torch.dtype = torch.float32
+    static_slots: str = "auto"
     ci: bool = False
 
     def __str__(self) -> str:
         axes = [f"{k}{v}" for k, v in vars(self.degrees).items() if v > 1]
         float8 = [f"float8_{self.float8}{'_gathered' * self.float8_all_gather}"] if self.float8 else []
-        return "-".join([*axes, self.scenario, self.recompute, self.compile or "eager", *float8])
+        dtype = ["bfloat16"] if self.dtype == torch.bfloat16 else []
+        slots = [f"slots_{self.static_slots}"] if self.static_slots != "auto" else []
+        return "-".join([*axes, self.scenario, self.recompute, self.compile or "eager", *float8, *dtype, *slots])
 
     @property
     def world(self) -> int:
@@ -229,7 +234,10 @@ def build(case: Case, mesh: Mesh) -> LTXTransformer:
     if case.recompute in ("full", "every_k"):
         numbers = range(0, len(model.transformer_blocks), 2 if case.recompute == "every_k" else 1)
         apply_full_checkpointing(model.transformer_blocks, numbers)
-    apply_fsdp(model, model.transformer_blocks, mesh.fsdp, torch.float32)
+    apply_fsdp(model, model.transformer_blocks, mesh.fsdp, case.dtype)
+    # Of the tiny model's weights, the larger ones have all-gathers of their own, as in a real model.
+    static_slots.DIRECT_BYTES = 4096
+    use_static_slots(model, model.transformer_blocks, case.static_slots)
     model.to_empty(device="cpu")
     assert [name for name, _ in named(model)] == names
     return model

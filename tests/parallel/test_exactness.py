@@ -9,6 +9,9 @@ FSDP2, HSDP = Degrees(dp_shard=2), Degrees(dp_replicate=2, dp_shard=2)
 TP2, TP4, CP2, TP2_CP2 = Degrees(tp=2), Degrees(tp=4), Degrees(cp=2), Degrees(tp=2, cp=2)
 ALL = Degrees(dp_shard=2, cp=2, tp=2)
 
+# float32 weights gathered in bfloat16, two micro-batches a step, recomputation.
+SLOTS = [Case(FSDP2, "joint", "full", dtype=torch.bfloat16, static_slots=wanted, ci=True) for wanted in ("on", "off")]
+
 MESHES = (FSDP2, HSDP, TP2, TP4, CP2, TP2_CP2, ALL)
 CASES = selected(
     [
@@ -19,6 +22,7 @@ CASES = selected(
         Case(TP2, "joint", "selective", ci=True),
         Case(CP2, "frozen_audio", ci=True),
         Case(CP2, "joint", "full", ci=True),
+        *SLOTS,
         *(Case(mesh, scenario) for mesh in MESHES for scenario in SCENARIOS),
         *(Case(mesh, "first_frame", mode) for mesh in MESHES for mode in ("full", "selective", "every_k")),
         *(Case(mesh, "reference", mode, "aot_eager") for mesh in MESHES for mode in ("none", "full", "selective")),
@@ -27,7 +31,7 @@ CASES = selected(
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in SLOTS], ids=str)
 def test_training_equals_one_process(case):
     actual = records(case.world, tuple(c for c in CASES if c.world == case.world))[str(case)]
     expected = single(case.scenario)
@@ -42,3 +46,13 @@ def test_training_equals_one_process(case):
     differences = torch.cat([(actual.weights[n] - expected.weights[n]).abs().flatten() for n in expected.gradients])
     assert differences.max() <= 2 * LR * STEPS
     assert (differences > 1e-2 * LR).float().mean() <= 1e-3
+
+
+def test_static_slots_change_no_bit():
+    with_slots, plain = (records(2, tuple(c for c in CASES if c.world == 2))[str(case)] for case in SLOTS)
+    assert with_slots.losses == plain.losses
+    assert with_slots.norms == plain.norms
+    for kind in ("gradients", "weights"):
+        assert all(
+            torch.equal(tensor, getattr(plain, kind)[name]) for name, tensor in getattr(with_slots, kind).items()
+        )
