@@ -14,7 +14,7 @@ ALLOWED = {
     ("ltx_titan/commands/captioning/text.py", "sound"),
     # `--kind grey` and the suffix of its files are part of the command's interface.
     ("ltx_titan/commands/compute_reference.py", "grey"),
-    ("ltx_titan/media/folders.py", "grey"),
+    ("ltx_titan/tables/folders.py", "grey"),
 }
 
 

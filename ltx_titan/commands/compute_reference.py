@@ -18,8 +18,8 @@ from ltx_titan.common.options import Flag, Maybe, Positional, alias, default_dev
 from ltx_titan.common.ranks import own_device, own_share
 from ltx_titan.data.fingerprints import FileVersion, Fingerprint, FingerprintFile, digest_of, is_changed, version_of
 from ltx_titan.media import MediaError, is_image, iter_frames, probe_video, read_image, video_writer
-from ltx_titan.media.folders import REFERENCE_SUFFIXES, VIDEO_SUFFIXES, captions_beside, find_media
-from ltx_titan.media.tables import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
+from ltx_titan.tables.folders import REFERENCE_SUFFIXES, VIDEO_SUFFIXES, captions_beside, find_media
+from ltx_titan.tables.samples import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
 
 DESCRIPTION = """\
 Compute reference videos for in-context training (video to video). Each clip gets a video of the same length with

@@ -22,8 +22,8 @@ from ltx_titan.common.options import Flag, Group, Maybe, Positional, alias, plac
 from ltx_titan.common.ranks import own_share
 from ltx_titan.media import MediaError, iter_frames, probe_video, video_writer
 from ltx_titan.media.audio import iter_audio_parts
-from ltx_titan.media.folders import VIDEO_SUFFIXES, find_media
-from ltx_titan.media.tables import relative_name, write_table
+from ltx_titan.tables.folders import VIDEO_SUFFIXES, find_media
+from ltx_titan.tables.samples import relative_name, write_table
 
 DESCRIPTION = """\
 Cut long videos into clips of one scene each, with their audio: <name>-scene-001.mp4, -002, ... and a table of them,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ltx_titan.data.cache import READER_THREADS
 from ltx_titan.data.fingerprints import FileVersion, FingerprintFile, is_changed, text_digest, version_of
-from ltx_titan.media.tables import SampleRow, read_sample_table, split_window_key, table_folder
+from ltx_titan.tables.samples import SampleRow, read_sample_table, split_window_key, table_folder
 
 _EXAMPLES = 3
 # Paths that one thread asks for, so that handing them over costs less than asking.

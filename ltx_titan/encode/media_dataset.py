@@ -33,7 +33,7 @@ from ltx_titan.encode.clips import Clip, ClipRules, plan_clip, read_header, read
 from ltx_titan.encode.encoders import EncoderFiles, Encoders
 from ltx_titan.encode.latents import audio_steps
 from ltx_titan.media import MediaError, VideoInfo, read_audio
-from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table, table_folder
+from ltx_titan.tables.samples import SampleRow, SampleTable, read_sample_table, table_folder
 from ltx_titan.weights.metadata import read_metadata, scale_factors
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from ltx_titan.media.audio import (
     to_stereo,
 )
 from ltx_titan.media.container import MediaError, open_media
-from ltx_titan.media.image import IMAGE_SUFFIXES, fit_frames, is_image, read_image, to_uint8
+from ltx_titan.media.image import fit_frames, is_image, read_image, to_uint8
 from ltx_titan.media.masks import read_audio_mask, read_video_mask
 from ltx_titan.media.video import (
     TooFewFramesError,
@@ -26,7 +26,6 @@ from ltx_titan.media.video import (
 from ltx_titan.media.writer import cut_windows, encode_wav, video_writer, window_starts, write_video, write_wav
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "Audio",
     "AudioInfo",
     "MediaError",

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ltx_titan.media.color import over_white
 from ltx_titan.media.container import MediaError, check_file
+from ltx_titan.tables.folders import HEIF_SUFFIXES, IMAGE_SUFFIXES
 
-_HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", *_HEIF_SUFFIXES})
 CENTER = (0.5, 0.5)
 """Anchor of a centered crop."""
 _EXIF_SRGB = 1
@@ -41,7 +40,7 @@ def read_image(path: str | Path) -> Tensor:
     """
     path = Path(path)
     check_file(path)
-    if path.suffix.lower() in _HEIF_SUFFIXES:
+    if path.suffix.lower() in HEIF_SUFFIXES:
         raise MediaError(path, f"is a HEIF photo, which Pillow cannot read; heif-convert {path.name} {path.stem}.png")
     try:
         with Image.open(path) as image:

@@ -7,7 +7,7 @@ from ltx_titan.cli import main
 from ltx_titan.commands.captioning.table import CaptionTable
 from ltx_titan.commands.compute_reference import ReferenceOptions, compute_references
 from ltx_titan.commands.inspection.inspect_data import InspectOptions, inspect_data
-from ltx_titan.media.tables import read_table
+from ltx_titan.tables.samples import read_table
 from tests.commands.process.helpers import load, run
 from tests.media.clips import write_clip
 

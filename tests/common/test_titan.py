@@ -36,7 +36,7 @@ def test_a_rank_starts_without_it_and_importing_it_has_no_side_effects():
     program = """
 import gc, logging, sys, torch
 import ltx_titan.train
-slow = ("torchtitan", "torch._inductor.lowering", "diffusers", "transformers", "torchao", "matplotlib")
+slow = ("torchtitan", "torch._inductor.lowering", "diffusers", "transformers", "torchao", "matplotlib", "av", "PIL")
 assert not [name for name in slow if name in sys.modules]
 import torch.distributed as dist
 state = torch.get_rng_state(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()

@@ -24,8 +24,8 @@ from ltx_titan.commands.report import Report
 from ltx_titan.common.options import Flag, Maybe, Positional, alias, default_device, placeholder
 from ltx_titan.common.ranks import own_device, own_share
 from ltx_titan.common.secrets import redacted
-from ltx_titan.media import IMAGE_SUFFIXES, MediaError
-from ltx_titan.media.folders import AUDIO_SUFFIXES, VIDEO_SUFFIXES
+from ltx_titan.media import MediaError
+from ltx_titan.tables.folders import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 DESCRIPTION = f"""\
 Caption clips, images or audio with a multimodal model: it receives frames with their times and the audio, and the

@@ -23,7 +23,7 @@ from ltx_titan.media import (
     read_image,
     to_stereo,
 )
-from ltx_titan.media.folders import AUDIO_SUFFIXES
+from ltx_titan.tables.folders import AUDIO_SUFFIXES
 
 # Sample rate of the audio encoders of multimodal models.
 _SAMPLE_RATE = 16000

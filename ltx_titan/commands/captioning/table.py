@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ltx_titan.common.files import locked, write_text
 from ltx_titan.media import is_image
-from ltx_titan.media.folders import AUDIO_SUFFIXES, VIDEO_SUFFIXES, captions_beside, find_media
-from ltx_titan.media.tables import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
+from ltx_titan.tables.folders import AUDIO_SUFFIXES, VIDEO_SUFFIXES, captions_beside, find_media
+from ltx_titan.tables.samples import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
 
 
 class CaptionTable:

@@ -25,9 +25,8 @@ from ltx_titan.data.stale import stale_samples
 from ltx_titan.encode.buckets import parse_buckets
 from ltx_titan.encode.propose_buckets import Source, explain, propose_buckets
 from ltx_titan.estimate.prediction import SampleTimes, step_times
-from ltx_titan.media import IMAGE_SUFFIXES
-from ltx_titan.media.folders import AUDIO_SUFFIXES, VIDEO_SUFFIXES
-from ltx_titan.media.tables import is_table
+from ltx_titan.tables.folders import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from ltx_titan.tables.samples import is_table
 from ltx_titan.validation.decode import Decoders, load_decoders
 
 DESCRIPTION = """\

@@ -17,7 +17,6 @@ from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND
 from ltx_titan.encode.buckets import MAX_ENLARGEMENT, Bucket, choose_bucket
 from ltx_titan.encode.clips import ANIMATED_SUFFIXES
 from ltx_titan.media import (
-    IMAGE_SUFFIXES,
     Audio,
     MediaError,
     fit_frames,
@@ -30,9 +29,9 @@ from ltx_titan.media import (
     seek_frames,
     to_uint8,
 )
-from ltx_titan.media.folders import AUDIO_SUFFIXES, VIDEO_SUFFIXES, captions_beside, find_media
 from ltx_titan.media.image import image_has_alpha
-from ltx_titan.media.tables import is_table, media_of_row, read_rows
+from ltx_titan.tables.folders import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, captions_beside, find_media
+from ltx_titan.tables.samples import is_table, media_of_row, read_rows
 
 _SHEET_FRAMES = 6
 # Frames after this one are reached by seeking instead of decoding all frames before.

@@ -16,7 +16,7 @@ from ltx_titan.commands.report import Report
 from ltx_titan.common.ranks import Ranks
 from ltx_titan.data.cache import READER_THREADS
 from ltx_titan.data.fingerprints import FileVersion, Fingerprint, State, digest_of, is_changed, text_digest, version_of
-from ltx_titan.media.tables import SampleRow, relative_name, table_folder
+from ltx_titan.tables.samples import SampleRow, relative_name, table_folder
 
 
 class Maker(Protocol):

@@ -20,7 +20,7 @@ from ltx_titan.common.files import NAME_ERRORS
 from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.data.layout import Fields
 from ltx_titan.media import MediaError
-from ltx_titan.media.tables import SampleRow
+from ltx_titan.tables.samples import SampleRow
 
 Item = TypeVar("Item")
 Encoder = TypeVar("Encoder")

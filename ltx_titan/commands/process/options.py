@@ -8,7 +8,7 @@ from typing import Annotated
 from ltx_titan.codecs import TextPrecision
 from ltx_titan.common.options import Flag, Maybe, Positional, default_device, placeholder
 from ltx_titan.encode.clips import Reshape
-from ltx_titan.media.tables import table_folder
+from ltx_titan.tables.samples import table_folder
 
 
 @dataclass(frozen=True)

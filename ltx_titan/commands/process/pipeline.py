@@ -48,7 +48,7 @@ from ltx_titan.encode.propose_buckets import Source, explain, propose_buckets
 from ltx_titan.encode.references import ReferenceScale
 from ltx_titan.encode.windows import parse_windows
 from ltx_titan.media import MediaError
-from ltx_titan.media.tables import SampleRow, SampleTable, read_sample_table, split_window_key, table_folder
+from ltx_titan.tables.samples import SampleRow, SampleTable, read_sample_table, split_window_key, table_folder
 from ltx_titan.weights import read_config, scale_factors
 
 # Column -> folder of its output.

@@ -31,7 +31,7 @@ from ltx_titan.encode.latents import (
 from ltx_titan.encode.references import DecodedReference, ReferenceScale, decode_reference, plan_reference
 from ltx_titan.media import Audio, MediaError, after_time, probe_audio, read_audio, read_audio_mask
 from ltx_titan.media.container import check_file
-from ltx_titan.media.tables import SampleRow
+from ltx_titan.tables.samples import SampleRow
 
 
 @dataclass(frozen=True)

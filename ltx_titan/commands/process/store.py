@@ -35,7 +35,7 @@ from ltx_titan.data.shards import (
     shard_shapes,
     write_shard,
 )
-from ltx_titan.media.tables import SampleRow
+from ltx_titan.tables.samples import SampleRow
 
 SETTINGS_NAME = "prepare.json"
 

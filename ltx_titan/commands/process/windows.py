@@ -14,7 +14,7 @@ from ltx_titan.common.ranks import Ranks
 from ltx_titan.data.fingerprints import FingerprintFile
 from ltx_titan.encode.clips import ClipRules, plan_clip, read_header
 from ltx_titan.media import frames_at_rate, is_image
-from ltx_titan.media.tables import SampleRow, SampleTable, split_window_key, window_key
+from ltx_titan.tables.samples import SampleRow, SampleTable, split_window_key, window_key
 
 
 def with_windows(table: SampleTable, rules: ClipRules, root: Path, ranks: Ranks) -> SampleTable:

@@ -22,7 +22,7 @@ from ltx_titan.encode.captions import encode_caption
 from ltx_titan.encode.clips import ClipRules
 from ltx_titan.encode.windows import FIRST_WINDOW, frames_used, parse_windows
 from ltx_titan.media import Audio, write_wav
-from ltx_titan.media.tables import read_sample_table
+from ltx_titan.tables.samples import read_sample_table
 from tests.commands.process.helpers import run, write_rows
 from tests.data.test_layout import assert_equal_fields
 

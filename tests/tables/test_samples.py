@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ltx_titan.media.tables import (
+from ltx_titan.tables.samples import (
     media_of_row,
     moved_row,
     read_sample_table,

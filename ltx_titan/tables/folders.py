@@ -6,6 +6,8 @@ from pathlib import Path
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", *HEIF_SUFFIXES})
 # Endings of reference files by kind. Datasets on disk use the British spelling.
 REFERENCE_SUFFIXES = {"edges": "_edges", "gray": "_grey", "grey": "_grey", "blur": "_blur", "depth": "_depth"}
 CAPTION_SUFFIX = ".txt"

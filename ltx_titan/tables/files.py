@@ -15,8 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ltx_titan.common.files import json_text, write_text
-from ltx_titan.media.folders import AUDIO_SUFFIXES, VIDEO_SUFFIXES, captions_beside, find_media, read_text
-from ltx_titan.media.image import IMAGE_SUFFIXES
+from ltx_titan.tables.folders import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    captions_beside,
+    find_media,
+    read_text,
+)
 
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl")
 VIDEO_COLUMNS = ("video", "media_path")

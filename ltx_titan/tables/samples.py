@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_titan.common.files import name_problem, printable
-from ltx_titan.media.table_files import (
+from ltx_titan.tables.files import (
     EXTRA_COLUMNS,
     MEDIA_COLUMNS,
     PATH_COLUMNS,
