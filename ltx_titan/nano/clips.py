@@ -42,6 +42,8 @@ PITCH_HZ = (1200.0, 400.0)
 OCTAVES = 1.6
 
 FRAME, FRAMES, FPS = 64, 25, 25
+# Width of an edge in pixels. Soft, as in photographs: where an edge is sharp, any codec this small blurs it.
+EDGE = 3.0
 SECONDS = FRAMES / FPS
 SAMPLE_RATE = 16000
 TRAVEL = 20.0
@@ -171,7 +173,7 @@ def draw_clips(count: int, seed: int, among: Sequence[Combination]) -> Clips:
     low, high = torch.tensor(RADII)[size].unbind(1)
     radius = uniform(low, high, count)
     # The reach of a triangle's corners, so that no part of any shape leaves the frame.
-    reach = 1.2 * radius[:, None] + 1
+    reach = 1.2 * radius[:, None] + EDGE / 2
     travel = TRAVEL * torch.tensor(_DIRECTIONS)[motion]
     first = torch.maximum(reach, reach - travel)
     last = torch.minimum(FRAME - reach, FRAME - reach - travel)
@@ -207,7 +209,7 @@ def signed_distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tens
 
 
 def coverage(shape: Tensor, center: Tensor, radius: Tensor, size: int = FRAME) -> Tensor:
-    """Fraction of each pixel that a shape covers, by its distance to the pixel's center.
+    """Opacity of a shape at each pixel: it falls from 1 to 0 over the width of an edge.
 
     Args:
         shape: index into `ALL_SHAPES` [B].
@@ -222,7 +224,8 @@ def coverage(shape: Tensor, center: Tensor, radius: Tensor, size: int = FRAME) -
     x = axis[None, None, None, :] - center[..., 0, None, None]
     y = axis[None, None, :, None] - center[..., 1, None, None]
     x, y = torch.broadcast_tensors(x, y)
-    return (0.5 - signed_distance(shape[:, None, None, None], x, y, radius[:, None, None, None])).clamp(0, 1)
+    distance = signed_distance(shape[:, None, None, None], x, y, radius[:, None, None, None])
+    return (0.5 - distance / EDGE).clamp(0, 1)
 
 
 def render_video(clips: Clips) -> Tensor:

@@ -1,14 +1,15 @@
 """Configuration of the trained miniature pack: as `pack_config`, with other widths and depths.
 
-Sizes follow what the parts must learn, within 20 MB in bfloat16. The audio VAE is 128 wide, as in the released files,
-because the released loader sizes its statistics by that width.
+Sizes follow what the parts must learn, within 20 MB of compressed bfloat16. The audio VAE is 128 wide, as in the
+released files, because the released loader sizes its statistics by that width.
 """
 
 from typing import Any
 
 from ltx_titan.nano.pack_config import CONFIG
 
-_VIDEO_WIDTH, _AUDIO_WIDTH, _HEADS = 160, 80, 5
+# Wider than the 128 channels of a token: a velocity contains all of its noise, which narrower layers cannot carry.
+_VIDEO_WIDTH, _AUDIO_WIDTH, _HEADS = 192, 160, 4
 
 # Gemma 3 as released: a language model within a model of text and images, whose vision tower nothing here uses.
 TEXT_ENCODER: dict[str, Any] = {
@@ -90,8 +91,10 @@ _GENERATOR: dict[str, Any] = {
     "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
     "stereo": True,
 }
+# Two generators side by side, one per channel, with zeros between them: neither hears the other's spectrogram.
+MONO_WIDTH = 96
 _VOCODER: dict[str, Any] = {
-    "vocoder": {**CONFIG["vocoder"]["vocoder"], **_GENERATOR, "upsample_initial_channel": 96},
+    "vocoder": {**CONFIG["vocoder"]["vocoder"], **_GENERATOR, "upsample_initial_channel": 2 * MONO_WIDTH},
     # Silent by design: the clips have nothing above 8 kHz to add.
     # A short window: the file holds its DFT as matrices.
     "bwe": {**CONFIG["vocoder"]["bwe"], **_GENERATOR, "upsample_initial_channel": 16, "n_fft": 160, "win_size": 160},

@@ -6,6 +6,7 @@ every command of this project, diffusers and the released loaders read them.
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderKLLTX2Audio
-from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3Model, PreTrainedTokenizerFast
@@ -21,16 +22,18 @@ from transformers import Gemma3Config, Gemma3Model, PreTrainedTokenizerFast
 from ltx_titan.codecs import AudioCodec, VideoCodec, Vocoder
 from ltx_titan.codecs.audio_vae import audio_vae_arguments, mel_settings, packed_statistics
 from ltx_titan.codecs.video_vae import video_vae_layout
-from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name
+from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name, vocoder_arguments
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.nano.pack import fill_spectrogram_buffers, statistics
 from ltx_titan.nano.pack_config import MODEL_VERSION
-from ltx_titan.nano.trained_config import TEXT_ENCODER, TRAINED_CONFIG, VISION_TOWER, VOCABULARY
+from ltx_titan.nano.trained_config import MONO_WIDTH, TEXT_ENCODER, TRAINED_CONFIG, VISION_TOWER, VOCABULARY
 from ltx_titan.weights import save_safetensors
 
 CHECKPOINT_NAME = "ltx-2.3-nano-trained.safetensors"
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
+# Parameters of the connectors without which a block adds nothing.
+_SILENT = ("learnable_registers", "attn1.to_out.0.weight", "ff.net.2.weight")
 _TRANSFORMER, _TEXT_PROJECTION = "model.diffusion_model.", "text_embedding_projection."
 
 
@@ -54,15 +57,47 @@ def build_pack_vocoder() -> LTX2VocoderWithBWE:
     return model
 
 
+def build_mono_vocoder() -> LTX2Vocoder:
+    """The 16 kHz generator of one channel, with diffusers' initial weights; see `stereo_vocoder`."""
+    arguments = vocoder_arguments(TRAINED_CONFIG["vocoder"])
+    names = ("upsample_kernel_sizes", "upsample_factors", "resnet_kernel_sizes", "resnet_dilations", "act_fn")
+    names += ("antialias", "final_act_fn", "final_bias")
+    return LTX2Vocoder(
+        in_channels=64, hidden_channels=MONO_WIDTH, out_channels=1, **{name: arguments[name] for name in names}
+    )
+
+
+@torch.no_grad()
+def stereo_vocoder(mono: LTX2Vocoder) -> LTX2VocoderWithBWE:
+    """The pack's vocoder, which does for each channel what `mono` does for one."""
+    model = build_pack_vocoder()
+    weights = dict(mono.named_parameters())
+    for name, parameter in model.vocoder.named_parameters():
+        weight = weights[name]
+        if weight.ndim == 1:
+            parameter.copy_(torch.cat([weight, weight]))
+            continue
+        # Both kinds of convolution have two dims of channels first.
+        parameter.zero_()
+        rows, columns = weight.shape[:2]
+        parameter[:rows, :columns] = weight
+        parameter[rows:, columns:] = weight
+    return model
+
+
 def build_text_modules(seed: int) -> tuple[FeatureExtractor, TextConnectors]:
     """Text projection and connectors with seeded random weights, which are never trained.
 
-    A projection of random features keeps words apart, which is all that the transformer's text attention needs.
+    A projection of random features keeps words apart, which is all that the transformer's text attention needs. The
+    connectors add nothing to it, and their registers are zeros: a thousand random ones would hide twenty words.
     """
     extractor = FeatureExtractor.from_config(TRAINED_CONFIG, TEXT_ENCODER)
     connectors = TextConnectors.from_config(TRAINED_CONFIG)
     for module in (extractor, connectors):
         init_random_(module, seed)
+        for name, parameter in module.named_parameters():
+            if name.endswith(_SILENT):
+                nn.init.zeros_(parameter)
         # The file stores bfloat16: features are computed with what it will hold.
         module.to(torch.bfloat16).float().requires_grad_(False).eval()
     return extractor, connectors
@@ -72,6 +107,22 @@ def build_transformer(seed: int) -> LTXTransformer:
     """The transformer, with seeded initial weights."""
     model = LTXTransformer.from_config(TRAINED_CONFIG["transformer"])
     init_random_(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Nearly the same at all sigmas at first, with open gates: random ones switch half of the layers off.
+            if re.search(r"adaln_single\.linear\.weight$", name):
+                parameter *= 0.1
+            elif name.endswith("scale_shift_table") and len(parameter) == 9:
+                parameter[[2, 5, 8]] = 1.0
+            elif "scale_shift_table_a2v_ca" in name:
+                parameter[4] = 0.5
+        for block in model.transformer_blocks:
+            for attention in (block.attn2, block.audio_attn2):
+                # Of the 1024 tokens of a context about 1000 are zeros: queries start out averse to them.
+                direction = torch.randn(attention.to_q.bias.shape, generator=generator)
+                attention.to_q.bias.copy_(direction)
+                attention.to_k.bias.copy_(-0.3 * direction)
     return model
 
 
@@ -171,10 +222,13 @@ def write_trained_text_encoder(folder: Path, captions: Iterable[str], seed: int)
     model = Gemma3Model(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
+        for name, parameter in sorted(model.named_parameters()):
             # Gemma scales embeddings by the square root of the width, and norms by one plus their weight.
             std = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(parameter[0].numel())
             parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+            # The norms after attention and feed-forward: random layers should add little to the words' embeddings.
+            if "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
+                parameter -= 0.8
     temporary = folder.with_name(folder.name + ".partial")
     config.save_pretrained(temporary)
     # Names of the released files, in which the language model is `language_model.model`.

@@ -5,15 +5,16 @@ held out is held out from the transformer.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderKLLTX2Audio
-from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 from torch import Tensor
 
-from ltx_titan.benchmarks.nano.loop import train
+from ltx_titan.benchmarks.nano.loop import Inputs, train
 from ltx_titan.codecs import AudioCodec, VideoCodec
 from ltx_titan.codecs.audio_vae import mel_settings
 from ltx_titan.codecs.mel import log_mel, resample
@@ -35,12 +36,8 @@ _STATISTICS_CLIPS = 128
 
 
 def random_clips(count: int, seed: int, device: torch.device | str) -> Clips:
-    """Clips of all shapes, every fourth in a random color on a random gray."""
-    clips = draw_clips(count, seed, _EVERYTHING)
-    generator = torch.Generator().manual_seed(seed)
-    clips.shade[::4] = torch.rand(clips.shade[::4].shape, generator=generator)
-    clips.level[::4] = torch.rand(clips.level[::4].shape, generator=generator)
-    return clips.to(device)
+    """Clips of all shapes."""
+    return draw_clips(count, seed, _EVERYTHING).to(device)
 
 
 def held_out_clips(count: int, device: torch.device | str, seed: int = 1) -> Clips:
@@ -48,14 +45,19 @@ def held_out_clips(count: int, device: torch.device | str, seed: int = 1) -> Cli
     return draw_clips(count, 10**6 + seed, combinations(held_out=True)).to(device)
 
 
-def train_video_vae(vae: AutoencoderKLLTX2Video, device: str, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+def train_video_vae(
+    vae: AutoencoderKLLTX2Video, device: str, seconds: float, batch: int, lr: float, save: Callable[[], None]
+) -> dict[str, Any]:
     """Trains on L1 and squared error with a small KL term; returns the figures."""
     vae.to(device, memory_format=torch.channels_last_3d).train()
 
-    def loss_of(step: int) -> dict[str, Tensor]:
+    def inputs_of(step: int) -> Inputs:
         pixels = render_video(random_clips(batch, step, device))
+        return (pixels.contiguous(memory_format=torch.channels_last_3d),)
+
+    def loss_of(pixels: Tensor) -> dict[str, Tensor]:
         with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-            posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last_3d)).latent_dist
+            posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(_noisy(posterior.mean, posterior.logvar)).sample.float()
         error = decoded - pixels
         kl = _kl(posterior.mean, posterior.logvar)
@@ -63,38 +65,45 @@ def train_video_vae(vae: AutoencoderKLLTX2Video, device: str, seconds: float, ba
         loss = error.abs().mean() + 4 * squared + _KL_WEIGHT * kl
         return {"loss": loss, "psnr": -10 * (squared / 4).log10(), "kl": kl}
 
-    return train("video VAE", vae.parameters(), loss_of, seconds=seconds, lr=lr)
+    return train("video VAE", vae.parameters(), inputs_of, loss_of, seconds=seconds, lr=lr, save=save)
 
 
 def train_audio_vae(vae: AutoencoderKLLTX2Audio, device: str, seconds: float, batch: int, lr: float) -> dict[str, Any]:
-    """Trains on the L1 and squared error of log-mel spectrograms with a small KL term; returns the figures."""
+    """Trains on errors of log-mel spectrograms and of their balance with a small KL term; returns the figures."""
     vae.to(device, memory_format=torch.channels_last).train()
 
-    def loss_of(step: int) -> dict[str, Tensor]:
+    def inputs_of(step: int) -> Inputs:
         mel = log_mel(render_audio(random_clips(batch, step, device)), _MEL)
-        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-            posterior = vae.encode(mel.contiguous(memory_format=torch.channels_last)).latent_dist
-            decoded = vae.decode(_noisy(posterior.mean, posterior.logvar)).sample.float()
-        error = decoded - mel[:, :, : decoded.shape[2]]
-        kl = _kl(posterior.mean, posterior.logvar)
-        loss = error.abs().mean() + 0.1 * error.square().mean() + 10 * _KL_WEIGHT * kl
-        return {"loss": loss, "mel_l1": error.abs().mean(), "kl": kl}
+        return (mel.contiguous(memory_format=torch.channels_last),)
 
-    return train("audio VAE", vae.parameters(), loss_of, seconds=seconds, lr=lr)
+    def loss_of(mel: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            posterior = vae.encode(mel).latent_dist
+            decoded = vae.decode(_noisy(posterior.mean, posterior.logvar)).sample.float()
+        mel = mel[:, :, : decoded.shape[2]]
+        error = decoded - mel
+        # A few decibels between the channels are little in the error of all bins: it counts where there is a tone.
+        is_loud = (mel > mel.amax((1, 2, 3), keepdim=True) - 2).any(1)
+        balance = ((error[:, 1] - error[:, 0]).abs() * is_loud).sum() / is_loud.sum()
+        kl = _kl(posterior.mean, posterior.logvar)
+        loss = error.abs().mean() + 0.1 * error.square().mean() + balance + 10 * _KL_WEIGHT * kl
+        return {"loss": loss, "mel_l1": error.abs().mean(), "balance": balance, "kl": kl}
+
+    return train("audio VAE", vae.parameters(), inputs_of, loss_of, seconds=seconds, lr=lr)
 
 
 def train_vocoder(
-    model: LTX2VocoderWithBWE, codec: AudioCodec, device: str, seconds: float, batch: int, lr: float
+    generator: LTX2Vocoder, codec: AudioCodec, device: str, seconds: float, batch: int, lr: float
 ) -> dict[str, Any]:
-    """Trains the 16 kHz generator on spectra of several resolutions; returns the figures.
+    """Trains the generator of one channel on spectra of several resolutions; returns the figures.
 
-    Half of the spectrograms have been through the audio VAE, as all have when sampling.
+    Half of the spectrograms have been through the audio VAE, as all have when sampling. The channels of a clip are
+    samples of their own.
     """
-    model.to(device).train()
-    generator = model.vocoder
-    generator.final_act_fn, final = None, generator.final_act_fn
+    generator.to(device).train()
+    final, generator.final_act_fn = generator.final_act_fn, None
 
-    def loss_of(step: int) -> dict[str, Tensor]:
+    def inputs_of(step: int) -> Inputs:
         audio = render_audio(random_clips(batch, step, device))
         mel = log_mel(audio, _MEL)
         with torch.no_grad():
@@ -102,14 +111,17 @@ def train_vocoder(
         mel = torch.cat([decoded, mel[1::2, :, : decoded.shape[2]]])
         target = torch.cat([audio[::2], audio[1::2]])
         length = min(mel.shape[2] * _MEL.hop_length, target.shape[-1])
-        output = generator(mel)[..., :length]
+        # [B, 2, ...] -> [2 B, 1, ...].
+        return mel.flatten(0, 1)[:, None], target.flatten(0, 1)[:, None, :length]
+
+    def loss_of(mel: Tensor, target: Tensor) -> dict[str, Tensor]:
         # Phase is free, so only the spectra are compared.
-        target = target[..., :length]
-        spectral, balance = _weighted_spectral_loss(output, target), _balance_loss(output, target)
-        return {"loss": spectral + balance, "spectral": spectral, "balance": balance}
+        output = generator(mel)[..., : target.shape[-1]]
+        spectral, level = _weighted_spectral_loss(output, target), _level_loss(output, target)
+        return {"loss": spectral + level, "spectral": spectral, "level": level}
 
     parameters = generator.parameters()
-    figures = train("vocoder", parameters, loss_of, seconds=seconds, lr=lr, weight_decay=0.0)
+    figures = train("vocoder", parameters, inputs_of, loss_of, seconds=seconds, lr=lr, weight_decay=0.0)
     generator.final_act_fn = final
     return figures
 
@@ -128,19 +140,18 @@ def _weighted_spectral_loss(output: Tensor, target: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def _balance_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Distance of the stereo balance over time: a few decibels between channels are little in a spectral loss."""
-    balances = []
+def _level_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Distance of the loudness over time, in nepers: a few decibels are little in a spectral loss."""
+    levels = []
     for audio in (output, target):
-        left, right = _magnitudes(audio, 1024).square().sum(1).unflatten(0, (-1, 2)).unbind(1)
-        loudness = left + right
-        balances.append((right - left) / (loudness + 1e-5))
-    is_loud = (loudness > 0.1 * loudness.amax(1, keepdim=True)).float()
-    return ((balances[0] - balances[1]).abs() * is_loud).sum() / is_loud.sum()
+        power = _magnitudes(audio, 1024).square().sum(1)
+        levels.append(0.5 * (power + 1e-6).log())
+    is_loud = (power > 0.1 * power.amax(1, keepdim=True)).float()
+    return ((levels[0] - levels[1]).abs() * is_loud).sum() / is_loud.sum()
 
 
 def _magnitudes(audio: Tensor, size: int) -> Tensor:
-    """[B, 2, N] -> [2 B, bins, T]; 0.5 for a sine of amplitude 1."""
+    """[B, channels, N] -> [B * channels, bins, T]; 0.5 for a sine of amplitude 1."""
     window = torch.hann_window(size, device=audio.device)
     return torch.stft(audio.flatten(0, 1), size, size // 4, window=window, return_complex=True).abs() / window.sum()
 

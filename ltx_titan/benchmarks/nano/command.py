@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,11 +30,12 @@ from ltx_titan.nano.trained_pack import (
     CHECKPOINT_NAME,
     audio_codec,
     build_audio_vae,
-    build_pack_vocoder,
+    build_mono_vocoder,
     build_text_modules,
     build_transformer,
     build_video_vae,
     save_pack,
+    stereo_vocoder,
     video_codec,
     vocoder_of,
     write_trained_text_encoder,
@@ -43,6 +45,7 @@ DESCRIPTION = __doc__
 
 _STAGES = ("video", "audio", "vocoder", "transformer", "score", "lora")
 _SEED = 0
+_VOCODER = "vocoder_of_one_channel.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,11 @@ def run(options: NanoTrainingOptions) -> int:
 
 
 def _video(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
-    vae = _resumed(build_video_vae(), options.out / "video.safetensors")
-    figures = codecs.train_video_vae(vae, options.device, seconds, batch, lr)
+    path = options.out / "video.safetensors"
+    vae = _resumed(build_video_vae(), path)
+    figures = codecs.train_video_vae(vae, options.device, seconds, batch, lr, save=lambda: _save(path, vae, {}))
     codec = codecs.measured_video_codec(vae, options.device)
-    _save(options.out / "video.safetensors", vae, {"mean": codec.mean, "std": codec.std})
+    _save(path, vae, {"mean": codec.mean, "std": codec.std})
     held_out = codecs.held_out_clips(options.scored, options.device)
     return {"training": figures, "held_out": codecs.score_video(codec, held_out)}
 
@@ -118,12 +122,12 @@ def _audio(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) 
 
 
 def _vocoder(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
-    model = _resumed(build_pack_vocoder(), options.out / "vocoder.safetensors")
+    generator = _resumed(build_mono_vocoder(), options.out / _VOCODER)
     codec = _load_audio(options)
-    figures = codecs.train_vocoder(model, codec, options.device, seconds, batch, lr)
-    _save(options.out / "vocoder.safetensors", model, {})
+    figures = codecs.train_vocoder(generator, codec, options.device, seconds, batch, lr)
+    _save(options.out / _VOCODER, generator, {})
     held_out = codecs.held_out_clips(options.scored, options.device)
-    return {"training": figures, "held_out": codecs.score_audio(codec, model, held_out)}
+    return {"training": figures, "held_out": codecs.score_audio(codec, _load_vocoder(options), held_out)}
 
 
 def _transformer(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _transformer(options: NanoTrainingOptions, seconds: float, batch: int, lr: f
         save=lambda: _save(path, model, {}),
     )
     _save(path, model, {})
-    vocoder = _load(build_pack_vocoder(), options.out / "vocoder.safetensors")[0]
+    vocoder = _load_vocoder(options)
     facts = {"recipe": "ltx-titan bench nano", "commit": _commit()}
     text = build_text_modules(_SEED)
     save_pack(options.out / CHECKPOINT_NAME, video, audio, vocoder, model, text, facts)
@@ -203,7 +207,7 @@ def _contexts(options: NanoTrainingOptions) -> transformer.Contexts:
 
 
 def _sampler(options: NanoTrainingOptions) -> scores.Sampler:
-    vocoder = _load(build_pack_vocoder(), options.out / "vocoder.safetensors")[0].to(options.device).eval()
+    vocoder = _load_vocoder(options).to(options.device).eval()
     codec = _load_video(options), _load_audio(options)
     return scores.Sampler(_contexts(options), *codec, vocoder_of(vocoder), options.device, options.steps)
 
@@ -215,6 +219,10 @@ def _load_transformer(options: NanoTrainingOptions) -> LTXTransformer:
 
 def _for_sampling(model: LTXTransformer, options: NanoTrainingOptions) -> LTXTransformer:
     return model.requires_grad_(False).eval().to(options.device, torch.bfloat16)
+
+
+def _load_vocoder(options: NanoTrainingOptions) -> LTX2VocoderWithBWE:
+    return stereo_vocoder(_load(build_mono_vocoder(), options.out / _VOCODER)[0])
 
 
 def _load_video(options: NanoTrainingOptions) -> VideoCodec:

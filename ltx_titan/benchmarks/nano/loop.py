@@ -1,9 +1,13 @@
-"""Training loop of the recipe: a time budget, a learning rate that follows it, an average of the weights."""
+"""Training loop of the recipe: a time budget, a learning rate that follows it, an average of the weights.
+
+On a GPU the whole step (forward, backward, optimizer) is one CUDA graph: models this small are limited by the launches
+of their kernels. What a step reads is drawn outside of it, into the same tensors each time.
+"""
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,77 +16,162 @@ from torch import Tensor, nn
 
 from ltx_titan.common.files import write_text
 
+Inputs = tuple[Tensor, ...]
+
 _WARMUP_STEPS = 200
 _MAX_NORM = 1.0
 _SAVE_SECONDS = 60.0
+# Eager steps before the capture: optimizer states exist, kernels are compiled and chosen.
+_EAGER_STEPS = 5
+# Steps between updates of the average, and how far the host may run ahead of the device.
+_AVERAGE_EVERY, _WAIT_EVERY = 8, 20
+
+
+class _Step:
+    """One optimizer step: float32 weights here, the model's own in whatever dtype they are."""
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        loss_of: Callable[..., dict[str, Tensor]],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        self.parameters, self._loss_of = parameters, loss_of
+        device = parameters[0].device
+        on_gpu = device.type == "cuda"
+        # bfloat16 weights are too coarse for small updates.
+        self.masters = [parameter.detach().float().clone().requires_grad_() for parameter in parameters]
+        # A tensor, which a captured optimizer reads in every replay.
+        self._lr = torch.full((), lr, device=device)
+        self._optimizer = torch.optim.AdamW(
+            self.masters,
+            lr=self._lr if on_gpu else lr,
+            betas=(0.9, 0.99),
+            weight_decay=weight_decay,
+            fused=on_gpu,
+            capturable=on_gpu,
+        )
+        self._on_gpu = on_gpu
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: Inputs = ()
+        self._losses: dict[str, Tensor] = {}
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of the following steps."""
+        if self._on_gpu:
+            self._lr.fill_(lr)
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def capture(self, inputs: Inputs) -> None:
+        """Captures a step as a CUDA graph; needs earlier steps with inputs of the same shapes."""
+        self._inputs = tuple(tensor.clone() for tensor in inputs)
+        self._clear()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._losses = self._run(self._inputs)
+        self._graph = graph
+
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Trains on one batch; returns its losses."""
+        if self._graph is None:
+            self._clear()
+            return self._run(inputs)
+        for static, tensor in zip(self._inputs, inputs, strict=True):
+            static.copy_(tensor)
+        self._graph.replay()
+        return self._losses
+
+    def _clear(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _run(self, inputs: Inputs) -> dict[str, Tensor]:
+        losses = self._loss_of(*inputs)
+        losses["loss"].backward()
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            # A parameter that the loss does not depend on has no gradient.
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        nn.utils.clip_grad_norm_(self.masters, _MAX_NORM, foreach=True)
+        self._optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.parameters), self.masters)
+        return {name: loss.detach() for name, loss in losses.items()}
 
 
 def train(
     name: str,
     parameters: Iterable[nn.Parameter],
-    loss_of: Callable[[int], dict[str, Tensor]],
+    inputs_of: Callable[[int], Inputs],
+    loss_of: Callable[..., dict[str, Tensor]],
     *,
     seconds: float,
     lr: float,
     ema: float = 0.999,
     weight_decay: float = 0.01,
     log_every: int = 100,
+    graphed: bool = True,
     save: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Trains until the time is over, then sets the parameters to their moving average.
 
     The learning rate rises over the first steps and falls as a cosine of the time spent, so any budget ends at 0.
+    Compilation and capture are not part of the budget.
 
     Args:
         name: for log lines.
         parameters: to train.
-        loss_of: step -> named scalars; `loss` is differentiated.
+        inputs_of: step -> tensors on the device, of the same shapes in each step.
+        loss_of: those tensors -> named scalars, of which `loss` is differentiated; never waits for the device.
         seconds: budget.
         lr: highest learning rate.
         ema: decay of the moving average, reached after about 10 / (1 - ema) steps.
         weight_decay: of AdamW.
         log_every: steps between log lines.
+        graphed: capture the step as a CUDA graph (GPU).
         save: called every minute, so that a call that runs out of time leaves its last weights.
 
     Returns:
         Steps, seconds and the logged losses.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    weights: list[Tensor] = list(parameters)
     on_gpu = parameters[0].device.type == "cuda"
-    # bfloat16 weights are too coarse for small updates.
-    masters = [parameter.detach().float().clone().requires_grad_() for parameter in parameters]
-    optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=on_gpu)
-    average = [master.detach().clone() for master in masters]
+    run = _Step(parameters, loss_of, lr, weight_decay)
+    average = [master.detach().clone() for master in run.masters]
     curve: list[dict[str, float]] = []
-    started, step, saved = time.monotonic(), 0, 0.0
+    step = 0
+    if on_gpu:
+        began = time.monotonic()
+        step = _prepare(run, inputs_of, lr / _WARMUP_STEPS, graphed)
+        print(f"{name}  prepared in {time.monotonic() - began:.1f} s", flush=True)
+    started, saved = time.monotonic(), 0.0
     while (spent := time.monotonic() - started) < seconds:
         factor = min(1.0, (step + 1) / _WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, spent / seconds)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor
-        losses = loss_of(step)
-        losses["loss"].backward()
-        for master, parameter in zip(masters, parameters, strict=True):
-            # A frozen stream's output head has no gradient.
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        nn.utils.clip_grad_norm_(masters, _MAX_NORM)
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(weights, masters)
-            # Slow averaging would keep the initial weights of a short run.
-            torch._foreach_lerp_(average, masters, 1 - min(ema, (1 + step) / (10 + step)))
+        run.set_lr(lr * factor)
+        losses = run(inputs_of(step))
         step += 1
+        if step % _AVERAGE_EVERY == 0:
+            # Slow averaging would keep the initial weights of a short run.
+            decay = min(ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(average, [master.detach() for master in run.masters], 1 - decay**_AVERAGE_EVERY)
+        if on_gpu and step % _WAIT_EVERY == 0:
+            torch.cuda.synchronize()
         if step % log_every == 0 or step == 1:
-            # Also bounds how far the host runs ahead of the device, so the clock is the device's.
-            values = {key: round(float(value.detach()), 5) for key, value in losses.items()}
+            values = {key: round(float(value), 5) for key, value in losses.items()}
             curve.append({"step": step, "seconds": round(time.monotonic() - started, 1), **values})
             print(f"{name}  {json.dumps(curve[-1])}", flush=True)
         if save is not None and spent - saved > _SAVE_SECONDS:
-            save()
+            with torch.no_grad():
+                torch._foreach_copy_(list(parameters), average)
+                save()
+                torch._foreach_copy_(list(parameters), run.masters)
             saved = spent
     with torch.no_grad():
-        torch._foreach_copy_(weights, average)
+        torch._foreach_copy_(list(parameters), average)
     spent = time.monotonic() - started
     return {
         "steps": step,
@@ -90,6 +179,24 @@ def train(
         "ms_per_step": round(1e3 * spent / max(1, step), 2),
         "curve": curve,
     }
+
+
+def _prepare(run: _Step, inputs_of: Callable[[int], Inputs], lr: float, graphed: bool) -> int:
+    """Runs eager steps on a side stream, as a capture needs, and captures; returns their number."""
+    run.set_lr(lr)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for step in range(_EAGER_STEPS):
+            run(inputs_of(step))
+    torch.cuda.current_stream().wait_stream(side)
+    if graphed:
+        try:
+            run.capture(inputs_of(_EAGER_STEPS))
+        except RuntimeError as error:
+            # Slower, but a driver that cannot capture a kernel still trains.
+            print(f"no CUDA graph: {error}", flush=True)
+    return _EAGER_STEPS
 
 
 def write_result(folder: Path, stage: str, result: dict[str, Any]) -> None:

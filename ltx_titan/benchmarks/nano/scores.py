@@ -70,7 +70,7 @@ class Sampler:
             part = clips[start : start + _BATCH]
             latents = encode_clips(part, self._contexts, self._video, self._audio, self._device)
             rows = torch.arange(len(part), device=self._device)
-            empty = torch.full_like(rows, len(self._contexts.video) - 2)
+            empty = torch.full_like(rows, self._contexts.empty)
             batch = make_batch(latents, self._contexts, rows, latents.captions if captioned else empty)
             negative = self._contexts.fields(empty)
             starts = dataset_starts(strategy, _on_host(batch))

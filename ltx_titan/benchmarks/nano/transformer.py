@@ -1,26 +1,27 @@
 """Training of the miniature's transformer on latents of procedural clips that stay on the device.
 
-Conditioning, sigmas, noise and loss are those of a training job (`FlexibleStrategy`, `ShiftedLogitNormal`,
-`flow_matching_loss`). Draws are made on the device in whole batches: the keyed draws of a job, one generator per sample
-on the host, would take longer than a step of this model.
+Noise, velocities and inputs of the model are those of a training job. Unlike there, draws are made on the device in
+whole batches, and each sample of a batch draws its own mode (both streams generated, or one for the other): the keyed
+draws of a job, one generator per sample on the host, would take longer than a step of this model, and one mode per
+batch would need one CUDA graph each.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltx_titan.benchmarks.nano.loop import train
+from ltx_titan.benchmarks.nano.loop import Inputs, train
 from ltx_titan.codecs import AudioCodec, VideoCodec, load_text_encoder
-from ltx_titan.conditioning import FlexibleStrategy, weighted_loss
+from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.conditioning.tokens import audio_steps
 from ltx_titan.config import LoRASection
-from ltx_titan.diffusion import ShiftedLogitNormal, StepDraws
+from ltx_titan.diffusion import StepDraws, add_noise, velocity_target
 from ltx_titan.lora import apply_lora, init_lora_
-from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
+from ltx_titan.model import FeatureExtractor, LTXTransformer, Modality, TextConnectors
 from ltx_titan.nano.clips import (
     ALL_SHAPES,
     CONCEPT_SHAPE,
@@ -38,42 +39,57 @@ from ltx_titan.nano.clips import (
 CONCEPT = ALL_SHAPES.index(CONCEPT_SHAPE)
 _TEMPLATES = (0, 1)
 _CAPTION_DROPOUT = 0.1
-_FIRST_FRAME = {"type": "first_frame", "probability": 0.1}
-# Of ten steps, one learns audio for a given video, one video for given audio.
-_MODES = ("v2a", "a2v", *["joint"] * 8)
+_FIRST_FRAME_PROBABILITY = 0.1
+# Fractions of samples: audio for a given video, video for given audio, and both with sigmas of their own. The rest has
+# one sigma, as both streams do in sampling.
+_V2A, _A2V, _INDEPENDENT = 0.12, 0.12, 0.26
+# Log-odds of sigma: a clip of sixteen tokens is plain to see unless nearly everything is noise.
+_SIGMA_CENTER, _SIGMA_SPREAD, _SIGMA_UNIFORM, _SIGMA_FLOOR = 1.0, 1.4, 0.15, 1e-3
+_MAX_TOKENS = 1024
 
 
 def strategy_of(mode: str) -> FlexibleStrategy:
     """Both streams generated ("joint", "first_frame"), or one for the other ("v2a", "a2v")."""
-    # Never drawn in a2v: with a condition the blocks have the same shapes as in joint training, and compile once.
-    never = [{**_FIRST_FRAME, "probability": 0.0}]
-    conditions = {"joint": [_FIRST_FRAME], "a2v": never, "first_frame": [{**_FIRST_FRAME, "probability": 1.0}]}
-    video = {"is_generated": mode != "v2a", "latents_dir": "latents", "conditions": conditions.get(mode, [])}
+    never = [{"type": "first_frame", "probability": 0.0}]
+    conditions = {"first_frame": [{"type": "first_frame", "probability": 1.0}], "v2a": []}
+    video = {"is_generated": mode != "v2a", "latents_dir": "latents", "conditions": conditions.get(mode, never)}
     audio = {"is_generated": mode != "a2v", "latents_dir": "audio_latents"}
     return FlexibleStrategy.from_config({"video": video, "audio": audio})
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Contexts of all captions on the device, in bfloat16.
+    """Contexts of all captions on the device, in bfloat16, cut off after the longest one and a zero.
+
+    The last two are those of the empty caption and of no caption.
 
     Attributes:
-        video: [M, 1024, D]; the last two are those of the empty caption and of no caption (registers alone).
-        audio: [M, 1024, D] likewise.
+        video: [M, T, D].
+        audio: [M, T, D].
+        mask: added to the scores of the text attention [M, T], float32. The first zero stands for all that follow to
+            the end of a context: the logarithm of their number gives it their weight, exactly.
         rows: caption -> row.
     """
 
     video: Tensor
     audio: Tensor
+    mask: Tensor
     rows: dict[str, int]
+
+    @property
+    def empty(self) -> int:
+        """Row of the empty caption."""
+        return len(self.video) - 2
 
     def of(self, captions: Sequence[str], device: torch.device | str) -> Tensor:
         """Rows of captions [B]."""
         return torch.tensor([self.rows[caption] for caption in captions], device=device)
 
     def fields(self, rows: Tensor) -> dict[str, Tensor]:
-        """The source `conditions` of a batch."""
-        return {"video_prompt_embeds": self.video[rows], "audio_prompt_embeds": self.audio[rows]}
+        """The source `conditions` of a batch: contexts in full length."""
+        missing = (0, 0, 0, _MAX_TOKENS - self.video.shape[1])
+        streams = {"video_prompt_embeds": self.video[rows], "audio_prompt_embeds": self.audio[rows]}
+        return {name: nn.functional.pad(stream, missing) for name, stream in streams.items()}
 
 
 def known_captions() -> list[str]:
@@ -89,15 +105,23 @@ def encode_captions(
     """Runs the text encoder, the projection and the connectors on captions."""
     encoder = load_text_encoder(text_encoder, device, torch.float32)
     extractor, connectors = (module.to(device) for module in modules)
-    parts = []
     captions = [*captions, ""]
-    for start in range(0, len(captions), 32):
-        hidden_states, mask = encoder.encode(captions[start : start + 32])
+    parts, lengths = [], []
+    for start in range(0, len(captions), 128):
+        hidden_states, mask = encoder.encode(captions[start : start + 128])
         parts.append(connectors(*extractor(hidden_states, mask), mask)[:2])
+        lengths.append(mask.sum(1))
     nothing = torch.zeros_like(mask[:1])
     parts.append(connectors(*extractor(hidden_states[:1], nothing), nothing)[:2])
-    video, audio = (torch.cat([part.to(torch.bfloat16) for part in stream]) for stream in zip(*parts, strict=True))
-    return Contexts(video, audio, {caption: row for row, caption in enumerate(captions)})
+    length = torch.cat([*lengths, nothing[:, 0]])
+    kept = -(-(int(length.max()) + 1) // 8) * 8
+    video, audio = (
+        torch.cat([part[:, :kept].to(torch.bfloat16) for part in stream]) for stream in zip(*parts, strict=True)
+    )
+    slot = torch.arange(kept, device=device)
+    zeros = (_MAX_TOKENS - length).float().log()[:, None]
+    added = torch.where(slot < length[:, None], 0.0, torch.where(slot == length[:, None], zeros, -1e4))
+    return Contexts(video, audio, added, {caption: row for row, caption in enumerate(captions)})
 
 
 @dataclass(frozen=True)
@@ -149,52 +173,135 @@ def make_batch(latents: Latents, contexts: Contexts, rows: Tensor, captions: Ten
 
 
 class StepLoss:
-    """Loss of a training step on random clips, for `loop.train`."""
+    """Inputs and loss of a training step on random clips, for `loop.train`."""
 
-    def __init__(
-        self, model: nn.Module, latents: Latents, contexts: Contexts, batch: int, modes: Sequence[str] = _MODES
-    ) -> None:
-        self._model, self._latents, self._contexts, self._batch = model, latents, contexts, batch
-        self._modes = modes
-        self._strategies = {mode: strategy_of(mode) for mode in set(modes)}
+    def __init__(self, model: nn.Module, latents: Latents, contexts: Contexts, batch: int) -> None:
+        self._model, self._contexts, self._batch = model, contexts, batch
         self._device = latents.video.device
         self._generator = torch.Generator(self._device).manual_seed(0)
-        self._sampler = ShiftedLogitNormal()
+        self._captions = latents.captions
+        # Positions are the same in all steps: those that a job prepares.
+        rows = torch.zeros(batch, dtype=torch.long, device=self._device)
+        inputs = strategy_of("joint").prepare(make_batch(latents, contexts, rows, rows), _no_draws(batch, self._device))
+        assert inputs.video is not None
+        assert inputs.audio is not None
+        self._video, self._audio = inputs.video, inputs.audio
+        # [N, S, C], first-frame tokens first.
+        self._video_tokens = latents.video.flatten(2).transpose(1, 2).contiguous()
+        self._audio_tokens = latents.audio.permute(0, 2, 1, 3).flatten(2).contiguous()
+        self._tokens_per_frame = latents.video.shape[-2] * latents.video.shape[-1]
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
-        """Forward pass of one batch."""
-        strategy = self._strategies[self._modes[step % len(self._modes)]]
-        rows = torch.randint(len(self._latents), (self._batch,), generator=self._generator, device=self._device)
-        batch = make_batch(self._latents, self._contexts, rows, self._captions(rows))
-        inputs = strategy.prepare(batch, self._draw(strategy, batch))
-        video, audio = self._model(inputs.video, inputs.audio, None)
-        loss = strategy.loss(video, audio, inputs)
-        parts = {"video": loss.video, "audio": loss.audio}
-        means = {name: part.mean() for name, part in parts.items() if part is not None}
-        return {"loss": weighted_loss(loss, 1.0, 1.0).mean(), **means}
+    def inputs(self, step: int) -> Inputs:
+        """Draws a batch."""
+        rows = torch.randint(len(self._captions), (self._batch,), generator=self._generator, device=self._device)
+        captions = self._drop(self._captions[rows])
+        video, audio = self._video_tokens[rows].float(), self._audio_tokens[rows]
+        mode, first = self._uniform(), self._uniform()
+        video_sigma, audio_sigma = self._sigma(), self._sigma()
+        audio_sigma = torch.where(mode > 1 - _INDEPENDENT, audio_sigma, video_sigma)
+        given = torch.zeros_like(video_sigma)
+        video_sigma = torch.where(mode < _V2A, given, video_sigma)
+        audio_sigma = torch.where((mode >= _V2A) & (mode < _V2A + _A2V), given, audio_sigma)
+        is_first = torch.arange(video.shape[1], device=self._device) < self._tokens_per_frame
+        # 0 is a clean token.
+        index = 1 - ((first < _FIRST_FRAME_PROBABILITY)[:, None] & is_first).long()
+        contexts = self._contexts
+        return (
+            video,
+            audio,
+            self._noise(video),
+            self._noise(audio),
+            video_sigma,
+            audio_sigma,
+            index,
+            contexts.video[captions],
+            contexts.audio[captions],
+            contexts.mask[captions],
+        )
 
-    def _captions(self, rows: Tensor) -> Tensor:
+    def loss(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        video_noise: Tensor,
+        audio_noise: Tensor,
+        video_sigma: Tensor,
+        audio_sigma: Tensor,
+        index: Tensor,
+        video_context: Tensor,
+        audio_context: Tensor,
+        context_mask: Tensor,
+    ) -> dict[str, Tensor]:
+        """Mean squared error of the velocities of generated tokens, over the batch."""
+        noisy = torch.where(index[..., None] == 0, video, add_noise(video, video_noise, video_sigma))
+        audio_index = torch.ones(audio.shape[:2], dtype=torch.long, device=audio.device)
+        predicted_video, predicted_audio = self._model(
+            _modality(self._video, noisy, video_sigma, index, video_context, context_mask),
+            _modality(
+                self._audio,
+                add_noise(audio, audio_noise, audio_sigma),
+                audio_sigma,
+                audio_index,
+                audio_context,
+                context_mask,
+            ),
+            None,
+        )
+        video_loss = _masked_error(
+            predicted_video, velocity_target(video, video_noise), index * (video_sigma > 0)[:, None]
+        )
+        audio_mask = audio_index * (audio_sigma > 0)[:, None]
+        audio_loss = _masked_error(predicted_audio, velocity_target(audio, audio_noise), audio_mask)
+        return {"loss": video_loss + audio_loss, "video": video_loss, "audio": audio_loss}
+
+    def _drop(self, captions: Tensor) -> Tensor:
         """Captions with dropout: half to the empty caption, which samples use, half to none, which jobs use."""
-        captions = self._latents.captions[rows]
-        chance = torch.rand(len(rows), generator=self._generator, device=self._device)
-        captions = torch.where(chance < _CAPTION_DROPOUT, len(self._contexts.video) - 1, captions)
-        return torch.where(chance < _CAPTION_DROPOUT / 2, len(self._contexts.video) - 2, captions)
+        chance = self._uniform()
+        captions = torch.where(chance < _CAPTION_DROPOUT, self._contexts.empty + 1, captions)
+        return torch.where(chance < _CAPTION_DROPOUT / 2, self._contexts.empty, captions)
 
-    def _draw(self, strategy: FlexibleStrategy, batch: dict[str, dict[str, Tensor]]) -> StepDraws:
-        found: dict[str, Any] = {}
-        for name, plan in zip(("video", "audio"), strategy.draw_plan(batch), strict=True):
-            assert plan is not None
-            sigma = noise = None
-            if plan.is_generated:
-                sigma = self._sampler.sample((self._batch,), plan.num_tokens, self._generator)
-                shape = (self._batch, plan.num_tokens, plan.channels)
-                noise = torch.randn(shape, generator=self._generator, device=self._device)
-            uses = [
-                torch.rand(self._batch, generator=self._generator, device=self._device) < condition.probability
-                for condition in plan.conditions
-            ]
-            found |= {f"{name}_sigma": sigma, f"{name}_noise": noise, f"{name}_uses": uses}
-        return StepDraws(**found)
+    def _sigma(self) -> Tensor:
+        normal = torch.randn(self._batch, generator=self._generator, device=self._device)
+        sigma = torch.sigmoid(_SIGMA_CENTER + _SIGMA_SPREAD * normal)
+        sigma = torch.where(self._uniform() < _SIGMA_UNIFORM, self._uniform(), sigma)
+        return sigma.clamp(min=_SIGMA_FLOOR)
+
+    def _uniform(self) -> Tensor:
+        return torch.rand(self._batch, generator=self._generator, device=self._device)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self._generator, device=self._device)
+
+
+def _modality(
+    template: Modality, latent: Tensor, sigma: Tensor, index: Tensor, context: Tensor, mask: Tensor
+) -> Modality:
+    """A stream at the template's positions; timesteps are 0 where the index [B, S] is 0, else sigma."""
+    values = sigma[:, None] * torch.arange(2, dtype=torch.float32, device=sigma.device)
+    return replace(
+        template,
+        latent=latent,
+        sigma=sigma,
+        timesteps=values.gather(1, index),
+        timestep_values=values,
+        timestep_index=index,
+        context=context,
+        context_mask=mask,
+    )
+
+
+def _masked_error(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    error = (predicted.float() - target).square().mean(-1)
+    return (error * mask).sum() / mask.sum()
+
+
+def _no_draws(batch: int, device: torch.device) -> StepDraws:
+    """Draws without noise."""
+    sigma = torch.zeros(batch, device=device)
+    video = torch.zeros(batch, 16, 128, device=device)
+    audio = torch.zeros(batch, audio_steps(SECONDS), 128, device=device)
+    never = torch.zeros(batch, dtype=torch.bool, device=device)
+    return StepDraws(sigma, sigma, video, audio, [never], [])
 
 
 def train_transformer(
@@ -214,24 +321,23 @@ def train_transformer(
     if compiled:
         for block in model.transformer_blocks:
             block.compile()
-    loss_of = StepLoss(model, latents, contexts, batch)
-    # Compilation is not part of the budget.
-    for step in range(4):
-        loss_of(step)["loss"].backward()
-    model.zero_grad(set_to_none=True)
-    return train("transformer", model.parameters(), loss_of, seconds=seconds, lr=lr, save=save)
+    step = StepLoss(model, latents, contexts, batch)
+    return train(
+        "transformer", model.parameters(), step.inputs, step.loss, seconds=seconds, lr=lr, ema=0.9995, save=save
+    )
 
 
 def train_concept(
     model: LTXTransformer, latents: Latents, contexts: Contexts, *, rank: int, seconds: float, batch: int, lr: float
 ) -> dict[str, Any]:
     """Adds a LoRA to the transformer and trains it on clips of the concept; returns the figures."""
-    apply_lora(model, LoRASection(rank=rank, alpha=float(rank), base_dtype="bfloat16", targets=("all_attention",)))
+    section = LoRASection(rank=rank, alpha=float(rank), base_dtype="bfloat16", targets=("all_attention", "ff"))
+    apply_lora(model, section)
     model.to(latents.video.device).train()
     init_lora_(model, 0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss_of = StepLoss(model, latents, contexts, batch, modes=("joint",))
-    return train("LoRA", parameters, loss_of, seconds=seconds, lr=lr, ema=0.99, weight_decay=0.0)
+    step = StepLoss(model, latents, contexts, batch)
+    return train("LoRA", parameters, step.inputs, step.loss, seconds=seconds, lr=lr, ema=0.99, weight_decay=0.0)
 
 
 def training_clips(count: int) -> Clips:
