@@ -31,7 +31,7 @@ COLORS = {
 COLOR_NAMES = tuple(COLORS)
 SIZES = ("small", "large")
 # Radius in pixels of a frame of 64 pixels.
-RADII = ((9.0, 10.0), (13.5, 15.0))
+RADII = ((11.0, 12.0), (15.0, 16.0))
 MOTIONS = ("left", "right", "up", "down")
 BACKGROUNDS = {"black": 0.06, "gray": 0.45, "white": 0.94}
 BACKGROUND_NAMES = tuple(BACKGROUNDS)
