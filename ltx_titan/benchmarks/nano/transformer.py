@@ -46,6 +46,7 @@ _V2A, _A2V, _INDEPENDENT = 0.12, 0.12, 0.26
 # Log-odds of sigma: a clip of sixteen tokens is plain to see unless nearly everything is noise.
 _SIGMA_CENTER, _SIGMA_SPREAD, _SIGMA_UNIFORM, _SIGMA_FLOOR = 1.0, 1.4, 0.15, 1e-3
 _MAX_TOKENS = 1024
+_LORA_TARGETS = ("all_attention", "video_ffn", "audio_ffn")
 
 
 def strategy_of(mode: str) -> FlexibleStrategy:
@@ -331,7 +332,7 @@ def train_concept(
     model: LTXTransformer, latents: Latents, contexts: Contexts, *, rank: int, seconds: float, batch: int, lr: float
 ) -> dict[str, Any]:
     """Adds a LoRA to the transformer and trains it on clips of the concept; returns the figures."""
-    section = LoRASection(rank=rank, alpha=float(rank), base_dtype="bfloat16", targets=("all_attention", "ff"))
+    section = LoRASection(rank=rank, alpha=float(rank), base_dtype="bfloat16", targets=_LORA_TARGETS)
     apply_lora(model, section)
     model.to(latents.video.device).train()
     init_lora_(model, 0)
