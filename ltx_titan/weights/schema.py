@@ -108,7 +108,8 @@ class _Network(_Part):
     ch: Size = 128
     out_ch: Size = 2
     ch_mult: list[Size] = [1, 2, 4]
-    num_res_blocks: _Count = 2
+    # 0 is an architecture too: levels of a resampler each, and one block per level in the decoder.
+    num_res_blocks: Annotated[int, Field(ge=0, le=1000)] = 2
     attn_resolutions: list[Size] | None = None
     in_channels: Size = 2
     resolution: Size = 256
