@@ -8,9 +8,7 @@ latents of natural ones have a mean near 0 and a standard deviation near 1, as t
 import json
 import math
 import shutil
-import tarfile
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -28,7 +26,7 @@ from ltx_titan.codecs.audio_vae import audio_vae_arguments, mel_settings
 from ltx_titan.codecs.mel import log_mel, slaney_filters
 from ltx_titan.codecs.video_vae import video_vae_layout
 from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name
-from ltx_titan.common.options import Flag, Positional
+from ltx_titan.common.options import Positional
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.nano.pack_config import CONFIG, MODEL_VERSION, TEXT_ENCODER
@@ -46,8 +44,6 @@ example:
 """
 
 CHECKPOINT_NAME = "ltx-2.3-nano.safetensors"
-TRAINED_NAME = "ltx-2.3-nano-trained.safetensors"
-TRAINED_ARCHIVE = "nano_trained.tar.xz"
 TEXT_ENCODER_NAME = "text_encoder"
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -65,13 +61,10 @@ class NanoOptions:
     seed: int = 0
     """Seed of the weights; the same seed gives the same bytes."""
 
-    trained: Flag = False
-    """Unpack the trained miniature instead, which generates what `ltx-titan make-clips` shows."""
-
 
 def run(options: NanoOptions) -> int:
     """Runs the command; returns the exit status."""
-    path = unpack_trained_nano(options.out) if options.trained else make_nano(options.out, options.seed)
+    path = make_nano(options.out, options.seed)
     print(f"checkpoint    {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     print(f"text encoder  {path.parent / TEXT_ENCODER_NAME}")
     return 0
@@ -96,20 +89,6 @@ def make_nano(folder: str | Path, seed: int = 0) -> Path:
     save_safetensors(path, tensors, metadata)
     _write_text_encoder(folder / TEXT_ENCODER_NAME, seed + 4)
     return path
-
-
-def unpack_trained_nano(folder: str | Path) -> Path:
-    """Writes the trained pack of this package, `ltx-2.3-nano-trained.safetensors` and `text_encoder/`.
-
-    Returns:
-        The path of the checkpoint file.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = resources.files("ltx_titan") / "assets" / TRAINED_ARCHIVE
-    with archive.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:xz") as tar:
-        tar.extractall(folder, filter="data")
-    return folder / TRAINED_NAME
 
 
 def _transformer_tensors(seed: int) -> dict[str, Tensor]:

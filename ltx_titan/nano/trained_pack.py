@@ -4,13 +4,10 @@ The recipe (`benchmarks.nano`) trains the modules; `save_pack` writes them as th
 every command of this project, diffusers and the released loaders read them.
 """
 
-import io
 import json
-import lzma
 import math
 import re
 import shutil
-import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,12 +25,12 @@ from ltx_titan.codecs.video_vae import video_vae_layout
 from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name, vocoder_arguments
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
-from ltx_titan.nano.pack import TEXT_ENCODER_NAME, TRAINED_NAME, fill_spectrogram_buffers, statistics
+from ltx_titan.nano.pack import fill_spectrogram_buffers, statistics
 from ltx_titan.nano.pack_config import MODEL_VERSION
 from ltx_titan.nano.trained_config import MONO_WIDTH, TEXT_ENCODER, TRAINED_CONFIG, VISION_TOWER, VOCABULARY
 from ltx_titan.weights import save_safetensors
 
-CHECKPOINT_NAME = TRAINED_NAME
+CHECKPOINT_NAME = "ltx-2.3-nano-trained.safetensors"
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
 # Parameters of the connectors without which a block adds nothing.
 _SILENT = ("learnable_registers", "attn1.to_out.0.weight", "ff.net.2.weight")
@@ -187,24 +184,6 @@ def save_pack(
         tensors["vocoder." + stored_vocoder_name(name, True)] = stored
     metadata = {"config": json.dumps(TRAINED_CONFIG), "model_version": MODEL_VERSION, **facts}
     save_safetensors(path, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-
-
-def archive_pack(folder: Path, archive: Path) -> None:
-    """Compresses a pack without loss, for the package: two thirds of bfloat16 weights are entropy.
-
-    Args:
-        folder: with the checkpoint and `text_encoder/`.
-        archive: the `.tar.xz` to write; the same bytes for the same files.
-    """
-    # Bits 0 of a position: bytes of a weight alternate between sign with exponent, and mantissa.
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}]
-    names = [CHECKPOINT_NAME, *sorted(str(p.relative_to(folder)) for p in (folder / TEXT_ENCODER_NAME).iterdir())]
-    with lzma.open(archive, "wb", filters=filters) as compressed, tarfile.open(fileobj=compressed, mode="w|") as tar:
-        for name in names:
-            data = (folder / name).read_bytes()
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
 
 
 def latent_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,8 @@ _FFT_SIZES = (256, 512, 1024, 2048)
 # Short windows have wide bins: a tone of nearly the right pitch is nearly right there.
 _TRAINING_FFT_SIZES = (64, 128, 256, 512, 1024, 2048)
 _STATISTICS_CLIPS = 128
+# Range of the random attenuation of what the vocoder learns from.
+_GAIN_NEPERS = 2.5
 
 
 def random_clips(count: int, seed: int, device: torch.device | str) -> Clips:
@@ -105,14 +107,15 @@ def train_vocoder(
 
     def inputs_of(step: int) -> Inputs:
         audio = render_audio(random_clips(batch, step, device))
-        mel = log_mel(audio, _MEL)
+        # Louder and softer than any clip: at nearly equal levels a generator learns one, and ignores the balance.
+        gains = torch.exp(-_GAIN_NEPERS * torch.rand(len(audio[1::2]), 2, 1, device=device))
+        audio = torch.cat([audio[::2], gains * audio[1::2]])
         with torch.no_grad():
-            decoded = codec.decode(codec.encode(audio[::2], SAMPLE_RATE))
-        mel = torch.cat([decoded, mel[1::2, :, : decoded.shape[2]]])
-        target = torch.cat([audio[::2], audio[1::2]])
-        length = min(mel.shape[2] * _MEL.hop_length, target.shape[-1])
+            decoded = codec.decode(codec.encode(audio[: len(audio) - len(gains)], SAMPLE_RATE))
+        mel = torch.cat([decoded, log_mel(audio, _MEL)[len(decoded) :, :, : decoded.shape[2]]])
+        length = min(mel.shape[2] * _MEL.hop_length, audio.shape[-1])
         # [B, 2, ...] -> [2 B, 1, ...].
-        return mel.flatten(0, 1)[:, None], target.flatten(0, 1)[:, None, :length]
+        return mel.flatten(0, 1)[:, None], audio.flatten(0, 1)[:, None, :length]
 
     def loss_of(mel: Tensor, target: Tensor) -> dict[str, Tensor]:
         # Phase is free, so only the spectra are compared.
