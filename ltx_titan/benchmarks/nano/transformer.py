@@ -302,7 +302,9 @@ def _no_draws(batch: int, device: torch.device) -> StepDraws:
     video = torch.zeros(batch, 16, 128, device=device)
     audio = torch.zeros(batch, audio_steps(SECONDS), 128, device=device)
     never = torch.zeros(batch, dtype=torch.bool, device=device)
-    return StepDraws(sigma, sigma, video, audio, [never], [])
+    return StepDraws(
+        video_sigma=sigma, audio_sigma=sigma, video_noise=video, audio_noise=audio, video_uses=[never], audio_uses=[]
+    )
 
 
 def train_transformer(
