@@ -60,8 +60,10 @@ def build_pack_vocoder() -> LTX2VocoderWithBWE:
 def build_mono_vocoder() -> LTX2Vocoder:
     """The 16 kHz generator of one channel, with diffusers' initial weights; see `stereo_vocoder`."""
     arguments = vocoder_arguments(TRAINED_CONFIG["vocoder"])
-    names = ("upsample_kernel_sizes", "upsample_factors", "resnet_kernel_sizes", "resnet_dilations", "act_fn")
-    names += ("antialias", "final_act_fn", "final_bias")
+    names = (
+        *("upsample_kernel_sizes", "upsample_factors", "resnet_kernel_sizes", "resnet_dilations"),
+        *("act_fn", "antialias", "final_act_fn", "final_bias"),
+    )
     return LTX2Vocoder(
         in_channels=64, hidden_channels=MONO_WIDTH, out_channels=1, **{name: arguments[name] for name in names}
     )
@@ -112,17 +114,17 @@ def build_transformer(seed: int) -> LTXTransformer:
         for name, parameter in model.named_parameters():
             # Nearly the same at all sigmas at first, with open gates: random ones switch half of the layers off.
             if re.search(r"adaln_single\.linear\.weight$", name):
-                parameter *= 0.1
+                parameter.mul_(0.1)
             elif name.endswith("scale_shift_table") and len(parameter) == 9:
                 parameter[[2, 5, 8]] = 1.0
             elif "scale_shift_table_a2v_ca" in name:
                 parameter[4] = 0.5
-        for block in model.transformer_blocks:
-            for attention in (block.attn2, block.audio_attn2):
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            if name.endswith("attn2.to_q.bias"):
                 # Of the 1024 tokens of a context about 1000 are zeros: queries start out averse to them.
-                direction = torch.randn(attention.to_q.bias.shape, generator=generator)
-                attention.to_q.bias.copy_(direction)
-                attention.to_k.bias.copy_(-0.3 * direction)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                parameters[name.replace("to_q", "to_k")].copy_(-0.3 * parameter)
     return model
 
 
