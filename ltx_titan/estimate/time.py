@@ -2,7 +2,8 @@
 
 A block runs its matmuls, attention, memory-bound operations and FSDP2's copies one after the other; recomputation
 repeats their forward part. The host, which launches all of it, and FSDP2's collectives run at the same time: a block
-takes as long as the slowest of the three. Collectives of tensor and context parallelism are not overlapped.
+takes as long as the slowest of the three, and collectives slow down what runs beside them. Collectives of tensor and
+context parallelism are not overlapped.
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,10 @@ column. Compiled: the layer of another compiled implementation, without matmuls 
 10.3 ms at 16,128 tokens of 4,096 columns at 3.0 TB/s. Not compiled: counted over the operations of our block."""
 FLOAT8_UNITS = 190.0
 """Traffic of quantization to float8: 2.8 ms per layer at 4,032 and 7.8 ms at 16,128 tokens (tensorwise)."""
+CONTENTION = 0.85
+"""Seconds that computation takes longer per second of FSDP2's collectives beside it: NCCL's kernels occupy
+multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows of
+docs/benchmarks took 0.25 to 0.30 s longer than without it, whatever the number of tokens."""
 FORWARD_SHARE = 0.36
 """Share of the forward pass in the memory-bound traffic."""
 HOST_CALL_S = 6e-3
@@ -30,9 +35,9 @@ HOST_FLOAT8_S = 4e-3
 """Additional host time of a compiled pass with float8 matmuls: scales and casts are separate launches. From a
 difference of 9 ms per block and step between bfloat16 and float8 at 4,032 tokens, both host-bound: two H100s,
 2026-11-26."""
-LORA_UNITS = 100.0
-"""Traffic of adapters on all attention layers, in units as above. Chosen so that LoRA rows of docs/benchmarks with CUDA
-graphs, on H100 and H200, lie on both sides of their predictions."""
+LORA_UNITS = 40.0
+"""Traffic of adapters on all attention layers, in units as above. Chosen so that the LoRA rows of docs/benchmarks with CUDA
+graphs lie on both sides of their predictions."""
 EAGER_HOST_S = 11e-3
 """Host time of one pass of a block that is not compiled: a few hundred launches. Assumed."""
 UPDATE_BYTES = {"adamw": 28.0, "adamw8bit": 18.0, "adamw4bit": 16.0, "muon": 60.0, "adafactor": 24.0}
@@ -51,11 +56,13 @@ class StepTime:
 
     Attributes:
         matmul, attention, memory_bound: computation of all blocks and micro-batches, recomputation included.
-        fsdp_copies: copies into and out of the buffers of FSDP2's collectives.
+        fsdp_copies: copies into and out of the buffers of FSDP2's collectives; with static slots they are beside the
+            computation.
         communication: collectives of tensor and context parallelism.
         outside: everything outside the blocks, and the optimizer.
         host: time that the GPU waits for launches, if the host is slower.
         exposed: time that FSDP2's collectives take beyond the computation that they overlap with.
+        contention: time that computation takes longer because of collectives beside it.
         streaming: the same for copies of weights from host memory.
     """
 
@@ -67,6 +74,7 @@ class StepTime:
     outside: float
     host: float
     exposed: float
+    contention: float
     streaming: float = 0.0
 
     @property
@@ -81,7 +89,7 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
     micro_batches = -(-work.global_batch_size // (setup.local_batch_size * degrees.dp))
     forward, backward = _compute(work, setup, gpu)
     again = _recomputed(work, setup, gpu)
-    copies = _fsdp_copies(work, setup) / gpu.copy
+    copies = 0.0 if setup.static_slots else _fsdp_copies(work, setup) / gpu.copy
     communication = _communication(work, setup, gpu)
     gather, reduce, replicate = _fsdp_traffic(work, setup, gpu)
 
@@ -91,7 +99,8 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
     busy_backward = sum(backward) + sum(again) + copies * 2 / 3 + communication * 2 / 3
     # FSDP2 overlaps its collectives with the computation of the same pass; only the excess takes time.
     exposed = max(0.0, gather - busy_forward) + max(0.0, gather + reduce + replicate - busy_backward)
-    busy = busy_forward + busy_backward + exposed
+    contention = CONTENTION * (2 * gather + reduce + replicate)
+    busy = busy_forward + busy_backward + exposed + contention
     # A CUDA graph is one launch; otherwise the device waits wherever the host is slower.
     host = 0.0 if setup.graphs else max(0.0, _host(setup) - busy)
 
@@ -111,6 +120,7 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
         outside=_outside(work, setup, gpu, micro_batches),
         host=all_blocks(host),
         exposed=all_blocks(exposed),
+        contention=all_blocks(contention),
         streaming=micro_batches * streaming,
     )
 
