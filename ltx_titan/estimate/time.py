@@ -22,8 +22,8 @@ FLOAT8_UNITS = 190.0
 """Traffic of quantization to float8: 2.8 ms per layer at 4,032 and 7.8 ms at 16,128 tokens (tensorwise)."""
 CONTENTION = 0.85
 """Seconds that computation takes longer per second of FSDP2's collectives beside it: NCCL's kernels occupy
-multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows of
-docs/benchmarks took 0.25 to 0.30 s longer than without it, whatever the number of tokens."""
+multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows
+of docs/benchmarks took 0.25 to 0.30 s longer than predicted without it, whatever the number of tokens."""
 FORWARD_SHARE = 0.36
 """Share of the forward pass in the memory-bound traffic."""
 HOST_CALL_S = 6e-3
@@ -36,8 +36,8 @@ HOST_FLOAT8_S = 4e-3
 difference of 9 ms per block and step between bfloat16 and float8 at 4,032 tokens, both host-bound: two H100s,
 2026-11-26."""
 LORA_UNITS = 40.0
-"""Traffic of adapters on all attention layers, in units as above. Chosen so that the LoRA rows of docs/benchmarks with CUDA
-graphs lie on both sides of their predictions."""
+"""Traffic of adapters on all attention layers, in units as above. Chosen so that the LoRA rows of docs/benchmarks with
+CUDA graphs lie on both sides of their predictions."""
 EAGER_HOST_S = 11e-3
 """Host time of one pass of a block that is not compiled: a few hundred launches. Assumed."""
 UPDATE_BYTES = {"adamw": 28.0, "adamw8bit": 18.0, "adamw4bit": 16.0, "muon": 60.0, "adafactor": 24.0}
