@@ -295,9 +295,14 @@ def check_dump_folder(folder: Path) -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
+        found, path = describe_os_error(error, folder), Path(error.filename or folder)
+        if isinstance(error, FileExistsError):
+            # As the system puts it, a link whose target is gone exists and does not.
+            target = f"a link to {path.readlink()}, which does not exist" if path.is_symlink() else "a file"
+            found = f"{path} is {target}"
         raise ValueError(
-            f"job.dump_folder = {str(folder)!r}: expected a folder that can be written to, found: "
-            f"{describe_os_error(error, folder)}. Set another folder, or make it writable."
+            f"job.dump_folder = {str(folder)!r}: expected a folder that can be written to, found: {found}. Set another "
+            "folder, or make it writable."
         ) from error
 
 

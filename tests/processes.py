@@ -1,11 +1,14 @@
 """Runs a function on several gloo ranks of this machine."""
 
+import faulthandler
 import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -28,7 +31,9 @@ multiprocessing.set_forkserver_preload(
 def run_ranks(work: Callable[..., object], world_size: int, *args: object) -> list:
     """Runs `work(*args)` on `world_size` ranks and returns what each returned; fails if it fails on any of them."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (world_size, Path(folder), work, args), nprocs=world_size, start_method="forkserver")
+        mp.start_processes(
+            _process, (world_size, Path(folder), work, args), nprocs=world_size, start_method="forkserver"
+        )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
@@ -45,11 +50,23 @@ def wait_while_running(process: BaseProcess, condition: Callable[[], bool]) -> N
         time.sleep(0.01)
 
 
+def _empty_plot(metrics_jsonl: Path, png: Path, *, title: str) -> None:
+    png.touch()
+
+
+def _process(*args: Any) -> None:
+    # A rank that native code aborts says where: glibc found a corrupted heap twice, for a reason that is not known.
+    faulthandler.enable()
+    _rank(*args)
+
+
 def _rank(rank: int, world_size: int, folder: Path, work: Callable[..., object], args: tuple) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
-        torch.save(work(*args), folder / f"{rank}.pt")
+        # Drawing the loss curve takes as long as a step. It has tests of its own, and jobs of the launcher draw it.
+        with patch("ltx_titan.metrics.summary.plot_loss", _empty_plot):
+            torch.save(work(*args), folder / f"{rank}.pt")
     finally:
         if dist.is_initialized():  # a command ends its group itself
             dist.destroy_process_group()

@@ -178,6 +178,7 @@ VALUES = rows(
     ("dump folder empty", {"job.dump_folder": ""}, ("job.dump_folder", "expected")),
     ("dump folder is a file", {"job.dump_folder": "{file}"}, ("{file}", "job.dump_folder")),
     ("dump folder below a file", {"job.dump_folder": "{file}/run"}, ("{file}", "job.dump_folder")),
+    ("dump folder is a dangling link", {"job.dump_folder": "{link}"}, ("{link}", "job.dump_folder", "does not exist")),
     ("dump folder too long", {"job.dump_folder": "{tmp}/" + "x" * 300}, ("job.dump_folder", "too long")),
     ("dump folder in proc", {"job.dump_folder": "/proc/nope"}, ("/proc/nope", "job.dump_folder")),
     ("dump folder with a NUL", {"job.dump_folder": "a\0b"}, ("job.dump_folder", "null byte")),
@@ -218,7 +219,14 @@ VALUES = rows(
 def test_a_malformed_job_is_refused_by_key(row, job, tmp_path, nano_path, runner, refuse_to_train):
     file = tmp_path / "a_file"
     file.write_text("text")
-    filled = {"{tmp}": str(tmp_path), "{file}": str(file), "{encoder}": str(nano_path.parent / "text_encoder")}
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    filled = {
+        "{tmp}": str(tmp_path),
+        "{link}": str(link),
+        "{file}": str(file),
+        "{encoder}": str(nano_path.parent / "text_encoder"),
+    }
 
     def fill(value: Any) -> Any:
         for key, path in filled.items():

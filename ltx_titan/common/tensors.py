@@ -62,8 +62,8 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
 
 
 def free_device_memory() -> None:
-    """Returns unreferenced memory to the device, so that another process or allocation can have it."""
-    # First the cycles: the allocator can return only blocks that no tensor refers to.
-    gc.collect()
+    """Returns unreferenced memory to the GPU, if there is one, so that another process or allocation can have it."""
     if torch.cuda.is_available():
+        # First the cycles: the allocator can return only blocks that no tensor refers to.
+        gc.collect()
         torch.cuda.empty_cache()

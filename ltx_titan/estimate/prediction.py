@@ -104,7 +104,7 @@ class SampleTimes:
         if self.mfu is not None:
             return model_flops(work) / (self.gpu.peak * self.mfu)
         kernels = has_measured_kernels(self.gpu.name)
-        setup = Setup(Degrees(), recompute="selective", compile=True, graphs=True, kernels=kernels)
+        setup = Setup(Degrees(), recompute="selective", compile=True, graphs=True, kernels=kernels, static_slots=True)
         return estimate_time(work, setup, self.gpu).total
 
     @property

@@ -55,7 +55,6 @@ def predict(plan: Plan) -> Memory:
 
 # Mesh and checkpointing -> the job's sections.
 BUILDS = {
-    "fsdp 8": (8, {}),
     "hsdp 2 x 2, full": (4, {"parallelism": {"dp_replicate": 2}, "activation_checkpoint": {"mode": "full"}}),
     "tp 2 x cp 2, batch 2": (
         8,

@@ -19,7 +19,7 @@ CASES = selected(
         Case(FSDP2, "video_alone", "selective", "aot_eager", ci=True),  # one stream: a third of what is compiled
         Case(FSDP2, "frozen_video", "every_k", ci=True),
         Case(TP2, "reference", ci=True),
-        Case(TP2, "joint", "selective", ci=True),
+        Case(TP2, "first_frame", "selective", ci=True),
         Case(CP2, "frozen_audio", ci=True),
         Case(CP2, "joint", "full", ci=True),
         *SLOTS,
