@@ -7,5 +7,11 @@ PYTHON=$("${PYTHON:-python3}" ltx_titan/bootstrap.py preprocess tools test)
 # One thread per process: the suite runs several processes, and oversubscribed cores are slower than idle ones.
 # The suite starts some hundred processes: without bytecode each would compile all modules again.
 export PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# Temporary files in memory where there is plenty: saves wait for the disk at each fsync, a fifth of their tests' time.
+if [ "$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt $((12 << 20)) ] 2>/dev/null; then
+  TMPDIR=$(mktemp -d -p /dev/shm)
+  export TMPDIR
+  trap 'rm -rf "$TMPDIR"' EXIT
+fi
 # In the order of collection, which tests/conftest.py chooses: the files that take longest come first.
-exec "$PYTHON" -m pytest -n "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder -m "not gpu" "$@"
+"$PYTHON" -m pytest -n "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder -m "not gpu" "$@"
