@@ -106,7 +106,7 @@ class PreservationSection(Section):
 
 
 class _Selection(Section):
-    """Which weights an entry is about; both keys must match."""
+    """Selects weights by name and block; both keys must match."""
 
     match: Words = ()
     """Parts of the model (`video`, `audio`, `cross_modal`, `self_attention`, `text_attention`, `feed_forward`) or of

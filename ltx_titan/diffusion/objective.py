@@ -28,7 +28,7 @@ from ltx_titan.config.optimization import ErrorName, WeightingName
 
 @dataclass(frozen=True)
 class Objective:
-    """What is averaged over the tokens of a sample.
+    """The error that is averaged over the tokens of a sample.
 
     Attributes:
         error: of one number of the velocity.

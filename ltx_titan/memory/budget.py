@@ -85,7 +85,7 @@ def _available(setup: Setup) -> tuple[Level, ...]:
 
 
 def _size(work: Workload, setup: Setup, budget_gib: float | Literal["auto"]) -> float:
-    """What is limited: saved activations by a budget in GiB, all memory by the device."""
+    """Bytes that are limited: saved activations by a budget in GiB, all memory by the device."""
     return estimate_memory(work, setup).needed if budget_gib == "auto" else saved_by_levels(work, setup)
 
 

@@ -9,7 +9,7 @@ from tests.optim.toy import loss_of, toy
 
 
 def moved(groups, steps=1, decay=0.0, loss=loss_of, **fields):
-    """How far each weight of the toy moved, by name."""
+    """Distance that each weight of the toy moved, by name."""
     model = toy()
     settings = OptimizerSection(lr=1e-3, weight_decay=decay, groups=groups, **fields)
     check_groups(model, settings.groups)
