@@ -119,7 +119,7 @@ def report(work: Workload, found: Estimate) -> list[str]:
         "outside": "outside, update",
         "host": "host-bound",
         "exposed": "exposed FSDP2",
-        "contention": "slower beside it",
+        "contention": "contention",
         "streaming": "exposed streaming",
     }
     lines.append("time of a step, s")
