@@ -80,6 +80,7 @@ def make_venv(extras: list[str], requirements: list[str]) -> Path:
     project = f"{ROOT}[{','.join(extras)}]"
     _say(f"installing {project}")
     subprocess.run([*pip, *_matching_triton(python), "--editable", project], check=True, stdout=sys.stderr)
+    _say("compiling the modules that a job imports")
     _compile(python)
     return python
 

@@ -16,7 +16,8 @@ from ltx_titan.common.logs import quiet_libraries, set_up_logging
 from ltx_titan.common.ranks import rank_and_size
 from ltx_titan.config import load_job
 from ltx_titan.parallel.join import check_environment
-from ltx_titan.plan import check_dump_folder, is_finished, plan_job
+from ltx_titan.plan import plan_job
+from ltx_titan.train.dump_folder import check_dump_folder, is_finished
 from ltx_titan.train.trainer import Trainer
 from ltx_titan.validation.training import check_validation_files
 
