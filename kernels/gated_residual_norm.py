@@ -44,6 +44,7 @@ from ltx_titan_kernels.launches import (
     load_timesteps,
     load_token,
     operator,
+    requires_grad,
     segment_at,
     store_partial,
     sum_modulation_partials,
@@ -215,7 +216,7 @@ def _residual_norm_backward_kernel(
     dr_stride_b, dr_stride_s, dh0_stride_b, dh0_stride_s, dh1_stride_b, dh1_stride_s, y_stride_b, y_stride_s,
     gate_stride_b, gate_stride_k, embedding_stride_b, embedding_stride_k,
     D: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, INDEXED: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, INDEXED: tl.constexpr, SUMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -253,48 +254,51 @@ def _residual_norm_backward_kernel(
         for token in tl.range(first, end, num_stages=STAGES):
             # dx, which is also the gradient of r: what arrives directly and what arrives through the norms.
             total = load_token(dr_ptr + token * dr_stride_s, cols, inside)
-            y = load_token(y_ptr + token * y_stride_s, cols, inside)
             if NORMS > 0:
                 dh0 = load_token(dh0_ptr + token * dh0_stride_s, cols, inside)
                 r = load_token(r_ptr + token * D, cols, inside)
                 rstd = tl.load(rstd_ptr + batch * tokens + token)
                 normed = r * rstd
                 d_normed = dh0 * scale0
-                d_scale0 += dh0 * normed
-                d_shift0 += dh0
+                if SUMS:
+                    d_scale0 += dh0 * normed
+                    d_shift0 += dh0
                 if NORMS > 1:
                     dh1 = load_token(dh1_ptr + token * dh1_stride_s, cols, inside)
                     d_normed += dh1 * scale1
-                    d_scale1 += dh1 * normed
-                    d_shift1 += dh1
+                    if SUMS:
+                        d_scale1 += dh1 * normed
+                        d_shift1 += dh1
                 # Both norms share one reduction: they normalize the same r, so their gradients add up before it.
                 mean = tl.sum(d_normed * normed, 0) / D
                 total += (d_normed - normed * mean) * rstd
                 tl.store(dx_ptr + token * D + cols, total.to(dx_ptr.dtype.element_ty), mask=inside)
             # The float32 sum, not the rounded dx: one rounding per output.
             tl.store(dy_ptr + token * D + cols, (total * gate).to(dy_ptr.dtype.element_ty), mask=inside)
-            d_gate += total * y
-        slot_ptr = partial_ptr + k * (1 + 2 * NORMS) * D
-        # A timestep can come in several segments of a tile: the first stores its partial, later ones add to it.
-        is_valid = ((valid >> k) & 1) != 0
-        store_partial(slot_ptr, d_gate, cols, inside, is_valid)
-        if NORMS > 0:
-            store_partial(slot_ptr + D, d_scale0, cols, inside, is_valid)
-            store_partial(slot_ptr + 2 * D, d_shift0, cols, inside, is_valid)
-        if NORMS > 1:
-            store_partial(slot_ptr + 3 * D, d_scale1, cols, inside, is_valid)
-            store_partial(slot_ptr + 4 * D, d_shift1, cols, inside, is_valid)
-        valid = valid | (1 << k)
+            if SUMS:
+                d_gate += total * load_token(y_ptr + token * y_stride_s, cols, inside)
+        if SUMS:
+            slot_ptr = partial_ptr + k * (1 + 2 * NORMS) * D
+            # A timestep can come in several segments of a tile: the first stores its partial, later ones add to it.
+            is_valid = ((valid >> k) & 1) != 0
+            store_partial(slot_ptr, d_gate, cols, inside, is_valid)
+            if NORMS > 0:
+                store_partial(slot_ptr + D, d_scale0, cols, inside, is_valid)
+                store_partial(slot_ptr + 2 * D, d_shift0, cols, inside, is_valid)
+            if NORMS > 1:
+                store_partial(slot_ptr + 3 * D, d_scale1, cols, inside, is_valid)
+                store_partial(slot_ptr + 4 * D, d_shift1, cols, inside, is_valid)
+            valid = valid | (1 << k)
         first = end
     # With one timestep every slot holds a partial, and nobody reads the bits.
-    if INDEXED:
+    if INDEXED and SUMS:
         tl.store(valid_ptr + program, valid)
 
 
 def launch_backward(
     grads: list[Tensor],
     saved: list[Tensor],
-    y: Tensor,
+    y: Tensor | None,
     embeddings: list[Tensor],
     tables: list[Tensor],
     index: Tensor | None,
@@ -305,20 +309,20 @@ def launch_backward(
     Args:
         grads: dr, then each dh [B, S, D].
         saved: r and 1 / rms(r); empty without a norm.
-        y: [B, S, D].
+        y: [B, S, D]; None computes no gradients of modulation.
         embeddings: gate [B, 1 | K, D], then the scale [B, K, D] of each norm.
         tables: [D] of each of the embeddings.
         index: [B, S], or None if K is 1.
         launch: overrides the default, for sweeps.
 
     Returns:
-        dy, the gradients of embeddings [B, K, 1 + 2 n, D] and of tables [1 + 2 n, D] in the order gate, scale, shift,
-        ..., and, if there is a norm, dx (without one it equals dr).
+        dy; if there is a norm, dx (without one it equals dr); and the gradients of embeddings [B, K, 1 + 2 n, D] and of
+        tables [1 + 2 n, D] in the order gate, scale, shift, ...
     """
-    batch, tokens, width = y.shape
+    batch, tokens, width = grads[0].shape
     norms = len(embeddings) - 1
     launch = launch or BACKWARD[norms].scaled_to(width)
-    grads, y = [with_unit_stride(grad) for grad in grads], with_unit_stride(y)
+    grads = [with_unit_stride(grad) for grad in grads]
     gate = with_unit_stride(embeddings[0])
     scales = with_equal_strides(embeddings[1:]) if norms else []
     k = scales[0].shape[1] if norms else gate.shape[1]
@@ -327,19 +331,23 @@ def launch_backward(
     dr, dh0, dh1 = [*grads, *[grads[0]] * (2 - norms)]
     scale0, scale1 = [*scales, *[gate] * (2 - norms)]
     scale0_table, scale1_table = [*scale_tables, *[gate] * (2 - norms)]
-    r, rstd = saved if norms else (y, y)
-    tiles = tile_tokens(y, launch.programs)
-    dy = torch.empty((batch, tokens, width), dtype=y.dtype, device=y.device)
+    r, rstd = saved if norms else (dr, dr)
+    tiles = tile_tokens(dr, launch.programs)
+    dy = torch.empty((batch, tokens, width), dtype=dr.dtype, device=dr.device)
     dx = torch.empty_like(dy) if norms else None
-    # Not cleared: `valid` records which slots hold a partial.
-    partial = torch.empty((batch, tiles.programs, k, 1 + 2 * norms, width), dtype=torch.float32, device=y.device)
-    valid = torch.empty((batch, tiles.programs), dtype=torch.int32, device=y.device)
-    wrap_if_traced(_residual_norm_backward_kernel, y)[(tiles.programs, batch)](
+    # Pointers that are never read and written without gradients of modulation; any input and any output serve.
+    partial = valid = dy
+    if y is not None:
+        # Not cleared: `valid` records which slots hold a partial.
+        partial = torch.empty((batch, tiles.programs, k, 1 + 2 * norms, width), dtype=torch.float32, device=dr.device)
+        valid = torch.empty((batch, tiles.programs), dtype=torch.int32, device=dr.device)
+    read = dr if y is None else with_unit_stride(y)
+    wrap_if_traced(_residual_norm_backward_kernel, dr)[(tiles.programs, batch)](
         dr_ptr=dr,
         dh0_ptr=dh0,
         dh1_ptr=dh1,
         r_ptr=r,
-        y_ptr=y,
+        y_ptr=read,
         rstd_ptr=rstd,
         gate_ptr=gate,
         gate_table_ptr=gate_table,
@@ -360,8 +368,8 @@ def launch_backward(
         dh0_stride_s=dh0.stride(1),
         dh1_stride_b=dh1.stride(0),
         dh1_stride_s=dh1.stride(1),
-        y_stride_b=y.stride(0),
-        y_stride_s=y.stride(1),
+        y_stride_b=read.stride(0),
+        y_stride_s=read.stride(1),
         gate_stride_b=gate.stride(0),
         gate_stride_k=_timestep_stride(gate),
         embedding_stride_b=scale0.stride(0) if norms else 0,
@@ -369,16 +377,19 @@ def launch_backward(
         D=width,
         BLOCK=triton.next_power_of_2(width),
         NORMS=norms,
+        SUMS=y is not None,
         STAGES=launch.stages,
         num_warps=launch.warps,
-        **index_arguments(index, tiles, placeholder=y),
+        **index_arguments(index, tiles, placeholder=dr),
     )
+    gradients = [dy] if dx is None else [dy, dx]
+    if y is None:
+        return gradients
     valid_or_all = valid if index is not None else None
-    gradients = sum_modulation_partials(partial, valid_or_all, gate.dtype, tables[0].dtype)
-    return [dy, *gradients] if dx is None else [dy, *gradients, dx]
+    return [*gradients, *sum_modulation_partials(partial, valid_or_all, gate.dtype, tables[0].dtype)]
 
 
-def _fake_forward(x, y, embeddings, tables, index, eps):
+def _fake_forward(x, y, embeddings, tables, index, eps, modulation_grads):
     norms = len(embeddings) // 2
     outs = [x.new_empty(x.shape) for _ in range(1 + norms)]
     return [*outs, x.new_empty(x.shape[:2], dtype=torch.float32)] if norms else outs
@@ -386,7 +397,13 @@ def _fake_forward(x, y, embeddings, tables, index, eps):
 
 @operator("gated_residual_norm", _fake_forward)
 def _forward_op(
-    x: Tensor, y: Tensor, embeddings: list[Tensor], tables: list[Tensor], index: Tensor | None, eps: float
+    x: Tensor,
+    y: Tensor,
+    embeddings: list[Tensor],
+    tables: list[Tensor],
+    index: Tensor | None,
+    eps: float,
+    modulation_grads: bool,
 ) -> list[Tensor]:
     return launch_forward(x, y, embeddings, tables, index, eps)
 
@@ -394,16 +411,19 @@ def _forward_op(
 def _fake_backward(grads, saved, y, embeddings, tables, index):
     norms = len(embeddings) - 1
     k = embeddings[-1].shape[1]
-    embedding_grads = embeddings[0].new_empty((y.shape[0], k, 1 + 2 * norms, y.shape[2]))
-    table_grads = tables[0].new_empty((1 + 2 * norms, y.shape[2]))
-    return [y.new_empty(y.shape), embedding_grads, table_grads, *([y.new_empty(y.shape)] if norms else [])]
+    batch, _, width = grads[0].shape
+    gradients = [grads[0].new_empty(grads[0].shape) for _ in range(2 if norms else 1)]
+    if y is None:
+        return gradients
+    embedding_grads = embeddings[0].new_empty((batch, k, 1 + 2 * norms, width))
+    return [*gradients, embedding_grads, tables[0].new_empty((1 + 2 * norms, width))]
 
 
 @operator("gated_residual_norm_backward", _fake_backward)
 def _backward_op(
     grads: list[Tensor],
     saved: list[Tensor],
-    y: Tensor,
+    y: Tensor | None,
     embeddings: list[Tensor],
     tables: list[Tensor],
     index: Tensor | None,
@@ -412,10 +432,12 @@ def _backward_op(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, y, embeddings, tables, index, _ = inputs
+    _, y, embeddings, tables, index, _, modulation_grads = inputs
     norms = len(embeddings) // 2
     # r instead of x: the gradients do not need x, and the block keeps r anyway, as its new tokens.
     saved = (output[0], output[-1]) if norms else ()
+    if not modulation_grads:
+        y = None  # that of the gate alone depends on it
     # The gradients do not depend on the shifts.
     ctx.save_for_backward(index, y, *saved, *embeddings[:1], *embeddings[1::2], *tables[:1], *tables[1::2])
     ctx.norms = norms
@@ -432,15 +454,20 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple:
     if norms:
         saved, rest = rest[:2], rest[2:]
     embeddings, tables = rest[: 1 + norms], rest[1 + norms :]
-    dy, embedding_grads, table_grads, *dx = _backward_op(grads[: 1 + norms], saved, y, embeddings, tables, index)
+    dy, *others = _backward_op(grads[: 1 + norms], saved, y, embeddings, tables, index)
+    # Without a norm the gradient of x is dr itself.
+    dx = others.pop(0) if norms else grads[0]
+    if not others:
+        nothing = [None] * len(ctx.dtypes)
+        return dx, dy, nothing, nothing, None, None, None
+    embedding_grads, table_grads = others
     table_grads = [g.to(dtype) for g, (_, dtype) in zip(table_grads.unbind(0), ctx.dtypes, strict=True)]
     embedding_grads = list(embedding_grads.unbind(2))
     if ctx.single_gate:
         # The kernel summed by the tokens' timesteps, of which the gate has only one.
         embedding_grads[0] = embedding_grads[0].sum(1, keepdim=True)
     embedding_grads = [g.to(dtype) for g, (dtype, _) in zip(embedding_grads, ctx.dtypes, strict=True)]
-    # Without a norm the gradient of x is dr itself.
-    return dx[0] if norms else grads[0], dy, embedding_grads, table_grads, None, None
+    return dx, dy, embedding_grads, table_grads, None, None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_setup_context)
@@ -487,7 +514,7 @@ def gated_residual_norm(
     pairs = [embedding_and_table(parameter, x, index) for parameter in flat]
     # Norms share two strides, so their embeddings are expanded to the same K; the gate has its own.
     embeddings = [pairs[0][0], *(embedding.expand(-1, k, -1) for embedding, _ in pairs[1:])]
-    outputs = _forward_op(x, y, embeddings, [table for _, table in pairs], index, eps)
+    outputs = _forward_op(x, y, embeddings, [table for _, table in pairs], index, eps, requires_grad(parameters))
     return tuple(outputs[: 1 + len(modulations)])
 
 
@@ -495,8 +522,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: AdaLN | None, index: Tensor | Non
     """`x + gate * y`; see `gated_residual_norm`. Without a gate there is nothing to fuse."""
     if gate is None:
         return x + y
-    is_frozen = not any(parameter is not None and parameter.requires_grad for parameter in gate)
-    if is_frozen and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not requires_grad([gate]):
         # As with LoRA. The kernel reads y again for the gate's gradient, so that autograd would save y for nothing;
         # without that sum torch.compile is as fast.
         return formulas.gated_residual(x, y, gate, index)

@@ -136,6 +136,11 @@ def is_supported(x: Tensor, parameters: Sequence[AdaLN]) -> bool:
     return x.dtype in _DTYPES and x.shape[-1] <= MAX_WIDTH and all(e.shape[1] <= MAX_TIMESTEPS for e, _ in parameters)
 
 
+def requires_grad(parameters: Sequence[AdaLN]) -> bool:
+    """Whether modulation is trained, directly or through its embedding; with LoRA it is frozen."""
+    return any(part is not None and part.requires_grad for parameter in parameters for part in parameter)
+
+
 def embedding_and_table(parameter: AdaLN, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """Embedding [B, K, D] and table [D] as kernels read them: K is 1 without an index, an absent table is 0."""
     embedding, table = parameter

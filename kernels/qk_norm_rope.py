@@ -221,12 +221,13 @@ def launch_backward(
     width: int,
     first_head: int,
     launch: Launch | None = None,
+    weight_grads: bool = True,
 ) -> list[Tensor]:
     """Runs the backward kernel; arguments as in `launch_forward`, `rstds` from it, `grads` of its two outputs.
 
     Returns:
-        dq, dk, the weight gradients [2, D] of queries and of keys and, if the sums of squares were inputs, their
-        gradients [B, S] and [B, T] float32.
+        dq, dk; if the sums of squares were inputs, their gradients [B, S] and [B, T] float32; and, with `weight_grads`,
+        the weight gradients [2, D] of queries and of keys.
     """
     launch = launch or backward_launch(q.shape[-1], len(tables))
     q, k = with_unit_stride(q), with_unit_stride(k)
@@ -238,9 +239,12 @@ def launch_backward(
     q_dsum, k_dsum = dsums or rstds
     q_tiles, k_tiles = tiles = _tile(q, k, tables, launch)
     slots = q_tiles.programs + k_tiles.programs
-    # A slot per program and tensor: programs do not write zeros for the tensor that they did not read
-    # (docs/benchmarks/log.md, fourth round).
-    partial = q.new_empty((q.shape[0], slots, q.shape[-1]), dtype=torch.float32)
+    # A pointer that is never written without `weight_grads`; any output serves.
+    partial = dq
+    if weight_grads:
+        # A slot per program and tensor: programs do not write zeros for the tensor that they did not read
+        # (docs/benchmarks/log.md, fourth round).
+        partial = q.new_empty((q.shape[0], slots, q.shape[-1]), dtype=torch.float32)
     grid, arguments = _grid_arguments(q, k, tiles, tables, indices, head_dim, width, first_head)
     wrap_if_traced(qk_norm_rope_backward_kernel, q)[grid](
         q_grad_ptr=q_grad,
@@ -262,14 +266,17 @@ def launch_backward(
         k_grad_stride_b=k_grad.stride(0),
         k_grad_stride_s=k_grad.stride(1),
         SUMMED=is_summed,
+        WEIGHTS=weight_grads,
         STAGES=launch.stages,
         num_warps=launch.warps,
         **arguments,
     )
-    return [dq, dk, sum_weight_partials(partial, q_tiles.programs, weights[0].dtype), *dsums]
+    if not weight_grads:
+        return [dq, dk, *dsums]
+    return [dq, dk, *dsums, sum_weight_partials(partial, q_tiles.programs, weights[0].dtype)]
 
 
-def _fake_forward(q, k, weights, tables, indices, sums, head_dim, width, first_head, eps):
+def _fake_forward(q, k, weights, tables, indices, sums, head_dim, width, first_head, eps, weight_grads):
     return [
         *(x.new_empty(x.shape) for x in (q, k)),
         *(x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k)),
@@ -288,15 +295,16 @@ def _forward_op(
     width: int,
     first_head: int,
     eps: float,
+    weight_grads: bool,
 ) -> list[Tensor]:
     return launch_forward(q, k, weights, tables, indices, sums, head_dim, width, first_head, eps)
 
 
-def _fake_backward(grads, q, k, rstds, weights, tables, indices, is_summed, head_dim, width, first_head):
+def _fake_backward(grads, q, k, rstds, weights, tables, indices, is_summed, weight_grads, head_dim, width, first_head):
     return [
         *(x.new_empty(x.shape) for x in (q, k)),
-        weights[0].new_empty((2, q.shape[-1])),
         *(rstd.new_empty(rstd.shape) for rstd in rstds if is_summed),
+        *([weights[0].new_empty((2, q.shape[-1]))] if weight_grads else []),
     ]
 
 
@@ -310,15 +318,17 @@ def _backward_op(
     tables: list[Tensor],
     indices: list[Tensor],
     is_summed: bool,
+    weight_grads: bool,
     head_dim: int,
     width: int,
     first_head: int,
 ) -> list[Tensor]:
-    return launch_backward(grads, q, k, rstds, weights, tables, indices, is_summed, head_dim, width, first_head)
+    sizes = (head_dim, width, first_head)
+    return launch_backward(grads, q, k, rstds, weights, tables, indices, is_summed, *sizes, weight_grads=weight_grads)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, weights, tables, indices, sums, *ctx.sizes, _ = inputs
+    q, k, weights, tables, indices, sums, *ctx.sizes, _, ctx.weight_grads = inputs
     ctx.save_for_backward(q, k, *output[2:], *weights, *tables, *indices)
     ctx.is_summed = bool(sums)
     ctx.tables = len(tables)
@@ -330,13 +340,15 @@ def _differentiate(ctx, grads: list[Tensor]) -> tuple:
     q, k, *rest = ctx.saved_tensors
     rstds, weights, rest = rest[:2], rest[2:4], rest[4:]
     tables, indices = rest[: ctx.tables], rest[ctx.tables :]
-    dq, dk, d_weights, *d_sums = _backward_op(
-        grads[:2], q, k, rstds, weights, tables, indices, ctx.is_summed, *ctx.sizes
+    dq, dk, *others = _backward_op(
+        grads[:2], q, k, rstds, weights, tables, indices, ctx.is_summed, ctx.weight_grads, *ctx.sizes
     )
-    d_weights = [d.to(weight.dtype) for d, weight in zip(d_weights.unbind(0), weights, strict=True)]
+    d_weights: list[Tensor | None] = [None, None]
+    if ctx.weight_grads:
+        d_weights = [d.to(weight.dtype) for d, weight in zip(others.pop().unbind(0), weights, strict=True)]
     # Cosines and sines depend on positions, which are not trained.
     nothing = [None] * ctx.tables
-    return dq, dk, d_weights, nothing, nothing, d_sums, None, None, None, None
+    return dq, dk, d_weights, nothing, nothing, others, *[None] * 5
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_setup_context)
@@ -389,6 +401,7 @@ def qk_norm_rope(
         q.shape[-1] if share is None else share.width,
         0 if share is None else share.first,
         eps,
+        q_weight.requires_grad or k_weight.requires_grad,
     )
     # Views: attention kernels take [B, H, S, K] with any strides of the first three.
     q, k = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in outputs[:2])

@@ -262,7 +262,7 @@ def qk_norm_rope_forward_kernel(
 @triton.jit
 def _backward_token(
     grad_ptr, x_ptr, rstd_ptr, dx_ptr, dsum_ptr, w1, w2, dw1, dw2, cos, sin, cols, inside, width,
-    HALF: tl.constexpr, SUMMED: tl.constexpr, ROTATED: tl.constexpr,
+    HALF: tl.constexpr, SUMMED: tl.constexpr, ROTATED: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """One token of one tensor; returns the weight gradients with this token's part added."""
     g1 = tl.load(grad_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -277,8 +277,9 @@ def _backward_token(
         d2 = g2 * cos - g1 * sin
     n1 = x1 * rstd
     n2 = x2 * rstd
-    dw1 += d1 * n1
-    dw2 += d2 * n2
+    if WEIGHTS:
+        dw1 += d1 * n1
+        dw2 += d2 * n2
     d1 *= w1
     d2 *= w2
     # Gradient of x * rstd: the part of d along x cancels, because scaling x does not change z.
@@ -306,7 +307,7 @@ def _backward_one(
     batch, first, tokens_per_program, tokens, grad_stride_s, x_stride_s, width,
     cols, inside, axis, frequency, is_rotated,
     D: tl.constexpr, HALF: tl.constexpr, FREQUENCIES: tl.constexpr, AXES: tl.constexpr, ROTATED: tl.constexpr,
-    SUMMED: tl.constexpr, STAGES: tl.constexpr,
+    SUMMED: tl.constexpr, WEIGHTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries or of keys that do not share cosines and sines."""
     w1, w2 = _load_halves_float32(weight_ptr, cols, inside, HALF)
@@ -336,9 +337,10 @@ def _backward_one(
         dw1, dw2 = _backward_token(
             grad_ptr + token * grad_stride_s, x_ptr + token * x_stride_s, rstd_ptr + token, dx_ptr + token * D,
             dsum_ptr + token,
-            w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED,
+            w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, ROTATED, WEIGHTS,
         )  # fmt: skip
-    _store_halves(partial_ptr, dw1, dw2, cols, inside, HALF)
+    if WEIGHTS:
+        _store_halves(partial_ptr, dw1, dw2, cols, inside, HALF)
 
 
 @triton.jit
@@ -351,7 +353,7 @@ def qk_norm_rope_backward_kernel(
     q_stride_b, q_stride_s, k_stride_b, k_stride_s, first_pair, pad, width,
     D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
     FREQUENCIES: tl.constexpr, AXES: tl.constexpr, ROTATED: tl.constexpr, SHARED: tl.constexpr, SUMMED: tl.constexpr,
-    STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Reads gradients and inputs and writes input gradients once; weight gradients go to partials [B, slots, D]."""
     batch = tl.program_id(1).to(tl.int64)
@@ -380,24 +382,25 @@ def qk_norm_rope_backward_kernel(
             )  # fmt: skip
             dw1, dw2 = _backward_token(
                 q_grad_ptr + token * q_grad_stride_s, q_ptr + token * q_stride_s, q_rstd_ptr + at, dq_ptr + at * D,
-                q_dsum_ptr + at, w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, True,
+                q_dsum_ptr + at, w1, w2, dw1, dw2, cos, sin, cols, inside, width, HALF, SUMMED, True, WEIGHTS,
             )  # fmt: skip
             dv1, dv2 = _backward_token(
                 k_grad_ptr + token * k_grad_stride_s, k_ptr + token * k_stride_s, k_rstd_ptr + at, dk_ptr + at * D,
-                k_dsum_ptr + at, v1, v2, dv1, dv2, cos, sin, cols, inside, width, HALF, SUMMED, True,
+                k_dsum_ptr + at, v1, v2, dv1, dv2, cos, sin, cols, inside, width, HALF, SUMMED, True, WEIGHTS,
             )  # fmt: skip
-        _store_halves(partial_ptr, dw1, dw2, cols, inside, HALF)
-        _store_halves(partial_ptr + q_programs * D, dv1, dv2, cols, inside, HALF)
+        if WEIGHTS:
+            _store_halves(partial_ptr, dw1, dw2, cols, inside, HALF)
+            _store_halves(partial_ptr + q_programs * D, dv1, dv2, cols, inside, HALF)
     elif program < q_programs:
         _backward_one(
             q_grad_ptr, q_ptr, q_rstd_ptr, q_weight_ptr, q_table_ptr, q_index_ptr, dq_ptr, q_dsum_ptr, partial_ptr,
             batch, program * q_tokens_per_program, q_tokens_per_program, q_tokens, q_grad_stride_s, q_stride_s, width,
-            cols, inside, axis, frequency, is_rotated, D, HALF, FREQUENCIES, AXES, ROTATED, SUMMED, STAGES,
+            cols, inside, axis, frequency, is_rotated, D, HALF, FREQUENCIES, AXES, ROTATED, SUMMED, WEIGHTS, STAGES,
         )  # fmt: skip
     else:
         _backward_one(
             k_grad_ptr, k_ptr, k_rstd_ptr, k_weight_ptr, k_table_ptr, k_index_ptr, dk_ptr, k_dsum_ptr, partial_ptr,
             batch, (program - q_programs) * k_tokens_per_program, k_tokens_per_program, k_tokens, k_grad_stride_s,
             k_stride_s, width, cols, inside, axis, frequency, is_rotated,
-            D, HALF, FREQUENCIES, AXES, ROTATED, SUMMED, STAGES,
+            D, HALF, FREQUENCIES, AXES, ROTATED, SUMMED, WEIGHTS, STAGES,
         )  # fmt: skip

@@ -39,6 +39,7 @@ from ltx_titan_kernels.launches import (
     load_timesteps,
     load_token,
     operator,
+    requires_grad,
     segment_at,
     store_partial,
     sum_modulation_partials,
@@ -141,7 +142,8 @@ def _norm_modulate_backward_kernel(
     grad_ptr, x_ptr, rstd_ptr, scale_ptr, scale_table_ptr, index_ptr, dx_ptr, partial_ptr, valid_ptr,
     tokens, tokens_per_program, K, grad_stride_b, grad_stride_s, x_stride_b, x_stride_s,
     embedding_stride_b, embedding_stride_k,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, INDEXED: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, INDEXED: tl.constexpr, SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -175,16 +177,18 @@ def _norm_modulate_backward_kernel(
             mean = tl.sum(d_normed * normed, 0) / D
             dx = (d_normed - normed * mean) * rstd
             tl.store(dx_ptr + token * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-            d_scale += grad * normed
-            d_shift += grad
-        # A timestep can come in several segments of a tile: the first stores its partial, later ones add to it.
-        is_valid = ((valid >> k) & 1) != 0
-        store_partial(partial_ptr + k * 2 * D, d_scale, cols, inside, is_valid)
-        store_partial(partial_ptr + k * 2 * D + D, d_shift, cols, inside, is_valid)
-        valid = valid | (1 << k)
+            if SUMS:
+                d_scale += grad * normed
+                d_shift += grad
+        if SUMS:
+            # A timestep can come in several segments of a tile: the first stores its partial, later ones add to it.
+            is_valid = ((valid >> k) & 1) != 0
+            store_partial(partial_ptr + k * 2 * D, d_scale, cols, inside, is_valid)
+            store_partial(partial_ptr + k * 2 * D + D, d_shift, cols, inside, is_valid)
+            valid = valid | (1 << k)
         first = end
     # With one timestep every slot holds a partial, and nobody reads the bits.
-    if INDEXED:
+    if INDEXED and SUMS:
         tl.store(valid_ptr + program, valid)
 
 
@@ -196,8 +200,12 @@ def launch_backward(
     scale_table: Tensor,
     index: Tensor | None,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the backward kernel: dx [B, S, D], then (dscale, dshift) of embeddings [B, K, 2, D] and of tables [2, D]."""
+    modulation_grads: bool = True,
+) -> list[Tensor]:
+    """Runs the backward kernel: dx [B, S, D], then (dscale, dshift) of embeddings [B, K, 2, D] and of tables [2, D].
+
+    Without `modulation_grads` only dx.
+    """
     batch, tokens, width = x.shape
     k = scale.shape[1]
     launch = launch or BACKWARD.scaled_to(width)
@@ -205,9 +213,12 @@ def launch_backward(
     (scale,) = with_equal_strides([scale])
     tiles = tile_tokens(x, launch.programs)
     dx = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
-    # Not cleared: `valid` records which slots hold a partial.
-    partial = torch.empty((batch, tiles.programs, k, 2, width), dtype=torch.float32, device=x.device)
-    valid = torch.empty((batch, tiles.programs), dtype=torch.int32, device=x.device)
+    # Pointers that are never written without `modulation_grads`; any output serves.
+    partial = valid = dx
+    if modulation_grads:
+        # Not cleared: `valid` records which slots hold a partial.
+        partial = torch.empty((batch, tiles.programs, k, 2, width), dtype=torch.float32, device=x.device)
+        valid = torch.empty((batch, tiles.programs), dtype=torch.int32, device=x.device)
     wrap_if_traced(_norm_modulate_backward_kernel, x)[(tiles.programs, batch)](
         grad_ptr=grad,
         x_ptr=x,
@@ -228,15 +239,18 @@ def launch_backward(
         embedding_stride_k=scale.stride(1),
         D=width,
         BLOCK=triton.next_power_of_2(width),
+        SUMS=modulation_grads,
         STAGES=launch.stages,
         num_warps=launch.warps,
         **index_arguments(index, tiles, placeholder=x),
     )
+    if not modulation_grads:
+        return [dx]
     valid_or_all = valid if index is not None else None
-    return dx, *sum_modulation_partials(partial, valid_or_all, scale.dtype, scale_table.dtype)
+    return [dx, *sum_modulation_partials(partial, valid_or_all, scale.dtype, scale_table.dtype)]
 
 
-def _fake_forward(x, scale, shift, scale_table, shift_table, index, eps):
+def _fake_forward(x, scale, shift, scale_table, shift_table, index, eps, modulation_grads):
     return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
@@ -249,25 +263,35 @@ def _forward_op(
     shift_table: Tensor,
     index: Tensor | None,
     eps: float,
+    modulation_grads: bool,
 ) -> tuple[Tensor, Tensor]:
     return launch_forward(x, scale, shift, scale_table, shift_table, index, eps)
 
 
-def _fake_backward(grad, x, rstd, scale, scale_table, index):
+def _fake_backward(grad, x, rstd, scale, scale_table, index, modulation_grads):
     batch, k, width = scale.shape
-    return x.new_empty(x.shape), scale.new_empty((batch, k, 2, width)), scale_table.new_empty((2, width))
+    dx = x.new_empty(x.shape)
+    if not modulation_grads:
+        return [dx]
+    return [dx, scale.new_empty((batch, k, 2, width)), scale_table.new_empty((2, width))]
 
 
 @operator("rms_norm_modulate_backward", _fake_backward)
 def _backward_op(
-    grad: Tensor, x: Tensor, rstd: Tensor, scale: Tensor, scale_table: Tensor, index: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(grad, x, rstd, scale, scale_table, index)
+    grad: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    scale_table: Tensor,
+    index: Tensor | None,
+    modulation_grads: bool,
+) -> list[Tensor]:
+    return launch_backward(grad, x, rstd, scale, scale_table, index, modulation_grads=modulation_grads)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     # The gradients do not depend on the shift.
-    x, scale, shift, scale_table, shift_table, index, _ = inputs
+    x, scale, shift, scale_table, shift_table, index, _, ctx.modulation_grads = inputs
     ctx.save_for_backward(x, output[1], scale, scale_table, index)
     ctx.dtypes = (scale.dtype, shift.dtype, scale_table.dtype, shift_table.dtype)
     # 1 / rms is an output only to be saved; its gradient is part of that of x.
@@ -275,10 +299,13 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dx, embedding_grads, table_grads = _backward_op(grad, *ctx.saved_tensors)
+    dx, *others = _backward_op(grad, *ctx.saved_tensors, ctx.modulation_grads)
+    if not others:
+        return dx, *[None] * 7
+    embedding_grads, table_grads = others
     # In the order of the inputs: scale and shift embedding, then their tables.
     gradients = (*embedding_grads.unbind(2), *table_grads.unbind(0))
-    return dx, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
+    return dx, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)), *[None] * 3
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_setup_context)
@@ -303,4 +330,5 @@ def rms_norm_modulate(x: Tensor, scale: AdaLN, shift: AdaLN, index: Tensor | Non
     # With one timestep per sample the kernel without an index is faster: one segment per tile, known at compile time.
     if scale_embedding.shape[1] == 1:
         index = None
-    return _forward_op(x, scale_embedding, shift_embedding, scale_table, shift_table, index, eps)[0]
+    grads = requires_grad([scale, shift])
+    return _forward_op(x, scale_embedding, shift_embedding, scale_table, shift_table, index, eps, grads)[0]

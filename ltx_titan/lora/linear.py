@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ltx_titan.config import LoRASection
 from ltx_titan.lora.dropout import drop
-from ltx_titan.model.adapted_linear import adapted_linear
+from ltx_titan.model.adapted_linear import AdaptedWeights, apply_adapted
 from ltx_titan.weights import QuantizedLinear
 
 
@@ -72,16 +72,24 @@ class LoRALinear(nn.Module):
         """The frozen bias [out], or None."""
         return self.base.bias
 
+    def adapted_weights(self, dtype: torch.dtype) -> AdaptedWeights | None:
+        """Weights for `model.adapted_linear` with inputs of `dtype`; None if this layer computes otherwise."""
+        # Sharded, float8 and quantized bases are other classes, with matmuls of their own.
+        is_plain = type(self.base) is nn.Linear and self.base.weight.dtype == dtype
+        has_formula = self.magnitude is None and not (self.dropout > 0 and self.training)
+        if not (self.is_on and is_plain and has_formula):
+            return None
+        lora_a, lora_b = self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype)
+        return AdaptedWeights(self.weight, self.bias, lora_a, lora_b, self.scaling)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         if not self.is_on:
             return self.base(x)
-        # Sharded, float8 and quantized bases are other classes, with matmuls of their own.
-        is_plain = type(self.base) is nn.Linear and self.base.weight.dtype == x.dtype
-        if is_plain and self.magnitude is None and not (self.dropout > 0 and self.training):
-            lora_a, lora_b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-            y, _ = adapted_linear(x.flatten(0, -2), self.weight, self.bias, lora_a, lora_b, self.scaling)
-            return y.unflatten(0, x.shape[:-1])
+        weights = self.adapted_weights(x.dtype)
+        if weights is not None:
+            (y,), _ = apply_adapted(x, [weights])
+            return y
         h = x
         if self.dropout > 0 and self.training:
             # The odd multiplier (2^32 / golden ratio) spreads consecutive steps over all 32 bits of the key.

@@ -1,6 +1,11 @@
-"""A frozen linear layer and its low-rank adapter as one operation, which never writes the adapter's output by itself.
+"""Frozen linear layers of one input and their low-rank adapters as one operation.
 
-    z = s x A^T        y = (b + z B^T) + x W^T        [tokens, in] -> [tokens, out], A [rank, in], B [out, rank]
+    z = x [A_1; A_2; ...; N]^T        y_i = (b_i + s_i z_i B_i^T) + x W_i^T        n = x N^T
+    x [tokens, in], A_i [rank, in], B_i [out, rank], N [rows, in]: a narrow frozen layer, such as the gate of attention
+
+Adapters are narrow: their matmuls read the input or the gradient of the output and compute little. Those of queries,
+keys and values, and the gate's, are therefore one matmul forward, one for the gradients of all A_i and one for the
+gradient of `x`, which is a sum over the layers that would take passes of its own.
 
 The adapter's second matmul adds the bias, and the base's matmul adds to its output in place: three passes over the
 output instead of five. Activation checkpointing sees one matmul as expensive as the base's, and saves the sum rather
@@ -10,63 +15,199 @@ the roles of inputs and outputs exchanged.
 In place is why this is an operation and no formula: `addmm` with a matrix to add copies it first.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-@torch.library.custom_op("ltx_titan::adapted_linear", mutates_args=())
-def adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Returns y [tokens, out] and z [tokens, rank]; differentiable in `x`, `lora_a` and `lora_b`, not in the base.
+class AdaptedWeights(NamedTuple):
+    """Weights of a layer, in the dtype of its input.
+
+    Attributes:
+        weight, bias: of the frozen layer, [out, in] and [out].
+        lora_a, lora_b: of the adapter, [rank, in] and [out, rank].
+        scaling: factor on the adapter.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
+def project(
+    x: Tensor, layers: Sequence[nn.Module], narrow: nn.Module | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Applies layers that share an input; those with adapters on a plain base run as one operation.
+
+    Args:
+        x: [..., in].
+        layers: linear, adapted (`LoRALinear`) or replaced by tensor parallelism, float8 or quantization.
+        narrow: another layer, with few outputs.
+
+    Returns:
+        The outputs of `layers` [..., out], and of `narrow`.
+    """
+    # By attribute: adapters are a layer above the model.
+    chosen = [layer.adapted_weights(x.dtype) if hasattr(layer, "adapted_weights") else None for layer in layers]
+    adapted = [weights for weights in chosen if weights is not None]
+    frozen = bias = None
+    # Sharded and float8 layers are other classes.
+    if adapted and type(narrow) is nn.Linear and not narrow.weight.requires_grad and narrow.weight.dtype == x.dtype:
+        frozen, bias = narrow.weight, narrow.bias
+    ys, n = apply_adapted(x, adapted, frozen) if adapted else ([], None)
+    remaining = iter(ys)
+    outputs = [layer(x) if w is None else next(remaining) for layer, w in zip(layers, chosen, strict=True)]
+    if n is not None:
+        return outputs, n if bias is None else n + bias
+    return outputs, None if narrow is None else narrow(x)
+
+
+def apply_adapted(
+    x: Tensor, layers: Sequence[AdaptedWeights], narrow: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Applies adapted layers to one input.
+
+    Args:
+        x: [..., in].
+        layers: weights of each layer, at least one.
+        narrow: frozen weight [rows, in] of another layer.
+
+    Returns:
+        The outputs of `layers` [..., out], and `x narrow^T` [..., rows].
+    """
+    factors = [layer.lora_a for layer in layers] + ([] if narrow is None else [narrow])
+    biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    if all(layer.bias is None for layer in layers):
+        biases = []
+    outputs = adapted_linears(
+        x.flatten(0, -2),
+        [layer.weight for layer in layers],
+        biases,
+        factors[0] if len(factors) == 1 else torch.cat(factors),
+        [layer.lora_b for layer in layers],
+        [layer.scaling for layer in layers],
+    )
+    ys = [y.unflatten(0, x.shape[:-1]) for y in outputs[: len(layers)]]
+    return ys, None if narrow is None else outputs[len(layers)].unflatten(0, x.shape[:-1])
+
+
+@torch.library.custom_op("ltx_titan::adapted_linears", mutates_args=())
+def adapted_linears(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], lora_a: Tensor, lora_b: list[Tensor], scalings: list[float]
+) -> list[Tensor]:
+    """Returns each y_i [tokens, out]; n [tokens, rows] if there are rows N; and z [tokens, ranks + rows].
+
+    Differentiable in `x`, `lora_a` and `lora_b`, not in the base; z is for the backward pass.
 
     Args:
         x: inputs [tokens, in].
-        weight, bias: of the frozen layer, [out, in] and [out].
-        lora_a, lora_b: of the adapter, [rank, in] and [out, rank], in the dtype of `x`.
-        scaling: factor on the adapter.
+        weights: [out, in] of each frozen layer.
+        biases: [out] of each frozen layer, or empty.
+        lora_a: [ranks + rows, in], A of every layer, then N.
+        lora_b: [out, rank] of each layer.
+        scalings: factor on each adapter.
     """
     z = torch.mm(x, lora_a.t())
-    if scaling != 1.0:
-        z *= scaling
-    y = torch.mm(z, lora_b.t()) if bias is None else torch.addmm(bias, z, lora_b.t())
-    return y.addmm_(x, weight.t()), z
+    ys, start = [], 0
+    for i, (weight, b, scaling) in enumerate(zip(weights, lora_b, scalings, strict=True)):
+        part = _scaled(z[:, start : start + b.shape[1]], scaling)
+        y = torch.addmm(biases[i], part, b.t()) if biases else torch.mm(part, b.t())
+        ys.append(y.addmm_(x, weight.t()))
+        start += b.shape[1]
+    # A copy, because outputs must not share memory.
+    return [*ys, z[:, start:].clone(), z] if start < z.shape[1] else [*ys, z]
 
 
-@adapted_linear.register_fake
+@adapted_linears.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], lora_a: Tensor, lora_b: list[Tensor], scalings: list[float]
+) -> list[Tensor]:
+    tokens, rows = x.shape[0], lora_a.shape[0] - sum(b.shape[1] for b in lora_b)
+    outputs = [x.new_empty(tokens, weight.shape[0]) for weight in weights]
+    if rows:
+        outputs.append(x.new_empty(tokens, rows))
+    return [*outputs, x.new_empty(tokens, lora_a.shape[0])]
 
 
-@torch.library.custom_op("ltx_titan::adapted_linear_backward", mutates_args=())
-def _adapted_linear_backward(dy: Tensor, weight: Tensor, lora_a: Tensor, dz: Tensor) -> Tensor:
-    """The gradient of `x`, from those of y and of x A^T."""
-    return torch.mm(dz, lora_a).addmm_(dy, weight)
+@torch.library.custom_op("ltx_titan::adapted_linears_backward", mutates_args=())
+def _adapted_linears_backward(
+    dys: list[Tensor],
+    dn: Tensor | None,
+    x: Tensor,
+    weights: list[Tensor],
+    lora_a: Tensor,
+    lora_b: list[Tensor],
+    z: Tensor,
+    scalings: list[float],
+    needs_dx: bool,
+) -> list[Tensor]:
+    """Returns the gradients of `lora_a` and of each of `lora_b`, and of `x` if needed; `dn` is that of n."""
+    dz, dbs, start = torch.empty_like(z), [], 0
+    for dy, b, scaling in zip(dys, lora_b, scalings, strict=True):
+        columns = slice(start, start + b.shape[1])
+        torch.mm(dy, b, out=dz[:, columns])
+        if scaling != 1.0:
+            dz[:, columns] *= scaling
+        dbs.append(torch.mm(dy.t(), _scaled(z[:, columns], scaling)))
+        start += b.shape[1]
+    if dn is not None:
+        dz[:, start:] = dn
+    gradients = [torch.mm(dz.t(), x), *dbs]
+    if needs_dx:
+        dx = torch.mm(dz, lora_a)
+        for dy, weight in zip(dys, weights, strict=True):
+            dx.addmm_(dy, weight)
+        gradients.append(dx)
+    return gradients
 
 
-@_adapted_linear_backward.register_fake
-def _(dy: Tensor, weight: Tensor, lora_a: Tensor, dz: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[0], weight.shape[1])
+@_adapted_linears_backward.register_fake
+def _(
+    dys: list[Tensor],
+    dn: Tensor | None,
+    x: Tensor,
+    weights: list[Tensor],
+    lora_a: Tensor,
+    lora_b: list[Tensor],
+    z: Tensor,
+    scalings: list[float],
+    needs_dx: bool,
+) -> list[Tensor]:
+    gradients = [lora_a.new_empty(lora_a.shape), *(b.new_empty(b.shape) for b in lora_b)]
+    return [*gradients, x.new_empty(x.shape)] if needs_dx else gradients
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, lora_a, lora_b, ctx.scaling = inputs
-    ctx.save_for_backward(x, weight, lora_a, lora_b, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _scaled(z: Tensor, scaling: float) -> Tensor:
+    return z if scaling == 1.0 else z * scaling
 
 
-def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, lora_a, lora_b, z = ctx.saved_tensors
-    dz = torch.mm(dy, lora_b)
-    if ctx.scaling != 1.0:
-        dz = dz * ctx.scaling
-    dx = torch.ops.ltx_titan.adapted_linear_backward(dy, weight, lora_a, dz) if ctx.needs_input_grad[0] else None
-    return dx, None, None, torch.mm(dz.t(), x), torch.mm(dy.t(), z), None
+def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    x, weights, biases, lora_a, lora_b, ctx.scalings = inputs
+    ctx.layers, ctx.has_bias, ctx.has_rows = len(weights), bool(biases), len(output) > len(weights) + 1
+    ctx.save_for_backward(x, lora_a, output[-1], *weights, *lora_b)
+    ctx.mark_non_differentiable(output[-1])
 
 
-adapted_linear.register_autograd(_backward, setup_context=_save)
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple:
+    count = ctx.layers
+    x, lora_a, z, *rest = ctx.saved_tensors
+    da, *others = _adapted_linears_backward(
+        grads[:count],
+        grads[count] if ctx.has_rows else None,
+        x,
+        rest[:count],
+        lora_a,
+        rest[count:],
+        z,
+        ctx.scalings,
+        ctx.needs_input_grad[0],
+    )
+    dx = others[count] if ctx.needs_input_grad[0] else None
+    return dx, [None] * count, [None] * (count if ctx.has_bias else 0), da, others[:count], None
+
+
+adapted_linears.register_autograd(_backward, setup_context=_save)

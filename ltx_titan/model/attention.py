@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ltx_titan.model.adapted_linear import project
 from ltx_titan.model.ops import TORCH, HeadShare, Operators
 from ltx_titan.model.rope import PackedRotation, Rotation
 
@@ -97,10 +98,16 @@ class Attention(nn.Module):
         """
         # Only the weights of the norms are used, in the fused operator: the forward of a replacement would never run.
         assert isinstance(self.q_norm, nn.RMSNorm), "set `share` instead of replacing the norms"
-        context = x if context is None else context
+        # Layers of one input together, which is cheaper for adapters. The gates are computed from the queries' input
+        # `x`, not from the attention's output.
+        if context is None or context is x:
+            (q, k, v), gate_logits = project(x, [self.to_q, self.to_k, self.to_v], self.to_gate_logits)
+        else:
+            (q,), gate_logits = project(x, [self.to_q], self.to_gate_logits)
+            (k, v), _ = project(context, [self.to_k, self.to_v])
         q, k = self.operators.qk_norm_rope(
-            self.to_q(x),
-            self.to_k(context),
+            q,
+            k,
             self.q_norm.weight,
             self.k_norm.weight,
             q_rotation,
@@ -111,7 +118,7 @@ class Attention(nn.Module):
             share=self.share,
         )
         # -1: under tensor parallelism a rank has only its share of the heads.
-        v = self.to_v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        v = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         # The scale 1 / sqrt(head_dim) is torch's default: `head_dim` is the last dim of `q`.
         out_BHSK = self.softmax(q, k, v, mask)
         if keep is not None:
@@ -121,10 +128,9 @@ class Attention(nn.Module):
             out_BHSK = out_BHSK * keep + v * (1 - keep)
         # [B, H, S, K] -> [B, S, H, K]: the gates are [B, S, H], and the heads are merged below.
         out_BSHK = out_BHSK.transpose(1, 2)
-        if self.to_gate_logits is not None:
+        if gate_logits is not None:
             # The factor 2 makes a gate of logit 0 neutral.
-            # From the modulated queries' input `x`, not from the attention's output.
-            out_BSHK = out_BSHK * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
+            out_BSHK = out_BSHK * (2 * torch.sigmoid(gate_logits))[..., None]
         return self.to_out[0](out_BSHK.flatten(2))
 
 

@@ -38,8 +38,8 @@ _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 _SAVED = {getattr(_aten, name).default for name in _ATTENTION} | {_c10d.reduce_scatter_tensor.default}
-# A frozen layer's weight, [out, in].
-_ADAPTED = torch.ops.ltx_titan.adapted_linear.default
+# Its first factor is followed by the weights [out, in] of frozen layers.
+_ADAPTED = torch.ops.ltx_titan.adapted_linears.default
 # Matmul -> index of its first factor among the arguments.
 _MATMULS = {_aten.mm.default: 0, _aten._scaled_mm.default: 0, _aten.addmm.default: 1, _ADAPTED: 0}
 # A feed-forward's first matmul widens 4 times; an adapter's second one 128 times, which is cheaper to repeat than to
@@ -130,9 +130,11 @@ def _policy(
         # [M, K] @ [K, N] takes 2 K FLOPs per output, so the matmuls that narrow (K > N) are the expensive ones to
         # repeat.
         right = args[_MATMULS[operation] + 1]
-        inner, outer = right.shape
         if operation is _ADAPTED:
-            outer, inner = right.shape
+            # All outputs are saved, or none.
+            inner, outer = right[0].shape[1], max(weight.shape[0] for weight in right)
+        else:
+            inner, outer = right.shape
         is_saved = {
             "selective": inner > outer,
             "matmuls": inner >= outer,

@@ -59,8 +59,14 @@ def compile_case(name: str, dtype: torch.dtype, tokens: int) -> list[Any]:
     return compiled
 
 
-def trace_case(name: str, tokens: int, width: int) -> list[torch.fx.Graph]:
-    """Forward and backward graph that torch.compile makes of a benchmark case; nothing is run."""
+def trace_case(name: str, tokens: int, width: int, *, is_frozen: bool = False) -> list[torch.fx.Graph]:
+    """Forward and backward graph that torch.compile makes of a benchmark case; nothing is run.
+
+    Args:
+        name: of the case.
+        tokens, width: of its tokens.
+        is_frozen: train the tokens alone, not modulation and weights.
+    """
     graphs = []
 
     def keep(module: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., list[torch.Tensor]]:
@@ -73,12 +79,15 @@ def trace_case(name: str, tokens: int, width: int) -> list[torch.fx.Graph]:
 
     with on_an_h100(skip):
         case = make_case(name, tokens, width, torch.bfloat16, torch.device("cpu"), seed=0)
+        for parameter, leaf in case.leaves.items():
+            leaf.requires_grad_(not is_frozen or parameter in ("x", "y", "q", "k"))
         with ExitStack() as traced:
             for module in _MODULES:
                 traced.enter_context(patch.object(module, "wrap_if_traced", lambda kernel, _: wrap_triton(kernel)))
             compiled = torch.compile(case.kernel, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=keep))
             outputs = compiled(**case.leaves)
-            torch.autograd.grad(outputs, list(case.leaves.values()), [torch.randn_like(o) for o in outputs])
+            trained = [leaf for leaf in case.leaves.values() if leaf.requires_grad]
+            torch.autograd.grad(outputs, trained, [torch.randn_like(o) for o in outputs])
     return graphs
 
 

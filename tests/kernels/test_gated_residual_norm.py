@@ -71,6 +71,24 @@ def test_a_frozen_gate_saves_nothing_of_what_it_scales():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("norms", [1, 2])
+def test_frozen_modulation_changes_no_other_gradient_and_its_factor_is_not_saved(norms):
+    leaves, index, _ = _case(2, 7, 2, 24, FLOAT32)
+    found, saved = [], []
+    for is_frozen in (False, True):
+        tokens = [leaves[name].detach().requires_grad_() for name in ("x", "y")]
+        others = [leaves[name].detach().requires_grad_(not is_frozen) for name in ("gate", "embedding", "table")]
+        pointers = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=pointers: to.add(t.data_ptr()) or t, lambda t: t):
+            outputs = _of(gated_residual_norm, index, norms)(*tokens, *others)[:-1]
+        cotangents = [torch.cos(torch.arange(o.numel(), device=DEVICE)).view(o.shape) for o in outputs]
+        found.append(torch.autograd.grad(outputs, tokens, cotangents))
+        saved.append(tokens[1].data_ptr() in pointers)
+    for trained, frozen in zip(*found, strict=True):
+        assert torch.equal(trained, frozen)
+    assert saved == [True, False]
+
+
 def test_strided_tokens_and_gradients():
     leaves, index, generator = _case(2, 10, 2, 64, FLOAT32)
 
@@ -116,9 +134,9 @@ def test_registration(norms):
     x, y = leaves["x"], leaves["y"]
     embeddings = [e.detach().requires_grad_() for e in (leaves["gate"], *leaves["embedding"].unbind(2)[: 2 * norms])]
     tables = [t.detach().requires_grad_() for t in leaves["table"].unbind(0)[: 1 + 2 * norms]]
-    torch.library.opcheck(torch.ops.ltx_titan.gated_residual_norm.default, (x, y, embeddings, tables, index, EPS))
+    torch.library.opcheck(torch.ops.ltx_titan.gated_residual_norm.default, (x, y, embeddings, tables, index, EPS, True))
     with torch.no_grad():
-        outputs = torch.ops.ltx_titan.gated_residual_norm(x, y, embeddings, tables, index, EPS)
+        outputs = torch.ops.ltx_titan.gated_residual_norm(x, y, embeddings, tables, index, EPS, True)
     backward = (
         [torch.randn_like(x) for _ in range(1 + norms)],
         [outputs[0], outputs[-1]] if norms else [],

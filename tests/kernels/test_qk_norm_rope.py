@@ -138,9 +138,28 @@ def test_registration(rotations, is_summed):
     tables, indices = [p.table for p in packed], [p.rows for p in packed]
     sums = [x.detach().square().sum(-1).requires_grad_() for x in (q, k)] if is_summed else []
     sizes = (12, 24, 0)
-    torch.library.opcheck(torch.ops.ltx_titan.qk_norm_rope.default, (q, k, weights, tables, indices, sums, *sizes, EPS))
+    torch.library.opcheck(
+        torch.ops.ltx_titan.qk_norm_rope.default, (q, k, weights, tables, indices, sums, *sizes, EPS, True)
+    )
     with torch.no_grad():
-        *outs, q_rstd, k_rstd = torch.ops.ltx_titan.qk_norm_rope(q, k, weights, tables, indices, sums, *sizes, EPS)
+        *outs, q_rstd, k_rstd = torch.ops.ltx_titan.qk_norm_rope(
+            q, k, weights, tables, indices, sums, *sizes, EPS, True
+        )
     plain = [w.detach() for w in weights]
-    backward = (outs, q.detach(), k.detach(), [q_rstd, k_rstd], plain, tables, indices, is_summed, *sizes)
+    # Without gradients of weights in one of the cases.
+    backward = (outs, q.detach(), k.detach(), [q_rstd, k_rstd], plain, tables, indices, is_summed, is_summed, *sizes)
     torch.library.opcheck(torch.ops.ltx_titan.qk_norm_rope_backward.default, backward)
+
+
+@pytest.mark.parametrize("rotations", [0, 1, 2])
+def test_frozen_weights_change_no_other_gradient(rotations):
+    leaves, generator = _case(2, 5, 5, 3, 8, FLOAT32)
+    packed = [_tables(2, 1, 5, 24, 3, generator).pack() for _ in range(rotations)] or [None]
+    found = []
+    for is_frozen in (False, True):
+        q, k, *weights = (leaf.detach().requires_grad_() for leaf in leaves.values())
+        outs = _of(qk_norm_rope, packed[0], packed[-1], 8)(q, k, *(w.requires_grad_(not is_frozen) for w in weights))
+        cotangents = [torch.cos(torch.arange(out.numel(), device=DEVICE)).view(out.shape) for out in outs]
+        found.append(torch.autograd.grad(outs, (q, k), cotangents))
+    for trained, frozen in zip(*found, strict=True):
+        assert torch.equal(trained, frozen)

@@ -97,8 +97,19 @@ def test_registration(k):
     x, embedding, table = leaves.values()
     embeddings = [e.detach().requires_grad_() for e in embedding.unbind(2)]
     tables = [t.detach().requires_grad_() for t in table.unbind(0)]
-    torch.library.opcheck(torch.ops.ltx_titan.rms_norm_modulate.default, (x, *embeddings, *tables, index, EPS))
+    torch.library.opcheck(torch.ops.ltx_titan.rms_norm_modulate.default, (x, *embeddings, *tables, index, EPS, True))
     with torch.no_grad():
-        _, rstd = torch.ops.ltx_titan.rms_norm_modulate(x, *embeddings, *tables, index, EPS)
+        _, rstd = torch.ops.ltx_titan.rms_norm_modulate(x, *embeddings, *tables, index, EPS, True)
     backward = (torch.randn_like(x), x.detach(), rstd, embeddings[0].detach(), tables[0].detach(), index)
-    torch.library.opcheck(torch.ops.ltx_titan.rms_norm_modulate_backward.default, backward)
+    # Without gradients of modulation in one of the cases.
+    torch.library.opcheck(torch.ops.ltx_titan.rms_norm_modulate_backward.default, (*backward, k == 2))
+
+
+def test_frozen_modulation_changes_no_other_gradient():
+    leaves, index, _ = _case(2, 7, 2, 24, FLOAT32)
+    found = []
+    for is_frozen in (False, True):
+        x, *others = (leaf.detach().requires_grad_() for leaf in leaves.values())
+        (h,) = _of(rms_norm_modulate, index)(x, *(leaf.detach() if is_frozen else leaf for leaf in others))
+        found.append(torch.autograd.grad(h, x, torch.cos(torch.arange(h.numel(), device=DEVICE)).view(h.shape)))
+    assert torch.equal(*(gradient for (gradient,) in found))

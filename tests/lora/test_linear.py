@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ltx_titan.common.tensors import without_wrappers
 from ltx_titan.lora import DropoutStep, LoRALinear, adapter_weights, init_lora_, is_adapter
-from ltx_titan.model.adapted_linear import adapted_linear
+from ltx_titan.model.adapted_linear import AdaptedWeights, adapted_linears, apply_adapted, project
 from ltx_titan.parallel.activation_checkpoint import apply_selective_checkpointing
 from ltx_titan.weights import QuantizedLinear, merged_weight
 from tests.lora.adapted import adapted, loss_of, settings, stir
@@ -30,20 +30,56 @@ def test_the_formula(fields, scaling):
     torch.testing.assert_close(layer(X), expected)
 
 
-@pytest.mark.parametrize(("has_bias", "scaling"), [(True, 1.0), (False, 0.5)])
-def test_base_and_adapter_in_one_operation_have_the_gradients_of_the_formula(has_bias, scaling):
+@pytest.mark.parametrize(("has_bias", "has_narrow"), [(True, True), (False, False)])
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_layers_of_one_input_in_one_operation_have_the_gradients_of_the_formula(has_bias, has_narrow, needs_dx):
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
     generator = torch.Generator().manual_seed(3)
-    x, weight, bias, a, b, dy = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((10, 16), (12, 16), (12,), (4, 16), (12, 4), (10, 12))
+    layers = [
+        AdaptedWeights(
+            draw(out, 16), draw(out) if has_bias else None, draw(rank, 16).requires_grad_(),
+            draw(out, rank).requires_grad_(), scaling,
+        )
+        for out, rank, scaling in ((12, 4, 1.0), (8, 4, 0.5), (8, 2, 2.0))
+    ]  # fmt: skip
+    x, narrow = draw(2, 5, 16).requires_grad_(needs_dx), draw(3, 16) if has_narrow else None
+    trained = [tensor for layer in layers for tensor in (layer.lora_a, layer.lora_b)] + [x] * needs_dx
+    expected = [nn.functional.linear(x, w, bias) + s * (x @ a.T) @ b.T for w, bias, a, b, s in layers]
+    ys, n = apply_adapted(x, layers, narrow)
+    if has_narrow:
+        ys.append(n)
+        expected.append(x @ narrow.T)
+    torch.testing.assert_close(ys, expected)
+    dys = [torch.randn_like(y) for y in ys if y.requires_grad]
+    found, wanted = ([y for y in outputs if y.requires_grad] for outputs in (ys, expected))
+    torch.testing.assert_close(
+        torch.autograd.grad(found, trained, dys), torch.autograd.grad(wanted, trained, dys[: len(wanted)])
     )
-    bias = bias if has_bias else None
-    trained = [tensor.requires_grad_() for tensor in (x, a, b)]
-    expected = nn.functional.linear(x, weight, bias) + scaling * (x @ a.T) @ b.T
-    y, _ = adapted_linear(x, weight, bias, a, b, scaling)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(torch.autograd.grad(y, trained, dy), torch.autograd.grad(expected, trained, dy))
-    torch.library.opcheck(adapted_linear, (x, weight, bias, a, b, scaling))
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    a = torch.cat([layer.lora_a for layer in layers] + ([] if narrow is None else [narrow]))
+    lists = [layer.weight for layer in layers], biases, a.detach().requires_grad_(), [layer.lora_b for layer in layers]
+    torch.library.opcheck(adapted_linears, (x.flatten(0, 1), *lists, [1.0, 0.5, 2.0]))
+
+
+@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"dropout": 0.5}, {"base_dtype": "int8"}])
+def test_layers_of_one_input_together_equal_each_alone(fields):
+    torch.manual_seed(0)
+    names = {"to_q": 32, "to_k": 32, "to_v": 64}
+    model = nn.ModuleDict({name: nn.Linear(32, width).requires_grad_(False) for name, width in names.items()})
+    gate = nn.Linear(32, 4).requires_grad_(False)
+    for name in ("to_q", "to_v"):  # to_k has no adapter
+        base = model[name]
+        if "base_dtype" in fields:
+            base = QuantizedLinear.from_linear(base, fields["base_dtype"])
+        model[name] = LoRALinear(base, settings(**fields))
+    init_lora_(model, 1)
+    stir(model)
+    x = torch.randn(2, 5, 32)
+    outputs, logits = project(x, list(model.values()), gate)
+    for output, layer in zip([*outputs, logits], [*model.values(), gate], strict=True):
+        torch.testing.assert_close(output, layer(x))
 
 
 def test_dora_is_magnitude_times_direction():
@@ -174,7 +210,7 @@ def test_checkpointed_blocks_of_a_level_share_one_graph_with_the_same_gradients(
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             model(x).sum().backward()
     assert counter.frame_count == 2
-    (runs,) = (event.count for event in profile.key_averages() if event.key == "ltx_titan::adapted_linear")
+    (runs,) = (event.count for event in profile.key_averages() if event.key == "ltx_titan::adapted_linears")
     assert runs == 6 + 3
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
