@@ -76,9 +76,12 @@ class LoRALinear(nn.Module):
         """[..., in] -> [..., out]."""
         if not self.is_on:
             return self.base(x)
+        is_plain_lora = self.magnitude is None and not (self.dropout > 0 and self.training)
+        if is_plain_lora and isinstance(self.base, QuantizedLinear) and self.base.multiplies_in_float8(x):
+            lora_a, lora_b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+            return self.base.forward_adapted(x, lora_a, lora_b, self.scaling)
         # Sharded, float8 and quantized bases are other classes, with matmuls of their own.
-        is_plain = type(self.base) is nn.Linear and self.base.weight.dtype == x.dtype
-        if is_plain and self.magnitude is None and not (self.dropout > 0 and self.training):
+        if is_plain_lora and type(self.base) is nn.Linear and self.base.weight.dtype == x.dtype:
             lora_a, lora_b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
             y, _ = adapted_linear(x.flatten(0, -2), self.weight, self.bias, lora_a, lora_b, self.scaling)
             return y.unflatten(0, x.shape[:-1])

@@ -21,7 +21,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import ltx_titan.model.adapted_linear  # noqa: F401  # registers the operation
+# They register their operations.
+import ltx_titan.model.adapted_linear
+import ltx_titan.model.float8_linear  # noqa: F401
 from ltx_titan.parallel.offload import ActivationOffload
 
 Level = Literal["full", "selective", "matmuls", "all_matmuls", "none"]
@@ -41,7 +43,9 @@ _SAVED = {getattr(_aten, name).default for name in _ATTENTION} | {_c10d.reduce_s
 # A frozen layer's weight, [out, in].
 _ADAPTED = torch.ops.ltx_titan.adapted_linear.default
 # Matmul -> index of its first factor among the arguments.
-_MATMULS = {_aten.mm.default: 0, _aten._scaled_mm.default: 0, _aten.addmm.default: 1, _ADAPTED: 0}
+# Its bytes are pairs, so inputs are counted in the first factor.
+_FLOAT8 = torch.ops.ltx_titan.float8_linear.default
+_MATMULS = {_aten.mm.default: 0, _aten._scaled_mm.default: 0, _aten.addmm.default: 1, _ADAPTED: 0, _FLOAT8: 1}
 # A feed-forward's first matmul widens 4 times; an adapter's second one 128 times, which is cheaper to repeat than to
 # save.
 _MOST_WIDENING = 4
@@ -133,6 +137,8 @@ def _policy(
         inner, outer = right.shape
         if operation is _ADAPTED:
             outer, inner = right.shape
+        elif operation is _FLOAT8:
+            outer, inner = right.shape[0], args[0].shape[1]
         is_saved = {
             "selective": inner > outer,
             "matmuls": inner >= outer,
