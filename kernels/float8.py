@@ -29,7 +29,7 @@ from ltx_titan_kernels.launches import (
     wrap_if_traced,
 )
 
-QUANTIZE = Launch(warps=4, programs=16, stages=2)
+QUANTIZE = Launch(warps=8, programs=16, stages=1)
 """Launch at width 4096."""
 
 # A program transposes a tile of 128 x 128 bytes as 32-bit words: four rows of 32 x 32 words.

@@ -47,21 +47,8 @@ def float8_linear(
     Returns:
         [tokens, out].
     """
-    weight = qdata.view(_E4M3)
     bias = None if bias is None else bias.to(dtype)
-    if x.is_cuda:
-        y = torch._scaled_mm(
-            x,
-            weight.t(),
-            scale_a=x_scale,
-            scale_b=scale.float().t(),
-            bias=bias,
-            out_dtype=dtype,
-            use_fast_accum=True,
-        )
-    else:
-        y = (x.float() @ weight.float().t() * x_scale * scale.float().t()).to(dtype)
-        y = y if bias is None else y + bias
+    y = _matmul(x, x_scale, qdata.view(_E4M3), scale.float().t(), bias, dtype)
     return y if z is None else y.addmm_(z, lora_b.t())
 
 
@@ -100,9 +87,9 @@ def float8_linear_backward(
         from ltx_titan_kernels.float8 import transpose_bytes
 
         transposed, ones = transpose_bytes(weight)
-        dx = torch._scaled_mm(g, transposed.t(), scale_a=g_scale, scale_b=ones, out_dtype=dtype, use_fast_accum=True)
     else:
-        dx = (g.float() @ weight.float() * g_scale).to(dtype)
+        transposed, ones = weight.t(), g_scale.new_ones(1, weight.shape[1])
+    dx = _matmul(g, g_scale, transposed, ones, None, dtype)
     return dx if dz is None else dx.addmm_(dz, lora_a)
 
 
@@ -111,6 +98,26 @@ def _(
     g: Tensor, g_scale: Tensor, qdata: Tensor, dz: Tensor | None, lora_a: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     return g.new_empty(g.shape[0], qdata.shape[1] * 2, dtype=dtype)
+
+
+def _matmul(
+    x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`x` [T, K] times `weight` [N, K] transposed, with scales [T, 1] and [1, N]."""
+    if x.is_cuda:
+        try:
+            return torch._scaled_mm(
+                x, weight.t(), scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=dtype, use_fast_accum=True
+            )
+        except RuntimeError as error:
+            # cuBLAS has no such kernel for a few shapes: seen at 51 tokens in the audio's feed-forward. It says so
+            # before it launches anything, so this works while a graph is recorded, too.
+            if "CUBLAS_STATUS_NOT_SUPPORTED" not in str(error):
+                raise
+    # bfloat16 holds every e4m3 number, so that only the result is rounded.
+    wide = torch.bfloat16 if x.is_cuda else torch.float32
+    y = ((x.to(wide) @ weight.to(wide).t()).float() * x_scale * w_scale).to(dtype)
+    return y if bias is None else y + bias
 
 
 class Float8Linear(torch.autograd.Function):

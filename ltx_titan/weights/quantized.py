@@ -38,6 +38,8 @@ _INT4_GROUP = 128
 _INT4_SMALLEST_GROUP = 16
 _NVFP4_GROUP = 16
 _FLOAT8_CAPABILITY = (8, 9)
+# Audio of ten seconds. Below it both ways wait for the weight, and cuBLAS refuses some shapes.
+FEWEST_TOKENS = 256
 _FOUR_BITS = ("int4", "nvfp4")
 _E2M1_LARGEST = 6.0
 # Midpoints between neighbors of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
@@ -112,8 +114,9 @@ class QuantizedLinear(nn.Module):
         return _FrozenMatmul.apply(x, self.qdata, self.scale, self.bias, self.form)
 
     def multiplies_in_float8(self, x: Tensor) -> bool:
-        """Whether the layer multiplies this input in float8; in float32 it does not."""
-        return self.in_float8 and x.dtype == torch.bfloat16 and self.qdata.dtype == _BYTES_DTYPE
+        """Whether the layer multiplies this input [..., in] in float8: not in float32, and not a few tokens."""
+        is_bfloat16 = x.dtype == torch.bfloat16 and self.qdata.dtype == _BYTES_DTYPE
+        return self.in_float8 and is_bfloat16 and x.shape[:-1].numel() >= FEWEST_TOKENS
 
     def forward_adapted(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
         """The layer in float8, plus an adapter [rank, in] and [out, rank] in the dtype of `x`; None for none."""
