@@ -1,9 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx_titan.lora import LoRALinear
 from ltx_titan.model.float8_linear import float8_linear, float8_linear_backward
+from ltx_titan.parallel.activation_checkpoint import apply_selective_checkpointing
 from ltx_titan.weights import QuantizedLinear, use_float8_matmuls
 from ltx_titan.weights.quantized import FEWEST_TOKENS
 from ltx_titan_kernels.formulas import quantize_tokens
@@ -27,11 +29,11 @@ def layers():
     return found
 
 
-def gradients(layer, scale=1.0):
+def gradients(layer, scale=1.0, block=None):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, TOKENS, IN, generator=generator).bfloat16().requires_grad_()
     dy = (torch.randn(2, TOKENS, OUT, generator=generator) * scale).bfloat16()
-    y = layer(x)
+    y = (block or layer)(x)
     return [y, *torch.autograd.grad(y, [x, layer.lora_A.weight, layer.lora_B.weight], dy)]
 
 
@@ -66,6 +68,30 @@ def test_compiled_and_eager_agree_and_the_weight_is_not_saved_dequantized():
         assert error(one, two) < 5e-3
     own = {parameter.data_ptr() for parameter in layer.parameters()}
     assert max(t.nbytes for t in kept if t.data_ptr() not in own) <= 2 * TOKENS * IN * 2
+
+
+class Calls(TorchDispatchMode):
+    """Counts forward matmuls."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.ltx_titan.float8_linear.default
+        return func(*args, **(kwargs or {}))
+
+
+# The layer widens 1.5 times.
+@pytest.mark.parametrize(("level", "calls"), [("selective", 2), ("matmuls", 2), ("all_matmuls", 1)])
+def test_checkpointing_saves_the_sum_of_base_and_adapter(level, calls):
+    _, layer = layers()
+    # GELU's backward pass reads the sum.
+    blocks = nn.ModuleList([nn.Sequential(layer, nn.GELU())])
+    expected = gradients(layer, block=blocks[0])
+    apply_selective_checkpointing(blocks, [level])
+    with Calls() as counted:
+        found = gradients(layer, block=blocks[0])
+    assert counted.count == calls
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
 def test_an_input_without_gradient_and_a_layer_without_adapter():
