@@ -117,3 +117,29 @@ def rotate_heads(x_BHSK: Tensor, rotation: CosSin | None, share: HeadShare | Non
         heads = slice(share.first, share.first + x_BHSK.shape[1])
         rotation = (rotation[0][:, heads], rotation[1][:, heads])
     return rotate(x_BHSK, rotation, interleaved)
+
+
+FLOAT8_MAX = 448.0
+"""Largest value of e4m3."""
+
+# Rows of smaller numbers round to zero. Gradients of single tokens are small: 1e-12, a usual bound, would drop them.
+SMALLEST_AMAX = 1e-30
+
+
+def quantize_tokens(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantizes tokens to e4m3 with one scale each: `x * factor` is about `q * scale`.
+
+    Args:
+        x: [T, K].
+        factor: [K], multiplied first; None for none.
+
+    Returns:
+        e4m3 [T, K] and scales [T, 1] float32.
+    """
+    x = x.float()
+    if factor is not None:
+        x = x * factor.float()
+    amax = x.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX)
+    # Rounding can push the largest value past the format's range, where a cast on a CPU gives NaN.
+    q = (x * (FLOAT8_MAX / amax)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
+    return q, amax / FLOAT8_MAX

@@ -46,6 +46,7 @@ from ltx_titan.weights import (
     reference_metadata,
     transformer_tensors,
     unused_by,
+    use_float8_matmuls,
 )
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,9 @@ def shape_transformer(
         adapted = apply_lora(model, job.lora)
         ranks = " and ".join(map(str, sorted({layer.lora_a.shape[0] for layer in adapter_weights(model).values()})))
         logger.info("LoRA: rank %s on %d layers, base in %s", ranks, len(adapted), job.lora.base_dtype)
+        if job.lora.base_dtype == "float8":
+            obstacle = use_float8_matmuls(model, device, COMPUTE_DTYPES[job.training.dtype], job.lora.float8_matmuls)
+            logger.info("matmuls of the base: %s", "float8" if obstacle is None else f"dequantized, because {obstacle}")
     freeze_groups(model, job.optimizer.groups)
     parallelize(
         model,

@@ -189,6 +189,7 @@ VALUES = rows(
     ("lora targets empty", {"model.mode": "lora", "lora.targets": []}, ("lora.targets", "expected")),
     ("lora targets unknown", {"model.mode": "lora", "lora.targets": ["attn9.to_q"]}, ("lora.targets", "attn9.to_q")),
     ("lora base dtype", {"model.mode": "lora", "lora.base_dtype": "int2"}, ("lora.base_dtype", "int4")),
+    ("float8 matmuls without a float8 base", {"model.mode": "lora", "lora.float8_matmuls": "on"}, ("lora.float8_matmuls", "lora.base_dtype")),
     ("metrics interval 0", {"metrics.interval": 0}, ("metrics.interval", "expected")),
     ("wandb mode", {"metrics.wandb": "on"}, ("metrics.wandb", "online")),
     ("wandb project while off", {"metrics.wandb_project": "x"}, ("metrics.wandb_project", "remove it")),

@@ -4,6 +4,7 @@ from ltx_titan.config.job import RELEASED_SHAPES, JobConfig
 from ltx_titan.config.load import build_job, dump_job, job_changes, load_job, plain_job, read_tables
 from ltx_titan.config.optimization import (
     BaseDtype,
+    Float8Matmuls,
     LoRARank,
     LoRASection,
     LossSection,
@@ -50,6 +51,7 @@ __all__ = [
     "DataSection",
     "Degrees",
     "ExportLayout",
+    "Float8Matmuls",
     "Float8Section",
     "JobConfig",
     "JobSection",

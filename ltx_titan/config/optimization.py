@@ -11,6 +11,7 @@ SigmaName = Literal["shifted_logit_normal", "uniform", "distilled"]
 ErrorName = Literal["mse", "huber"]
 WeightingName = Literal["none", "sigma_sqrt", "cosmap", "min_snr"]
 BaseDtype = Literal["float32", "bfloat16", "int8", "int4", "float8", "nvfp4"]
+Float8Matmuls = Literal["auto", "on", "off"]
 
 # These update each parameter on its own, so an update can run inside the backward pass.
 _PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit")
@@ -267,6 +268,9 @@ class LoRASection(Section):
     base_dtype: BaseDtype = "bfloat16"
     """Format of the frozen weights. int8 and float8 halve their memory, int4 quarters it, nvfp4 needs a fifth more than
     int4 and is more accurate. An official fp8 or NVFP4 file is used unchanged with float8 or nvfp4."""
+    float8_matmuls: Float8Matmuls = "auto"
+    """Multiply a float8 base in float8, with activations quantized on use: faster, with gradients a few percent less
+    exact. `auto` does so on GPUs that can (compute capability 8.9); `off` dequantizes; `on` also emulates on a CPU."""
 
     ranks: Annotated[tuple[LoRARank, ...], Field(strict=False)] = ()
     """Layers with another rank than `rank`, among those of `targets`."""

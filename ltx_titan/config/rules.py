@@ -133,6 +133,14 @@ def _float8_rules(job: JobConfig) -> Iterator[Problem]:
             f'float8.recipe = "tensorwise", which alone can gather weights in float8; found "{job.float8.recipe}"',
             'set float8.recipe = "tensorwise", or remove it',
         )
+    if job.model.mode == "lora" and job.lora.float8_matmuls == "on":
+        for key, wanted, found in (
+            ("lora.base_dtype", "float8", job.lora.base_dtype),
+            ("training.dtype", "bfloat16", job.training.dtype),
+        ):
+            if found != wanted:
+                expected = f'{key} = "{wanted}"; found "{found}"'
+                yield Problem("lora.float8_matmuls", "on", expected, f'set {key} = "{wanted}", or it to "auto"')
 
 
 def _model_rules(job: JobConfig) -> Iterator[Problem]:

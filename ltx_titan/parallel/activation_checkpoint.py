@@ -21,7 +21,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import ltx_titan.model.adapted_linear  # noqa: F401  # registers the operation
+# They register their operations.
+import ltx_titan.model.adapted_linear
+import ltx_titan.model.float8_linear  # noqa: F401
 from ltx_titan.parallel.offload import ActivationOffload
 
 Level = Literal["full", "selective", "matmuls", "all_matmuls", "none"]
@@ -40,8 +42,10 @@ _ATTENTION = (
 _SAVED = {getattr(_aten, name).default for name in _ATTENTION} | {_c10d.reduce_scatter_tensor.default}
 # Its first factor is followed by the weights [out, in] of frozen layers.
 _ADAPTED = torch.ops.ltx_titan.adapted_linears.default
+# Its second factor is stored as pairs of bytes, so the inner size is read from the first.
+_FLOAT8 = torch.ops.ltx_titan.float8_linear.default
 # Matmul -> index of its first factor among the arguments.
-_MATMULS = {_aten.mm.default: 0, _aten._scaled_mm.default: 0, _aten.addmm.default: 1, _ADAPTED: 0}
+_MATMULS = {_aten.mm.default: 0, _aten._scaled_mm.default: 0, _aten.addmm.default: 1, _ADAPTED: 0, _FLOAT8: 1}
 # A feed-forward's first matmul widens 4 times; an adapter's second one 128 times, which is cheaper to repeat than to
 # save.
 _MOST_WIDENING = 4
@@ -133,6 +137,8 @@ def _policy(
         if operation is _ADAPTED:
             # All outputs are saved, or none.
             inner, outer = right[0].shape[1], max(weight.shape[0] for weight in right)
+        elif operation is _FLOAT8:
+            inner, outer = args[0].shape[1], right.shape[0]
         else:
             inner, outer = right.shape
         is_saved = {

@@ -46,7 +46,7 @@ from ltx_titan.weights.names import (
     stream_of,
     unused_by,
 )
-from ltx_titan.weights.quantized import QUANTIZED, QuantizedLinear
+from ltx_titan.weights.quantized import QUANTIZED, QuantizedLinear, use_float8_matmuls
 from ltx_titan.weights.shapes import RELEASED, released_config
 from ltx_titan.weights.stored import StoredWeight, quantized_forms, refuse_quantized, stored_weights
 from ltx_titan.weights.tensors import module_tensors, parameter_names, plain_tensor
@@ -112,5 +112,6 @@ __all__ = [
     "transformer_tensors",
     "unused_by",
     "update_norm",
+    "use_float8_matmuls",
     "write_lora",
 ]

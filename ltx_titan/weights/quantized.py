@@ -14,7 +14,8 @@ stored as the bits of bfloat16 numbers, two bytes per number. Their values are m
 the compute dtype is only ever copied; and if the compute dtype is float32, a bfloat16 is its upper half, bit for bit.
 
 The matmul runs in the input's dtype after dequantization, which torch.compile turns into one pass over the weight. Only
-the quantized data is saved for the backward pass.
+the quantized data is saved for the backward pass. Layers of the form "float8" can instead multiply in float8, see
+model/float8_linear.py and `use_float8_matmuls`.
 
 Weights of an official fp8 or NVFP4 file keep their bits in the matching form; the scales, float32 in the file, are
 rounded to bfloat16, which changes a weight by no more than rounding that weight to bfloat16 would (2^-8).
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltx_titan.config import BaseDtype
+from ltx_titan.config import BaseDtype, Float8Matmuls
+from ltx_titan.model.float8_linear import FLOAT8_MULTIPLE, Float8Linear
 
 QUANTIZED: tuple[BaseDtype, ...] = ("int8", "int4", "float8", "nvfp4")
 _SCALE_DTYPE = torch.bfloat16
@@ -35,6 +37,9 @@ _BYTES_DTYPE = torch.bfloat16
 _INT4_GROUP = 128
 _INT4_SMALLEST_GROUP = 16
 _NVFP4_GROUP = 16
+_FLOAT8_CAPABILITY = (8, 9)
+# Audio of ten seconds. Below it both ways wait for the weight, and cuBLAS refuses some shapes.
+FEWEST_TOKENS = 256
 _FOUR_BITS = ("int4", "nvfp4")
 _E2M1_LARGEST = 6.0
 # Midpoints between neighbors of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
@@ -47,6 +52,9 @@ class QuantizedLinear(nn.Module):
     Parameters, all frozen: `qdata`, bfloat16, two bytes per number ([out, in / 2] for 8 bits; [out, in / 4] for 4 bits,
     where the low nibble of a byte is an even column and the high nibble the next), `scale` [out, groups], bfloat16, and
     `bias` [out] if the layer has one.
+
+    Attributes:
+        in_float8: multiply in float8 instead of dequantizing. A Python value: compiled code is specialized on it.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class QuantizedLinear(nn.Module):
         self.qdata = _frozen(torch.empty(out_features, width, dtype=_BYTES_DTYPE, device=device))
         self.scale = _frozen(torch.empty(out_features, groups, dtype=_SCALE_DTYPE, device=device))
         self.bias = _frozen(torch.empty(out_features, dtype=bias_dtype, device=device)) if bias else None
+        self.in_float8 = False
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, form: BaseDtype) -> "QuantizedLinear":
@@ -98,9 +107,21 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of `x`."""
+        if self.multiplies_in_float8(x):
+            return self.forward_adapted(x, None, None, 1.0)
         # An autograd function, because autograd of dequantize-then-matmul would save the dequantized weight for the
         # backward pass.
         return _FrozenMatmul.apply(x, self.qdata, self.scale, self.bias, self.form)
+
+    def multiplies_in_float8(self, x: Tensor) -> bool:
+        """Whether the layer multiplies this input [..., in] in float8: not in float32, and not a few tokens."""
+        is_bfloat16 = x.dtype == torch.bfloat16 and self.qdata.dtype == _BYTES_DTYPE
+        return self.in_float8 and is_bfloat16 and x.shape[:-1].numel() >= FEWEST_TOKENS
+
+    def forward_adapted(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
+        """The layer in float8, plus an adapter [rank, in] and [out, rank] in the dtype of `x`; None for none."""
+        y = Float8Linear.apply(x.flatten(0, -2), self.qdata, self.scale, self.bias, lora_a, lora_b, scaling)
+        return y.unflatten(0, x.shape[:-1])
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -119,6 +140,52 @@ class _FrozenMatmul(torch.autograd.Function):
         qdata, scale = ctx.saved_tensors
         weight = dequantize(qdata, scale, ctx.form, grad.dtype, is_second_use=True)
         return grad @ weight, None, None, None, None
+
+
+def use_float8_matmuls(model: nn.Module, device: torch.device, dtype: torch.dtype, wanted: Float8Matmuls) -> str | None:
+    """Lets layers of the form "float8" multiply in float8, where their widths are supported.
+
+    Args:
+        model: changed in place.
+        device: on which it will run.
+        dtype: in which it computes.
+        wanted: "auto" where the device has float8 matmuls; "on" also on a CPU, which emulates them.
+
+    Returns:
+        The reason why no layer does; None if some do.
+
+    Raises:
+        ValueError: "on", but there is a reason.
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLinear)
+        and layer.form == "float8"
+        and layer.in_features % FLOAT8_MULTIPLE == 0
+        and layer.out_features % FLOAT8_MULTIPLE == 0
+    ]
+    reason = "it is switched off" if wanted == "off" else _obstacle(layers, device, dtype, emulate=wanted == "on")
+    if reason is not None and wanted == "on":
+        raise ValueError(f'lora.float8_matmuls = "on", but {reason}. Use "auto".')
+    for layer in layers:
+        layer.in_float8 = reason is None
+    return reason
+
+
+def _obstacle(layers: list[QuantizedLinear], device: torch.device, dtype: torch.dtype, *, emulate: bool) -> str | None:
+    """Reason why layers cannot multiply in float8, or None."""
+    if not layers:
+        return f'no layer has a base in "float8" with widths that are multiples of {FLOAT8_MULTIPLE}'
+    if dtype != torch.bfloat16:
+        return "float8 matmuls write bfloat16, and training.dtype is another"
+    if device.type != "cuda":
+        return None if emulate else f"a {device.type.upper()} has no float8 matmuls"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FLOAT8_CAPABILITY:
+        found, needed = (".".join(map(str, c)) for c in (capability, _FLOAT8_CAPABILITY))
+        return f"float8 matmuls need compute capability {needed}, found {found}"
+    return None
 
 
 def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,145 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ltx_titan.lora import LoRALinear
+from ltx_titan.model.float8_linear import float8_linear, float8_linear_backward
+from ltx_titan.parallel.activation_checkpoint import apply_selective_checkpointing
+from ltx_titan.weights import QuantizedLinear, use_float8_matmuls
+from ltx_titan.weights.quantized import FEWEST_TOKENS
+from ltx_titan_kernels.formulas import quantize_tokens
+from tests.lora.adapted import settings
+
+TOKENS, IN, OUT, RANK = 128, 256, 384, 8
+CPU = torch.device("cpu")
+
+
+def layers():
+    """The same adapted layer with a dequantized base and with float8 matmuls."""
+    found = []
+    for wanted in ("off", "on"):
+        torch.manual_seed(0)
+        base = QuantizedLinear.from_linear(nn.Linear(IN, OUT).bfloat16(), "float8")
+        layer = LoRALinear(base, settings(rank=RANK))
+        for part in (layer.lora_A, layer.lora_B):
+            nn.init.normal_(part.weight, std=0.05)
+        use_float8_matmuls(layer, CPU, torch.bfloat16, wanted)
+        found.append(layer)
+    return found
+
+
+def gradients(layer, scale=1.0, block=None):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, TOKENS, IN, generator=generator).bfloat16().requires_grad_()
+    dy = (torch.randn(2, TOKENS, OUT, generator=generator) * scale).bfloat16()
+    y = (block or layer)(x)
+    return [y, *torch.autograd.grad(y, [x, layer.lora_A.weight, layer.lora_B.weight], dy)]
+
+
+def error(found, expected):
+    return ((found - expected).float().norm() / expected.float().norm()).item()
+
+
+# The usual scale of a loss's gradients is far below the smallest number of e4m3, 2^-9.
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_it_differs_from_a_dequantized_base_by_the_rounding_of_tokens(scale):
+    exact, found = (gradients(layer, scale) for layer in layers())
+    # 3 bits of mantissa: a uniform error of at most 2^-4 has a root mean square of 2.6 % with the factor of log steps.
+    assert 0.001 < error(found[0], exact[0]) < 0.03
+    assert 0.001 < error(found[1], exact[1]) < 0.03
+    for one, two in zip(found[2:], exact[2:], strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2 * scale)
+
+
+def test_compiled_and_eager_agree_and_the_weight_is_not_saved_dequantized():
+    _, layer = layers()
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    expected = gradients(layer)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = gradients(torch.compile(layer, fullgraph=True))
+    for one, two in zip(found, expected, strict=True):
+        # An amax or a cast that is fused with its producer may round differently.
+        assert error(one, two) < 5e-3
+    own = {parameter.data_ptr() for parameter in layer.parameters()}
+    assert max(t.nbytes for t in kept if t.data_ptr() not in own) <= 2 * TOKENS * IN * 2
+
+
+class Calls(TorchDispatchMode):
+    """Counts forward matmuls."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.ltx_titan.float8_linear.default
+        return func(*args, **(kwargs or {}))
+
+
+# The layer widens 1.5 times.
+@pytest.mark.parametrize(("level", "calls"), [("selective", 2), ("matmuls", 2), ("all_matmuls", 1)])
+def test_checkpointing_saves_the_sum_of_base_and_adapter(level, calls):
+    _, layer = layers()
+    # GELU's backward pass reads the sum.
+    blocks = nn.ModuleList([nn.Sequential(layer, nn.GELU())])
+    expected = gradients(layer, block=blocks[0])
+    apply_selective_checkpointing(blocks, [level])
+    with Calls() as counted:
+        found = gradients(layer, block=blocks[0])
+    assert counted.count == calls
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+def test_an_input_without_gradient_and_a_layer_without_adapter():
+    _, layer = layers()
+    x = torch.randn(FEWEST_TOKENS, IN).bfloat16()
+    layer(x).float().square().sum().backward()
+    assert layer.lora_A.weight.grad.norm() > 0
+    y = layer.base(x)
+    assert y.shape == (FEWEST_TOKENS, OUT)
+    assert not y.requires_grad
+
+
+def test_few_tokens_do_not_repay_their_quantization():
+    exact, layer = (one.base for one in layers())
+    x = torch.randn(2, FEWEST_TOKENS // 2, IN).bfloat16()
+    assert torch.equal(layer(x[:, 1:]), exact(x[:, 1:]))
+    assert not torch.equal(layer(x), exact(x))
+
+
+# Not test_schema: it compares inputs before and after, which a CPU cannot do in float8.
+REGISTRATION = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+
+
+def test_operations_are_registered_correctly():
+    _, layer = layers()
+    base = layer.base
+    a, b = layer.lora_A.weight.detach().bfloat16(), layer.lora_B.weight.detach().bfloat16()
+    x, x_scale = quantize_tokens(torch.randn(5, IN))
+    g, g_scale = quantize_tokens(torch.randn(5, OUT))
+    z = torch.randn(5, RANK).bfloat16()
+    for bias, adapter in ((None, (None, None)), (base.bias, (z, b))):
+        arguments = (x, x_scale, base.qdata, base.scale, bias, *adapter, torch.bfloat16)
+        torch.library.opcheck(float8_linear, arguments, test_utils=REGISTRATION)
+    for adapter in ((None, None), (z, a)):
+        arguments = (g, g_scale, base.qdata, *adapter, torch.bfloat16)
+        torch.library.opcheck(float8_linear_backward, arguments, test_utils=REGISTRATION)
+
+
+def test_layers_dequantize_where_there_are_no_float8_matmuls_and_the_reason_is_named():
+    layer, _ = layers()
+    for wanted, dtype, reason in (
+        ("auto", torch.bfloat16, "a CPU has no float8 matmuls"),
+        ("off", torch.bfloat16, "switched off"),
+        ("auto", torch.float32, "training.dtype"),
+    ):
+        assert reason in use_float8_matmuls(layer, CPU, dtype, wanted)
+        assert not layer.base.in_float8
+    with pytest.raises(ValueError, match=r'lora.float8_matmuls = "on", but no layer'):
+        use_float8_matmuls(nn.Linear(16, 16), CPU, torch.bfloat16, "on")
+    assert use_float8_matmuls(layer, CPU, torch.bfloat16, "on") is None
+    assert layer.base.in_float8
