@@ -130,6 +130,9 @@ def shape_transformer(
         adapted = apply_lora(model, job.lora)
         ranks = " and ".join(map(str, sorted({layer.lora_a.shape[0] for layer in adapter_weights(model).values()})))
         logger.info("LoRA: rank %s on %d layers, base in %s", ranks, len(adapted), job.lora.base_dtype)
+    for parameter in model.parameters() if job.training.weight_dtype == "bfloat16" else ():
+        # Not `model.to`, which would also convert buffers.
+        parameter.data = parameter.data.bfloat16()
     freeze_groups(model, job.optimizer.groups)
     parallelize(
         model,
