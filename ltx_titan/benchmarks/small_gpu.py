@@ -147,11 +147,11 @@ def run(options: SmallGpuOptions) -> int:
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.toml"
         write_text(job, _JOB)
-        bench = _Bench(job, options.overrides, device, begun + options.budget, options.outside)
+        bench = _Bench(job, options.overrides, device, begun + options.budget, options.outside, options.out)
         # In the order of what matters most, because the budget may end before the list.
         bases = [base for base in options.bases if base != "none"]
         for base in bases[:1]:
-            rows += bench.equality(base, options.equality_layers)
+            bench.equality(base, options.equality_layers, rows)
         for size in options.sizes:
             if size in SIZES:
                 rows += bench.timed(size, options.steps, options.variants)
@@ -161,8 +161,7 @@ def run(options: SmallGpuOptions) -> int:
                     rows.append(replace(bench, job=validating).validated(size))
                     write_rows(options.out, rows)
         for base in bases[1:]:
-            rows += bench.equality(base, options.equality_layers)
-            write_rows(options.out, rows)
+            bench.equality(base, options.equality_layers, rows)
     dist.destroy_process_group()
     wrong = [row for row in rows if not row["ok"] and row.get("error") != _NOT_RUN]
     skipped = sum(row.get("error") == _NOT_RUN for row in rows)
@@ -176,11 +175,11 @@ class _Bench:
     overrides: Sequence[str]
     device: torch.device
     until: float
-    outside: float | None = None
+    outside: float | None
+    out: Path | None
 
-    def equality(self, base: str, layers: int) -> list[dict]:
-        """Losses and gradient norms of streamed jobs against resident ones."""
-        rows = []
+    def equality(self, base: str, layers: int, rows: list[dict]) -> None:
+        """Compares losses and gradient norms of streamed jobs with those of resident ones; adds rows."""
         # Without graphs everything is launched from Python; with them copies are part of the recording.
         for graphs in ("off", "auto") if self.device.type == "cuda" else ("off",):
             common = [f"--lora.base_dtype={base}", f"--training.steps={_EQUALITY_STEPS}", "--job.deterministic=true"]
@@ -196,7 +195,7 @@ class _Bench:
             }
             errors = [row["error"] for row in found.values() if "error" in row]
             rows.append(self._row(row | ({"error": errors[0]} if errors else {})))
-        return rows
+            write_rows(self.out, rows)
 
     def timed(self, size: int, steps: int, variants: Sequence[str]) -> list[dict]:
         """A recipe under its cap, and with resident weights without one."""
