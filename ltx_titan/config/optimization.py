@@ -14,7 +14,7 @@ BaseDtype = Literal["float32", "bfloat16", "int8", "int4", "float8", "nvfp4"]
 Float8Matmuls = Literal["auto", "on", "off"]
 
 # These update each parameter on its own, so an update can run inside the backward pass.
-_PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit")
+_PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit", "adafactor")
 _SCHEDULE_FREE = (
     "schedule-free optimizers are not supported: the weights they train are not those to sample, export and save, and "
     "schedulefree keeps part of its state in Python numbers, which a resumed run would lose; use adamw with "
@@ -171,7 +171,7 @@ class OptimizerSection(Section):
     momentum: Decay = 0.95
     """Muon: momentum."""
     stochastic_rounding: bool = False
-    """AdamW on bfloat16 weights: round stochastically, so that small updates are kept on average."""
+    """AdamW and Adafactor on bfloat16 weights: round stochastically, so that small updates are kept on average."""
     offload_state: bool = False
     """Keep the state in host memory and copy it block by block; moves its size over PCIe twice per step."""
     in_backward: bool = False

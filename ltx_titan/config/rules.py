@@ -472,6 +472,21 @@ def _clipping_rules(job: JobConfig) -> Iterator[Problem]:
         )
 
 
+def _weight_dtype_rules(job: JobConfig) -> Iterator[Problem]:
+    key, dtype = "training.weight_dtype", job.training.weight_dtype
+    if dtype == "float32":
+        return
+    if job.model.mode != "full":
+        reason = 'float32 with model.mode = "lora", whose adapters are small; lora.base_dtype is that of the base'
+        yield Problem(key, dtype, reason, "remove it")
+    if job.training.dtype != dtype:
+        reason = f'"{job.training.dtype}", the compute dtype: weights of lower precision gain nothing from it'
+        yield Problem(key, dtype, reason, 'set training.dtype = "bfloat16", or remove it')
+    if not job.optimizer.stochastic_rounding:
+        reason = "optimizer.stochastic_rounding = true: at small learning rates most updates are below half a unit"
+        yield Problem(key, dtype, reason, "set optimizer.stochastic_rounding = true, or remove it")
+
+
 def _skipping_rules(job: JobConfig) -> Iterator[Problem]:
     training = job.training
     if training.spike_factor is None:
@@ -549,6 +564,7 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _step_rules,
     _batch_rules,
     _clipping_rules,
+    _weight_dtype_rules,
     _loss_rules,
     _preservation_rules,
     _float8_rules,

@@ -203,6 +203,9 @@ class TrainingSection(Section):
     and needs more memory."""
     dtype: ComputeDtype = "bfloat16"
     """Compute precision; float32 is for numerical checks."""
+    weight_dtype: ComputeDtype = "float32"
+    """Full fine-tuning: dtype that the trained weights are stored in. bfloat16 halves their memory, and updates below
+    its resolution need `optimizer.stochastic_rounding`."""
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient to this norm; 0 disables clipping."""
     max_skipped_steps: int = Field(5, ge=0)

@@ -242,10 +242,9 @@ def statistics(prefix: str, values: Tensor) -> dict[str, Tensor]:
 
 def _write_text_encoder(folder: Path, seed: int) -> None:
     """Writes a tiny Gemma 3 language model and a byte tokenizer in the layout of transformers."""
-    vocabulary = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    ids = {token: index for index, token in enumerate(vocabulary)}
+    ids = _token_ids()
     config = Gemma3TextConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(ids),
         pad_token_id=ids["<pad>"],
         eos_token_id=ids["<eos>"],
         bos_token_id=ids["<bos>"],
@@ -266,14 +265,20 @@ def _write_text_encoder(folder: Path, seed: int) -> None:
         temporary = Path(parent) / folder.name
         config.save_pretrained(temporary)
         save_safetensors(temporary / "model.safetensors", model.to(torch.bfloat16).state_dict(), {"format": "pt"})
-        _byte_tokenizer(ids).save_pretrained(temporary)
+        byte_tokenizer().save_pretrained(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
 
 
-def _byte_tokenizer(ids: dict[str, int]) -> PreTrainedTokenizerFast:
+def _token_ids() -> dict[str, int]:
+    vocabulary = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return {token: index for index, token in enumerate(vocabulary)}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer with one token per UTF-8 byte after BOS: it needs no training text and accepts any script."""
+    ids = _token_ids()
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

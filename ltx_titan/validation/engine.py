@@ -209,6 +209,7 @@ class Validation:
             self.files.audio if any(found.audio is not None for found in latents.values()) else None,
             self.device,
             self.section.vae_tiling,
+            [found.video.shape for found in latents.values() if found.video is not None],
         )
         written = [self._write_one(index, found, decoders, folder) for index, found in latents.items()]
         del decoders

@@ -68,6 +68,8 @@ def error_of(**sections):
             {"model": BASE["model"] | {"mode": "lora"}, "lora": {"dora": True}},
             ["checkpoint.export = true", "lora.dora = true", "set it to false"],
         ),
+        ({"training": {"weight_dtype": "bfloat16"}}, ['weight_dtype = "bfloat16"', "stochastic_rounding = true"]),
+        ({**STREAMED, "training": {"weight_dtype": "bfloat16"}}, ["float32 with model.mode", "lora.base_dtype"]),
         ({"parallelism": {"stream_blocks": 4}}, ['model.mode = "lora"', "parallelism.cpu_offload"]),
         ({**STREAMED, "parallelism": {"stream_blocks": 4, "tp": 2}}, ["parallelism.tp = 1", "found 2"]),
         ({**STREAMED, "parallelism": {"stream_blocks": "auto", "cp": 2}}, ["parallelism.cp = 1", "found 2"]),
