@@ -167,6 +167,7 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
         "offload_optimizer",
         "held_out_root",
         "dataset_samples",
+        "quality",
     )
     # They have no meaning outside training.
     table = {key: value for key, value in table.items() if key not in training_only}

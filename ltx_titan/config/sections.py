@@ -280,6 +280,21 @@ class KernelsSection(Section):
     """`auto` uses what measured fastest: `triton`, the fused kernels, on Hopper GPUs, and plain `torch` elsewhere."""
 
 
+class KeepBestSection(Section):
+    """`[checkpoint.keep_best]`: checkpoints that are kept for a metric, besides the newest ones.
+
+    A checkpoint's value is the one that is logged at its step and stored in it, so that a resumed run compares it too.
+    """
+
+    metric: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the metric in metrics.jsonl, such as `held_out/total`, `quality/text_video` or `loss`; unset keeps none.
+    A loss of training varies with the drawn sigmas, a validation's does not."""
+    mode: Literal["min", "max"] = "min"
+    """Whether lower or higher values are better."""
+    count: Positive = 1
+    """Number of best checkpoints that are kept; those among the `keep_last` newest count, too."""
+
+
 class CheckpointSection(Section):
     """`[checkpoint]`: training state and exported weights."""
 
@@ -289,6 +304,8 @@ class CheckpointSection(Section):
     """Steps between checkpoints (about 12 bytes per trained weight each); 0 saves only at the end."""
     keep_last: int = Field(2, ge=-1)
     """Number of newest checkpoints to keep; -1 keeps all. The newest is never deleted."""
+    keep_best: KeepBestSection = KeepBestSection()
+    """Checkpoints that are also kept because a metric was best."""
     background: bool = True
     """Write while training continues, from a copy in host memory as large as the checkpoint; false blocks training."""
     resume: bool = True

@@ -222,6 +222,27 @@ class ValidationSample(Section):
         return self
 
 
+class QualitySection(Section):
+    """`[validation.quality]`: scores of the sampled clips by models in local folders.
+
+    Each is the mean over `validation.samples` of the cosine similarity between embeddings of clip and prompt, logged as
+    `quality/NAME`. Scores are computed after decoding; one that fails is logged, and training continues.
+    """
+
+    clip_path: PathText | None = None
+    """Folder of a CLIP or X-CLIP model in the layout of transformers, for `quality/text_video`."""
+    clap_path: PathText | None = None
+    """Folder of a CLAP model in the layout of transformers, for `quality/text_audio`."""
+    frames: Positive = 8
+    """Evenly spaced frames of a clip whose similarity is averaged by CLIP; X-CLIP has a number of its own."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that are logged."""
+        models = {"quality/text_video": self.clip_path, "quality/text_audio": self.clap_path}
+        return tuple(name for name, path in models.items() if path is not None)
+
+
 class ValidationSection(Section):
     """`[validation]`: sampled clips, and the loss on a held-out dataset."""
 
@@ -294,6 +315,13 @@ class ValidationSection(Section):
     """Number of its samples that are used."""
     held_out_sigmas: Annotated[tuple[Sigma, ...], Field(strict=False, min_length=1)] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Sigmas of the held-out loss; each costs one forward per sample."""
+    quality: QualitySection = QualitySection()
+    """Scores of the sampled clips."""
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether a validation has numbers to log, not only clips."""
+        return self.held_out_root is not None or bool(self.quality.metrics)
 
     def dims_of(self, sample: ValidationSample) -> tuple[int, int, int]:
         """Width, height and frames of a sample."""

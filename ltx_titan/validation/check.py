@@ -23,6 +23,7 @@ from ltx_titan.config.validation import (
     ValidationSection,
 )
 from ltx_titan.diffusion import distilled_schedule
+from ltx_titan.validation.quality import quality_problems
 
 _STG_BLOCK = 28
 
@@ -146,6 +147,7 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
             text_encoder_config(section.text_encoder_path)
         except ValueError as error:
             yield f"validation.text_encoder_path: {error}"
+    yield from quality_problems(section.quality)
     if section.held_out_root is not None and not Path(section.held_out_root).is_dir():
         yield f"validation.held_out_root is {section.held_out_root!r}, which is not a folder; correct the path."
     for name in ("video_vae_path", "audio_vae_path"):

@@ -10,7 +10,7 @@ gathers the previews of all groups.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -37,6 +37,7 @@ from ltx_titan.validation.encode import ClipShape, EncodedSample, Encoders, enco
 from ltx_titan.validation.offload import offloaded
 from ltx_titan.validation.preview import Preview, make_preview, wandb_media, write_contact_sheet, write_preview
 from ltx_titan.validation.prompts import PromptContext, default_negative_prompt, prompt_contexts
+from ltx_titan.validation.quality import QualityClip, score_clips
 from ltx_titan.validation.sampling import (
     Contexts,
     PreparedSample,
@@ -64,12 +65,13 @@ class CodecFiles:
 
 @dataclass(frozen=True)
 class SampledFile:
-    """One finished sample: its index in the job, its prompt, its file and its preview."""
+    """One finished sample: its index in the job, its prompt, its file, its preview and its scores by metric."""
 
     index: int
     prompt: str
     path: Path
     preview: Preview
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tag(self) -> str:
@@ -200,7 +202,7 @@ class Validation:
         return sample_all(model, self.samples, self.section, self.device, self.groups, self._announce, on_step)
 
     def write(self, latents: Mapping[int, SampledLatents], folder: str | Path) -> list[SampledFile]:
-        """Decodes samples and writes their files; decoders are loaded for it and freed."""
+        """Decodes samples, writes their files and scores them; decoders are loaded for it and freed."""
         if not latents:
             return []
         decoders = load_decoders(
@@ -210,15 +212,27 @@ class Validation:
             self.device,
             self.section.vae_tiling,
         )
-        written = [self._write_one(index, found, decoders, folder) for index, found in latents.items()]
+        written, clips = [], []
+        for index, found in latents.items():
+            file, decoded = self._write_one(index, found, decoders, folder)
+            written.append(file)
+            # Samples of a dataset have a title and no prompt.
+            if self.section.quality.metrics and index < len(self.section.samples):
+                clips.append(QualityClip.from_decoded(index, self.titles[index], decoded, self.section.quality))
         del decoders
         free_device_memory()
-        return written
+        if not clips:
+            return written
+        scores = score_clips(self.section.quality, clips, self.device)
+        return [replace(file, scores=scores.get(file.index, {})) for file in written]
 
-    def _write_one(self, index: int, latents: SampledLatents, decoders: Decoders, folder: str | Path) -> SampledFile:
+    def _write_one(
+        self, index: int, latents: SampledLatents, decoders: Decoders, folder: str | Path
+    ) -> tuple[SampledFile, DecodedSample]:
+        """Writes a sample; returns its file, and what was generated without the reference beside it."""
         sample, shape, encoded = self.samples[index], self.shapes[index], self.encoded[index]
         assert sample is not None and encoded is not None, f"sample {index} was sampled by another group"
-        decoded = decode_sample(latents, decoders, sample.seed)
+        decoded = generated = decode_sample(latents, decoders, sample.seed)
         reference = encoded.reference_frames
         if encoded.reference_latents is not None:
             reference = decode_sample(SampledLatents(encoded.reference_latents, None), decoders, sample.seed).frames
@@ -226,7 +240,7 @@ class Validation:
             frames = side_by_side(reference, decoded.frames, encoded.reference_temporal_scale)
             decoded = DecodedSample(frames, decoded.audio)
         path = write_sample(folder, f"sample-{index + 1:02d}", decoded, shape.fps)
-        return SampledFile(index, self.titles[index], path, make_preview(decoded, shape.fps))
+        return SampledFile(index, self.titles[index], path, make_preview(decoded, shape.fps)), generated
 
     def _announce(self, index: int) -> None:
         logger.info("sampling %d of %d: %s", index + 1, len(self.samples), self.titles[index])

@@ -202,6 +202,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
     charts = {
         "Loss": (("loss", "total"), ("loss_video", "video"), ("loss_audio", "audio")),
         "Held-out loss": (("held_out/total", "total"), ("held_out/video", "video"), ("held_out/audio", "audio")),
+        "Similarity of clips and prompts": (("quality/text_video", "video"), ("quality/text_audio", "audio")),
         "Learning rate": (("lr", "learning rate"),),
         "Gradient norm": (("grad_norm", "before clipping"),),
         "Seconds per step": (("step_time_s", "seconds"),),

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,6 +25,7 @@ from ltx_titan.parallel.parallelize import allow_graphs
 from ltx_titan.plan import Dataset, Plan
 from ltx_titan.validation.check import check_validation, with_schedule
 from ltx_titan.validation.held_out import as_batch, held_out_losses
+from ltx_titan.validation.quality import mean_scores
 from ltx_titan.validation.sampling import SampleGroups, guidance_of, schedule_of
 
 if TYPE_CHECKING:
@@ -131,7 +133,7 @@ class TrainingValidation:
         ema: EMA | None,
         optimizers: Optimizers,
     ) -> dict[str, float]:
-        """Samples clips and computes held-out losses; every rank calls it.
+        """Samples clips, scores them and computes held-out losses; every rank calls it.
 
         Args:
             step: optimizer steps taken.
@@ -143,9 +145,10 @@ class TrainingValidation:
             optimizers: their state is moved to the host during sampling if the job offloads it.
 
         Returns:
-            Held-out losses by TensorBoard tag.
+            Held-out losses by TensorBoard tag, and on rank 0 the means of the clips' scores.
         """
         started = time.perf_counter()
+        figures: dict[str, float] = {}
         folder = self.plan.folder / "samples" / f"step-{step}"
         if self.sampler is not None:
             if len(self.sampler.titles) < len(self.prompts):
@@ -153,7 +156,7 @@ class TrainingValidation:
                 self.sampler = self.sampler.with_dataset_samples(self._read_dataset_samples(connectors))
             own = sum(sample is not None for sample in self.sampler.samples)
             progress = ProgressLog("sampling", own * (len(schedule_of(self.section)) - 1), "steps")
-            self.sampler.run(
+            files = self.sampler.run(
                 model,
                 folder,
                 step,
@@ -163,14 +166,15 @@ class TrainingValidation:
                 optimizers=optimizers.parts,
                 on_step=lambda _: progress.advance(),
             )
-        losses = {}
+            if dist.get_rank() == 0:  # other ranks have the scores of their own clips only
+                figures |= mean_scores([file.scores for file in files])
         if self.held_out is not None:
-            losses = self._held_out_losses(self.held_out, model, connectors)
+            figures |= self._held_out_losses(self.held_out, model, connectors)
         where = f", clips in {folder}" if self.sampler is not None else ""
         # Without the losses of single sigmas: those are in TensorBoard.
-        figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if "sigma" not in name)
-        logger.info("validation after step %d: %.1f s%s%s", step, time.perf_counter() - started, figures, where)
-        return losses
+        shown = "".join(f", {name} {value:.4f}" for name, value in figures.items() if "sigma" not in name)
+        logger.info("validation after step %d: %.1f s%s%s", step, time.perf_counter() - started, shown, where)
+        return figures
 
     @contextmanager
     def _averaged(self, ema: EMA, model: nn.Module) -> Iterator[None]:
