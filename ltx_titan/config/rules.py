@@ -455,7 +455,26 @@ def _quality_rules(job: JobConfig) -> Iterator[Problem]:
             yield Problem(key, path, "a folder with config.json and weights of a model", "correct the path")
 
 
+def _validation_lora_rules(job: JobConfig) -> Iterator[Problem]:
+    if not job.validation.loras:
+        return
+    for number, lora in enumerate(job.validation.loras):
+        yield from _must_be_file(f"validation.loras[{number}].path", lora.path)
+    # All three keep weights in another form than the one that a LoRA can be added to.
+    is_quantized = job.model.mode == "lora" and job.lora.base_dtype not in ("bfloat16", "float32")
+    for is_set, cause, remedy in (
+        (is_quantized, f'lora.base_dtype = "{job.lora.base_dtype}"', 'set lora.base_dtype = "bfloat16"'),
+        (job.parallelism.stream_blocks != 0, "parallelism.stream_blocks", "set parallelism.stream_blocks = 0"),
+        (job.float8.all_gather, "float8.all_gather = true", "set float8.all_gather = false"),
+    ):
+        if is_set:
+            paths = ", ".join(lora.path for lora in job.validation.loras)
+            what = f"no LoRAs with {cause}, because they are added to plain weights"
+            yield Problem("validation.loras", paths, what, f"{remedy}, or remove them")
+
+
 def _validation_rules(job: JobConfig) -> Iterator[Problem]:
+    yield from _validation_lora_rules(job)
     yield from _quality_rules(job)
     validation = job.validation
     if validation.dataset_samples and validation.held_out_root is None and job.data.source != "precomputed":

@@ -222,6 +222,15 @@ class ValidationSample(Section):
         return self
 
 
+class SampleLoRA(Section):
+    """`[[validation.loras]]`: a LoRA that clips are sampled with, besides what is trained."""
+
+    path: PathText
+    """LoRA file in any form that `model.adapter_path` takes."""
+    strength: float = 1.0
+    """Factor on its change; several LoRAs add up."""
+
+
 class QualitySection(Section):
     """`[validation.quality]`: scores of the sampled clips by models in local folders.
 
@@ -309,6 +318,13 @@ class ValidationSection(Section):
     """File of the video VAE (split packs); unset means `model.checkpoint_path`."""
     audio_vae_path: PathText | None = None
     """File of the audio VAE (split packs); unset means `model.checkpoint_path`."""
+    upscaler: PathText | None = None
+    """File of a spatial upscaler (`ltx-2.3-spatial-upscaler-x2-...`): clips are sampled at the fraction of `video_dims`
+    that it undoes, upscaled, and refined in three steps at full size, as in the released two-stage pipelines."""
+    loras: Annotated[tuple[SampleLoRA, ...], Field(strict=False)] = ()
+    """LoRAs that are added to the weights while sampling, such as the distilled one, or a style that the trained one is
+    to be combined with; the held-out loss is without them. Each rank keeps a copy of its changed weights in host memory
+    for that time, so that training resumes with the same bits."""
     held_out_root: PathText | None = None
     """Preprocessed dataset that is not trained on, for a loss curve without the noise of random sigmas."""
     held_out_samples: Positive = 16

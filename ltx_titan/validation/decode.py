@@ -47,6 +47,11 @@ class DecodedSample:
     audio: Audio | None
 
 
+def codec_dtype(device: str | torch.device) -> torch.dtype:
+    """Dtype of video codecs: CPUs compute faster in float32; on a GPU bfloat16, as in preparation."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 def load_decoders(
     video_path: str | Path | None, audio_path: str | Path | None, device: str | torch.device, tiling: bool = True
 ) -> Decoders:
@@ -58,10 +63,9 @@ def load_decoders(
         device: device of the decoders.
         tiling: decode video in overlapping tiles.
     """
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     video = audio = vocoder = None
     if video_path is not None:
-        video = load_video_codec(video_path, device, dtype, part="decoder")
+        video = load_video_codec(video_path, device, codec_dtype(device), part="decoder")
         if tiling:
             video.vae.enable_tiling(
                 tile_sample_min_height=_TILE_SIZE,

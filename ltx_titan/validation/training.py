@@ -22,11 +22,12 @@ from ltx_titan.optim import EMA, Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import allow_graphs
-from ltx_titan.plan import Dataset, Plan
+from ltx_titan.plan import Dataset, Plan, build_transformer
 from ltx_titan.validation.check import check_validation, with_schedule
 from ltx_titan.validation.held_out import as_batch, held_out_losses
 from ltx_titan.validation.quality import mean_scores
-from ltx_titan.validation.sampling import SampleGroups, guidance_of, schedule_of
+from ltx_titan.validation.sampling import SampleGroups, count_steps, guidance_of
+from ltx_titan.weights import check_fusion
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -154,8 +155,7 @@ class TrainingValidation:
             if len(self.sampler.titles) < len(self.prompts):
                 # At the first validation, because the connectors are loaded after the model.
                 self.sampler = self.sampler.with_dataset_samples(self._read_dataset_samples(connectors))
-            own = sum(sample is not None for sample in self.sampler.samples)
-            progress = ProgressLog("sampling", own * (len(schedule_of(self.section)) - 1), "steps")
+            progress = ProgressLog("sampling", count_steps(self.section, self.sampler.samples), "steps")
             files = self.sampler.run(
                 model,
                 folder,
@@ -235,6 +235,13 @@ def check_validation_files(plan: Plan) -> None:
             f"validation.dataset_samples = {section.dataset_samples}: expected a source with all streams of the job, "
             "found none; set validation.held_out_root to a dataset with them, or remove it."
         )
+    if section.loras:
+        transformer = build_transformer(plan.source, plan.modalities)
+        for number, lora in enumerate(section.loras):
+            try:
+                check_fusion(transformer, lora.path)
+            except ValueError as error:
+                raise ValueError(f"validation.loras[{number}].path: {error}") from error
     if section.held_out_root is not None:
         # Opened and dropped: a missing folder should be an error before any GPU is touched.
         try:

@@ -73,6 +73,11 @@ def error_of(**sections):
             {**best(metric="held_out/total"), "validation": {"held_out_root": "data", "interval": 100}},
             ["checkpoint.interval = 250", "a multiple of validation.interval = 100"],
         ),
+        ({"validation": {"loras": [{"path": "none"}]}}, ['validation.loras[0].path = "none"', "exists"]),
+        (
+            {**STREAMED, "validation": {"loras": [{"path": __file__}]}},
+            ["parallelism.stream_blocks", "plain weights", "set parallelism.stream_blocks = 0"],
+        ),
         ({"validation": {"quality": {"clip_path": "none"}}}, ["clip_path", "validation.samples", "config.json"]),
         ({"validation": {"quality": {"clap_path": "none"}}}, ["clap_path", "clips with audio"]),
         ({"profiling": {"trace_start": 2001}}, ["profiling.trace_start = 2001"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -78,6 +79,13 @@ def sheet(folder):
 def same_pictures(a, b):
     """Equal to a rounding of the last of 255 levels."""
     return a.shape == b.shape and abs(a - b).max() <= 1
+
+
+def write_lora(path, layer="diffusion_model.transformer_blocks.0.attn1.to_q"):
+    generator = torch.Generator().manual_seed(5)
+    a, b = (torch.randn(*size, generator=generator) for size in ((4, 128), (128, 4)))
+    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, path)
+    return path
 
 
 def infer(job, folder, *changes):
@@ -153,10 +161,11 @@ def test_inference_with_the_export_makes_the_clips_of_the_last_validation(single
     assert same_pictures(found, sheet(single.parent / "run/samples/step-2"))
 
 
-def test_inference_with_base_and_adapter_makes_the_clips_of_a_lora_job(write, tmp_path, caplog):
+def test_inference_with_base_and_adapter_makes_the_clips_of_a_lora_job(write, single, tmp_path, caplog):
     lora = {"model__mode": "lora", "lora__rank": 4, "lora__alpha": 8.0, "optimizer__lr": 3e-2}
     misspelled = {"checkpoint__interval": 2, "checkpoint__keep_best": {"metric": "held_out/totl"}}
-    job = write(tmp_path / "job", validation__samples=SAMPLES[:1], **lora, **misspelled)
+    loras = [{"path": str(write_lora(tmp_path / "style.safetensors")), "strength": 0.5}]
+    job = write(tmp_path / "job", validation__samples=SAMPLES[:1], validation__loras=loras, **lora, **misspelled)
     train(job)
     assert (
         "'held_out/totl' is not logged at step 2, so its checkpoint is not compared; did you mean held_out/total"
@@ -167,6 +176,8 @@ def test_inference_with_base_and_adapter_makes_the_clips_of_a_lora_job(write, tm
     found = infer(job, tmp_path / "clips", "--lora", job.parent / "run/export/lora-step-2.safetensors")
     assert same_pictures(found, sheet(samples / "step-2"))
     assert not same_pictures(found, sheet(samples / "step-0"))
+    # Without the style the same weights make another clip.
+    assert not same_pictures(sheet(samples / "step-0"), sheet(single.parent / "run/samples/step-0")[: found.shape[0]])
 
 
 @pytest.mark.distributed
