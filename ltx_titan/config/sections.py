@@ -141,6 +141,9 @@ class SourceSection(Section):
     balances datasets of different sizes; an epoch then has as many samples as all sources together."""
     repeats: Positive | None = None
     """Times that an epoch has each sample of the source, instead of `weight`; unset means once."""
+    loss_weight: AboveZero = 1.0
+    """Factor on the loss of its samples: below 1 for a regularization set, whose samples are drawn beside those of the
+    subject and should pull less. The mean loss of each source is logged apart, without the factor."""
     modality: Literal["all", "video", "audio"] = "all"
     """Streams that the source has. A job with both streams trains on images and silent clips with `"video"`: its audio
     folder is neither needed nor read, and its samples have no audio loss."""

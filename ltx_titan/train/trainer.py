@@ -159,7 +159,8 @@ class Trainer:
         self.watch.enter(self.step + 1, "loading")
         try:
             with loader, profiling as before_step:
-                sums = Sums(self.device, self.job.preservation.parts)
+                sources = [part.name for part in plan.parts if part.name]
+                sums = Sums(self.device, job.preservation.parts, sources)
                 if self.step == 0 and not job.validation.skip_initial_validation:
                     with clock.paused(), self._in_phase("validating", log):
                         log.show(self._validate(log), step=0)
@@ -192,7 +193,7 @@ class Trainer:
                     if saves or has_figures or _is_due(self.step, job.metrics.interval):
                         # Before the save: it raises if the loss is not finite, so bad weights never replace good ones.
                         self._log(log, sums, grad_norms, clock.lap(), validated)
-                        sums = Sums(self.device, self.job.preservation.parts)
+                        sums = Sums(self.device, job.preservation.parts, sources)
                     if validates:
                         with clock.paused(), log.paused("reporting"):
                             page.write(self.step)  # after the log, which it shows
