@@ -83,6 +83,8 @@ def error_of(**sections):
         ({"profiling": {"trace_start": 2001}}, ["profiling.trace_start = 2001"]),
         ({"validation": {"dataset_samples": 2}}, ["validation.dataset_samples = 2", "synthetic", "held_out_root"]),
         ({"validation": {"use_ema": True}}, ["validation.use_ema = true", "optimizer.ema_decay"]),
+        ({"lora": {"algo": "LoKr"}}, ['algo = "LoKr"', "Kronecker", "remove the key to train a LoRA"]),
+        ({"lora": {"type": "loha"}}, ['type = "loha"', "LoHa is not supported"]),
         (
             {"model": BASE["model"] | {"mode": "lora"}, "lora": {"dora": True}},
             ["checkpoint.export = true", "lora.dora = true", "set it to false"],
