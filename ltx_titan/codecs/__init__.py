@@ -1,6 +1,7 @@
 """Codecs of the official checkpoints: video VAE, audio VAE, vocoder, text encoder."""
 
 from ltx_titan.codecs.audio_vae import AudioCodec, load_audio_codec
+from ltx_titan.codecs.latent_upsampler import LatentUpsampler, load_upscaler, upscaler_scale
 from ltx_titan.codecs.text_encoder import (
     MAX_TOKENS,
     TextEncoder,
@@ -18,6 +19,7 @@ from ltx_titan.codecs.vocoder import Vocoder, load_vocoder
 __all__ = [
     "MAX_TOKENS",
     "AudioCodec",
+    "LatentUpsampler",
     "TextEncoder",
     "TextPrecision",
     "VideoCodec",
@@ -26,9 +28,11 @@ __all__ = [
     "load_audio_codec",
     "load_feature_extractor",
     "load_text_encoder",
+    "load_upscaler",
     "load_video_codec",
     "load_vocoder",
     "quantize_text_encoder",
     "text_encoder_config",
     "text_feature_widths",
+    "upscaler_scale",
 ]

@@ -44,6 +44,11 @@ class DecodedSample:
     audio: Audio | None
 
 
+def codec_dtype(device: str | torch.device) -> torch.dtype:
+    """Dtype of video codecs: CPUs compute faster in float32; on a GPU bfloat16, as in preparation."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 def load_decoders(
     video_path: str | Path | None,
     audio_path: str | Path | None,
@@ -60,10 +65,9 @@ def load_decoders(
         tiling: decode video in overlapping tiles.
         shapes: of the video latents that will be decoded; tiles are then chosen for the memory that is left.
     """
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     video = audio = vocoder = None
     if video_path is not None:
-        video = load_video_codec(video_path, device, dtype, part="decoder")
+        video = load_video_codec(video_path, device, codec_dtype(device), part="decoder")
         if tiling:
             video = with_tiles(video, fitting_tiles(video, shapes, memory_left(device)) if shapes else TILES[0])
     if audio_path is not None:
