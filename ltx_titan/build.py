@@ -134,6 +134,9 @@ def shape_transformer(
         if job.lora.base_dtype == "float8":
             obstacle = use_float8_matmuls(model, device, COMPUTE_DTYPES[job.training.dtype], job.lora.float8_matmuls)
             logger.info("matmuls of the base: %s", "float8" if obstacle is None else f"dequantized, because {obstacle}")
+    for parameter in model.parameters() if job.training.weight_dtype == "bfloat16" else ():
+        # Not `model.to`, which would also convert buffers.
+        parameter.data = parameter.data.bfloat16()
     freeze_groups(model, job.optimizer.groups)
     parallelize(
         model,

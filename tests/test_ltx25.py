@@ -1,6 +1,6 @@
 """The way of an LTX-2.5 user: a split pack with a packed text encoder, prepared and trained with the shipped recipe.
 
-The files are the miniature ones with a transformer of LTX-2.5's layout, sizes apart.
+The files are those of `make-nano --shape 2.5`.
 """
 
 import json
@@ -13,11 +13,7 @@ from safetensors.torch import load_file
 
 from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.media import probe_video
-from ltx_titan.model import LTXTransformer, TextConnectors
-from ltx_titan.model.init import init_random_
-from ltx_titan.nano.pack_config import CONFIG
-from ltx_titan.weights import released_config, save_safetensors
-from tests.codecs.packed import SOURCE, write_packed
+from ltx_titan.nano.split_pack import make_split_nano
 from tests.commands.process.helpers import run as prepare
 from tests.jobs import train_rank
 from tests.media.clips import write_clip
@@ -30,34 +26,15 @@ KEYFRAMES = '--video.conditions=[{type="keyframe", at=["last"]}]'
 @pytest.fixture(scope="module")
 def pack(nano_path, tmp_path_factory):
     """The four files of the pack, by the end of the options that take them."""
-    released = released_config("ltx-2.5-22b")["transformer"]
-    new = {key: released[key] for key in ("ff_bias", "use_keyframes_abs_pos_embedding")}
-    transformer = CONFIG["transformer"] | new
-    folder, stored = tmp_path_factory.mktemp("ltx25"), load_file(nano_path)
-    tensors = {}
-    for module in (LTXTransformer.from_config(transformer), TextConnectors.from_config(CONFIG)):
-        init_random_(module, seed=1)
-        tensors |= {f"model.diffusion_model.{name}": x.bfloat16() for name, x in module.state_dict().items()}
+    files = make_split_nano(tmp_path_factory.mktemp("ltx25"), codecs=load_file(nano_path))
+    tensors = load_file(files.transformer)
     assert "model.diffusion_model.keyframes_abs_pos_embedding" in tensors
     assert not any(".ff.net" in name and "bias" in name and "connector" not in name for name in tensors)
-
-    def write(name, tensors, config, **metadata):
-        save_safetensors(folder / name, tensors, {"config": json.dumps(config), **metadata})
-        return folder / name
-
-    versions = {"model_version": "2.5.0", "gemma_source_checkpoint": SOURCE}
-    audio = {name: x for name, x in stored.items() if name.startswith(("audio_vae.", "vocoder."))}
     return {
-        "model_path": write("transformer.safetensors", tensors, {"transformer": transformer}, **versions),
-        "text_encoder_path": write_packed(folder / "gemma4.safetensors"),
-        "video_vae_path": write(
-            "video-vae.safetensors",
-            {name: x for name, x in stored.items() if name.startswith("vae.")},
-            {"vae": CONFIG["vae"]},
-        ),
-        "audio_vae_path": write(
-            "audio-vae.safetensors", audio, {name: CONFIG[name] for name in ("audio_vae", "vocoder")}
-        ),
+        "model_path": files.transformer,
+        "text_encoder_path": files.text_encoder,
+        "video_vae_path": files.video_vae,
+        "audio_vae_path": files.audio_vae,
     }
 
 

@@ -18,6 +18,7 @@ SILENT = {
     "name": "silent",
     "weight": 1,
     "modality": "video",
+    "loss_weight": 0.25,
     "video_conditions": [{"type": "keyframe", "at": ["last"]}],
 }
 
@@ -32,11 +33,12 @@ def write(folder: Path, nano_path: Path, data_root: Path, *sources: dict[str, An
 
 
 def test_each_source_is_trained_under_its_own_conditions(tmp_path, nano_path, data_root, monkeypatch):
-    drawn, prepared = [], []
+    drawn, prepared, by_step = [], [], []
     draw, prepare = TrainStep.draw, FlexibleStrategy.prepare
 
     def record_draw(self, batch, step, positions, samples):
         draws = draw(self, batch, step, positions, samples)
+        by_step.append((step, samples))
         drawn.append((samples, batch["conditions"]["prompt_attention_mask"].sum(dim=1)))
         return draws
 
@@ -61,6 +63,12 @@ def test_each_source_is_trained_under_its_own_conditions(tmp_path, nano_path, da
         # Three latent frames of 6 tokens: the last one, or the job's first one in half of the samples.
         expected = [[False] * 12 + [True] * 6] if is_silent else [[True] * 6 + [False] * 12, [False] * 18]
         assert all(row in expected for row in is_clean.tolist())
+    assert any("data/clips/loss" in line and "data/silent/loss" in line for line in lines)
+    for line in lines:
+        indices = [index for step, samples in by_step for index in samples if step == line["step"]]
+        silent = sum(index >= 6 for index in indices)
+        weighted = (4 - silent) * line.get("data/clips/loss", 0) + 0.25 * silent * line.get("data/silent/loss", 0)
+        assert line["loss"] == pytest.approx(weighted / 4)
     last = lines[-1]
     assert last["data/clips/samples"] + last["data/silent/samples"] == last["data/samples"] == 8
     assert last["data/clips/samples"] == sum(index < 6 for index in samples)

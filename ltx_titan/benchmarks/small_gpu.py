@@ -6,6 +6,9 @@
    operations; all losses and gradient norms must be equal, eager and as CUDA graphs.
 2. Time, on all blocks: the settings of the recipes for 24, 16 and 12 GB. Each size trains with streamed weights under
    its cap and with resident weights without one, one after the other.
+3. Validation (`--variants validation`): the same jobs with a validation after the second step, all of it under the
+   cap: prompts through the text encoder, sampling with streamed weights, decoders loaded next to the job. Without
+   `--checkpoint` on placeholders of the released sizes, whose weights are zeros.
 
 A row holds the cap, the peak of what the allocator reserved and of what the process took on the device, the estimate,
 and the size of the pinned host memory. The exit status is 1 if a loss differs, a job fails, or a peak exceeds its cap.
@@ -15,10 +18,12 @@ The cap limits memory only: a small GPU also has a slower link to the host, slow
 """
 
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -71,6 +76,17 @@ mode = "full"
 tensorboard = false
 """
 
+_VALIDATION = """\
+[validation]
+interval = 2
+skip_initial_validation = true
+text_encoder_path = "{text_encoder}"
+inference_steps = 4
+video_dims = [512, 288, 49]
+[[validation.samples]]
+prompt = "A red fox trots through fresh snow between birches."
+"""
+
 # GB of the card -> (memory of such a card, base, clip), as in the recipes.
 SIZES = {
     24: (GPUS["4090"].memory, "bfloat16", (1280, 704, 49)),
@@ -93,7 +109,17 @@ class SmallGpuOptions:
     """Formats of the base to compare, any `lora.base_dtype`; "none" for none."""
 
     variants: tuple[str, ...] = ("recipe", "streamed", "resident")
-    """Jobs to time of each size: the recipe, and with full checkpointing streamed and resident weights."""
+    """Jobs to time of each size: the recipe, and with full checkpointing streamed and resident weights; "validation":
+    the recipe with a validation, not timed."""
+
+    checkpoint: Maybe[Path] = None
+    """Checkpoint with codecs of the variant "validation". Default: placeholders with the sizes of LTX-2.3."""
+
+    text_encoder: Maybe[Path] = None
+    """Text encoder of `--checkpoint`."""
+
+    outside: Maybe[float] = None
+    """GiB that a process takes besides the allocator's memory, if others use the GPU as well. Default: measured."""
 
     equality_layers: int = 6
     """Blocks of the comparison."""
@@ -121,18 +147,21 @@ def run(options: SmallGpuOptions) -> int:
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.toml"
         write_text(job, _JOB)
-        bench = _Bench(job, options.overrides, device, begun + options.budget)
+        bench = _Bench(job, options.overrides, device, begun + options.budget, options.outside, options.out)
         # In the order of what matters most, because the budget may end before the list.
         bases = [base for base in options.bases if base != "none"]
         for base in bases[:1]:
-            rows += bench.equality(base, options.equality_layers)
+            bench.equality(base, options.equality_layers, rows)
         for size in options.sizes:
             if size in SIZES:
                 rows += bench.timed(size, options.steps, options.variants)
                 write_rows(options.out, rows)
+                if "validation" in options.variants:
+                    validating = _validating_job(Path(folder), options.checkpoint, options.text_encoder)
+                    rows.append(replace(bench, job=validating).validated(size))
+                    write_rows(options.out, rows)
         for base in bases[1:]:
-            rows += bench.equality(base, options.equality_layers)
-            write_rows(options.out, rows)
+            bench.equality(base, options.equality_layers, rows)
     dist.destroy_process_group()
     wrong = [row for row in rows if not row["ok"] and row.get("error") != _NOT_RUN]
     skipped = sum(row.get("error") == _NOT_RUN for row in rows)
@@ -146,10 +175,11 @@ class _Bench:
     overrides: Sequence[str]
     device: torch.device
     until: float
+    outside: float | None
+    out: Path | None
 
-    def equality(self, base: str, layers: int) -> list[dict]:
-        """Losses and gradient norms of streamed jobs against resident ones."""
-        rows = []
+    def equality(self, base: str, layers: int, rows: list[dict]) -> None:
+        """Compares losses and gradient norms of streamed jobs with those of resident ones; adds rows."""
         # Without graphs everything is launched from Python; with them copies are part of the recording.
         for graphs in ("off", "auto") if self.device.type == "cuda" else ("off",):
             common = [f"--lora.base_dtype={base}", f"--training.steps={_EQUALITY_STEPS}", "--job.deterministic=true"]
@@ -165,14 +195,12 @@ class _Bench:
             }
             errors = [row["error"] for row in found.values() if "error" in row]
             rows.append(self._row(row | ({"error": errors[0]} if errors else {})))
-        return rows
+            write_rows(self.out, rows)
 
     def timed(self, size: int, steps: int, variants: Sequence[str]) -> list[dict]:
         """A recipe under its cap, and with resident weights without one."""
-        memory, base, (width, height, frames) = SIZES[size]
-        clip = {"width": width, "height": height, "num_frames": frames}
-        common = [f"--data.synthetic.{key}={value}" for key, value in clip.items()]
-        common += [f"--lora.base_dtype={base}", f"--training.steps={steps}"]
+        memory, base, _ = SIZES[size]
+        common = _settings(size, steps)
         rows = []
         for name, wanted, cap, mode in (
             ("recipe", "auto", memory, "budget"),
@@ -185,6 +213,17 @@ class _Bench:
             row = self._capped(settings, cap)
             rows.append(self._row({"case": f"{size} GB, {base}, {name}", "size_gb": size, **row}))
         return rows
+
+    def validated(self, size: int) -> dict:
+        """A recipe with a validation, all of it under the cap; `reserved_gib` is the largest of the whole job."""
+        memory, base, _ = SIZES[size]
+        settings = [*_settings(size, 3), "--parallelism.stream_blocks=auto", "--activation_checkpoint.mode=budget"]
+        with _largest_reserved(self.device) as largest:
+            row = self._capped(settings, memory)
+        if "reserved_gib" in row:
+            row["reserved_gib"] = max(row["reserved_gib"], *largest)
+            row["ok"] = (row["reserved_gib"] + row["outside_gib"]) * GIB <= memory
+        return self._row({"case": f"{size} GB, {base}, validation", "size_gb": size, **row})
 
     def _capped(self, settings: Sequence[str], cap: float | None) -> dict:
         on_gpu = self.device.type == "cuda"
@@ -222,7 +261,8 @@ class _Bench:
             if self.device.type == "cuda":
                 free, total = torch.cuda.mem_get_info(self.device)
                 # What the process takes besides the allocator: context, kernels, workspaces.
-                row["outside_gib"] = (total - free - torch.cuda.memory_reserved(self.device)) / GIB
+                outside = (total - free - torch.cuda.memory_reserved(self.device)) / GIB
+                row["outside_gib"] = outside if self.outside is None else self.outside
                 row["reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / GIB
         except Exception as error:  # a job that runs out of memory must not lose the other rows
             traceback.print_exc()
@@ -251,3 +291,44 @@ class _Bench:
         shown = {key: row[key] for key in ("ok", "step_time_s", "peak_mem_gib", "reserved_gib", "error") if key in row}
         print(f"CASE {row['case']}: {shown}", flush=True)
         return {**environment(self.device), **row}
+
+
+def _settings(size: int, steps: int) -> list[str]:
+    _, base, (width, height, frames) = SIZES[size]
+    clip = {"width": width, "height": height, "num_frames": frames}
+    clips = [f"--data.synthetic.{key}={value}" for key, value in clip.items()]
+    return [*clips, f"--lora.base_dtype={base}", f"--training.steps={steps}"]
+
+
+def _validating_job(folder: Path, checkpoint: Path | None, text_encoder: Path | None) -> Path:
+    job = folder / "validating.toml"
+    if not job.is_file():
+        if checkpoint is None:
+            # Imported here: it loads diffusers and transformers.
+            from ltx_titan.benchmarks.placeholder_pack import write_pack
+
+            checkpoint, text_encoder = write_pack(folder)
+        with_file = _JOB.replace('init = "random"\nshape = "ltx-2.3-22b"\n', f'checkpoint_path = "{checkpoint}"\n')
+        write_text(job, with_file + _VALIDATION.format(text_encoder=text_encoder))
+    return job
+
+
+@contextmanager
+def _largest_reserved(device: torch.device) -> Iterator[list[float]]:
+    """Fills a list of one number, the GiB that the allocator reserved at most; the trainer resets its statistics."""
+    largest, ended = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            largest[0] = max(largest[0], torch.cuda.memory_reserved(device) / GIB)
+
+    if device.type != "cuda":
+        yield largest
+        return
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield largest
+    finally:
+        ended.set()
+        thread.join()

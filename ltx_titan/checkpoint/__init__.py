@@ -3,6 +3,9 @@
 from ltx_titan.checkpoint.background import BackgroundSaver
 from ltx_titan.checkpoint.finite import first_not_finite
 from ltx_titan.checkpoint.folders import (
+    METRICS_KEY,
+    KeepBest,
+    best_steps,
     complete_folders,
     latest_complete,
     read_trainer_state,
@@ -23,11 +26,14 @@ from ltx_titan.checkpoint.state import (
 )
 
 __all__ = [
+    "METRICS_KEY",
     "BackgroundSaver",
     "DamagedError",
+    "KeepBest",
     "SaveError",
     "SavedTensors",
     "TrainingState",
+    "best_steps",
     "complete_folders",
     "first_not_finite",
     "latest_complete",

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ltx_titan.checkpoint.folders import KeepBest
 from ltx_titan.checkpoint.state import SaveError, TrainingState, state_tensors, trainer_text, write_state
 from ltx_titan.common.ranks import PeerError
 
@@ -35,11 +36,12 @@ class BackgroundSaver:
     Args:
         folder: the job's checkpoint folder.
         keep_last: number of complete steps to keep, 0 for all.
+        keep_best: steps that are kept besides these; None for none.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int = 0) -> None:
+    def __init__(self, folder: str | Path, *, keep_last: int = 0, keep_best: KeepBest | None = None) -> None:
         self._folder = Path(folder)
-        self._keep_last = keep_last
+        self._keep_last, self._keep_best = keep_last, keep_best
         # gloo, because the thread must not launch NCCL kernels next to the training step's.
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)  # every rank is a member
@@ -106,7 +108,7 @@ class BackgroundSaver:
 
     def _write(self, step: int, tensors: dict[str, Tensor], trainer: str) -> Path:
         started = time.perf_counter()
-        path = write_state(self._folder, step, tensors, trainer, self._keep_last, self._group)
+        path = write_state(self._folder, step, tensors, trainer, self._keep_last, self._keep_best, self._group)
         # From the thread: the next step may be minutes away, and until then nobody could know that a kill is safe.
         logger.info("checkpoint of step %d is complete: written in %.1f s", step, time.perf_counter() - started)
         return path

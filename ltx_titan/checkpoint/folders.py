@@ -7,9 +7,11 @@ metadata that torch.distributed.checkpoint stores next to the shards.
 
 import json
 import logging
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,25 @@ TRAINER_FILE = "trainer.json"
 _PREFIX = "step-"
 _INCOMPLETE = ".incomplete"
 _DAMAGED = ".damaged"
+
+
+@dataclass(frozen=True)
+class KeepBest:
+    """The checkpoints that retention keeps for a metric.
+
+    Attributes:
+        metric: its name in `METRICS_KEY` of the trainer state.
+        is_better_higher: whether higher values are better.
+        count: number of checkpoints.
+    """
+
+    metric: str
+    is_better_higher: bool
+    count: int
+
+
+METRICS_KEY = "metrics"
+"""Metrics of a checkpoint's step by name, in its trainer state: published with the checkpoint or not at all."""
 
 
 def step_folder(folder: str | Path, step: int) -> Path:
@@ -160,18 +181,37 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def remove_old(folder: Path, newest: int, keep_last: int) -> None:
+def best_steps(folder: str | Path, keep_best: KeepBest) -> dict[int, float]:
+    """Finds the complete checkpoints with the best values of a metric: value by step, the best first.
+
+    Of equal values the earlier is better. Checkpoints without the metric, or where it was not finite, do not compete.
+    """
+    values = {}
+    for step in saved_steps(folder):
+        path = step_folder(folder, step)
+        if find_damage(path) is None:
+            value = read_trainer_state(path).get(METRICS_KEY, {}).get(keep_best.metric)
+            if value is not None and math.isfinite(value):
+                values[step] = value
+    sign = -1 if keep_best.is_better_higher else 1
+    ordered = sorted(values, key=lambda step: (sign * values[step], step))
+    return {step: values[step] for step in ordered[: keep_best.count]}
+
+
+def remove_old(folder: Path, newest: int, keep_last: int, keep_best: KeepBest | None = None) -> None:
     """Deletes all but the newest `keep_last` steps up to `newest`, which must be complete; 0 keeps everything.
 
     Damaged folders do not count as kept, or `keep_last = 1` after a fallback would leave nothing to fall back to.
+    The steps of `keep_best` are kept as well.
     """
     if keep_last == 0:
         return
+    best = {} if keep_best is None else best_steps(folder, keep_best)
     # `newest` is not checked again: it was just written and verified.
     kept = 0
     for step in reversed([step for step in saved_steps(folder) if step <= newest]):
         path = step_folder(folder, step)
-        if step != newest and kept >= keep_last:
+        if step != newest and kept >= keep_last and step not in best:
             # Renamed first: an interrupted deletion must not leave half a checkpoint under a final name.
             renamed = path.with_name(path.name + _INCOMPLETE)
             try:

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from ltx_titan.checkpoint.digests import FILES_KEY, Digests, DigestWriter, changed_file, file_digest, signed
 from ltx_titan.checkpoint.folders import (
     TRAINER_FILE,
+    KeepBest,
     find_damage,
     incomplete_folder,
     read_digests,
@@ -78,7 +79,9 @@ class TrainingState:
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
-def save_state(folder: str | Path, step: int, state: TrainingState, *, keep_last: int = 0) -> Path:
+def save_state(
+    folder: str | Path, step: int, state: TrainingState, *, keep_last: int = 0, keep_best: KeepBest | None = None
+) -> Path:
     """Saves the state of `step` under `<folder>/step-<step>`; all ranks call it and wait for each other.
 
     The folder must be shared by all nodes. Complete checkpoints are not changed before the new one is complete; an
@@ -89,6 +92,7 @@ def save_state(folder: str | Path, step: int, state: TrainingState, *, keep_last
         step: optimizer steps taken.
         state: the state to save. The key `step` is added to its trainer state.
         keep_last: number of complete steps to keep, including the new one; 0 keeps all.
+        keep_best: steps that are kept besides these; None for none.
 
     Returns:
         The complete step folder. If it exists already, nothing is written.
@@ -96,7 +100,7 @@ def save_state(folder: str | Path, step: int, state: TrainingState, *, keep_last
     Raises:
         SaveError, OSError: a rank could not write; other ranks raise SaveError or PeerError.
     """
-    return write_state(Path(folder), step, state_tensors(state), trainer_text(state, step), keep_last)
+    return write_state(Path(folder), step, state_tensors(state), trainer_text(state, step), keep_last, keep_best)
 
 
 def load_state(path: str | Path, state: TrainingState) -> dict[str, Any]:
@@ -194,6 +198,7 @@ def write_state(
     tensors: dict[str, Tensor],
     trainer: str,
     keep_last: int,
+    keep_best: KeepBest | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Writes tensors as a step folder, see `save_state`.
@@ -204,6 +209,7 @@ def write_state(
         tensors: from `state_tensors`.
         trainer: from `trainer_text`.
         keep_last: number of complete steps to keep.
+        keep_best: steps that are kept besides these.
         group: process group of all collectives; the default group if None.
     """
     path, temporary = step_folder(folder, step), incomplete_folder(folder, step)
@@ -220,7 +226,9 @@ def write_state(
     digests = _gather_digests(writer.digests, group)
     _on_main_rank(lambda: _publish(temporary, path, trainer, digests), what, group)
     # Only after the new one is complete: a crash at any time leaves at least one usable checkpoint.
-    _on_main_rank(lambda: remove_old(folder, step, keep_last), f"removing old checkpoints in {folder}", group)
+    _on_main_rank(
+        lambda: remove_old(folder, step, keep_last, keep_best), f"removing old checkpoints in {folder}", group
+    )
     return path
 
 

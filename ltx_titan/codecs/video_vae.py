@@ -18,7 +18,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 from torch import Tensor
 
-from ltx_titan.weights import Component, load_module, read_metadata, read_tensors, scale_factors
+from ltx_titan.weights import CheckpointMetadata, Component, load_module, read_metadata, read_tensors, scale_factors
 
 _ENCODER_STEPS = {
     "compress_space_res": "spatial",
@@ -320,12 +320,8 @@ def load_video_codec(
         )
     with torch.device("meta"):
         vae = AutoencoderKLLTX2Video(**layout.arguments)
-    keys = {name: f"{prefix}per_channel_statistics.{name}-of-means" for name in ("mean", "std")}
-    shapes = dict.fromkeys(keys, (layout.arguments["latent_channels"],))
-    component = Component.from_keys("statistics of the video VAE", keys)
-    statistics = read_tensors(metadata, shapes, component, device=device, dtype=torch.float32)
-    mean, std = statistics["mean"], statistics["std"]
-    vae.latents_mean, vae.latents_std = mean, std
+    mean, std = latent_statistics(metadata, layout.arguments["latent_channels"], device)
+    vae.latents_mean, vae.latents_std = mean.flatten(), std.flatten()
     for half in ("encoder", "decoder"):
         if part not in ("both", half):
             setattr(vae, half, None)
@@ -337,4 +333,18 @@ def load_video_codec(
     vae.requires_grad_(False).eval()
     if tiling:
         vae.enable_tiling(TILE, TILE, tile_sample_stride_height=TILE_STRIDE, tile_sample_stride_width=TILE_STRIDE)
-    return VideoCodec(vae, mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1), scale_factors(metadata.config))
+    return VideoCodec(vae, mean, std, scale_factors(metadata.config))
+
+
+def latent_statistics(metadata: CheckpointMetadata, channels: int, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of raw latents [C, 1, 1, 1], float32.
+
+    Raises:
+        ValueError: the file holds no video VAE of that many channels.
+    """
+    prefix = metadata.prefix("vae.")
+    keys = {name: f"{prefix}per_channel_statistics.{name}-of-means" for name in ("mean", "std")}
+    component = Component.from_keys("statistics of the video VAE", keys)
+    shapes = dict.fromkeys(keys, (channels,))
+    found = read_tensors(metadata, shapes, component, device=device, dtype=torch.float32)
+    return found["mean"].view(-1, 1, 1, 1), found["std"].view(-1, 1, 1, 1)

@@ -32,7 +32,7 @@ COMMANDS = {
     "lora extract": ("ltx_titan.commands.lora:EXTRACT", "make a LoRA from the difference of two checkpoints"),
     "lora convert": ("ltx_titan.commands.lora:CONVERT", "convert a LoRA for another tool"),
     "lora resize": ("ltx_titan.commands.lora:RESIZE", "reduce a LoRA to a smaller rank"),
-    "make-nano": ("ltx_titan.nano.pack", "write a miniature LTX-2.3 pack with random weights"),
+    "make-nano": ("ltx_titan.nano.pack", "write a miniature LTX-2.3 or LTX-2.5 pack with random weights"),
     "make-clips": ("ltx_titan.nano.make_clips", "write procedural clips with audio and captions"),
     "make-debug-dataset": ("ltx_titan.nano.debug_dataset", "write a small captioned dataset"),
     "make-checkpoint": (

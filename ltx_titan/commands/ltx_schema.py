@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ltx_titan.config.errors import MISSING, ConfigError, Problem, nearest
+from ltx_titan.config.optimization import ADAPTER_KEYS, unsupported_adapter
 
 Table = dict[str, Any]
 
@@ -283,6 +284,9 @@ class _Checks:
         found: Table = {}
         for name, item in value.items():
             dotted = f"{where}.{name}" if where else str(name)
+            if where == "lora" and name in ADAPTER_KEYS and (reason := unsupported_adapter(item)) is not None:
+                self.problem(dotted, item, "a LoRA", reason)
+                continue
             if name not in keys:
                 what = f"a key of {where}" if where else "a section of a job of the LTX Trainer"
                 self.problem(dotted, item, what, nearest(str(name), keys))

@@ -15,9 +15,9 @@ from ltx_titan.common.options import Flag, Maybe, Repeated, default_device, pars
 from ltx_titan.config import ValidationSection
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.transformer import Modalities
-from ltx_titan.validation import schedule_of
 from ltx_titan.validation.check import NO_GUIDANCE, with_schedule
 from ltx_titan.validation.engine import SampledFile, prepare_validation
+from ltx_titan.validation.sampling import count_steps
 from ltx_titan.weights import fuse_lora, load_parameters, read_metadata, unused_by
 
 DESCRIPTION = """\
@@ -82,6 +82,9 @@ class SampleOptions:
     frame_rate: Maybe[float] = None
     """Frames per second."""
 
+    upscaler: Maybe[Path] = None
+    """File of a spatial upscaler: sample at a fraction of the size, upscale, and refine in three steps."""
+
     seed: Maybe[int] = None
     """Seed of the noise."""
 
@@ -138,7 +141,7 @@ def sample_clips(options: SampleOptions) -> list[SampledFile]:
     model = _load_model(options, model_path, modalities, strengths)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as bar:
-        task = bar.add_task("sampling steps", total=len(section.samples) * (len(schedule_of(section)) - 1))
+        task = bar.add_task("sampling steps", total=count_steps(section, validation.samples))
         return validation.run(model, options.output_dir, step=0, on_step=lambda _: bar.advance(task))
 
 
@@ -167,6 +170,7 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
         "offload_optimizer",
         "held_out_root",
         "dataset_samples",
+        "quality",
     )
     # They have no meaning outside training.
     table = {key: value for key, value in table.items() if key not in training_only}
@@ -193,6 +197,7 @@ def _section(options: SampleOptions, table: dict[str, Any]) -> ValidationSection
     overrides = {
         "text_encoder_path": None if options.text_encoder_path is None else str(options.text_encoder_path),
         "negative_prompt": options.negative_prompt,
+        "upscaler": None if options.upscaler is None else str(options.upscaler),
         "video_dims": None if options.size is None else list(parse_size(options.size, "--size")),
         "frame_rate": options.frame_rate,
         "seed": options.seed,

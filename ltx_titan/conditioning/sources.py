@@ -36,12 +36,14 @@ class DataPart:
         indices: of its samples in the dataset of the job.
         strategy: with the conditions of these samples.
         caption_dropout: fraction of them that are trained without their caption.
+        loss_weight: factor on their loss.
     """
 
     name: str
     indices: range
     strategy: FlexibleStrategy
     caption_dropout: float
+    loss_weight: float = 1.0
 
 
 def open_prepared(
@@ -82,8 +84,10 @@ def open_prepared(
     dropouts = [data.caption_dropout if s.caption_dropout is None else s.caption_dropout for s in data.sources]
     names = [source.name for source in opened]
     return mixed, tuple(
-        DataPart(name, indices, own, dropout)
-        for name, indices, own, dropout in zip(names, mixed.parts, strategies, dropouts, strict=True)
+        DataPart(name, indices, own, dropout, source.loss_weight)
+        for name, indices, own, dropout, source in zip(
+            names, mixed.parts, strategies, dropouts, data.sources, strict=True
+        )
     )
 
 

@@ -1,6 +1,6 @@
 """Sections about learning: sigma distribution, loss weights, optimizer, learning-rate schedule and LoRA adapters."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StrictInt, field_validator, model_validator
 
@@ -14,7 +14,7 @@ BaseDtype = Literal["float32", "bfloat16", "int8", "int4", "float8", "nvfp4"]
 Float8Matmuls = Literal["auto", "on", "off"]
 
 # These update each parameter on its own, so an update can run inside the backward pass.
-_PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit")
+_PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit", "adafactor")
 _SCHEDULE_FREE = (
     "schedule-free optimizers are not supported: the weights they train are not those to sample, export and save, and "
     "schedulefree keeps part of its state in Python numbers, which a resumed run would lose; use adamw with "
@@ -171,7 +171,7 @@ class OptimizerSection(Section):
     momentum: Decay = 0.95
     """Muon: momentum."""
     stochastic_rounding: bool = False
-    """AdamW on bfloat16 weights: round stochastically, so that small updates are kept on average."""
+    """AdamW and Adafactor on bfloat16 weights: round stochastically, so that small updates are kept on average."""
     offload_state: bool = False
     """Keep the state in host memory and copy it block by block; moves its size over PCIe twice per step."""
     in_backward: bool = False
@@ -241,6 +241,22 @@ class SchedulerSection(Section):
     """wsd: steps of the linear decay at the end; unset means a fifth of the run."""
 
 
+ADAPTER_KEYS = ("type", "algo")
+"""Keys with which other trainers choose a kind of adapter; ours has one kind, and `dora`."""
+
+
+def unsupported_adapter(kind: object) -> str | None:
+    """Why a kind of adapter that is often asked for is not supported; None for any other value."""
+    name = {"lokr": "LoKr", "loha": "LoHa"}.get(kind.lower()) if isinstance(kind, str) else None
+    if name is None:
+        return None
+    return (
+        f"{name} is not supported, because its update is a Kronecker or Hadamard product: the rows and columns of a "
+        "weight that tensor parallelism puts on a rank are not those of the factors, and no library that ltx_titan "
+        "depends on shards them; remove the key to train a LoRA, or set lora.dora = true"
+    )
+
+
 class LoRARank(_Selection):
     """`[[lora.ranks]]`: adapted layers with another rank. A layer has the rank of the first entry that matches it."""
 
@@ -274,6 +290,14 @@ class LoRASection(Section):
 
     ranks: Annotated[tuple[LoRARank, ...], Field(strict=False)] = ()
     """Layers with another rank than `rank`, among those of `targets`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_a_supported_kind(cls, table: Any) -> Any:
+        for key in ADAPTER_KEYS if isinstance(table, dict) else ():
+            if (reason := unsupported_adapter(table.get(key))) is not None:
+                raise ValueError(f'{key} = "{table[key]}": {reason}')
+        return table
 
     @field_validator("targets", mode="before")
     @classmethod

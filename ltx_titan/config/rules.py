@@ -412,13 +412,78 @@ def _single_rules(job: JobConfig) -> Iterator[Problem]:
     # 0 reads as none or as all, so it is refused instead of interpreted.
     if job.checkpoint.keep_last == 0:
         yield Problem("checkpoint.keep_last", 0, "-1 (keep all) or at least 1", "set it to 1 or more")
+    yield from _keep_best_rules(job)
     start = job.profiling.trace_start
     steps = job.training.steps
     if start is not None and start > steps:
         yield Problem("profiling.trace_start", start, f"at most training.steps = {steps}", "lower it")
 
 
+def _keep_best_rules(job: JobConfig) -> Iterator[Problem]:
+    best, validation, interval = job.checkpoint.keep_best, job.validation, job.checkpoint.interval
+    key = "checkpoint.keep_best.metric"
+    if best.metric is None:
+        for name in ("mode", "count"):
+            if (value := getattr(best, name)) != type(best).model_fields[name].default:
+                yield Problem(f"checkpoint.keep_best.{name}", value, f"unset without {key}", f"set {key}, or remove it")
+        return
+    if not job.checkpoint.enable or interval == 0:
+        cause = "enable = false" if not job.checkpoint.enable else "interval = 0"
+        what = f"checkpoints to choose from, found checkpoint.{cause}"
+        yield Problem(key, best.metric, what, "set checkpoint.interval, or remove it")
+        return
+    # The other names depend on streams, sigmas and sources; one that is never logged is reported while training.
+    of_validation = {
+        "held_out/": validation.held_out_root is not None,
+        "quality/": best.metric in validation.quality.metrics,
+    }
+    prefix = next((prefix for prefix in of_validation if best.metric.startswith(prefix)), None)
+    if prefix is None:
+        return
+    if validation.interval is None or not of_validation[prefix]:
+        setting = "validation.held_out_root" if prefix == "held_out/" else "a model in validation.quality"
+        what = f"a metric that the job logs; this one needs validation.interval and {setting}"
+        yield Problem(key, best.metric, what, "set them, or choose another metric")
+    elif interval % validation.interval:
+        what = f"a multiple of validation.interval = {validation.interval}, at whose steps {best.metric} is known"
+        yield Problem("checkpoint.interval", interval, what, "change one of them")
+
+
+def _quality_rules(job: JobConfig) -> Iterator[Problem]:
+    validation = job.validation
+    for name, stream in (("clip_path", "video"), ("clap_path", "audio")):
+        if (path := getattr(validation.quality, name)) is None:
+            continue
+        key = f"validation.quality.{name}"
+        if not validation.samples:
+            yield Problem(key, path, "validation.samples, whose prompts clips are compared with", "add them")
+        if getattr(job, stream) is None or getattr(validation, f"generate_{stream}") is False:
+            yield Problem(key, path, f"clips with {stream}, which the job does not sample", "remove it")
+        if not (Path(path) / "config.json").is_file():
+            yield Problem(key, path, "a folder with config.json and weights of a model", "correct the path")
+
+
+def _validation_lora_rules(job: JobConfig) -> Iterator[Problem]:
+    if not job.validation.loras:
+        return
+    for number, lora in enumerate(job.validation.loras):
+        yield from _must_be_file(f"validation.loras[{number}].path", lora.path)
+    # All three keep weights in another form than the one that a LoRA can be added to.
+    is_quantized = job.model.mode == "lora" and job.lora.base_dtype not in ("bfloat16", "float32")
+    for is_set, cause, remedy in (
+        (is_quantized, f'lora.base_dtype = "{job.lora.base_dtype}"', 'set lora.base_dtype = "bfloat16"'),
+        (job.parallelism.stream_blocks != 0, "parallelism.stream_blocks", "set parallelism.stream_blocks = 0"),
+        (job.float8.all_gather, "float8.all_gather = true", "set float8.all_gather = false"),
+    ):
+        if is_set:
+            paths = ", ".join(lora.path for lora in job.validation.loras)
+            what = f"no LoRAs with {cause}, because they are added to plain weights"
+            yield Problem("validation.loras", paths, what, f"{remedy}, or remove them")
+
+
 def _validation_rules(job: JobConfig) -> Iterator[Problem]:
+    yield from _validation_lora_rules(job)
+    yield from _quality_rules(job)
     validation = job.validation
     if validation.dataset_samples and validation.held_out_root is None and job.data.source != "precomputed":
         yield Problem(
@@ -470,6 +535,21 @@ def _clipping_rules(job: JobConfig) -> Iterator[Problem]:
             "0 with optimizer.in_backward = true, which frees gradients before their norm is known",
             "set it to 0, or set optimizer.in_backward = false",
         )
+
+
+def _weight_dtype_rules(job: JobConfig) -> Iterator[Problem]:
+    key, dtype = "training.weight_dtype", job.training.weight_dtype
+    if dtype == "float32":
+        return
+    if job.model.mode != "full":
+        reason = 'float32 with model.mode = "lora", whose adapters are small; lora.base_dtype is that of the base'
+        yield Problem(key, dtype, reason, "remove it")
+    if job.training.dtype != dtype:
+        reason = f'"{job.training.dtype}", the compute dtype: weights of lower precision gain nothing from it'
+        yield Problem(key, dtype, reason, 'set training.dtype = "bfloat16", or remove it')
+    if not job.optimizer.stochastic_rounding:
+        reason = "optimizer.stochastic_rounding = true: at small learning rates most updates are below half a unit"
+        yield Problem(key, dtype, reason, "set optimizer.stochastic_rounding = true, or remove it")
 
 
 def _skipping_rules(job: JobConfig) -> Iterator[Problem]:
@@ -549,6 +629,7 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _step_rules,
     _batch_rules,
     _clipping_rules,
+    _weight_dtype_rules,
     _loss_rules,
     _preservation_rules,
     _float8_rules,

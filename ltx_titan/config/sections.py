@@ -141,6 +141,9 @@ class SourceSection(Section):
     balances datasets of different sizes; an epoch then has as many samples as all sources together."""
     repeats: Positive | None = None
     """Times that an epoch has each sample of the source, instead of `weight`; unset means once."""
+    loss_weight: AboveZero = 1.0
+    """Factor on the loss of its samples: below 1 for a regularization set, whose samples are drawn beside those of the
+    subject and should pull less. The mean loss of each source is logged apart, without the factor."""
     modality: Literal["all", "video", "audio"] = "all"
     """Streams that the source has. A job with both streams trains on images and silent clips with `"video"`: its audio
     folder is neither needed nor read, and its samples have no audio loss."""
@@ -203,6 +206,9 @@ class TrainingSection(Section):
     and needs more memory."""
     dtype: ComputeDtype = "bfloat16"
     """Compute precision; float32 is for numerical checks."""
+    weight_dtype: ComputeDtype = "float32"
+    """Full fine-tuning: dtype that the trained weights are stored in. bfloat16 halves their memory, and updates below
+    its resolution need `optimizer.stochastic_rounding`."""
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient to this norm; 0 disables clipping."""
     max_skipped_steps: int = Field(5, ge=0)
@@ -280,6 +286,21 @@ class KernelsSection(Section):
     """`auto` uses what measured fastest: `triton`, the fused kernels, on Hopper GPUs, and plain `torch` elsewhere."""
 
 
+class KeepBestSection(Section):
+    """`[checkpoint.keep_best]`: checkpoints that are kept for a metric, besides the newest ones.
+
+    A checkpoint's value is the one that is logged at its step and stored in it, so that a resumed run compares it too.
+    """
+
+    metric: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the metric in metrics.jsonl, such as `held_out/total`, `quality/text_video` or `loss`; unset keeps none.
+    A loss of training varies with the drawn sigmas, a validation's does not."""
+    mode: Literal["min", "max"] = "min"
+    """Whether lower or higher values are better."""
+    count: Positive = 1
+    """Number of best checkpoints that are kept; those among the `keep_last` newest count, too."""
+
+
 class CheckpointSection(Section):
     """`[checkpoint]`: training state and exported weights."""
 
@@ -289,6 +310,8 @@ class CheckpointSection(Section):
     """Steps between checkpoints (about 12 bytes per trained weight each); 0 saves only at the end."""
     keep_last: int = Field(2, ge=-1)
     """Number of newest checkpoints to keep; -1 keeps all. The newest is never deleted."""
+    keep_best: KeepBestSection = KeepBestSection()
+    """Checkpoints that are also kept because a metric was best."""
     background: bool = True
     """Write while training continues, from a copy in host memory as large as the checkpoint; false blocks training."""
     resume: bool = True

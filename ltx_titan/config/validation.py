@@ -222,6 +222,36 @@ class ValidationSample(Section):
         return self
 
 
+class SampleLoRA(Section):
+    """`[[validation.loras]]`: a LoRA that clips are sampled with, besides what is trained."""
+
+    path: PathText
+    """LoRA file in any form that `model.adapter_path` takes."""
+    strength: float = 1.0
+    """Factor on its change; several LoRAs add up."""
+
+
+class QualitySection(Section):
+    """`[validation.quality]`: scores of the sampled clips by models in local folders.
+
+    Each is the mean over `validation.samples` of the cosine similarity between embeddings of clip and prompt, logged as
+    `quality/NAME`. Scores are computed after decoding; one that fails is logged, and training continues.
+    """
+
+    clip_path: PathText | None = None
+    """Folder of a CLIP or X-CLIP model in the layout of transformers, for `quality/text_video`."""
+    clap_path: PathText | None = None
+    """Folder of a CLAP model in the layout of transformers, for `quality/text_audio`."""
+    frames: Positive = 8
+    """Evenly spaced frames of a clip whose similarity is averaged by CLIP; X-CLIP has a number of its own."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that are logged."""
+        models = {"quality/text_video": self.clip_path, "quality/text_audio": self.clap_path}
+        return tuple(name for name, path in models.items() if path is not None)
+
+
 class ValidationSection(Section):
     """`[validation]`: sampled clips, and the loss on a held-out dataset."""
 
@@ -288,12 +318,26 @@ class ValidationSection(Section):
     """File of the video VAE (split packs); unset means `model.checkpoint_path`."""
     audio_vae_path: PathText | None = None
     """File of the audio VAE (split packs); unset means `model.checkpoint_path`."""
+    upscaler: PathText | None = None
+    """File of a spatial upscaler (`ltx-2.3-spatial-upscaler-x2-...`): clips are sampled at the fraction of `video_dims`
+    that it undoes, upscaled, and refined in three steps at full size, as in the released two-stage pipelines."""
+    loras: Annotated[tuple[SampleLoRA, ...], Field(strict=False)] = ()
+    """LoRAs that are added to the weights while sampling, such as the distilled one, or a style that the trained one is
+    to be combined with; the held-out loss is without them. Each rank keeps a copy of its changed weights in host memory
+    for that time, so that training resumes with the same bits."""
     held_out_root: PathText | None = None
     """Preprocessed dataset that is not trained on, for a loss curve without the noise of random sigmas."""
     held_out_samples: Positive = 16
     """Number of its samples that are used."""
     held_out_sigmas: Annotated[tuple[Sigma, ...], Field(strict=False, min_length=1)] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Sigmas of the held-out loss; each costs one forward per sample."""
+    quality: QualitySection = QualitySection()
+    """Scores of the sampled clips."""
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether a validation has numbers to log, not only clips."""
+        return self.held_out_root is not None or bool(self.quality.metrics)
 
     def dims_of(self, sample: ValidationSample) -> tuple[int, int, int]:
         """Width, height and frames of a sample."""

@@ -16,7 +16,7 @@ from ltx_titan.common.options import Flag, Maybe, Overrides, Positional, parse_s
 from ltx_titan.config import Degrees, build_job, read_tables
 from ltx_titan.estimate.placeholders import Tables, add_placeholders
 from ltx_titan.estimate.prediction import Estimate, estimate, search
-from ltx_titan.estimate.small_gpu import describe_proposals, propose
+from ltx_titan.estimate.small_gpu import describe_proposals
 from ltx_titan.memory.budget import with_levels, with_stream_blocks
 from ltx_titan.memory.peak import RESERVE, SLACK, pinned_bytes
 from ltx_titan.memory.workload import Setup, Workload, make_setup, make_workload
@@ -242,7 +242,7 @@ def _run(options: EstimateOptions, gpu: Gpu, tables: Tables, origins: dict[str, 
             _write_json(options.json, work, found)
         status = 0 if found.fits else 1
         if not found.fits:
-            print("\n".join(describe_proposals(propose(plan, gpu), gpu)))
+            print("\n".join(describe_proposals(plan, gpu)))
     if options.search:
         status = _print_search(work, setup, gpu)
     if options.dry_run and plan is not None:

@@ -28,7 +28,7 @@ from ltx_titan.conditioning import ModelInputs, absent_streams, to_contexts, wei
 from ltx_titan.config import CompileSection, JobConfig, KernelsSection
 from ltx_titan.data import collate
 from ltx_titan.diffusion import UniformSigma, draw_step
-from ltx_titan.estimate.live_bytes import LiveBytes
+from ltx_titan.memory.live_bytes import LiveBytes
 from ltx_titan.model import TransformerConfig
 from ltx_titan.optim import EMA, build_optimizers
 from ltx_titan.optim.build import Optimizers
@@ -136,7 +136,8 @@ def _steps(
     peak_backward = live.peak
     live.reset()
     on_phase("update")
-    clip_grad_norm_(model.named_parameters(), job.training.max_grad_norm)
+    if not job.optimizer.in_backward:  # otherwise gradients are used and freed by now
+        clip_grad_norm_(model.named_parameters(), job.training.max_grad_norm)
     optimizers.step()
     optimizers.zero_grad()
     if ema is not None:

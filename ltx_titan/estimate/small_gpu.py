@@ -12,6 +12,8 @@ from ltx_titan.plan import Plan
 
 # From the most accurate one.
 _BASES: tuple[BaseDtype, ...] = ("bfloat16", "int8", "nvfp4")
+# Smallest memory in GiB of the GPUs that a job of train_configs/ is for; cards have less than they are sold with.
+_RECIPES = ((22, "ltx23_lora_24gb"), (14, "ltx23_lora_16gb"), (10, "ltx23_lora_12gb"))
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Proposal:
 def propose(plan: Plan, gpu: Gpu) -> list[Proposal]:
     """The formats with which a job fits one GPU, the most accurate first; empty if it is not a LoRA job on one GPU."""
     job, degrees = plan.job, plan.degrees
-    if job.model.mode != "lora" or degrees.dp * degrees.cp * degrees.tp > 1 or job.training.dtype != "bfloat16":
+    if not _can_stream(plan):
         return []
     proposals = []
     for base in _BASES:
@@ -47,11 +49,20 @@ def propose(plan: Plan, gpu: Gpu) -> list[Proposal]:
     return proposals
 
 
-def describe_proposals(proposals: list[Proposal], gpu: Gpu) -> list[str]:
-    """Formats proposals as lines of text."""
-    if not proposals:
+def recipe_for(gpu: Gpu) -> str | None:
+    """Name of the job in train_configs/ for LoRA on one GPU with streamed weights; None if it has too little memory."""
+    return next((name for memory, name in _RECIPES if gpu.memory >= memory * GIB), None)
+
+
+def describe_proposals(plan: Plan, gpu: Gpu) -> list[str]:
+    """Formats what `propose` finds, and the recipe, as lines of text; none if it is not a LoRA job on one GPU."""
+    if not _can_stream(plan):
         return []
-    text = [
+    proposals, recipe = propose(plan, gpu), recipe_for(gpu)
+    text = [] if recipe is None else [f"\nrecipe for LoRA on {gpu.name}: train_configs/{recipe}.toml"]
+    if not proposals:
+        return [*text, f"with clips of this size no format of the frozen weights fits {gpu.name}; use smaller ones"]
+    text += [
         f"\nwith frozen weights in host memory it fits {gpu.name}; the first format that this machine's memory holds "
         "is the most accurate",
         f"  {'s/step':>8} {'GPU GiB':>8} {'host GiB':>8}   --parallelism.stream_blocks=auto "
@@ -63,3 +74,9 @@ def describe_proposals(proposals: list[Proposal], gpu: Gpu) -> list[str]:
             f"--lora.base_dtype={one.base}"
         )
     return text
+
+
+def _can_stream(plan: Plan) -> bool:
+    job, degrees = plan.job, plan.degrees
+    is_alone = degrees.dp * degrees.cp * degrees.tp == 1
+    return job.model.mode == "lora" and is_alone and job.training.dtype == "bfloat16"

@@ -247,6 +247,7 @@ def model_weights(
     modalities: Modalities,
     lora: LoRASection | None,
     groups: Sequence[ParameterGroup] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> ModelWeights:
     """Describes a transformer by building one of its blocks on the meta device.
 
@@ -255,6 +256,7 @@ def model_weights(
         modalities: streams that the transformer has.
         lora: adapters to add; None for full fine-tuning.
         groups: of the optimizer, which may freeze weights.
+        dtype: of the weights in full fine-tuning.
     """
     # One block: all of them have the same weights, and the real number of layers multiplies its counts.
     with torch.device("meta"):
@@ -267,6 +269,8 @@ def model_weights(
             rank = entry.rank if entry.blocks is None else max(entry.rank, lora.rank)
             entries.append(entry.model_copy(update={"blocks": None, "rank": rank}))
         apply_lora(model, lora.model_copy(update={"ranks": tuple(entries)}))
+    else:
+        model.to(dtype)
     freeze_groups(model, [group for group in groups if group.blocks is None])
     inside: list[tuple[str, nn.Parameter]] = []
     outside: list[tuple[str, nn.Parameter]] = []
@@ -280,7 +284,8 @@ def make_workload(plan: Plan) -> Workload:
     """Describes what a planned job trains."""
     job, transformer = plan.job, plan.source.config["transformer"]
     lora = job.lora if job.model.mode == "lora" else None
-    weights = model_weights(transformer, plan.modalities, lora, job.optimizer.groups)
+    dtype = COMPUTE_DTYPES[job.training.weight_dtype]
+    weights = model_weights(transformer, plan.modalities, lora, job.optimizer.groups, dtype)
     connectors = 0
     if plan.connectors_path is not None:
         with torch.device("meta"):

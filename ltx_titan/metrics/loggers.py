@@ -68,6 +68,8 @@ class MetricsLogger:
     ) -> None:
         self.tensorboard: SummaryWriter | None = None
         self.wandb = wandb
+        self.newest: Mapping[str, float | None] = {}
+        """Values of the newest line by name; empty on other ranks."""
         self._file: IO[str] | None = None
         self._console: Console | None = None
         if not is_writer:
@@ -95,6 +97,7 @@ class MetricsLogger:
             described = ", ".join(f"{name} = {values[name]}" for name in broken)
             logger.warning("Step %d: %s. Logged as null.", metrics.step, described)
             values |= dict.fromkeys(broken)
+        self.newest = values
         # NaN is not JSON, and other readers refuse a file that contains it.
         self._file.write(json.dumps(values, allow_nan=False) + "\n")
         self._file.flush()

@@ -102,7 +102,8 @@ class Means:
         video: mean over the samples with video to generate; None without such a sample.
         audio: the same for audio.
         by_sigma: mean of each stream and sigma range that had samples, by TensorBoard tag.
-        parts: mean over samples of each further part of the loss, without its weight, by TensorBoard tag.
+        parts: mean over samples of each further part of the loss, and of each source's loss, without their weights, by
+            TensorBoard tag.
         tflop: work in units of 1e12.
         tokens: video and audio tokens.
         idle_steps: steps in which no sample had a token to generate, so that nothing was learned.
@@ -126,6 +127,7 @@ class Mark(NamedTuple):
     loss: Tensor
     buckets: Tensor
     parts: Tensor
+    by_source: Tensor
 
 
 class Sums:
@@ -134,9 +136,10 @@ class Sums:
     Args:
         device: of the tensors.
         parts: names of further parts of the loss, which belong to no stream.
+        sources: names of the sources of samples.
     """
 
-    def __init__(self, device: torch.device, parts: Sequence[str] = ()) -> None:
+    def __init__(self, device: torch.device, parts: Sequence[str] = (), sources: Sequence[str] = ()) -> None:
         self.loss = torch.zeros((), device=device)
         """Training loss: mean over the global batch, added over steps."""
         self.buckets = torch.zeros(len(_STREAMS), 2, len(_SIGMA_BUCKETS), device=device)
@@ -144,6 +147,9 @@ class Sums:
         self.names = tuple(parts)
         self.parts = torch.zeros(len(parts), device=device)
         """Sums of these parts over samples, divided by the size of the global batch, added over steps."""
+        self.sources = tuple(sources)
+        self.by_source = torch.zeros(2, len(sources), device=device)
+        """Per source: sum of the losses of its samples, and number of those with a token to generate."""
         self.trained: list[Tensor] = []
         """Per step: number of samples with a token to generate."""
         self.edges = torch.tensor(_SIGMA_BUCKETS[1:], device=device)
@@ -159,7 +165,7 @@ class Sums:
 
     def begin_step(self) -> Mark:
         """Starts a step, whose micro-batches are then added; returns the sums before it."""
-        mark = Mark(self.loss.clone(), self.buckets.clone(), self.parts.clone())
+        mark = Mark(self.loss.clone(), self.buckets.clone(), self.parts.clone(), self.by_source.clone())
         self.trained.append(torch.zeros((), device=self.loss.device))
         self.taken += 1
         return mark
@@ -170,7 +176,7 @@ class Sums:
 
     def undo(self, mark: Mark) -> None:
         """Takes back the losses of the last step, but not its work."""
-        self.loss, self.buckets, self.parts = mark
+        self.loss, self.buckets, self.parts, self.by_source = mark
         self.trained.pop()
 
     @torch.no_grad()
@@ -216,11 +222,34 @@ class Sums:
         if total is not None:
             self.loss += total.sum() * share
 
+    @torch.no_grad()
+    def add_sources(self, names: Sequence[str], values: Tensor, inputs: StreamInputs) -> None:
+        """Adds one micro-batch to the losses of its sources.
+
+        Args:
+            names: source of each sample.
+            values: loss of each sample without the factor of its source [B].
+            inputs: where the samples with a loss are read from.
+        """
+        masks = [mask for mask in (inputs.video_loss_mask, inputs.audio_loss_mask) if mask is not None]
+        has_loss = torch.stack([mask.any(dim=1) for mask in masks]).any(dim=0)
+        for index, name in enumerate(names):
+            # By numbers of the host: a copy of them to the device would make the host wait.
+            self.by_source[0, self.sources.index(name)] += values[index]
+            self.by_source[1, self.sources.index(name)] += has_loss[index]
+
     def flat(self) -> Tensor:
         """All sums in one vector, to be added over ranks in one collective and read in one copy; see `means`."""
         work = self.loss.new_tensor([self.flops / 1e12, self.tokens])
         return torch.cat(
-            [self.loss[None], work, *(count[None] for count in self.trained), self.buckets.flatten(), self.parts]
+            [
+                self.loss[None],
+                work,
+                *(count[None] for count in self.trained),
+                self.buckets.flatten(),
+                self.by_source.flatten(),
+                self.parts,
+            ]
         )
 
     def means(self, totals: list[float]) -> Means:
@@ -238,6 +267,13 @@ class Sums:
             for low, value, count in zip(_SIGMA_BUCKETS, losses, counts, strict=True):
                 if count:
                     by_sigma[f"loss/{stream}_sigma_{low:.2f}-{low + 0.25:.2f}"] = value / count
+        totals = totals[2 * len(_STREAMS) * width :]
+        count = len(self.sources)
+        sources = {
+            f"data/{name}/loss": value / samples
+            for name, value, samples in zip(self.sources, totals[:count], totals[count : 2 * count], strict=True)
+            if samples
+        }
         return Means(
             loss=loss / self.steps if any(trained) else None,
             video=means["video"],
@@ -245,9 +281,10 @@ class Sums:
             by_sigma=by_sigma,
             parts={
                 f"loss/{name}": value / self.steps
-                for name, value in zip(self.names, totals[2 * len(_STREAMS) * width :], strict=True)
+                for name, value in zip(self.names, totals[2 * count :], strict=True)
                 if self.steps
-            },
+            }
+            | sources,
             tflop=tflop,
             tokens=tokens,
             idle_steps=sum(not count for count in trained),

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +43,13 @@ example:
       --model-path nano/ltx-2.3-nano.safetensors --text-encoder-path nano/text_encoder
 """
 
+TRANSFORMER_PREFIX = "model.diffusion_model."
 CHECKPOINT_NAME = "ltx-2.3-nano.safetensors"
 TEXT_ENCODER_NAME = "text_encoder"
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,22 @@ class NanoOptions:
     out: Positional[Path]
     """Folder to write to; created if it does not exist."""
 
+    shape: Literal["2.3", "2.5"] = "2.3"
+    """Layout: one file of LTX-2.3 and a folder with its text encoder, or the four files of LTX-2.5."""
+
     seed: int = 0
     """Seed of the weights; the same seed gives the same bytes."""
 
 
 def run(options: NanoOptions) -> int:
     """Runs the command; returns the exit status."""
+    if options.shape == "2.5":
+        # Imported here: it builds on this module.
+        from ltx_titan.nano.split_pack import make_split_nano
+
+        for name, file in make_split_nano(options.out, options.seed)._asdict().items():
+            print(f"{name.replace('_', ' '):13} {file} ({file.stat().st_size / 2**20:.1f} MiB)")
+        return 0
     path = make_nano(options.out, options.seed)
     print(f"checkpoint    {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     print(f"text encoder  {path.parent / TEXT_ENCODER_NAME}")
@@ -80,9 +91,9 @@ def make_nano(folder: str | Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         **_transformer_tensors(seed),
-        **_video_vae_tensors(seed + 1),
-        **_audio_vae_tensors(seed + 2),
-        **_vocoder_tensors(seed + 3),
+        **video_vae_tensors(seed + 1),
+        **audio_vae_tensors(seed + 2),
+        **vocoder_tensors(seed + 3),
     }
     path = folder / CHECKPOINT_NAME
     metadata = {"config": json.dumps(CONFIG), "model_version": MODEL_VERSION}
@@ -93,27 +104,31 @@ def make_nano(folder: str | Path, seed: int = 0) -> Path:
 
 def _transformer_tensors(seed: int) -> dict[str, Tensor]:
     """Transformer, connectors and text projection under their official names, bfloat16."""
-    parts = (
-        ("model.diffusion_model.", LTXTransformer.from_config(CONFIG["transformer"])),
-        ("model.diffusion_model.", TextConnectors.from_config(CONFIG)),
-        ("text_embedding_projection.", FeatureExtractor.from_config(CONFIG, TEXT_ENCODER)),
-    )
+    return {
+        **module_tensors(TRANSFORMER_PREFIX, LTXTransformer.from_config(CONFIG["transformer"]), seed),
+        **module_tensors(TRANSFORMER_PREFIX, TextConnectors.from_config(CONFIG), seed),
+        **module_tensors("text_embedding_projection.", FeatureExtractor.from_config(CONFIG, TEXT_ENCODER), seed),
+    }
+
+
+def module_tensors(prefix: str, module: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Random weights of a module under its official names, bfloat16."""
+    init_random_(module, seed)
+    # Initial zeros and ones would hide a bias or norm weight that is never used.
+    generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for prefix, module in parts:
-        init_random_(module, seed)
-        # Initial zeros and ones would hide a bias or norm weight that is never used.
-        generator = torch.Generator().manual_seed(seed)
-        for name, tensor in sorted(module.state_dict().items()):
-            if tensor.ndim == 1:
-                tensor = tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
-            if name in ("proj_out.weight", "audio_proj_out.weight"):
-                # As large as in a trained model: the small initial heads would hide the effect of a LoRA below them.
-                tensor = 10 * tensor
-            tensors[prefix + name] = tensor.to(torch.bfloat16)
+    for name, tensor in sorted(module.state_dict().items()):
+        if tensor.ndim == 1:
+            tensor = tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
+        if name in ("proj_out.weight", "audio_proj_out.weight"):
+            # As large as in a trained model: the small initial heads would hide the effect of a LoRA below them.
+            tensor = 10 * tensor
+        tensors[prefix + name] = tensor.to(torch.bfloat16)
     return tensors
 
 
-def _video_vae_tensors(seed: int) -> dict[str, Tensor]:
+def video_vae_tensors(seed: int) -> dict[str, Tensor]:
+    """Random video VAE under its official names, with measured statistics, bfloat16."""
     layout = video_vae_layout(CONFIG["vae"])
     generator = torch.Generator().manual_seed(seed)
     vae = _random_codec(AutoencoderKLLTX2Video(**layout.arguments), generator)
@@ -128,7 +143,8 @@ def _video_vae_tensors(seed: int) -> dict[str, Tensor]:
     return tensors | statistics("vae.", latents.transpose(0, 1).flatten(1))
 
 
-def _audio_vae_tensors(seed: int) -> dict[str, Tensor]:
+def audio_vae_tensors(seed: int) -> dict[str, Tensor]:
+    """Random audio VAE under its official names, with measured statistics, bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     vae = _random_codec(AutoencoderKLLTX2Audio(**audio_vae_arguments(CONFIG["audio_vae"])), generator)
     tensors = {
@@ -144,7 +160,8 @@ def _audio_vae_tensors(seed: int) -> dict[str, Tensor]:
     return tensors | statistics("audio_vae.", latents.permute(1, 3, 0, 2).flatten(0, 1).flatten(1))
 
 
-def _vocoder_tensors(seed: int) -> dict[str, Tensor]:
+def vocoder_tensors(seed: int) -> dict[str, Tensor]:
+    """Random vocoder under its official names."""
     section = CONFIG["vocoder"]
     model = build_vocoder(section)
     _random_codec(model, torch.Generator().manual_seed(seed))
@@ -242,10 +259,9 @@ def statistics(prefix: str, values: Tensor) -> dict[str, Tensor]:
 
 def _write_text_encoder(folder: Path, seed: int) -> None:
     """Writes a tiny Gemma 3 language model and a byte tokenizer in the layout of transformers."""
-    vocabulary = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    ids = {token: index for index, token in enumerate(vocabulary)}
+    ids = _token_ids()
     config = Gemma3TextConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(ids),
         pad_token_id=ids["<pad>"],
         eos_token_id=ids["<eos>"],
         bos_token_id=ids["<bos>"],
@@ -266,19 +282,25 @@ def _write_text_encoder(folder: Path, seed: int) -> None:
         temporary = Path(parent) / folder.name
         config.save_pretrained(temporary)
         save_safetensors(temporary / "model.safetensors", model.to(torch.bfloat16).state_dict(), {"format": "pt"})
-        _byte_tokenizer(ids).save_pretrained(temporary)
+        byte_tokenizer().save_pretrained(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
 
 
-def _byte_tokenizer(ids: dict[str, int]) -> PreTrainedTokenizerFast:
+def _token_ids() -> dict[str, int]:
+    vocabulary = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return {token: index for index, token in enumerate(vocabulary)}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer with one token per UTF-8 byte after BOS: it needs no training text and accepts any script."""
+    ids = _token_ids()
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", ids["<bos>"])]
     )
-    names = {f"{token.strip('<>')}_token": token for token in _SPECIAL_TOKENS}
+    names = {f"{token.strip('<>')}_token": token for token in SPECIAL_TOKENS}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

@@ -104,7 +104,7 @@ def make_checkpoint(
     bank = torch.randn(_BANK, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     tensors = [
         ExportTensor(key, dims, torch.bfloat16, partial(_cut, bank, key, dims))
-        for key, dims in _official_shapes(config, connectors)
+        for key, dims in official_shapes(config, connectors)
     ]
     metadata = {"config": json.dumps(config)}
     if shape in VERSIONS:
@@ -117,7 +117,8 @@ def make_checkpoint(
     return size
 
 
-def _official_shapes(config: dict[str, Any], connectors: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def official_shapes(config: dict[str, Any], connectors: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a transformer in a file, and of its text connectors."""
     with torch.device("meta"):
         parts: list[tuple[Component, nn.Module]] = [(TRANSFORMER, LTXTransformer.from_config(config["transformer"]))]
         if connectors:

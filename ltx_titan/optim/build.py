@@ -95,7 +95,7 @@ def build_optimizers(
     if not named:
         raise ValueError("optimizer: no weight requires a gradient; check model.mode and lora.targets.")
     parts: list[Optimizer] = []
-    for group in _groups(named, settings):
+    for number, group in enumerate(_groups(named, settings)):
         if settings.name == "muon":
             matrices = [item for item in group if is_matrix(*item)]
             others = [item for item in group if not is_matrix(*item)]
@@ -104,7 +104,15 @@ def build_optimizers(
             if others:
                 parts.append(_adamw(others, settings, seed))
         elif settings.name == "adafactor":
-            parts.append(Adafactor(parameter_groups(group, settings), lr=settings.lr))
+            parts.append(
+                Adafactor(
+                    parameter_groups(group, settings),
+                    lr=settings.lr,
+                    stochastic_rounding=settings.stochastic_rounding,
+                    # One optimizer per weight would otherwise round all of them with the same numbers.
+                    seed=seed + number,
+                )
+            )
         else:
             parts.append(_adamw(group, settings, seed))
     if settings.offload_state:

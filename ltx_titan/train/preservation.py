@@ -27,10 +27,12 @@ class TrainedPass:
     Attributes:
         inputs: of the model.
         is_blank: whether captions are blank, so that the pass has no loss but that of preservation.
+        weights: factor on the loss of each sample [B], but not on that of preservation; None: all are 1.
     """
 
     inputs: ModelInputs
     is_blank: bool = False
+    weights: Tensor | None = None
 
 
 class Preservation:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch import nn
 
 from ltx_titan.build import export_model
 from ltx_titan.checkpoint import (
+    METRICS_KEY,
     BackgroundSaver,
     DamagedError,
+    KeepBest,
     TrainingState,
+    best_steps,
     complete_folders,
     first_not_finite,
     latest_complete,
@@ -21,9 +25,11 @@ from ltx_titan.checkpoint import (
     save_state,
     set_aside,
     state_tensors,
+    step_folder,
 )
 from ltx_titan.common.secrets import redacted_values
-from ltx_titan.config import job_changes, plain_job
+from ltx_titan.config import JobConfig, job_changes, plain_job
+from ltx_titan.config.errors import nearest
 from ltx_titan.data import DataPosition, resume_step
 from ltx_titan.lora import is_adapter
 from ltx_titan.metrics import StepGuard
@@ -66,10 +72,12 @@ class Saves:
         # With LoRA only the adapters: the frozen base is read from its own file.
         self._select = is_adapter if plan.job.model.mode == "lora" else save_everything
         self._keep_last = max(plan.job.checkpoint.keep_last, 0)
+        self._keep_best = _keep_best(plan.job)
+        self._has_warned = False
         self._blocked_s: float | None = None
         self._saver: BackgroundSaver | None = None
         if plan.job.checkpoint.enable and plan.job.checkpoint.background:
-            self._saver = BackgroundSaver(self.folder, keep_last=self._keep_last)
+            self._saver = BackgroundSaver(self.folder, keep_last=self._keep_last, keep_best=self._keep_best)
 
     def resume(self) -> tuple[int, int]:
         """Restores the newest complete checkpoint and checks that the disk has room for the next one.
@@ -125,8 +133,13 @@ class Saves:
         """Waits for the save in the background; returns whether it is complete, True without one."""
         return self._saver is None or self._saver.settle()
 
-    def save(self, step: int, next_batch: int) -> None:
+    def save(self, step: int, next_batch: int, metrics: Mapping[str, float | None]) -> None:
         """Saves unless `checkpoint.enable` is off, in the background if the job says so.
+
+        Args:
+            step: optimizer steps taken.
+            next_batch: number of the next global batch.
+            metrics: logged at this step; used on rank 0, which writes the trainer state.
 
         Raises:
             FloatingPointError: a tensor to be saved is not finite.
@@ -144,18 +157,32 @@ class Saves:
         }
         if self._guard is not None:
             trainer["guard"] = self._guard.state_dict()
+        if self._keep_best is not None and self._is_main:
+            trainer[METRICS_KEY] = self._compared(self._keep_best.metric, step, metrics)
         state = self._state(trainer)
         self._refuse_not_finite(state, step)
         started = time.perf_counter()
         if self._saver is not None:
             self._saver.save(step, state)
         else:
-            save_state(self.folder, step, state, keep_last=self._keep_last)
+            save_state(self.folder, step, state, keep_last=self._keep_last, keep_best=self._keep_best)
         # Every rank pauses here anyway: also collect the oldest generation, which the runs between steps skip.
         gc.collect()
         self._blocked_s = time.perf_counter() - started
         how = "is being written in the background" if self._saver is not None else "is saved"
         logger.info("checkpoint of step %d %s; training was blocked for %.1f s", step, how, self._blocked_s)
+
+    def best(self) -> tuple[Path, str] | None:
+        """The best checkpoint by `checkpoint.keep_best` and its value as text; None without one."""
+        if self._keep_best is None:
+            return None
+        for step, value in best_steps(self.folder, self._keep_best).items():
+            return step_folder(self.folder, step), f"{self._keep_best.metric} {value:.4f}"
+        logger.warning(
+            "checkpoint.keep_best.metric = %r was logged at the step of no checkpoint, so none was kept for it",
+            self._keep_best.metric,
+        )
+        return None
 
     def take_figures(self) -> dict[str, float]:
         """Seconds that the newest save blocked training, for the next log line; empty if there was none since."""
@@ -188,6 +215,22 @@ class Saves:
         except Exception as error:  # the run ends anyway, with an error that matters more
             logger.error("the checkpoint in progress failed: %s", error)
 
+    def _compared(self, metric: str, step: int, metrics: Mapping[str, float | None]) -> dict[str, float]:
+        """The metric that checkpoints are compared by, to be stored in this one; empty if it is not known."""
+        value = metrics.get(metric)
+        if value is not None:
+            return {metric: value}
+        if metric not in metrics and not self._has_warned:
+            self._has_warned = True
+            known = (name for name, figure in metrics.items() if figure is not None and name != "step")
+            logger.warning(
+                "checkpoint.keep_best.metric = %r is not logged at step %d, so its checkpoint is not compared; %s",
+                metric,
+                step,
+                nearest(metric, known),
+            )
+        return {}
+
     def _refuse_not_finite(self, state: TrainingState, step: int) -> None:
         """Raises FloatingPointError on every rank if a tensor to be written is NaN or infinite on any of them."""
         name = first_not_finite(state_tensors(state))
@@ -199,3 +242,8 @@ class Saves:
 
     def _state(self, trainer: dict[str, Any]) -> TrainingState:
         return TrainingState(self._model, self._optimizers, select=self._select, trainer=trainer)
+
+
+def _keep_best(job: JobConfig) -> KeepBest | None:
+    best = job.checkpoint.keep_best
+    return None if best.metric is None else KeepBest(best.metric, best.mode == "max", best.count)

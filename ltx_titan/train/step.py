@@ -84,6 +84,7 @@ class TrainStep:
         self._video_sampler, self._audio_sampler = sigma_sampler(job.sigma, "video"), sigma_sampler(job.sigma, "audio")
         self._objective = Objective.from_config(job.loss)
         self._preservation = Preservation(model, job.preservation) if job.preservation.parts else None
+        self._weights: dict[tuple[float, ...], Tensor] = {}
         groups = {name: group_of(name, job.optimizer.groups) for name, _ in model.named_parameters()}
         self._group_names = {name: group.name for name, group in groups.items() if group is not None}
         # Audio is replicated across cp and tp, so all ranks of such a group need the same dropout mask.
@@ -150,9 +151,12 @@ class TrainStep:
         # Samples of a micro-batch have the same conditions.
         strategy = self._plan.part_of(micro_batch.samples[0]).strategy
         inputs = strategy.prepare(batch, micro_batch.draws)
-        losses = self._train_on(TrainedPass(inputs))
+        losses = self._train_on(TrainedPass(inputs, weights=self._sample_weights(micro_batch.samples)))
         assert losses.streams is not None
         sums.add(losses.total, losses.streams, inputs, self._sample_share)
+        if sums.sources:
+            names = [self._plan.part_of(index).name for index in micro_batch.samples]
+            sums.add_sources(names, self._weigh(losses.streams), inputs)
         if losses.preservation is not None:
             # Its weighted value is in the total.
             sums.add_part("prior", losses.preservation, None, self._sample_share)
@@ -182,6 +186,8 @@ class TrainStep:
         if not work.is_blank:
             streams = flow_matching_loss(video, audio, inputs, self._objective)
             total = self._weigh(streams)
+            if work.weights is not None:
+                total = total * work.weights
         if towards_base is not None:
             difference = self._weigh(flow_matching_loss(video, audio, towards_base))
             total = weight * difference if total is None else total + weight * difference
@@ -192,6 +198,16 @@ class TrainStep:
             None if streams is None else streams.detach(),
             None if difference is None else difference.detach(),
         )
+
+    def _sample_weights(self, samples: tuple[int, ...]) -> Tensor | None:
+        """`loss_weight` of each sample's source [B]; None in a job where all are 1."""
+        if all(part.loss_weight == 1.0 for part in self._plan.parts):
+            return None
+        weights = tuple(self._plan.part_of(index).loss_weight for index in samples)
+        # Kept, because the host would wait for the device at each copy; a job has few combinations.
+        if weights not in self._weights:
+            self._weights[weights] = torch.tensor(weights, device=self._device)
+        return self._weights[weights]
 
     def _weigh(self, loss: Loss) -> Tensor:
         return weighted_loss(loss, self._job.loss.video_weight, self._job.loss.audio_weight)

@@ -159,7 +159,8 @@ class Trainer:
         self.watch.enter(self.step + 1, "loading")
         try:
             with loader, profiling as before_step:
-                sums = Sums(self.device, self.job.preservation.parts)
+                sources = [part.name for part in plan.parts if part.name]
+                sums = Sums(self.device, job.preservation.parts, sources)
                 if self.step == 0 and not job.validation.skip_initial_validation:
                     with clock.paused(), self._in_phase("validating", log):
                         log.show(self._validate(log), step=0)
@@ -174,8 +175,9 @@ class Trainer:
                     if self.skipped is not None and self.skipped.given_up is not None:
                         raise self.saves.not_finite(self.step, self.skipped.given_up)
                     garbage.after(self.step)
-                    validated = {}
-                    if _is_due(self.step, job.validation.interval):
+                    validated: dict[str, float] = {}
+                    validates = _is_due(self.step, job.validation.interval)
+                    if validates:
                         # Validation is no part of the step time, or the figure would depend on the interval.
                         with clock.paused(), self._in_phase("validating", log):
                             validated = self._validate(log)
@@ -186,18 +188,20 @@ class Trainer:
                     ends = is_last or stop is not None
                     # A failed save is tried again at once rather than an interval later.
                     saves = ends or save_failed or _is_due(self.step, job.checkpoint.interval)
-                    if saves or validated or _is_due(self.step, job.metrics.interval):
+                    # Decided by the job, since only rank 0 has scores of clips and all ranks reduce together.
+                    has_figures = validates and job.validation.has_figures
+                    if saves or has_figures or _is_due(self.step, job.metrics.interval):
                         # Before the save: it raises if the loss is not finite, so bad weights never replace good ones.
                         self._log(log, sums, grad_norms, clock.lap(), validated)
-                        sums = Sums(self.device, self.job.preservation.parts)
-                    if _is_due(self.step, job.validation.interval):
+                        sums = Sums(self.device, job.preservation.parts, sources)
+                    if validates:
                         with clock.paused(), log.paused("reporting"):
                             page.write(self.step)  # after the log, which it shows
                     if saves:
                         with clock.paused(), self._in_phase("saving", log):
-                            self.saves.save(self.step, self.next_batch)
+                            self.saves.save(self.step, self.next_batch, log.newest)
                             while ends and not self.saves.settle():
-                                self.saves.save(self.step, self.next_batch)
+                                self.saves.save(self.step, self.next_batch, log.newest)
                     if _is_due(self.step, job.checkpoint.export_interval) and not is_last:
                         with clock.paused(), self._in_phase("exporting", log):
                             self.saves.export(self.step)
@@ -235,6 +239,9 @@ class Trainer:
             # Without checkpoints the newest one is of an earlier step.
             newest = latest_complete(self.saves.folder) if job.checkpoint.enable else None
             files = {"checkpoint": newest, "export": export}
+            if job.checkpoint.enable and (best := self.saves.best()) is not None:
+                path, value = best
+                files[f"best checkpoint ({value})"] = path
             page.write(self.step, export)
             summarize_run(plan.folder, title=job.job.description or str(plan.folder), files=files)
 

@@ -23,6 +23,7 @@ from ltx_titan.config.validation import (
     ValidationSection,
 )
 from ltx_titan.diffusion import distilled_schedule
+from ltx_titan.validation.quality import quality_problems
 
 _STG_BLOCK = 28
 
@@ -59,10 +60,19 @@ def check_validation(
     """
     # All problems at once: finding them one by one would cost a start of the job each.
     problems = list(_section_problems(section, has_video, has_audio, num_blocks))
+    scale = 1.0
+    if section.upscaler is not None:
+        # Here, because it imports diffusers.
+        from ltx_titan.codecs import upscaler_scale
+
+        try:
+            scale = upscaler_scale(section.upscaler)
+        except (OSError, ValueError) as error:
+            problems.append(f"validation.upscaler: {error}")
     for index, sample in enumerate(section.samples):
         problems += [
             f"validation.samples[{index}]{problem}"
-            for problem in _sample_problems(section, sample, has_video, has_audio, scale_factors)
+            for problem in _sample_problems(section, sample, has_video, has_audio, scale_factors, scale)
         ]
     if problems:
         raise ValueError("\n".join(problems))
@@ -146,6 +156,7 @@ def _section_problems(section: ValidationSection, has_video: bool, has_audio: bo
             text_encoder_config(section.text_encoder_path)
         except ValueError as error:
             yield f"validation.text_encoder_path: {error}"
+    yield from quality_problems(section.quality)
     if section.held_out_root is not None and not Path(section.held_out_root).is_dir():
         yield f"validation.held_out_root is {section.held_out_root!r}, which is not a folder; correct the path."
     for name in ("video_vae_path", "audio_vae_path"):
@@ -160,6 +171,7 @@ def _sample_problems(
     has_video: bool,
     has_audio: bool,
     scale_factors: tuple[int, int, int],
+    scale: float,
 ) -> Iterator[str]:
     generated = generated_streams(section, sample, has_video, has_audio)
     if not generated:
@@ -170,6 +182,13 @@ def _sample_problems(
     except ValueError as error:
         # The remaining checks need a valid grid.
         yield f".video_dims: {error}"
+        return
+    rows, columns = scale_factors[1] * scale, scale_factors[2] * scale
+    if height % rows or width % columns:
+        yield (
+            f".video_dims: {width}x{height} pixels; validation.upscaler, which scales by {scale:g}, needs multiples of "
+            f"{columns:g}x{rows:g}."
+        )
         return
     has_stream = {"video": has_video, "audio": has_audio}
     for index, condition in enumerate(sample.conditions):
@@ -183,7 +202,9 @@ def _sample_problems(
         for path in _files(condition):
             if not Path(path).is_file():
                 yield f"{where}: {path!r} is not a file; correct the path."
-        for problem in _size_problems(condition, grid, (width, height, frames), scale_factors):
+        # The smaller size of the first stage is what may not divide.
+        coarse = int(width / scale), int(height / scale), frames
+        for problem in _size_problems(condition, grid, coarse, scale_factors):
             yield f"{where}: {problem}"
 
 

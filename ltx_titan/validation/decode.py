@@ -3,7 +3,8 @@
 A clip with frames becomes an mp4, with its audio if it has any; a single frame a png; audio alone a wav.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,12 +23,8 @@ from ltx_titan.codecs import (
 )
 from ltx_titan.common.files import atomic_write
 from ltx_titan.media import Audio, to_uint8, write_video, write_wav
+from ltx_titan.validation.room import TILES, fitting_tiles, memory_left, with_tiles
 from ltx_titan.validation.sampling import SampledLatents
-
-# Tiles of the released pipelines: 768 pixels per side with an overlap of 64, and 81 frames (11 latent frames) with an
-# overlap of 24, that is a stride of 7 latent frames.
-_TILE_SIZE, _TILE_STRIDE = 768, 704
-_TIME_TILES = (11, 7)
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,17 @@ class DecodedSample:
     audio: Audio | None
 
 
+def codec_dtype(device: str | torch.device) -> torch.dtype:
+    """Dtype of video codecs: CPUs compute faster in float32; on a GPU bfloat16, as in preparation."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 def load_decoders(
-    video_path: str | Path | None, audio_path: str | Path | None, device: str | torch.device, tiling: bool = True
+    video_path: str | Path | None,
+    audio_path: str | Path | None,
+    device: str | torch.device,
+    tiling: bool = True,
+    shapes: Sequence[torch.Size] = (),
 ) -> Decoders:
     """Loads the decoders: bfloat16 on a GPU, float32 on a CPU; the audio decoders always in float32.
 
@@ -57,20 +63,13 @@ def load_decoders(
         audio_path: file with the audio VAE and the vocoder; None loads no audio decoder.
         device: device of the decoders.
         tiling: decode video in overlapping tiles.
+        shapes: of the video latents that will be decoded; tiles are then chosen for the memory that is left.
     """
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     video = audio = vocoder = None
     if video_path is not None:
-        video = load_video_codec(video_path, device, dtype, part="decoder")
+        video = load_video_codec(video_path, device, codec_dtype(device), part="decoder")
         if tiling:
-            video.vae.enable_tiling(
-                tile_sample_min_height=_TILE_SIZE,
-                tile_sample_min_width=_TILE_SIZE,
-                tile_sample_stride_height=_TILE_STRIDE,
-                tile_sample_stride_width=_TILE_STRIDE,
-            )
-            # Own tiles in time: those of diffusers are off by one frame after the first seam, see `VideoCodec`.
-            video = replace(video, time_tiles=_TIME_TILES)
+            video = with_tiles(video, fitting_tiles(video, shapes, memory_left(device)) if shapes else TILES[0])
     if audio_path is not None:
         audio = load_audio_codec(audio_path, device, part="decoder")
         vocoder = load_vocoder(audio_path, device)

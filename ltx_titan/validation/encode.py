@@ -78,6 +78,10 @@ class ClipShape:
         """Seconds."""
         return self.frames / self.fps
 
+    def scaled_down(self, scale: float) -> "ClipShape":
+        """The shape with `scale` times fewer rows and columns, a whole number of each."""
+        return ClipShape(int(self.width / scale), int(self.height / scale), self.frames, self.fps)
+
 
 @dataclass(frozen=True)
 class Encoders:
@@ -155,6 +159,17 @@ def encode_sample(
         if isinstance(condition, SampleReference) and condition.include_in_output:
             reference_frames, temporal_scale = to_uint8(pixels), condition.temporal_scale_factor
     return EncodedSample(starts.get("video"), starts.get("audio"), reference_frames, temporal_scale)
+
+
+def scaled_down(sample: ValidationSample, scale: float) -> ValidationSample:
+    """The sample with its regions in the pixels of a clip that is `scale` times smaller."""
+    conditions = []
+    for condition in sample.conditions:
+        if isinstance(condition, SampleSpatialCrop):
+            region = tuple(round(edge / scale) for edge in condition.spatial_region)
+            condition = condition.model_copy(update={"spatial_region": region})
+        conditions.append(condition)
+    return sample.model_copy(update={"conditions": tuple(conditions)})
 
 
 def _with_video(

@@ -10,7 +10,7 @@ gathers the previews of all groups.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from ltx_titan.codecs import load_audio_codec, load_video_codec
+from ltx_titan.codecs import load_audio_codec, load_upscaler, load_video_codec, upscaler_scale
 from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.config.validation import ValidationSample, ValidationSection
 from ltx_titan.diffusion import StepReport
@@ -28,15 +28,24 @@ from ltx_titan.validation.check import check_validation, generated_streams, with
 from ltx_titan.validation.decode import (
     DecodedSample,
     Decoders,
+    codec_dtype,
     decode_sample,
     load_decoders,
     side_by_side,
     write_sample,
 )
-from ltx_titan.validation.encode import ClipShape, EncodedSample, Encoders, encode_sample, needed_encoders
+from ltx_titan.validation.encode import (
+    ClipShape,
+    EncodedSample,
+    Encoders,
+    encode_sample,
+    needed_encoders,
+    scaled_down,
+)
 from ltx_titan.validation.offload import offloaded
 from ltx_titan.validation.preview import Preview, make_preview, wandb_media, write_contact_sheet, write_preview
 from ltx_titan.validation.prompts import PromptContext, default_negative_prompt, prompt_contexts
+from ltx_titan.validation.quality import QualityClip, score_clips
 from ltx_titan.validation.sampling import (
     Contexts,
     PreparedSample,
@@ -46,7 +55,7 @@ from ltx_titan.validation.sampling import (
     reshard,
     sample_all,
 )
-from ltx_titan.weights import scale_factors
+from ltx_titan.weights import fused_loras, scale_factors
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -64,12 +73,13 @@ class CodecFiles:
 
 @dataclass(frozen=True)
 class SampledFile:
-    """One finished sample: its index in the job, its prompt, its file and its preview."""
+    """One finished sample: its index in the job, its prompt, its file, its preview and its scores by metric."""
 
     index: int
     prompt: str
     path: Path
     preview: Preview
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tag(self) -> str:
@@ -178,6 +188,10 @@ class Validation:
                 # Weights that FSDP2 gathered for the last forward would shadow the averaged ones.
                 reshard(model)
                 stack.enter_context(averaged_weights())
+            if self.section.loras:
+                reshard(model)  # as above
+                loras = [(lora.path, lora.strength) for lora in self.section.loras]
+                stack.enter_context(fused_loras(model, loras))
             latents = self.sample(model, on_step)
             # Within the stack: decoders use the memory of the optimizer state as well.
             written = self.write(latents, folder) if self.groups.is_first else []
@@ -197,10 +211,19 @@ class Validation:
         self, model: nn.Module, on_step: Callable[[StepReport], None] | None = None
     ) -> dict[int, SampledLatents]:
         """Samples this rank's share; returns latents by sample index. A collective call."""
-        return sample_all(model, self.samples, self.section, self.device, self.groups, self._announce, on_step)
+        upsampler = None
+        if self.section.upscaler is not None:
+            # On every rank: those of a group sample the same clip. Loaded for each validation, as decoders are.
+            upsampler = load_upscaler(self.section.upscaler, self.files.video, self.device, codec_dtype(self.device))
+        found = sample_all(
+            model, self.samples, self.section, self.device, self.groups, self._announce, on_step, upsampler
+        )
+        del upsampler
+        free_device_memory()
+        return found
 
     def write(self, latents: Mapping[int, SampledLatents], folder: str | Path) -> list[SampledFile]:
-        """Decodes samples and writes their files; decoders are loaded for it and freed."""
+        """Decodes samples, writes their files and scores them; decoders are loaded for it and freed."""
         if not latents:
             return []
         decoders = load_decoders(
@@ -209,16 +232,29 @@ class Validation:
             self.files.audio if any(found.audio is not None for found in latents.values()) else None,
             self.device,
             self.section.vae_tiling,
+            [found.video.shape for found in latents.values() if found.video is not None],
         )
-        written = [self._write_one(index, found, decoders, folder) for index, found in latents.items()]
+        written, clips = [], []
+        for index, found in latents.items():
+            file, decoded = self._write_one(index, found, decoders, folder)
+            written.append(file)
+            # Samples of a dataset have a title and no prompt.
+            if self.section.quality.metrics and index < len(self.section.samples):
+                clips.append(QualityClip.from_decoded(index, self.titles[index], decoded, self.section.quality))
         del decoders
         free_device_memory()
-        return written
+        if not clips:
+            return written
+        scores = score_clips(self.section.quality, clips, self.device)
+        return [replace(file, scores=scores.get(file.index, {})) for file in written]
 
-    def _write_one(self, index: int, latents: SampledLatents, decoders: Decoders, folder: str | Path) -> SampledFile:
+    def _write_one(
+        self, index: int, latents: SampledLatents, decoders: Decoders, folder: str | Path
+    ) -> tuple[SampledFile, DecodedSample]:
+        """Writes a sample; returns its file, and what was generated without the reference beside it."""
         sample, shape, encoded = self.samples[index], self.shapes[index], self.encoded[index]
         assert sample is not None and encoded is not None, f"sample {index} was sampled by another group"
-        decoded = decode_sample(latents, decoders, sample.seed)
+        decoded = generated = decode_sample(latents, decoders, sample.seed)
         reference = encoded.reference_frames
         if encoded.reference_latents is not None:
             reference = decode_sample(SampledLatents(encoded.reference_latents, None), decoders, sample.seed).frames
@@ -226,7 +262,7 @@ class Validation:
             frames = side_by_side(reference, decoded.frames, encoded.reference_temporal_scale)
             decoded = DecodedSample(frames, decoded.audio)
         path = write_sample(folder, f"sample-{index + 1:02d}", decoded, shape.fps)
-        return SampledFile(index, self.titles[index], path, make_preview(decoded, shape.fps))
+        return SampledFile(index, self.titles[index], path, make_preview(decoded, shape.fps)), generated
 
     def _announce(self, index: int) -> None:
         logger.info("sampling %d of %d: %s", index + 1, len(self.samples), self.titles[index])
@@ -279,10 +315,8 @@ def prepare_validation(
     # Conditions are encoded only by the group that samples them: they can be large, and groups may be many.
     own = {index: section.samples[index] for index in range(groups.rank, len(section.samples), groups.size)}
     wants_video, wants_audio = needed_encoders(tuple(own.values()))
-    # CPUs compute faster in float32; on a GPU bfloat16, as in preparation.
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     encoders = Encoders(
-        load_video_codec(files.video, device, dtype, part="encoder") if wants_video else None,
+        load_video_codec(files.video, device, codec_dtype(device), part="encoder") if wants_video else None,
         load_audio_codec(files.audio, device, part="encoder") if wants_audio else None,
         factors,
         architecture.keyframe_embedding,
@@ -293,8 +327,16 @@ def prepare_validation(
     for index, sample in own.items():
         streams = _streams(section, sample, has_video, has_audio)
         start = encoded[index] = encode_sample(sample, shapes[index], streams, encoders)
+        coarse = None
+        if section.upscaler is not None and start.video is not None:
+            scale = upscaler_scale(section.upscaler)
+            coarse = encode_sample(scaled_down(sample, scale), shapes[index].scaled_down(scale), streams, encoders)
         samples[index] = PreparedSample(
-            start.video, start.audio, _contexts_of(section, sample, known), section.seed_of(sample)
+            start.video,
+            start.audio,
+            _contexts_of(section, sample, known),
+            section.seed_of(sample),
+            None if coarse is None else coarse.video,
         )
     # Freed here: in training the model is loaded next and needs the memory.
     del encoders

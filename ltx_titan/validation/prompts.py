@@ -12,14 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltx_titan.codecs import load_feature_extractor, load_text_encoder
+from ltx_titan.codecs import encode_by_layers, load_feature_extractor, load_text_encoder
 from ltx_titan.common.files import atomic_write
+from ltx_titan.common.hardware import GIB
 from ltx_titan.common.ranks import is_distributed, is_main_rank
 from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.conditioning import to_contexts
+from ltx_titan.validation.room import memory_left
 from ltx_titan.weights import load_text_connectors
 
 logger = logging.getLogger(__name__)
+
+# Memory that the states of all layers and their projection need: 3 GB and 2.3 GB of the released models.
+_BESIDE_ENCODER = 6 * GIB
 
 PromptContext = tuple[Tensor, Tensor]
 """Context of the video stream and of the audio stream [1, T, D], on the host."""
@@ -96,8 +101,17 @@ def _encode(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> dict[str, PromptContext]:
-    """Runs the encoder, frees it, then runs the connectors: 24 GB and 4 GB of the released models."""
-    text_encoder = load_text_encoder(text_encoder_path, device, dtype)
+    """Runs the encoder, frees it, then runs the connectors: 24 GB and 4 GB of the released models.
+
+    On a GPU that cannot hold the encoder, each of its layers is copied there while it runs.
+    """
+    text_encoder = load_text_encoder(text_encoder_path, "cpu", dtype)
+    size = sum(parameter.nbytes for parameter in text_encoder.model.parameters())
+    if size + _BESIDE_ENCODER > memory_left(device):
+        logger.info("text encoder: %.1f GiB do not fit, copied layer by layer", size / GIB)
+        text_encoder = encode_by_layers(text_encoder, device)
+    else:
+        text_encoder.model.to(device)
     extractor = load_feature_extractor(checkpoint_path, text_encoder, device, dtype)
     features = {}
     for prompt in prompts:
@@ -110,6 +124,7 @@ def _encode(
             "prompt_attention_mask": mask,
         }
     del text_encoder, extractor
+    free_device_memory()
     connectors = load_text_connectors(checkpoint_path, device, dtype)
     # Contexts are stored without a mask, so padding would be attended to.
     if not connectors.fills_padding:

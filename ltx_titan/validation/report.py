@@ -199,18 +199,23 @@ def _figure(clip: _Clip, folder: Path, *, is_embedded: bool) -> str:
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> str:
-    charts = {
+    charts: dict[str, tuple[tuple[str, str], ...]] = {
         "Loss": (("loss", "total"), ("loss_video", "video"), ("loss_audio", "audio")),
         "Held-out loss": (("held_out/total", "total"), ("held_out/video", "video"), ("held_out/audio", "audio")),
+        "Similarity of clips and prompts": (("quality/text_video", "video"), ("quality/text_audio", "audio")),
         "Learning rate": (("lr", "learning rate"),),
         "Gradient norm": (("grad_norm", "before clipping"),),
         "Seconds per step": (("step_time_s", "seconds"),),
         "Peak memory, GiB": (("peak_mem_gib", "GiB"),),
     }
+    keys_of_sources = dict.fromkeys(
+        key for record in records for key in record if key.startswith("data/") and key.endswith("/loss")
+    )
+    charts["Loss by source"] = tuple((key, key.split("/")[1]) for key in keys_of_sources)
     cards = []
     for name, keys in charts.items():
         curves = [Curve(label, _points(records, key)) for key, label in keys]
-        chart = line_chart(name, curves, is_smoothed=name in ("Loss", "Gradient norm"))
+        chart = line_chart(name, curves, is_smoothed=name in ("Loss", "Loss by source", "Gradient norm"))
         if chart:
             cards.append(f'<div class="card"><h3>{name}</h3>{chart}</div>')
     if not cards:

@@ -7,7 +7,7 @@ placeholder tokens. Only the block that is computed is gathered, never the whole
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from ltx_titan.diffusion import (
     sample,
     sigma_schedule,
 )
+from ltx_titan.diffusion.sampler import Stepper
+from ltx_titan.diffusion.schedule import DISTILLED_REFINE_SIGMAS
 from ltx_titan.model import LTXTransformer, Modality
 from ltx_titan.validation.start import begin, target_latents
 
@@ -69,12 +71,14 @@ class PreparedSample:
         audio: start of the audio stream, None without one.
         contexts: text.
         seed: of the noise.
+        coarse_video: start of the video at the size of the first of two stages; None samples in one.
     """
 
     video: StreamTokens | None
     audio: StreamTokens | None
     contexts: Contexts
     seed: int
+    coarse_video: StreamTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,13 @@ def schedule_of(section: ValidationSection) -> Tensor:
     return sigma_schedule(None, section.inference_steps or _DEFAULT_STEPS)
 
 
+def count_steps(section: ValidationSection, samples: Sequence[PreparedSample | None]) -> int:
+    """Sampling steps of the samples that are not None, in both stages."""
+    own = [sample for sample in samples if sample is not None]
+    first, second = len(schedule_of(section)) - 1, len(DISTILLED_REFINE_SIGMAS) - 1
+    return sum(first + (second if sample.coarse_video is not None else 0) for sample in own)
+
+
 def passes_at_once(video: SampledStream | None, audio: SampledStream | None, tokens_at_once: int) -> int:
     """Number of guidance passes that are batched into one forward: at least one, at most `tokens_at_once` tokens."""
     tokens = sum(stream.latent.shape[1] for stream in (video, audio) if stream is not None)
@@ -126,8 +137,12 @@ def sample_all(
     groups: SampleGroups | None = None,
     on_sample: Callable[[int], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
+    upsample: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[int, SampledLatents]:
     """Samples this rank's share: indices `rank`, `rank + size`, and so on. A collective call.
+
+    With `upsample`, a sample with a coarse start is sampled at that size, upscaled and refined at its own. Both streams
+    begin the second stage at the first sigma of `distilled_schedule(refine=True)`, as in the released pipelines.
 
     All noise comes from CPU generators seeded per sample, so that it is equal on all ranks, meshes and devices.
 
@@ -139,31 +154,46 @@ def sample_all(
         groups: distribution over data-parallel groups; None for a single process.
         on_sample: called with the index of a sample before it is sampled, for a log line.
         on_step: called after each step of each sample, for a progress bar.
+        upsample: upscales latents [1, C, F, H, W] between two stages; None samples in one. The same on every rank.
 
     Returns:
         Latents of this rank's samples by index.
     """
     groups = groups or SampleGroups()
-    sigmas = schedule_of(section)
+    stages = [_Stage(schedule_of(section), section.stepper)]
+    if upsample is not None:
+        # Ancestral noise belongs to the first stage alone.
+        stages.append(_Stage(distilled_schedule(refine=True), "euler"))
     found: dict[int, SampledLatents] = {}
     with evaluating(model):
         # Round-robin, in rounds: within one, all groups start and end their forwards together.
         for first in range(0, len(samples), groups.size):
             index = first + groups.rank
-            run = None
+            prepared, generator = None, torch.Generator()
             if index < len(samples):
                 prepared = samples[index]
                 assert prepared is not None, f"sample {index} belongs to group {groups.rank}, which did not prepare it"
-                run = _start_run(prepared, section, sigmas, device)
-            forwards = 0 if run is None else run.forwards(len(sigmas) - 1)
-            # Agreed before the first forward: a group that is done could not answer while others need its shards.
-            missing = _most_forwards(forwards, groups, device) - forwards
-            if run is not None:
+                # It also draws the noise of ancestral steps and of the second stage: one seed fixes the whole clip.
+                generator.manual_seed(prepared.seed)
                 if on_sample is not None:
                     on_sample(index)
-                found[index] = _finish_run(run, model, section, sigmas, on_step)
-            # After its own sample, and also without one: the other groups count on these forwards.
-            _run_dummy_forwards(model, missing, device)
+            for number, stage in enumerate(stages):
+                run, result = None, found.get(index)
+                if prepared is not None and number == 0:
+                    is_coarse = upsample is not None and prepared.coarse_video is not None
+                    video = prepared.coarse_video if is_coarse else prepared.video
+                    run = _start_run(prepared, video, section, stage, generator, device)
+                elif prepared is not None and prepared.coarse_video is not None:
+                    assert upsample is not None and result is not None and result.video is not None
+                    result = replace(result, video=upsample(result.video.to(device)))
+                    run = _start_run(prepared, prepared.video, section, stage, generator, device, result)
+                forwards = 0 if run is None else run.forwards(len(stage.sigmas) - 1)
+                # Agreed before the first forward: a group that is done could not answer while others need its shards.
+                missing = _most_forwards(forwards, groups, device) - forwards
+                if run is not None:
+                    found[index] = _finish_run(run, model, stage, generator, on_step)
+                # After its own sample, and also without one: the other groups count on these forwards.
+                _run_dummy_forwards(model, missing, device)
     return found
 
 
@@ -212,13 +242,21 @@ def placeholder_inputs(model: LTXTransformer, device: torch.device | str) -> tup
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A sample at the first sigma of the schedule."""
+class _Stage:
+    """A run of the sampler: its sigmas [steps + 1] and how it steps."""
 
-    prepared: PreparedSample
+    sigmas: Tensor
+    stepper: Stepper
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A sample at the first sigma of a stage: starts of both streams, and their states."""
+
+    video_start: StreamTokens | None
+    audio_start: StreamTokens | None
     video: SampledStream | None
     audio: SampledStream | None
-    generator: torch.Generator
     passes_at_once: int
 
     def forwards(self, steps: int) -> int:
@@ -226,47 +264,61 @@ class _Run:
 
 
 def _start_run(
-    prepared: PreparedSample, section: ValidationSection, sigmas: Tensor, device: torch.device | str
+    prepared: PreparedSample,
+    video_start: StreamTokens | None,
+    section: ValidationSection,
+    stage: _Stage,
+    generator: torch.Generator,
+    device: torch.device | str,
+    result: SampledLatents | None = None,
 ) -> _Run:
     """Moves both streams to the device and adds noise; the video's noise is drawn first."""
-    generator = torch.Generator().manual_seed(prepared.seed)
+    starts = {"video": video_start, "audio": prepared.audio}
     guidance = dict(zip(("video", "audio"), guidance_of(section), strict=True))
     streams: dict[str, SampledStream | None] = {}
     for name in ("video", "audio"):
-        start, context = getattr(prepared, name), getattr(prepared.contexts, name)
+        start, context = starts[name], getattr(prepared.contexts, name)
         negative = getattr(prepared.contexts, f"negative_{name}")
         assert start is None or context is not None, f"{name} has no text"
         streams[name] = (
             None
             if start is None
-            else begin(start, context, negative, guidance[name], generator, float(sigmas[0]), device)
+            else begin(
+                start,
+                context,
+                negative,
+                guidance[name],
+                generator,
+                float(stage.sigmas[0]),
+                device,
+                None if result is None else getattr(result, name),
+            )
         )
     at_once = passes_at_once(streams["video"], streams["audio"], section.tokens_at_once)
-    return _Run(prepared, streams["video"], streams["audio"], generator, at_once)
+    return _Run(video_start, prepared.audio, streams["video"], streams["audio"], at_once)
 
 
 def _finish_run(
     run: _Run,
     model: nn.Module,
-    section: ValidationSection,
-    sigmas: Tensor,
+    stage: _Stage,
+    generator: torch.Generator,
     on_step: Callable[[StepReport], None] | None,
 ) -> SampledLatents:
     video, audio = sample(
         model,
         run.video,
         run.audio,
-        sigmas,
-        stepper=section.stepper,
-        # The generator of the initial noise also draws that of ancestral steps: one seed fixes the whole clip.
-        generator=run.generator,
+        stage.sigmas,
+        stepper=stage.stepper,
+        generator=generator,
         passes_at_once=run.passes_at_once,
         on_step=on_step,
     )
     return SampledLatents(
         # Frozen streams as well: they are decoded and shown with the generated one.
-        _target(video, run.prepared.video, "video"),
-        _target(audio, run.prepared.audio, "audio"),
+        _target(video, run.video_start, "video"),
+        _target(audio, run.audio_start, "audio"),
     )
 
 

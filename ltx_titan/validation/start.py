@@ -165,6 +165,7 @@ def begin(
     generator: torch.Generator,
     sigma: float,
     device: torch.device | str,
+    result: Tensor | None = None,
 ) -> SampledStream:
     """Adds noise, text and guidance: the state of a stream before the first step.
 
@@ -176,6 +177,8 @@ def begin(
         generator: source of the noise, drawn on its device for the target's tokens alone: a reference changes no noise.
         sigma: first sigma of the schedule.
         device: device of the run.
+        result: latents of an earlier run to refine [1, C, F, H, W] or [1, 8, T, 16], of the target's sizes; None starts
+            from noise alone.
     """
     target = tokens.target
     clean_mask = tokens.clean_mask
@@ -193,9 +196,11 @@ def begin(
     noise = tokens.extend(noise.to(target.tokens.device), 0).to(device)
     marker = tokens.keyframes_mask
     coordinates = tokens.coordinates
+    start = torch.zeros_like(clean)
+    if result is not None:
+        start = tokens.extend(_patchify(result)[0].to(target.tokens.device), 0).to(device)
     return SampledStream(
-        # Zeros as the starting result: a run that refines an earlier one would pass that instead.
-        latent=initial_latent(torch.zeros_like(clean), clean, noise, denoise_mask, sigma),
+        latent=initial_latent(start, clean, noise, denoise_mask, sigma),
         clean=clean,
         denoise_mask=denoise_mask,
         positions=coordinates.positions.to(device),

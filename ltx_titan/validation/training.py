@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,10 +22,12 @@ from ltx_titan.optim import EMA, Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.parallelize import allow_graphs
-from ltx_titan.plan import Dataset, Plan
+from ltx_titan.plan import Dataset, Plan, build_transformer
 from ltx_titan.validation.check import check_validation, with_schedule
 from ltx_titan.validation.held_out import as_batch, held_out_losses
-from ltx_titan.validation.sampling import SampleGroups, guidance_of, schedule_of
+from ltx_titan.validation.quality import mean_scores
+from ltx_titan.validation.sampling import SampleGroups, count_steps, guidance_of
+from ltx_titan.weights import check_fusion
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -131,7 +134,7 @@ class TrainingValidation:
         ema: EMA | None,
         optimizers: Optimizers,
     ) -> dict[str, float]:
-        """Samples clips and computes held-out losses; every rank calls it.
+        """Samples clips, scores them and computes held-out losses; every rank calls it.
 
         Args:
             step: optimizer steps taken.
@@ -143,17 +146,17 @@ class TrainingValidation:
             optimizers: their state is moved to the host during sampling if the job offloads it.
 
         Returns:
-            Held-out losses by TensorBoard tag.
+            Held-out losses by TensorBoard tag, and on rank 0 the means of the clips' scores.
         """
         started = time.perf_counter()
+        figures: dict[str, float] = {}
         folder = self.plan.folder / "samples" / f"step-{step}"
         if self.sampler is not None:
             if len(self.sampler.titles) < len(self.prompts):
                 # At the first validation, because the connectors are loaded after the model.
                 self.sampler = self.sampler.with_dataset_samples(self._read_dataset_samples(connectors))
-            own = sum(sample is not None for sample in self.sampler.samples)
-            progress = ProgressLog("sampling", own * (len(schedule_of(self.section)) - 1), "steps")
-            self.sampler.run(
+            progress = ProgressLog("sampling", count_steps(self.section, self.sampler.samples), "steps")
+            files = self.sampler.run(
                 model,
                 folder,
                 step,
@@ -163,14 +166,15 @@ class TrainingValidation:
                 optimizers=optimizers.parts,
                 on_step=lambda _: progress.advance(),
             )
-        losses = {}
+            if dist.get_rank() == 0:  # other ranks have the scores of their own clips only
+                figures |= mean_scores([file.scores for file in files])
         if self.held_out is not None:
-            losses = self._held_out_losses(self.held_out, model, connectors)
+            figures |= self._held_out_losses(self.held_out, model, connectors)
         where = f", clips in {folder}" if self.sampler is not None else ""
         # Without the losses of single sigmas: those are in TensorBoard.
-        figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if "sigma" not in name)
-        logger.info("validation after step %d: %.1f s%s%s", step, time.perf_counter() - started, figures, where)
-        return losses
+        shown = "".join(f", {name} {value:.4f}" for name, value in figures.items() if "sigma" not in name)
+        logger.info("validation after step %d: %.1f s%s%s", step, time.perf_counter() - started, shown, where)
+        return figures
 
     @contextmanager
     def _averaged(self, ema: EMA, model: nn.Module) -> Iterator[None]:
@@ -231,6 +235,13 @@ def check_validation_files(plan: Plan) -> None:
             f"validation.dataset_samples = {section.dataset_samples}: expected a source with all streams of the job, "
             "found none; set validation.held_out_root to a dataset with them, or remove it."
         )
+    if section.loras:
+        transformer = build_transformer(plan.source, plan.modalities)
+        for number, lora in enumerate(section.loras):
+            try:
+                check_fusion(transformer, lora.path)
+            except ValueError as error:
+                raise ValueError(f"validation.loras[{number}].path: {error}") from error
     if section.held_out_root is not None:
         # Opened and dropped: a missing folder should be an error before any GPU is touched.
         try:

@@ -21,11 +21,11 @@ from ltx_titan.weights.lora_files import (
     check_lora,
     export_lora,
     export_merged,
-    fuse_lora,
     load_lora,
     merged_weight,
     reference_metadata,
 )
+from ltx_titan.weights.lora_fusion import check_fusion, fuse_lora, fused_loras
 from ltx_titan.weights.lora_header import LoRAFacts, job_digest, lora_header, model_generation
 from ltx_titan.weights.lora_svd import Approximation, extract_lora, resize_lora, update_norm
 from ltx_titan.weights.metadata import (
@@ -70,6 +70,7 @@ __all__ = [
     "build_connectors",
     "check_contents",
     "check_fits",
+    "check_fusion",
     "check_layers",
     "check_lora",
     "complete_export",
@@ -80,6 +81,7 @@ __all__ = [
     "extract_lora",
     "find_connectors",
     "fuse_lora",
+    "fused_loras",
     "is_adapter",
     "job_digest",
     "load_lora",

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ltx_titan.common.ranks import is_main_rank
@@ -151,36 +151,6 @@ def _match_weights(
     keys |= {name + UP: layer.up_key for name, layer in layers.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     return match_weights(read_metadata(path), shapes, Component.from_keys("adapter", keys))
-
-
-@torch.no_grad()
-def fuse_lora(model: nn.Module, path: str | Path, strength: float = 1.0) -> int:
-    """Adds a LoRA file to plain weights in place, for sampling: W <- W + strength B A.
-
-    Args:
-        model: the transformer, not sharded.
-        path: a LoRA file in any form that `lora_formats.py` reads.
-        strength: factor on its change.
-
-    Returns:
-        Number of layers that were changed.
-
-    Raises:
-        ValueError: the file cannot be read, or one of its layers has no counterpart of its shape in the model; nothing
-            is changed then.
-    """
-    weights = dict(model.named_parameters())
-    # Adapters are of linear layers, so biases, norms and tables are not candidates.
-    shapes = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights.items() if weight.ndim == 2}
-    layers = read_lora_layers(path, shapes)
-    check_layers(path, layers, shapes, complete=False)
-    with safe_open(path, framework="pt") as file:
-        for name, layer in layers.items():
-            weight = weights[f"{name}.weight"]
-            lora_a, lora_b = (file.get_tensor(key).to(weight.device) for key in (layer.down_key, layer.up_key))
-            # One rounding to the dtype of the weight, in `copy_`.
-            weight.copy_(merged_weight(weight, LoRAWeights(lora_a, lora_b, strength * layer.scale)))
-    return len(layers)
 
 
 def export_merged(

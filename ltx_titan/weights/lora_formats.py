@@ -39,8 +39,8 @@ _DIFFUSERS_CONFIG = "lora_adapter_metadata"
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
-    "hada_w1": "LoHa",
-    "lokr_w": "LoKr",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
     "lora_mid": "a LoRA of convolutions",
 }
 

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch.optim import SGD, AdamW
 
 from ltx_titan.checkpoint import (
     BackgroundSaver,
+    KeepBest,
     TrainingState,
+    best_steps,
     latest_complete,
     load_state,
     read_trainer_state,
@@ -234,6 +237,17 @@ def test_retention(tmp_path, one_rank, keep_last, kept):
     for step in (1, 2, 3, 4):
         save_state(tmp_path, step, state, keep_last=keep_last)
     assert saved_steps(tmp_path) == kept
+
+
+@pytest.mark.parametrize(("higher", "count", "kept"), [(True, 1, [1, 5]), (False, 2, [2, 4, 5])])
+def test_the_best_checkpoints_are_kept_besides_the_newest(tmp_path, one_rank, higher, count, kept):
+    keep_best = KeepBest("held_out/total", higher, count)
+    # Step 3 has no value and step 5 none that is finite; those of steps 2 and 4 are equal, and the earlier is better.
+    for step, value in enumerate((3.0, 1.0, None, 1.0, math.inf), start=1):
+        metrics = {} if value is None else {"held_out/total": value}
+        save_state(tmp_path, step, job(metrics=metrics), keep_last=1, keep_best=keep_best)
+    assert saved_steps(tmp_path) == kept
+    assert list(best_steps(tmp_path, keep_best)) == [step for step in kept if step < 5]
 
 
 def test_retention_does_not_count_a_damaged_checkpoint(tmp_path, one_rank):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Gemma3Config, Gemma3Model, SiglipVisionConfig
 
-from ltx_titan.codecs import load_feature_extractor, load_text_encoder
+from ltx_titan.codecs import encode_by_layers, load_feature_extractor, load_text_encoder
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,25 @@ def test_states_equal_those_of_a_fully_padded_run(encoder):
     embeddings = encoder.model.embed_tokens.weight[ids] * 64**0.5
     torch.testing.assert_close(states[0, -len(ids) :, :, 0], embeddings, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(states[0, -len(ids) :, :, -1], output.last_hidden_state[0, -len(ids) :])
+
+
+def test_one_layer_at_a_time_is_on_the_device(nano, encoder):
+    by_layers = encode_by_layers(load_text_encoder(nano.parent / "text_encoder", dtype=torch.float32), "cpu")
+    layers = by_layers.model.layers
+    host = [layer.mlp.up_proj.weight.data_ptr() for layer in layers]
+    copied = []
+    for layer in layers:
+        layer.mlp.register_forward_hook(
+            lambda *_: copied.append(
+                [layer.mlp.up_proj.weight.data_ptr() != at for layer, at in zip(layers, host, strict=True)]
+            )
+        )
+    states, mask = by_layers.encode(["a rabbit"])
+    assert copied == [[i == j for i in range(len(layers))] for j in range(len(layers))]
+    assert [layer.mlp.up_proj.weight.data_ptr() for layer in layers] == host
+    expected = encoder.encode(["a rabbit"])
+    assert torch.equal(states, expected[0])
+    assert torch.equal(mask, expected[1])
 
 
 def test_language_model_of_a_multimodal_folder(encoder, tmp_path):

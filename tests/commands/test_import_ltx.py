@@ -216,6 +216,7 @@ def test_targets_on_an_absent_stream_are_skipped_with_a_note():
     [
         ("optimisation: {steps: 5}", ["optimisation", "did you mean optimization"]),
         ("optimization: {learning_rates: 1}", ["optimization.learning_rates = 1", "did you mean learning_rate"]),
+        ("lora: {algo: lokr}", ['lora.algo = "lokr"', "LoKr is not supported"]),
         ("optimization: {steps: many}", ['optimization.steps = "many"', "an integer"]),
         ("optimization: {scheduler_params: {gama: 1}}", ["scheduler_params.gama", 'scheduler_type "linear"']),
         ("flow_matching: {timestep_sampling_params: {stdd: 1}}", ["timestep_sampling_params.stdd", "mean std"]),

@@ -6,7 +6,7 @@ from ltx_titan.commands.sample import NO_GUIDANCE, SampleOptions, sample_clips
 from ltx_titan.common.options import parse_options
 from ltx_titan.media import probe_video, read_audio, read_clip
 from ltx_titan.model import LTXTransformer
-from ltx_titan.weights import fuse_lora, load_parameters, read_metadata
+from ltx_titan.weights import fuse_lora, fused_loras, load_parameters, read_metadata
 
 LAYER = "diffusion_model.proj_out"
 
@@ -137,6 +137,22 @@ def test_fusing_adds_the_low_rank_update_to_the_weight(nano, tmp_path):
     torch.testing.assert_close(fused.get_parameter(name), plain.get_parameter(name) + 0.5 * up @ down)
     for other, weight in plain.named_parameters():
         assert other == name or torch.equal(weight, fused.get_parameter(other))
+
+
+def test_loras_are_in_the_weights_within_the_context_only(nano, tmp_path):
+    made = LTXTransformer.from_config(read_metadata(nano).config["transformer"])
+    load_parameters(made, nano)
+    made.bfloat16()
+    before = {name: weight.clone() for name, weight in made.state_dict().items()}
+    first, second = (lora(tmp_path / f"{size}.safetensors", size) for size in (1.0, 0.3))
+    with fused_loras(made, [(first, 0.5), (second, -1.0)]):
+        within = {name: weight.clone() for name, weight in made.state_dict().items()}
+    assert all(torch.equal(weight, before[name]) for name, weight in made.state_dict().items())
+    fuse_lora(made, first, 0.5)
+    fuse_lora(made, second, -1.0)
+    changed = [name for name, weight in made.state_dict().items() if not torch.equal(weight, before[name])]
+    assert changed == [LAYER.removeprefix("diffusion_model.") + ".weight"]
+    assert all(torch.equal(weight, within[name]) for name, weight in made.state_dict().items())
 
 
 @pytest.mark.parametrize(

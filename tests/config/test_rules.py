@@ -16,6 +16,10 @@ FRAME = {"type": "first_frame"}
 FROZEN_AUDIO = {"is_generated": False, "latents_dir": "audio_latents"}
 
 
+def best(interval=250, **keys):
+    return {"checkpoint": {"interval": interval, "keep_best": keys}}
+
+
 def build(**sections):
     return build_job(BASE | sections, "job.toml")
 
@@ -61,13 +65,32 @@ def error_of(**sections):
         ({"activation_checkpoint": {"mode": "full", "k": 2}}, ["activation_checkpoint.k = 2", "every_k"]),
         ({"activation_checkpoint": {"mode": "every_k"}}, ["activation_checkpoint.k is missing"]),
         ({"checkpoint": {"keep_last": 0}}, ["checkpoint.keep_last = 0"]),
+        (best(count=2), ["checkpoint.keep_best.count = 2", "set checkpoint.keep_best.metric"]),
+        (best(metric="loss", interval=0), ['checkpoint.keep_best.metric = "loss"', "interval = 0"]),
+        (best(metric="held_out/total"), ['metric = "held_out/total"', "validation.held_out_root"]),
+        (best(metric="quality/text_video"), ['metric = "quality/text_video"', "validation.quality"]),
+        (
+            {**best(metric="held_out/total"), "validation": {"held_out_root": "data", "interval": 100}},
+            ["checkpoint.interval = 250", "a multiple of validation.interval = 100"],
+        ),
+        ({"validation": {"loras": [{"path": "none"}]}}, ['validation.loras[0].path = "none"', "exists"]),
+        (
+            {**STREAMED, "validation": {"loras": [{"path": __file__}]}},
+            ["parallelism.stream_blocks", "plain weights", "set parallelism.stream_blocks = 0"],
+        ),
+        ({"validation": {"quality": {"clip_path": "none"}}}, ["clip_path", "validation.samples", "config.json"]),
+        ({"validation": {"quality": {"clap_path": "none"}}}, ["clap_path", "clips with audio"]),
         ({"profiling": {"trace_start": 2001}}, ["profiling.trace_start = 2001"]),
         ({"validation": {"dataset_samples": 2}}, ["validation.dataset_samples = 2", "synthetic", "held_out_root"]),
         ({"validation": {"use_ema": True}}, ["validation.use_ema = true", "optimizer.ema_decay"]),
+        ({"lora": {"algo": "LoKr"}}, ['algo = "LoKr"', "Kronecker", "remove the key to train a LoRA"]),
+        ({"lora": {"type": "loha"}}, ['type = "loha"', "LoHa is not supported"]),
         (
             {"model": BASE["model"] | {"mode": "lora"}, "lora": {"dora": True}},
             ["checkpoint.export = true", "lora.dora = true", "set it to false"],
         ),
+        ({"training": {"weight_dtype": "bfloat16"}}, ['weight_dtype = "bfloat16"', "stochastic_rounding = true"]),
+        ({**STREAMED, "training": {"weight_dtype": "bfloat16"}}, ["float32 with model.mode", "lora.base_dtype"]),
         ({"parallelism": {"stream_blocks": 4}}, ['model.mode = "lora"', "parallelism.cpu_offload"]),
         ({**STREAMED, "parallelism": {"stream_blocks": 4, "tp": 2}}, ["parallelism.tp = 1", "found 2"]),
         ({**STREAMED, "parallelism": {"stream_blocks": "auto", "cp": 2}}, ["parallelism.cp = 1", "found 2"]),

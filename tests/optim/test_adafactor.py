@@ -15,3 +15,25 @@ def test_it_is_torchs_adafactor():
             optimizer.zero_grad()
     for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_small_gradients_are_normalized_and_bfloat16_weights_move_by_less_than_their_resolution():
+    def trained(scale, dtype):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(torch.ones(256, 64, dtype=dtype))
+        optimizer = Adafactor([weight], lr=1e-4, stochastic_rounding=True)
+        for _ in range(4):
+            weight.grad = (scale * torch.randn(256, 64, generator=generator)).to(dtype)
+            optimizer.step()
+        return weight.detach().float() - 1
+
+    exact = trained(1.0, torch.float32)
+    # 1e-9 is the size of gradients of a model with billions of weights.
+    torch.testing.assert_close(trained(1e-9, torch.float32), exact, rtol=1e-3, atol=1e-7)
+    rounded = trained(1e-9, torch.bfloat16)
+    assert torch.equal(rounded, trained(1e-9, torch.bfloat16))
+    # Each step is a fortieth of the distance between two values; to the nearest value nothing would move.
+    assert (rounded != 0).float().mean() > 0.01
+    groups = [exact > 1e-4, exact < -1e-4]
+    means = [(float(rounded[group].mean()), float(exact[group].mean())) for group in groups]
+    assert all(abs(found - expected) < 1e-4 for found, expected in means), means

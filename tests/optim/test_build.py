@@ -99,7 +99,7 @@ def test_frozen_weights_are_skipped_and_a_model_without_trained_weights_is_refus
     [
         ({"name": "muon", "in_backward": True}, "in_backward = true: expected name"),
         ({"in_backward": True, "offload_state": True}, "at most one"),
-        ({"name": "adafactor", "stochastic_rounding": True}, "stochastic_rounding = true"),
+        ({"name": "muon", "stochastic_rounding": True}, "stochastic_rounding = true"),
         ({"betas": [0.9, 1.0]}, "betas"),
         ({"name": "sgd"}, "name"),
         ({"name": "prodigy"}, "prodigyopt.*Python numbers.*use adamw"),

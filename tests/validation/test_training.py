@@ -7,17 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ltx_titan
+from ltx_titan.checkpoint import read_trainer_state
 from ltx_titan.commands.sample import SampleOptions, sample_clips
 from ltx_titan.common.options import parse_options
 from ltx_titan.media import probe_video, read_audio
 from ltx_titan.train import main
 from tests.jobs import NO_CHECKPOINTS, read_run, small_validation, train, write_job
+from tests.validation.quality_models import write_clap, write_clip
 from tests.validation.test_report import Page
 from tests.wandb_records import history, run_folders
 
@@ -55,11 +58,15 @@ def write(nano_path, data_root, contexts):
 @pytest.fixture(scope="module")
 def single(write, tmp_path_factory):
     """A job on one rank that validates before the first step and after the last, into TensorBoard and W&B."""
+    clip, clap = write_clip(tmp_path_factory.mktemp("clip")), write_clap(tmp_path_factory.mktemp("clap"))
     job = write(
         tmp_path_factory.mktemp("single"),
         metrics__tensorboard=True,
         metrics__wandb="offline",
         validation__offload_optimizer=True,
+        validation__quality={"clip_path": clip, "clap_path": clap, "frames": 2},
+        checkpoint__interval=2,
+        checkpoint__keep_best={"metric": "quality/text_video", "mode": "max"},
     )
     train(job)
     return job
@@ -72,6 +79,13 @@ def sheet(folder):
 def same_pictures(a, b):
     """Equal to a rounding of the last of 255 levels."""
     return a.shape == b.shape and abs(a - b).max() <= 1
+
+
+def write_lora(path, layer="diffusion_model.transformer_blocks.0.attn1.to_q"):
+    generator = torch.Generator().manual_seed(5)
+    a, b = (torch.randn(*size, generator=generator) for size in ((4, 128), (128, 4)))
+    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, path)
+    return path
 
 
 def infer(job, folder, *changes):
@@ -102,10 +116,16 @@ def test_clips_and_held_out_curve_are_in_tensorboard_from_the_untrained_model_on
     for tag in ("sample-01/video", "sample-03/frames", "sample-02/audio"):
         assert [event.step for event in events.Tensors(tag)] == [0, 2]
     assert events.SummaryMetadata("sample-01/video").display_name == "a rabbit"
-    for tag in ("held_out/total", "held_out/video", "held_out/audio", "held_out/audio_sigma_0.5"):
+    held_out = ("held_out/total", "held_out/video", "held_out/audio", "held_out/audio_sigma_0.5")
+    for tag in (*held_out, "quality/text_video", "quality/text_audio"):
         curve = {event.step: event.value for event in events.Scalars(tag)}
         assert sorted(curve) == [0, 2]
         assert read_run(single)[1][tag] == pytest.approx(curve[2])
+
+
+def test_checkpoints_store_the_metric_that_they_are_compared_by(single):
+    trainer = read_trainer_state(single.parent / "run/checkpoint/step-2")
+    assert trainer["metrics"] == {"quality/text_video": read_run(single)[1]["quality/text_video"]}
 
 
 def test_clips_audio_and_frames_are_in_wandb_with_prompt_and_step(single):
@@ -132,6 +152,7 @@ def test_the_report_of_a_run_has_its_clips_prompts_curves_job_and_use(single):
         assert shown in page.text
     assert "transformer-step-2.safetensors" in page.text
     assert "Held-out loss" in page.text
+    assert "Similarity of clips and prompts" in page.text
 
 
 def test_inference_with_the_export_makes_the_clips_of_the_last_validation(single, tmp_path):
@@ -140,14 +161,23 @@ def test_inference_with_the_export_makes_the_clips_of_the_last_validation(single
     assert same_pictures(found, sheet(single.parent / "run/samples/step-2"))
 
 
-def test_inference_with_base_and_adapter_makes_the_clips_of_a_lora_job(write, tmp_path):
+def test_inference_with_base_and_adapter_makes_the_clips_of_a_lora_job(write, single, tmp_path, caplog):
     lora = {"model__mode": "lora", "lora__rank": 4, "lora__alpha": 8.0, "optimizer__lr": 3e-2}
-    job = write(tmp_path / "job", validation__samples=SAMPLES[:1], **lora)
+    misspelled = {"checkpoint__interval": 2, "checkpoint__keep_best": {"metric": "held_out/totl"}}
+    loras = [{"path": str(write_lora(tmp_path / "style.safetensors")), "strength": 0.5}]
+    job = write(tmp_path / "job", validation__samples=SAMPLES[:1], validation__loras=loras, **lora, **misspelled)
     train(job)
+    assert (
+        "'held_out/totl' is not logged at step 2, so its checkpoint is not compared; did you mean held_out/total"
+        in (caplog.text)
+    )
+    assert "logged at the step of no checkpoint" in caplog.text
     samples = job.parent / "run/samples"
     found = infer(job, tmp_path / "clips", "--lora", job.parent / "run/export/lora-step-2.safetensors")
     assert same_pictures(found, sheet(samples / "step-2"))
     assert not same_pictures(found, sheet(samples / "step-0"))
+    # Without the style the same weights make another clip.
+    assert not same_pictures(sheet(samples / "step-0"), sheet(single.parent / "run/samples/step-0")[: found.shape[0]])
 
 
 @pytest.mark.distributed

@@ -103,6 +103,16 @@ def test_fusing_for_sampling_applies_the_writers_scale(written, tmp_path, form):
     torch.testing.assert_close(plain.patchify_proj.weight, expected)
 
 
+@pytest.mark.parametrize(("part", "kind"), [("lokr_w2_a", "LoKr"), ("hada_t1", "LoHa")])
+def test_adapters_of_other_kinds_are_named(written, tmp_path, part, kind):
+    layer = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    save_file(
+        {f"{layer}.{part}": torch.ones(2, 2), f"{layer}.alpha": torch.tensor(1.0)}, tmp_path / "other.safetensors"
+    )
+    with pytest.raises(ValueError, match=rf"other\.safetensors: .*{part}.* This is {kind}: merge it into its base"):
+        load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
+
+
 def test_a_peft_file_without_its_config_is_refused(written, tmp_path):
     found, _ = peft(written[1], tmp_path)
     (tmp_path / "adapter_config.json").unlink()
