@@ -49,7 +49,7 @@ def float8_linear(
     """
     bias = None if bias is None else bias.to(dtype)
     y = _matmul(x, x_scale, qdata.view(_E4M3), scale.float().t(), bias, dtype)
-    return y if z is None else y.addmm_(z, lora_b.t())
+    return y if z is None or lora_b is None else y.addmm_(z, lora_b.t())
 
 
 @float8_linear.register_fake
@@ -90,7 +90,7 @@ def float8_linear_backward(
     else:
         transposed, ones = weight.t(), g_scale.new_ones(1, weight.shape[1])
     dx = _matmul(g, g_scale, transposed, ones, None, dtype)
-    return dx if dz is None else dx.addmm_(dz, lora_a)
+    return dx if dz is None or lora_a is None else dx.addmm_(dz, lora_a)
 
 
 @float8_linear_backward.register_fake
