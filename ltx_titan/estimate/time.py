@@ -20,6 +20,9 @@ column. Compiled: the layer of another compiled implementation, without matmuls 
 10.3 ms at 16,128 tokens of 4,096 columns at 3.0 TB/s. Not compiled: counted over the operations of our block."""
 FLOAT8_UNITS = 190.0
 """Traffic of quantization to float8: 2.8 ms per layer at 4,032 and 7.8 ms at 16,128 tokens (tensorwise)."""
+BASE_FLOAT8_UNITS = 35.0
+"""The same for a frozen base in float8: every input and every gradient of an output is read in bfloat16 and written in
+float8 once. Counted over a block's layers that read video or text tokens."""
 CONTENTION = 0.85
 """Seconds that computation takes longer per second of FSDP2's collectives beside it: NCCL's kernels occupy
 multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows
@@ -163,7 +166,7 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
     flops = layer_flops(work.architecture, **counts, trained=work.trained)
     # Backward has one matmul for the input's gradient and, unless weights are frozen, one for the weight's.
     linear_forward = flops.linear / (3 if work.trained == "full" else 2)
-    rate = gpu.matmul if setup.float8 == "none" else gpu.matmul_float8
+    rate = gpu.matmul if setup.float8 == "none" and not setup.base_in_float8 else gpu.matmul_float8
     linear = (linear_forward * share / rate, (flops.linear - linear_forward) * share / rate)
     attention = (
         flops.attention / 3 * share / gpu.attention_forward,
@@ -172,13 +175,17 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
     units = MEMORY_BOUND_UNITS[setup.compile]
     if setup.float8 != "none":
         units += FLOAT8_UNITS
+    if setup.base_in_float8:
+        units += BASE_FLOAT8_UNITS
     if work.trained == "lora":
         units += LORA_UNITS
     columns = work.video_tokens * work.video_width + work.audio_tokens * work.audio_width
     moved = units * columns * work.itemsize * share / gpu.copy
-    # A quantized base is dequantized for every matmul: one byte read, one value of the compute dtype written.
-    dequantize_s = work.quantized / setup.degrees.tp * (1 + work.itemsize) / gpu.copy
-    memory = (moved * FORWARD_SHARE + dequantize_s, moved * (1 - FORWARD_SHARE) + dequantize_s)
+    # A quantized base is dequantized for every matmul: one byte read, one value of the compute dtype written. If it is
+    # multiplied in float8, it is transposed in the backward pass: one byte read and one written.
+    quantized = work.quantized / setup.degrees.tp / gpu.copy
+    prepared = (0.0, 2 * quantized) if setup.base_in_float8 else ((1 + work.itemsize) * quantized,) * 2
+    memory = (moved * FORWARD_SHARE + prepared[0], moved * (1 - FORWARD_SHARE) + prepared[1])
     return (linear[0], attention[0], memory[0]), (linear[1], attention[1], memory[1])
 
 

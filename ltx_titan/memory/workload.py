@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Shard
 
+from ltx_titan.common.hardware import GPUS
 from ltx_titan.common.tensors import COMPUTE_DTYPES
 from ltx_titan.config import (
     ActivationCheckpointMode,
@@ -194,6 +195,7 @@ class Setup:
         kernels: norms and modulation are fused kernels, which index a token's modulation instead of expanding it.
         float8: recipe, or "none".
         float8_all_gather: FSDP2 gathers weights in float8.
+        base_in_float8: a frozen float8 base is multiplied in float8.
         offload_activations: inputs of recomputed blocks are kept in host memory.
         cpu_offload: weights, gradients and optimizer state are in host memory.
         stream_blocks: blocks whose frozen weights are on the device at a time; 0 for all of them.
@@ -210,6 +212,7 @@ class Setup:
     kernels: bool = False
     float8: str = "none"
     float8_all_gather: bool = False
+    base_in_float8: bool = False
     offload_activations: bool = False
     cpu_offload: bool = False
     stream_blocks: int = 0
@@ -350,6 +353,7 @@ def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
         kernels=backend == "triton" or (backend == "auto" and has_measured_kernels(gpu)),
         float8=job.float8.recipe,
         float8_all_gather=job.float8.all_gather,
+        base_in_float8=multiplies_base_in_float8(job, gpu),
         offload_activations=job.activation_checkpoint.offload,
         cpu_offload=job.parallelism.cpu_offload,
         # "auto" depends on a GPU's memory: see budget.py.
@@ -358,6 +362,13 @@ def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
         static_slots=job.parallelism.fsdp_static_slots != "off"
         and not (job.parallelism.cpu_offload or job.float8.all_gather),
     )
+
+
+def multiplies_base_in_float8(job: JobConfig, gpu: str) -> bool:
+    """Whether `lora.float8_matmuls` lets a job multiply its frozen base in float8."""
+    # As weights/quantized.py decides, but for a GPU that this machine may not have.
+    is_float8 = job.model.mode == "lora" and job.lora.base_dtype == "float8" and job.training.dtype == "bfloat16"
+    return is_float8 and job.lora.float8_matmuls != "off" and GPUS[gpu].matmul_float8 > GPUS[gpu].matmul
 
 
 def has_measured_kernels(gpu: str) -> bool:

@@ -157,6 +157,17 @@ class Float8Linear(torch.autograd.Function):
         return dx, None, None, None, d_lora_a, d_lora_b, None
 
 
+def matmul_refusal(device: torch.device) -> str | None:
+    """The reason of torch not to multiply with scales of rows on a GPU, or None; measured on Hopper only."""
+    x = torch.zeros(1024, 2048, device=device, dtype=torch.bfloat16).to(_E4M3)
+    weight, scale = x.new_zeros(2048, 2048, dtype=torch.bfloat16).to(_E4M3), torch.ones(2048, device=device)
+    try:
+        torch._scaled_mm(x, weight.t(), scale_a=scale[:1024, None], scale_b=scale[None], out_dtype=torch.bfloat16)
+    except RuntimeError as error:
+        return f"torch {torch.__version__} refuses them here: {str(error).splitlines()[0]}"
+    return None
+
+
 def _quantize(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() or not x.is_cuda:
         # A compiler fuses the formula with what makes `x`, GELU or a gate, and quantizes a tensor once that several

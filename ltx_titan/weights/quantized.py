@@ -22,6 +22,7 @@ rounded to bfloat16, which changes a weight by no more than rounding that weight
 """
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltx_titan.config import BaseDtype, Float8Matmuls
-from ltx_titan.model.float8_linear import FLOAT8_MULTIPLE, Float8Linear
+from ltx_titan.model.float8_linear import FLOAT8_MULTIPLE, Float8Linear, matmul_refusal
 
 QUANTIZED: tuple[BaseDtype, ...] = ("int8", "int4", "float8", "nvfp4")
 _SCALE_DTYPE = torch.bfloat16
@@ -185,7 +186,9 @@ def _obstacle(layers: list[QuantizedLinear], device: torch.device, dtype: torch.
     if capability < _FLOAT8_CAPABILITY:
         found, needed = (".".join(map(str, c)) for c in (capability, _FLOAT8_CAPABILITY))
         return f"float8 matmuls need compute capability {needed}, found {found}"
-    return None
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    return matmul_refusal(device)
 
 
 def quantize_rows(weight: Tensor, form: BaseDtype) -> tuple[Tensor, Tensor]:
