@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from ltx_titan.build import give_storage
 from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, save_state
+from ltx_titan.common.tensors import without_wrappers
 from ltx_titan.config import Degrees
 from ltx_titan.lora import adapter_weights, apply_lora, init_lora_, is_adapter, load_base
 from ltx_titan.parallel.fsdp import apply_fsdp
@@ -85,6 +86,7 @@ def work(folder: Path, form: str, name: str, degrees: Degrees, *split: Callable,
     losses += train(model, optimizer, degrees, 1)
     after = whole(model)
     for name, parameter in model.named_parameters():
+        name = without_wrappers(name)
         assert is_adapter(name) == parameter.requires_grad
         assert is_adapter(name) or same_bits(before[name], after[name])
         assert not is_adapter(name) or parameter.dtype == torch.float32
