@@ -106,18 +106,19 @@ def gradient_errors(shape: str) -> dict[str, dict[str, float]]:
     def run() -> tuple[Tensor, Tensor]:
         """All outputs, and all gradients, as vectors."""
         model.zero_grad(set_to_none=True)
-        outputs = model(inputs.video, inputs.audio)
-        strategy.loss(*outputs, inputs).total.backward()
+        video, audio = model(inputs.video, inputs.audio)
+        strategy.loss(video, audio, inputs).total.backward()
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        return torch.cat([output.detach().flatten() for output in outputs]), torch.cat(gradients)
+        return torch.cat([video.detach().flatten(), audio.detach().flatten()]), torch.cat(gradients)
 
     outputs, gradients = run()
-    exact = [layer.base.weight for layer in layers]
+    bases = [layer.base for layer in layers if isinstance(layer.base, nn.Linear)]
+    exact = [base.weight for base in bases]
     found = {}
     for form, rounded in FORMS.items():
-        for layer, weight in zip(layers, exact, strict=True):
-            layer.base.weight = weight
-            layer.base.weight = nn.Parameter(rounded(layer.base), requires_grad=False)
+        for base, weight in zip(bases, exact, strict=True):
+            base.weight = weight
+            base.weight = nn.Parameter(rounded(base), requires_grad=False)
         seen = run()
         found[form] = {"outputs": relative_error(seen[0], outputs), "gradients": relative_error(seen[1], gradients)}
         print(form, found[form], flush=True)
