@@ -137,9 +137,8 @@ class Plan:
         parts = self.job.preservation.parts
         if not parts:
             return step
-        # Each part has a forward pass of the base; without captions there is a further training pass.
         base = training_flops(self.architecture, **vars(tokens), trained="none")
-        return step * (2 if "blank_prompt" in parts else 1) + base * len(parts)
+        return step * self.job.preservation.passes + base * len(parts)
 
     def sample_tokens(self, index: int) -> int:
         """Video and audio tokens of one sample, references included."""

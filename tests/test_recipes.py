@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ltx_titan.common.hardware import GIB, GPUS
-from ltx_titan.config import JobConfig, ValidationSection, build_job, read_tables
+from ltx_titan.config import JobConfig, PreservationSection, ValidationSection, build_job, read_tables
 from ltx_titan.config.streams import Reference
 from ltx_titan.diffusion.guidance import Guidance
 from ltx_titan.estimate.placeholders import add_placeholders
@@ -28,16 +28,18 @@ LINE = re.compile(
 )
 
 
-def planned(name: str, gpus: int, clip: tuple[int, int, int]) -> tuple[Plan, ValidationSection]:
-    """The recipe on placeholders for checkpoint and data, which leave out its validation."""
+def planned(name: str, gpus: int, clip: tuple[int, int, int]) -> tuple[Plan, ValidationSection, Workload]:
+    """The recipe on placeholders for checkpoint and data, which leave out its validation and blank prompts."""
     with tempfile.TemporaryDirectory() as folder:
         path = CONFIGS / f"{name}.toml"
         tables, origins = read_tables(path, [])
         validation = {**tables["validation"]}
         assert validation.pop("text_encoder_path")
+        preservation = PreservationSection.model_validate(tables.get("preservation", {}))
         add_placeholders(tables, Path(folder), clip=clip)
         section = build_job({**tables, "validation": validation}, str(path), origins).validation
-        return plan_job(build_job(tables, str(path), origins), gpus), section
+        plan = plan_job(build_job(tables, str(path), origins), gpus)
+        return plan, section, make_workload(plan, preservation)
 
 
 def estimated_line(job: JobConfig, work: Workload, plan: Plan, gpu: str, clip: str) -> str:
@@ -96,8 +98,7 @@ def test_a_recipe_validates_cheaply_and_states_the_estimated_memory_and_time(nam
     stated = LINE.search(text)
     assert stated, "the comment about estimated memory and time is missing"
     width, height, frames = (int(size) for size in stated["clip"].split("x"))
-    plan, validation = planned(name, int(stated["gpus"]), (width, height, frames))
-    work = make_workload(plan)
+    plan, validation, work = planned(name, int(stated["gpus"]), (width, height, frames))
     assert stated[0] == estimated_line(plan.job, work, plan, stated["gpu"], stated["clip"])
 
     job = plan.job

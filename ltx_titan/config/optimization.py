@@ -105,6 +105,11 @@ class PreservationSection(Section):
         weights = {"prior": self.prior_weight, "blank_prompt": self.blank_prompt_weight}
         return tuple(name for name, weight in weights.items() if weight > 0)
 
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes over a batch: without captions there is a second one."""
+        return 2 if self.blank_prompt_weight > 0 else 1
+
 
 class _Selection(Section):
     """Selects weights by name and block; both keys must match."""

@@ -13,7 +13,7 @@ from typing import Annotated
 from ltx_titan.common.files import write_text
 from ltx_titan.common.hardware import GIB, GPUS, Gpu
 from ltx_titan.common.options import Flag, Maybe, Overrides, Positional, parse_size, placeholder
-from ltx_titan.config import Degrees, build_job, read_tables
+from ltx_titan.config import Degrees, PreservationSection, build_job, read_tables
 from ltx_titan.estimate.placeholders import Tables, add_placeholders
 from ltx_titan.estimate.prediction import Estimate, estimate, search
 from ltx_titan.estimate.small_gpu import describe_proposals
@@ -205,11 +205,20 @@ def run(options: EstimateOptions) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tables, origins = read_tables(options.job, options.overrides)
         clip = parse_size(options.clip, "--clip") if options.clip else None
+        # Before the placeholders, whose finished contexts no caption can be removed from.
+        preservation = PreservationSection.model_validate(tables.get("preservation", {}))
         notes = add_placeholders(tables, Path(folder), shape=options.shape, clip=clip)
-        return _run(options, gpu, tables, origins, notes)
+        return _run(options, gpu, tables, origins, notes, preservation)
 
 
-def _run(options: EstimateOptions, gpu: Gpu, tables: Tables, origins: dict[str, str], notes: list[str]) -> int:
+def _run(
+    options: EstimateOptions,
+    gpu: Gpu,
+    tables: Tables,
+    origins: dict[str, str],
+    notes: list[str],
+    preservation: PreservationSection,
+) -> int:
     status = 0
     try:
         plan = plan_job(build_job(tables, str(options.job), origins), options.gpus)
@@ -229,9 +238,9 @@ def _run(options: EstimateOptions, gpu: Gpu, tables: Tables, origins: dict[str, 
         }
         mesh = Degrees(dp_shard=options.gpus)
         neutral_plan = plan_job(build_job(neutral, str(options.job), origins), 1)
-        work, setup = make_workload(neutral_plan), make_setup(neutral_plan.job, mesh, gpu.name)
+        work, setup = make_workload(neutral_plan, preservation), make_setup(neutral_plan.job, mesh, gpu.name)
     else:
-        work, setup = make_workload(plan), make_setup(plan.job, plan.degrees, gpu.name)
+        work, setup = make_workload(plan, preservation), make_setup(plan.job, plan.degrees, gpu.name)
         budget_gib = plan.job.activation_checkpoint.memory_gib
         setup = with_stream_blocks(work, setup, plan.job.parallelism.stream_blocks, budget_gib, gpu.memory)
         setup = with_levels(work, setup, budget_gib, gpu.memory)
@@ -247,8 +256,6 @@ def _run(options: EstimateOptions, gpu: Gpu, tables: Tables, origins: dict[str, 
         status = _print_search(work, setup, gpu)
     if options.dry_run and plan is not None:
         _print_dry_run(plan, setup)
-    if tables.get("preservation"):
-        notes = [*notes, "the passes of [preservation] are in neither time nor memory"]
     print("\nassumptions")
     print("\n".join(f"  - {line}" for line in [*notes, *assumptions(gpu, setup)]))
     return status

@@ -146,7 +146,7 @@ def _sample(tables: Tables, folder: Path, clip: Clip) -> str:
     root = data.get("root")
     # Contexts have passed the connectors, which is where captions are dropped; the plan refuses both together.
     data |= {"root": str(folder), "caption_dropout": 0.0}
-    # Needs text features, too. The report says that its pass is not counted.
+    # Needs text features, too. The estimate counts its passes by the job's own values.
     if "preservation" in tables:
         tables["preservation"] = {**tables["preservation"], "blank_prompt_weight": 0.0}
     return (

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from ltx_titan.common.hardware import Gpu, bus_bandwidth
 from ltx_titan.memory.workload import Setup, Workload
-from ltx_titan.model.flops import layer_flops, outside_flops, training_flops
+from ltx_titan.model.flops import Passes, layer_flops, outside_flops, training_flops
 from ltx_titan.parallel.activation_checkpoint import Level
 
 MEMORY_BOUND_UNITS = {True: 235.0, False: 1130.0}
@@ -111,20 +111,25 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
     slower = (busy + host) / busy
     streaming = sum(_exposed_copies(work, setup, gpu, part * slower) for part in (busy_forward, busy_backward))
 
-    def all_blocks(seconds: float) -> float:
-        return micro_batches * layers * seconds
+    def all_blocks(seconds: float, forward_s: float) -> float:
+        # The base's passes have a forward only.
+        return micro_batches * layers * (work.passes * seconds + work.base_passes * forward_s)
 
+    kinds = [
+        all_blocks(forward_s + backward_s + again_s, forward_s)
+        for forward_s, backward_s, again_s in zip(forward, backward, again, strict=True)
+    ]
     return StepTime(
-        matmul=all_blocks(forward[0] + backward[0] + again[0]),
-        attention=all_blocks(forward[1] + backward[1] + again[1]),
-        memory_bound=all_blocks(forward[2] + backward[2] + again[2]),
-        fsdp_copies=all_blocks(copies),
-        communication=all_blocks(communication),
+        matmul=kinds[0],
+        attention=kinds[1],
+        memory_bound=kinds[2],
+        fsdp_copies=all_blocks(copies, copies / 3),
+        communication=all_blocks(communication, communication / 3),
         outside=_outside(work, setup, gpu, micro_batches),
-        host=all_blocks(host),
-        exposed=all_blocks(exposed),
-        contention=all_blocks(contention),
-        streaming=micro_batches * streaming,
+        host=all_blocks(host, host / 3),
+        exposed=all_blocks(exposed, max(0.0, gather - busy_forward)),
+        contention=all_blocks(contention, CONTENTION * gather),
+        streaming=micro_batches * (work.passes + work.base_passes / 2) * streaming,
     )
 
 
@@ -139,15 +144,19 @@ def _exposed_copies(work: Workload, setup: Setup, gpu: Gpu, block_s: float) -> f
 
 def model_flops(work: Workload) -> float:
     """Model FLOPs of a step over all GPUs, the numerator of MFU."""
-    return training_flops(
-        work.architecture,
-        video_tokens=work.video_tokens,
-        audio_tokens=work.audio_tokens,
-        text_tokens=work.text_tokens,
-        batch=work.global_batch_size,
-        num_layers=work.num_layers,
-        trained=work.trained,
-    )
+
+    def of(trained: Passes) -> float:
+        return training_flops(
+            work.architecture,
+            video_tokens=work.video_tokens,
+            audio_tokens=work.audio_tokens,
+            text_tokens=work.text_tokens,
+            batch=work.global_batch_size,
+            num_layers=work.num_layers,
+            trained=trained,
+        )
+
+    return work.passes * of(work.trained) + (work.base_passes * of("none") if work.base_passes else 0.0)
 
 
 def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -275,6 +284,8 @@ def _outside(work: Workload, setup: Setup, gpu: Gpu, micro_batches: int) -> floa
     bandwidth = bus_bandwidth(gpu, setup.degrees.tp, setup.fsdp)
     others = (setup.fsdp - 1) / setup.fsdp
     seconds += micro_batches * others * (work.itemsize * gathered + 4 * trained) / bandwidth
+    # A forward pass is about a third of a pass.
+    seconds *= work.passes + work.base_passes / 3
     updated = sum(_trained_shards(work, setup))
     bytes_per_weight = UPDATE_BYTES[work.optimizer] + CLIP_BYTES + (12.0 if work.ema else 0.0)
     return seconds + updated * bytes_per_weight / gpu.copy

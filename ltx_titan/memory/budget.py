@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ltx_titan.common.hardware import GIB
-from ltx_titan.config import ConfigError, Degrees, Problem
+from ltx_titan.config import ConfigError, Problem
 from ltx_titan.memory.peak import estimate_memory, saved_by_levels
 from ltx_titan.memory.workload import Setup, Workload
 from ltx_titan.parallel.activation_checkpoint import Level
@@ -34,8 +34,6 @@ _TP_LEVELS: tuple[Level, ...] = ("full", "selective", "none")
 # Share of a device's memory for what the estimate does not count: fragmentation, other processes. Jobs that were filled
 # without it ran out of memory (docs/benchmarks/log.md).
 _MARGIN = 0.06
-# On one rank there are no buffers of collectives, and the estimate exceeds the measured peaks of LoRA by 1 to 2 %.
-_MARGIN_OF_ONE = 0.03
 # Blocks on the device at least: one computes, the next is ready, and the one after that is copied.
 _SLOTS = 3
 
@@ -74,9 +72,7 @@ def fitting_levels(
     work: Workload, setup: Setup, budget_gib: float | Literal["auto"], device_bytes: float
 ) -> tuple[Level, ...] | None:
     """The levels that `choose_levels` chooses; None if nothing fits."""
-    is_alone = setup.degrees == Degrees() and setup.stream_blocks == 0
-    margin = _MARGIN_OF_ONE if is_alone else _MARGIN
-    limit = device_bytes * (1 - margin) if budget_gib == "auto" else budget_gib * GIB
+    limit = device_bytes * (1 - _MARGIN) if budget_gib == "auto" else budget_gib * GIB
     return fill(
         work.num_layers,
         _available(setup),

@@ -17,7 +17,14 @@ from torch.distributed.tensor import Shard
 
 from ltx_titan.common.hardware import GPUS
 from ltx_titan.common.tensors import COMPUTE_DTYPES
-from ltx_titan.config import ActivationCheckpointMode, Degrees, JobConfig, LoRASection, ParameterGroup
+from ltx_titan.config import (
+    ActivationCheckpointMode,
+    Degrees,
+    JobConfig,
+    LoRASection,
+    ParameterGroup,
+    PreservationSection,
+)
 from ltx_titan.data import stream_tokens
 from ltx_titan.lora import apply_lora
 from ltx_titan.model import LTXTransformer, TextConnectors, TransformerConfig
@@ -115,6 +122,8 @@ class Workload:
         quantized: weights of a block that are stored in 8 or 4 bits.
         optimizer: name of the update rule.
         offload_state, in_backward, ema: as in `[optimizer]`.
+        passes: forward and backward passes over a batch.
+        base_passes: forward passes of the base, for `[preservation]`.
     """
 
     transformer: Mapping[str, Any]
@@ -136,6 +145,8 @@ class Workload:
     offload_state: bool = False
     in_backward: bool = False
     ema: bool = False
+    passes: int = 1
+    base_passes: int = 0
 
     # Cached because every prediction reads widths; it writes to `__dict__`, which a frozen dataclass permits.
     @cached_property
@@ -280,8 +291,14 @@ def model_weights(
     return ModelWeights(Weights.of(inside), Weights.of(outside), quantized)
 
 
-def make_workload(plan: Plan) -> Workload:
-    """Describes what a planned job trains."""
+def make_workload(plan: Plan, preservation: PreservationSection | None = None) -> Workload:
+    """Describes what a planned job trains.
+
+    Args:
+        plan: the job.
+        preservation: in place of the job's.
+    """
+    preservation = preservation or plan.job.preservation
     job, transformer = plan.job, plan.source.config["transformer"]
     lora = job.lora if job.model.mode == "lora" else None
     dtype = COMPUTE_DTYPES[job.training.weight_dtype]
@@ -318,6 +335,8 @@ def make_workload(plan: Plan) -> Workload:
         offload_state=job.optimizer.offload_state,
         in_backward=job.optimizer.in_backward,
         ema=job.optimizer.ema_decay is not None,
+        passes=preservation.passes,
+        base_passes=len(preservation.parts),
     )
 
 

@@ -8,6 +8,8 @@ DTensors without storage: `to_empty`, then load.
 """
 
 import logging
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8
 from ltx_titan.parallel.fsdp import apply_fsdp, use_static_slots
 from ltx_titan.parallel.mesh import Mesh
+from ltx_titan.parallel.stop import STOP_SIGNALS
 from ltx_titan.parallel.stream import WeightStream
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
@@ -135,6 +138,7 @@ def apply_compile(blocks: nn.ModuleList) -> None:
         blocks: the model's repeated blocks; they share the compiled code.
     """
     allow_graphs(0)
+    start_compile_workers()
     # From rows >= 2 x width on (8,192 tokens), torch 2.11 fuses sums over rows into other reductions, and can then give
     # the gradient of a [1, 1, D] input the shape [D], which autograd refuses.
     torch._inductor.config.triton.mix_order_reduction = False
@@ -143,6 +147,27 @@ def apply_compile(blocks: nn.ModuleList) -> None:
     torch._functorch.config.ban_recompute_materialized_backward = False
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
+
+
+def start_compile_workers() -> None:
+    """Starts the processes in which Inductor compiles kernels so that they ignore `STOP_SIGNALS`.
+
+    Schedulers send those signals to every process of a job. Inductor does not notice that its workers have ended: a
+    rank that is stopped while it compiles would wait for them forever, instead of saving after the step.
+    """
+    # Only the main thread may change what signals do. The workers compile Triton's kernels only.
+    if threading.current_thread() is not threading.main_thread() or not torch.cuda.is_available():
+        return
+    # Not at the top: the import takes a second, which jobs that do not compile need not wait.
+    from torch._inductor.async_compile import AsyncCompile
+
+    # New processes inherit ignored signals, but no handlers.
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        AsyncCompile.warm_pool()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def allow_graphs(count: int) -> None:

@@ -8,11 +8,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from ltx_titan.build import give_storage
 from ltx_titan.checkpoint import TrainingState, latest_complete, load_state, save_state
+from ltx_titan.common.tensors import without_wrappers
 from ltx_titan.config import Degrees
 from ltx_titan.lora import adapter_weights, apply_lora, init_lora_, is_adapter, load_base
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import build_mesh
+from ltx_titan.parallel.stream import WeightStream
 from ltx_titan.weights import export_lora, export_merged, load_lora, module_tensors
 from tests.lora.adapted import loss_of, same_bits, settings, transformer, write_checkpoint
 
@@ -32,16 +35,23 @@ FORMS = {
 SPLITTABLE = [form for form in FORMS if "dora" not in FORMS[form]]
 
 
-def build(folder, form, degrees, split=lambda model, mesh: None):
-    """A sharded model that computes in float32, with its base and first adapters; `split` applies other plans."""
+def build(folder, form, degrees, split=lambda model, mesh: None, slots=0):
+    """A sharded model that computes in float32, with its base and first adapters; `split` applies other plans.
+
+    With `slots` its frozen weights are streamed.
+    """
     model = transformer("meta")
     apply_lora(model, settings(**FORMS[form]))
     mesh = build_mesh("cpu", degrees)
     split(model, mesh)
-    apply_fsdp(model, model.transformer_blocks, mesh.fsdp, torch.float32)
-    model.to_empty(device="cpu")
+    stream = WeightStream(model.transformer_blocks, slots) if slots else None
+    streamed = stream.parameters() if stream else set()
+    apply_fsdp(model, model.transformer_blocks, mesh.fsdp, torch.float32, streamed=streamed)
+    give_storage(model, torch.device("cpu"), offloaded=False)
     load_base(model, folder / "base.safetensors")
     init_lora_(model, 1)
+    if stream:
+        stream.start(torch.device("cpu"))
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
 
 
@@ -62,10 +72,10 @@ def whole(model):
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors}
 
 
-def work(folder: Path, form: str, name: str, degrees: Degrees, *split: Callable):
+def work(folder: Path, form: str, name: str, degrees: Degrees, *split: Callable, slots: int = 0):
     """Trains two steps, saves, trains one more; saves losses and weights under `name`."""
     out = folder / form / name
-    model, optimizer = build(folder, form, degrees, *split)
+    model, optimizer = build(folder, form, degrees, *split, slots=slots)
     before = whole(model)
     losses = train(model, optimizer, degrees, 2)
     state = TrainingState(model, [optimizer], select=is_adapter)
@@ -76,6 +86,7 @@ def work(folder: Path, form: str, name: str, degrees: Degrees, *split: Callable)
     losses += train(model, optimizer, degrees, 1)
     after = whole(model)
     for name, parameter in model.named_parameters():
+        name = without_wrappers(name)
         assert is_adapter(name) == parameter.requires_grad
         assert is_adapter(name) or same_bits(before[name], after[name])
         assert not is_adapter(name) or parameter.dtype == torch.float32

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from ltx_titan.config import Degrees
+from tests.lora.adapted import same_bits
 from tests.lora.runs import FORMS, check_equal, check_resumed, prepare, resume, work
 from tests.processes import run_ranks
 
@@ -16,6 +17,8 @@ def train_all(folder):
     for form in FORMS:
         work(folder, form, f"fsdp{size}", Degrees(dp_shard=size))
         dist.barrier()
+    if size == 2:
+        work(folder, "float32", "streamed", Degrees(dp_shard=2), slots=1)
 
 
 def resume_all(folder):
@@ -25,7 +28,7 @@ def resume_all(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = prepare(tmp_path_factory.mktemp("sharded"), ["fsdp1", "fsdp2"])
+    path = prepare(tmp_path_factory.mktemp("sharded"), ["fsdp1", "fsdp2", "streamed"])
     run_ranks(train_all, 1, path)
     run_ranks(train_all, 2, path)
     run_ranks(resume_all, 1, path)
@@ -37,6 +40,13 @@ def test_two_ranks_equal_one(folder, form):
     check_equal(folder, form, "fsdp1", "fsdp2")
     losses = torch.load(folder / form / "fsdp2" / "found.pt")["losses"]
     assert losses[-1] < losses[0]
+
+
+def test_streamed_weights_change_no_bit_on_two_ranks(folder):
+    found, expected = (torch.load(folder / "float32" / name / "found.pt") for name in ("streamed", "fsdp2"))
+    assert found["losses"] == expected["losses"]
+    for kind in ("base", "after"):
+        assert all(same_bits(tensor, expected[kind][name]) for name, tensor in found[kind].items())
 
 
 @pytest.mark.parametrize("form", BYTES)

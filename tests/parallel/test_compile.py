@@ -1,11 +1,15 @@
 """Compiled blocks: one graph for each shape of a batch, and limits that all shapes of a job fit in."""
 
+import re
+import signal
 from functools import partialmethod
+from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
+from torch._inductor.async_compile import AsyncCompile
 
 from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.diffusion import UniformSigma, draw_step
@@ -13,6 +17,7 @@ from ltx_titan.lora import apply_lora, init_lora_
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.init import init_random_
 from ltx_titan.parallel import parallelize
+from ltx_titan.parallel.stop import STOP_SIGNALS
 from tests.lora.adapted import settings, stir
 from tests.parallel.harness import SCENARIOS, batch_of, model_config
 
@@ -64,3 +69,20 @@ def test_with_a_frozen_base_every_shape_has_one_graph_and_the_limit_holds_all(ea
         gradients(model, 3)
     parallelize.allow_graphs(1)
     assert gradients(model, 3).keys() == expected[0].keys()
+
+
+def test_processes_that_compile_ignore_stop_signals(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    AsyncCompile.process_pool.cache_clear()
+    parallelize.start_compile_workers()
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+    pool = AsyncCompile.process_pool()
+    try:
+        status = Path(f"/proc/{pool.process.pid}/status").read_text()
+        ignored = int(re.search(r"SigIgn:\s*(\w+)", status).group(1), 16)
+        assert all(ignored >> (number - 1) & 1 for number in STOP_SIGNALS)
+    finally:
+        pool.process.kill()
+        pool.shutdown()
+        AsyncCompile.process_pool.cache_clear()
