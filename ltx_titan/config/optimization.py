@@ -289,9 +289,10 @@ class LoRASection(Section):
     base_dtype: BaseDtype = "bfloat16"
     """Format of the frozen weights. int8 and float8 halve their memory, int4 quarters it, nvfp4 needs a fifth more than
     int4 and is more accurate. An official fp8 or NVFP4 file is used unchanged with float8 or nvfp4."""
-    float8_matmuls: Float8Matmuls = "auto"
+    float8_matmuls: Float8Matmuls = "off"
     """Multiply a float8 base in float8, with activations quantized on use: faster, with gradients a few percent less
-    exact. `auto` does so on GPUs that can (compute capability 8.9); `off` dequantizes; `on` also emulates on a CPU."""
+    exact. `off` dequantizes; `auto` multiplies so on GPUs that can (compute capability 8.9); `on` also emulates it on a
+    CPU."""
 
     ranks: Annotated[tuple[LoRARank, ...], Field(strict=False)] = ()
     """Layers with another rank than `rank`, among those of `targets`."""
