@@ -92,9 +92,11 @@ def gradient_errors(shape: str) -> dict[str, dict[str, float]]:
     transformer = {**released_config(shape)["transformer"], "num_layers": 1}
     strategy, inputs = make_inputs(torch.device("cpu"), transformer, 2, 4, 6)
     assert inputs.video is not None and inputs.audio is not None
-    model = LTXTransformer.from_config(transformer)
+    with torch.device("meta"):
+        model = LTXTransformer.from_config(transformer)
+    model.to_empty(device="cpu")
     _fill(model)
-    apply_lora(model, LoRASection(targets=("t2v",)))
+    apply_lora(model, LoRASection(targets=("t2v",), base_dtype="float32"))
     layers = list(adapters(model).values())
     for layer in layers:
         # Not zero, as at the start, or only half of the gradients would be there.
