@@ -33,8 +33,8 @@ _FFT_SIZES = (256, 512, 1024, 2048)
 # Short windows have wide bins: a tone of nearly the right pitch is nearly right there.
 _TRAINING_FFT_SIZES = (64, 128, 256, 512, 1024, 2048)
 _STATISTICS_CLIPS = 128
-# Range of the random attenuation of what the vocoder learns from.
-_GAIN_NEPERS = 2.5
+# Range of the random attenuation of what the vocoder learns from, and the weight of the level's error.
+_GAIN_NEPERS, _LEVEL_WEIGHT = 2.5, 2.0
 
 
 def random_clips(count: int, seed: int, device: torch.device | str) -> Clips:
@@ -120,8 +120,9 @@ def train_vocoder(
     def loss_of(mel: Tensor, target: Tensor) -> dict[str, Tensor]:
         # Phase is free, so only the spectra are compared.
         output = generator(mel)[..., : target.shape[-1]]
-        spectral, level = _weighted_spectral_loss(output, target), _level_loss(output, target)
-        return {"loss": spectral + level, "spectral": spectral, "level": level}
+        spectral = _weighted_spectral_loss(output, target)
+        level, follows = _compare_levels(output, target)
+        return {"loss": spectral + _LEVEL_WEIGHT * level, "spectral": spectral, "level": level, "follows": follows}
 
     parameters = generator.parameters()
     figures = train("vocoder", parameters, inputs_of, loss_of, seconds=seconds, lr=lr, weight_decay=0.0)
@@ -143,14 +144,21 @@ def _weighted_spectral_loss(output: Tensor, target: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def _level_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Distance of the loudness over time, in nepers: a few decibels are little in a spectral loss."""
+def _compare_levels(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of the loudness over time in nepers, and the slope of the output's loudness against the target's.
+
+    A few decibels are little in a spectral loss. The slope is 1 for a vocoder that keeps levels, 0 for one that ignores
+    them.
+    """
     levels = []
     for audio in (output, target):
         power = _magnitudes(audio, 1024).square().sum(1)
         levels.append(0.5 * (power + 1e-6).log())
     is_loud = (power > 0.1 * power.amax(1, keepdim=True)).float()
-    return ((levels[0] - levels[1]).abs() * is_loud).sum() / is_loud.sum()
+    weight = is_loud / is_loud.sum()
+    ours, theirs = levels[0], levels[1] - (weight * levels[1]).sum()
+    slope = (weight * ours * theirs).sum() / (weight * theirs.square()).sum()
+    return ((levels[0] - levels[1]).abs() * weight).sum(), slope.detach()
 
 
 def _magnitudes(audio: Tensor, size: int) -> Tensor:
