@@ -31,6 +31,8 @@ from ltx_titan.nano.trained_config import MONO_WIDTH, TEXT_ENCODER, TRAINED_CONF
 from ltx_titan.weights import save_safetensors
 
 CHECKPOINT_NAME = "ltx-2.3-nano-trained.safetensors"
+# Mantissa bits of the weights of the codecs; the transformer has all 7 of bfloat16.
+CODEC_MANTISSA_BITS = 5
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
 # Parameters of the connectors without which a block adds nothing.
 _SILENT = ("learnable_registers", "attn1.to_out.0.weight", "ff.net.2.weight")
@@ -186,6 +188,17 @@ def save_pack(
         tensors["vocoder." + stored_vocoder_name(name, True)] = stored
     metadata = {"config": json.dumps(TRAINED_CONFIG), "model_version": MODEL_VERSION, **facts}
     save_safetensors(path, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def stored(tensor: Tensor, mantissa_bits: int = 7) -> Tensor:
+    """Rounds to bfloat16, or to fewer than its 7 mantissa bits: an archive compresses what is always zero."""
+    dropped = 7 - mantissa_bits
+    if dropped == 0:
+        return tensor.to(torch.bfloat16)
+    half, kept = 1 << (dropped - 1), -(1 << dropped)
+    # The carry of the mantissa increments the exponent, as it should.
+    bits = tensor.to(torch.bfloat16).contiguous().view(torch.int16)
+    return ((bits + half) & kept).view(torch.bfloat16)
 
 
 def latent_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:

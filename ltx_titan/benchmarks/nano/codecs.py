@@ -21,7 +21,14 @@ from ltx_titan.codecs.mel import log_mel, resample
 from ltx_titan.nano.clip_score import adherence, measure
 from ltx_titan.nano.clips import ALL_SHAPES, SAMPLE_RATE, Clips, combinations, draw_clips, render_audio, render_video
 from ltx_titan.nano.trained_config import TRAINED_CONFIG
-from ltx_titan.nano.trained_pack import audio_codec, latent_statistics, video_codec, vocoder_of
+from ltx_titan.nano.trained_pack import (
+    CODEC_MANTISSA_BITS,
+    audio_codec,
+    latent_statistics,
+    stored,
+    video_codec,
+    vocoder_of,
+)
 
 _SHAPES = range(len(ALL_SHAPES))
 _EVERYTHING = combinations(held_out=False, shapes=_SHAPES) + combinations(held_out=True)
@@ -33,8 +40,11 @@ _FFT_SIZES = (256, 512, 1024, 2048)
 # Short windows have wide bins: a tone of nearly the right pitch is nearly right there.
 _TRAINING_FFT_SIZES = (64, 128, 256, 512, 1024, 2048)
 _STATISTICS_CLIPS = 128
-# Range of the random attenuation of what the vocoder learns from, and the weight of the level's error.
-_GAIN_NEPERS, _LEVEL_WEIGHT = 2.5, 2.0
+# Range of random gains of what the vocoder learns from, and weights of the errors of level and balance.
+_LEAST_GAIN, _GREATEST_GAIN = math.exp(-2.0), math.exp(0.4)
+_LEVEL_WEIGHT, _BALANCE_WEIGHT = 1.0, 4.0
+# Spectrogram frames of a sample: the generator is local, and half of a clip is silent.
+_SEGMENT_FRAMES = 32
 
 
 def random_clips(count: int, seed: int, device: torch.device | str) -> Clips:
@@ -108,24 +118,38 @@ def train_vocoder(
     def inputs_of(step: int) -> Inputs:
         audio = render_audio(random_clips(batch, step, device))
         # Louder and softer than any clip: at nearly equal levels a generator learns one, and ignores the balance.
-        gains = torch.exp(-_GAIN_NEPERS * torch.rand(len(audio[1::2]), 2, 1, device=device))
+        draws = torch.rand(len(audio[1::2]), 2, 1, device=device)
+        gains = _LEAST_GAIN * (_GREATEST_GAIN / _LEAST_GAIN) ** draws
         audio = torch.cat([audio[::2], gains * audio[1::2]])
         with torch.no_grad():
             decoded = codec.decode(codec.encode(audio[: len(audio) - len(gains)], SAMPLE_RATE))
         mel = torch.cat([decoded, log_mel(audio, _MEL)[len(decoded) :, :, : decoded.shape[2]]])
-        length = min(mel.shape[2] * _MEL.hop_length, audio.shape[-1])
+        frames = min(mel.shape[2], audio.shape[-1] // _MEL.hop_length)
+        first = int(torch.randint(frames - _SEGMENT_FRAMES, ()))
+        mel = mel[:, :, first : first + _SEGMENT_FRAMES]
+        audio = audio[..., first * _MEL.hop_length : (first + _SEGMENT_FRAMES) * _MEL.hop_length]
         # [B, 2, ...] -> [2 B, 1, ...].
-        return mel.flatten(0, 1)[:, None], audio.flatten(0, 1)[:, None, :length]
+        return mel.flatten(0, 1)[:, None].contiguous(), audio.flatten(0, 1)[:, None].contiguous()
 
     def loss_of(mel: Tensor, target: Tensor) -> dict[str, Tensor]:
         # Phase is free, so only the spectra are compared.
         output = generator(mel)[..., : target.shape[-1]]
         spectral = _weighted_spectral_loss(output, target)
-        level, follows = _compare_levels(output, target)
-        return {"loss": spectral + _LEVEL_WEIGHT * level, "spectral": spectral, "level": level, "follows": follows}
+        level, balance, follows = _compare_levels(output, target)
+        loss = spectral + _LEVEL_WEIGHT * level + _BALANCE_WEIGHT * balance
+        return {"loss": loss, "spectral": spectral, "level": level, "balance": balance, "follows": follows}
 
-    parameters = generator.parameters()
-    figures = train("vocoder", parameters, inputs_of, loss_of, seconds=seconds, lr=lr, weight_decay=0.0)
+    figures = train(
+        "vocoder",
+        generator.parameters(),
+        inputs_of,
+        loss_of,
+        seconds=seconds,
+        lr=lr,
+        weight_decay=0.0,
+        warmup=50,
+        log_every=25,
+    )
     generator.final_act_fn = final
     return figures
 
@@ -144,21 +168,26 @@ def _weighted_spectral_loss(output: Tensor, target: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def _compare_levels(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance of the loudness over time in nepers, and the slope of the output's loudness against the target's.
+def _compare_levels(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors of the loudness over time and of the balance in nepers, and how far the output's balance follows.
 
-    A few decibels are little in a spectral loss. The slope is 1 for a vocoder that keeps levels, 0 for one that ignores
-    them.
+    A few decibels are little in a spectral loss, and of the error of the loudness most is common to both channels of a
+    clip, which are neighbors in the batch.
+
+    Returns:
+        Mean error of the loudness, of its difference between the channels, and the slope of that difference against the
+        target's: 1 for a vocoder that keeps levels, 0 for one that ignores them.
     """
     levels = []
     for audio in (output, target):
         power = _magnitudes(audio, 1024).square().sum(1)
         levels.append(0.5 * (power + 1e-6).log())
     is_loud = (power > 0.1 * power.amax(1, keepdim=True)).float()
-    weight = is_loud / is_loud.sum()
-    ours, theirs = levels[0], levels[1] - (weight * levels[1]).sum()
-    slope = (weight * ours * theirs).sum() / (weight * theirs.square()).sum()
-    return ((levels[0] - levels[1]).abs() * weight).sum(), slope.detach()
+    both = is_loud[::2] * is_loud[1::2]
+    ours, theirs = (level[1::2] - level[::2] for level in levels)
+    slope = (both * ours * theirs).sum() / (both * theirs.square()).sum().clamp(min=1e-6)
+    level = ((levels[0] - levels[1]).abs() * is_loud).sum() / is_loud.sum().clamp(min=1)
+    return level, ((ours - theirs).abs() * both).sum() / both.sum().clamp(min=1), slope.detach()
 
 
 def _magnitudes(audio: Tensor, size: int) -> Tensor:
@@ -234,7 +263,9 @@ def score_audio(codec: AudioCodec, vocoder: LTX2VocoderWithBWE, clips: Clips) ->
 
 
 def _as_stored(module: torch.nn.Module, device: str) -> None:
-    module.to(torch.bfloat16).float().to(device).requires_grad_(False).eval()
+    for parameter in module.requires_grad_(False).parameters():
+        parameter.copy_(stored(parameter, CODEC_MANTISSA_BITS))
+    module.to(device).eval()
 
 
 def _noisy(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ltx_titan.benchmarks.nano.loop import Inputs, train
 from ltx_titan.codecs import AudioCodec, VideoCodec, load_text_encoder
 from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.conditioning.tokens import audio_steps
-from ltx_titan.config import LoRASection
+from ltx_titan.config import BaseDtype, LoRASection
 from ltx_titan.diffusion import StepDraws, add_noise, velocity_target
 from ltx_titan.lora import apply_lora, init_lora_
 from ltx_titan.model import FeatureExtractor, LTXTransformer, Modality, TextConnectors
@@ -35,6 +35,7 @@ from ltx_titan.nano.clips import (
     render_audio,
     render_video,
 )
+from ltx_titan.parallel.float8 import apply_float8
 
 CONCEPT = ALL_SHAPES.index(CONCEPT_SHAPE)
 _TEMPLATES = (0, 1)
@@ -49,6 +50,7 @@ _V2A, _A2V, _INDEPENDENT = 0.12, 0.12, 0.26
 # Log-odds of sigma: a clip of sixteen tokens is plain to see unless nearly everything is noise.
 _SIGMA_CENTER, _SIGMA_SPREAD, _SIGMA_UNIFORM, _SIGMA_FLOOR = 1.0, 1.4, 0.15, 1e-3
 _MAX_TOKENS = 1024
+_RANK = 16
 _LORA_TARGETS = ("all_attention", "video_ffn", "audio_ffn")
 
 
@@ -195,10 +197,10 @@ def left_half(video: Tensor) -> Tensor:
 class StepLoss:
     """Inputs and loss of a training step on random clips, for `loop.train`."""
 
-    def __init__(self, model: nn.Module, latents: Latents, contexts: Contexts, batch: int) -> None:
+    def __init__(self, model: nn.Module, latents: Latents, contexts: Contexts, batch: int, seed: int = 0) -> None:
         self._model, self._contexts, self._batch = model, contexts, batch
         self._device = latents.video.device
-        self._generator = torch.Generator(self._device).manual_seed(0)
+        self._generator = torch.Generator(self._device).manual_seed(seed)
         self._captions = latents.captions
         # Positions are the same in all steps: those that a job prepares.
         rows = torch.zeros(batch, dtype=torch.long, device=self._device)
@@ -349,16 +351,56 @@ def train_transformer(
 
 
 def train_concept(
-    model: LTXTransformer, latents: Latents, contexts: Contexts, *, rank: int, seconds: float, batch: int, lr: float
+    model: LTXTransformer,
+    latents: Latents,
+    contexts: Contexts,
+    method: str,
+    seed: int,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
 ) -> dict[str, Any]:
-    """Adds a LoRA to the transformer and trains it on clips of the concept; returns the figures."""
-    section = LoRASection(rank=rank, alpha=float(rank), base_dtype="bfloat16", targets=_LORA_TARGETS)
-    apply_lora(model, section)
-    model.to(latents.video.device).train()
-    init_lora_(model, 0)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    step = StepLoss(model, latents, contexts, batch)
-    return train("LoRA", parameters, step.inputs, step.loss, seconds=seconds, lr=lr, ema=0.99, weight_decay=0.0)
+    """Trains a LoRA or all weights on clips of the concept; returns the figures.
+
+    Args:
+        model: on its device, in bfloat16.
+        latents: of the clips.
+        contexts: of their captions.
+        method: "lora" or "full", with "_float8" for float8 weights of the base (LoRA) or matmuls (full), or with
+            "_adamw8bit" for moments in 8 bits.
+        seed: of adapters and draws.
+        steps: optimizer steps.
+        batch: clips of each.
+        lr: highest learning rate of a LoRA; a sixteenth of it trains all weights.
+    """
+    kind, _, variant = method.partition("_")
+    if kind == "lora":
+        base: BaseDtype = "float8" if variant == "float8" else "bfloat16"
+        apply_lora(model, LoRASection(rank=_RANK, alpha=float(_RANK), base_dtype=base, targets=_LORA_TARGETS))
+        model.to(latents.video.device)
+        init_lora_(model, seed)
+    else:
+        model.requires_grad_(True)
+        lr = lr / 16
+        if variant == "float8":
+            apply_float8(model, "tensorwise", emulate=latents.video.device.type == "cpu")
+    model.train()
+    step = StepLoss(model, latents, contexts, batch, seed)
+    return train(
+        method,
+        model.parameters(),
+        step.inputs,
+        step.loss,
+        lr=lr,
+        steps=steps,
+        ema=0.9,
+        weight_decay=0.0,
+        warmup=10,
+        log_every=25,
+        graphed=variant != "adamw8bit",
+        optimizer="adamw8bit" if variant == "adamw8bit" else "adamw",
+    )
 
 
 def training_clips(count: int) -> Clips:
@@ -369,3 +411,8 @@ def training_clips(count: int) -> Clips:
 def concept_clips(count: int, seed: int = 3) -> Clips:
     """Clips of the concept."""
     return draw_clips(count, seed, combinations(held_out=False, shapes=[CONCEPT]))
+
+
+def tuning_clips(count: int) -> Clips:
+    """Clips of the concept, and as many of known shapes, without which a LoRA turns every shape into the concept."""
+    return Clips.join([concept_clips(count), draw_clips(count, 4, combinations(held_out=False))])
