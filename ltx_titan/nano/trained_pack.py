@@ -30,7 +30,6 @@ from ltx_titan.nano.pack_config import MODEL_VERSION
 from ltx_titan.nano.trained_config import MONO_WIDTH, TEXT_ENCODER, TRAINED_CONFIG, VISION_TOWER, VOCABULARY
 from ltx_titan.weights import save_safetensors
 
-CHECKPOINT_NAME = "ltx-2.3-nano-trained.safetensors"
 # Mantissa bits of the weights of the codecs; the transformer has all 7 of bfloat16.
 CODEC_MANTISSA_BITS = 5
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
@@ -180,12 +179,15 @@ def save_pack(
     extractor, connectors = text
     for prefix, module in ((_TRANSFORMER, transformer), (_TRANSFORMER, connectors), (_TEXT_PROJECTION, extractor)):
         tensors |= {prefix + name: tensor for name, tensor in module.state_dict().items()}
-    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    coarse = re.compile(r"(audio_)?vae\.(?!per_channel_statistics)")
+    tensors = {
+        name: stored(tensor, CODEC_MANTISSA_BITS if coarse.match(name) else 7) for name, tensor in tensors.items()
+    }
     parameters = {name for name, _ in vocoder.named_parameters()}
     for name, tensor in vocoder.state_dict().items():
         # Filters and bases are exact, and rounding them would only degrade the audio.
-        stored = tensor.to(torch.bfloat16) if name in parameters else tensor
-        tensors["vocoder." + stored_vocoder_name(name, True)] = stored
+        saved = stored(tensor, CODEC_MANTISSA_BITS) if name in parameters else tensor
+        tensors["vocoder." + stored_vocoder_name(name, True)] = saved
     metadata = {"config": json.dumps(TRAINED_CONFIG), "model_version": MODEL_VERSION, **facts}
     save_safetensors(path, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
 

@@ -151,7 +151,38 @@ def train_vocoder(
         log_every=25,
     )
     generator.final_act_fn = final
-    return figures
+    shift = shift_levels(generator, codec, device)
+    return {**figures, "shift": shift}
+
+
+@torch.no_grad()
+def shift_levels(generator: LTX2Vocoder, codec: AudioCodec, device: str, clips: int = 24) -> dict[str, float]:
+    """Moves the generator to the levels at which it follows them best, in place.
+
+    A generator that has learned a range of levels compresses the loudest, where most clips are. Its first convolution
+    then reads softer spectrograms, and its last one is louder for it: for one that follows all levels, the same.
+
+    Returns:
+        The shift of the log spectrograms, the gain of the output in nepers, and the errors of level and balance.
+    """
+    audio = render_audio(draw_clips(clips, 77, combinations(held_out=False)).to(device))
+    mel = codec.decode(codec.encode(audio, SAMPLE_RATE)).flatten(0, 1)[:, None]
+    response = generator.conv_in.weight.sum((1, 2))
+    bias = generator.conv_in.bias.clone()
+    best: dict[str, float] = {}
+    for shift in (0.0, 0.5, 1.0, 1.5):
+        generator.conv_in.bias.copy_(bias - shift * response)
+        output = torch.cat([generator(part) for part in mel.split(16)])
+        length = min(output.shape[-1], audio.shape[-1])
+        output, target = output[..., :length], audio[..., :length].flatten(0, 1)[:, None]
+        power = [signal.unflatten(0, (-1, 2)).square().mean((1, 2, 3)) for signal in (output, target)]
+        gain = float(0.5 * (power[1] / power[0]).log().median())
+        level, balance, _ = (float(value) for value in _compare_levels(math.exp(gain) * output, target))
+        if not best or level + balance < best["level"] + best["balance"]:
+            best = {"shift": shift, "gain": gain, "level": level, "balance": balance}
+    generator.conv_in.bias.copy_(bias - best["shift"] * response)
+    generator.conv_out.weight.mul_(math.exp(best["gain"]))
+    return best
 
 
 def _weighted_spectral_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Trains the miniature pack: codecs, transformer, scores, and a LoRA of a concept it has never seen.
 
-    ltx-titan bench nano OUT [--stages video audio vocoder transformer score lora] [--seconds 150 150 100 400 ...]
+    ltx-titan bench nano OUT [--stages video audio vocoder transformer pack score lora] [--seconds 150 150 ...]
 
 Each stage reads what earlier ones wrote to OUT and writes its weights and `<stage>.json`, so stages can run in separate
-calls. `transformer` also writes the pack. Everything is rendered and kept on the device; no files are read.
+calls; `pack` writes what the package ships. Everything is rendered and kept on the device; no files are read.
 """
 
 import os
@@ -25,9 +25,8 @@ from ltx_titan.benchmarks.nano.loop import write_result
 from ltx_titan.codecs import AudioCodec, VideoCodec
 from ltx_titan.common.options import Positional, default_device
 from ltx_titan.model import LTXTransformer
-from ltx_titan.nano.pack import TEXT_ENCODER_NAME
+from ltx_titan.nano.archive import TEXT_ENCODER_NAME, TRAINED_NAME, archive_pack
 from ltx_titan.nano.trained_pack import (
-    CHECKPOINT_NAME,
     CODEC_MANTISSA_BITS,
     audio_codec,
     build_audio_vae,
@@ -45,7 +44,7 @@ from ltx_titan.nano.trained_pack import (
 
 DESCRIPTION = __doc__
 
-_STAGES = ("video", "audio", "vocoder", "transformer", "score", "lora")
+_STAGES = ("video", "audio", "vocoder", "transformer", "pack", "score", "lora")
 _SEED = 0
 _VOCODER = "vocoder_of_one_channel.safetensors"
 
@@ -60,13 +59,13 @@ class NanoTrainingOptions:
     stages: tuple[str, ...] = _STAGES
     """Stages to run, in this order."""
 
-    seconds: tuple[float, ...] = (180.0, 150.0, 240.0, 480.0, 0.0, 0.0)
-    """Training time of each of these stages; `score` trains nothing, `lora` a number of steps."""
+    seconds: tuple[float, ...] = (180.0, 150.0, 240.0, 480.0, 0.0, 0.0, 0.0)
+    """Training time of each of these stages; `pack` and `score` train nothing, `lora` a number of steps."""
 
-    batches: tuple[int, ...] = (64, 64, 16, 512, 0, 8)
+    batches: tuple[int, ...] = (64, 64, 16, 512, 0, 0, 8)
     """Clips per step of each of these stages."""
 
-    rates: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 1e-3, 0.0, 4e-3)
+    rates: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 1e-3, 0.0, 0.0, 4e-3)
     """Highest learning rate of each of these stages."""
 
     clips: int = 40000
@@ -161,11 +160,19 @@ def _transformer(options: NanoTrainingOptions, seconds: float, batch: int, lr: f
         save=lambda: _save(path, model, {}, 7),
     )
     _save(path, model, {}, 7)
-    vocoder = _load_vocoder(options)
-    facts = {"recipe": "ltx-titan bench nano", "commit": _commit()}
-    text = build_text_modules(_SEED)
-    save_pack(options.out / CHECKPOINT_NAME, video, audio, vocoder, model, text, facts)
     return {"encoding_seconds": round(prepared, 1), "clips": len(clips), "training": figures}
+
+
+def _pack(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    """Writes the official file of all parts, and the archive that the package ships."""
+    path = options.out / TRAINED_NAME
+    parts = _load_video(options), _load_audio(options), _load_vocoder(options)
+    model = _load(build_transformer(_SEED), options.out / "transformer.safetensors")[0]
+    facts = {"recipe": "ltx-titan bench nano", "commit": _commit()}
+    save_pack(path, *parts, model, build_text_modules(_SEED), facts)
+    archive = options.out / "nano_trained.tar.xz"
+    archive_pack(options.out, archive)
+    return {"bytes": path.stat().st_size, "archive_bytes": archive.stat().st_size}
 
 
 def _score(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
@@ -201,7 +208,9 @@ def _lora(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -
 
 
 _Runner = Callable[[NanoTrainingOptions, float, int, float], dict[str, Any]]
-_RUNNERS: dict[str, _Runner] = dict(zip(_STAGES, (_video, _audio, _vocoder, _transformer, _score, _lora), strict=True))
+_RUNNERS: dict[str, _Runner] = dict(
+    zip(_STAGES, (_video, _audio, _vocoder, _transformer, _pack, _score, _lora), strict=True)
+)
 
 
 def _contexts(options: NanoTrainingOptions) -> transformer.Contexts:
