@@ -44,7 +44,7 @@ class _Step:
         device = parameters[0].device
         on_gpu = device.type == "cuda"
         # bfloat16 weights are too coarse for small updates.
-        self.masters = [parameter.detach().float().clone().requires_grad_() for parameter in parameters]
+        self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in parameters]
         # A tensor, which a captured optimizer reads in every replay.
         self._lr = torch.full((), lr, device=device)
         self._is_captured = on_gpu and optimizer == "adamw"
