@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains a job:  ./run_train.sh [job.toml] [--section.key=value ...]
-# Without a job it runs the built-in demo: makes a miniature LTX-2.3 pack, prepares clips from the video that ships with
-# the project, and trains on them, on one GPU or a CPU. Sets up its own .venv if packages are missing, then calls
-# `ltx-titan train`, which reads the variables from NGPU to MAX_RESTARTS.
+# Without a job it runs the built-in demo: unpacks a trained miniature LTX-2.3, teaches it with LoRA a shape that it has
+# never seen, and shows clips before and after, on one GPU or a CPU. Sets up its own .venv if packages are missing, then
+# calls `ltx-titan train`, which reads the variables from NGPU to MAX_RESTARTS.
 #
 #   NGPU          processes on this node     (default: the visible GPUs, or 1)
 #   NNODES        nodes in the job           (default 1); then also, on every node:
@@ -25,19 +25,26 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 PYTHON=$("${PYTHON:-python3}" "$ROOT/ltx_titan/bootstrap.py" preprocess)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-JOB=${CONFIG:-}
+JOB=${CONFIG:-} DATA=
 if [[ $# -gt 0 && $1 != --* ]]; then JOB=$1; shift; fi
-# The demo by its path is the demo: its data is prepared as well.
-if [[ -z $JOB || $JOB -ef $ROOT/train_configs/debug.toml ]]; then
+# Two jobs make their own data, also when they are named by their path: the demo, and a smaller one on a random pack.
+if [[ -z $JOB || $JOB -ef $ROOT/train_configs/nano_concept.toml ]]; then
     cd "$ROOT"
-    JOB=train_configs/debug.toml
-    export NGPU=${NGPU:-1}
-    DATA=outputs/debug-data
+    JOB=train_configs/nano_concept.toml DATA=outputs/concept-data SIZE=64x64x25
+    PACK=$DATA/nano/ltx-2.3-nano-trained.safetensors
+    "$PYTHON" -m ltx_titan.cli make-nano "$DATA/nano" --trained
+    "$PYTHON" -m ltx_titan.cli make-clips "$DATA/clips" --count 32 --concept --known 8
+elif [[ $JOB -ef $ROOT/train_configs/debug.toml ]]; then
+    cd "$ROOT"
+    JOB=train_configs/debug.toml DATA=outputs/debug-data SIZE=256x160x25
+    PACK=$DATA/nano/ltx-2.3-nano.safetensors
     "$PYTHON" -m ltx_titan.cli make-nano "$DATA/nano"
     "$PYTHON" -m ltx_titan.cli make-debug-dataset "$DATA/clips"
-    "$PYTHON" -m ltx_titan.cli process-dataset "$DATA/clips/dataset.jsonl" --resolution-buckets "256x160x25" \
-        --model-path "$DATA/nano/ltx-2.3-nano.safetensors" --text-encoder-path "$DATA/nano/text_encoder" \
-        --output-dir "$DATA/precomputed"
+fi
+if [[ -n $DATA ]]; then
+    export NGPU=${NGPU:-1}
+    "$PYTHON" -m ltx_titan.cli process-dataset "$DATA/clips/dataset.jsonl" --resolution-buckets "$SIZE" \
+        --model-path "$PACK" --text-encoder-path "$DATA/nano/text_encoder" --output-dir "$DATA/precomputed"
     # Many CPUs have no bfloat16 units: a matmul takes fifty times as long as in float32.
     if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then set -- --training.dtype=float32 "$@"; fi
 fi

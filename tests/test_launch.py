@@ -90,16 +90,19 @@ def test_environment_variables_become_arguments_of_torchrun():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "is_demo"),
+    ("arguments", "prepared_by"),
     [
-        ([], True),
-        (["--training.steps=3"], True),
-        (["train_configs/debug.toml"], True),
-        ([str(ROOT / "tests/../train_configs/debug.toml"), "--training.steps=3"], True),
-        (["train_configs/ltx23_lora_t2v.toml"], False),
+        ([], ["make-nano", "make-clips", "process-dataset"]),
+        (["--training.steps=3"], ["make-nano", "make-clips", "process-dataset"]),
+        (["train_configs/nano_concept.toml"], ["make-nano", "make-clips", "process-dataset"]),
+        (
+            [str(ROOT / "tests/../train_configs/debug.toml"), "--training.steps=3"],
+            ["make-nano", "make-debug-dataset", "process-dataset"],
+        ),
+        (["train_configs/ltx23_lora_t2v.toml"], []),
     ],
 )
-def test_the_demo_prepares_its_data_however_it_is_named(arguments, is_demo, tmp_path):
+def test_the_demo_prepares_its_data_however_it_is_named(arguments, prepared_by, tmp_path):
     # Plays Python: it has everything, and records what it is asked to run.
     python, asked = tmp_path / "python", tmp_path / "asked"
     python.write_text(
@@ -108,8 +111,7 @@ def test_the_demo_prepares_its_data_however_it_is_named(arguments, is_demo, tmp_
     python.chmod(0o755)
     subprocess.run([ROOT / "run_train.sh", *arguments], cwd=ROOT, env={**os.environ, "PYTHON": str(python)}, check=True)
     typed = [line.split()[2:] for line in asked.read_text().splitlines()]
-    commands = ["make-nano", "make-debug-dataset", "process-dataset", "train"] if is_demo else ["train"]
-    assert [words[0] for words in typed] == commands
+    assert [words[0] for words in typed] == [*prepared_by, "train"]
     assert ("--training.steps=3" in typed[-1]) == ("--training.steps=3" in arguments)
 
 

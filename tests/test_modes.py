@@ -231,7 +231,8 @@ def runs(overrides) -> Callable[[str], Path]:
 
 
 def test_every_job_file_is_a_mode_here():
-    names = [path.stem for path in CONFIGS.glob("*.toml") if path.stem != "debug"]
+    # Two jobs that run_train.sh makes the data for are no recipes.
+    names = [path.stem for path in CONFIGS.glob("*.toml") if path.stem not in ("debug", "nano_concept")]
     assert sorted(names) == sorted([*MODES, *SIZES])
 
 

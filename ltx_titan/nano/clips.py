@@ -135,6 +135,11 @@ class Clips:
     def __getitem__(self, rows: slice | Tensor) -> Self:
         return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """All clips of several batches."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
     def to(self, device: torch.device | str) -> Self:
         """The same clips with tensors on a device."""
         return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))

@@ -12,6 +12,7 @@ from ltx_titan.nano.clips import (
     ALL_SHAPES,
     CONCEPT_SHAPE,
     FPS,
+    Clips,
     Combination,
     combinations,
     draw_clips,
@@ -29,7 +30,7 @@ test whether a model that knows the parts can combine them.
 examples:
   ltx-titan make-clips clips/ --count 200
   ltx-titan make-clips unseen/ --count 72 --held-out only
-  ltx-titan make-clips concept/ --count 24 --concept
+  ltx-titan make-clips concept/ --count 24 --concept --known 24
 """
 
 # AAC at 16 kHz loses much of the treble; the encoders resample.
@@ -55,6 +56,9 @@ class ClipOptions:
     concept: Flag = False
     """Clips of a ring, called zorb in the captions: a shape and a word that the trained miniature has never seen."""
 
+    known: int = 0
+    """With --concept: further clips, of shapes that it knows, lest it forgets them."""
+
 
 def run(options: ClipOptions) -> int:
     """Runs the command and prints the path of the table."""
@@ -66,11 +70,16 @@ def make_clips(options: ClipOptions) -> Path:
     """Writes the clips and `dataset.jsonl` with a caption and the attributes of each; returns the latter's path.
 
     Raises:
-        ValueError: no clip is asked for, or held-out combinations of the concept, which has none.
+        ValueError: no clip is asked for, held-out combinations of the concept, which has none, or known shapes without
+            the concept.
     """
     if options.count < 1:
         raise ValueError(f"--count {options.count}: expected at least one clip.")
     clips = draw_clips(options.count, options.seed, _combinations(options))
+    if options.known:
+        if not options.concept:
+            raise ValueError("--known: expected --concept, found clips of known shapes only; use a larger --count.")
+        clips = Clips.join([clips, draw_clips(options.known, options.seed + 1, combinations(held_out=False))])
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for index, (combination, caption) in enumerate(zip(clips.combinations, clips.captions, strict=True)):

@@ -26,26 +26,30 @@ from ltx_titan.codecs.audio_vae import audio_vae_arguments, mel_settings
 from ltx_titan.codecs.mel import log_mel, slaney_filters
 from ltx_titan.codecs.video_vae import video_vae_layout
 from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name
-from ltx_titan.common.options import Positional
+from ltx_titan.common.options import Flag, Positional
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
+from ltx_titan.nano.archive import TEXT_ENCODER_NAME, unpack_trained_nano
 from ltx_titan.nano.pack_config import CONFIG, MODEL_VERSION, TEXT_ENCODER
 from ltx_titan.weights import save_safetensors
 
 DESCRIPTION = """\
 Write a miniature LTX-2.3 pack: transformer, connectors, text projection, video and audio VAE and vocoder in one
-safetensors file of a few MB in the official layout, and a tiny Gemma text encoder next to it. The weights are random,
-so its clips are noise, but all commands work on it as on the real pack. Use it to try a job before downloading 46 GB.
+safetensors file of a few MB in the official layout, and a tiny Gemma text encoder next to it. All commands work on it
+as on the real pack. Use it to try a job before downloading 46 GB.
 
-example:
+The weights are random, so its clips are noise. `--trained` writes a larger one (30 MB) that generates what `ltx-titan
+make-clips` shows: a colored shape that moves, and a tone that follows it.
+
+examples:
   ltx-titan make-nano nano/
+  ltx-titan make-nano nano/ --trained
   ltx-titan process-dataset clips/dataset.jsonl --resolution-buckets "256x160x25" \\
       --model-path nano/ltx-2.3-nano.safetensors --text-encoder-path nano/text_encoder
 """
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
 CHECKPOINT_NAME = "ltx-2.3-nano.safetensors"
-TEXT_ENCODER_NAME = "text_encoder"
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -63,19 +67,24 @@ class NanoOptions:
     """Layout: one file of LTX-2.3 and a folder with its text encoder, or the four files of LTX-2.5."""
 
     seed: int = 0
-    """Seed of the weights; the same seed gives the same bytes."""
+    """Seed of random weights; the same seed gives the same bytes."""
+
+    trained: Flag = False
+    """Write the trained pack, which ships with the package."""
 
 
 def run(options: NanoOptions) -> int:
     """Runs the command; returns the exit status."""
     if options.shape == "2.5":
+        if options.trained:
+            raise ValueError("--trained: expected --shape 2.3, found 2.5, of which no trained pack exists; omit one.")
         # Imported here: it builds on this module.
         from ltx_titan.nano.split_pack import make_split_nano
 
         for name, file in make_split_nano(options.out, options.seed)._asdict().items():
             print(f"{name.replace('_', ' '):13} {file} ({file.stat().st_size / 2**20:.1f} MiB)")
         return 0
-    path = make_nano(options.out, options.seed)
+    path = unpack_trained_nano(options.out) if options.trained else make_nano(options.out, options.seed)
     print(f"checkpoint    {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     print(f"text encoder  {path.parent / TEXT_ENCODER_NAME}")
     return 0

@@ -30,7 +30,8 @@ from ltx_titan.nano.pack_config import MODEL_VERSION
 from ltx_titan.nano.trained_config import MONO_WIDTH, TEXT_ENCODER, TRAINED_CONFIG, VISION_TOWER, VOCABULARY
 from ltx_titan.weights import save_safetensors
 
-CHECKPOINT_NAME = "ltx-2.3-nano-trained.safetensors"
+# Mantissa bits of the weights of the codecs; the transformer has all 7 of bfloat16.
+CODEC_MANTISSA_BITS = 5
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
 # Parameters of the connectors without which a block adds nothing.
 _SILENT = ("learnable_registers", "attn1.to_out.0.weight", "ff.net.2.weight")
@@ -178,14 +179,28 @@ def save_pack(
     extractor, connectors = text
     for prefix, module in ((_TRANSFORMER, transformer), (_TRANSFORMER, connectors), (_TEXT_PROJECTION, extractor)):
         tensors |= {prefix + name: tensor for name, tensor in module.state_dict().items()}
-    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    coarse = re.compile(r"(audio_)?vae\.(?!per_channel_statistics)")
+    tensors = {
+        name: stored(tensor, CODEC_MANTISSA_BITS if coarse.match(name) else 7) for name, tensor in tensors.items()
+    }
     parameters = {name for name, _ in vocoder.named_parameters()}
     for name, tensor in vocoder.state_dict().items():
         # Filters and bases are exact, and rounding them would only degrade the audio.
-        stored = tensor.to(torch.bfloat16) if name in parameters else tensor
-        tensors["vocoder." + stored_vocoder_name(name, True)] = stored
+        saved = stored(tensor, CODEC_MANTISSA_BITS) if name in parameters else tensor
+        tensors["vocoder." + stored_vocoder_name(name, True)] = saved
     metadata = {"config": json.dumps(TRAINED_CONFIG), "model_version": MODEL_VERSION, **facts}
     save_safetensors(path, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def stored(tensor: Tensor, mantissa_bits: int = 7) -> Tensor:
+    """Rounds to bfloat16, or to fewer than its 7 mantissa bits: an archive compresses what is always zero."""
+    dropped = 7 - mantissa_bits
+    if dropped == 0:
+        return tensor.to(torch.bfloat16)
+    half, kept = 1 << (dropped - 1), -(1 << dropped)
+    # The carry of the mantissa increments the exponent, as it should.
+    bits = tensor.to(torch.bfloat16).contiguous().view(torch.int16)
+    return ((bits + half) & kept).view(torch.bfloat16)
 
 
 def latent_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,14 @@ from ltx_titan.codecs.mel import log_mel, resample
 from ltx_titan.nano.clip_score import adherence, measure
 from ltx_titan.nano.clips import ALL_SHAPES, SAMPLE_RATE, Clips, combinations, draw_clips, render_audio, render_video
 from ltx_titan.nano.trained_config import TRAINED_CONFIG
-from ltx_titan.nano.trained_pack import audio_codec, latent_statistics, video_codec, vocoder_of
+from ltx_titan.nano.trained_pack import (
+    CODEC_MANTISSA_BITS,
+    audio_codec,
+    latent_statistics,
+    stored,
+    video_codec,
+    vocoder_of,
+)
 
 _SHAPES = range(len(ALL_SHAPES))
 _EVERYTHING = combinations(held_out=False, shapes=_SHAPES) + combinations(held_out=True)
@@ -33,8 +40,11 @@ _FFT_SIZES = (256, 512, 1024, 2048)
 # Short windows have wide bins: a tone of nearly the right pitch is nearly right there.
 _TRAINING_FFT_SIZES = (64, 128, 256, 512, 1024, 2048)
 _STATISTICS_CLIPS = 128
-# Range of the random attenuation of what the vocoder learns from.
-_GAIN_NEPERS = 2.5
+# Range of random gains of what the vocoder learns from, and weights of the errors of level and balance.
+_LEAST_GAIN, _GREATEST_GAIN = math.exp(-2.0), math.exp(0.4)
+_LEVEL_WEIGHT, _BALANCE_WEIGHT = 1.0, 4.0
+# Spectrogram frames of a sample: the generator is local, and half of a clip is silent.
+_SEGMENT_FRAMES = 32
 
 
 def random_clips(count: int, seed: int, device: torch.device | str) -> Clips:
@@ -108,25 +118,71 @@ def train_vocoder(
     def inputs_of(step: int) -> Inputs:
         audio = render_audio(random_clips(batch, step, device))
         # Louder and softer than any clip: at nearly equal levels a generator learns one, and ignores the balance.
-        gains = torch.exp(-_GAIN_NEPERS * torch.rand(len(audio[1::2]), 2, 1, device=device))
+        draws = torch.rand(len(audio[1::2]), 2, 1, device=device)
+        gains = _LEAST_GAIN * (_GREATEST_GAIN / _LEAST_GAIN) ** draws
         audio = torch.cat([audio[::2], gains * audio[1::2]])
         with torch.no_grad():
             decoded = codec.decode(codec.encode(audio[: len(audio) - len(gains)], SAMPLE_RATE))
         mel = torch.cat([decoded, log_mel(audio, _MEL)[len(decoded) :, :, : decoded.shape[2]]])
-        length = min(mel.shape[2] * _MEL.hop_length, audio.shape[-1])
+        frames = min(mel.shape[2], audio.shape[-1] // _MEL.hop_length)
+        first = int(torch.randint(frames - _SEGMENT_FRAMES, ()))
+        mel = mel[:, :, first : first + _SEGMENT_FRAMES]
+        audio = audio[..., first * _MEL.hop_length : (first + _SEGMENT_FRAMES) * _MEL.hop_length]
         # [B, 2, ...] -> [2 B, 1, ...].
-        return mel.flatten(0, 1)[:, None], audio.flatten(0, 1)[:, None, :length]
+        return mel.flatten(0, 1)[:, None].contiguous(), audio.flatten(0, 1)[:, None].contiguous()
 
     def loss_of(mel: Tensor, target: Tensor) -> dict[str, Tensor]:
         # Phase is free, so only the spectra are compared.
         output = generator(mel)[..., : target.shape[-1]]
-        spectral, level = _weighted_spectral_loss(output, target), _level_loss(output, target)
-        return {"loss": spectral + level, "spectral": spectral, "level": level}
+        spectral = _weighted_spectral_loss(output, target)
+        level, balance, follows = _compare_levels(output, target)
+        loss = spectral + _LEVEL_WEIGHT * level + _BALANCE_WEIGHT * balance
+        return {"loss": loss, "spectral": spectral, "level": level, "balance": balance, "follows": follows}
 
-    parameters = generator.parameters()
-    figures = train("vocoder", parameters, inputs_of, loss_of, seconds=seconds, lr=lr, weight_decay=0.0)
+    figures = train(
+        "vocoder",
+        generator.parameters(),
+        inputs_of,
+        loss_of,
+        seconds=seconds,
+        lr=lr,
+        weight_decay=0.0,
+        warmup=50,
+        log_every=25,
+    )
     generator.final_act_fn = final
-    return figures
+    shift = shift_levels(generator, codec, device)
+    return {**figures, "shift": shift}
+
+
+@torch.no_grad()
+def shift_levels(generator: LTX2Vocoder, codec: AudioCodec, device: str, clips: int = 24) -> dict[str, float]:
+    """Moves the generator to the levels at which it follows them best, in place.
+
+    A generator that has learned a range of levels compresses the loudest, where most clips are. Its first convolution
+    then reads softer spectrograms, and its last one is louder for it: for one that follows all levels, the same.
+
+    Returns:
+        The shift of the log spectrograms, the gain of the output in nepers, and the errors of level and balance.
+    """
+    audio = render_audio(draw_clips(clips, 77, combinations(held_out=False)).to(device))
+    mel = codec.decode(codec.encode(audio, SAMPLE_RATE)).flatten(0, 1)[:, None]
+    response = generator.conv_in.weight.sum((1, 2))
+    bias = generator.conv_in.bias.clone()
+    best: dict[str, float] = {}
+    for shift in (0.0, 0.5, 1.0, 1.5):
+        generator.conv_in.bias.copy_(bias - shift * response)
+        output = torch.cat([generator(part) for part in mel.split(16)])
+        length = min(output.shape[-1], audio.shape[-1])
+        output, target = output[..., :length], audio[..., :length].flatten(0, 1)[:, None]
+        power = [signal.unflatten(0, (-1, 2)).square().mean((1, 2, 3)) for signal in (output, target)]
+        gain = float(0.5 * (power[1] / power[0]).log().median())
+        level, balance, _ = (float(value) for value in _compare_levels(math.exp(gain) * output, target))
+        if not best or level + balance < best["level"] + best["balance"]:
+            best = {"shift": shift, "gain": gain, "level": level, "balance": balance}
+    generator.conv_in.bias.copy_(bias - best["shift"] * response)
+    generator.conv_out.weight.mul_(math.exp(best["gain"]))
+    return best
 
 
 def _weighted_spectral_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -143,14 +199,26 @@ def _weighted_spectral_loss(output: Tensor, target: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def _level_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Distance of the loudness over time, in nepers: a few decibels are little in a spectral loss."""
+def _compare_levels(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors of the loudness over time and of the balance in nepers, and how far the output's balance follows.
+
+    A few decibels are little in a spectral loss, and of the error of the loudness most is common to both channels of a
+    clip, which are neighbors in the batch.
+
+    Returns:
+        Mean error of the loudness, of its difference between the channels, and the slope of that difference against the
+        target's: 1 for a vocoder that keeps levels, 0 for one that ignores them.
+    """
     levels = []
     for audio in (output, target):
         power = _magnitudes(audio, 1024).square().sum(1)
         levels.append(0.5 * (power + 1e-6).log())
     is_loud = (power > 0.1 * power.amax(1, keepdim=True)).float()
-    return ((levels[0] - levels[1]).abs() * is_loud).sum() / is_loud.sum()
+    both = is_loud[::2] * is_loud[1::2]
+    ours, theirs = (level[1::2] - level[::2] for level in levels)
+    slope = (both * ours * theirs).sum() / (both * theirs.square()).sum().clamp(min=1e-6)
+    level = ((levels[0] - levels[1]).abs() * is_loud).sum() / is_loud.sum().clamp(min=1)
+    return level, ((ours - theirs).abs() * both).sum() / both.sum().clamp(min=1), slope.detach()
 
 
 def _magnitudes(audio: Tensor, size: int) -> Tensor:
@@ -226,7 +294,9 @@ def score_audio(codec: AudioCodec, vocoder: LTX2VocoderWithBWE, clips: Clips) ->
 
 
 def _as_stored(module: torch.nn.Module, device: str) -> None:
-    module.to(torch.bfloat16).float().to(device).requires_grad_(False).eval()
+    for parameter in module.requires_grad_(False).parameters():
+        parameter.copy_(stored(parameter, CODEC_MANTISSA_BITS))
+    module.to(device).eval()
 
 
 def _noisy(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Trains the miniature pack: codecs, transformer, scores, and a LoRA of a concept it has never seen.
 
-    ltx-titan bench nano OUT [--stages video audio vocoder transformer score lora] [--seconds 150 150 100 400 ...]
+    ltx-titan bench nano OUT [--stages video audio vocoder transformer pack score lora] [--seconds 150 150 ...]
 
 Each stage reads what earlier ones wrote to OUT and writes its weights and `<stage>.json`, so stages can run in separate
-calls. `transformer` also writes the pack. Everything is rendered and kept on the device; no files are read.
+calls; `pack` writes what the package ships. Everything is rendered and kept on the device; no files are read.
 """
 
 import os
@@ -25,9 +25,9 @@ from ltx_titan.benchmarks.nano.loop import write_result
 from ltx_titan.codecs import AudioCodec, VideoCodec
 from ltx_titan.common.options import Positional, default_device
 from ltx_titan.model import LTXTransformer
-from ltx_titan.nano.pack import TEXT_ENCODER_NAME
+from ltx_titan.nano.archive import TEXT_ENCODER_NAME, TRAINED_NAME, archive_pack
 from ltx_titan.nano.trained_pack import (
-    CHECKPOINT_NAME,
+    CODEC_MANTISSA_BITS,
     audio_codec,
     build_audio_vae,
     build_mono_vocoder,
@@ -36,6 +36,7 @@ from ltx_titan.nano.trained_pack import (
     build_video_vae,
     save_pack,
     stereo_vocoder,
+    stored,
     video_codec,
     vocoder_of,
     write_trained_text_encoder,
@@ -43,7 +44,7 @@ from ltx_titan.nano.trained_pack import (
 
 DESCRIPTION = __doc__
 
-_STAGES = ("video", "audio", "vocoder", "transformer", "score", "lora")
+_STAGES = ("video", "audio", "vocoder", "transformer", "pack", "score", "lora")
 _SEED = 0
 _VOCODER = "vocoder_of_one_channel.safetensors"
 
@@ -58,20 +59,27 @@ class NanoTrainingOptions:
     stages: tuple[str, ...] = _STAGES
     """Stages to run, in this order."""
 
-    seconds: tuple[float, ...] = (180.0, 150.0, 120.0, 480.0, 0.0, 60.0)
-    """Training time of each of these stages."""
+    seconds: tuple[float, ...] = (180.0, 150.0, 240.0, 480.0, 0.0, 0.0, 0.0)
+    """Training time of each of these stages; `pack` and `score` train nothing, `lora` a number of steps."""
 
-    batches: tuple[int, ...] = (64, 64, 32, 256, 0, 32)
+    batches: tuple[int, ...] = (64, 64, 16, 512, 0, 0, 8)
     """Clips per step of each of these stages."""
 
-    rates: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 1e-3, 0.0, 2e-3)
+    rates: tuple[float, ...] = (1e-3, 1e-3, 1e-3, 1e-3, 0.0, 0.0, 4e-3)
     """Highest learning rate of each of these stages."""
 
     clips: int = 40000
     """Training clips of the transformer."""
 
     concept_clips: int = 48
-    """Training clips of the LoRA."""
+    """Training clips of the concept; as many show what is known, lest it is forgotten."""
+
+    concept_steps: int = 150
+    """Training steps on the concept."""
+
+    methods: tuple[str, ...] = ("lora",)
+    """Ways to learn the concept, each with an optional seed (`lora:1`): lora, lora_float8, lora_adamw8bit, full,
+    full_float8, full_adamw8bit."""
 
     scored: int = 288
     """Clips of each score."""
@@ -149,14 +157,22 @@ def _transformer(options: NanoTrainingOptions, seconds: float, batch: int, lr: f
         batch=batch,
         lr=lr,
         compiled=compiled,
-        save=lambda: _save(path, model, {}),
+        save=lambda: _save(path, model, {}, 7),
     )
-    _save(path, model, {})
-    vocoder = _load_vocoder(options)
-    facts = {"recipe": "ltx-titan bench nano", "commit": _commit()}
-    text = build_text_modules(_SEED)
-    save_pack(options.out / CHECKPOINT_NAME, video, audio, vocoder, model, text, facts)
+    _save(path, model, {}, 7)
     return {"encoding_seconds": round(prepared, 1), "clips": len(clips), "training": figures}
+
+
+def _pack(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    """Writes the official file of all parts, and the archive that the package ships."""
+    path = options.out / TRAINED_NAME
+    parts = _load_video(options), _load_audio(options), _load_vocoder(options)
+    model = _load(build_transformer(_SEED), options.out / "transformer.safetensors")[0]
+    facts = {"recipe": "ltx-titan bench nano", "commit": _commit()}
+    save_pack(path, *parts, model, build_text_modules(_SEED), facts)
+    archive = options.out / "nano_trained.tar.xz"
+    archive_pack(options.out, archive)
+    return {"bytes": path.stat().st_size, "archive_bytes": archive.stat().st_size}
 
 
 def _score(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
@@ -170,24 +186,31 @@ def _score(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) 
 
 
 def _lora(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    """LoRA and other methods on the concept, scored before and after; the first one's clips are shown."""
     sampler, model = _sampler(options), _load_transformer(options)
     shown = scores.shown_clips()[1].to(options.device)
     found: dict[str, Any] = {"before": scores.score_concept(sampler, model, options.scored, options.device)}
-    before = sampler(model, shown, cfg=scores.CFG_SCALE)[0]
-    clips = transformer.concept_clips(options.concept_clips)
-    contexts = _contexts(options)
+    sheets = [sampler(model, shown, cfg=scores.CFG_SCALE)[0]]
+    contexts, clips = _contexts(options), transformer.tuning_clips(options.concept_clips)
     latents = transformer.encode_clips(clips, contexts, _load_video(options), _load_audio(options), options.device)
-    found["training"] = transformer.train_concept(
-        model, latents, contexts, rank=16, seconds=seconds, batch=batch, lr=lr
-    )
-    found["after"] = scores.score_concept(sampler, model, options.scored, options.device)
-    after = sampler(model, shown, cfg=scores.CFG_SCALE)[0]
-    scores.save_sheet(options.out / "concept.png", torch.cat([before, after], dim=4))
+    for run in options.methods:
+        method, _, seed = run.partition(":")
+        model = _load_transformer(options)
+        figures = transformer.train_concept(
+            model, latents, contexts, method, int(seed or 0), steps=options.concept_steps, batch=batch, lr=lr
+        )
+        found[run] = {"training": figures, **scores.score_concept(sampler, model, options.scored, options.device)}
+        if len(sheets) == 1:
+            sheets.append(sampler(model, shown, cfg=scores.CFG_SCALE)[0])
+            scores.save_sheet(options.out / "concept.png", torch.cat(sheets, dim=4))
+        write_result(options.out, "lora", found)
     return found
 
 
 _Runner = Callable[[NanoTrainingOptions, float, int, float], dict[str, Any]]
-_RUNNERS: dict[str, _Runner] = dict(zip(_STAGES, (_video, _audio, _vocoder, _transformer, _score, _lora), strict=True))
+_RUNNERS: dict[str, _Runner] = dict(
+    zip(_STAGES, (_video, _audio, _vocoder, _transformer, _pack, _score, _lora), strict=True)
+)
 
 
 def _contexts(options: NanoTrainingOptions) -> transformer.Contexts:
@@ -198,7 +221,7 @@ def _contexts(options: NanoTrainingOptions) -> transformer.Contexts:
         write_trained_text_encoder(folder, transformer.known_captions(), _SEED)
     used = (
         transformer.training_clips(max(options.clips, options.scored)),
-        transformer.concept_clips(options.concept_clips),
+        transformer.tuning_clips(options.concept_clips),
         *scores.scored_clips(options.scored),
         *scores.shown_clips(),
     )
@@ -249,11 +272,11 @@ def _load(module: Any, path: Path) -> tuple[Any, dict[str, Tensor]]:
     return module, extra
 
 
-def _save(path: Path, module: nn.Module, extra: dict[str, Tensor]) -> None:
-    """Writes parameters in bfloat16, as the pack does, buffers and extra tensors exactly."""
+def _save(path: Path, module: nn.Module, extra: dict[str, Tensor], bits: int = CODEC_MANTISSA_BITS) -> None:
+    """Writes parameters with so many mantissa bits, as the pack does, buffers and extra tensors exactly."""
     parameters = {name for name, _ in module.named_parameters()}
     tensors = {
-        name: (tensor.to(torch.bfloat16) if name in parameters else tensor).cpu().contiguous()
+        name: (stored(tensor, bits) if name in parameters else tensor).cpu().contiguous()
         for name, tensor in module.state_dict().items()
     }
     save_file(tensors | {f"extra.{name}": tensor.cpu().contiguous() for name, tensor in extra.items()}, path)

@@ -9,12 +9,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ltx_titan.common.files import write_text
+from ltx_titan.config import OptimizerSection
+from ltx_titan.optim import Optimizers, build_optimizers
 
 Inputs = tuple[Tensor, ...]
 
@@ -36,34 +38,43 @@ class _Step:
         loss_of: Callable[..., dict[str, Tensor]],
         lr: float,
         weight_decay: float,
+        optimizer: str = "adamw",
     ) -> None:
         self.parameters, self._loss_of = parameters, loss_of
         device = parameters[0].device
         on_gpu = device.type == "cuda"
         # bfloat16 weights are too coarse for small updates.
-        self.masters = [parameter.detach().float().clone().requires_grad_() for parameter in parameters]
+        self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in parameters]
         # A tensor, which a captured optimizer reads in every replay.
         self._lr = torch.full((), lr, device=device)
-        self._optimizer = torch.optim.AdamW(
-            self.masters,
-            lr=self._lr if on_gpu else lr,
-            betas=(0.9, 0.99),
-            weight_decay=weight_decay,
-            fused=on_gpu,
-            capturable=on_gpu,
-        )
-        self._on_gpu = on_gpu
+        self._is_captured = on_gpu and optimizer == "adamw"
+        if optimizer == "adamw8bit":
+            section = OptimizerSection(name="adamw8bit", lr=lr, weight_decay=weight_decay)
+            self._optimizer: Any = build_optimizers(
+                [(str(index), master) for index, master in enumerate(self.masters)], section
+            )
+        else:
+            self._optimizer = torch.optim.AdamW(
+                self.masters,
+                lr=self._lr if on_gpu else lr,
+                betas=(0.9, 0.99),
+                weight_decay=weight_decay,
+                fused=on_gpu,
+                capturable=on_gpu,
+            )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: Inputs = ()
         self._losses: dict[str, Tensor] = {}
 
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of the following steps."""
-        if self._on_gpu:
+        if self._is_captured:
             self._lr.fill_(lr)
-            return
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        elif isinstance(self._optimizer, Optimizers):
+            self._optimizer.set_lr(lr)
+        else:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
 
     def capture(self, inputs: Inputs) -> None:
         """Captures a step as a CUDA graph; needs earlier steps with inputs of the same shapes."""
@@ -108,17 +119,20 @@ def train(
     inputs_of: Callable[[int], Inputs],
     loss_of: Callable[..., dict[str, Tensor]],
     *,
-    seconds: float,
     lr: float,
+    seconds: float = math.inf,
+    steps: int | None = None,
     ema: float = 0.999,
     weight_decay: float = 0.01,
+    warmup: int = _WARMUP_STEPS,
     log_every: int = 100,
     graphed: bool = True,
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw",
     save: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains until the time is over, then sets the parameters to their moving average.
+    """Trains until the time or the steps are over, then sets the parameters to their moving average.
 
-    The learning rate rises over the first steps and falls as a cosine of the time spent, so any budget ends at 0.
+    The learning rate rises over the first steps and falls as a cosine of what is spent, so any budget ends at 0.
     Compilation and capture are not part of the budget.
 
     Args:
@@ -126,12 +140,15 @@ def train(
         parameters: to train.
         inputs_of: step -> tensors on the device, of the same shapes in each step.
         loss_of: those tensors -> named scalars, of which `loss` is differentiated; never waits for the device.
-        seconds: budget.
         lr: highest learning rate.
+        seconds: budget in time.
+        steps: budget in steps, instead of time.
         ema: decay of the moving average, reached after about 10 / (1 - ema) steps.
         weight_decay: of AdamW.
+        warmup: steps over which the learning rate rises.
         log_every: steps between log lines.
         graphed: capture the step as a CUDA graph (GPU).
+        optimizer: "adamw8bit" keeps its moments in 8 bits, and cannot be captured.
         save: called every minute, so that a call that runs out of time leaves its last weights.
 
     Returns:
@@ -139,17 +156,18 @@ def train(
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     on_gpu = parameters[0].device.type == "cuda"
-    run = _Step(parameters, loss_of, lr, weight_decay)
+    run = _Step(parameters, loss_of, lr, weight_decay, optimizer)
     average = [master.detach().clone() for master in run.masters]
     curve: list[dict[str, float]] = []
     step = 0
     if on_gpu:
         began = time.monotonic()
-        step = _prepare(run, inputs_of, lr / _WARMUP_STEPS, graphed)
+        step = _prepare(run, inputs_of, lr / warmup, graphed)
         print(f"{name}  prepared in {time.monotonic() - began:.1f} s", flush=True)
     started, saved = time.monotonic(), 0.0
-    while (spent := time.monotonic() - started) < seconds:
-        factor = min(1.0, (step + 1) / _WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, spent / seconds)))
+    while (spent := time.monotonic() - started) < seconds and (steps is None or step < steps):
+        progress = spent / seconds if steps is None else step / steps
+        factor = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         run.set_lr(lr * factor)
         losses = run(inputs_of(step))
         step += 1

@@ -19,7 +19,6 @@ from ltx_titan.benchmarks.nano.transformer import (
     training_clips,
 )
 from ltx_titan.codecs import AudioCodec, VideoCodec, Vocoder
-from ltx_titan.conditioning import StreamTokens
 from ltx_titan.diffusion import Guidance, sample, sigma_schedule
 from ltx_titan.nano.clip_score import Measured, adherence, agreement, measure
 from ltx_titan.nano.clips import SAMPLE_RATE, Clips, render_audio, render_video
@@ -38,6 +37,11 @@ class Sampler:
     ) -> None:
         self._contexts, self._video, self._audio, self._vocoder = contexts, video, audio, vocoder
         self._device, self._sigmas = device, sigma_schedule(None, steps)
+
+    @property
+    def sample_rate(self) -> int:
+        """Rate of the audio, Hz."""
+        return self._vocoder.sample_rate
 
     @torch.no_grad()
     def __call__(
@@ -74,8 +78,6 @@ class Sampler:
             batch = make_batch(latents, self._contexts, rows, latents.captions if captioned else empty)
             negative = self._contexts.fields(empty)
             starts = dataset_starts(strategy, _on_host(batch))
-            if mode in ("joint", "a2v"):
-                starts["video"] = _unconditioned(starts["video"])
             streams = {
                 name: begin(
                     tokens,
@@ -107,7 +109,7 @@ class Sampler:
         """Samples and measures; a stream that was given is measured as it was rendered, not as the codec decodes it."""
         frames, audio = self(model, clips, mode, **options)
         clips = clips.to(self._device)
-        rate = self._vocoder.sample_rate
+        rate = self.sample_rate
         if mode == "v2a":
             frames = render_video(clips)
         if mode == "a2v":
@@ -121,13 +123,6 @@ def _on_host(batch: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]
         source: {name: value[:, :1].cpu() if source == "conditions" else value.cpu() for name, value in fields.items()}
         for source, fields in batch.items()
     }
-
-
-def _unconditioned(tokens: StreamTokens) -> StreamTokens:
-    """The stream of joint sampling without the condition on the first frame that joint training sometimes has."""
-    nothing = torch.zeros(tokens.target.tokens.shape[:2], dtype=torch.bool)
-    target = tokens.target._replace(tokens=torch.zeros_like(tokens.target.tokens))
-    return replace(tokens, conditioned=nothing, target=target)
 
 
 def scored_clips(count: int) -> tuple[Clips, Clips, Clips]:
@@ -148,8 +143,13 @@ def score_model(sampler: Sampler, model: nn.Module, count: int, device: str) -> 
         f"held_out_cfg_{CFG_SCALE:g}": adherence(sampler.measure(model, unseen, cfg=CFG_SCALE), unseen),
         "seen_cfg_1": adherence(sampler.measure(model, seen), seen),
         f"seen_cfg_{CFG_SCALE:g}": adherence(sampler.measure(model, seen, cfg=CFG_SCALE), seen),
-        "first_frame_cfg_1": adherence(sampler.measure(model, unseen, "first_frame"), unseen),
     }
+    for mode in ("first_frame", "extension", "inpainting"):
+        for captioned in (True, False):
+            frames, audio = sampler(model, unseen, mode, captioned=captioned)
+            found = adherence(measure(frames, audio, sampler.sample_rate), unseen)
+            found["known_psnr_db"] = _known_psnr(mode, frames, render_video(unseen))
+            scores[mode if captioned else f"{mode}_without_caption"] = found
     for mode in ("v2a", "a2v"):
         measured = sampler.measure(model, unseen, mode, captioned=False)
         scores[f"{mode}_without_caption"] = _means(agreement(measured))
@@ -180,6 +180,15 @@ def save_sheet(path: Path, frames: Tensor, columns: int = 6) -> None:
     # [B, 3, n, H, W] -> [B * H, n * W, 3].
     sheet = pixels.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)
     Image.fromarray(np.ascontiguousarray(sheet.numpy())).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), 0).save(path)
+
+
+def _known_psnr(mode: str, frames: Tensor, clips: Tensor) -> float:
+    """PSNR in dB of the part of the frames that was given, through the codec, mean over clips."""
+    parts = {"first_frame": (slice(0, 1), slice(None)), "extension": (slice(0, 9), slice(None))}
+    # A margin of a quarter: the decoder sees the generated half beside the given one.
+    times, columns = parts.get(mode, (slice(None), slice(0, clips.shape[-1] // 4)))
+    error = (frames - clips)[:, :, times, :, columns].square().flatten(1).mean(1)
+    return float((-10 * (error / 4).log10()).mean())
 
 
 def _means(flags: dict[str, Tensor]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from ltx_titan.benchmarks.nano.loop import Inputs, train
 from ltx_titan.codecs import AudioCodec, VideoCodec, load_text_encoder
 from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.conditioning.tokens import audio_steps
-from ltx_titan.config import LoRASection
+from ltx_titan.config import BaseDtype, LoRASection
 from ltx_titan.diffusion import StepDraws, add_noise, velocity_target
 from ltx_titan.lora import apply_lora, init_lora_
 from ltx_titan.model import FeatureExtractor, LTXTransformer, Modality, TextConnectors
@@ -35,26 +35,39 @@ from ltx_titan.nano.clips import (
     render_audio,
     render_video,
 )
+from ltx_titan.parallel.float8 import apply_float8
 
 CONCEPT = ALL_SHAPES.index(CONCEPT_SHAPE)
 _TEMPLATES = (0, 1)
 _CAPTION_DROPOUT = 0.1
-_FIRST_FRAME_PROBABILITY = 0.1
+# Fractions of samples with a clean first frame, with a clean beginning of both streams, and with random clean tokens.
+_FIRST_FRAME, _PREFIX, _RANDOM_TOKENS = 0.08, 0.06, 0.06
+# Latent frames and audio steps of that beginning: 9 frames of the clip, and 0.36 s of its audio.
+_PREFIX_FRAMES, _PREFIX_STEPS = 2, 9
 # Fractions of samples: audio for a given video, video for given audio, and both with sigmas of their own. The rest has
 # one sigma, as both streams do in sampling.
 _V2A, _A2V, _INDEPENDENT = 0.12, 0.12, 0.26
 # Log-odds of sigma: a clip of sixteen tokens is plain to see unless nearly everything is noise.
 _SIGMA_CENTER, _SIGMA_SPREAD, _SIGMA_UNIFORM, _SIGMA_FLOOR = 1.0, 1.4, 0.15, 1e-3
 _MAX_TOKENS = 1024
+_RANK = 16
 _LORA_TARGETS = ("all_attention", "video_ffn", "audio_ffn")
 
 
 def strategy_of(mode: str) -> FlexibleStrategy:
-    """Both streams generated ("joint", "first_frame"), or one for the other ("v2a", "a2v")."""
-    never = [{"type": "first_frame", "probability": 0.0}]
-    conditions = {"first_frame": [{"type": "first_frame", "probability": 1.0}], "v2a": []}
-    video = {"is_generated": mode != "v2a", "latents_dir": "latents", "conditions": conditions.get(mode, never)}
-    audio = {"is_generated": mode != "a2v", "latents_dir": "audio_latents"}
+    """Conditions of a kind of sampling.
+
+    Both streams are generated ("joint"), also from the first frame ("first_frame"), from the beginning of both
+    ("extension") or around tokens of the video that a mask selects ("inpainting"), or one for the other ("v2a", "a2v").
+    """
+    of_video: dict[str, list[dict[str, Any]]] = {
+        "first_frame": [{"type": "first_frame"}],
+        "extension": [{"type": "prefix", "temporal_boundary": _PREFIX_FRAMES}],
+        "inpainting": [{"type": "mask", "mask_dir": "video_masks"}],
+    }
+    of_audio = {"extension": [{"type": "prefix", "temporal_boundary": _PREFIX_STEPS}]}
+    video = {"is_generated": mode != "v2a", "latents_dir": "latents", "conditions": of_video.get(mode, [])}
+    audio = {"is_generated": mode != "a2v", "latents_dir": "audio_latents", "conditions": of_audio.get(mode, [])}
     return FlexibleStrategy.from_config({"video": video, "audio": audio})
 
 
@@ -169,17 +182,25 @@ def make_batch(latents: Latents, contexts: Contexts, rows: Tensor, captions: Ten
     return {
         "video_latents": {"latents": latents.video[rows], "fps": fps},
         "audio_latents": {"latents": latents.audio[rows]},
+        "video_masks": {"mask": left_half(latents.video[rows])},
         "conditions": contexts.fields(captions),
     }
+
+
+def left_half(video: Tensor) -> Tensor:
+    """Mask of inpainting [B, F, H, W], 1 where latents [B, C, F, H, W] are clean: the right half is generated."""
+    mask = torch.zeros_like(video[:, 0], dtype=torch.float32)
+    mask[..., : video.shape[-1] // 2] = 1
+    return mask
 
 
 class StepLoss:
     """Inputs and loss of a training step on random clips, for `loop.train`."""
 
-    def __init__(self, model: nn.Module, latents: Latents, contexts: Contexts, batch: int) -> None:
+    def __init__(self, model: nn.Module, latents: Latents, contexts: Contexts, batch: int, seed: int = 0) -> None:
         self._model, self._contexts, self._batch = model, contexts, batch
         self._device = latents.video.device
-        self._generator = torch.Generator(self._device).manual_seed(0)
+        self._generator = torch.Generator(self._device).manual_seed(seed)
         self._captions = latents.captions
         # Positions are the same in all steps: those that a job prepares.
         rows = torch.zeros(batch, dtype=torch.long, device=self._device)
@@ -197,15 +218,20 @@ class StepLoss:
         rows = torch.randint(len(self._captions), (self._batch,), generator=self._generator, device=self._device)
         captions = self._drop(self._captions[rows])
         video, audio = self._video_tokens[rows].float(), self._audio_tokens[rows]
-        mode, first = self._uniform(), self._uniform()
+        mode, condition = self._uniform(), self._uniform()[:, None]
         video_sigma, audio_sigma = self._sigma(), self._sigma()
         audio_sigma = torch.where(mode > 1 - _INDEPENDENT, audio_sigma, video_sigma)
         given = torch.zeros_like(video_sigma)
         video_sigma = torch.where(mode < _V2A, given, video_sigma)
         audio_sigma = torch.where((mode >= _V2A) & (mode < _V2A + _A2V), given, audio_sigma)
-        is_first = torch.arange(video.shape[1], device=self._device) < self._tokens_per_frame
+        frame = torch.arange(video.shape[1], device=self._device) // self._tokens_per_frame
+        audio_step = torch.arange(audio.shape[1], device=self._device)
+        some = torch.rand(video.shape[:2], generator=self._generator, device=self._device) < 0.5
+        is_prefix = (condition >= _FIRST_FRAME) & (condition < _FIRST_FRAME + _PREFIX)
+        is_random = condition > 1 - _RANDOM_TOKENS
+        clean = (condition < _FIRST_FRAME) & (frame < 1) | is_prefix & (frame < _PREFIX_FRAMES) | is_random & some
         # 0 is a clean token.
-        index = 1 - ((first < _FIRST_FRAME_PROBABILITY)[:, None] & is_first).long()
+        video_index, audio_index = 1 - clean.long(), 1 - (is_prefix & (audio_step < _PREFIX_STEPS)).long()
         contexts = self._contexts
         return (
             video,
@@ -214,7 +240,8 @@ class StepLoss:
             self._noise(audio),
             video_sigma,
             audio_sigma,
-            index,
+            video_index,
+            audio_index,
             contexts.video[captions],
             contexts.audio[captions],
             contexts.mask[captions],
@@ -228,28 +255,22 @@ class StepLoss:
         audio_noise: Tensor,
         video_sigma: Tensor,
         audio_sigma: Tensor,
-        index: Tensor,
+        video_index: Tensor,
+        audio_index: Tensor,
         video_context: Tensor,
         audio_context: Tensor,
         context_mask: Tensor,
     ) -> dict[str, Tensor]:
         """Mean squared error of the velocities of generated tokens, over the batch."""
-        noisy = torch.where(index[..., None] == 0, video, add_noise(video, video_noise, video_sigma))
-        audio_index = torch.ones(audio.shape[:2], dtype=torch.long, device=audio.device)
+        noisy_video = torch.where(video_index[..., None] == 0, video, add_noise(video, video_noise, video_sigma))
+        noisy_audio = torch.where(audio_index[..., None] == 0, audio, add_noise(audio, audio_noise, audio_sigma))
         predicted_video, predicted_audio = self._model(
-            _modality(self._video, noisy, video_sigma, index, video_context, context_mask),
-            _modality(
-                self._audio,
-                add_noise(audio, audio_noise, audio_sigma),
-                audio_sigma,
-                audio_index,
-                audio_context,
-                context_mask,
-            ),
+            _modality(self._video, noisy_video, video_sigma, video_index, video_context, context_mask),
+            _modality(self._audio, noisy_audio, audio_sigma, audio_index, audio_context, context_mask),
             None,
         )
         video_loss = _masked_error(
-            predicted_video, velocity_target(video, video_noise), index * (video_sigma > 0)[:, None]
+            predicted_video, velocity_target(video, video_noise), video_index * (video_sigma > 0)[:, None]
         )
         audio_mask = audio_index * (audio_sigma > 0)[:, None]
         audio_loss = _masked_error(predicted_audio, velocity_target(audio, audio_noise), audio_mask)
@@ -301,9 +322,8 @@ def _no_draws(batch: int, device: torch.device) -> StepDraws:
     sigma = torch.zeros(batch, device=device)
     video = torch.zeros(batch, 16, 128, device=device)
     audio = torch.zeros(batch, audio_steps(SECONDS), 128, device=device)
-    never = torch.zeros(batch, dtype=torch.bool, device=device)
     return StepDraws(
-        video_sigma=sigma, audio_sigma=sigma, video_noise=video, audio_noise=audio, video_uses=[never], audio_uses=[]
+        video_sigma=sigma, audio_sigma=sigma, video_noise=video, audio_noise=audio, video_uses=[], audio_uses=[]
     )
 
 
@@ -331,16 +351,56 @@ def train_transformer(
 
 
 def train_concept(
-    model: LTXTransformer, latents: Latents, contexts: Contexts, *, rank: int, seconds: float, batch: int, lr: float
+    model: LTXTransformer,
+    latents: Latents,
+    contexts: Contexts,
+    method: str,
+    seed: int,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
 ) -> dict[str, Any]:
-    """Adds a LoRA to the transformer and trains it on clips of the concept; returns the figures."""
-    section = LoRASection(rank=rank, alpha=float(rank), base_dtype="bfloat16", targets=_LORA_TARGETS)
-    apply_lora(model, section)
-    model.to(latents.video.device).train()
-    init_lora_(model, 0)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    step = StepLoss(model, latents, contexts, batch)
-    return train("LoRA", parameters, step.inputs, step.loss, seconds=seconds, lr=lr, ema=0.99, weight_decay=0.0)
+    """Trains a LoRA or all weights on clips of the concept; returns the figures.
+
+    Args:
+        model: on its device, in bfloat16.
+        latents: of the clips.
+        contexts: of their captions.
+        method: "lora" or "full", with "_float8" for float8 weights of the base (LoRA) or matmuls (full), or with
+            "_adamw8bit" for moments in 8 bits.
+        seed: of adapters and draws.
+        steps: optimizer steps.
+        batch: clips of each.
+        lr: highest learning rate of a LoRA; a sixteenth of it trains all weights.
+    """
+    kind, _, variant = method.partition("_")
+    if kind == "lora":
+        base: BaseDtype = "float8" if variant == "float8" else "bfloat16"
+        apply_lora(model, LoRASection(rank=_RANK, alpha=float(_RANK), base_dtype=base, targets=_LORA_TARGETS))
+        model.to(latents.video.device)
+        init_lora_(model, seed)
+    else:
+        model.requires_grad_(True)
+        lr = lr / 16
+        if variant == "float8":
+            apply_float8(model, "tensorwise", emulate=latents.video.device.type == "cpu")
+    model.train()
+    step = StepLoss(model, latents, contexts, batch, seed)
+    return train(
+        method,
+        model.parameters(),
+        step.inputs,
+        step.loss,
+        lr=lr,
+        steps=steps,
+        ema=0.9,
+        weight_decay=0.0,
+        warmup=10,
+        log_every=25,
+        graphed=variant != "adamw8bit",
+        optimizer="adamw8bit" if variant == "adamw8bit" else "adamw",
+    )
 
 
 def training_clips(count: int) -> Clips:
@@ -351,3 +411,8 @@ def training_clips(count: int) -> Clips:
 def concept_clips(count: int, seed: int = 3) -> Clips:
     """Clips of the concept."""
     return draw_clips(count, seed, combinations(held_out=False, shapes=[CONCEPT]))
+
+
+def tuning_clips(count: int) -> Clips:
+    """Clips of the concept, and as many of known shapes, without which a LoRA turns every shape into the concept."""
+    return Clips.join([concept_clips(count), draw_clips(count, 4, combinations(held_out=False))])
