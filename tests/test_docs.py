@@ -120,6 +120,8 @@ def plans(command: Command, monkeypatch) -> None:
 def parses(command: Command, monkeypatch) -> Any:
     """The options, with the command's own parser."""
     _, name, *arguments = command.words
+    if name == "bench":
+        name, arguments = f"bench {arguments[0]}", arguments[1:]
     return parse_options(get_type_hints(load_command(name).run)["options"], arguments, prog=name, description="")
 
 
@@ -183,6 +185,10 @@ CHECKED: dict[str, tuple[str, Callable[[Command, pytest.MonkeyPatch], None]]] = 
     "./run_train.sh job.toml": ("the same", plans),
     "./run_train.sh": ("minutes; tests/test_launch.py runs the launcher", names_files),
     "torchrun --nproc-per-node 4 -m ltx_titan.benchmarks": ("needs four GPUs", measures),
+    "torchrun --nproc-per-node 1 -m ltx_titan.benchmarks": ("needs a GPU", measures),
+    "ltx-titan bench step": ("needs a GPU", parses),
+    "ltx-titan bench small-gpu": ("needs a GPU", parses),
+    "pytest -m gpu": ("needs a GPU", names_files),
     "ltx-titan make-checkpoint": ("writes 38 GB", parses),
     "ltx-titan estimate job.toml --gpus 512": ("20 s; tests/estimate runs dry runs", plans_on_its_gpus),
     PUSH: ("network; tests/commands/test_push.py has a server", parses),

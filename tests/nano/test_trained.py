@@ -1,8 +1,8 @@
 """The trained pack generates what its captions say: codecs, text, sampler and cross-modal attention, in one score.
 
 Broken once by hand: without the output of cross-modal attention (a closed gate) both scores fail, with a schedule
-shifted the wrong way (by 1/6) shapes do. A shift by 3 of the timesteps alone fails no score: the miniature sees from its
-input how noisy it is.
+shifted the wrong way (by 1/6) shapes do. A shift by 3 of the timesteps alone fails no score: the miniature sees from
+its input how noisy it is.
 """
 
 import json

@@ -109,7 +109,7 @@ class _Step:
         nn.utils.clip_grad_norm_(self.masters, _MAX_NORM, foreach=True)
         self._optimizer.step()
         with torch.no_grad():
-            torch._foreach_copy_(list(self.parameters), self.masters)
+            torch._foreach_copy_(list(self.parameters), list[Tensor](self.masters))
         return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -186,7 +186,7 @@ def train(
             with torch.no_grad():
                 torch._foreach_copy_(list(parameters), average)
                 save()
-                torch._foreach_copy_(list(parameters), run.masters)
+                torch._foreach_copy_(list(parameters), list[Tensor](run.masters))
             saved = spent
     with torch.no_grad():
         torch._foreach_copy_(list(parameters), average)
