@@ -15,7 +15,7 @@ the roles of inputs and outputs exchanged.
 In place is why this is an operation and no formula: `addmm` with a matrix to add copies it first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +51,7 @@ def project(
     Returns:
         The outputs of `layers` [..., out], and of `narrow`.
     """
-    # By attribute: adapters are a layer above the model.
-    chosen = [layer.adapted_weights(x.dtype) if hasattr(layer, "adapted_weights") else None for layer in layers]
+    chosen = [_adapted_weights(layer, x.dtype) for layer in layers]
     adapted = [weights for weights in chosen if weights is not None]
     frozen = bias = None
     # Sharded and float8 layers are other classes.
@@ -64,6 +63,12 @@ def project(
     if n is not None:
         return outputs, n if bias is None else n + bias
     return outputs, None if narrow is None else narrow(x)
+
+
+def _adapted_weights(layer: nn.Module, dtype: torch.dtype) -> AdaptedWeights | None:
+    # By attribute: adapters are a layer above the model.
+    choose: Callable[[torch.dtype], AdaptedWeights | None] | None = getattr(layer, "adapted_weights", None)
+    return None if choose is None else choose(dtype)
 
 
 def apply_adapted(
