@@ -189,6 +189,7 @@ CHECKED: dict[str, tuple[str, Callable[[Command, pytest.MonkeyPatch], None]]] = 
     "ltx-titan bench step": ("needs a GPU", parses),
     "ltx-titan bench small-gpu": ("needs a GPU", parses),
     "pytest -m gpu": ("needs a GPU", names_files),
+    "ltx-titan bench nano": ("minutes on a GPU", parses),
     "ltx-titan make-checkpoint": ("writes 38 GB", parses),
     "ltx-titan estimate job.toml --gpus 512": ("20 s; tests/estimate runs dry runs", plans_on_its_gpus),
     PUSH: ("network; tests/commands/test_push.py has a server", parses),

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +44,14 @@ class _Step:
         device = parameters[0].device
         on_gpu = device.type == "cuda"
         # bfloat16 weights are too coarse for small updates.
-        self.masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in parameters]
+        self.masters = [parameter.detach().float().clone().requires_grad_() for parameter in parameters]
         # A tensor, which a captured optimizer reads in every replay.
         self._lr = torch.full((), lr, device=device)
         self._is_captured = on_gpu and optimizer == "adamw"
         if optimizer == "adamw8bit":
             section = OptimizerSection(name="adamw8bit", lr=lr, weight_decay=weight_decay)
-            self._optimizer: Any = build_optimizers(
-                [(str(index), master) for index, master in enumerate(self.masters)], section
-            )
+            named = [(str(index), cast(nn.Parameter, master)) for index, master in enumerate(self.masters)]
+            self._optimizer: Any = build_optimizers(named, section)
         else:
             self._optimizer = torch.optim.AdamW(
                 self.masters,
