@@ -92,8 +92,10 @@ FROZEN = Stream(is_frozen=True)
 MODES = {
     "ltx2_full_av_8gpu": Mode(),
     "ltx23_full_av_8gpu": Mode(),
+    "ltx23_full_1gpu": Mode(),
     "ltx23_lora_low_vram": Mode(),
     "ltx23_lora_t2v": Mode(),
+    "ltx23_lora_subject": Mode(),
     "ltx23_lora_t2v_video_only": Mode(audio=None),
     "ltx23_lora_t2a": Mode(video=None),
     "ltx23_lora_i2v": Mode(Stream(_first(1))),
@@ -185,12 +187,20 @@ def data_roots(tmp_path_factory, nano_path) -> dict[tuple[int, int, int], Path]:
 def overrides(tmp_path_factory, nano_path, data_roots) -> Callable[[str], list[str]]:
     """Paths, and no compilation: it takes minutes on a CPU."""
     folder = tmp_path_factory.mktemp("modes")
+
+    def root(name: str) -> str:
+        data = data_roots[MODES[SIZES.get(name, name)].grid]
+        if name == "ltx23_lora_subject":  # without its trigger word, which these captions lack
+            sources = (f'{{name = "{part}", root = "{data}", weight = 1}}' for part in ("subject", "class"))
+            return f"--data.sources=[{', '.join(sources)}]"
+        return f"--data.root={data}"
+
     return lambda name: [
         "--compile.enable=false",
         *(["--validation.stg_blocks=[1]"] if name.startswith("ltx2_") else []),
         f"--validation.text_encoder_path={nano_path.parent / 'text_encoder'}",
         f"--model.checkpoint_path={nano_path}",
-        f"--data.root={data_roots[MODES[SIZES.get(name, name)].grid]}",
+        root(name),
         f"--job.dump_folder={folder / name}",
     ]
 
@@ -222,7 +232,7 @@ def runs(overrides) -> Callable[[str], Path]:
     """Folder of each mode's run. One process trains them all, for starting one costs more than two steps."""
     jobs = []
     for name in TRAINED:
-        reduced = REDUCED if name.endswith("gpu") else ()
+        reduced = REDUCED if name.endswith("_8gpu") else ()
         validated = VALIDATED if name in SAMPLED else ("--validation.skip_initial_validation=true",)
         arguments = [*overrides(name), f"--training.stop_at={STEPS}", *reduced, *validated]
         jobs.append((CONFIGS / f"{name}.toml", arguments))
@@ -258,7 +268,8 @@ def test_a_job_file_trains_as_shipped(runs, overrides, name):
     for stream, promised in (("video", mode.video), ("audio", mode.audio)):
         is_generated = promised is not None and not promised.is_frozen
         assert all((line[f"loss_{stream}"] is not None) == is_generated for line in lines)
-    assert all(0 < line["loss"] < 10 and line["grad_norm"] > 0 for line in lines)
+    # Without a norm where each weight is updated as soon as its gradient is there.
+    assert all(0 < line["loss"] < 10 and (name == "ltx23_full_1gpu" or line["grad_norm"] > 0) for line in lines)
     (export,) = (folder / "export").glob("*.safetensors")
     with safe_open(export, framework="pt") as file:
         metadata = file.metadata() or {}
