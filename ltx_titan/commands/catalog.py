@@ -11,7 +11,7 @@ COMMANDS = {
     "estimate": ("ltx_titan.estimate.command", "predict memory and step time of a job, search its fastest mesh"),
     "sample": ("ltx_titan.commands.sample", "sample clips from a checkpoint, with or without a LoRA"),
     "export": ("ltx_titan.commands.export", "export a checkpoint for inference tools, from any mesh"),
-    "import-config": ("ltx_titan.commands.import_ltx", "convert a job of the LTX Trainer (YAML) to a job file (TOML)"),
+    "import-config": ("ltx_titan.commands.import_ltx", "convert a job of another trainer to a job file (TOML)"),
     "split-scenes": ("ltx_titan.commands.split_scenes", "cut long videos into clips of one scene each"),
     "caption": ("ltx_titan.commands.captioning.caption", "caption clips with a multimodal model"),
     "compute-reference": (

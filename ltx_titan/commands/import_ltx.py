@@ -1,34 +1,35 @@
-"""`ltx-titan import-config`: converts a job of the LTX Trainer (YAML) to a job of ltx_titan (TOML).
+"""`ltx-titan import-config`: converts a job of the LTX Trainer (YAML), or of another trainer, to ours (TOML).
 
 Values are converted together with that trainer's defaults, so that the job trains the same. A key without equivalent
-is reported with the reason, an unknown key is an error, and the result is validated as by `load_job`, except that model
-and data need not exist on this machine.
+is reported with the reason, an unknown key of the LTX Trainer is an error, and the result is validated as by
+`load_job`, except that model and data need not exist on this machine. `peers/` converts the other trainers'
+files.
 """
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tomli_w
-
-from ltx_titan.commands.ltx_schema import LtxJob, Table, read_ltx_job
+from ltx_titan.commands.imported import Imported, check_job
+from ltx_titan.commands.ltx_schema import LtxJob, read_ltx_job
 from ltx_titan.commands.ltx_validation import OLDER_SAMPLES, validation_table
+from ltx_titan.commands.peers import import_peer
 from ltx_titan.common.files import write_text
 from ltx_titan.common.options import Maybe, Positional, alias, placeholder
-from ltx_titan.config.errors import MISSING, ConfigError, Problem, as_toml, nearest
-from ltx_titan.config.job import JobConfig
-from ltx_titan.config.load import build_job
+from ltx_titan.config.errors import ConfigError, Problem, nearest
 from ltx_titan.lora.targets import PRESETS
 
-DESCRIPTION = """Convert a job of the LTX Trainer (YAML) to a job of ltx_titan (TOML).
+DESCRIPTION = """Convert a job of another trainer to a job of ltx_titan (TOML).
 
-The defaults of the LTX Trainer are kept. Keys without equivalent are listed on stderr with the reason; unknown keys are
-errors.
+Reads jobs of the LTX Trainer and of ai-toolkit (YAML), of musubi-tuner (--config_file or dataset TOML) and of
+diffusion-pipe (job or dataset TOML), told apart by their keys. The defaults of that trainer are kept. Keys without
+equivalent are listed on stderr with the reason; unknown keys too, except that those of the LTX Trainer are errors.
 
-example:
+examples:
   ltx-titan import-config i2v_lora.yaml -o i2v_lora.toml --ranks 4
+  ltx-titan import-config musubi_config.toml -o job.toml
 """
 
 _WITHOUT_EQUIVALENT = {
@@ -58,15 +59,14 @@ _INTEGERS = ("restart_period", "restart_mult", "step_size")
 _RESTARTS_ETA_MIN = 5e-5
 # Larger groups first, so that a job with all projections gets the one preset instead of several.
 _PARTS = ("all_attention", "video", "video_ffn", "audio", "audio_ffn", "audio_to_video", "video_to_audio")
-_PATHS = ("model.checkpoint_path", "model.adapter_path", "data.root")
 
 
 @dataclass(frozen=True)
 class ImportOptions:
     """Options of `ltx-titan import-config`."""
 
-    config: Annotated[Positional[Path], placeholder("FILE.yaml")]
-    """Job of the LTX Trainer."""
+    config: Annotated[Positional[Path], placeholder("FILE")]
+    """Job of the LTX Trainer, ai-toolkit, musubi-tuner or diffusion-pipe."""
 
     output: Annotated[Maybe[Path], alias("-o"), placeholder("JOB.toml")] = None
     """File for the converted job. Default: standard output."""
@@ -75,44 +75,19 @@ class ImportOptions:
     """Number of processes of the original job."""
 
 
-@dataclass
-class Imported:
-    """A converted job.
-
-    Attributes:
-        job: section -> key -> value, as in a job file.
-        notes: keys that were not converted, or whose meaning differs; one line each.
-    """
-
-    job: dict[str, Table] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def put(self, key: str, value: Any) -> None:
-        """Sets `section.key`."""
-        section, name = key.split(".")
-        self.job.setdefault(section, {})[name] = value
-
-    def note(self, key: str, value: Any, reason: str) -> None:
-        """Notes what happened to a key of the LTX Trainer."""
-        self.notes.append(f"{key} = {as_toml(value)}: {reason}")
-
-    def toml(self) -> str:
-        """Formats the job file."""
-        sections = [name for name in JobConfig.model_fields if name in self.job]
-        return tomli_w.dumps({name: self.job[name] for name in sections})
-
-
 def import_job(text: str, origin: str, ranks: int = 1) -> Imported:
     """Converts a job.
 
     Args:
-        text: YAML of the LTX Trainer.
-        origin: name of the file in errors.
+        text: YAML of the LTX Trainer, or a file that `import_peer` recognizes.
+        origin: path of the file, for errors and for the files that it names.
         ranks: number of processes of the original job, whose batch size is per process.
 
     Raises:
         ConfigError: the text is not a valid job, or the result is not.
     """
+    if (peer := import_peer(text, origin, ranks)) is not None:
+        return check_job(peer, origin)
     source, result = read_ltx_job(text, origin), Imported()
     # Only keys that the file sets: a note about a default would be noise.
     for key, reason in _WITHOUT_EQUIVALENT.items():
@@ -131,22 +106,7 @@ def import_job(text: str, origin: str, ranks: int = 1) -> Imported:
     problems += _validation(source, result)
     if problems:
         raise ConfigError(Problem(p.key, p.found, p.expected, p.remedy, origin) for p in problems)
-    _check(result, origin)
-    return result
-
-
-def _check(result: Imported, origin: str) -> None:
-    """Raises the errors of `load_job`, except for files that are not on this machine, which are noted."""
-    try:
-        build_job(result.job, origin)
-    except ConfigError as error:
-        # A job is often converted on a laptop and run on a cluster.
-        elsewhere = [p for p in error.problems if p.key in (*_PATHS, "metrics.wandb") and p.found is not MISSING]
-        if len(elsewhere) < len(error.problems):
-            raise ConfigError(p for p in error.problems if p not in elsewhere) from None
-        for problem in elsewhere:
-            reason = "not on this machine" if problem.key in _PATHS else f"not on this machine: {problem.remedy}"
-            result.note(problem.key, problem.found, reason)
+    return check_job(result, origin)
 
 
 def _model(source: LtxJob, result: Imported) -> None:
@@ -416,7 +376,7 @@ def run(options: ImportOptions) -> int:
     imported = import_job(options.config.read_text(encoding="utf-8"), str(options.config), options.ranks)
     for note in imported.notes:
         print(f"{options.config}: {note}", file=sys.stderr)
-    text = f"# Converted from {options.config.name} by ltx-titan import-config.\n\n{imported.toml().rstrip()}\n"
+    text = f"# Converted from {options.config.name} by ltx-titan import-config.\n{imported.text().rstrip()}\n"
     if options.output is None:
         print(text, end="")
         return 0

@@ -189,7 +189,7 @@ def read_ltx_job(text: str, origin: str) -> LtxJob:
     Raises:
         ConfigError: not YAML, or a key is unknown or of the wrong type; with every problem found.
     """
-    data = _parse(text, origin)
+    data = parse_yaml(text, origin)
     checks = _Checks(origin)
     top = {key: value for key, value in data.items() if key not in SECTIONS and key != "training_strategy"}
     known = {**TOP, **dict.fromkeys([*SECTIONS, "training_strategy"], Key(dict))}
@@ -212,7 +212,12 @@ def read_ltx_job(text: str, origin: str) -> LtxJob:
     return LtxJob(sections, strategy)
 
 
-def _parse(text: str, origin: str) -> Table:
+def parse_yaml(text: str, origin: str) -> Table:
+    """Parses YAML with plain values to a table.
+
+    Raises:
+        ConfigError: not YAML, or not a table.
+    """
     try:
         import yaml
     except ImportError as error:
