@@ -97,6 +97,9 @@ _DATASET: dict[str, Rule] = {
     "caption_prefix": "process-dataset --lora-trigger puts a word in front of every caption",
 }
 
+# LoKr takes a huge rank to mean full matrices, which no LoRA has.
+_MAX_RANK = 128
+
 
 def convert_diffusion_pipe(data: Table, c: Conversion) -> None:
     """Converts a job with the dataset that it names, or a dataset alone."""
@@ -113,10 +116,11 @@ def convert_diffusion_pipe(data: Table, c: Conversion) -> None:
     adapter = c.table("adapter", job.get("adapter"), _ADAPTER)
     if adapter:
         rank = c.read("adapter.rank", adapter.get("rank"), integer, 32)
-        # LoKr takes a huge rank to mean full matrices, which no LoRA has.
-        c.adapter("adapter.type", adapter.get("type", "lora"), min(rank, 128), float(min(rank, 128)))
-        if rank > 128:
-            c.note("adapter.rank", rank, "lora.rank = 128")
+        kind = adapter.get("type", "lora")
+        if kind != "lora" and rank > _MAX_RANK:
+            c.note("adapter.rank", rank, f"lora.rank = {_MAX_RANK}")
+            rank = _MAX_RANK
+        c.adapter("adapter.type", kind, rank, float(rank))
         c.all_linears()
         if (form := _weights_dtype(model)) is not None:
             c.base_dtype("model.transformer_dtype", form)
