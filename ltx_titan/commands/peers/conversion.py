@@ -252,9 +252,13 @@ class Conversion:
         self.result.put("lora.targets", parts)
 
     def sigma(self, shift: float | None, std: float = 1.0) -> None:
-        """Sets logit-normal sigmas, whose odds are multiplied by `shift`."""
+        """Sets logit-normal sigmas, whose odds are multiplied by `shift`; notes the difference that stays."""
         keys = {"name": "shifted_logit_normal", "shift": shift, "std": std, "uniform_prob": 0.0}
         self.result.job["sigma"] = {key: value for key, value in keys.items() if value is not None}
+        self.result.notes.append(
+            "sigma: close to the original, not equal: the distribution is stretched so that its 0.5 % and 99.9 % "
+            "quantiles are 0 and 1"
+        )
 
     def frames(self, key: str, counts: Any) -> list[int]:
         """Valid numbers of frames from a number or a list; a change is noted."""
