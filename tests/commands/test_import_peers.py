@@ -186,7 +186,8 @@ def test_an_ai_toolkit_job():
     assert option(first, "--resolution-buckets") == "640x640x49;864x480x49;480x864x49"
     assert option(first, "--lora-trigger") == "f0x"
     assert ("--skip-audio" in first, "--skip-audio" in second) == (False, True)
-    for part in ("linear_alpha = 8", "low_vram", "flip_x", "resolution", "num_frames", "name_or_path", "qtype", "sigma"):
+    assert "sigma: close" in notes
+    for part in ("linear_alpha = 8", "low_vram", "flip_x", "resolution", "num_frames", "name_or_path", "qtype"):
         assert part in notes
     assert "config.process[0].train.wobble = 7: not converted" in notes
 
