@@ -21,6 +21,7 @@ from ltx_titan.codecs.video_vae import video_vae_layout
 from ltx_titan.codecs.vocoder import build_vocoder, stored_vocoder_name
 from ltx_titan.model import FeatureExtractor
 from ltx_titan.nano.pack import byte_tokenizer
+from ltx_titan.nano.pack_config import CONFIG
 from ltx_titan.nano.random_checkpoint import VERSIONS, official_shapes
 from ltx_titan.weights import TEXT_PROJECTION, released_config
 
@@ -65,21 +66,7 @@ CODECS: dict[str, Any] = {
     "audio_vae": {
         "model": {
             "params": {
-                "ddconfig": {
-                    "ch": 128,
-                    "ch_mult": [1, 2, 4],
-                    "num_res_blocks": 2,
-                    "in_channels": 2,
-                    "out_ch": 2,
-                    "z_channels": 8,
-                    "double_z": True,
-                    "mel_bins": 64,
-                    "resolution": 256,
-                    "attn_resolutions": [],
-                    "mid_block_add_attention": False,
-                    "norm_type": "pixel",
-                    "causality_axis": "height",
-                },
+                "ddconfig": {**CONFIG["audio_vae"]["model"]["params"]["ddconfig"], "ch": 128, "num_res_blocks": 2},
                 "sampling_rate": 16000,
             }
         },

@@ -4,8 +4,9 @@ Reporting all of them lets a user fix a job in one pass, before a cluster is all
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 MISSING = object()
@@ -97,3 +98,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{hint}valid: {', '.join(valid)}"
+
+
+def must_be_file(key: str, path: str) -> Iterator[Problem]:
+    """Problem of a path that is not a file."""
+    if not Path(path).is_file():
+        what = "a file, not a folder" if Path(path).is_dir() else "a file that exists on this machine"
+        yield Problem(key, path, what, "correct the path or download the file")

@@ -1,7 +1,8 @@
 """Rules between the fields of a job.
 
 A section checks its own fields; a rule here checks fields against each other. Rules yield problems instead of raising,
-so that all of them are reported at once. `world.py` holds the rules that need the number of ranks.
+so that all of them are reported at once. `world.py` holds the rules that need the number of ranks, `data_rules.py` and
+`validation_rules.py` those of these sections.
 """
 
 import importlib.util
@@ -10,9 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ltx_titan.config.base import StreamName
-from ltx_titan.config.errors import MISSING, Problem
+from ltx_titan.config.data_rules import data_rules
+from ltx_titan.config.errors import MISSING, Problem, must_be_file
 from ltx_titan.config.job import RELEASED_SHAPES, JobConfig
 from ltx_titan.config.streams import AudioSection, VideoSection
+from ltx_titan.config.validation_rules import keep_best_rules, validation_rules
 from ltx_titan.config.world import batch_problems
 
 PARAMETER_OWNERS: dict[str, dict[str, frozenset[str]]] = {
@@ -154,7 +157,7 @@ def _model_rules(job: JobConfig) -> Iterator[Problem]:
                 'set it, or set model.init = "random" and model.shape for a benchmark',
             )
         else:
-            yield from _must_be_file("model.checkpoint_path", model.checkpoint_path)
+            yield from must_be_file("model.checkpoint_path", model.checkpoint_path)
         # Refused rather than ignored: the file defines the architecture, and a reader would believe the job.
         for key in ("shape", "num_layers"):
             if (value := getattr(model, key)) is not None:
@@ -179,18 +182,11 @@ def _model_rules(job: JobConfig) -> Iterator[Problem]:
             "correct the name or the path",
         )
     if model.adapter_path is not None:
-        yield from _must_be_file("model.adapter_path", model.adapter_path)
+        yield from must_be_file("model.adapter_path", model.adapter_path)
         if model.mode != "lora":
             yield Problem("model.adapter_path", model.adapter_path, 'unset with model.mode = "full"', "remove it")
     if model.connectors_path is not None:
-        yield from _must_be_file("model.connectors_path", model.connectors_path)
-
-
-def _must_be_file(key: str, path: str) -> Iterator[Problem]:
-    """Problem of a path that is not a file."""
-    if not Path(path).is_file():
-        what = "a file, not a folder" if Path(path).is_dir() else "a file that exists on this machine"
-        yield Problem(key, path, what, "correct the path or download the file")
+        yield from must_be_file("model.connectors_path", model.connectors_path)
 
 
 def _stream_rules(job: JobConfig) -> Iterator[Problem]:
@@ -223,116 +219,6 @@ def _stream_rules(job: JobConfig) -> Iterator[Problem]:
             job.model.modalities,
             f'"auto" or "av", because the job has an [{other}] block',
             f"remove [{other}], or set model.modalities",
-        )
-
-
-def _data_rules(job: JobConfig) -> Iterator[Problem]:
-    data = job.data
-    if data.sources:
-        yield from _source_rules(job)
-        return
-    if data.source == "precomputed":
-        if data.root is None:
-            yield Problem(
-                "data.root",
-                MISSING,
-                "the folder of a preprocessed dataset",
-                'set it, or set data.source = "synthetic" for a benchmark',
-            )
-        elif not Path(data.root).is_dir():
-            yield Problem("data.root", data.root, "a folder that exists", "correct the path, or preprocess the data")
-        return
-    if data.source == "media":
-        yield from _media_rules(job)
-    for name, block in (("video", job.video), ("audio", job.audio)):
-        if block is not None and block.loss_mask_dir is not None:
-            yield Problem(
-                f"{name}.loss_mask_dir",
-                block.loss_mask_dir,
-                f'unset with data.source = "{data.source}", which does not provide masks',
-                'remove it, or set data.source = "precomputed"',
-            )
-        for index, condition in enumerate(block.conditions if block is not None else ()):
-            # Both are read from folders of prepared samples.
-            if condition.type in ("mask", "reference"):
-                yield Problem(
-                    f"{name}.conditions[{index}].type",
-                    condition.type,
-                    f'a condition without files, which data.source = "{data.source}" does not provide',
-                    'remove the condition, or set data.source = "precomputed"',
-                )
-
-
-def _source_rules(job: JobConfig) -> Iterator[Problem]:
-    data = job.data
-    for key, value, expected in (
-        ("source", data.source, '"precomputed" with data.sources, which are prepared datasets'),
-        ("root", data.root, "unset with data.sources, which have a root each"),
-    ):
-        if value not in (None, "precomputed"):
-            yield Problem(f"data.{key}", value, expected, "remove it, or remove data.sources")
-    streams = {name: block for name, block in (("video", job.video), ("audio", job.audio)) if block is not None}
-    labels: dict[str, int] = {}
-    for number, source in enumerate(data.sources):
-        key = f"data.sources[{number}]"
-        if not Path(source.root).is_dir():
-            yield Problem(
-                f"{key}.root", source.root, "a folder that exists", "correct the path, or preprocess the data"
-            )
-        if source.weight is not None and source.repeats is not None:
-            yield Problem(f"{key}.repeats", source.repeats, f"unset with weight = {source.weight}", "keep one of them")
-        elif source.weight is None and any(other.weight is not None for other in data.sources):
-            what = "a weight, because other sources have one"
-            yield Problem(f"{key}.weight", MISSING, what, "set it, or use repeats for all sources")
-        if (other_number := labels.setdefault(source.label, number)) != number:
-            what = f"another name than that of data.sources[{other_number}]"
-            yield Problem(f"{key}.name", source.label, what, "set name in one of them")
-        trained = [n for n, block in streams.items() if block.is_generated and source.modality in ("all", n)]
-        if streams and not trained:
-            what = "a stream that the job generates, or the source trains nothing"
-            yield Problem(f"{key}.modality", source.modality, what, "change it, or remove the source")
-        for name, conditions in (("video", source.video_conditions), ("audio", source.audio_conditions)):
-            if not conditions:
-                continue
-            reason = ""
-            if name not in streams:
-                reason = f"the job has no [{name}]"
-            elif source.modality not in ("all", name):
-                reason = f'the source has modality = "{source.modality}"'
-            elif not streams[name].is_generated and any(c.type != "reference" for c in conditions):
-                reason = f"[{name}] has is_generated = false, so all of its tokens are clean already"
-            if reason:
-                kinds = ", ".join(condition.type for condition in conditions)
-                yield Problem(f"{key}.{name}_conditions", kinds, f"unset, because {reason}", "remove them")
-
-
-def _media_rules(job: JobConfig) -> Iterator[Problem]:
-    media = job.data.media
-    for key, remedy in (
-        ("dataset_path", "set it to the table of clips and captions"),
-        ("text_encoder_path", "set it to a folder of Gemma 3, or to the packed text encoder of LTX-2.5"),
-        ("resolution_buckets", 'set it to the shapes that clips are resized and cropped to, for example "768x448x89"'),
-    ):
-        if getattr(media, key) is None:
-            yield Problem(f"data.media.{key}", MISSING, 'a value, because data.source = "media"', remedy)
-    for key in ("dataset_path", "video_vae_path", "audio_vae_path"):
-        if (path := getattr(media, key)) is not None:
-            yield from _must_be_file(f"data.media.{key}", path)
-    if media.text_encoder_path is not None and not Path(media.text_encoder_path).exists():
-        yield Problem("data.media.text_encoder_path", media.text_encoder_path, "a path that exists", "correct it")
-    if job.model.init == "random":
-        yield Problem(
-            "model.init",
-            "random",
-            '"checkpoint" with data.source = "media", which loads the encoders of a checkpoint',
-            'set model.checkpoint_path, or set data.source = "synthetic"',
-        )
-    if job.video is None:
-        yield Problem(
-            "data.source",
-            "media",
-            '"precomputed" for a job without [video], because audio latents are small',
-            "prepare the data with ltx-titan process-dataset",
         )
 
 
@@ -412,93 +298,11 @@ def _single_rules(job: JobConfig) -> Iterator[Problem]:
     # 0 reads as none or as all, so it is refused instead of interpreted.
     if job.checkpoint.keep_last == 0:
         yield Problem("checkpoint.keep_last", 0, "-1 (keep all) or at least 1", "set it to 1 or more")
-    yield from _keep_best_rules(job)
+    yield from keep_best_rules(job)
     start = job.profiling.trace_start
     steps = job.training.steps
     if start is not None and start > steps:
         yield Problem("profiling.trace_start", start, f"at most training.steps = {steps}", "lower it")
-
-
-def _keep_best_rules(job: JobConfig) -> Iterator[Problem]:
-    best, validation, interval = job.checkpoint.keep_best, job.validation, job.checkpoint.interval
-    key = "checkpoint.keep_best.metric"
-    if best.metric is None:
-        for name in ("mode", "count"):
-            if (value := getattr(best, name)) != type(best).model_fields[name].default:
-                yield Problem(f"checkpoint.keep_best.{name}", value, f"unset without {key}", f"set {key}, or remove it")
-        return
-    if not job.checkpoint.enable or interval == 0:
-        cause = "enable = false" if not job.checkpoint.enable else "interval = 0"
-        what = f"checkpoints to choose from, found checkpoint.{cause}"
-        yield Problem(key, best.metric, what, "set checkpoint.interval, or remove it")
-        return
-    # The other names depend on streams, sigmas and sources; one that is never logged is reported while training.
-    of_validation = {
-        "held_out/": validation.held_out_root is not None,
-        "quality/": best.metric in validation.quality.metrics,
-    }
-    prefix = next((prefix for prefix in of_validation if best.metric.startswith(prefix)), None)
-    if prefix is None:
-        return
-    if validation.interval is None or not of_validation[prefix]:
-        setting = "validation.held_out_root" if prefix == "held_out/" else "a model in validation.quality"
-        what = f"a metric that the job logs; this one needs validation.interval and {setting}"
-        yield Problem(key, best.metric, what, "set them, or choose another metric")
-    elif interval % validation.interval:
-        what = f"a multiple of validation.interval = {validation.interval}, at whose steps {best.metric} is known"
-        yield Problem("checkpoint.interval", interval, what, "change one of them")
-
-
-def _quality_rules(job: JobConfig) -> Iterator[Problem]:
-    validation = job.validation
-    for name, stream in (("clip_path", "video"), ("clap_path", "audio")):
-        if (path := getattr(validation.quality, name)) is None:
-            continue
-        key = f"validation.quality.{name}"
-        if not validation.samples:
-            yield Problem(key, path, "validation.samples, whose prompts clips are compared with", "add them")
-        if getattr(job, stream) is None or getattr(validation, f"generate_{stream}") is False:
-            yield Problem(key, path, f"clips with {stream}, which the job does not sample", "remove it")
-        if not (Path(path) / "config.json").is_file():
-            yield Problem(key, path, "a folder with config.json and weights of a model", "correct the path")
-
-
-def _validation_lora_rules(job: JobConfig) -> Iterator[Problem]:
-    if not job.validation.loras:
-        return
-    for number, lora in enumerate(job.validation.loras):
-        yield from _must_be_file(f"validation.loras[{number}].path", lora.path)
-    # All three keep weights in another form than the one that a LoRA can be added to.
-    is_quantized = job.model.mode == "lora" and job.lora.base_dtype not in ("bfloat16", "float32")
-    for is_set, cause, remedy in (
-        (is_quantized, f'lora.base_dtype = "{job.lora.base_dtype}"', 'set lora.base_dtype = "bfloat16"'),
-        (job.parallelism.stream_blocks != 0, "parallelism.stream_blocks", "set parallelism.stream_blocks = 0"),
-        (job.float8.all_gather, "float8.all_gather = true", "set float8.all_gather = false"),
-    ):
-        if is_set:
-            paths = ", ".join(lora.path for lora in job.validation.loras)
-            what = f"no LoRAs with {cause}, because they are added to plain weights"
-            yield Problem("validation.loras", paths, what, f"{remedy}, or remove them")
-
-
-def _validation_rules(job: JobConfig) -> Iterator[Problem]:
-    yield from _validation_lora_rules(job)
-    yield from _quality_rules(job)
-    validation = job.validation
-    if validation.dataset_samples and validation.held_out_root is None and job.data.source != "precomputed":
-        yield Problem(
-            "validation.dataset_samples",
-            validation.dataset_samples,
-            f'prepared samples, which data.source = "{job.data.source}" does not have',
-            "set validation.held_out_root to a prepared dataset, or remove dataset_samples",
-        )
-    if job.validation.use_ema and job.optimizer.ema_decay is None:
-        yield Problem(
-            "validation.use_ema",
-            True,
-            "false, because optimizer.ema_decay is unset and no averaged weights exist",
-            "remove it, or set optimizer.ema_decay, for example to 0.999",
-        )
 
 
 def _wandb_rules(job: JobConfig) -> Iterator[Problem]:
@@ -624,7 +428,7 @@ def _export_rules(job: JobConfig) -> Iterator[Problem]:
 _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _model_rules,
     _stream_rules,
-    _data_rules,
+    data_rules,
     _parameter_rules,
     _step_rules,
     _batch_rules,
@@ -637,6 +441,6 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _export_rules,
     _stream_blocks_rules,
     _single_rules,
-    _validation_rules,
+    validation_rules,
     _wandb_rules,
 )

@@ -78,7 +78,7 @@ def sampler(trained, clips, texts, codecs):
     return Sampler(contexts, *codecs, load_vocoder(trained), "cpu", STEPS)
 
 
-def test_held_out_captions_are_seen_and_heard(sampler, model, clips):
+def test_video_and_audio_follow_held_out_captions(sampler, model, clips):
     found = adherence(sampler.measure(model, clips), clips)
     assert {name: value for name, value in found.items() if value < 1} == {}
 
