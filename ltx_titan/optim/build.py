@@ -101,7 +101,7 @@ class Optimizers:
                     add_hook(parameter, index)
 
     def _receive(self, index: int) -> None:
-        """Counts the gradients of a part; updates its parameters when all have one, or when another part's turn comes."""
+        """Counts the gradients of a part, and updates its parameters when all have one or another part has its turn."""
         last, count = self._arriving
         if last not in (index, -1):
             # Some of its parameters were not used in this pass.
