@@ -146,7 +146,7 @@ class _Table:
 
     def __init__(self, updates: Sequence[Update], start: int, size: int) -> None:
         device = updates[0].weight.device
-        tiles: list[int] = []
+        tiles: list[int] = []  # of each weight
         chunks: list[int] = []
         rows_of_table: list[list[int]] = []
         self.scratch = len(updates)  # floats: first the sizes
@@ -168,13 +168,14 @@ class _Table:
             row_var = 0 if u.row_var is None else u.row_var.data_ptr()
             entry = [u.weight.data_ptr(), (u.gradient.data_ptr() - start) // size, row_var, u.col_var.data_ptr()]
             entry += [u.step.data_ptr(), u.lr.data_ptr(), rows, columns]
-            entry += [len(tiles), len(chunks), len(chunks) + row_chunks]
+            entry += [sum(tiles), len(chunks), len(chunks) + row_chunks]
             rows_of_table.append([*entry, row_parts, column_parts, weight_parts, clip_parts, mean_parts, u.seed])
-            tiles += [number] * count
+            tiles.append(count)
             # Even numbers are chunks of rows, odd ones of columns.
             chunks += [2 * number] * row_chunks + [2 * number + 1] * triton.cdiv(columns, _CHUNK.value)
         self.table = _on_device(torch.tensor(rows_of_table, dtype=torch.int64), device)
-        self.tiles = _on_device(torch.tensor(tiles, dtype=torch.int32), device)
+        owners = torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles))
+        self.tiles = _on_device(owners, device)
         self.chunks = _on_device(torch.tensor(chunks, dtype=torch.int32), device)
         self.decay = _on_device(torch.tensor([u.weight_decay for u in updates], dtype=torch.float32), device)
 
