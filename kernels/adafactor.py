@@ -18,6 +18,10 @@ Sums are added in a fixed order, without atomics: the same bits in every run. St
 random numbers are read from the device, so that the launches can be part of a CUDA graph.
 
 Bytes: G is read three times, W twice, and W is written: 12 for each bfloat16 weight.
+
+A block of LTX-2.3, 387 M weights in 86 tensors, bfloat16: 2.24 ms as a CUDA graph, 3.96 ms eager, 89.8 ms in PyTorch;
+H100 80GB HBM3, torch 2.11.0, triton 3.6.0 (docs/benchmarks/adafactor.jsonl). Over several ranks PyTorch updates shards
+(ltx_titan/optim/adafactor.py, the same formula).
 """
 
 from collections.abc import Sequence
