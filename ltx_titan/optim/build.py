@@ -4,7 +4,8 @@ AdamW is torch's fused one on local shards. Muon needs AdamW for what is not a m
 one optimizer per parameter, and offloaded state one per block.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +18,19 @@ from ltx_titan.optim.adafactor import Adafactor
 from ltx_titan.optim.groups import parameter_groups
 from ltx_titan.optim.muon import Muon
 from ltx_titan.optim.offload import keep_state_on_host
+from ltx_titan.optim.prodigy import Prodigy
+from ltx_titan.optim.schedule_free import ScheduleFreeAdamW
+from ltx_titan.optim.sharding import reshard
 
-STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adamw4bit": 1.1, "muon": 4.0, "adafactor": 0.0}
+STATE_BYTES = {
+    "adamw": 8.0,
+    "adamw8bit": 2.1,
+    "adamw4bit": 1.1,
+    "adamw_schedulefree": 8.0,
+    "prodigy": 16.0,
+    "muon": 4.0,
+    "adafactor": 0.0,
+}
 """Optimizer state per trained weight, by `optimizer.name`."""
 
 Named = list[tuple[str, nn.Parameter]]
@@ -68,6 +80,39 @@ class Optimizers:
             # A checkpoint may read the state next, which is still being copied to the host.
             torch.cuda.current_stream().synchronize()
 
+    @property
+    def averages(self) -> bool:
+        """Whether the weights to use are others than those in training."""
+        return any(isinstance(part, ScheduleFreeAdamW) for part in self.parts)
+
+    @contextmanager
+    def averaged(self, model: nn.Module) -> Iterator[None]:
+        """Context in which the model's weights are those to sample, evaluate and export.
+
+        With `adamw_schedulefree` they are an average, and the trained weights are restored afterwards, bit for bit;
+        with the others they are the trained weights.
+        """
+        if not self.averages:
+            yield
+            return
+        reshard(model)
+        try:
+            with ExitStack() as stack:
+                for part in self.parts:
+                    if isinstance(part, ScheduleFreeAdamW):
+                        stack.enter_context(part.averaged())
+                yield
+        finally:
+            reshard(model)
+
+    def figures(self) -> dict[str, float]:
+        """What the optimizers have estimated, by TensorBoard tag; waits for the device."""
+        found = {}
+        for part in self.parts:
+            if isinstance(part, Prodigy) and (size := part.step_size) is not None:
+                found["optim/step_size"] = size.item()
+        return found
+
     def zero_grad(self) -> None:
         """Frees all gradients."""
         for part in self.parts:
@@ -111,6 +156,22 @@ def build_optimizers(
                     stochastic_rounding=settings.stochastic_rounding,
                     # One optimizer per weight would otherwise round all of them with the same numbers.
                     seed=seed + number,
+                )
+            )
+        elif settings.name == "adamw_schedulefree":
+            parts.append(
+                ScheduleFreeAdamW(
+                    parameter_groups(group, settings), lr=settings.lr, betas=settings.betas, eps=settings.eps
+                )
+            )
+        elif settings.name == "prodigy":
+            parts.append(
+                Prodigy(
+                    parameter_groups(group, settings),
+                    lr=settings.lr,
+                    betas=settings.betas,
+                    eps=settings.eps,
+                    d_coef=settings.d_coef,
                 )
             )
         else:
