@@ -93,12 +93,12 @@ class Prodigy(Optimizer):
             moves = torch._foreach_sub(self._local("p0", chunk), [local(parameter) for parameter in chunk])
             dots = [torch.dot(g.flatten(), move.flatten()) for g, move in zip(gradients, moves, strict=True)]
             del moves  # each of these lists takes as much memory as the chunk
-            scaled = torch._foreach_mul(gradients, d.float())
+            scaled = torch._foreach_mul(gradients, d.to(gradients[0].dtype))
             first, second, s = (self._local(name, chunk) for name in ("exp_avg", "exp_avg_sq", "s"))
             torch._foreach_lerp_(first, scaled, 1 - beta1)
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, scaled, scaled, value=1 - beta2)
-            torch._foreach_mul_(scaled, scale.float())
+            _scale(scaled, scale)
             torch._foreach_mul_(s, beta2**0.5)
             torch._foreach_add_(s, scaled)
             norms = torch._foreach_norm(s, 1)
@@ -113,13 +113,13 @@ class Prodigy(Optimizer):
             weights = [local(parameter) for parameter in chunk]
             # Divided by d, so that eps is added as a number: a dry run cannot add a tensor to a list of them.
             denominators = torch._foreach_sqrt(self._local("exp_avg_sq", chunk))
-            torch._foreach_mul_(denominators, (1 / d).float())
+            _scale(denominators, 1 / d)
             torch._foreach_add_(denominators, group["eps"])
             moves = torch._foreach_div(self._local("exp_avg", chunk), denominators)
             if group["weight_decay"]:
                 # Of the decayed weights, as the package does it.
-                torch._foreach_mul_(weights, (1 - group["weight_decay"] * size).float())
-            torch._foreach_mul_(moves, (size / d).float())
+                _scale(weights, 1 - group["weight_decay"] * size)
+            _scale(moves, size / d)
             torch._foreach_sub_(weights, moves)
 
     def _init_state(self, parameter: Tensor, known: dict[str, Any] | None) -> None:
@@ -139,3 +139,7 @@ class Prodigy(Optimizer):
 
     def _parameters(self) -> Iterable[Tensor]:
         return (parameter for group in self.param_groups for parameter in group["params"])
+
+
+def _scale(tensors: list[Tensor], factor: Tensor) -> None:
+    torch._foreach_mul_(tensors, factor.to(tensors[0].dtype))
