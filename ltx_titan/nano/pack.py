@@ -34,7 +34,7 @@ from ltx_titan.weights import save_safetensors
 
 DESCRIPTION = """\
 Write a miniature LTX-2.3 pack: transformer, connectors, text projection, video and audio VAE and vocoder in one
-safetensors file of a few MB in the official layout, and a tiny Gemma text encoder next to it. All commands work on it
+safetensors file of 20 MB in the official layout, and a tiny Gemma text encoder next to it. All commands work on it
 as on the real pack. Use it to try a job before downloading 46 GB.
 
 The weights are random, so its clips are noise. `--trained` writes a larger one (30 MB) that generates what `ltx-titan
@@ -178,8 +178,8 @@ def vocoder_tensors(seed: int) -> dict[str, Tensor]:
     _random_codec(model, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         # Random layers have large outputs: unscaled, their sum would be clipped almost everywhere.
-        model.vocoder.conv_out.weight *= 0.05
-        model.bwe_generator.conv_out.weight *= 0.01
+        model.vocoder.conv_out.weight *= 0.03
+        model.bwe_generator.conv_out.weight *= 0.005
     fill_spectrogram_buffers(model, section)
     parameters = {name for name, _ in model.named_parameters()}
     # Filters and bases are exact, and rounding them would only degrade the audio.

@@ -157,6 +157,9 @@ _AUDIO_VAE: dict[str, Any] = {
 
 _GENERATOR: dict[str, Any] = {
     "resblock": "AMP1",
+    # Three dilations each, which released loaders expect; of the released kernel sizes 3, 7 and 11 one.
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1, 3, 5]],
     "stereo": True,
     "activation": "snakebeta",
     "use_tanh_at_final": False,
@@ -166,17 +169,12 @@ _GENERATOR: dict[str, Any] = {
 _VOCODER: dict[str, Any] = {
     "vocoder": {
         **_GENERATOR,
-        "resblock_kernel_sizes": [3, 7],
-        "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
         "upsample_initial_channel": 64,
         "upsample_rates": [5, 4, 4, 2],
         "upsample_kernel_sizes": [11, 8, 8, 4],
     },
     "bwe": {
         **_GENERATOR,
-        # One, because it computes at 48 kHz.
-        "resblock_kernel_sizes": [3],
-        "resblock_dilation_sizes": [[1, 3, 5]],
         "upsample_initial_channel": 32,
         "upsample_rates": [6, 5, 4, 2],
         "upsample_kernel_sizes": [12, 11, 8, 4],
