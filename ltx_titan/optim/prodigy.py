@@ -141,5 +141,5 @@ class Prodigy(Optimizer):
         return (parameter for group in self.param_groups for parameter in group["params"])
 
 
-def _scale(tensors: list[Tensor], factor: Tensor) -> None:
+def _scale(tensors: list[Tensor] | tuple[Tensor, ...], factor: Tensor) -> None:
     torch._foreach_mul_(tensors, factor.to(tensors[0].dtype))

@@ -10,6 +10,7 @@ and swaps y for x in place, which rounds; here the numbers are tensors, and y is
 exactly on any mesh, and neither saving nor validating changes it.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,11 +58,13 @@ class ScheduleFreeAdamW(Optimizer):
         assert closure is None, "closures are not supported"
         work = []
         for group in self.param_groups:
-            settings = {**self._update.defaults, **group, **self._numbers_of(group), "train_mode": True}
-            # The package allocates temporary tensors of the size of a group.
-            for chunk in chunks(parameter for parameter in group["params"] if parameter.grad is not None):
-                shards = [self._shard_with_state(parameter) for parameter in chunk]
-                work.append((chunk, {**settings, "params": shards}))
+            updated = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for values, parameters in self._by_numbers(updated).items():
+                known = dict(zip(_NUMBERS, values, strict=True))
+                settings = {**self._update.defaults, **group, **known, "train_mode": True}
+                # The package allocates temporary tensors of the size of a group.
+                for chunk in chunks(parameters):
+                    work.append((chunk, {**settings, "params": [self._shard_with_state(p) for p in chunk]}))
         if not work:
             return
         self._update.param_groups = [group for _, group in work]
@@ -109,12 +112,18 @@ class ScheduleFreeAdamW(Optimizer):
         self._update.state[shard] = {name: local(value) for name, value in state.items() if name not in _NUMBERS}
         return shard
 
-    def _numbers_of(self, group: dict[str, Any]) -> dict[str, float]:
-        # All parameters of a group have the same ones.
-        known = next((self.state[parameter] for parameter in group["params"] if parameter in self.state), None)
-        if known is None:
-            return _NUMBERS
-        return {name: type(initial)(known[name].item()) for name, initial in _NUMBERS.items()}
+    def _by_numbers(self, parameters: list[Tensor]) -> dict[tuple[float, ...], list[Tensor]]:
+        """Parameters by the numbers of their next update.
+
+        They differ if some had no gradient before, or if an update in the backward pass has a part of a group.
+        """
+        found: dict[tuple[float, ...], list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            numbers = tuple(_NUMBERS.values())
+            if (state := self.state.get(parameter)) is not None:
+                numbers = tuple(type(initial)(state[name].item()) for name, initial in _NUMBERS.items())
+            found[numbers].append(parameter)
+        return found
 
 
 def average_of(weight: Tensor, z: Tensor, beta: float) -> Tensor:

@@ -50,3 +50,20 @@ def test_using_the_average_during_training_changes_no_number():
                 with optimizers.averaged(model):
                     assert loss_of(model) > 0
     assert equal(used, plain)
+
+
+def test_a_parameter_is_updated_as_often_as_it_has_a_gradient():
+    """As with updates in the backward pass, where the parts of a group may be updated one after the other."""
+    together, apart = toy(), toy()
+    for model in (together, apart):
+        optimizer = ScheduleFreeAdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.99))
+        for _ in range(3):
+            loss_of(model).backward()
+            if model is apart:
+                kept, model.proj_out.weight.grad = model.proj_out.weight.grad, None
+                optimizer.step()
+                optimizer.zero_grad()
+                model.proj_out.weight.grad = kept
+            optimizer.step()
+            optimizer.zero_grad()
+    assert equal(together, apart)
