@@ -16,7 +16,7 @@ from tests.jobs import curve, train, write_job
 
 SETTINGS = {
     "model__mode": "lora",
-    "lora__targets": ["video"],
+    "lora__targets": ["attn1.to_q"],
     "training__steps": 3,
     "training__global_batch_size": 1,
     "optimizer__name": "adamw_schedulefree",
