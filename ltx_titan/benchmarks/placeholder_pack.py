@@ -66,7 +66,11 @@ CODECS: dict[str, Any] = {
     "audio_vae": {
         "model": {
             "params": {
-                "ddconfig": {**CONFIG["audio_vae"]["model"]["params"]["ddconfig"], "ch": 128, "num_res_blocks": 2},
+                "ddconfig": {
+                    **CONFIG["audio_vae"]["model"]["params"]["ddconfig"],
+                    "ch_mult": [1, 2, 4],
+                    "num_res_blocks": 2,
+                },
                 "sampling_rate": 16000,
             }
         },

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from ltx_titan.build import export_adapters
 from ltx_titan.checkpoint import SavedTensors, read_trainer_state
@@ -17,6 +18,7 @@ from ltx_titan.common.options import Maybe, Positional, placeholder
 from ltx_titan.common.tensors import COMPUTE_DTYPES
 from ltx_titan.config import ExportLayout, JobConfig
 from ltx_titan.lora import adapter_weights, apply_lora, is_adapter
+from ltx_titan.optim.schedule_free import average_of
 from ltx_titan.plan import build_transformer, export_name, trained_modalities
 from ltx_titan.weights import (
     TRANSFORMER,
@@ -89,7 +91,7 @@ def export_checkpoint(options: ExportOptions) -> Path:
         names = [name for name in module_tensors(transformer) if is_adapter(name)]
         _check_names(options.checkpoint, names, saved)
         # The frozen base stays on the meta device: only adapters are in the checkpoint, and in the file.
-        transformer.load_state_dict({name: saved.read(f"model.{name}") for name in names}, strict=False, assign=True)
+        transformer.load_state_dict({name: _weight(saved, name, job) for name in names}, strict=False, assign=True)
         scale = trainer.get("reference_scale")
         scale = None if scale is None else (scale[0], scale[1])
         export_adapters(adapter_weights(transformer), path, job, source, scale, dtype, layout)
@@ -101,7 +103,7 @@ def export_checkpoint(options: ExportOptions) -> Path:
             TRANSFORMER.file_key(name),
             tuple(saved.entries[f"model.{name}"].size),
             dtype,
-            partial(saved.read, f"model.{name}"),
+            partial(_weight, saved, name, job),
         )
         for name in names
     ]
@@ -120,6 +122,12 @@ def _job(checkpoint: Path, trainer: dict[str, Any]) -> JobConfig:
             f"{checkpoint}: its trainer.json holds no job of this version of ltx_titan ({key}: {detail['msg']}). "
             f"Export with the version that trained it."
         ) from error
+
+
+def _weight(saved: SavedTensors, name: str, job: JobConfig) -> Tensor:
+    """A weight as training exports it: of schedule-free AdamW the average, which the checkpoint has no tensor of."""
+    weight, state = saved.read(f"model.{name}"), f"optimizer.{name}.z"
+    return average_of(weight, saved.read(state), job.optimizer.betas[0]) if state in saved.entries else weight
 
 
 def _check_names(checkpoint: Path, names: list[str], saved: SavedTensors) -> None:

@@ -6,29 +6,22 @@ from pydantic import Field, StrictInt, field_validator, model_validator
 
 from ltx_titan.config.base import AboveZero, Decay, Fraction, NonNegative, Positive, Section, StreamName, Words
 
-OptimizerName = Literal["adamw", "adamw8bit", "adamw4bit", "muon", "adafactor"]
+OptimizerName = Literal["adamw", "adamw8bit", "adamw4bit", "adamw_schedulefree", "prodigy", "muon", "adafactor"]
 SigmaName = Literal["shifted_logit_normal", "uniform", "distilled"]
 ErrorName = Literal["mse", "huber"]
 WeightingName = Literal["none", "sigma_sqrt", "cosmap", "min_snr"]
 BaseDtype = Literal["float32", "bfloat16", "int8", "int4", "float8", "nvfp4"]
 Float8Matmuls = Literal["auto", "on", "off"]
 
-# These update each parameter on its own, so an update can run inside the backward pass.
-_PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit", "adafactor")
-_SCHEDULE_FREE = (
-    "schedule-free optimizers are not supported: the weights they train are not those to sample, export and save, and "
-    "schedulefree keeps part of its state in Python numbers, which a resumed run would lose; use adamw with "
-    'optimizer.ema_decay and scheduler.name = "wsd", which can also be extended at any time'
+# Each updates a parameter on its own, so that an update can run inside the backward pass.
+_PER_PARAMETER = ("adamw", "adamw8bit", "adamw4bit", "adamw_schedulefree", "adafactor")
+_ROUNDED = ("adamw", "adamw8bit", "adamw4bit", "adafactor")
+_RENAMED = dict.fromkeys(
+    ("schedule_free", "schedulefree", "adamw_schedule_free", "schedulefree_adamw", "adamwschedulefree"),
+    "adamw_schedulefree",
 )
-_REFUSED = {
-    "prodigy": "Prodigy is not supported: prodigyopt estimates its step size from sums over all ranks, which count "
-    "weights that are replicated over ranks several times, and keeps it in Python numbers, which a resumed run would "
-    "lose; use adamw with a learning rate from docs/tips.md",
-    "schedule_free": _SCHEDULE_FREE,
-    "schedulefree": _SCHEDULE_FREE,
-    "adamw_schedule_free": _SCHEDULE_FREE,
-}
-"""Optimizers that are often asked for, and why none is here."""
+"""Other spellings of an optimizer's name."""
+_LOWEST_PRODIGY_LR = 0.01
 
 
 class SigmaSection(Section):
@@ -159,18 +152,25 @@ class ParameterGroup(_Selection):
 class OptimizerSection(Section):
     """`[optimizer]`: update rule and its memory.
 
-    State per trained weight: adamw 8 bytes, adamw8bit 2.1, adamw4bit 1.1, muon 4, adafactor close to 0.
+    State per trained weight: adamw 8 bytes, adamw8bit 2.1, adamw4bit 1.1, adamw_schedulefree 8, prodigy 16, muon 4,
+    adafactor close to 0. docs/optimizers.md says when to use each.
     """
 
     name: OptimizerName = "adamw"
-    """`muon` orthogonalizes the updates of the blocks' matrices, which it gathers for that; AdamW updates the rest."""
+    """`adamw_schedulefree` averages the weights instead of decaying the rate, and samples, evaluates and exports the
+    average. `prodigy` estimates its step size. `muon` orthogonalizes the updates of the blocks' matrices, which it
+    gathers for that; AdamW updates the rest."""
     lr: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
     """Peak learning rate, multiplied by the schedule. Muon's updates are scaled so that AdamW's rates fit. AdamW moves
-    every weight by about this much in a step, so nothing above 1 can train."""
+    every weight by about this much in a step, so nothing above 1 can train. prodigy: factor on the estimated step
+    size, 1 if unset."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
-    """AdamW: decay rates of the first and second moment; a lower second one adapts faster and is noisier."""
+    """AdamW and Prodigy: decay rates of the first and second moment; a lower second one adapts faster and is noisier.
+    adamw_schedulefree: the first is the average's weight in the trained weights."""
     eps: AboveZero = 1e-8
-    """AdamW: added to the denominator; raise it if rarely used weights get huge updates."""
+    """AdamW and Prodigy: added to the denominator; raise it if rarely used weights get huge updates."""
+    d_coef: AboveZero = 1.0
+    """prodigy: factor on the estimate of the step size; 0.5 or 2 if it learns too fast or too slowly."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay, multiplied by the learning rate."""
     momentum: Decay = 0.95
@@ -189,11 +189,17 @@ class OptimizerSection(Section):
 
     @field_validator("name", mode="before")
     @classmethod
-    def _is_supported(cls, name: object) -> object:
-        reason = _REFUSED.get(name) if isinstance(name, str) else None
-        if reason is not None:
-            raise ValueError(reason)
+    def _is_known(cls, name: object) -> object:
+        if isinstance(name, str) and name in _RENAMED:
+            raise ValueError(f'expected "{_RENAMED[name]}", found another spelling, "{name}"; change it')
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prodigy_has_another_default(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("name") == "prodigy":
+            return {"lr": 1.0, **data}
+        return data
 
     @model_validator(mode="after")
     def _supports_its_options(self) -> Self:
@@ -210,12 +216,48 @@ class OptimizerSection(Section):
             raise ValueError(
                 "expected at most one of in_backward and offload_state to be true, found both; remove one of them"
             )
-        if self.stochastic_rounding and self.name not in _PER_PARAMETER:
+        if self.stochastic_rounding and self.name not in _ROUNDED:
             raise ValueError(
-                f"stochastic_rounding = true: expected name to be one of {per_parameter}, "
+                f"stochastic_rounding = true: expected name to be one of {', '.join(_ROUNDED)}, "
                 f'found "{self.name}"; change either'
             )
+        self._check_schedule_free()
+        self._check_prodigy()
         return self
+
+    def _check_schedule_free(self) -> None:
+        if self.name != "adamw_schedulefree":
+            return
+        if self.betas[0] == 0.0:
+            raise ValueError(
+                'betas = [0, ...]: expected a first value above 0 with name = "adamw_schedulefree", whose average '
+                "cannot be recovered from the trained weights without it; set it to 0.9"
+            )
+        if self.ema_decay is not None:
+            raise ValueError(
+                f'ema_decay = {self.ema_decay}: expected unset with name = "adamw_schedulefree", which averages the '
+                "weights itself; remove it"
+            )
+
+    def _check_prodigy(self) -> None:
+        if self.name != "prodigy":
+            return
+        if self.lr < _LOWEST_PRODIGY_LR:
+            raise ValueError(
+                f'lr = {self.lr}: expected about 1 with name = "prodigy", where it is a factor on the estimated step '
+                "size; remove it, and set d_coef for smaller or larger steps"
+            )
+        if self.offload_state:
+            raise ValueError(
+                'offload_state = true: expected false with name = "prodigy", whose step size is estimated from all '
+                "weights before any is updated; remove it"
+            )
+        scaled = [group.name for group in self.groups if group.lr_factor != 1.0]
+        if scaled:
+            raise ValueError(
+                f'groups: expected lr_factor = 1 with name = "prodigy", whose step size is estimated for all weights '
+                f"together; found another one in {', '.join(scaled)}; remove it, or use adamw"
+            )
 
 
 class SchedulerSection(Section):

@@ -28,6 +28,7 @@ PARAMETER_OWNERS: dict[str, dict[str, frozenset[str]]] = {
         "max_value": frozenset({"uniform"}),
     },
     "loss": {"huber_delta": frozenset({"huber"})},
+    "optimizer": {"d_coef": frozenset({"prodigy"})},
     "scheduler": {
         "start_factor": frozenset({"linear"}),
         "end_factor": frozenset({"linear"}),
@@ -341,6 +342,25 @@ def _clipping_rules(job: JobConfig) -> Iterator[Problem]:
         )
 
 
+def _schedule_free_rules(job: JobConfig) -> Iterator[Problem]:
+    if job.optimizer.name != "adamw_schedulefree":
+        return
+    if job.scheduler.name != "constant":
+        yield Problem(
+            "scheduler.name",
+            job.scheduler.name,
+            '"constant" with optimizer.name = "adamw_schedulefree", whose average of the weights replaces the decay',
+            "remove it, and keep scheduler.warmup_steps",
+        )
+    if importlib.util.find_spec("schedulefree") is None:
+        yield Problem(
+            "optimizer.name",
+            job.optimizer.name,
+            "the package schedulefree, which is not installed",
+            "pip install 'ltx-titan[optimizers]'",
+        )
+
+
 def _weight_dtype_rules(job: JobConfig) -> Iterator[Problem]:
     key, dtype = "training.weight_dtype", job.training.weight_dtype
     if dtype == "float32":
@@ -433,6 +453,7 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _step_rules,
     _batch_rules,
     _clipping_rules,
+    _schedule_free_rules,
     _weight_dtype_rules,
     _loss_rules,
     _preservation_rules,

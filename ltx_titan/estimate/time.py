@@ -43,8 +43,17 @@ LORA_UNITS = 40.0
 CUDA graphs lie on both sides of their predictions."""
 EAGER_HOST_S = 11e-3
 """Host time of one pass of a block that is not compiled: a few hundred launches. Assumed."""
-UPDATE_BYTES = {"adamw": 28.0, "adamw8bit": 18.0, "adamw4bit": 16.0, "muon": 60.0, "adafactor": 24.0}
-"""Bytes read and written per trained weight and update: weight, gradient and state."""
+UPDATE_BYTES = {
+    "adamw": 28.0,
+    "adamw8bit": 18.0,
+    "adamw4bit": 16.0,
+    "adamw_schedulefree": 104.0,
+    "prodigy": 164.0,
+    "muon": 60.0,
+    "adafactor": 24.0,
+}
+"""Bytes read and written per trained weight and update: weight, gradient and state, by every operation that is not
+fused with another one."""
 RECOMPUTED_LINEAR = {"selective": 10.5 / 16, "matmuls": 4.5 / 16, "all_matmuls": 0.0}
 """Share of a block's matmuls that a level of activation checkpointing recomputes. A video token is multiplied with 16
 width x width matrices: 4 are the feed-forward's second matmul, which `selective` saves with three cross-modal ones of

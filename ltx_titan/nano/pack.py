@@ -7,10 +7,8 @@ latents of natural ones have a mean near 0 and a standard deviation near 1, as t
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,7 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderK
 from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ltx_titan.codecs.audio_vae import audio_vae_arguments, mel_settings
 from ltx_titan.codecs.mel import log_mel, slaney_filters
@@ -31,11 +29,12 @@ from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.nano.archive import TEXT_ENCODER_NAME, unpack_trained_nano
 from ltx_titan.nano.pack_config import CONFIG, MODEL_VERSION, TEXT_ENCODER
+from ltx_titan.nano.text_encoder import IMAGE_TOKENS, SPECIAL_TOKENS, fast_tokenizer, write_gemma3
 from ltx_titan.weights import save_safetensors
 
 DESCRIPTION = """\
 Write a miniature LTX-2.3 pack: transformer, connectors, text projection, video and audio VAE and vocoder in one
-safetensors file of a few MB in the official layout, and a tiny Gemma text encoder next to it. All commands work on it
+safetensors file of 20 MB in the official layout, and a tiny Gemma text encoder next to it. All commands work on it
 as on the real pack. Use it to try a job before downloading 46 GB.
 
 The weights are random, so its clips are noise. `--trained` writes a larger one (30 MB) that generates what `ltx-titan
@@ -52,8 +51,6 @@ TRANSFORMER_PREFIX = "model.diffusion_model."
 CHECKPOINT_NAME = "ltx-2.3-nano.safetensors"
 
 Module = TypeVar("Module", bound=nn.Module)
-
-SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def make_nano(folder: str | Path, seed: int = 0) -> Path:
     path = folder / CHECKPOINT_NAME
     metadata = {"config": json.dumps(CONFIG), "model_version": MODEL_VERSION}
     save_safetensors(path, tensors, metadata)
-    _write_text_encoder(folder / TEXT_ENCODER_NAME, seed + 4)
+    write_gemma3(folder / TEXT_ENCODER_NAME, _byte_tokens(), TEXT_ENCODER, seed + 4)
     return path
 
 
@@ -152,16 +149,21 @@ def video_vae_tensors(seed: int) -> dict[str, Tensor]:
     return tensors | statistics("vae.", latents.transpose(0, 1).flatten(1))
 
 
-def audio_vae_tensors(seed: int) -> dict[str, Tensor]:
-    """Random audio VAE under its official names, with measured statistics, bfloat16."""
+def audio_vae_tensors(seed: int, section: dict[str, Any] = CONFIG["audio_vae"]) -> dict[str, Tensor]:
+    """Random audio VAE under its official names, with measured statistics, bfloat16.
+
+    Args:
+        seed: of the weights.
+        section: `audio_vae` of the metadata.
+    """
     generator = torch.Generator().manual_seed(seed)
-    vae = _random_codec(AutoencoderKLLTX2Audio(**audio_vae_arguments(CONFIG["audio_vae"])), generator)
+    vae = _random_codec(AutoencoderKLLTX2Audio(**audio_vae_arguments(section)), generator)
     tensors = {
         f"audio_vae.{name}": tensor.to(torch.bfloat16)
         for name, tensor in vae.state_dict().items()
         if not name.startswith("latents_")
     }
-    settings = mel_settings(CONFIG["audio_vae"])
+    settings = mel_settings(section)
     with torch.no_grad():
         spectrograms = log_mel(_synthetic_audio(generator, settings.sample_rate), settings)
         latents = vae.encode(spectrograms).latent_dist.mode()
@@ -176,8 +178,8 @@ def vocoder_tensors(seed: int) -> dict[str, Tensor]:
     _random_codec(model, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         # Random layers have large outputs: unscaled, their sum would be clipped almost everywhere.
-        model.vocoder.conv_out.weight *= 0.1
-        model.bwe_generator.conv_out.weight *= 0.02
+        model.vocoder.conv_out.weight *= 0.03
+        model.bwe_generator.conv_out.weight *= 0.005
     fill_spectrogram_buffers(model, section)
     parameters = {name for name, _ in model.named_parameters()}
     # Filters and bases are exact, and rounding them would only degrade the audio.
@@ -223,7 +225,7 @@ def _random_codec(module: Module, generator: torch.Generator) -> Module:
     return module.eval()
 
 
-def _synthetic_clips(generator: torch.Generator, clips: int = 8, frames: int = 17, size: int = 128) -> Tensor:
+def _synthetic_clips(generator: torch.Generator, clips: int = 4, frames: int = 17, size: int = 128) -> Tensor:
     """Clouds of all sizes, with about the spectrum of photographs: [clips, 3, frames, size, size] in [-1, 1]."""
     total = torch.zeros(clips, 3, frames, size, size)
     cells = 1
@@ -237,7 +239,7 @@ def _synthetic_clips(generator: torch.Generator, clips: int = 8, frames: int = 1
     return (0.4 * total).clamp(-1, 1)
 
 
-def _synthetic_audio(generator: torch.Generator, sample_rate: int, clips: int = 8, seconds: float = 3.0) -> Tensor:
+def _synthetic_audio(generator: torch.Generator, sample_rate: int, clips: int = 4, seconds: float = 1.5) -> Tensor:
     """Chords over noise with varying envelopes and volumes, some near silence [clips, 2, N]."""
     time = torch.arange(int(seconds * sample_rate)) / sample_rate
     result = torch.zeros(clips, 2, len(time))
@@ -266,50 +268,19 @@ def statistics(prefix: str, values: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _write_text_encoder(folder: Path, seed: int) -> None:
-    """Writes a tiny Gemma 3 language model and a byte tokenizer in the layout of transformers."""
-    ids = _token_ids()
-    config = Gemma3TextConfig(
-        vocab_size=len(ids),
-        pad_token_id=ids["<pad>"],
-        eos_token_id=ids["<eos>"],
-        bos_token_id=ids["<bos>"],
-        dtype="bfloat16",
-        **TEXT_ENCODER,
-    )
-    model = Gemma3TextModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            # Gemma scales embeddings by the square root of the width, and norms by one plus their weight.
-            std = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(parameter.shape[-1])
-            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
-
-    config.architectures = [type(model).__name__]
-    # In the same file system, so that the finished folder can be renamed into place.
-    with TemporaryDirectory(dir=folder.parent) as parent:
-        temporary = Path(parent) / folder.name
-        config.save_pretrained(temporary)
-        save_safetensors(temporary / "model.safetensors", model.to(torch.bfloat16).state_dict(), {"format": "pt"})
-        byte_tokenizer().save_pretrained(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-
-
-def _token_ids() -> dict[str, int]:
-    vocabulary = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    return {token: index for index, token in enumerate(vocabulary)}
-
-
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer with one token per UTF-8 byte after BOS: it needs no training text and accepts any script."""
-    ids = _token_ids()
+    return fast_tokenizer(_byte_tokens())
+
+
+def _byte_tokens() -> Tokenizer:
+    # Tokens of images last: Gemma 4's layout has the same numbers for bytes, and no such tokens.
+    vocabulary = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *IMAGE_TOKENS]
+    ids = {token: index for index, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", ids["<bos>"])]
     )
-    names = {f"{token.strip('<>')}_token": token for token in SPECIAL_TOKENS}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    return tokenizer

@@ -128,9 +128,10 @@ _AUDIO_VAE: dict[str, Any] = {
     "model": {
         "params": {
             "ddconfig": {
-                "ch": 16,
-                "ch_mult": [1, 2, 4],
-                "num_res_blocks": 1,
+                # As released, whose loader sizes the statistics by it; hence few layers.
+                "ch": 128,
+                "ch_mult": [1, 1, 1],
+                "num_res_blocks": 0,
                 "in_channels": 2,
                 "out_ch": 2,
                 "z_channels": 8,
@@ -156,8 +157,10 @@ _AUDIO_VAE: dict[str, Any] = {
 
 _GENERATOR: dict[str, Any] = {
     "resblock": "AMP1",
-    "resblock_kernel_sizes": [3, 7],
-    "resblock_dilation_sizes": [[1, 3], [1, 3]],
+    # Three dilations each, which released loaders expect; of the released kernel sizes 3, 7 and 11 one.
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1, 3, 5]],
+    "stereo": True,
     "activation": "snakebeta",
     "use_tanh_at_final": False,
     "use_bias_at_final": False,

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModel
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.nano.pack import (
-    SPECIAL_TOKENS,
     TRANSFORMER_PREFIX,
     audio_vae_tensors,
     module_tensors,
@@ -27,6 +26,7 @@ from ltx_titan.nano.pack import (
     vocoder_tensors,
 )
 from ltx_titan.nano.pack_config import CONFIG
+from ltx_titan.nano.text_encoder import SPECIAL_TOKENS
 from ltx_titan.weights import released_config, save_safetensors
 
 GEMMA_VERSION = "gemma4-12b-ltx-v1"

@@ -11,7 +11,6 @@ from ltx_titan.nano.pack_config import CONFIG
 # Wider than the 128 channels of a token: a velocity contains all of its noise, which narrower layers cannot carry.
 _VIDEO_WIDTH, _AUDIO_WIDTH, _HEADS = 192, 160, 4
 
-# Gemma 3 as released: a language model within a model of text and images, whose vision tower nothing here uses.
 TEXT_ENCODER: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -21,14 +20,6 @@ TEXT_ENCODER: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 2048,
     "sliding_window": 512,
-}
-VISION_TOWER: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "image_size": 28,
-    "patch_size": 14,
 }
 # Words of the captions are tokens of their own, any other text is spelled in bytes.
 VOCABULARY = 384

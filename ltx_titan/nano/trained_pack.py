@@ -5,9 +5,7 @@ every command of this project, diffusers and the released loaders read them.
 """
 
 import json
-import math
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderK
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import Gemma3Config, Gemma3Model, PreTrainedTokenizerFast
 
 from ltx_titan.codecs import AudioCodec, VideoCodec, Vocoder
 from ltx_titan.codecs.audio_vae import audio_vae_arguments, mel_settings, packed_statistics
@@ -27,12 +24,12 @@ from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.nano.pack import fill_spectrogram_buffers, statistics
 from ltx_titan.nano.pack_config import MODEL_VERSION
-from ltx_titan.nano.trained_config import MONO_WIDTH, TEXT_ENCODER, TRAINED_CONFIG, VISION_TOWER, VOCABULARY
+from ltx_titan.nano.text_encoder import IMAGE_TOKENS, SPECIAL_TOKENS, write_gemma3
+from ltx_titan.nano.trained_config import MONO_WIDTH, TEXT_ENCODER, TRAINED_CONFIG, VOCABULARY
 from ltx_titan.weights import save_safetensors
 
 # Mantissa bits of the weights of the codecs; the transformer has all 7 of bfloat16.
 CODEC_MANTISSA_BITS = 5
-_SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
 # Parameters of the connectors without which a block adds nothing.
 _SILENT = ("learnable_registers", "attn1.to_out.0.weight", "ff.net.2.weight")
 _TRANSFORMER, _TEXT_PROJECTION = "model.diffusion_model.", "text_embedding_projection."
@@ -211,66 +208,14 @@ def latent_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_trained_text_encoder(folder: Path, captions: Iterable[str], seed: int) -> None:
-    """Writes a tiny Gemma 3 with a seeded random language model and a tokenizer that knows the words of the captions.
+    """Writes a tiny Gemma 3 with seeded random weights, and a tokenizer that knows the words of the captions."""
 
-    The layout is that of the released encoder: text and vision model, tokenizer, image processor.
-    """
-    tokenizer = _word_tokenizer(captions)
-    ids = tokenizer.get_vocab()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **{f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
-    )
-    config = Gemma3Config(
-        text_config={
-            **TEXT_ENCODER,
-            "vocab_size": len(ids),
-            "pad_token_id": ids["<pad>"],
-            "eos_token_id": ids["<eos>"],
-            "bos_token_id": ids["<bos>"],
-        },
-        vision_config=VISION_TOWER,
-        mm_tokens_per_image=4,
-        boi_token_index=ids["<start_of_image>"],
-        eoi_token_index=ids["<end_of_image>"],
-        image_token_index=ids["<image_soft_token>"],
-        dtype="bfloat16",
-        architectures=["Gemma3ForConditionalGeneration"],
-    )
-    model = Gemma3Model(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            # Gemma scales embeddings by the square root of the width, and norms by one plus their weight.
-            std = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(parameter[0].numel())
-            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
-            # The norms after attention and feed-forward: random layers should add little to the words' embeddings.
-            if "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
-                parameter -= 0.8
-    temporary = folder.with_name(folder.name + ".partial")
-    config.save_pretrained(temporary)
-    # Names of the released files, in which the language model is `language_model.model`.
-    names = {
-        "language_model.": "language_model.model.",
-        "vision_tower.": "vision_tower.",
-        "multi_modal_projector.": "multi_modal_projector.",
-    }
-    tensors = {}
-    for name, tensor in model.to(torch.bfloat16).state_dict().items():
-        prefix = next(prefix for prefix in names if name.startswith(prefix))
-        tensors[names[prefix] + name.removeprefix(prefix)] = tensor.contiguous()
-    save_safetensors(temporary / "model.safetensors", tensors, {"format": "pt"})
-    fast.save_pretrained(temporary)
-    image = {
-        "image_processor_type": "Gemma3ImageProcessor",
-        "size": {"height": VISION_TOWER["image_size"], "width": VISION_TOWER["image_size"]},
-        "image_seq_length": 4,
-    }
-    (temporary / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
-    processor = {"processor_class": "Gemma3Processor", "image_seq_length": 4}
-    (temporary / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    def adjust(name: str, parameter: Tensor) -> None:
+        # The norms after attention and feed-forward: random layers should add little to the words' embeddings.
+        if "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
+            parameter -= 0.8
+
+    write_gemma3(folder, _word_tokenizer(captions), TEXT_ENCODER, seed, adjust)
 
 
 def _word_tokenizer(captions: Iterable[str]) -> Tokenizer:
@@ -280,7 +225,7 @@ def _word_tokenizer(captions: Iterable[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=list(_SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, *IMAGE_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

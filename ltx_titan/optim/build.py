@@ -5,7 +5,8 @@ offloaded state need one optimizer per block.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +19,19 @@ from ltx_titan.optim.adafactor import Adafactor
 from ltx_titan.optim.groups import parameter_groups
 from ltx_titan.optim.muon import Muon
 from ltx_titan.optim.offload import keep_state_on_host
+from ltx_titan.optim.prodigy import Prodigy
+from ltx_titan.optim.schedule_free import ScheduleFreeAdamW
+from ltx_titan.optim.sharding import reshard
 
-STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adamw4bit": 1.1, "muon": 4.0, "adafactor": 0.0}
+STATE_BYTES = {
+    "adamw": 8.0,
+    "adamw8bit": 2.1,
+    "adamw4bit": 1.1,
+    "adamw_schedulefree": 8.0,
+    "prodigy": 16.0,
+    "muon": 4.0,
+    "adafactor": 0.0,
+}
 """Optimizer state per trained weight, by `optimizer.name`."""
 
 Named = list[tuple[str, nn.Parameter]]
@@ -77,6 +89,39 @@ class Optimizers:
         if self._offloaded and torch.cuda.is_available():
             # A checkpoint may read the state next, which is still being copied to the host.
             torch.cuda.current_stream().synchronize()
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights to use are others than those in training."""
+        return any(isinstance(part, ScheduleFreeAdamW) for part in self.parts)
+
+    @contextmanager
+    def averaged(self, model: nn.Module) -> Iterator[None]:
+        """Context in which the model's weights are those to sample, evaluate and export.
+
+        With `adamw_schedulefree` they are an average, and the trained weights are restored afterwards, bit for bit;
+        with the others they are the trained weights.
+        """
+        if not self.averages:
+            yield
+            return
+        reshard(model)
+        try:
+            with ExitStack() as stack:
+                for part in self.parts:
+                    if isinstance(part, ScheduleFreeAdamW):
+                        stack.enter_context(part.averaged())
+                yield
+        finally:
+            reshard(model)
+
+    def figures(self) -> dict[str, float]:
+        """What the optimizers have estimated, by TensorBoard tag; waits for the device."""
+        found = {}
+        for part in self.parts:
+            if isinstance(part, Prodigy) and (size := part.step_size) is not None:
+                found["optim/step_size"] = size.item()
+        return found
 
     def _step_in_backward(self) -> None:
         """Updates the parameters of each block as soon as they have their gradients.
@@ -156,6 +201,22 @@ def build_optimizers(
                     stochastic_rounding=settings.stochastic_rounding,
                     # One optimizer per block would otherwise round all of them with the same numbers.
                     seed=seed + number,
+                )
+            )
+        elif settings.name == "adamw_schedulefree":
+            parts.append(
+                ScheduleFreeAdamW(
+                    parameter_groups(group, settings), lr=settings.lr, betas=settings.betas, eps=settings.eps
+                )
+            )
+        elif settings.name == "prodigy":
+            parts.append(
+                Prodigy(
+                    parameter_groups(group, settings),
+                    lr=settings.lr,
+                    betas=settings.betas,
+                    eps=settings.eps,
+                    d_coef=settings.d_coef,
                 )
             )
         else:

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from ltx_titan.common.tensors import local
-from ltx_titan.optim.sharding import like
+from ltx_titan.optim.sharding import like, reshard
 
 
 class EMA(Optimizer):
@@ -65,11 +64,7 @@ class EMA(Optimizer):
     @torch.no_grad()
     def _swap(self, model: nn.Module, kept: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """Swaps weights and averages; returns the weights whose average has another dtype, for the swap back."""
-        # A gathered unit computes with its copy of the old weights until it gathers again; the last block and the root
-        # stay gathered after a forward pass.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)
         taken = {}
         for parameter in self._parameters():
             weight, average = local(parameter), local(self._average(parameter))

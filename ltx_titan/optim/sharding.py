@@ -1,15 +1,22 @@
 """Helpers for update rules that work on the local shards of DTensor parameters."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Shard
+
+from ltx_titan.common.tensors import local
 
 BLOCK = 128
 """Columns that share a scale in moments of 8 or 4 bits."""
+CHUNK = 1 << 26
+"""Weights of a rank that are updated together: 256 MiB in float32 for each temporary tensor."""
 # As in torchao and bitsandbytes: below this, quantization saves nothing worth its error.
 _SMALLEST = 4096
 
@@ -66,3 +73,61 @@ def sum_shards(value: Tensor, parameter: Tensor, dims: Sequence[int]) -> Tensor:
             if is_split and parameter.device_mesh.size(axis) > 1:
                 dist.all_reduce(value, group=parameter.device_mesh.get_group(axis))
     return value
+
+
+def sum_over_shards(sums: dict[Tensor, Tensor]) -> Tensor:
+    """Adds up sums over the local shards of several parameters, each element counted once; a collective call.
+
+    Args:
+        sums: tensors of one shape by parameter, in the same order on all ranks.
+
+    Returns:
+        The total in float64, the same on every rank.
+    """
+    by_sharding: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
+    for parameter, value in sums.items():
+        mesh: DeviceMesh | None = None
+        axes: tuple[int, ...] = ()
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            # Replicas hold equal values, which a sum over them would multiply.
+            sharded = [axis for axis, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+            axes = tuple(axis for axis in sharded if mesh.size(axis) > 1)
+        by_sharding[mesh, axes].append(value)
+    totals = []
+    for (mesh, axes), values in by_sharding.items():
+        total = torch.stack(values).double().sum(0)
+        for axis in axes:
+            assert mesh is not None
+            dist.all_reduce(total, group=mesh.get_group(axis))
+        totals.append(total)
+    return torch.stack(totals).sum(0)
+
+
+def chunks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Splits parameters into lists of at most `CHUNK` local elements, or of one parameter.
+
+    Operations over a list are few launches, but their temporary tensors are as large as the list.
+    """
+    chunk: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        elements = local(parameter).numel()
+        if chunk and size + elements > CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(parameter)
+        size += elements
+    if chunk:
+        yield chunk
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered weights of FSDP2 units, after the sharded ones were replaced.
+
+    A gathered unit computes with its copy of the old weights until it gathers again; the last block and the root stay
+    gathered after a forward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -66,7 +66,8 @@ class Saves:
         self.folder = plan.folder / "checkpoint"
         self._plan = plan
         self._model = model
-        self._optimizers = [*optimizers.parts, *([ema] if ema is not None else [])]
+        self._optimizers = optimizers
+        self._saved_optimizers = [*optimizers.parts, *([ema] if ema is not None else [])]
         self._guard = guard
         self._is_main = is_main
         # With LoRA only the adapters: the frozen base is read from its own file.
@@ -193,8 +194,9 @@ class Saves:
         """Writes the file for inference tools unless `checkpoint.export` is off."""
         if not self._plan.exports:
             return None
-        self._refuse_not_finite(self._weights(), step)
-        return export_model(self._plan, self._model, step)
+        with self._optimizers.averaged(self._model):
+            self._refuse_not_finite(self._weights(), step)
+            return export_model(self._plan, self._model, step)
 
     def not_finite(self, step: int, what: str) -> FloatingPointError:
         """The error that ends a run whose figures or weights are NaN or infinite; waits for the save in progress."""
@@ -241,7 +243,7 @@ class Saves:
         return TrainingState(self._model, select=self._select)
 
     def _state(self, trainer: dict[str, Any]) -> TrainingState:
-        return TrainingState(self._model, self._optimizers, select=self._select, trainer=trainer)
+        return TrainingState(self._model, self._saved_optimizers, select=self._select, trainer=trainer)
 
 
 def _keep_best(job: JobConfig) -> KeepBest | None:

@@ -299,7 +299,7 @@ class Trainer:
             elapsed_s=elapsed_s,
             lr=self.train_step.learning_rate(self.step),
             graph_bytes=self.train_step.micro_step.peak_bytes,
-            extra=validated | drawn | self.saves.take_figures(),
+            extra=validated | drawn | self.saves.take_figures() | self.optimizers.figures(),
         )
         if not_finite is not None:
             raise self.saves.not_finite(self.step, not_finite)

@@ -24,6 +24,7 @@ from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.config.validation import ValidationSample, ValidationSection
 from ltx_titan.diffusion import StepReport
 from ltx_titan.model import TransformerConfig
+from ltx_titan.optim.sharding import reshard
 from ltx_titan.validation.check import check_validation, generated_streams, with_stg_blocks
 from ltx_titan.validation.decode import (
     DecodedSample,
@@ -52,7 +53,6 @@ from ltx_titan.validation.sampling import (
     SampledLatents,
     SampleGroups,
     guidance_of,
-    reshard,
     sample_all,
 )
 from ltx_titan.weights import fused_loras, scale_factors

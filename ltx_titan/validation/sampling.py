@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ltx_titan.conditioning import StreamTokens
 from ltx_titan.config.validation import ValidationSection
@@ -29,6 +28,7 @@ from ltx_titan.diffusion import (
 from ltx_titan.diffusion.sampler import Stepper
 from ltx_titan.diffusion.schedule import DISTILLED_REFINE_SIGMAS
 from ltx_titan.model import LTXTransformer, Modality
+from ltx_titan.optim.sharding import reshard
 from ltx_titan.validation.start import begin, target_latents
 
 # Default of the released pipelines for LTX-2.3 and later.
@@ -215,13 +215,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         reshard(model)
         for module in training:
             module.training = True
-
-
-def reshard(model: nn.Module) -> None:
-    """Frees the gathered parameters of every FSDP2 unit."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def placeholder_inputs(model: LTXTransformer, device: torch.device | str) -> tuple[Modality | None, Modality | None]:

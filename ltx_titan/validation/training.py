@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -143,11 +143,28 @@ class TrainingValidation:
             writer: TensorBoard, on rank 0.
             wandb_run: Weights & Biases run that clips are uploaded to, on rank 0.
             ema: averaged weights, if the job keeps them.
-            optimizers: their state is moved to the host during sampling if the job offloads it.
+            optimizers: whose averaged weights are used if they average; their state is moved to the host during
+                sampling if the job offloads it.
 
         Returns:
             Held-out losses by TensorBoard tag, and on rank 0 the means of the clips' scores.
         """
+        averaged: AbstractContextManager[None] = nullcontext()
+        if optimizers.averages:
+            averaged = self._own_scales(model, optimizers.averaged(model))
+        with averaged:
+            return self._run(step, model, connectors, writer, wandb_run, ema, optimizers)
+
+    def _run(
+        self,
+        step: int,
+        model: nn.Module,
+        connectors: TextConnectors | None,
+        writer: SummaryWriter | None,
+        wandb_run: "Run | None",
+        ema: EMA | None,
+        optimizers: Optimizers,
+    ) -> dict[str, float]:
         started = time.perf_counter()
         figures: dict[str, float] = {}
         folder = self.plan.folder / "samples" / f"step-{step}"
@@ -162,7 +179,7 @@ class TrainingValidation:
                 step,
                 writer=writer,
                 wandb_run=wandb_run,
-                averaged_weights=None if ema is None else lambda: self._averaged(ema, model),
+                averaged_weights=None if ema is None else lambda: self._own_scales(model, ema.swapped_in(model)),
                 optimizers=optimizers.parts,
                 on_step=lambda _: progress.advance(),
             )
@@ -177,13 +194,14 @@ class TrainingValidation:
         return figures
 
     @contextmanager
-    def _averaged(self, ema: EMA, model: nn.Module) -> Iterator[None]:
+    def _own_scales(self, model: nn.Module, other_weights: AbstractContextManager[None]) -> Iterator[None]:
+        """The context `other_weights`, in which the model has the float8 scales of those weights."""
         gathers_float8 = self.plan.job.float8.all_gather
-        with ema.swapped_in(model):
-            if gathers_float8:  # the scales were computed for the other weights
+        with other_weights:
+            if gathers_float8:  # the scales were computed for the trained weights
                 precompute_float8_scales(model)
             yield
-        # Again for the restored weights, or the next training step would use the scales of the average.
+        # Again for the restored weights, or the next training step would use the scales of the others.
         if gathers_float8:
             precompute_float8_scales(model)
 

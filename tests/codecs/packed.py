@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ltx_titan.nano.pack import SPECIAL_TOKENS as SPECIAL
 from ltx_titan.nano.pack_config import CONFIG
 from ltx_titan.nano.split_pack import GEMMA_CONFIG, SOURCE, language_model, packed_tensors, tokenizer
 from ltx_titan.nano.split_pack import GEMMA_VERSION as VERSION
 from ltx_titan.nano.split_pack import TEXT_CONFIG as TEXT
+from ltx_titan.nano.text_encoder import SPECIAL_TOKENS as SPECIAL
 
 __all__ = ["GEMMA_CONFIG", "SOURCE", "SPECIAL", "TEXT", "VERSION", "language_model", "packed_tensors", "tokenizer"]
 

@@ -195,7 +195,14 @@ def test_an_ai_toolkit_job():
 @pytest.mark.parametrize(
     ("old", "new", "expected", "named"),
     [
-        ("adamw8bit", "prodigy", {"optimizer": {"name": "adamw", "lr": 1e-4}}, ("train.optimizer", "train.lr")),
+        ("adamw8bit", "automagic", {"optimizer": {"name": "adamw", "lr": 1e-4}}, ("train.optimizer", "train.lr")),
+        ("adamw8bit", "prodigy", {"optimizer": {"name": "prodigy", "lr": 1.0}}, ("train.lr",)),
+        (
+            "adamw8bit",
+            "adamwschedulefree",
+            {"optimizer": {"name": "adamw_schedulefree", "ema_decay": None, "weight_decay": 1e-3}},
+            ("train.ema_config",),
+        ),
         ("type: lora", "type: lokr", {"model": {"mode": "lora"}}, ("network.type", "LoKr is not supported")),
         ("arch: ltx2", "arch: wan22_14b", {"training": {"steps": 1500}}, ("is another model",)),
         ("timestep_type: sigmoid", "timestep_type: weighted", {"sigma": {"name": "uniform"}}, ("timestep_type",)),
@@ -249,6 +256,24 @@ def test_musubi_arguments_with_dataset_and_prompts(tmp_path):
     for part in ("sdpa", "blocks_to_swap = 12", "cache_directory", "sample_prompts.fs", "caption_extension"):
         assert part in notes
     assert "wobble = 1: not converted" in notes
+
+
+def test_optimizers_without_a_schedule_or_a_rate_of_their_own():
+    text = MUSUBI.replace('"AdamW8bit"', '"schedulefree.AdamWScheduleFree"')
+    job, notes, _ = imported(text, "config.toml")
+    assert (job.optimizer.name, job.optimizer.betas, job.scheduler.name) == (
+        "adamw_schedulefree",
+        (0.9, 0.95),
+        "constant",
+    )
+    assert "lr_scheduler = " in notes
+    text = MUSUBI.replace('"AdamW8bit"', '"prodigyopt.Prodigy"').replace("3e-5", "1.0")
+    options = '["d_coef=2", "decouple=True", "use_bias_correction=False"]'
+    job, notes, _ = imported(text.replace('["weight_decay=0.1", "betas=0.9,0.95"]', options), "config.toml")
+    found = job.optimizer.name, job.optimizer.lr, job.optimizer.d_coef, job.optimizer.weight_decay
+    assert found == ("prodigy", 1.0, 2.0, 0.0)
+    assert "use_bias_correction" in notes
+    assert "decouple" not in notes
 
 
 def test_a_musubi_dataset_alone():

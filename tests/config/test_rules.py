@@ -55,6 +55,11 @@ def error_of(**sections):
         ({"loss": {"snr_gamma": 3.0}}, ["loss.snr_gamma = 3.0", 'loss.weighting = "min_snr"']),
         ({"loss": {"weighting": "sigma_sqrt"}}, ["sigma.video_min = 0.0", "at least 0.05"]),
         ({"video": BASE["video"] | {"loss_mask_dir": "video_masks"}}, ["video.loss_mask_dir", "synthetic"]),
+        (
+            {"optimizer": {"name": "adamw_schedulefree"}, "scheduler": {"name": "cosine"}},
+            ['scheduler.name = "cosine"', '"constant"'],
+        ),
+        ({"optimizer": {"d_coef": 2.0}}, ["optimizer.d_coef = 2.0", "prodigy"]),
         ({"scheduler": {"name": "step", "power": 2.0}}, ["scheduler.power = 2.0", "polynomial"]),
         ({"scheduler": {"warmup_steps": 2000}}, ["scheduler.warmup_steps = 2000", "training.steps = 2000"]),
         ({"scheduler": {"name": "wsd", "warmup_steps": 1500, "decay_steps": 501}}, ["decay_steps = 501"]),

@@ -12,7 +12,7 @@ from ltx_titan.nano.pack import make_nano
 def test_same_seed_same_bytes(nano, tmp_path):
     again, other = make_nano(tmp_path / "again"), make_nano(tmp_path / "other", seed=1)
     files = sorted(path.relative_to(nano.parent) for path in nano.parent.rglob("*") if path.is_file())
-    assert len(files) == 5
+    assert len(files) == 7
     for file in files:
         assert (nano.parent / file).read_bytes() == (again.parent / file).read_bytes(), file
     assert nano.read_bytes() != other.read_bytes()

@@ -125,15 +125,17 @@ def test_diffusers_generates_the_same_from_the_same_file(trained, model, clips, 
         assert_close_to_max(found, (expected - codec.mean) / codec.std, 1e-4, name)
 
 
-def test_the_pack_has_what_loaders_of_the_released_files_require(trained):
-    config = read_metadata(trained).config
+@pytest.mark.parametrize("pack", ["trained", "nano"])
+def test_the_packs_have_what_loaders_of_the_released_files_require(request, pack):
+    path = request.getfixturevalue(pack)
+    config = read_metadata(path).config
     audio = config["audio_vae"]["model"]["params"]["ddconfig"]
     # Statistics are sized by this width there.
     assert audio["ch"] == 128
     for part in ("vocoder", "bwe"):
         assert config["vocoder"][part]["stereo"] is True
         assert all(len(dilations) == 3 for dilations in config["vocoder"][part]["resblock_dilation_sizes"])
-    folder = trained.parent / "text_encoder"
+    folder = path.parent / "text_encoder"
     described = json.loads((folder / "config.json").read_text())
     assert described["model_type"] == "gemma3"
     assert {"text_config", "vision_config"} <= set(described)

@@ -9,7 +9,14 @@ from ltx_titan.optim.muon import Muon
 from tests.optim.toy import loss_of, toy
 
 # Adafactor's step is relative to the size of a weight, here about 0.05.
-RATES = {"adamw": 3e-3, "adamw8bit": 3e-3, "adamw4bit": 3e-3, "muon": 1e-2, "adafactor": 0.1}
+RATES = {
+    "adamw": 3e-3,
+    "adamw8bit": 3e-3,
+    "adamw4bit": 3e-3,
+    "adamw_schedulefree": 1e-2,
+    "muon": 1e-2,
+    "adafactor": 0.1,
+}
 
 
 def train(model, steps=12, lr=3e-3, **fields):
@@ -33,11 +40,19 @@ def test_each_optimizer_trains(name, lr):
 
 @pytest.mark.parametrize(
     ("name", "bytes_per_weight"),
-    [("adamw", 8), ("adamw8bit", 2.3), ("adamw4bit", 1.4), ("muon", 4.2), ("adafactor", 0.3)],
+    [
+        ("adamw", 8),
+        ("adamw8bit", 2.3),
+        ("adamw4bit", 1.4),
+        ("adamw_schedulefree", 8),
+        ("prodigy", 16),
+        ("muon", 4.2),
+        ("adafactor", 0.3),
+    ],
 )
 def test_state_takes_the_memory_that_the_settings_say(name, bytes_per_weight):
     model = toy()
-    _, optimizers = train(model, steps=1, name=name)
+    _, optimizers = train(model, steps=1, name=name, lr=1.0 if name == "prodigy" else 3e-3)
     state = sum(t.nbytes for part in optimizers.parts for values in part.state.values() for t in values.values())
     assert state <= bytes_per_weight * sum(p.numel() for p in model.parameters()) + 1000
 
@@ -53,7 +68,7 @@ def test_muon_takes_the_matrices_of_the_blocks():
     assert is_matrix("transformer_blocks.0.attn1.to_q.lora_A.weight", torch.nn.Parameter(torch.zeros(2, 4)))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adamw_schedulefree"])
 def test_an_update_in_the_backward_pass_is_the_same_update(name):
     after, before = toy(), toy()
     expected, _ = train(after, steps=3, name=name)
@@ -67,7 +82,7 @@ def test_an_update_in_the_backward_pass_is_the_same_update(name):
     assert len(optimizers.parts) == 3  # one a block, and one for everything else
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw4bit", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adamw4bit", "adamw_schedulefree", "muon"])
 def test_offloaded_state_gives_the_same_update(name):
     here, there = toy(), toy()
     expected, _ = train(here, steps=3, name=name)
@@ -104,8 +119,14 @@ def test_frozen_weights_are_skipped_and_a_model_without_trained_weights_is_refus
         ({"name": "muon", "stochastic_rounding": True}, "stochastic_rounding = true"),
         ({"betas": [0.9, 1.0]}, "betas"),
         ({"name": "sgd"}, "name"),
-        ({"name": "prodigy"}, "prodigyopt.*Python numbers.*use adamw"),
-        ({"name": "schedule_free"}, "schedulefree.*ema_decay"),
+        ({"name": "schedulefree"}, 'expected "adamw_schedulefree"'),
+        ({"name": "adamw_schedulefree", "ema_decay": 0.9}, "averages the weights itself"),
+        ({"name": "adamw_schedulefree", "betas": [0.0, 0.99]}, "first value above 0"),
+        ({"name": "adamw_schedulefree", "stochastic_rounding": True}, "stochastic_rounding = true"),
+        ({"name": "prodigy", "lr": 1e-4}, "expected about 1.*d_coef"),
+        ({"name": "prodigy", "in_backward": True}, "in_backward = true: expected name"),
+        ({"name": "prodigy", "offload_state": True}, "estimated from all weights"),
+        ({"name": "prodigy", "groups": [{"name": "a", "match": ["ff"], "lr_factor": 2.0}]}, "another one in a"),
         ({"groups": [{"name": "a"}]}, "match or blocks, found neither"),
         ({"groups": [{"name": "video", "match": ["video"]}]}, "choose another name"),
         ({"groups": [{"name": "a", "match": ["ff"]}, {"name": "a", "match": ["up"]}]}, "a twice"),

@@ -32,6 +32,7 @@ HALF = [{"name": "half", "match": ["up"], "lr_factor": 0.5}]
     [
         {},
         {"name": "adamw8bit"},
+        {"name": "adamw_schedulefree"},
         {"name": "muon"},
         {"name": "adafactor"},
         {"in_backward": True},

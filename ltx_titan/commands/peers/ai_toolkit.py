@@ -173,7 +173,9 @@ def _train(c: Conversion, where: str, train: Table) -> None:
     if train.get("loss_type", "mse") != "mse":
         c.note(f"{where}.loss_type", train["loss_type"], 'is not supported; loss.name = "mse"')
     ema = c.section(f"{where}.ema_config", train.get("ema_config"))
-    if ema and ema.get("use_ema", True):
+    if ema and ema.get("use_ema", True) and c.is_schedule_free:
+        c.note(f"{where}.ema_config", ema, "adamw_schedulefree averages the weights itself")
+    elif ema and ema.get("use_ema", True):
         c.result.put(
             "optimizer.ema_decay", c.read(f"{where}.ema_config.ema_decay", ema.get("ema_decay"), number, 0.999)
         )

@@ -40,12 +40,26 @@ _OPTIMIZERS = {
     "adamw_optimi": "adamw",
     "adamw8bitkahan": "adamw8bit",
     "adafactor": "adafactor",
+    "adamwschedulefree": "adamw_schedulefree",
+    "adamw_schedulefree": "adamw_schedulefree",
+    "schedulefree.adamwschedulefree": "adamw_schedulefree",
+    "prodigy": "prodigy",
+    "prodigyopt": "prodigy",
+    "prodigyopt.prodigy": "prodigy",
+    "prodigy8bit": "prodigy",
 }
 _RENAMED_OPTIMIZERS = {
     "pagedadamw8bit": 'optimizer.name = "adamw8bit"; optimizer.offload_state = true keeps the state in host memory',
     "adamw_optimi": 'optimizer.name = "adamw"; trained weights are float32 and need no Kahan summation',
     "adamw8bitkahan": 'optimizer.name = "adamw8bit"; trained weights are float32 and need no Kahan summation',
+    "prodigy8bit": 'optimizer.name = "prodigy", whose state takes 16 bytes per weight',
 }
+# Their packages decay no weight unless told to.
+_WITHOUT_DECAY = ("adamw_schedulefree", "prodigy")
+# Options of prodigyopt that are fixed here.
+_PRODIGY = {"decouple": "true", "use_bias_correction": "true", "safeguard_warmup": "true", "d0": "1e-06"}
+# A lower rate is AdamW's, and would be refused.
+_LOWEST_PRODIGY_LR = 0.01
 _SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
@@ -59,7 +73,7 @@ _BASE_DTYPES = {
     "int8": ("int8", "uint8", "qint8"),
     "int4": ("int4", "uint4", "qint4"),
 }
-_ADAMW = ("adamw", "adamw8bit")
+_ADAMW = ("adamw", "adamw8bit", "adamw_schedulefree", "prodigy")
 
 
 class To(NamedTuple):
@@ -297,7 +311,12 @@ class Conversion:
             self.note(key, name, 'is not supported; optimizer.name = "adamw", with a learning rate from docs/tips.md')
             self.note(rate_key, rate, f"is a rate of {name}; optimizer.lr is our default, 1e-4")
         elif (value := self.read(rate_key, rate, number)) is not None:
-            self.result.put("optimizer.lr", value)
+            if ours == "prodigy" and value < _LOWEST_PRODIGY_LR:
+                self.note(rate_key, rate, "is a rate of AdamW; optimizer.lr is 1, a factor on Prodigy's own step size")
+            else:
+                self.result.put("optimizer.lr", value)
+        if ours in _WITHOUT_DECAY:
+            self.result.put("optimizer.weight_decay", 0.0)
         for option, value in options.items():
             path = f"{where}.{option}"
             if ours is None:
@@ -308,12 +327,25 @@ class Conversion:
                 self.result.put("optimizer.betas", [self.read(path, beta, number, 0.9) for beta in value])
             elif option == "eps" and ours in _ADAMW:
                 self.result.put("optimizer.eps", self.read(path, value, number, 1e-8))
+            elif option == "d_coef" and ours == "prodigy":
+                self.result.put("optimizer.d_coef", self.read(path, value, number, 1.0))
+            elif ours == "prodigy" and option in _PRODIGY:
+                if str(value).lower() != _PRODIGY[option]:
+                    self.note(path, value, f"is {_PRODIGY[option]} here")
             else:
                 self.note(path, value, f"optimizer.{self.result.job['optimizer']['name']} has no such option")
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether the optimizer, which is converted first, averages the weights itself."""
+        return self.result.job["optimizer"]["name"] == "adamw_schedulefree"
 
     def schedule(self, key: str, name: str, warmup: int, min_factor: float | None = None, power: float = 1.0) -> None:
         """Sets the learning-rate schedule, whose linear decay ends at 0 in all three trainers."""
         ours = _SCHEDULES.get(name)
+        if ours != "constant" and self.is_schedule_free:
+            self.note(key, name, 'scheduler.name = "constant": adamw_schedulefree averages instead')
+            ours = "constant"
         self.result.put("scheduler.name", ours or "constant")
         self.result.put("scheduler.warmup_steps", warmup)
         if ours is None:
