@@ -24,6 +24,7 @@ from ltx_titan.benchmarks.nano import codecs, scores, transformer
 from ltx_titan.benchmarks.nano.loop import write_result
 from ltx_titan.codecs import AudioCodec, VideoCodec
 from ltx_titan.common.options import Positional, default_device
+from ltx_titan.lora import adapter_weights
 from ltx_titan.model import LTXTransformer
 from ltx_titan.nano.archive import TEXT_ENCODER_NAME, TRAINED_NAME, archive_pack
 from ltx_titan.nano.trained_pack import (
@@ -41,6 +42,7 @@ from ltx_titan.nano.trained_pack import (
     vocoder_of,
     write_trained_text_encoder,
 )
+from ltx_titan.weights import export_lora
 
 DESCRIPTION = __doc__
 
@@ -72,10 +74,19 @@ class NanoTrainingOptions:
     """Training clips of the transformer."""
 
     concept_clips: int = 48
-    """Training clips of the concept; as many show what is known, lest it is forgotten."""
+    """Training clips of the concept."""
+
+    known_clips: int = 48
+    """Further clips of known shapes, lest they are forgotten."""
 
     concept_steps: int = 150
     """Training steps on the concept."""
+
+    rank: int = 16
+    """Rank of a LoRA of the concept."""
+
+    targets: tuple[str, ...] = transformer.LORA_TARGETS
+    """Layers that it adapts, as `lora.targets`."""
 
     methods: tuple[str, ...] = ("lora",)
     """Ways to learn the concept, each with an optional seed (`lora:1`): lora, lora_float8, lora_adamw8bit, full,
@@ -105,10 +116,14 @@ def run(options: NanoTrainingOptions) -> int:
     given = zip(options.stages, options.seconds, options.batches, options.rates, strict=False)
     for stage, seconds, batch, lr in given:
         started = time.monotonic()
-        facts = {**environment(torch.device(options.device)), "commit": _commit(), "batch": batch, "lr": lr}
         found = _RUNNERS[stage](options, seconds, batch, lr)
-        write_result(options.out, stage, {**facts, **found, "stage_seconds": round(time.monotonic() - started, 1)})
+        found["stage_seconds"] = round(time.monotonic() - started, 1)
+        write_result(options.out, stage, {**_facts(options, batch, lr), **found})
     return 0
+
+
+def _facts(options: NanoTrainingOptions, batch: int, lr: float) -> dict[str, Any]:
+    return {**environment(torch.device(options.device)), "commit": _commit(), "batch": batch, "lr": lr}
 
 
 def _video(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
@@ -186,24 +201,39 @@ def _score(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) 
 
 
 def _lora(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
-    """LoRA and other methods on the concept, scored before and after; the first one's clips are shown."""
+    """LoRA and other methods on the concept, scored before and after.
+
+    The first one's clips are shown, and its adapters saved as `concept_lora.safetensors`. Scores are written after each
+    method: a call that runs out of time loses the last one only.
+    """
     sampler, model = _sampler(options), _load_transformer(options)
     shown = scores.shown_clips()[1].to(options.device)
     found: dict[str, Any] = {"before": scores.score_concept(sampler, model, options.scored, options.device)}
     sheets = [sampler(model, shown, cfg=scores.CFG_SCALE)[0]]
-    contexts, clips = _contexts(options), transformer.tuning_clips(options.concept_clips)
+    contexts, clips = _contexts(options), transformer.tuning_clips(options.concept_clips, options.known_clips)
     latents = transformer.encode_clips(clips, contexts, _load_video(options), _load_audio(options), options.device)
     for run in options.methods:
         method, _, seed = run.partition(":")
         model = _load_transformer(options)
         figures = transformer.train_concept(
-            model, latents, contexts, method, int(seed or 0), steps=options.concept_steps, batch=batch, lr=lr
+            model,
+            latents,
+            contexts,
+            method,
+            int(seed or 0),
+            steps=options.concept_steps,
+            batch=batch,
+            lr=lr,
+            rank=options.rank,
+            targets=options.targets,
         )
         found[run] = {"training": figures, **scores.score_concept(sampler, model, options.scored, options.device)}
         if len(sheets) == 1:
             sheets.append(sampler(model, shown, cfg=scores.CFG_SCALE)[0])
             scores.save_sheet(options.out / "concept.png", torch.cat(sheets, dim=4))
-        write_result(options.out, "lora", found)
+            if method.startswith("lora"):
+                export_lora(adapter_weights(model), options.out / "concept_lora.safetensors")
+        write_result(options.out, "lora", {**_facts(options, batch, lr), **found})
     return found
 
 
@@ -221,7 +251,7 @@ def _contexts(options: NanoTrainingOptions) -> transformer.Contexts:
         write_trained_text_encoder(folder, transformer.known_captions(), _SEED)
     used = (
         transformer.training_clips(max(options.clips, options.scored)),
-        transformer.tuning_clips(options.concept_clips),
+        transformer.tuning_clips(options.concept_clips, options.known_clips),
         *scores.scored_clips(options.scored),
         *scores.shown_clips(),
     )
