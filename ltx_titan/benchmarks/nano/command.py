@@ -3,7 +3,8 @@
     ltx-titan bench nano OUT [--stages video audio vocoder transformer pack score lora] [--seconds 150 150 ...]
 
 Each stage reads what earlier ones wrote to OUT and writes its weights and `<stage>.json`, so stages can run in separate
-calls; `pack` writes what the package ships. Everything is rendered and kept on the device; no files are read.
+calls; `pack` writes what the package ships, and `unpack` starts from it: `--stages unpack score` scores the shipped
+pack. Everything is rendered and kept on the device; no other files are read.
 """
 
 import os
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from ltx_titan.benchmarks.measure import environment
 from ltx_titan.benchmarks.nano import codecs, scores, transformer
 from ltx_titan.benchmarks.nano.loop import write_result
-from ltx_titan.codecs import AudioCodec, VideoCodec
+from ltx_titan.codecs import AudioCodec, VideoCodec, load_audio_codec, load_video_codec, load_vocoder
 from ltx_titan.common.options import Positional, default_device
 from ltx_titan.lora import adapter_weights
 from ltx_titan.model import LTXTransformer
-from ltx_titan.nano.archive import TEXT_ENCODER_NAME, TRAINED_NAME, archive_pack
+from ltx_titan.nano.archive import TEXT_ENCODER_NAME, TRAINED_NAME, archive_pack, unpack_trained_nano
 from ltx_titan.nano.trained_pack import (
     CODEC_MANTISSA_BITS,
     audio_codec,
@@ -35,6 +36,7 @@ from ltx_titan.nano.trained_pack import (
     build_text_modules,
     build_transformer,
     build_video_vae,
+    mono_vocoder,
     save_pack,
     stereo_vocoder,
     stored,
@@ -42,7 +44,7 @@ from ltx_titan.nano.trained_pack import (
     vocoder_of,
     write_trained_text_encoder,
 )
-from ltx_titan.weights import export_lora
+from ltx_titan.weights import export_lora, load_parameters
 
 DESCRIPTION = __doc__
 
@@ -59,7 +61,7 @@ class NanoTrainingOptions:
     """Folder of weights and figures."""
 
     stages: tuple[str, ...] = _STAGES
-    """Stages to run, in this order."""
+    """Stages to run, in this order: these, or `unpack` instead of those that train weights."""
 
     seconds: tuple[float, ...] = (180.0, 150.0, 240.0, 480.0, 0.0, 0.0, 0.0)
     """Training time of each of these stages; `pack` and `score` train nothing, `lora` a number of steps."""
@@ -190,6 +192,21 @@ def _pack(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -
     return {"bytes": path.stat().st_size, "archive_bytes": archive.stat().st_size}
 
 
+def _unpack(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    """Writes the weights of the pack that the package ships as earlier stages would have."""
+    path = unpack_trained_nano(options.out)
+    video, audio = load_video_codec(path, dtype=torch.float32), load_audio_codec(path)
+    _save(options.out / "video.safetensors", video.vae, {"mean": video.mean, "std": video.std})
+    _save(options.out / "audio.safetensors", audio.vae, {"mean": audio.mean, "std": audio.std})
+    stereo = load_vocoder(path).model
+    assert isinstance(stereo, LTX2VocoderWithBWE)
+    _save(options.out / _VOCODER, mono_vocoder(stereo), {})
+    model = build_transformer(_SEED)
+    load_parameters(model, path)
+    _save(options.out / "transformer.safetensors", model, {}, 7)
+    return {}
+
+
 def _score(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
     sampler, model = _sampler(options), _load_transformer(options)
     found: dict[str, Any] = scores.score_model(sampler, model, options.scored, options.device)
@@ -239,7 +256,7 @@ def _lora(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -
 
 _Runner = Callable[[NanoTrainingOptions, float, int, float], dict[str, Any]]
 _RUNNERS: dict[str, _Runner] = dict(
-    zip(_STAGES, (_video, _audio, _vocoder, _transformer, _pack, _score, _lora), strict=True)
+    zip(_STAGES, (_video, _audio, _vocoder, _transformer, _pack, _score, _lora), strict=True), unpack=_unpack
 )
 
 
@@ -309,7 +326,8 @@ def _save(path: Path, module: nn.Module, extra: dict[str, Tensor], bits: int = C
         name: (stored(tensor, bits) if name in parameters else tensor).cpu().contiguous()
         for name, tensor in module.state_dict().items()
     }
-    save_file(tensors | {f"extra.{name}": tensor.cpu().contiguous() for name, tensor in extra.items()}, path)
+    # Copies: a loaded VAE has its statistics as buffers too.
+    save_file(tensors | {f"extra.{name}": tensor.cpu().clone() for name, tensor in extra.items()}, path)
 
 
 def _commit() -> str:
