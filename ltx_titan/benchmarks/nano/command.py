@@ -111,13 +111,14 @@ def run(options: NanoTrainingOptions) -> int:
     """Runs the stages; the exit status is 0."""
     # bf16 matmuls come from autocast; what stays in float32 may use TF32.
     torch.set_float32_matmul_precision("high")
-    # Shapes never change, and the fastest 3-D convolutions are not those of the heuristics.
-    torch.backends.cudnn.benchmark = True
     torch.manual_seed(_SEED)
     options.out.mkdir(parents=True, exist_ok=True)
     given = zip(options.stages, options.seconds, options.batches, options.rates, strict=False)
     for stage, seconds, batch, lr in given:
         started = time.monotonic()
+        # In training shapes never change, and the fastest 3-D convolutions are not those of the heuristics. Scores take
+        # less time than the search.
+        torch.backends.cudnn.benchmark = stage in ("video", "audio", "vocoder", "transformer")
         found = _RUNNERS[stage](options, seconds, batch, lr)
         found["stage_seconds"] = round(time.monotonic() - started, 1)
         write_result(options.out, stage, {**_facts(options, batch, lr), **found})
@@ -288,7 +289,7 @@ def _load_transformer(options: NanoTrainingOptions) -> LTXTransformer:
 
 
 def _for_sampling(model: LTXTransformer, options: NanoTrainingOptions) -> LTXTransformer:
-    return model.requires_grad_(False).eval().to(options.device, torch.bfloat16)
+    return model.requires_grad_(False).eval().to(options.device, transformer.dtype_on(options.device))
 
 
 def _load_vocoder(options: NanoTrainingOptions) -> LTX2VocoderWithBWE:

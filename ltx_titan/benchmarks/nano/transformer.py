@@ -70,9 +70,14 @@ def strategy_of(mode: str) -> FlexibleStrategy:
     return FlexibleStrategy.from_config({"video": video, "audio": audio})
 
 
+def dtype_on(device: torch.device | str) -> torch.dtype:
+    """Dtype of the transformer: bfloat16, but float32 on a CPU, since many have no bfloat16 units."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 @dataclass(frozen=True)
 class Contexts:
-    """Contexts of all captions on the device, in bfloat16, cut off after the longest one and a zero.
+    """Contexts of all captions on the device, in the transformer's dtype, cut off after the longest one and a zero.
 
     The last two are those of the empty caption and of no caption.
 
@@ -158,7 +163,7 @@ def encode_captions(
     length = torch.cat([*lengths, nothing[:, 0]])
     kept = -(-(int(length.max()) + 1) // 8) * 8
     video, audio = (
-        torch.cat([part[:, :kept].to(torch.bfloat16) for part in stream]) for stream in zip(*parts, strict=True)
+        torch.cat([part[:, :kept].to(dtype_on(device)) for part in stream]) for stream in zip(*parts, strict=True)
     )
     mask = _zeros_mask(length, kept, _MAX_TOKENS)
     return Contexts(video, audio, mask, {caption: row for row, caption in enumerate(captions)})
@@ -399,7 +404,7 @@ def train_concept(
     """Trains a LoRA or all weights on clips of the concept; returns the figures.
 
     Args:
-        model: on its device, in bfloat16.
+        model: on its device, in the dtype of the contexts.
         latents: of the clips.
         contexts: of their captions.
         method: "lora" or "full", with "_float8" for float8 weights of the base (LoRA) or matmuls (full), or with
@@ -412,7 +417,8 @@ def train_concept(
     """
     kind, _, variant = method.partition("_")
     if kind == "lora":
-        base: BaseDtype = "float8" if variant == "float8" else "bfloat16"
+        plain: BaseDtype = "float32" if latents.video.device.type == "cpu" else "bfloat16"
+        base: BaseDtype = "float8" if variant == "float8" else plain
         apply_lora(model, LoRASection(rank=rank, alpha=float(rank), base_dtype=base, targets=targets))
         model.to(latents.video.device)
         init_lora_(model, seed)
