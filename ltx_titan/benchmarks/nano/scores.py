@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ltx_titan.benchmarks.nano.codecs import held_out_clips
 from ltx_titan.benchmarks.nano.transformer import (
     Contexts,
+    blank_latents,
     concept_clips,
     encode_clips,
     forward_with_short_contexts,
@@ -74,7 +75,10 @@ class Sampler:
         frames, waves = [], []
         for start in range(0, len(clips), _BATCH):
             part = clips[start : start + _BATCH]
-            latents = encode_clips(part, self._contexts, self._video, self._audio, self._device)
+            if mode == "joint":
+                latents = blank_latents(part, self._contexts, self._device)
+            else:
+                latents = encode_clips(part, self._contexts, self._video, self._audio, self._device)
             rows = torch.arange(len(part), device=self._device)
             empty = torch.full_like(rows, self._contexts.empty)
             batch = make_batch(latents, self._contexts, rows, latents.captions if captioned else empty)

@@ -207,6 +207,13 @@ def encode_clips(clips: Clips, contexts: Contexts, video: VideoCodec, audio: Aud
     return Latents(torch.cat(videos), torch.cat(audios), contexts.of(clips.captions, device))
 
 
+def blank_latents(clips: Clips, contexts: Contexts, device: str) -> Latents:
+    """Zeros in place of the clips, for sampling that reads their captions only."""
+    steps = audio_steps(SECONDS)
+    video, audio = (torch.zeros(len(clips), *sizes, device=device) for sizes in ((128, 4, 2, 2), (8, steps, 16)))
+    return Latents(video.to(torch.bfloat16), audio, contexts.of(clips.captions, device))
+
+
 def make_batch(latents: Latents, contexts: Contexts, rows: Tensor, captions: Tensor) -> dict[str, dict[str, Tensor]]:
     """A batch of `FlexibleStrategy`.
 
