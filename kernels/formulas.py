@@ -143,3 +143,11 @@ def quantize_tokens(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Te
     # Rounding can push the largest value past the format's range, where a cast on a CPU gives NaN.
     q = (x * (FLOAT8_MAX / amax)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
     return q, amax / FLOAT8_MAX
+
+
+ADAFACTOR_DECAY = -0.8
+"""Exponent of the decay of Adafactor's averages (Shazeer and Stern, 2018)."""
+SMALLEST_RMS = 1e-3
+"""Their epsilon_2, the floor of a weight's scale."""
+SMALLEST_VARIANCE = 1e-30
+"""Their epsilon_1, the floor of an average square."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from ltx_titan.common.tensors import on_meta
 from ltx_titan.conditioning import FlexibleStrategy, check_text
 from ltx_titan.conditioning.sources import DataPart, check_part, common_reference_scale, open_prepared
 from ltx_titan.config import Degrees, JobConfig, check_world
@@ -295,7 +296,7 @@ def build_transformer(source: ModelSource, modalities: Modalities, operators: Op
         ValueError: names, shapes or dtypes in the file differ.
     """
     try:
-        with torch.device("meta"):
+        with on_meta():
             model = LTXTransformer.from_config(source.config["transformer"], modalities, operators)
     except ValueError as error:  # of the config, which does not know its file
         raise ValueError(f"{source.path or 'model.shape'}: {error}") from error

@@ -33,6 +33,8 @@ def pytest_collection_finish():
     """Exempts imported modules from garbage collection: jobs collect often, and searching them takes half a second."""
     gc.collect()
     gc.freeze()
+    # Building a large model makes objects by the hundred thousand, none of them garbage.
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,6 @@ import tomli_w
 import torch
 
 from ltx_titan.data import write_sample
-from ltx_titan.nano.pack import make_nano
 from ltx_titan.weights import read_metadata
 from tests.processes import run_here, run_ranks
 
@@ -22,6 +21,8 @@ NO_CHECKPOINTS = {"checkpoint__enable": False}
 @pytest.fixture(scope="session")
 def nano_path(tmp_path_factory) -> Path:
     """The nano pack's single file."""
+    from ltx_titan.nano.pack import make_nano  # loads diffusers, which most tests do without
+
     folder = tmp_path_factory.mktemp("nano")
     make_nano(folder)
     return next(folder.glob("*.safetensors"))

@@ -36,7 +36,7 @@ from tests.processes import run_ranks
 
 CONFIGS = Path(__file__).parent.parent / "train_configs"
 STEPS = 1
-LEARNING_STEPS = 12
+LEARNING_STEPS = 9
 SMALL, WIDE = (10, 2, 4), (1, 10, 18)
 AUDIO_STEPS = 12
 
@@ -129,6 +129,14 @@ SIZES = {
 }
 # Keyframes differ from image to video in their tokens alone, which the last test checks; test_ltx25.py trains them.
 TRAINED = [name for name in MODES if name != "ltx23_lora_keyframes"]
+# The others differ from these in what a step costs, not in its inputs.
+LEARNING = [
+    name
+    for name in TRAINED
+    if name not in ("ltx2_full_av_8gpu", "ltx23_full_1gpu", "ltx23_lora_low_vram", "ltx23_lora_subject")
+]
+# The others export without a checkpoint, whose writing takes as long as the step.
+SAVED = ("ltx23_full_av_8gpu", "ltx23_lora_t2v")
 # On one rank.
 REDUCED = ("--parallelism.dp_replicate=1", "--training.global_batch_size=2")
 # Modes whose clips depend on more than their text are validated once, in one sampling step without text encoder.
@@ -215,10 +223,13 @@ def quick_decode(latents: SampledLatents, decoders: Decoders, seed: int = 0) -> 
 
 def train_all(jobs: list[tuple[Path, list[str]]]) -> None:
     """Trains one job after the other in this process; an error is written to a file in the run's folder."""
+    from ltx_titan.train.saves import Saves
     from ltx_titan.validation import engine
 
+    save = Saves.save
     for path, arguments in jobs:
         engine.decode_sample = decode_sample if path.stem in DECODED else quick_decode
+        Saves.save = save if path.stem in SAVED else lambda *_: None
         try:
             train_rank(path, *arguments)
         except Exception as error:
@@ -387,8 +398,8 @@ def test_a_mode_learns_and_leaves_clean_tokens_and_frozen_weights_unchanged(name
     for stream, promised in (("video", mode.video), ("audio", mode.audio)):
         check_start(promised, starts.get(stream), single.get(f"{stream}_latents", {}).get("latents"))
 
-    if name not in TRAINED:
-        return  # it learns as image to video does
+    if name not in LEARNING:
+        return
     model = build_model(plan)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(is_adapter(name) == is_lora for name in trained)

@@ -1,8 +1,10 @@
 """The trainer end to end: losses that do not depend on the mesh, exact resume, exports, and errors."""
 
+import gc
 import os
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,10 @@ from ltx_titan.config import load_job
 from ltx_titan.data import read_sample, write_sample
 from ltx_titan.model import LTXTransformer
 from ltx_titan.plan import plan_job
-from ltx_titan.train import main
+from ltx_titan.train import Trainer, main
 from ltx_titan.weights import load_parameters, read_metadata
 from tests.jobs import NO_CHECKPOINTS, curve, read_run, start_rank, train, train_rank, write_dataset, write_job
-from tests.processes import run_ranks, wait_while_running
+from tests.processes import run_here, run_ranks, wait_while_running
 
 EXPORT = "run/export/transformer-step-{}.safetensors"
 
@@ -302,3 +304,27 @@ def test_caption_dropout_changes_what_is_trained_but_not_the_draws(tmp_path, nan
     loss = train(job)[0]["loss"]
     assert loss != single_run[0]["loss"]
     assert loss == pytest.approx(single_run[0]["loss"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer__in_backward": True, "training__max_grad_norm": 0.0, "optimizer__ema_decay": 0.9},
+        {"model__mode": "lora", "lora__rank": 2, "parallelism__stream_blocks": 1, "training__dtype": "bfloat16"},
+    ],
+    ids=["in_backward and ema", "lora and streaming"],
+)
+def test_a_process_that_trains_twice_has_the_memory_of_the_first_job_back(tmp_path, nano_path, data_root, settings):
+    def train_and_watch() -> None:
+        plan = plan_job(load_job(job), 1)
+        trainer = Trainer(plan)
+        trainer.train()
+        weights.extend(weakref.ref(parameter) for parameter in trainer.model.parameters())
+
+    weights: list[weakref.ref] = []
+    settings = {"training__steps": 1, "training__local_batch_size": 4, **NO_CHECKPOINTS, **settings}
+    job = write_job(tmp_path, nano_path, data_root, **settings)
+    run_here(train_and_watch)
+    gc.collect()
+    assert weights
+    assert not [weight() for weight in weights if weight() is not None]

@@ -18,6 +18,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 from torch import Tensor
 
+from ltx_titan.common.tensors import on_meta
 from ltx_titan.weights import CheckpointMetadata, Component, load_module, read_metadata, read_tensors, scale_factors
 
 _ENCODER_STEPS = {
@@ -318,7 +319,7 @@ def load_video_codec(
             "LTX2VideoDiffusionDecoderModel needs a kernel from the network (NATTEN) for clips of useful size. Decode "
             "with the pack's convolutional VAE file (its name has '-conv-'), whose encoder is the same"
         )
-    with torch.device("meta"):
+    with on_meta():
         vae = AutoencoderKLLTX2Video(**layout.arguments)
     mean, std = latent_statistics(metadata, layout.arguments["latent_channels"], device)
     vae.latents_mean, vae.latents_std = mean.flatten(), std.flatten()

@@ -2,11 +2,15 @@
 
 import gc
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Job values of `training.dtype` and `checkpoint.export_dtype`."""
@@ -32,6 +36,25 @@ SAFETENSORS_DTYPES = {
 
 # Activation checkpointing and torch.compile insert a level into module names.
 _WRAPPER_LEVELS = re.compile(r"(?:^|(?<=\.))(?:_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skips the initialization of layers of torch.nn."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (nn.init.kaiming_uniform_, nn.init.uniform_):
+            return kwargs["tensor"] if kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Builds modules on the meta device: shapes and dtypes without memory.
+
+    "Initializing" weights that have no values takes half of the second in which a transformer of 48 blocks is built.
+    """
+    with torch.device("meta"), _WithoutInit():
+        yield
 
 
 def without_wrappers(name: str) -> str:

@@ -50,7 +50,8 @@ RECOMPUTED_LINEAR = {"selective": 10.5 / 16, "matmuls": 4.5 / 16, "all_matmuls":
 width x width matrices: 4 are the feed-forward's second matmul, which `selective` saves with three cross-modal ones of
 1/2; `matmuls` leaves the feed-forward's first (4) and the output of one cross-modal attention (1/2)."""
 CLIP_BYTES = 12.0
-"""Bytes per trained weight of clipping: the norm reads every gradient, and scaling reads and writes it."""
+"""Bytes per trained weight of clipping: the norm reads every gradient, and scaling reads and writes it. Updates in the
+backward pass do without."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,8 @@ def _outside(work: Workload, setup: Setup, gpu: Gpu, micro_batches: int) -> floa
     # A forward pass is about a third of a pass.
     seconds *= work.passes + work.base_passes / 3
     updated = sum(_trained_shards(work, setup))
-    bytes_per_weight = UPDATE_BYTES[work.optimizer] + CLIP_BYTES + (12.0 if work.ema else 0.0)
+    bytes_per_weight = UPDATE_BYTES[work.optimizer] + (12.0 if work.ema else 0.0)
+    bytes_per_weight += 0.0 if work.in_backward else CLIP_BYTES
     return seconds + updated * bytes_per_weight / gpu.copy
 
 

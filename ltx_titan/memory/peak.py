@@ -126,9 +126,9 @@ def estimate_memory(work: Workload, setup: Setup) -> Memory:
     recomputed = 0.0 if setup.recompute == "none" else one_block
 
     # During a block's backward pass: its activations, and the gradients of the block before, which are being reduced.
-    # At its end: its own gradients, in the compute dtype and as the float32 input of the reduce-scatter.
+    # At its end: its own gradients, in the compute dtype, as the input of the reduce-scatter and as its output.
     activations_peak = one_block + temporary + buffers.reducing
-    gradients_peak = buffers.gradients + buffers.reducing
+    gradients_peak = buffers.gradients + buffers.reducing + buffers.reduced
     prefetched = buffers.prefetched
     if setup.static_slots:
         # Both slots are there all the time. Gradients are kept until the next block's are, because the reduce-scatter's
@@ -288,8 +288,9 @@ class _Buffers:
         block: gathered weights of the current block.
         prefetched: of the next block, being gathered.
         gradients: of a block, before their reduction, in the compute dtype.
-        reducing: the same in float32, being reduced; FSDP2 waits for them at the end of the next block's backward pass.
-        outside_gradients: both, of the weights outside the blocks.
+        reducing: the same, being reduced; FSDP2 waits for them at the end of the next block's backward pass.
+        reduced: shards of the sums, until they are stored in the dtype of the weights or, with `in_backward`, used.
+        outside_gradients: all three, of the weights outside the blocks.
     """
 
     outside: float
@@ -297,6 +298,7 @@ class _Buffers:
     prefetched: float
     gradients: float
     reducing: float
+    reduced: float
     outside_gradients: float
 
 
@@ -308,13 +310,22 @@ def _buffers(work: Workload, setup: Setup) -> _Buffers:
         block, outside = (size * weights.gathered(tp) for weights in (work.block, work.outside))
     if setup.stream_blocks:
         block = size * trained
+    shards = [weights.sharded(setup.degrees, trained_only=True) for weights in (work.block, work.outside)]
+    is_compute_dtype = all(shard == size * count for count, shard in shards)
+    # As in `apply_fsdp`.
+    reduce_size = size if setup.gpus == 1 and is_compute_dtype else 4.0
+    reduced, reduced_outside = (
+        (0.0 if shard == reduce_size * count else reduce_size * count) + (shard if work.in_backward else 0.0)
+        for count, shard in shards
+    )
     return _Buffers(
         outside=outside,
         block=block,
         prefetched=block / size if setup.float8_all_gather else block,  # float8: one byte per weight
         gradients=size * trained,
-        reducing=4.0 * trained,
-        outside_gradients=(size + 4.0) * trained_outside,
+        reducing=reduce_size * trained,
+        reduced=reduced,
+        outside_gradients=(size + reduce_size) * trained_outside + reduced_outside,
     )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from ltx_titan.common.hardware import GPUS
-from ltx_titan.common.tensors import COMPUTE_DTYPES
+from ltx_titan.common.tensors import COMPUTE_DTYPES, on_meta
 from ltx_titan.config import (
     ActivationCheckpointMode,
     Degrees,
@@ -270,7 +270,7 @@ def model_weights(
         dtype: of the weights in full fine-tuning.
     """
     # One block: all of them have the same weights, and the real number of layers multiplies its counts.
-    with torch.device("meta"):
+    with on_meta():
         model = LTXTransformer.from_config({**transformer, "num_layers": 1}, modalities)
     # The one block stands for all: a larger rank of some blocks counts in all of them, and weights that are frozen in
     # some count as trained. Too much rather than too little.
@@ -305,7 +305,7 @@ def make_workload(plan: Plan, preservation: PreservationSection | None = None) -
     weights = model_weights(transformer, plan.modalities, lora, job.optimizer.groups, dtype)
     connectors = 0
     if plan.connectors_path is not None:
-        with torch.device("meta"):
+        with on_meta():
             connectors = sum(p.numel() for p in TextConnectors.from_config(plan.source.config).parameters())
     keys = {index: plan.dataset.shape_key(index) for index in range(len(plan.dataset))}
     costs = {index: plan.sample_flops(index) for index in keys}

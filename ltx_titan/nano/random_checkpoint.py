@@ -20,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor, nn
 
 from ltx_titan.common.options import Flag, Maybe, Positional, placeholder
+from ltx_titan.common.tensors import on_meta
 from ltx_titan.model import LTXTransformer, TextConnectors
 from ltx_titan.model.init import initial_spread
 from ltx_titan.weights import CONNECTORS, TRANSFORMER, Component, ExportTensor, export_safetensors, released_config
@@ -119,7 +120,7 @@ def make_checkpoint(
 
 def official_shapes(config: dict[str, Any], connectors: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a transformer in a file, and of its text connectors."""
-    with torch.device("meta"):
+    with on_meta():
         parts: list[tuple[Component, nn.Module]] = [(TRANSFORMER, LTXTransformer.from_config(config["transformer"]))]
         if connectors:
             parts.append((CONNECTORS, TextConnectors.from_config(config)))

@@ -1,9 +1,10 @@
 """Builds the optimizers of `[optimizer]` and presents them to the training loop as one.
 
-AdamW is torch's fused one on local shards. Muon needs AdamW for what is not a matrix; updates in the backward pass need
-one optimizer per parameter, and offloaded state one per block.
+AdamW is torch's fused one on local shards. Muon needs AdamW for what is not a matrix; updates in the backward pass and
+offloaded state need one optimizer per block.
 """
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,15 +36,19 @@ class Optimizers:
         self.parts = parts
         self._in_backward = settings.in_backward
         self._offloaded = settings.offload_state
+        # Of the part whose parameters are getting their gradients: its index, and how many have one.
+        self._arriving = (-1, 0)
         if settings.in_backward:
-            for part in parts:
-                _step_in_backward(part)
+            self._step_in_backward()
 
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of the next update; with `in_backward` before the backward pass."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr * group["lr_factor"]
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr * group["lr_factor"])  # in place: CUDA graphs read it there
+                else:
+                    group["lr"] = lr * group["lr_factor"]
 
     @property
     def can_skip(self) -> bool:
@@ -51,13 +56,18 @@ class Optimizers:
         return not self._in_backward and all(type(part) is ShardedAdamW for part in self.parts)
 
     def step(self, skip: Tensor | None = None) -> None:
-        """Updates the weights; with `in_backward` they have been updated already.
+        """Updates the weights; with `in_backward` only those that have not been updated yet.
 
         Args:
             skip: 1.0 leaves weights and state as they are, 0.0 updates them: the host need not know. Only if
                 `can_skip`.
         """
         if self._in_backward:
+            # The block that the backward pass ended with, if some of its weights had no gradient.
+            self._arriving = (-1, 0)
+            for part in self.parts:
+                if any(parameter.grad is not None for group in part.param_groups for parameter in group["params"]):
+                    _step_and_free(part)
             return
         assert skip is None or self.can_skip
         for part in self.parts:
@@ -67,6 +77,41 @@ class Optimizers:
         if self._offloaded and torch.cuda.is_available():
             # A checkpoint may read the state next, which is still being copied to the host.
             torch.cuda.current_stream().synchronize()
+
+    def _step_in_backward(self) -> None:
+        """Updates the parameters of each block as soon as they have their gradients.
+
+        FSDP2 reduces the gradients of a block together, then calls the hooks of its parameters, one after the other.
+        """
+        # A hook belongs to its parameter, in C++, where the garbage collector does not look: if it held an optimizer,
+        # which holds the parameter, neither would ever be freed.
+        reference = weakref.ref(self)
+
+        def add_hook(parameter: nn.Parameter, index: int) -> None:
+            def hook(_: Tensor) -> None:
+                optimizers = reference()
+                assert optimizers is not None, "a backward pass of a model whose optimizers are gone"
+                optimizers._receive(index)
+
+            parameter.register_post_accumulate_grad_hook(hook)
+
+        for index, part in enumerate(self.parts):
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    add_hook(parameter, index)
+
+    def _receive(self, index: int) -> None:
+        """Counts the gradients of a part, and updates its parameters when all have one or another part has its turn."""
+        last, count = self._arriving
+        if last not in (index, -1):
+            # Some of its parameters were not used in this pass.
+            _step_and_free(self.parts[last])
+            count = 0
+        count += 1
+        if count == sum(len(group["params"]) for group in self.parts[index].param_groups):
+            _step_and_free(self.parts[index])
+            index, count = -1, 0
+        self._arriving = (index, count)
 
     def zero_grad(self) -> None:
         """Frees all gradients."""
@@ -109,7 +154,7 @@ def build_optimizers(
                     parameter_groups(group, settings),
                     lr=settings.lr,
                     stochastic_rounding=settings.stochastic_rounding,
-                    # One optimizer per weight would otherwise round all of them with the same numbers.
+                    # One optimizer per block would otherwise round all of them with the same numbers.
                     seed=seed + number,
                 )
             )
@@ -132,10 +177,8 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _groups(named: Named, settings: OptimizerSection) -> list[Named]:
-    """Parameters grouped by optimizer: all together, one each, or those of each block."""
-    if settings.in_backward:
-        return [[item] for item in named]
-    if not settings.offload_state:
+    """Parameters grouped by optimizer: all together, or those of each block."""
+    if not settings.in_backward and not settings.offload_state:
         return [named]
     # Everything outside the blocks is about as large as one block (0.43 and 0.39 B weights in LTX-2.3): one more group.
     groups: dict[str, Named] = {}
@@ -183,14 +226,6 @@ class ShardedAdamW(AdamW):
         return has_complex
 
 
-def _step_in_backward(optimizer: Optimizer) -> None:
-    """Updates each parameter as soon as its gradient is complete: FSDP2 calls the hook after its reduction."""
-
-    def hook(parameter: nn.Parameter) -> None:
-        # The optimizer has this parameter only, so it cannot read a gradient that is still being accumulated.
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.register_post_accumulate_grad_hook(hook)
+def _step_and_free(optimizer: Optimizer) -> None:
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

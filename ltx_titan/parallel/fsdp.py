@@ -1,7 +1,8 @@
 """Fully sharded data parallelism (FSDP2), always applied, also on one rank.
 
 Every parameter is then a DTensor, and one rule decides precision: parameters are stored in the dtype they were built in
-(float32 for full fine-tuning), gathered in the compute dtype, and their gradients are reduced in float32.
+(float32 for full fine-tuning), gathered in the compute dtype, and their gradients are reduced in float32. One rank has
+nothing to add: gradients of weights that are stored in the compute dtype stay in it.
 
 On a single rank, frozen weights that are stored in the compute dtype stay plain parameters: FSDP2 would copy each of
 them twice a step. Streamed weights (stream.py) stay plain parameters on any number of ranks, each of which has its own.
@@ -41,8 +42,10 @@ def apply_fsdp(
             storage there (`to_empty(device="cpu")`).
         streamed: frozen parameters that are not sharded.
     """
+    stored = {p.dtype for p in model.parameters() if p.requires_grad}
+    reduce_dtype = compute_dtype if mesh.size() == 1 and stored == {compute_dtype} else torch.float32
     # The model casts its inputs itself: FSDP2 would also round float32 positions and sigmas.
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
     ignored = set(streamed)
     if mesh.size() == 1 and not cpu_offload:

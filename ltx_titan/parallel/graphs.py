@@ -281,6 +281,9 @@ def obstacle(job: JobConfig, degrees: Degrees, device: torch.device) -> str | No
         return "parallelism.cpu_offload makes the host wait for gradients"
     if job.activation_checkpoint.offload:
         return "activation_checkpoint.offload copies to host memory that changes from step to step"
-    if job.optimizer.in_backward:
-        return "optimizer.in_backward updates weights within the backward pass"
+    if job.optimizer.in_backward and job.optimizer.name != "adafactor":
+        return (
+            f'optimizer.in_backward with optimizer.name = "{job.optimizer.name}" reads the learning rate on the host; '
+            '"adafactor" reads it on the device'
+        )
     return None

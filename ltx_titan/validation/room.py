@@ -9,6 +9,7 @@ from torch import nn
 
 from ltx_titan.codecs import VideoCodec
 from ltx_titan.common.hardware import GIB
+from ltx_titan.common.tensors import on_meta
 from ltx_titan.memory.live_bytes import LiveBytes
 from ltx_titan.memory.peak import RESERVE
 
@@ -79,12 +80,12 @@ def decoding_bytes(codec: VideoCodec, shape: torch.Size, tiles: Tiles) -> int:
         shape: of the latents [B, C, F, H, W].
         tiles: of the decoder.
     """
-    with torch.device("meta"):
+    with on_meta():
         vae = type(codec.vae).from_config(codec.vae.config).eval()
     nn.Module.to(vae, codec.vae.dtype)  # that of diffusers warns
-    on_meta = replace(codec, vae=vae, mean=codec.mean.to("meta"), std=codec.std.to("meta"))
+    shapes = replace(codec, vae=vae, mean=codec.mean.to("meta"), std=codec.std.to("meta"))
     with LiveBytes() as live:
-        with_tiles(on_meta, tiles).decode(torch.empty(shape, device="meta"), torch.Generator())
+        with_tiles(shapes, tiles).decode(torch.empty(shape, device="meta"), torch.Generator())
     return live.peak
 
 

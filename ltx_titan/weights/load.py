@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ltx_titan.common.progress import ProgressLog
+from ltx_titan.common.tensors import on_meta
 from ltx_titan.model import TextConnectors
 from ltx_titan.weights.digest import check_contents
 from ltx_titan.weights.metadata import CheckpointMetadata, ModelSource, read_metadata
@@ -109,7 +110,7 @@ def load_module(
 
 def build_connectors(source: ModelSource, path: Path) -> TextConnectors:
     """Builds the text connectors on the meta device; names and shapes are checked against `path`."""
-    with torch.device("meta"):
+    with on_meta():
         connectors = TextConnectors.from_config(source.config)
     check_fits(connectors, path, component=CONNECTORS)
     return connectors
@@ -148,7 +149,7 @@ def load_text_connectors(path: str | Path, device: str | torch.device, dtype: to
     """
     metadata = read_metadata(path)
     # Sizes first, weights later: nothing is allocated twice.
-    with torch.device("meta"):
+    with on_meta():
         connectors = TextConnectors.from_config(metadata.config)
     load_module(connectors, metadata, CONNECTORS, device=device, dtype=dtype)
     return connectors.requires_grad_(False).eval()

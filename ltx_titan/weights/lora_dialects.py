@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ltx_titan.common.files import write_text
+from ltx_titan.common.tensors import on_meta
 from ltx_titan.model import LTXTransformer
 from ltx_titan.weights.export import save_safetensors
 from ltx_titan.weights.lora_files import LoRAWeights
@@ -166,7 +167,7 @@ def _released_layers() -> list[str]:
     names: dict[str, None] = {}
     for shape in RELEASED:
         config = released_config(shape)["transformer"]
-        with torch.device("meta"):
+        with on_meta():
             # Blocks are alike, so one of them is built.
             model = LTXTransformer.from_config({**config, "num_layers": 1})
         for name, _ in model.named_modules():

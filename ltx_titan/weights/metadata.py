@@ -6,7 +6,10 @@ nothing else: there is no version switch.
 """
 
 import json
-from dataclasses import dataclass, field
+import time
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from ltx_titan.weights.shapes import released_config
 DEFAULT_SCALE_FACTORS = (8, 32, 32)
 # The format's own limit; a larger number means that the first eight bytes are not a header length.
 _MAX_HEADER_BYTES = 100_000_000
+# Some file systems store times in steps of up to two seconds.
+_RECENT_NS = 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,23 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
         ValueError: the file is missing, is not a safetensors file, or is cut short.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a checkpoint (.safetensors), correct the path.")
+    status = path.stat()
+    # A job asks for the same header a dozen times, which holds some 5,000 tensors. A file that has just been written
+    # could be written again within the clock's resolution, and is read each time.
+    if time.time_ns() - status.st_mtime_ns < _RECENT_NS:
+        return _parse_file(path)
+    cached = _parse_unchanged_file(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+    return replace(cached, config=deepcopy(cached.config), raw=dict(cached.raw))
+
+
+@lru_cache(maxsize=8)
+def _parse_unchanged_file(path: Path, *status: int) -> CheckpointMetadata:
+    return _parse_file(path)
+
+
+def _parse_file(path: Path) -> CheckpointMetadata:
     header, raw, data_start = _read_header(path)
     tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
     _check_layout(path, tensors, data_start)
@@ -212,8 +234,6 @@ def scale_factors(config: dict[str, Any]) -> tuple[int, int, int]:
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
     """The header's entries, its `__metadata__`, and the offset at which tensor data starts."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a checkpoint (.safetensors), correct the path.")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -19,7 +19,7 @@ from torch.library import wrap_triton
 from triton.backends.compiler import GPUTarget
 
 from ltx_titan.benchmarks.kernel_cases import CASES, WIDTHS, make_case
-from ltx_titan_kernels import gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate
+from ltx_titan_kernels import adafactor, gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate
 
 _MODULES = (gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate)
 _H100 = GPUTarget("cuda", 90, 32)
@@ -56,6 +56,30 @@ def compile_case(name: str, dtype: torch.dtype, tokens: int) -> list[Any]:
         compiled.clear()  # making a case runs the forward as well
         case.launch_forward()
         case.launch_backward()
+    return compiled
+
+
+def compile_adafactor(names: Sequence[str]) -> dict[str, Any]:
+    """Compiled kernels of Adafactor by name, for bfloat16 weights; only those of `names`."""
+    compiled: dict[str, Any] = {}
+
+    def recorder(name: str, kernel: Any) -> Any:
+        class OnGrid:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                def compile_if_named(*arguments: Any, **settings: Any) -> None:
+                    if name in names:
+                        compiled[name] = kernel.warmup(*arguments, grid=grid, **settings)
+
+                return compile_if_named
+
+        return OnGrid()
+
+    weight, zero = torch.zeros(64, 128, dtype=torch.bfloat16), torch.zeros(())
+    update = adafactor.Update(weight, weight, torch.zeros(64, 1), torch.zeros(1, 128), zero, zero, 0.0, 0)
+    with on_an_h100(lambda *_: None), ExitStack() as patches:
+        for name in [name for name in vars(adafactor) if name.endswith("_kernel")]:
+            patches.enter_context(patch.object(adafactor, name, recorder(name, getattr(adafactor, name))))
+        adafactor.Updater(stochastic_rounding=True)([update])
     return compiled
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from ltx_titan.benchmarks.kernel_cases import CASES
-from tests.kernels.compilation import compile_case, trace_case
+from tests.kernels.compilation import compile_adafactor, compile_case, trace_case
 
 pytestmark = pytest.mark.runs_on("cpu", "gpu")
 
@@ -59,3 +59,12 @@ def test_a_compiler_copies_no_tokens(name, is_frozen):
                 is_input = arguments[written].op == "placeholder"
                 assert not is_input or arguments[written].meta["val"].numel() <= tokens, written
     assert launched == (2 if is_frozen else 3)  # forward, backward, and the sum of partials
+
+
+def test_adafactors_kernels_keep_their_tiles_in_registers_and_load_16_bytes_at_a_time(tmp_path):
+    # Weights are at addresses from a table, of which the compiler knows only what it is told.
+    compiled = compile_adafactor(("_sums_kernel", "_apply_kernel"))
+    assert len(compiled) == 2
+    for kernel in compiled.values():
+        assert "ld.global.v4.b32" in kernel.asm["ptx"], kernel.metadata.name
+        assert spilled_bytes(kernel, tmp_path) == 0

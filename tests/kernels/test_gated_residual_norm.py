@@ -130,7 +130,7 @@ def test_traced_as_one_node_with_the_same_results():
 
 @pytest.mark.parametrize("norms", [0, 2])
 def test_registration(norms):
-    leaves, index, _ = _case(2, 4, 2, 16, FLOAT32)
+    leaves, index, _ = _case(1, 2, 2, 16, FLOAT32)
     x, y = leaves["x"], leaves["y"]
     embeddings = [e.detach().requires_grad_() for e in (leaves["gate"], *leaves["embedding"].unbind(2)[: 2 * norms])]
     tables = [t.detach().requires_grad_() for t in leaves["table"].unbind(0)[: 1 + 2 * norms]]

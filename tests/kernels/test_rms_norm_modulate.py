@@ -77,6 +77,7 @@ def test_more_timesteps_than_the_kernel_supports():
     compare(_of(rms_norm_modulate, index), _of(reference, index), leaves, generator)
 
 
+@pytest.mark.runs_on("gpu")  # the interpreter runs one program after the other
 def test_modulation_gradients_are_deterministic():
     leaves, index, _ = _case(1, 40, 2, 64, BFLOAT16)
     x, scale, table = leaves["x"].detach(), leaves["embedding"].detach()[:, :, 0], leaves["table"].detach()[0]
@@ -93,7 +94,7 @@ def test_traced_as_one_node_with_the_same_results():
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_registration(k):
-    leaves, index, generator = _case(2, 4, k, 16, FLOAT32)
+    leaves, index, generator = _case(1, 2, k, 16, FLOAT32)
     x, embedding, table = leaves.values()
     embeddings = [e.detach().requires_grad_() for e in embedding.unbind(2)]
     tables = [t.detach().requires_grad_() for t in table.unbind(0)]

@@ -1,5 +1,9 @@
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ltx_titan.config import OptimizerSection
+from ltx_titan.optim import build_optimizers
 from ltx_titan.optim.adafactor import Adafactor
 from tests.optim.toy import loss_of, toy
 
@@ -37,3 +41,28 @@ def test_small_gradients_are_normalized_and_bfloat16_weights_move_by_less_than_t
     groups = [exact > 1e-4, exact < -1e-4]
     means = [(float(rounded[group].mean()), float(exact[group].mean())) for group in groups]
     assert all(abs(found - expected) < 1e-4 for found, expected in means), means
+
+
+class _NeverReads(TorchDispatchMode):
+    """Fails where the host would have to wait for a value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_nothing_so_that_an_update_can_be_part_of_a_graph():
+    model = toy().bfloat16()
+    optimizers = build_optimizers(
+        model.named_parameters(), OptimizerSection(name="adafactor", in_backward=True, stochastic_rounding=True)
+    )
+    rates = [group["lr"] for part in optimizers.parts for group in part.param_groups]
+    with _NeverReads():
+        for lr in (1e-2, 1e-3):
+            optimizers.set_lr(lr)
+            loss_of(model).backward()
+            optimizers.step()
+    assert all(
+        rate is group["lr"] for rate, part in zip(rates, optimizers.parts, strict=True) for group in part.param_groups
+    )
+    assert [float(rate) for rate in rates] == pytest.approx([1e-3] * 3)

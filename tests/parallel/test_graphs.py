@@ -193,6 +193,7 @@ def test_inputs_are_taken_apart_and_put_together():
         ({"parallelism": {"cpu_offload": True}}, "cpu_offload"),
         ({"activation_checkpoint": {"mode": "full", "offload": True}}, "activation_checkpoint.offload"),
         ({"optimizer": {"in_backward": True}, "training": {"max_grad_norm": 0.0}}, "in_backward"),
+        ({"optimizer": {"in_backward": True, "name": "adafactor"}, "training": {"max_grad_norm": 0.0}}, None),
     ],
 )
 def test_jobs_that_cannot_be_recorded_say_why(changes, reason):
