@@ -85,6 +85,16 @@ def stereo_vocoder(mono: LTX2Vocoder) -> LTX2VocoderWithBWE:
     return model
 
 
+@torch.no_grad()
+def mono_vocoder(stereo: LTX2VocoderWithBWE) -> LTX2Vocoder:
+    """The generator of one channel that `stereo_vocoder` was given."""
+    model = build_mono_vocoder()
+    weights = dict(stereo.vocoder.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name][tuple(slice(size) for size in parameter.shape)])
+    return model
+
+
 def build_text_modules(seed: int) -> tuple[FeatureExtractor, TextConnectors]:
     """Text projection and connectors with seeded random weights, which are never trained.
 

@@ -1,34 +1,39 @@
-"""The trained pack generates what its captions say: codecs, text, sampler and cross-modal attention, in one score.
+"""The trained pack generates what its captions say: codecs, text, sampler, cross-modal attention and LoRA, by score.
 
 Broken once by hand: without the output of cross-modal attention (a closed gate) both scores fail, with a schedule
 shifted the wrong way (by 1/6) shapes do. A shift by 3 of the timesteps alone fails no score: the miniature sees from
-its input how noisy it is.
+its input how noisy it is. Without the adapters of a LoRA file, or with their sign or scale wrong, the concept's score
+fails; without their gradients the loss does.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from ltx_titan.benchmarks.nano.scores import Sampler
-from ltx_titan.benchmarks.nano.transformer import Contexts
+from ltx_titan.benchmarks.nano.transformer import Contexts, StepLoss, concept_clips, encode_clips, short_contexts
 from ltx_titan.codecs import load_audio_codec, load_text_encoder, load_video_codec, load_vocoder
 from ltx_titan.commands.sample import NO_GUIDANCE
 from ltx_titan.conditioning import Grid, audio_steps
-from ltx_titan.config import ValidationSection
+from ltx_titan.config import LoRASection, ValidationSection
 from ltx_titan.diffusion import Guidance
+from ltx_titan.lora import adapters, apply_lora, init_lora_
 from ltx_titan.model import LTXTransformer
 from ltx_titan.nano.archive import unpack_trained_nano
 from ltx_titan.nano.clip_score import adherence, agreement
-from ltx_titan.nano.clips import FPS, FRAMES, SECONDS, combinations, draw_clips
+from ltx_titan.nano.clips import FPS, FRAMES, SECONDS, Clips, combinations, draw_clips
 from ltx_titan.validation import Contexts as PromptContexts
 from ltx_titan.validation import PreparedSample, audio_start, begin, sample_all, schedule_of, video_start
 from ltx_titan.validation.prompts import prompt_contexts
-from ltx_titan.weights import load_parameters, read_metadata
+from ltx_titan.weights import fused_loras, load_parameters, read_metadata
 from tests.golden_cases import assert_close_to_max
 from tests.validation.diffusers_pack import diffusers_pipeline
 
 STEPS = 5
+# LoRA of the concept, of rank 4 on the video's layers; docs/benchmarks/log.md has the command that trains it.
+LORA = Path(__file__).parent / "concept_lora.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,13 @@ def clips():
 
 
 @pytest.fixture(scope="module")
+def rings():
+    """Two clips of the concept, which the pack has never seen."""
+    # The LoRA is trained so little that it draws three of eight: two of these.
+    return concept_clips(8, seed=11)[torch.tensor([0, 2])]
+
+
+@pytest.fixture(scope="module")
 def model(trained):
     model = LTXTransformer.from_config(read_metadata(trained).config["transformer"])
     load_parameters(model, trained)
@@ -53,9 +65,14 @@ def model(trained):
 
 
 @pytest.fixture(scope="module")
-def texts(trained, clips, tmp_path_factory):
+def captions(clips, rings):
+    return [*clips.captions, *rings.captions, ""]
+
+
+@pytest.fixture(scope="module")
+def texts(trained, captions, tmp_path_factory):
     return prompt_contexts(
-        [*clips.captions, ""],
+        captions,
         checkpoint_path=trained,
         text_encoder_path=trained.parent / "text_encoder",
         cache_folder=tmp_path_factory.mktemp("contexts"),
@@ -70,11 +87,15 @@ def codecs(trained):
 
 
 @pytest.fixture(scope="module")
-def sampler(trained, clips, texts, codecs):
-    captions = [*clips.captions, ""]
+def contexts(captions, texts):
     # The last row would be that of no caption, which sampling does not use.
     video, audio = (torch.cat([texts[caption][stream] for caption in [*captions, ""]]) for stream in (0, 1))
-    contexts = Contexts(video, audio, torch.zeros(video.shape[:2]), {caption: i for i, caption in enumerate(captions)})
+    (video, mask), (audio, _) = short_contexts(video), short_contexts(audio)
+    return Contexts(video, audio, mask, {caption: i for i, caption in enumerate(captions)})
+
+
+@pytest.fixture(scope="module")
+def sampler(trained, contexts, codecs):
     return Sampler(contexts, *codecs, load_vocoder(trained), "cpu", STEPS)
 
 
@@ -86,6 +107,39 @@ def test_video_and_audio_follow_held_out_captions(sampler, model, clips):
 def test_audio_follows_the_video_it_is_generated_for_without_a_caption(sampler, model, clips):
     found = agreement(sampler.measure(model, clips, "v2a", captioned=False))
     assert all(flags.all() for flags in found.values()), found
+
+
+def test_a_lora_file_adds_its_concept_and_keeps_what_the_pack_knows(sampler, model, clips, rings):
+    # Video for given audio: none to generate and to decode. The pack alone draws rings for none of 96 captions.
+    both = Clips.join([rings, clips])
+    with fused_loras(model, [(LORA, 1.0)]):
+        found = sampler.measure(model, both, "a2v")
+    assert found.shape.tolist() == both.shape.tolist()
+    assert found.motion.tolist() == both.motion.tolist()
+
+
+def test_training_a_lora_teaches_its_concept(trained, contexts, codecs, rings):
+    model = LTXTransformer.from_config(read_metadata(trained).config["transformer"])
+    load_parameters(model, trained)
+    apply_lora(model, LoRASection(rank=4, alpha=4.0, base_dtype="float32", targets=("video", "video_ffn")))
+    init_lora_(model, seed=0)
+    latents = encode_clips(rings, contexts, *codecs, "cpu")
+    step, fixed = StepLoss(model, latents, contexts, 2), StepLoss(model, latents, contexts, 2, seed=1).inputs(0)
+
+    def loss():
+        with torch.no_grad():
+            return float(step.loss(*fixed)["video"])
+
+    before = loss()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for index in range(4):
+        step.loss(*step.inputs(index))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss() < 0.8 * before
+    for layer in adapters(model).values():
+        layer.is_on = False
+    assert loss() == pytest.approx(before, rel=1e-5)
 
 
 def test_diffusers_generates_the_same_from_the_same_file(trained, model, clips, texts, codecs):

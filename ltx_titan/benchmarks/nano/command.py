@@ -3,7 +3,8 @@
     ltx-titan bench nano OUT [--stages video audio vocoder transformer pack score lora] [--seconds 150 150 ...]
 
 Each stage reads what earlier ones wrote to OUT and writes its weights and `<stage>.json`, so stages can run in separate
-calls; `pack` writes what the package ships. Everything is rendered and kept on the device; no files are read.
+calls; `pack` writes what the package ships, and `unpack` starts from it: `--stages unpack score` scores the shipped
+pack. Everything is rendered and kept on the device; no other files are read.
 """
 
 import os
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 from ltx_titan.benchmarks.measure import environment
 from ltx_titan.benchmarks.nano import codecs, scores, transformer
 from ltx_titan.benchmarks.nano.loop import write_result
-from ltx_titan.codecs import AudioCodec, VideoCodec
+from ltx_titan.codecs import AudioCodec, VideoCodec, load_audio_codec, load_video_codec, load_vocoder
 from ltx_titan.common.options import Positional, default_device
+from ltx_titan.lora import adapter_weights
 from ltx_titan.model import LTXTransformer
-from ltx_titan.nano.archive import TEXT_ENCODER_NAME, TRAINED_NAME, archive_pack
+from ltx_titan.nano.archive import TEXT_ENCODER_NAME, TRAINED_NAME, archive_pack, unpack_trained_nano
 from ltx_titan.nano.trained_pack import (
     CODEC_MANTISSA_BITS,
     audio_codec,
@@ -34,6 +36,7 @@ from ltx_titan.nano.trained_pack import (
     build_text_modules,
     build_transformer,
     build_video_vae,
+    mono_vocoder,
     save_pack,
     stereo_vocoder,
     stored,
@@ -41,6 +44,7 @@ from ltx_titan.nano.trained_pack import (
     vocoder_of,
     write_trained_text_encoder,
 )
+from ltx_titan.weights import export_lora, load_parameters
 
 DESCRIPTION = __doc__
 
@@ -57,7 +61,7 @@ class NanoTrainingOptions:
     """Folder of weights and figures."""
 
     stages: tuple[str, ...] = _STAGES
-    """Stages to run, in this order."""
+    """Stages to run, in this order: these, or `unpack` instead of those that train weights."""
 
     seconds: tuple[float, ...] = (180.0, 150.0, 240.0, 480.0, 0.0, 0.0, 0.0)
     """Training time of each of these stages; `pack` and `score` train nothing, `lora` a number of steps."""
@@ -72,10 +76,19 @@ class NanoTrainingOptions:
     """Training clips of the transformer."""
 
     concept_clips: int = 48
-    """Training clips of the concept; as many show what is known, lest it is forgotten."""
+    """Training clips of the concept."""
+
+    known_clips: int = 48
+    """Further clips of known shapes, lest they are forgotten."""
 
     concept_steps: int = 150
     """Training steps on the concept."""
+
+    rank: int = 16
+    """Rank of a LoRA of the concept."""
+
+    targets: tuple[str, ...] = transformer.LORA_TARGETS
+    """Layers that it adapts, as `lora.targets`."""
 
     methods: tuple[str, ...] = ("lora",)
     """Ways to learn the concept, each with an optional seed (`lora:1`): lora, lora_float8, lora_adamw8bit, full,
@@ -98,17 +111,22 @@ def run(options: NanoTrainingOptions) -> int:
     """Runs the stages; the exit status is 0."""
     # bf16 matmuls come from autocast; what stays in float32 may use TF32.
     torch.set_float32_matmul_precision("high")
-    # Shapes never change, and the fastest 3-D convolutions are not those of the heuristics.
-    torch.backends.cudnn.benchmark = True
     torch.manual_seed(_SEED)
     options.out.mkdir(parents=True, exist_ok=True)
     given = zip(options.stages, options.seconds, options.batches, options.rates, strict=False)
     for stage, seconds, batch, lr in given:
         started = time.monotonic()
-        facts = {**environment(torch.device(options.device)), "commit": _commit(), "batch": batch, "lr": lr}
+        # In training shapes never change, and the fastest 3-D convolutions are not those of the heuristics. Scores take
+        # less time than the search.
+        torch.backends.cudnn.benchmark = stage in ("video", "audio", "vocoder", "transformer")
         found = _RUNNERS[stage](options, seconds, batch, lr)
-        write_result(options.out, stage, {**facts, **found, "stage_seconds": round(time.monotonic() - started, 1)})
+        found["stage_seconds"] = round(time.monotonic() - started, 1)
+        write_result(options.out, stage, {**_facts(options, batch, lr), **found})
     return 0
+
+
+def _facts(options: NanoTrainingOptions, batch: int, lr: float) -> dict[str, Any]:
+    return {**environment(torch.device(options.device)), "commit": _commit(), "batch": batch, "lr": lr}
 
 
 def _video(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
@@ -175,6 +193,21 @@ def _pack(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -
     return {"bytes": path.stat().st_size, "archive_bytes": archive.stat().st_size}
 
 
+def _unpack(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
+    """Writes the weights of the pack that the package ships as earlier stages would have."""
+    path = unpack_trained_nano(options.out)
+    video, audio = load_video_codec(path, dtype=torch.float32), load_audio_codec(path)
+    _save(options.out / "video.safetensors", video.vae, {"mean": video.mean, "std": video.std})
+    _save(options.out / "audio.safetensors", audio.vae, {"mean": audio.mean, "std": audio.std})
+    stereo = load_vocoder(path).model
+    assert isinstance(stereo, LTX2VocoderWithBWE)
+    _save(options.out / _VOCODER, mono_vocoder(stereo), {})
+    model = build_transformer(_SEED)
+    load_parameters(model, path)
+    _save(options.out / "transformer.safetensors", model, {}, 7)
+    return {}
+
+
 def _score(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
     sampler, model = _sampler(options), _load_transformer(options)
     found: dict[str, Any] = scores.score_model(sampler, model, options.scored, options.device)
@@ -186,30 +219,45 @@ def _score(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) 
 
 
 def _lora(options: NanoTrainingOptions, seconds: float, batch: int, lr: float) -> dict[str, Any]:
-    """LoRA and other methods on the concept, scored before and after; the first one's clips are shown."""
+    """LoRA and other methods on the concept, scored before and after.
+
+    The first one's clips are shown, and its adapters saved as `concept_lora.safetensors`. Scores are written after each
+    method: a call that runs out of time loses the last one only.
+    """
     sampler, model = _sampler(options), _load_transformer(options)
     shown = scores.shown_clips()[1].to(options.device)
     found: dict[str, Any] = {"before": scores.score_concept(sampler, model, options.scored, options.device)}
     sheets = [sampler(model, shown, cfg=scores.CFG_SCALE)[0]]
-    contexts, clips = _contexts(options), transformer.tuning_clips(options.concept_clips)
+    contexts, clips = _contexts(options), transformer.tuning_clips(options.concept_clips, options.known_clips)
     latents = transformer.encode_clips(clips, contexts, _load_video(options), _load_audio(options), options.device)
     for run in options.methods:
         method, _, seed = run.partition(":")
         model = _load_transformer(options)
         figures = transformer.train_concept(
-            model, latents, contexts, method, int(seed or 0), steps=options.concept_steps, batch=batch, lr=lr
+            model,
+            latents,
+            contexts,
+            method,
+            int(seed or 0),
+            steps=options.concept_steps,
+            batch=batch,
+            lr=lr,
+            rank=options.rank,
+            targets=options.targets,
         )
         found[run] = {"training": figures, **scores.score_concept(sampler, model, options.scored, options.device)}
         if len(sheets) == 1:
             sheets.append(sampler(model, shown, cfg=scores.CFG_SCALE)[0])
             scores.save_sheet(options.out / "concept.png", torch.cat(sheets, dim=4))
-        write_result(options.out, "lora", found)
+            if method.startswith("lora"):
+                export_lora(adapter_weights(model), options.out / "concept_lora.safetensors")
+        write_result(options.out, "lora", {**_facts(options, batch, lr), **found})
     return found
 
 
 _Runner = Callable[[NanoTrainingOptions, float, int, float], dict[str, Any]]
 _RUNNERS: dict[str, _Runner] = dict(
-    zip(_STAGES, (_video, _audio, _vocoder, _transformer, _pack, _score, _lora), strict=True)
+    zip(_STAGES, (_video, _audio, _vocoder, _transformer, _pack, _score, _lora), strict=True), unpack=_unpack
 )
 
 
@@ -221,7 +269,7 @@ def _contexts(options: NanoTrainingOptions) -> transformer.Contexts:
         write_trained_text_encoder(folder, transformer.known_captions(), _SEED)
     used = (
         transformer.training_clips(max(options.clips, options.scored)),
-        transformer.tuning_clips(options.concept_clips),
+        transformer.tuning_clips(options.concept_clips, options.known_clips),
         *scores.scored_clips(options.scored),
         *scores.shown_clips(),
     )
@@ -241,7 +289,7 @@ def _load_transformer(options: NanoTrainingOptions) -> LTXTransformer:
 
 
 def _for_sampling(model: LTXTransformer, options: NanoTrainingOptions) -> LTXTransformer:
-    return model.requires_grad_(False).eval().to(options.device, torch.bfloat16)
+    return model.requires_grad_(False).eval().to(options.device, transformer.dtype_on(options.device))
 
 
 def _load_vocoder(options: NanoTrainingOptions) -> LTX2VocoderWithBWE:
@@ -279,7 +327,8 @@ def _save(path: Path, module: nn.Module, extra: dict[str, Tensor], bits: int = C
         name: (stored(tensor, bits) if name in parameters else tensor).cpu().contiguous()
         for name, tensor in module.state_dict().items()
     }
-    save_file(tensors | {f"extra.{name}": tensor.cpu().contiguous() for name, tensor in extra.items()}, path)
+    # Copies: a loaded VAE has its statistics as buffers too.
+    save_file(tensors | {f"extra.{name}": tensor.cpu().clone() for name, tensor in extra.items()}, path)
 
 
 def _commit() -> str:

@@ -1,6 +1,7 @@
 """Scores of the miniature: samples of this project's sampler, measured in closed form."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from ltx_titan.benchmarks.nano.codecs import held_out_clips
 from ltx_titan.benchmarks.nano.transformer import (
     Contexts,
+    blank_latents,
     concept_clips,
     encode_clips,
+    forward_with_short_contexts,
     make_batch,
     strategy_of,
     training_clips,
@@ -21,7 +24,7 @@ from ltx_titan.benchmarks.nano.transformer import (
 from ltx_titan.codecs import AudioCodec, VideoCodec, Vocoder
 from ltx_titan.diffusion import Guidance, sample, sigma_schedule
 from ltx_titan.nano.clip_score import Measured, adherence, agreement, measure
-from ltx_titan.nano.clips import SAMPLE_RATE, Clips, render_audio, render_video
+from ltx_titan.nano.clips import Clips, render_audio, render_video
 from ltx_titan.validation.sampling import evaluating
 from ltx_titan.validation.start import begin, dataset_starts, target_latents
 
@@ -72,7 +75,10 @@ class Sampler:
         frames, waves = [], []
         for start in range(0, len(clips), _BATCH):
             part = clips[start : start + _BATCH]
-            latents = encode_clips(part, self._contexts, self._video, self._audio, self._device)
+            if mode == "joint":
+                latents = blank_latents(part, self._contexts, self._device)
+            else:
+                latents = encode_clips(part, self._contexts, self._video, self._audio, self._device)
             rows = torch.arange(len(part), device=self._device)
             empty = torch.full_like(rows, self._contexts.empty)
             batch = make_batch(latents, self._contexts, rows, latents.captions if captioned else empty)
@@ -96,25 +102,27 @@ class Sampler:
                 for name, stream in streams.items()
             }
             with evaluating(model):
-                found = sample(model, streams["video"], streams["audio"], self._sigmas, passes_at_once=1)
+                forward = partial(forward_with_short_contexts, model)
+                found = sample(forward, streams["video"], streams["audio"], self._sigmas, passes_at_once=1)
             assert found[0] is not None
             assert found[1] is not None
             video = target_latents(found[0], starts["video"], "video")
             audio = target_latents(found[1], starts["audio"], "audio")
-            frames.append(torch.cat([self._video.decode(part) for part in video.split(32)]).clamp(-1, 1))
-            waves.append(torch.cat([self._vocoder(mel) for mel in self._audio.decode(audio).split(32)]))
+            on_device = part.to(self._device)
+            if mode == "v2a":
+                frames.append(render_video(on_device))
+            else:
+                frames.append(torch.cat([self._video.decode(some) for some in video.split(32)]).clamp(-1, 1))
+            if mode == "a2v":
+                waves.append(render_audio(on_device, self.sample_rate))
+            else:
+                waves.append(torch.cat([self._vocoder(mel) for mel in self._audio.decode(audio).split(32)]))
         return torch.cat(frames), torch.cat(waves)
 
     def measure(self, model: nn.Module, clips: Clips, mode: str = "joint", **options: Any) -> Measured:
-        """Samples and measures; a stream that was given is measured as it was rendered, not as the codec decodes it."""
+        """Samples and measures."""
         frames, audio = self(model, clips, mode, **options)
-        clips = clips.to(self._device)
-        rate = self.sample_rate
-        if mode == "v2a":
-            frames = render_video(clips)
-        if mode == "a2v":
-            audio, rate = render_audio(clips), SAMPLE_RATE
-        return measure(frames, audio, rate)
+        return measure(frames, audio, self.sample_rate)
 
 
 def _on_host(batch: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -165,11 +173,15 @@ def score_untrained(sampler: Sampler, model: nn.Module, count: int, device: str)
 
 
 def score_concept(sampler: Sampler, model: nn.Module, count: int, device: str) -> dict[str, dict[str, float]]:
-    """Adherence to captions of the concept, and to held-out captions without it (forgetting)."""
+    """Adherence to captions of the concept, and to held-out captions without it (forgetting).
+
+    With guidance, and without it as in the demo (`_cfg_1`).
+    """
     others, _, concept = (clips.to(device) for clips in scored_clips(count))
     return {
-        "concept": adherence(sampler.measure(model, concept, cfg=CFG_SCALE), concept),
-        "held_out": adherence(sampler.measure(model, others, cfg=CFG_SCALE), others),
+        name + suffix: adherence(sampler.measure(model, clips, cfg=scale), clips)
+        for scale, suffix in ((CFG_SCALE, ""), (1.0, "_cfg_1"))
+        for name, clips in (("concept", concept), ("held_out", others))
     }
 
 

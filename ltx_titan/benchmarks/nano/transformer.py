@@ -21,7 +21,7 @@ from ltx_titan.conditioning.tokens import audio_steps
 from ltx_titan.config import BaseDtype, LoRASection
 from ltx_titan.diffusion import StepDraws, add_noise, velocity_target
 from ltx_titan.lora import apply_lora, init_lora_
-from ltx_titan.model import FeatureExtractor, LTXTransformer, Modality, TextConnectors
+from ltx_titan.model import FeatureExtractor, LTXTransformer, Modality, Perturbations, TextConnectors
 from ltx_titan.nano.clips import (
     ALL_SHAPES,
     CONCEPT_SHAPE,
@@ -50,8 +50,7 @@ _V2A, _A2V, _INDEPENDENT = 0.12, 0.12, 0.26
 # Log-odds of sigma: a clip of sixteen tokens is plain to see unless nearly everything is noise.
 _SIGMA_CENTER, _SIGMA_SPREAD, _SIGMA_UNIFORM, _SIGMA_FLOOR = 1.0, 1.4, 0.15, 1e-3
 _MAX_TOKENS = 1024
-_RANK = 16
-_LORA_TARGETS = ("all_attention", "video_ffn", "audio_ffn")
+LORA_TARGETS = ("all_attention", "video_ffn", "audio_ffn")
 
 
 def strategy_of(mode: str) -> FlexibleStrategy:
@@ -71,9 +70,14 @@ def strategy_of(mode: str) -> FlexibleStrategy:
     return FlexibleStrategy.from_config({"video": video, "audio": audio})
 
 
+def dtype_on(device: torch.device | str) -> torch.dtype:
+    """Dtype of the transformer: bfloat16, but float32 on a CPU, since many have no bfloat16 units."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 @dataclass(frozen=True)
 class Contexts:
-    """Contexts of all captions on the device, in bfloat16, cut off after the longest one and a zero.
+    """Contexts of all captions on the device, in the transformer's dtype, cut off after the longest one and a zero.
 
     The last two are those of the empty caption and of no caption.
 
@@ -106,6 +110,35 @@ class Contexts:
         return {name: nn.functional.pad(stream, missing) for name, stream in streams.items()}
 
 
+def forward_with_short_contexts(
+    model: nn.Module, video: Modality | None, audio: Modality | None, perturbations: Perturbations | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """A forward pass on contexts in full length, most of which are zeros: one of them stands for all, see `Contexts`.
+
+    A model this small spends most of its time on their keys and values.
+    """
+    return model(_shortened(video), _shortened(audio), perturbations)
+
+
+def _shortened(stream: Modality | None) -> Modality | None:
+    if stream is None:
+        return None
+    context, mask = short_contexts(stream.context)
+    return replace(stream, context=context, context_mask=mask)
+
+
+def short_contexts(contexts: Tensor) -> tuple[Tensor, Tensor]:
+    """Cuts contexts [B, T, D] off after the longest one and a zero.
+
+    Returns:
+        Contexts [B, S, D], and the mask [B, S] with which they are worth the whole ones, see `Contexts`.
+    """
+    # Words come first, and connectors never make a zero of one.
+    length, total = (contexts != 0).any(2).sum(1), contexts.shape[1]
+    kept = min(int(length.max()) + 1, total)
+    return contexts[:, :kept], _zeros_mask(length, kept, total)
+
+
 def known_captions() -> list[str]:
     """Every caption without the concept: the text from which the tokenizer learns its words."""
     every = [*combinations(held_out=False), *combinations(held_out=True)]
@@ -130,12 +163,17 @@ def encode_captions(
     length = torch.cat([*lengths, nothing[:, 0]])
     kept = -(-(int(length.max()) + 1) // 8) * 8
     video, audio = (
-        torch.cat([part[:, :kept].to(torch.bfloat16) for part in stream]) for stream in zip(*parts, strict=True)
+        torch.cat([part[:, :kept].to(dtype_on(device)) for part in stream]) for stream in zip(*parts, strict=True)
     )
-    slot = torch.arange(kept, device=device)
-    zeros = (_MAX_TOKENS - length).float().log()[:, None]
-    added = torch.where(slot < length[:, None], 0.0, torch.where(slot == length[:, None], zeros, -1e4))
-    return Contexts(video, audio, added, {caption: row for row, caption in enumerate(captions)})
+    mask = _zeros_mask(length, kept, _MAX_TOKENS)
+    return Contexts(video, audio, mask, {caption: row for row, caption in enumerate(captions)})
+
+
+def _zeros_mask(length: Tensor, kept: int, total: int) -> Tensor:
+    """Mask [B, kept] of contexts that have `total` tokens, the first `length` [B] of them words; see `Contexts`."""
+    slot, length = torch.arange(kept, device=length.device), length[:, None]
+    zeros = (total - length).float().log()
+    return torch.where(slot < length, 0.0, torch.where(slot == length, zeros, -1e4))
 
 
 @dataclass(frozen=True)
@@ -167,6 +205,13 @@ def encode_clips(clips: Clips, contexts: Contexts, video: VideoCodec, audio: Aud
             videos.append(video.encode(render_video(part)).to(torch.bfloat16))
             audios.append(audio.encode(render_audio(part), SAMPLE_RATE)[:, :, :steps].float())
     return Latents(torch.cat(videos), torch.cat(audios), contexts.of(clips.captions, device))
+
+
+def blank_latents(clips: Clips, contexts: Contexts, device: str) -> Latents:
+    """Zeros in place of the clips, for sampling that reads their captions only."""
+    steps = audio_steps(SECONDS)
+    video, audio = (torch.zeros(len(clips), *sizes, device=device) for sizes in ((128, 4, 2, 2), (8, steps, 16)))
+    return Latents(video.to(torch.bfloat16), audio, contexts.of(clips.captions, device))
 
 
 def make_batch(latents: Latents, contexts: Contexts, rows: Tensor, captions: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -360,11 +405,13 @@ def train_concept(
     steps: int,
     batch: int,
     lr: float,
+    rank: int,
+    targets: tuple[str, ...],
 ) -> dict[str, Any]:
     """Trains a LoRA or all weights on clips of the concept; returns the figures.
 
     Args:
-        model: on its device, in bfloat16.
+        model: on its device, in the dtype of the contexts.
         latents: of the clips.
         contexts: of their captions.
         method: "lora" or "full", with "_float8" for float8 weights of the base (LoRA) or matmuls (full), or with
@@ -373,11 +420,13 @@ def train_concept(
         steps: optimizer steps.
         batch: clips of each.
         lr: highest learning rate of a LoRA; a sixteenth of it trains all weights.
+        rank, targets: of a LoRA.
     """
     kind, _, variant = method.partition("_")
     if kind == "lora":
-        base: BaseDtype = "float8" if variant == "float8" else "bfloat16"
-        apply_lora(model, LoRASection(rank=_RANK, alpha=float(_RANK), base_dtype=base, targets=_LORA_TARGETS))
+        plain: BaseDtype = "float32" if latents.video.device.type == "cpu" else "bfloat16"
+        base: BaseDtype = "float8" if variant == "float8" else plain
+        apply_lora(model, LoRASection(rank=rank, alpha=float(rank), base_dtype=base, targets=targets))
         model.to(latents.video.device)
         init_lora_(model, seed)
     else:
@@ -413,6 +462,6 @@ def concept_clips(count: int, seed: int = 3) -> Clips:
     return draw_clips(count, seed, combinations(held_out=False, shapes=[CONCEPT]))
 
 
-def tuning_clips(count: int) -> Clips:
-    """Clips of the concept, and as many of known shapes, without which a LoRA turns every shape into the concept."""
-    return Clips.join([concept_clips(count), draw_clips(count, 4, combinations(held_out=False))])
+def tuning_clips(count: int, known: int) -> Clips:
+    """Clips of the concept, and some of known shapes, without which a LoRA turns every shape into the concept."""
+    return Clips.join([concept_clips(count), draw_clips(known, 4, combinations(held_out=False))])
