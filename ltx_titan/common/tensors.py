@@ -43,7 +43,7 @@ class _WithoutInit(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in (nn.init.kaiming_uniform_, nn.init.uniform_):
-            return kwargs["tensor"] if kwargs else args[0]
+            return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
 
 

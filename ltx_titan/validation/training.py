@@ -149,44 +149,32 @@ class TrainingValidation:
         Returns:
             Held-out losses by TensorBoard tag, and on rank 0 the means of the clips' scores.
         """
+        started = time.perf_counter()
+        figures: dict[str, float] = {}
+        folder = self.plan.folder / "samples" / f"step-{step}"
         averaged: AbstractContextManager[None] = nullcontext()
         if optimizers.averages:
             averaged = self._own_scales(model, optimizers.averaged(model))
         with averaged:
-            return self._run(step, model, connectors, writer, wandb_run, ema, optimizers)
-
-    def _run(
-        self,
-        step: int,
-        model: nn.Module,
-        connectors: TextConnectors | None,
-        writer: SummaryWriter | None,
-        wandb_run: "Run | None",
-        ema: EMA | None,
-        optimizers: Optimizers,
-    ) -> dict[str, float]:
-        started = time.perf_counter()
-        figures: dict[str, float] = {}
-        folder = self.plan.folder / "samples" / f"step-{step}"
-        if self.sampler is not None:
-            if len(self.sampler.titles) < len(self.prompts):
-                # At the first validation, because the connectors are loaded after the model.
-                self.sampler = self.sampler.with_dataset_samples(self._read_dataset_samples(connectors))
-            progress = ProgressLog("sampling", count_steps(self.section, self.sampler.samples), "steps")
-            files = self.sampler.run(
-                model,
-                folder,
-                step,
-                writer=writer,
-                wandb_run=wandb_run,
-                averaged_weights=None if ema is None else lambda: self._own_scales(model, ema.swapped_in(model)),
-                optimizers=optimizers.parts,
-                on_step=lambda _: progress.advance(),
-            )
-            if dist.get_rank() == 0:  # other ranks have the scores of their own clips only
-                figures |= mean_scores([file.scores for file in files])
-        if self.held_out is not None:
-            figures |= self._held_out_losses(self.held_out, model, connectors)
+            if self.sampler is not None:
+                if len(self.sampler.titles) < len(self.prompts):
+                    # At the first validation, because the connectors are loaded after the model.
+                    self.sampler = self.sampler.with_dataset_samples(self._read_dataset_samples(connectors))
+                progress = ProgressLog("sampling", count_steps(self.section, self.sampler.samples), "steps")
+                files = self.sampler.run(
+                    model,
+                    folder,
+                    step,
+                    writer=writer,
+                    wandb_run=wandb_run,
+                    averaged_weights=None if ema is None else lambda: self._own_scales(model, ema.swapped_in(model)),
+                    optimizers=optimizers.parts,
+                    on_step=lambda _: progress.advance(),
+                )
+                if dist.get_rank() == 0:  # other ranks have the scores of their own clips only
+                    figures |= mean_scores([file.scores for file in files])
+            if self.held_out is not None:
+                figures |= self._held_out_losses(self.held_out, model, connectors)
         where = f", clips in {folder}" if self.sampler is not None else ""
         # Without the losses of single sigmas: those are in TensorBoard.
         shown = "".join(f", {name} {value:.4f}" for name, value in figures.items() if "sigma" not in name)

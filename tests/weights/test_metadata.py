@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -26,6 +27,17 @@ def test_all_metadata_of_a_checkpoint_is_read(tmp_path):
     info = metadata.tensors["model.diffusion_model.patchify_proj.weight"]
     assert (info.dtype, info.shape, info.end - info.start) == ("BF16", (4, 3), 24)
     assert info.end == path.stat().st_size
+
+
+def test_a_file_is_read_again_once_it_has_changed_and_callers_share_no_values(tmp_path):
+    path = write(tmp_path / "model.safetensors", config='{"transformer": {"num_layers": 2}}')
+    os.utime(path, (1, 1))  # long ago: headers of recent files are not kept
+    read_metadata(path).config["transformer"]["num_layers"] = 7
+    assert read_metadata(path).config == {"transformer": {"num_layers": 2}}
+    path.write_bytes(path.read_bytes().replace(b'\\"num_layers\\": 2', b'\\"num_layers\\": 3'))  # of the same size
+    assert read_metadata(path).config == {"transformer": {"num_layers": 3}}
+    os.utime(path, (2, 2))
+    assert read_metadata(path).config == {"transformer": {"num_layers": 3}}
 
 
 @pytest.mark.parametrize("lost", [1, 20])
