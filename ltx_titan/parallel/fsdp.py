@@ -121,9 +121,11 @@ def use_static_slots(
         if wanted != "off":
             logger.info("FSDP2: no static slots, because %s", reason)
         return False
+    group, device = sharding(blocks)
     if copy_engines != "off":
-        reason = peer_memory.obstacle(*sharding(blocks), on_cpu=copy_engines == "on")
+        reason = peer_memory.obstacle(group, device, on_cpu=copy_engines == "on")
         _refuse("fsdp_copy_engines", copy_engines, reason)
+    _refuse("fsdp_exchange_gradients", exchange_gradients, "one rank has all gradients" if group.size() == 1 else None)
     has_peers = copy_engines != "off" and reason is None
     exchanges = exchange_gradients == "on" or (exchange_gradients == "auto" and has_peers)
     count = add_static_slots(model, blocks, copy_engines=has_peers, exchange_gradients=exchanges)

@@ -1,0 +1,80 @@
+"""Peer memory and the exchange of gradients on gloo ranks, with mapped files; test_exactness.py trains with both."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ltx_titan.parallel import peer_memory
+from ltx_titan.parallel.fsdp import apply_fsdp, use_static_slots
+from ltx_titan.parallel.gradient_exchange import GradientExchange
+from tests.parallel.test_static_slots import Model
+from tests.processes import run_here, run_ranks
+
+CPU = torch.device("cpu")
+
+
+def exchange(by_copy_engines):
+    """Sums of three reductions of different sizes, one after the other."""
+    group, ranks = dist.group.WORLD, dist.get_world_size()
+    reduction = GradientExchange(4 * ranks, torch.bfloat16, by_copy_engines=by_copy_engines)
+    sums = []
+    for step, size in enumerate((4, 2, 4)):
+        # 1 and 2^-9 need more digits than bfloat16 has.
+        values = torch.arange(ranks * size).float() + (1 if dist.get_rank() else 2**-9) + step
+        reduction.begin(group, CPU)
+        gradients = reduction.allocate((ranks * size,), dtype=torch.float32, device=CPU)
+        gradients.copy_(values)
+        output = reduction.allocate((size,), dtype=torch.float32, device=CPU)
+        reduction(output, gradients, group, dist.ReduceOp.SUM)
+        sums.append(output)
+    return sums
+
+
+def reduce(_):
+    """The same by a reduce-scatter of what was rounded to bfloat16."""
+    ranks, sums = dist.get_world_size(), []
+    for step, size in enumerate((4, 2, 4)):
+        values = torch.arange(ranks * size).float() + (1 if dist.get_rank() else 2**-9) + step
+        sums.append(torch.empty(size))
+        dist.reduce_scatter_tensor(sums[-1], values.bfloat16().float())
+    return sums
+
+
+def all_sums():
+    return [work(by) for work, by in ((reduce, False), (exchange, False), (exchange, True))]
+
+
+def test_exchanged_gradients_are_added_in_float32():
+    for expected, exchanged, by_peers in run_ranks(all_sums, 3):
+        torch.testing.assert_close(exchanged, expected, rtol=0, atol=0)
+        torch.testing.assert_close(by_peers, expected, rtol=0, atol=0)
+
+
+def neighbors():
+    return peer_memory.allocate(5, torch.bfloat16, dist.group.WORLD, CPU).peers
+
+
+def test_no_two_ranks_read_from_the_same_rank_at_a_time():
+    turns = zip(*run_ranks(neighbors, 3), strict=True)
+    assert [sorted(turn) for turn in turns] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_ranks_without_peers_say_why(caplog):
+    def work():
+        model = Model()
+        apply_fsdp(model, model.blocks, init_device_mesh("cpu", (1,)), torch.bfloat16)
+        with pytest.raises(ValueError, match="fsdp_copy_engines = 'on': one rank has nothing to gather"):
+            use_static_slots(model, model.blocks, "auto", copy_engines="on")
+        with pytest.raises(ValueError, match="fsdp_exchange_gradients = 'on': one rank has all gradients"):
+            use_static_slots(model, model.blocks, "auto", exchange_gradients="on")
+        with pytest.raises(ValueError, match="fsdp_exchange_gradients = 'on': parallelism"):
+            use_static_slots(model, model.blocks, "off", exchange_gradients="on")
+        with caplog.at_level(logging.INFO):
+            assert use_static_slots(model, model.blocks, "auto", copy_engines="auto", exchange_gradients="auto")
+        assert "gathered by NCCL, because one rank has nothing to gather" in caplog.text
+        assert "exchanged" not in caplog.text
+
+    run_here(work)
