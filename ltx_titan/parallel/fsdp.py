@@ -130,8 +130,10 @@ def use_static_slots(
     exchanges = exchange_gradients == "on" or (exchange_gradients == "auto" and has_peers)
     count = add_static_slots(model, blocks, copy_engines=has_peers, exchange_gradients=exchanges)
     logger.info("FSDP2: %d blocks take turns in %d static slots", len(blocks), count)
-    if copy_engines != "off":
-        logger.info("FSDP2: weights are gathered by %s", "copy engines" if has_peers else f"NCCL, because {reason}")
+    if has_peers:
+        logger.info("FSDP2: copy engines gather the weights")
+    elif copy_engines != "off" and group.size() > 1 and device.type == "cuda":
+        logger.info("FSDP2: NCCL gathers the weights, because %s", reason)
     if exchanges:
         logger.info("FSDP2: gradients are exchanged in the compute dtype and added in float32")
     return True

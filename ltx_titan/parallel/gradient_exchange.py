@@ -33,19 +33,20 @@ class GradientExchange(ReduceScatter):
         self.dtype = dtype
         self._numel = numel
         self._by_copy_engines = by_copy_engines
-        self._group: dist.ProcessGroup | None = None
         self._memory: PeerTensor | None = None
         self._has_input = False
 
-    def begin(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def share(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Allocates the memory that peers read; called before the first pass, whose activations may fill the rest."""
+        if self._by_copy_engines and self._memory is None:
+            self._memory = allocate(self._numel, self.dtype, group, device)
+
+    def begin(self) -> None:
         """Prepares the reduction of a block on the current stream."""
         self._has_input = False
-        if not self._by_copy_engines:
-            return
-        if self._memory is None:
-            self._memory = allocate(self._numel, self.dtype, group, device)
-        # The peers have read the block before.
-        self._memory.barrier()
+        if self._memory is not None:
+            # The peers have read the block before.
+            self._memory.barrier()
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP2 asks for the input first, then for the output; both as `dtype`, in which it would reduce."""
@@ -69,6 +70,7 @@ class GradientExchange(ReduceScatter):
             op: a sum.
             async_op: not supported.
         """
+        assert self._memory is not None or not self._by_copy_engines, "`share` comes first"
         assert op == dist.ReduceOp.SUM and not async_op, (op, async_op)
         ranks, rank = group.size(), group.rank()
         parts = torch.empty(ranks, output_tensor.numel(), dtype=input_tensor.dtype, device=input_tensor.device)

@@ -18,13 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_SHARED: "WeakSet[PeerTensor]" = WeakSet()
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class PeerTensor:
     """A 1-D tensor of every rank of a group, at the same size.
 
@@ -53,9 +56,17 @@ class PeerTensor:
 def allocate(numel: int, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device) -> PeerTensor:
     """Allocates an uninitialized tensor on each rank of a group; all of them call it, in the same order.
 
-    The caching allocator neither counts nor reuses the memory. Not while a CUDA graph is recorded.
+    It lives as long as the returned object. The caching allocator neither counts nor reuses it: see `held_bytes`.
+    Not while a CUDA graph is recorded.
     """
-    return _on_gpus(numel, dtype, group, device) if device.type == "cuda" else _in_files(numel, dtype, group)
+    shared = _on_gpus(numel, dtype, group, device) if device.type == "cuda" else _in_files(numel, dtype, group)
+    _SHARED.add(shared)
+    return shared
+
+
+def held_bytes() -> int:
+    """Bytes of this rank's tensors, which torch.cuda.max_memory_allocated does not count."""
+    return sum(shared.own.nbytes for shared in _SHARED)
 
 
 def obstacle(group: dist.ProcessGroup, device: torch.device, *, on_cpu: bool = False) -> str | None:
@@ -113,6 +124,8 @@ def _on_gpus(numel: int, dtype: torch.dtype, group: dist.ProcessGroup, device: t
     import torch.distributed._symmetric_memory as symmetric_memory
     from torch._C._distributed_c10d import _SymmetricMemory
 
+    # The driver does not take back what the caching allocator holds for later.
+    torch.cuda.empty_cache()
     # Not `symmetric_memory.empty`, which may put several tensors into one allocation.
     own = _SymmetricMemory.empty_strided_p2p((numel,), (1,), dtype, device)
     handle = symmetric_memory.rendezvous(own, group)

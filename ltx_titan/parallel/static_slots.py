@@ -297,6 +297,8 @@ class _SlottedParamGroup(FSDPParamGroup):
             # while the first block of the other computes. It is gathered when it is its turn.
             return
         self.slot.take(self)
+        if self.reducing.exchange is not None:
+            self.reducing.exchange.share(self._reduce_scatter_process_group, self.device)
         stream = self.comm_ctx.get_all_gather_streams(async_op, self._training_state)[1]
         if self.slot.free is not None:
             stream.wait_event(self.slot.free)
@@ -364,7 +366,7 @@ class _SlottedParamGroup(FSDPParamGroup):
                 return
             # For this reduction only: accumulated gradients are float32, and would be rounded.
             plain, self._reduce_scatter_comm = self._reduce_scatter_comm, exchange
-            exchange.begin(self._reduce_scatter_process_group, self.device)
+            exchange.begin()
             super().post_backward(*unused)
             self._reduce_scatter_comm = plain
 

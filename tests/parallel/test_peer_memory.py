@@ -20,11 +20,12 @@ def exchange(by_copy_engines):
     """Sums of three reductions of different sizes, one after the other."""
     group, ranks = dist.group.WORLD, dist.get_world_size()
     reduction = GradientExchange(4 * ranks, torch.bfloat16, by_copy_engines=by_copy_engines)
+    reduction.share(group, CPU)
     sums = []
     for step, size in enumerate((4, 2, 4)):
         # 1 and 2^-9 need more digits than bfloat16 has.
         values = torch.arange(ranks * size).float() + (1 if dist.get_rank() else 2**-9) + step
-        reduction.begin(group, CPU)
+        reduction.begin()
         gradients = reduction.allocate((ranks * size,), dtype=torch.float32, device=CPU)
         gradients.copy_(values)
         output = reduction.allocate((size,), dtype=torch.float32, device=CPU)
@@ -33,7 +34,7 @@ def exchange(by_copy_engines):
     return sums
 
 
-def reduce(_):
+def reduce():
     """The same by a reduce-scatter of what was rounded to bfloat16."""
     ranks, sums = dist.get_world_size(), []
     for step, size in enumerate((4, 2, 4)):
@@ -44,7 +45,7 @@ def reduce(_):
 
 
 def all_sums():
-    return [work(by) for work, by in ((reduce, False), (exchange, False), (exchange, True))]
+    return reduce(), exchange(by_copy_engines=False), exchange(by_copy_engines=True)
 
 
 def test_exchanged_gradients_are_added_in_float32():
@@ -53,13 +54,17 @@ def test_exchanged_gradients_are_added_in_float32():
         torch.testing.assert_close(by_peers, expected, rtol=0, atol=0)
 
 
-def neighbors():
-    return peer_memory.allocate(5, torch.bfloat16, dist.group.WORLD, CPU).peers
+def share_and_drop():
+    shared = peer_memory.allocate(5, torch.bfloat16, dist.group.WORLD, CPU)
+    peers, held = shared.peers, peer_memory.held_bytes()
+    del shared
+    return peers, (held, peer_memory.held_bytes())
 
 
-def test_no_two_ranks_read_from_the_same_rank_at_a_time():
-    turns = zip(*run_ranks(neighbors, 3), strict=True)
-    assert [sorted(turn) for turn in turns] == [[0, 1, 2], [0, 1, 2]]
+def test_no_two_ranks_read_from_the_same_rank_at_a_time_and_memory_is_counted_while_it_lives():
+    peers, held = zip(*run_ranks(share_and_drop, 3), strict=True)
+    assert [sorted(turn) for turn in zip(*peers, strict=True)] == [[0, 1, 2], [0, 1, 2]]
+    assert held == ((10, 0),) * 3
 
 
 def test_ranks_without_peers_say_why(caplog):
@@ -74,7 +79,9 @@ def test_ranks_without_peers_say_why(caplog):
             use_static_slots(model, model.blocks, "off", exchange_gradients="on")
         with caplog.at_level(logging.INFO):
             assert use_static_slots(model, model.blocks, "auto", copy_engines="auto", exchange_gradients="auto")
-        assert "gathered by NCCL, because one rank has nothing to gather" in caplog.text
+        assert "take turns in 2 static slots" in caplog.text
+        # One rank gathers nothing, which needs no explanation.
+        assert "NCCL" not in caplog.text
         assert "exchanged" not in caplog.text
 
     run_here(work)
