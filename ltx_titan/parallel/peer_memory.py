@@ -98,7 +98,8 @@ def obstacle(group: dist.ProcessGroup, device: torch.device, *, on_cpu: bool = F
         torch.cuda.synchronize(device)
         found = None
     except (RuntimeError, ImportError, AttributeError) as error:
-        found = f"torch's symmetric memory does not work here ({str(error).splitlines()[0]})"
+        first_line = str(error).partition("\n")[0]
+        found = f"torch's symmetric memory does not work here ({first_line})"
     return _agree(found, group)
 
 

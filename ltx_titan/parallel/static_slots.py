@@ -125,15 +125,18 @@ def sharding(blocks: nn.ModuleList) -> tuple[dist.ProcessGroup, torch.device]:
 
 def _exchange(blocks: nn.ModuleList, copy_engines: bool) -> GradientExchange | None:
     """The reduction of blocks' gradients, all of one dtype; None if there are none or one rank has them all."""
-    group = _param_group(blocks[0])
-    assert group is not None
-    ranks = group._reduce_scatter_process_group.size()
-    trained = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
-    dtypes = {group.mp_policy.param_dtype or p.sharded_param.dtype for p in trained}
+    ranks, most, dtypes = 1, 0, set()
+    for block in blocks:
+        group = _param_group(block)
+        assert group is not None
+        ranks = group._reduce_scatter_process_group.size()
+        # Blocks may differ in what is frozen.
+        trained = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
+        most = max(most, sum(p.padded_sharded_param_size.numel() for p in trained))
+        dtypes |= {group.mp_policy.param_dtype or p.sharded_param.dtype for p in trained}
     if ranks == 1 or len(dtypes) != 1:
         return None
-    numel = ranks * sum(p.padded_sharded_param_size.numel() for p in trained)
-    return GradientExchange(numel, dtypes.pop(), by_copy_engines=copy_engines)
+    return GradientExchange(ranks * most, dtypes.pop(), by_copy_engines=copy_engines)
 
 
 def _param_group(block: nn.Module) -> FSDPParamGroup | None:

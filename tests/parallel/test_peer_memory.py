@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ltx_titan.parallel import peer_memory
 from ltx_titan.parallel.fsdp import apply_fsdp, use_static_slots
 from ltx_titan.parallel.gradient_exchange import GradientExchange
-from tests.parallel.test_static_slots import Model
+from tests.parallel.test_static_slots import Model, loss_of
 from tests.processes import run_here, run_ranks
 
 CPU = torch.device("cpu")
@@ -65,6 +65,27 @@ def test_no_two_ranks_read_from_the_same_rank_at_a_time_and_memory_is_counted_wh
     peers, held = zip(*run_ranks(share_and_drop, 3), strict=True)
     assert [sorted(turn) for turn in zip(*peers, strict=True)] == [[0, 1, 2], [0, 1, 2]]
     assert held == ((10, 0),) * 3
+
+
+def gradients_with_a_frozen_block(wanted):
+    model = Model()
+    model.blocks[0][0].requires_grad_(False)
+    apply_fsdp(model, model.blocks, init_device_mesh("cpu", (2,)), torch.bfloat16)
+    assert use_static_slots(model, model.blocks, "on", copy_engines=wanted, exchange_gradients=wanted)
+    for scale in (1, 2):
+        loss_of(model).mul(scale + dist.get_rank()).backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def both_gradients():
+    return gradients_with_a_frozen_block("off"), gradients_with_a_frozen_block("on")
+
+
+def test_blocks_may_differ_in_what_is_frozen():
+    for plain, exchanged in run_ranks(both_gradients, 2):
+        assert plain.keys() == exchanged.keys()
+        assert "blocks.0.0.weight" not in plain
+        assert all(torch.equal(exchanged[name], gradient) for name, gradient in plain.items())
 
 
 def test_ranks_without_peers_say_why(caplog):
