@@ -133,8 +133,9 @@ class _File:
 def _plan(options: ScalingOptions, file: _File, device: torch.device) -> list[dict]:
     """The rows that are still to be measured; those of which no run was tried come first."""
     ranks = dist.get_world_size()
-    common = {**environment(device), "ranks": ranks}
-    column = [{**common, **row} for row in _column(options, find_gpu(options.gpu, common["device"]), ranks)]
+    common = environment(device)
+    gpu = find_gpu(options.gpu, common["device"])
+    column = [{**common, "ranks": ranks, **row} for row in _column(options, gpu, ranks)]
     if not column:
         raise ValueError(f"--cases: no case is named {' or '.join(options.cases)} on {ranks} GPUs.")
     for row in column:

@@ -22,6 +22,7 @@ from ltx_titan.estimate.prediction import Estimate, estimate
 from ltx_titan.memory.budget import fitting_levels
 from ltx_titan.memory.peak import saved_by_levels
 from ltx_titan.memory.workload import Setup, Workload, make_setup, make_workload
+from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.plan import plan_job
 
 COLUMNS = (1, 2, 4, 8)
@@ -167,7 +168,8 @@ def _with_levels(work: Workload, setup: Setup, budget: float | Literal["auto"], 
     if setup.recompute != "budget":
         return setup
     # As the trainer chooses them; with all blocks recomputed if nothing fits.
-    return replace(setup, levels=fitting_levels(work, setup, budget, gpu.memory) or ("full",) * work.num_layers)
+    least: Level = "full"
+    return replace(setup, levels=fitting_levels(work, setup, budget, gpu.memory) or (least,) * work.num_layers)
 
 
 def _fitting_depth(job: Path, case: Case, gpu: Gpu, overrides: Sequence[str]) -> int:
