@@ -21,6 +21,10 @@ CosSin = tuple[Tensor, Tensor]
 """Cosines and sines of every token and head [B, H, S, head_dim / 2], float32."""
 
 
+MAX_WIDTH = 16384
+"""Widest token of a kernel, which holds it in the registers of one program."""
+
+
 @dataclass(frozen=True)
 class HeadShare:
     """Heads of an attention that a tensor holds under tensor parallelism.
