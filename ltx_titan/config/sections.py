@@ -270,11 +270,18 @@ class CompileSection(Section):
     `auto` does so if the job allows it and logs the reason otherwise; `on` refuses such a job."""
 
 
+Float8Recipe = Literal["none", "native", "tensorwise", "rowwise"]
+
+
 class Float8Section(Section):
     """`[float8]`: float8 matmuls in attention and FFN."""
 
-    recipe: Literal["none", "tensorwise", "rowwise"] = "none"
-    """Scaling granularity: `tensorwise` is the fastest; `rowwise` is more accurate."""
+    recipe: Float8Recipe = "none"
+    """`native`: this package's layers, with scales of rows forward and for gradients of inputs, and gradients of
+    weights in bfloat16: the most accurate. torchao's: `tensorwise` scales whole tensors, `rowwise` rows; all three
+    matmuls are in float8."""
+    skip_blocks: Annotated[int, Field(ge=0)] = 0
+    """So many of the first and of the last blocks stay in bfloat16."""
     all_gather: bool = False
     """tensorwise: FSDP2 all-gathers weights in float8, half the traffic of bfloat16, for a small cost per step."""
 

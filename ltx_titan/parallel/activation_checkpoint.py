@@ -22,7 +22,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # They register their operations.
-import ltx_titan.model.adapted_linear  # noqa: F401
+import ltx_titan.model.adapted_linear
+import ltx_titan.model.float8_trained  # noqa: F401
 from ltx_titan.parallel.offload import ActivationOffload
 
 Level = Literal["full", "selective", "matmuls", "all_matmuls", "none"]
@@ -39,13 +40,14 @@ _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 _SAVED = {getattr(_aten, name).default for name in _ATTENTION} | {_c10d.reduce_scatter_tensor.default}
-# Frozen layers -> index of their weights [out, in], or of a list of them; float8 ones are stored as pairs of bytes, so
-# that the inner size is read from the first argument, the input.
-_FROZEN = {
+# Our own layers -> index of their weights [out, in], or of a list of them; frozen float8 ones are stored as pairs of
+# bytes, so that the inner size is read from the first argument, the input.
+_LAYERS = {
     torch.ops.ltx_titan.adapted_linears.default: 1,
     torch.ops.ltx_titan.float8_adapted_linears.default: 2,
     torch.ops.ltx_titan.float8_linear.default: 2,
     torch.ops.ltx_titan.few_tokens_linear.default: 1,
+    torch.ops.ltx_titan.float8_trained_linear.default: 2,
 }
 # Matmul -> index of its second factor [in, out].
 _MATMULS = {_aten.mm.default: 1, _aten._scaled_mm.default: 1, _aten.addmm.default: 2}
@@ -133,11 +135,11 @@ def _policy(
     """
     if operation in _SAVED:
         return CheckpointPolicy.MUST_SAVE
-    if save_matmuls and (operation in _MATMULS or operation in _FROZEN):
+    if save_matmuls and (operation in _MATMULS or operation in _LAYERS):
         # [M, K] @ [K, N] takes 2 K FLOPs per output, so the matmuls that narrow (K > N) are the expensive ones to
         # repeat.
-        if operation in _FROZEN:
-            weights = args[_FROZEN[operation]]
+        if operation in _LAYERS:
+            weights = args[_LAYERS[operation]]
             # Of several outputs all are saved, or none.
             outer = max(len(weight) for weight in (weights if isinstance(weights, list | tuple) else [weights]))
             inner = args[0].shape[1]

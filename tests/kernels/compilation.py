@@ -23,13 +23,14 @@ from ltx_titan_kernels import (
     adafactor,
     few_tokens,
     float8,
+    float8_weights,
     gated_residual_norm,
     launches,
     qk_norm_rope,
     rms_norm_modulate,
 )
 
-_MODULES = (few_tokens, float8, gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate)
+_MODULES = (few_tokens, float8, float8_weights, gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate)
 _H100 = GPUTarget("cuda", 90, 32)
 _MULTIPROCESSORS = 132
 
@@ -68,7 +69,7 @@ def compile_case(name: str, dtype: torch.dtype, tokens: int) -> list[Any]:
 
 
 def compile_float8(tokens: int, few: int, width: int) -> list[Any]:
-    """Compiled kernels of frozen float8 layers: joined quantization, transposition, and both products of few tokens.
+    """Compiled kernels of float8 layers: joined quantization, transpositions, and both products of few tokens.
 
     Args:
         tokens, few: numbers of video and of audio tokens.
@@ -81,6 +82,7 @@ def compile_float8(tokens: int, few: int, width: int) -> list[Any]:
         adapters = torch.zeros(tokens, 128, dtype=torch.bfloat16), torch.ones(128)
         float8.quantize_joined([x, x, x, adapters[0]], [scale.flatten()] * 3 + [adapters[1]])
         float8.transpose_bytes([weight])
+        float8_weights.quantize_transposed(weight.to(torch.bfloat16), scale.flatten())
         few_tokens.multiply_few_tokens(x[:few], weight, scale, bias=scale.flatten())
         few_tokens.multiply_few_tokens(x[:few], weight, scale, out=torch.zeros_like(x[:few]), transposed=True)
     return compiled
