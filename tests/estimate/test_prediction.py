@@ -178,8 +178,8 @@ def test_estimate_agrees_with_a_measured_run(job, row):
     overrides = [word for word in f"{common} {own}".split() if word.startswith("--") and "." in word.partition("=")[0]]
     # Rows without this field were measured before there were slots.
     overrides.append(f"--parallelism.fsdp_static_slots={row.get('static_slots', 'off')}")
-    # On when this row was measured; jobs without a float8 base ignore it.
-    overrides.append("--lora.float8_matmuls=auto")
+    # On when rows that do not say so were measured; jobs without a float8 base ignore it.
+    overrides.insert(0, "--lora.float8_matmuls=auto")
     plan = plan_job(load_job(BENCHMARKS / job, overrides), row["ranks"])
     gpu = GPUS["h200" if "H200" in row["device"] else "h100"]
     work = make_workload(plan)
