@@ -1,10 +1,11 @@
-"""A trained weight quantized and transposed in one pass, for the gradient of a layer's input in float8.
+"""A matrix quantized and transposed in one pass, for the backward pass of a trained float8 layer.
 
-    out[k, n] = round(W[n, k] / s[n])        W [N, K] bfloat16 or float32, s [N] of the forward pass -> e4m3 [K, N]
+    out[k, n] = round(W[n, k] / s[n])        W [N, K], s [N] -> e4m3 [K, N]
 
-Hopper multiplies float8 only along adjacent bytes, so the backward pass needs the transposed weight. Made from the
-weight itself it costs 3 bytes of traffic per bfloat16 weight and no memory between the passes, where quantizing and
-transposing one after the other would cost 5.
+Hopper multiplies float8 only along adjacent bytes. The gradient of a layer's input needs the transposed weight: made
+from the weight itself it costs 3 bytes of traffic per bfloat16 weight and no memory between the passes, where
+quantizing and transposing one after the other would cost 5. The gradient of the weight needs the transposed gradient
+of the output, which is quantized by tokens and gets a common scale here.
 """
 
 import torch
@@ -41,11 +42,11 @@ def _quantize_transposed_kernel(
 
 
 def quantize_transposed(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes a weight by rows and transposes it.
+    """Quantizes a matrix by rows and transposes it.
 
     Args:
-        weight: [N, K].
-        scale: of its rows, N float32 values, as `quantize_tokens` returns them.
+        weight: [N, K], bfloat16, float32, or e4m3 to scale its rows.
+        scale: by which rows are divided, N float32 values, as `quantize_tokens` returns them.
 
     Returns:
         e4m3 [K, N], contiguous, and ones [1, K] float32, the scales of a weight whose own scales are in the other

@@ -277,9 +277,8 @@ class Float8Section(Section):
     """`[float8]`: float8 matmuls in attention and FFN."""
 
     recipe: Float8Recipe = "none"
-    """`native`: this package's layers, with scales of rows forward and for gradients of inputs, and gradients of
-    weights in bfloat16: the most accurate. torchao's: `tensorwise` scales whole tensors, `rowwise` rows; all three
-    matmuls are in float8."""
+    """`native`: this package's layers, which quantize by rows, in fewer passes; not measured yet. torchao's:
+    `tensorwise` scales whole tensors, `rowwise` rows."""
     skip_blocks: Annotated[int, Field(ge=0)] = 0
     """So many of the first and of the last blocks stay in bfloat16."""
     all_gather: bool = False

@@ -82,7 +82,8 @@ def compile_float8(tokens: int, few: int, width: int) -> list[Any]:
         adapters = torch.zeros(tokens, 128, dtype=torch.bfloat16), torch.ones(128)
         float8.quantize_joined([x, x, x, adapters[0]], [scale.flatten()] * 3 + [adapters[1]])
         float8.transpose_bytes([weight])
-        float8_weights.quantize_transposed(weight.to(torch.bfloat16), scale.flatten())
+        for matrix in (weight, weight.to(torch.bfloat16)):
+            float8_weights.quantize_transposed(matrix, scale.flatten())
         few_tokens.multiply_few_tokens(x[:few], weight, scale, bias=scale.flatten())
         few_tokens.multiply_few_tokens(x[:few], weight, scale, out=torch.zeros_like(x[:few]), transposed=True)
     return compiled

@@ -23,6 +23,14 @@ def test_a_weight_is_quantized_by_rows_and_transposed(rows, columns, dtype):
     assert torch.equal(ones, torch.ones(1, columns, device=DEVICE))
 
 
+def test_rows_in_float8_get_another_scale():
+    generator = torch.Generator().manual_seed(0)
+    q = (torch.randn(32, 48, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn).to(DEVICE)
+    factor = 2.0 ** (torch.arange(32, device=DEVICE) % 4)
+    found, _ = quantize_transposed(q, factor)
+    assert torch.equal(found.float(), (q.float() / factor[:, None]).T)
+
+
 # The interpreter's cast makes a number of it.
 @pytest.mark.runs_on("gpu")
 def test_a_number_that_is_not_finite_is_kept():
