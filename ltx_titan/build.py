@@ -145,10 +145,9 @@ def shape_transformer(
         float8=job.float8,
         checkpointing=job.activation_checkpoint,
         compiled_shapes=_compiled_shapes(plan, model) if job.compile.enable else None,
-        cpu_offload=job.parallelism.cpu_offload,
+        parallelism=job.parallelism,
         levels=levels,
         stream_blocks=stream_blocks,
-        static_slots=job.parallelism.fsdp_static_slots,
     )
     return model
 

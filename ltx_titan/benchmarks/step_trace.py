@@ -34,12 +34,15 @@ CLASSES = (
     "clipping",
     "copies",
     "NCCL",
+    "peer copies",
     "host copies",
 )
 # Inductor names a kernel after all operations fused into it, hence its prefix comes first.
 _NAMES = (
     ("elementwise", ("triton_",)),
     ("NCCL", ("nccl",)),
+    # By copy engines, and the barriers of one block around them: parallel/peer_memory.py.
+    ("peer copies", ("memcpy ptop", "barrier_kernel")),
     ("attention", ("fmha", "flash", "sdpa", "cudnn_generated", "attention")),
     ("fused kernels", ("_forward_kernel", "_backward_kernel", "_sum_partials_kernel", "_sum_weights_kernel")),
     ("matmul", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),

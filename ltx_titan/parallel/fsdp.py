@@ -19,7 +19,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from ltx_titan.parallel import peer_memory
+
 logger = logging.getLogger(__name__)
+
+Choice = Literal["auto", "on", "off"]
 
 
 def apply_fsdp(
@@ -78,37 +82,63 @@ def apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def use_static_slots(model: nn.Module, blocks: nn.ModuleList, wanted: Literal["auto", "on", "off"]) -> bool:
+def use_static_slots(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    wanted: Choice,
+    *,
+    copy_engines: Choice = "off",
+    exchange_gradients: Choice = "off",
+) -> bool:
     """Makes sharded blocks gather into static slots (static_slots.py). Apply before the first forward pass.
 
     Args:
         model: as given to `apply_fsdp`.
         blocks: its repeated blocks.
         wanted: `parallelism.fsdp_static_slots`.
+        copy_engines: `parallelism.fsdp_copy_engines`.
+        exchange_gradients: `parallelism.fsdp_exchange_gradients`.
 
     Returns:
         Whether slots are used; the log has the reason if "auto" does without them.
 
     Raises:
-        ValueError: "on", and the blocks cannot have slots.
+        ValueError: "on", and the blocks cannot have it.
     """
-    if wanted == "off":
-        return False
-    reason = None
-    try:
-        # Not at the top: it imports private modules of torch, which another version may lack.
-        from ltx_titan.parallel.static_slots import add_static_slots, obstacle
+    reason: str | None = "parallelism.fsdp_static_slots is 'off'"
+    if wanted != "off":
+        try:
+            # Not at the top: it imports private modules of torch, which another version may lack.
+            from ltx_titan.parallel.static_slots import add_static_slots, obstacle, sharding
 
-        reason = obstacle(blocks)
-    except ImportError as error:
-        reason = f"FSDP2 of torch {torch.__version__} differs ({error})"
-    if reason is None:
-        count = add_static_slots(model, blocks)
-        logger.info("FSDP2: %d blocks take turns in %d static slots", len(blocks), count)
-        return True
-    if wanted == "on":
-        raise ValueError(
-            f"parallelism.fsdp_static_slots = 'on': {reason}; set parallelism.fsdp_static_slots to 'auto' or 'off'."
-        )
-    logger.info("FSDP2: no static slots, because %s", reason)
-    return False
+            reason = obstacle(blocks)
+        except ImportError as error:
+            reason = f"FSDP2 of torch {torch.__version__} differs ({error})"
+    if reason is not None:
+        _refuse("fsdp_static_slots", wanted, reason)
+        _refuse("fsdp_copy_engines", copy_engines, reason)
+        _refuse("fsdp_exchange_gradients", exchange_gradients, reason)
+        if wanted != "off":
+            logger.info("FSDP2: no static slots, because %s", reason)
+        return False
+    group, device = sharding(blocks)
+    if copy_engines != "off":
+        reason = peer_memory.obstacle(group, device, on_cpu=copy_engines == "on")
+        _refuse("fsdp_copy_engines", copy_engines, reason)
+    _refuse("fsdp_exchange_gradients", exchange_gradients, "one rank has all gradients" if group.size() == 1 else None)
+    has_peers = copy_engines != "off" and reason is None
+    exchanges = exchange_gradients == "on" or (exchange_gradients == "auto" and has_peers)
+    count = add_static_slots(model, blocks, copy_engines=has_peers, exchange_gradients=exchanges)
+    logger.info("FSDP2: %d blocks take turns in %d static slots", len(blocks), count)
+    if has_peers:
+        logger.info("FSDP2: copy engines gather the weights")
+    elif copy_engines != "off" and group.size() > 1 and device.type == "cuda":
+        logger.info("FSDP2: NCCL gathers the weights, because %s", reason)
+    if exchanges:
+        logger.info("FSDP2: gradients are exchanged in the compute dtype and added in float32")
+    return True
+
+
+def _refuse(key: str, wanted: Choice, reason: str | None) -> None:
+    if wanted == "on" and reason is not None:
+        raise ValueError(f"parallelism.{key} = 'on': {reason}; set parallelism.{key} to 'auto' or 'off'.")

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -20,7 +20,7 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor, nn
 
-from ltx_titan.config import ActivationCheckpointSection, Float8Section
+from ltx_titan.config import ActivationCheckpointSection, Float8Section, ParallelismSection
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.float8_linear import matmul_refusal
 from ltx_titan.parallel.activation_checkpoint import Level, apply_full_checkpointing, apply_selective_checkpointing
@@ -49,10 +49,9 @@ def parallelize(
     float8: Float8Section,
     checkpointing: ActivationCheckpointSection,
     compiled_shapes: int | None,
-    cpu_offload: bool,
+    parallelism: ParallelismSection,
     levels: Sequence[Level] = (),
     stream_blocks: int = 0,
-    static_slots: Literal["auto", "on", "off"] = "auto",
 ) -> None:
     """Applies the parallel plan in place. Combinations that cannot work are refused earlier, by `plan_job`.
 
@@ -63,10 +62,9 @@ def parallelize(
         float8: the job's `[float8]`.
         checkpointing: the job's `[activation_checkpoint]`.
         compiled_shapes: compile every block, for this many combinations of shapes; None does not compile.
-        cpu_offload: keep parameters, gradients and optimizer state in host memory.
+        parallelism: the job's `[parallelism]`.
         levels: of each block, with `activation_checkpoint.mode = "budget"`.
         stream_blocks: blocks whose frozen weights are on the device at a time; 0 keeps all of them there.
-        static_slots: `parallelism.fsdp_static_slots`.
 
     Raises:
         ValueError: the device or the weights do not support what the job asks for.
@@ -136,9 +134,15 @@ def parallelize(
         logger.info("weight streaming: %d of %d blocks on the device at a time", stream_blocks, len(blocks))
 
     # Last: FSDP2 records each unit's parameters, so their modules, dtypes and tp placements must be final.
-    apply_fsdp(model, blocks, mesh.fsdp, dtype, cpu_offload=cpu_offload, streamed=streamed)
+    apply_fsdp(model, blocks, mesh.fsdp, dtype, cpu_offload=parallelism.cpu_offload, streamed=streamed)
     logger.info("FSDP2: %s, parameters gathered as %s", mesh.fsdp, dtype)
-    use_static_slots(model, blocks, static_slots)
+    use_static_slots(
+        model,
+        blocks,
+        parallelism.fsdp_static_slots,
+        copy_engines=parallelism.fsdp_copy_engines,
+        exchange_gradients=parallelism.fsdp_exchange_gradients,
+    )
 
 
 def apply_compile(blocks: nn.ModuleList) -> None:

@@ -7,14 +7,15 @@ bytes per weight read and written twice a step. Here two slots, each as large as
     compute stream            | block 0  | block 1  | ...    reads it
 
 A shard is a range of rows, so a weight's shards in the order of ranks are the weight: each rank casts its own shard
-into place, and one group of all-gathers fills in the others. Weights below 1 MiB share one all-gather and are copied
-out of it, on the gather stream as well. Values and gradients are those of FSDP2, bit by bit.
+into place, and one group of all-gathers fills in the others, or copies from the memory of the other GPUs
+(peer_memory.py). Weights below 1 MiB share one all-gather and are copied out of it, on the gather stream as well.
+Values and gradients are those of FSDP2, bit by bit.
 
-In the backward pass, the gradients are copied to the float32 input of their reduce-scatter on that collective's stream,
-beside the compute of the next block, which keeps them in memory until then.
+In the backward pass, the gradients are copied to the input of their reduce-scatter on that collective's stream, beside
+the compute of the next block, which keeps them in memory until then. gradient_exchange.py may replace the collective.
 
-This is the only module that relies on private parts of FSDP2 (torch 2.11 to 2.13; `RELIED_ON` lists them). Where they
-are missing, or a model's weights do not fit, plain FSDP2 runs, and the log says why.
+This is the module that relies on private parts of FSDP2 (torch 2.11 to 2.13; `RELIED_ON` lists them). Where they are
+missing, or a model's weights do not fit, plain FSDP2 runs, and the log says why.
 """
 
 from collections import defaultdict
@@ -31,6 +32,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.profiler import record_function
 
+from ltx_titan.parallel.gradient_exchange import GradientExchange
+from ltx_titan.parallel.peer_memory import PeerTensor, allocate
+
 # One computes, the other is being gathered.
 _SLOTS = 2
 DIRECT_BYTES = 1 << 20
@@ -41,7 +45,7 @@ RELIED_ON = {
         *("finalize_backward", "_wait_all_gather_streams_on_event", "_all_gather_process_group", "_with_fqn"),
         *("_use_post_forward_mesh", "_all_gather_output", "_all_gather_result", "_training_state", "comm_ctx"),
         *("device", "device_handle", "fsdp_params", "mesh_info", "reduce_grads", "reshard_after_backward"),
-        "unshard_in_backward",
+        *("unshard_in_backward", "_reduce_scatter_comm", "_reduce_scatter_process_group", "mp_policy"),
     ),
     "parameter": (
         *("_sharded_param_data", "sharded_param", "padded_sharded_param_size", "fsdp_placement", "offload_to_cpu"),
@@ -51,15 +55,20 @@ RELIED_ON = {
 """Attributes of FSDP2's objects that this module reads, writes or overrides."""
 
 
-def add_static_slots(model: nn.Module, blocks: nn.ModuleList) -> int:
+def add_static_slots(
+    model: nn.Module, blocks: nn.ModuleList, *, copy_engines: bool = False, exchange_gradients: bool = False
+) -> int:
     """Makes blocks without an `obstacle` gather into slots; returns the number of slots.
 
     Args:
         model: the root of the sharded model, before its first forward pass.
         blocks: its repeated blocks.
+        copy_engines: copy shards from the other ranks' memory (peer_memory.py) instead of NCCL's all-gathers.
+        exchange_gradients: reduce them by gradient_exchange.py, with copy engines if weights are gathered by them.
     """
-    slots = [_Slot() for _ in range(min(_SLOTS, len(blocks)))]
-    reducing = _Reducing()
+    slots = [_Slot(copy_engines) for _ in range(min(_SLOTS, len(blocks)))]
+    exchange = _exchange(blocks, copy_engines) if exchange_gradients else None
+    reducing = _Reducing(exchange)
     for number, block in enumerate(blocks):
         group = _param_group(block)
         assert group is not None
@@ -107,6 +116,29 @@ def obstacle(blocks: nn.ModuleList) -> str | None:
     return None
 
 
+def sharding(blocks: nn.ModuleList) -> tuple[dist.ProcessGroup, torch.device]:
+    """The ranks over which the weights of blocks without an `obstacle` are sharded, and this rank's device."""
+    group = _param_group(blocks[0])
+    assert group is not None
+    return group._all_gather_process_group, group.device
+
+
+def _exchange(blocks: nn.ModuleList, copy_engines: bool) -> GradientExchange | None:
+    """The reduction of blocks' gradients, all of one dtype; None if there are none or one rank has them all."""
+    ranks, most, dtypes = 1, 0, set()
+    for block in blocks:
+        group = _param_group(block)
+        assert group is not None
+        ranks = group._reduce_scatter_process_group.size()
+        # Blocks may differ in what is frozen.
+        trained = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
+        most = max(most, sum(p.padded_sharded_param_size.numel() for p in trained))
+        dtypes |= {group.mp_policy.param_dtype or p.sharded_param.dtype for p in trained}
+    if ranks == 1 or len(dtypes) != 1:
+        return None
+    return GradientExchange(ranks * most, dtypes.pop(), by_copy_engines=copy_engines)
+
+
 def _param_group(block: nn.Module) -> FSDPParamGroup | None:
     assert isinstance(block, FSDPModule)
     return getattr(block._get_fsdp_state(), "_fsdp_param_group", None)
@@ -121,7 +153,8 @@ class _Slot:
         free: event after which the owner no longer reads its weights; None if that is ordered otherwise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copy_engines: bool) -> None:
+        self._copy_engines = copy_engines
         self.buffers: list[Tensor] = []
         self.owner: _SlottedParamGroup | None = None
         self.free: torch.Event | None = None
@@ -131,6 +164,8 @@ class _Slot:
         # The others' all-gather, [ranks, elements], and where it is copied to.
         self._staging: Tensor | None = None
         self._staged: list[Tensor] = []
+        # What is filled in from the other ranks' memory, if that is how weights are gathered.
+        self._shared: list[PeerTensor] = []
 
     def is_busy(self, group: "_SlottedParamGroup") -> bool:
         """Whether another group than `group` is computing with its weights."""
@@ -149,13 +184,16 @@ class _Slot:
     def gather(self, params: list[FSDPParam], group: dist.ProcessGroup) -> None:
         """Fills the slot on the current stream."""
         if not self.buffers:
-            self._allocate(params, group.size(), group.rank())
+            self._allocate(params, group)
+        if self._shared:
+            # The other ranks have read what they needed of the block before.
+            self._shared[0].barrier()
         inputs: list[Tensor] = []
         # By dtype, because a foreach operation over mixed ones launches one kernel a tensor.
         copies: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p, own, is_direct in zip(params, self._own, self._is_direct, strict=True):
             shard = p._sharded_param_data
-            if is_direct and group.size() > 1 and shard.dtype == own.dtype:
+            if is_direct and group.size() > 1 and shard.dtype == own.dtype and not self._shared:
                 inputs.append(shard)
             else:
                 copies[shard.dtype].append((own, shard))
@@ -165,7 +203,9 @@ class _Slot:
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.buffers)):
             for pairs in copies.values():
                 torch._foreach_copy_([own for own, _ in pairs], [shard for _, shard in pairs])
-            if group.size() > 1:
+            if self._shared:
+                _copy_from_peers(self._shared)
+            elif group.size() > 1:
                 outputs = [buffer for buffer, is_direct in zip(self.buffers, self._is_direct, strict=True) if is_direct]
                 if self._staging is not None:
                     outputs.append(self._staging.view(-1))
@@ -175,24 +215,44 @@ class _Slot:
                 sizes = [out.shape[1] for out in self._staged]
                 torch.split_with_sizes_copy(self._staging, sizes, dim=1, out=self._staged)
 
-    def _allocate(self, params: list[FSDPParam], ranks: int, rank: int) -> None:
+    def _allocate(self, params: list[FSDPParam], group: dist.ProcessGroup) -> None:
+        ranks, rank = group.size(), group.rank()
         dtypes = [p.param_dtype or p.orig_dtype for p in params]
         sizes = [p._sharded_param_data.numel() for p in params]
         device = params[0].device
-        # Never freed, so that CUDA graphs and autograd may keep the addresses.
-        self.buffers = [
-            torch.empty(ranks * size, dtype=dtype, device=device) for size, dtype in zip(sizes, dtypes, strict=True)
-        ]
-        small = [i for i, buffer in enumerate(self.buffers) if ranks > 1 and buffer.nbytes < DIRECT_BYTES]
+
+        def empty(numel: int, dtype: torch.dtype, *, is_gathered: bool) -> Tensor:
+            if not (self._copy_engines and is_gathered):
+                return torch.empty(numel, dtype=dtype, device=device)
+            self._shared.append(allocate(numel, dtype, group, device))
+            return self._shared[-1].own
+
+        small = [i for i in range(len(params)) if ranks > 1 and ranks * sizes[i] * dtypes[i].itemsize < DIRECT_BYTES]
         # Of one dtype; the others, if there are any, are gathered directly.
         small = [i for i in small if dtypes[i] == dtypes[small[0]]]
         self._is_direct = [i not in small for i in range(len(params))]
+        # Never freed, so that CUDA graphs and autograd may keep the addresses.
+        self.buffers = [
+            empty(ranks * size, dtype, is_gathered=is_direct)
+            for size, dtype, is_direct in zip(sizes, dtypes, self._is_direct, strict=True)
+        ]
         self._own = [buffer.view(ranks, -1)[rank] for buffer in self.buffers]
         if small:
-            self._staging = torch.empty(ranks, sum(sizes[i] for i in small), dtype=dtypes[small[0]], device=device)
+            total = sum(sizes[i] for i in small)
+            self._staging = empty(ranks * total, dtypes[small[0]], is_gathered=True).view(ranks, total)
             for i, own in zip(small, self._staging[rank].split([sizes[i] for i in small]), strict=True):
                 self._own[i] = own
             self._staged = [self.buffers[i].view(ranks, -1) for i in small]
+
+
+def _copy_from_peers(shared: list[PeerTensor]) -> None:
+    """Fills in the other ranks' parts of tensors whose own part is ready on the current stream."""
+    first = shared[0]
+    first.barrier()
+    ranks = len(first.by_rank)
+    for peer in first.peers:
+        for tensor in shared:
+            tensor.own.view(ranks, -1)[peer].copy_(tensor.by_rank[peer].view(ranks, -1)[peer])
 
 
 def _all_gather_together(outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> None:
@@ -208,8 +268,12 @@ def _all_gather_together(outputs: list[Tensor], inputs: list[Tensor], group: dis
 
 @dataclass
 class _Reducing:
-    """The last block that was reduced, and its gradients, which the reduce-scatter's stream may still read."""
+    """The last block that was reduced, and its gradients, which the reduce-scatter's stream may still read.
 
+    `exchange` is None to reduce by FSDP2's own reduce-scatter.
+    """
+
+    exchange: GradientExchange | None = None
     group: "_SlottedParamGroup | None" = None
     gradients: list[Tensor] = field(default_factory=list)
 
@@ -236,6 +300,8 @@ class _SlottedParamGroup(FSDPParamGroup):
             # while the first block of the other computes. It is gathered when it is its turn.
             return
         self.slot.take(self)
+        if self.reducing.exchange is not None:
+            self.reducing.exchange.share(self._reduce_scatter_process_group, self.device)
         stream = self.comm_ctx.get_all_gather_streams(async_op, self._training_state)[1]
         if self.slot.free is not None:
             stream.wait_event(self.slot.free)
@@ -297,7 +363,15 @@ class _SlottedParamGroup(FSDPParamGroup):
         self.reducing.group, self.reducing.gradients = self, gradients
         reducing.wait_stream(compute)
         with self.device_handle.stream(reducing):
+            exchange = self.reducing.exchange
+            if exchange is None or any(gradient.dtype != exchange.dtype for gradient in gradients):
+                super().post_backward(*unused)
+                return
+            # For this reduction only: accumulated gradients are float32, and would be rounded.
+            plain, self._reduce_scatter_comm = self._reduce_scatter_comm, exchange
+            exchange.begin()
             super().post_backward(*unused)
+            self._reduce_scatter_comm = plain
 
     def finalize_backward(self) -> None:
         """Orders the current stream after the reductions."""

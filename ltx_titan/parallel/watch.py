@@ -76,6 +76,8 @@ class Watch:
         self._store = store.clone()  # type: ignore[attr-defined] # the stubs lack it
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         if self._size > 1:
+            # Before the first collective: a rank that hangs in it must have been seen.
+            self._publish()
             self._thread.start()
 
     def enter(self, step: int, phase: str) -> None:
@@ -127,9 +129,7 @@ class Watch:
                 return
 
     def _beat(self) -> None:
-        self._beats += 1
-        position, waited = self._position, time.monotonic() - self._since
-        self._store.set(f"watch/{self._rank}", json.dumps([self._beats, *position]))
+        position, waited = self._publish(), time.monotonic() - self._since
         if waited > 0.8 * self._timeout_s or self._store.check(["watch/write"]):
             self._write_stacks()
         if self._rank > 0:
@@ -152,22 +152,30 @@ class Watch:
                 self.folder,
             )
 
+    def _publish(self) -> _Position:
+        """Writes this rank's position, with a count that shows that it is alive, to the store; returns the position."""
+        self._beats += 1
+        position = self._position
+        self._store.set(f"watch/{self._rank}", json.dumps([self._beats, *position]))
+        return position
+
     def _missing(self) -> str | None:
         """The ranks that the others wait for, and why; None if all are in the same place."""
         now, positions, silent = time.monotonic(), {}, []
         for rank in range(self._size):
-            if not self._store.check([f"watch/{rank}"]):
-                continue
-            beats, step, phase = json.loads(self._store.get(f"watch/{rank}"))
+            beats = 0  # of a rank that has not even joined
+            if self._store.check([f"watch/{rank}"]):
+                beats, step, phase = json.loads(self._store.get(f"watch/{rank}"))
+                positions[rank] = _Position(step, phase)
             last, since = self._seen.get(rank, (-1, now))
             if beats != last:
                 since = now
             self._seen[rank] = (beats, since)
-            positions[rank] = _Position(step, phase)
             if rank != self._rank and now - since > 3 * self._poll_s:
                 silent.append(rank)
         if silent:
-            return f"{_ranks(silent)}, which does not answer (last seen {positions[silent[0]]})"
+            seen = positions.get(silent[0], "never")
+            return f"{_ranks(silent)}, which does not answer (last seen: {seen})"
         first = min(positions.values(), default=None)
         late = [rank for rank, position in positions.items() if position == first]
         if len(late) in (0, len(positions)):

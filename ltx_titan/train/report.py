@@ -9,6 +9,7 @@ import torch.distributed as dist
 from ltx_titan.common.titan import peak_flops
 from ltx_titan.metrics import MetricsLogger, StepGuard, StepMetrics, Sums, peak_memory_gib, reset_peak_memory
 from ltx_titan.metrics.heartbeat import Heartbeat
+from ltx_titan.parallel import peer_memory
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.train.step import GradNorms
 
@@ -100,7 +101,7 @@ class StepReport:
         peak_memory = peak_memory_gib(self._device)
         if peak_memory is None:
             return None
-        peak = like.new_tensor(max(peak_memory, graph_bytes / 1024**3))
+        peak = like.new_tensor(max(peak_memory, graph_bytes / 1024**3) + peer_memory.held_bytes() / 1024**3)
         # The fullest rank decides whether a job fits.
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         reset_peak_memory(self._device)

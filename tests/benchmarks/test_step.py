@@ -54,6 +54,18 @@ TRACE = [
 ]
 
 
+def test_copies_between_gpus_and_their_barriers_are_a_class_of_their_own():
+    found = split_step(
+        [
+            kernel("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN", 0, 4),
+            kernel("Memcpy PtoP (Device -> Device)", 1, 2, cat="gpu_memcpy"),
+            kernel("c10d::symmetric_memory::barrier_kernel(unsigned int**, int, int, int, unsigned long)", 4, 1),
+        ]
+    )
+    share = found.shares["peer copies"]
+    assert (share.kernel_ms, share.exposed_ms, share.launches) == pytest.approx((3, 1, 2))
+
+
 def test_a_step_is_split_by_class_and_by_what_is_exposed():
     found = split_step(TRACE)
     kernels = {kind: share.kernel_ms for kind, share in found.shares.items() if share.launches}

@@ -73,8 +73,12 @@ def test_written_clips_are_what_is_rendered_and_repeat(tmp_path):
     assert TRIGGER in row["caption"]
     assert ALL_SHAPES[row["shape"]] not in row["caption"]
     path = table.parent / row["video"]
-    assert path.read_bytes() == (again.parent / row["video"]).read_bytes()
     frames, audio = read_clip(path, FPS, 64, 64), read_audio(path)
+    # Not byte by byte: with AVX-512, x264 writes other bits for the same frames now and then.
+    repeated = again.parent / row["video"]
+    assert again.read_text() == table.read_text()
+    assert (frames - read_clip(repeated, FPS, 64, 64)).abs().mean() < 1 / 255
+    assert torch.equal(audio.waveform, read_audio(repeated).waveform)
     clip = draw_clips(1, 3, combinations(held_out=False, shapes=[len(SHAPES)]))
     scores = adherence(measure(frames[None], audio.waveform[None], audio.sample_rate), clip)
     assert scores["all"] == 1

@@ -68,6 +68,8 @@ class Case:
     float8_all_gather: bool = False
     dtype: torch.dtype = torch.float32
     static_slots: str = "auto"
+    copy_engines: str = "off"
+    exchange_gradients: str = "off"
     ci: bool = False
 
     def __str__(self) -> str:
@@ -75,6 +77,8 @@ class Case:
         float8 = [f"float8_{self.float8}{'_gathered' * self.float8_all_gather}"] if self.float8 else []
         dtype = ["bfloat16"] if self.dtype == torch.bfloat16 else []
         slots = [f"slots_{self.static_slots}"] if self.static_slots != "auto" else []
+        slots += ["copy_engines"] if self.copy_engines != "off" else []
+        slots += ["exchange"] if self.exchange_gradients != "off" else []
         return "-".join([*axes, self.scenario, self.recompute, self.compile or "eager", *float8, *dtype, *slots])
 
     @property
@@ -237,7 +241,13 @@ def build(case: Case, mesh: Mesh) -> LTXTransformer:
     apply_fsdp(model, model.transformer_blocks, mesh.fsdp, case.dtype)
     # Of the tiny model's weights, the larger ones have all-gathers of their own, as in a real model.
     static_slots.DIRECT_BYTES = 4096
-    use_static_slots(model, model.transformer_blocks, case.static_slots)
+    use_static_slots(
+        model,
+        model.transformer_blocks,
+        case.static_slots,
+        copy_engines=case.copy_engines,
+        exchange_gradients=case.exchange_gradients,
+    )
     model.to_empty(device="cpu")
     assert [name for name, _ in named(model)] == names
     return model

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from ltx_titan.lora import LoRALinear, apply_lora, init_lora_
-from ltx_titan.weights import QUANTIZED, QuantizedLinear
+from ltx_titan.memory.live_bytes import LiveBytes
+from ltx_titan.weights import QUANTIZED, QuantizedLinear, quantized
 from ltx_titan.weights.quantized import dequantize, quantize_rows
 from tests.lora.adapted import golden_inputs, same_bits, settings, transformer
 
@@ -33,6 +34,20 @@ def test_rows_are_independent_and_zero_rows_stay_zero(form):
     assert same_bits(data[2:5], part)
     assert torch.equal(scale[2:5], part_scale)
     assert not dequantize(data, scale, form, torch.float32)[3].any()
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_in_parts_a_weight_has_the_same_bits_and_takes_less_memory(form, monkeypatch):
+    weight = weight_of(rows=256, columns=256)
+    data = quantize_rows(weight, form)
+    with LiveBytes() as at_once:
+        expected = dequantize(*data, form, torch.bfloat16)
+    monkeypatch.setattr(quantized, "_WEIGHTS_AT_A_TIME", 256 * 30)  # does not divide the rows
+    with LiveBytes() as in_parts:
+        found = dequantize(*data, form, torch.bfloat16)
+    assert same_bits(found, expected)
+    assert at_once.peak > 10 * weight.numel()
+    assert in_parts.peak < 5 * weight.numel()
 
 
 @pytest.mark.parametrize("form", QUANTIZED)

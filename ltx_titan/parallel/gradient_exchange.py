@@ -1,0 +1,85 @@
+"""Reduce-scatter of gradients that travel in the dtype in which they were computed and are added in float32.
+
+FSDP2 casts gradients to float32 and reduces them with NCCL: four bytes a gradient over the links, and float32 kernels
+beside the backward pass. Here every rank receives the others' bfloat16 gradients of its own shard, half the bytes, and
+adds them in float32. Nothing is rounded that a float32 reduction would not round: only the order of the sum can differ,
+and of two ranks not even that.
+
+Ranks exchange gradients with an all-to-all, or copy them from each other's memory (peer_memory.py). Each gradient
+crosses once to the rank that adds it, so between hosts a ring would send less.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+from ltx_titan.parallel.peer_memory import PeerTensor, allocate
+
+
+class GradientExchange(ReduceScatter):
+    """FSDP2's interface of a reduce-scatter, for one block at a time.
+
+    Args:
+        numel: most gradients of a block, padded to equal shards.
+        dtype: of the gradients.
+        by_copy_engines: copy from the peers' memory instead of an all-to-all.
+    """
+
+    def __init__(self, numel: int, dtype: torch.dtype, *, by_copy_engines: bool) -> None:
+        self.dtype = dtype
+        self._numel = numel
+        self._by_copy_engines = by_copy_engines
+        self._memory: PeerTensor | None = None
+        self._has_input = False
+
+    def share(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Allocates the memory that peers read; called before the first pass, whose activations may fill the rest."""
+        if self._by_copy_engines and self._memory is None:
+            self._memory = allocate(self._numel, self.dtype, group, device)
+
+    def begin(self) -> None:
+        """Prepares the reduction of a block on the current stream."""
+        self._has_input = False
+        if self._memory is not None:
+            # The peers have read the block before.
+            self._memory.barrier()
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """FSDP2 asks for the input first, then for the output; both as `dtype`, in which it would reduce."""
+        if self._has_input:
+            return torch.empty(*size, dtype=dtype, device=device)
+        self._has_input = True
+        if self._memory is None:
+            return torch.empty(*size, dtype=self.dtype, device=device)
+        (numel,) = size
+        return self._memory.own[: int(numel)]
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Adds all ranks' parts for this rank.
+
+        Args:
+            output_tensor: the sum of this rank's shards [elements], float32.
+            input_tensor: this rank's gradients for each rank, [ranks x elements].
+            group: the ranks.
+            op: a sum.
+            async_op: not supported.
+        """
+        assert self._memory is not None or not self._by_copy_engines, "`share` comes first"
+        assert op == dist.ReduceOp.SUM and not async_op, (op, async_op)
+        ranks, rank = group.size(), group.rank()
+        parts = torch.empty(ranks, output_tensor.numel(), dtype=input_tensor.dtype, device=input_tensor.device)
+        if self._memory is None:
+            dist.all_to_all_single(parts, input_tensor.view(ranks, -1), group=group)
+        else:
+            self._memory.barrier()
+            for peer in self._memory.peers:
+                theirs = self._memory.by_rank[peer][: input_tensor.numel()]
+                parts[peer].copy_(theirs.view(ranks, -1)[rank])
+            parts[rank].copy_(input_tensor.view(ranks, -1)[rank])
+        torch.sum(parts, 0, dtype=output_tensor.dtype, out=output_tensor)
