@@ -188,6 +188,7 @@ CHECKED: dict[str, tuple[str, Callable[[Command, pytest.MonkeyPatch], None]]] = 
     "torchrun --nproc-per-node 1 -m ltx_titan.benchmarks": ("needs a GPU", measures),
     "torchrun --nproc-per-node 2 -m ltx_titan.benchmarks": ("needs two GPUs", measures),
     "ltx-titan bench step": ("needs a GPU", parses),
+    "ltx-titan bench block --tokens 4032 16128 --providers triton native tensorwise": ("needs a GPU", parses),
     "ltx-titan bench small-gpu": ("needs a GPU", parses),
     "pytest -m gpu": ("needs a GPU", names_files),
     "ltx-titan bench nano": ("minutes on a GPU", parses),
