@@ -150,6 +150,13 @@ class _TrainedFloat8(torch.autograd.Function):
 class Float8TrainedLinear(nn.Linear):
     """A linear layer with the matmuls above; widths are multiples of 16."""
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "Float8TrainedLinear":
+        """A layer with the same parameters."""
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of `x`."""
         weight = self.weight

@@ -69,8 +69,9 @@ def apply_float8(
         )
     if recipe == "native":
         for name in converted:
-            # Of the same parameters: only what is computed with them differs.
-            model.get_submodule(name).__class__ = Float8TrainedLinear
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            model.set_submodule(name, Float8TrainedLinear.from_linear(layer))
         return converted
     # Imported here: torchao takes seconds to import, and most jobs do not use it.
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training

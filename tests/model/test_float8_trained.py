@@ -15,11 +15,6 @@ from ltx_titan_kernels.formulas import quantize_tokens
 TOKENS, IN, OUT = 96, 256, 384
 
 
-def native(layer):
-    layer.__class__ = Float8TrainedLinear
-    return layer
-
-
 def make(kind, dtype=torch.float32):
     torch.manual_seed(0)
     layer = nn.Linear(IN, OUT)
@@ -27,7 +22,7 @@ def make(kind, dtype=torch.float32):
     layer.weight.data *= torch.logspace(-2, 0, OUT)[:, None]
     layer = layer.to(dtype)
     if kind == "native":
-        return native(layer)
+        return Float8TrainedLinear.from_linear(layer)
     if kind == "tensorwise":
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
