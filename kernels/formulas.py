@@ -21,6 +21,10 @@ CosSin = tuple[Tensor, Tensor]
 """Cosines and sines of every token and head [B, H, S, head_dim / 2], float32."""
 
 
+MAX_WIDTH = 16384
+"""Widest token of a kernel, which holds it in the registers of one program."""
+
+
 @dataclass(frozen=True)
 class HeadShare:
     """Heads of an attention that a tensor holds under tensor parallelism.
@@ -126,12 +130,14 @@ FLOAT8_MAX = 448.0
 SMALLEST_AMAX = 1e-30
 
 
-def quantize_tokens(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_tokens(x: Tensor, factor: Tensor | None = None, *, powers_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Quantizes tokens to e4m3 with one scale each: `x * factor` is about `q * scale`.
 
     Args:
         x: [T, K].
         factor: [K], multiplied first; None for none.
+        powers_of_two: round scales up to powers of two, so that a quantized token can be brought to another such scale
+            without a second rounding.
 
     Returns:
         e4m3 [T, K] and scales [T, 1] float32.
@@ -140,6 +146,12 @@ def quantize_tokens(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Te
     if factor is not None:
         x = x * factor.float()
     amax = x.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX)
+    if powers_of_two:
+        # Adding almost 1 to the mantissa carries into the exponent, unless the mantissa is 0.
+        bits = (amax / FLOAT8_MAX).view(torch.int32) + 0x7FFFFF
+        # What is not finite stays so, and reaches the result.
+        scale = torch.where(amax.isfinite(), (bits & -0x800000).view(torch.float32), amax)
+        return (x / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
     # Rounding can push the largest value past the format's range, where a cast on a CPU gives NaN.
     q = (x * (FLOAT8_MAX / amax)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
     return q, amax / FLOAT8_MAX

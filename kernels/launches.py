@@ -24,12 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ltx_titan_kernels.formulas import AdaLN
+from ltx_titan_kernels.formulas import MAX_WIDTH, AdaLN
 
 # One bit per timestep in an int32; a sample of a training batch has one or two distinct timesteps.
 MAX_TIMESTEPS = 31
-# A token is held in the registers of one program.
-MAX_WIDTH = 16384
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A program reads modulation and weights once; with fewer tokens they would cost as much as the tokens. If there are
 # fewer tokens than multiprocessors (audio), each gets a program.

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ from torch.distributed.run import main as torchrun
 
 from ltx_titan.common.files import held, is_held
 from ltx_titan.common.ranks import number_of
-from ltx_titan.parallel.join import check_address
+from ltx_titan.parallel.join import check_address, report_lost
 from ltx_titan.parallel.stop import LAUNCHER_PID, STOP_SIGNALS
 
 # Prefix of the folder of the ranks' log files.
@@ -112,7 +113,9 @@ def launch(arguments: Sequence[str]) -> int:
         try:
             torchrun(["--log-dir", logs, *arguments])
         except ChildFailedError as error:
-            return _report(error, stop.received)
+            failures = _first_to_blame(error)
+            _inform_first_node(arguments, *failures[0])
+            return _report(failures, stop.received)
     return 0
 
 
@@ -166,11 +169,13 @@ class _StopHandler:
         os._exit(128 + self.received)
 
 
-def _report(error: ChildFailedError, stop: signal.Signals | None) -> int:
-    """Prints what the console does not show yet of the failed ranks; returns the exit code."""
-    # Ranks with an error of their own first, then killed ones: the others only lost the connection to these. Ranks that
-    # ended by SIGTERM are last: torchrun sends it to the others once a rank has failed.
-    failures = sorted(
+def _first_to_blame(error: ChildFailedError) -> list[tuple[int, ProcessFailure]]:
+    """Ranks of this node that failed, those with an error of their own first, then killed ones.
+
+    The others only lost the connection to these. Ranks that ended by SIGTERM are last: torchrun sends it to the others
+    once a rank has failed.
+    """
+    return sorted(
         error.failures.items(),
         key=lambda item: (
             _own_error(item[1]) is None,
@@ -180,6 +185,19 @@ def _report(error: ChildFailedError, stop: signal.Signals | None) -> int:
             item[0],
         ),
     )
+
+
+def _inform_first_node(arguments: Sequence[str], rank: int, failure: ProcessFailure) -> None:
+    """Spares the other nodes the wait for ranks that have not joined yet and never will."""
+    values = dict(pairwise(arguments))
+    # The first node hosts the store, and takes it along.
+    if values["--nnodes"] != "1" and values.get("--node-rank", "0") != "0" and "--master-port" in values:
+        message = f"rank {rank} ended with exit code {failure.exitcode}"
+        report_lost(values["--master-addr"], int(values["--master-port"]), message)
+
+
+def _report(failures: Sequence[tuple[int, ProcessFailure]], stop: signal.Signals | None) -> int:
+    """Prints what the console does not show yet of the failed ranks; returns the exit code."""
     rank, failure = failures[0]
     if stop is not None and -failure.exitcode in STOP_SIGNALS:
         _say(f"stopped by {stop.name} before the first step: there was nothing to save.")

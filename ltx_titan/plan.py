@@ -187,6 +187,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         degrees,
         float8=job.float8.recipe,
         float8_all_gather=job.float8.all_gather,
+        float8_skip_blocks=job.float8.skip_blocks,
         cuts_moments=cuts_blocks if job.optimizer.name in ("adamw8bit", "adamw4bit") else None,
     )
     # Whatever the machine, such as one without a GPU that estimates the job.

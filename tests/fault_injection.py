@@ -64,6 +64,7 @@ PHASES = ("training", "saving", "writing", "exporting", "validating", "starting"
 _PR_SET_CHILD_SUBREAPER = 36
 # What a user would find after "complete": written by the save's thread or, in the last step, by the loop.
 _COMPLETE = re.compile(r"checkpoint of step (\d+) is complete")
+_ALONE = re.compile(r"lost the connection to another rank|rank [\d, ]+ of \d+ did not join")
 _RESUMED = re.compile(r"resumed from \S*/step-(\d+):")
 
 
@@ -154,8 +155,8 @@ def check_after(run: Run, kill: Kill, hit: str, resumed: int) -> int:
         logged = read_run(run.job)[-1]["step"]
         if newest != logged:
             raise Violation(f"SIGTERM to {kill.target} while {hit}: step {logged} was reached, {newest} is saved")
-    # Before the first step there is nothing to save: the other node only loses the connection, and says so.
-    elif 1 in codes and kill.signal == signal.SIGTERM and "lost the connection to another rank" in text:
+    # Before the first step there is nothing to save: the other node loses the connection or waits in vain, and says so.
+    elif 1 in codes and kill.signal == signal.SIGTERM and _ALONE.search(text):
         if "Traceback" in text:
             raise Violation(f"SIGTERM to {kill.target} while {hit}: a traceback")
     # A launcher or rank that is killed in its last moments may leave a run that has finished.

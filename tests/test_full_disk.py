@@ -66,6 +66,25 @@ def test_a_disk_without_room_is_refused_before_the_first_step(job, tmp_path, run
     assert "are free on its disk" in outcome.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        (["--checkpoint.keep_last=1"], None),
+        (["--checkpoint.keep_last=2"], 3),
+        (["--checkpoint.keep_last=1", "--checkpoint.keep_best.metric=loss"], 3),
+        (["--checkpoint.keep_last=-1"], 5),
+        (["--checkpoint.keep_last=2", "--checkpoint.interval=4"], None),
+    ],
+)
+def test_a_disk_with_room_for_two_checkpoints_is_enough_or_warned_of(job, runner, monkeypatch, settings, most):
+    monkeypatch.setattr("ltx_titan.train.room.num_bytes", lambda tensors: 2**30)
+    monkeypatch.setattr("ltx_titan.train.room.free_bytes", lambda folder: int(2.5 * 2**30))
+    outcome = runner.train(job, "--training.steps=5", "--data.num_workers=0", *settings)
+    assert outcome.code == 0
+    assert (f"up to {most} more checkpoints of 1.00 GiB" in outcome.text) == (most is not None)
+    assert ("finds no room" in outcome.text) == (most is not None)
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_a_dump_folder_that_cannot_be_made_is_refused_by_key(job, tmp_path, runner, monkeypatch, number):
     def fail(self, *args, **options):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -156,3 +156,22 @@ def test_a_dead_node_ends_the_other_with_an_error(tmp_path, nano_path, data_root
     log = log_of(job, 0).read_text()
     assert "closed by peer" in log or "reset by peer" in log, log[-3000:]
     assert "see the log of that rank's node" in log
+
+
+def ranks_of(node: subprocess.Popen) -> list[psutil.Process]:
+    ranks = []
+    for process in psutil.Process(node.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            ranks += [process] if "ltx_titan.train" in process.cmdline() else []
+    return ranks
+
+
+def test_a_rank_that_is_killed_before_it_joins_ends_the_other_node(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, checkpoint__enable=False)
+    with two_nodes(job) as nodes:
+        while not (ranks := ranks_of(nodes[1])):
+            assert nodes[1].poll() is None, log_of(job, 1).read_text()
+            time.sleep(0.05)
+        ranks[0].kill()  # while it imports
+        assert [node.wait(TIMEOUT_S) for node in nodes] == [1, 137]
+    assert "rank 1 of 2 did not join, and will not: rank 1 ended with exit code -9" in log_of(job, 0).read_text()

@@ -167,6 +167,8 @@ VALUES = rows(
     ("every_k without k", {"activation_checkpoint.mode": "every_k"}, ("activation_checkpoint.k is missing", "set it")),
     ("k without every_k", {"activation_checkpoint.k": 2}, ("activation_checkpoint.k", "remove it")),
     ("budget without its mode", {"activation_checkpoint.memory_gib": 8.0}, ("activation_checkpoint.memory_gib", "budget")),
+    ("float8 native in float32", {"float8.recipe": "native", "training.dtype": "float32"}, ("float8.recipe", "bfloat16")),
+    ("float8 skip without recipe", {"float8.skip_blocks": 2}, ("float8.skip_blocks", "float8.recipe")),
     ("float8 recipe", {"float8.recipe": "fp8"}, ("float8.recipe", "rowwise")),
     ("float8 all_gather alone", {"float8.all_gather": True}, ("float8.all_gather", "float8.recipe")),
     ("float8 all_gather rowwise", {"float8.all_gather": True, "float8.recipe": "rowwise"}, ("float8.all_gather", "tensorwise")),

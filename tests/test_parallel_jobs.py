@@ -79,9 +79,16 @@ def assert_same_adapter(job: Path, expected_job: Path, lines: list[dict], expect
     assert (differences > 1e-5).float().mean() <= 1e-3
 
 
+TENSORWISE = {"float8__recipe": "tensorwise"}
+NATIVE = {"float8__recipe": "native", "training__dtype": "bfloat16"}
+
+
 @pytest.mark.distributed
-def test_float8_trains_near_float32_and_exports_plain_weights(tmp_path, nano_path, data_root, single_run):
-    settings = {**SHORT, "training__local_batch_size": 2, "float8__recipe": "tensorwise", "float8__all_gather": True}
+@pytest.mark.parametrize(
+    "float8", [{**TENSORWISE, "float8__all_gather": True}, {**NATIVE, **TP2}], ids=["tensorwise", "native-tp2"]
+)
+def test_float8_trains_near_float32_and_exports_plain_weights(tmp_path, nano_path, data_root, single_run, float8):
+    settings = {**SHORT, "training__local_batch_size": 4 if TP2.items() <= float8.items() else 2, **float8}
     job = write_job(tmp_path, nano_path, data_root, **settings)
     assert_near(torch.tensor(curve(train(job, 2))), single_run)
     exported = load_file(tmp_path / "run/export/transformer-step-2.safetensors")
@@ -91,9 +98,21 @@ def test_float8_trains_near_float32_and_exports_plain_weights(tmp_path, nano_pat
     assert all(tensor.dtype == torch.float32 for tensor in trained)
 
 
+@pytest.mark.parametrize("mode", ["selective", "budget"])
+def test_native_float8_resumes_exactly(tmp_path, nano_path, data_root, mode):
+    settings = {**SHORT, **NATIVE, "float8__skip_blocks": 0, "activation_checkpoint__mode": mode}
+    unbroken = write_job(tmp_path / "unbroken", nano_path, data_root, **settings, **NO_CHECKPOINTS)
+    broken = write_job(tmp_path / "broken", nano_path, data_root, **settings)
+    train(broken, 1, "--training.stop_at=1")
+    assert curve(train(broken)) == curve(train(unbroken))
+
+
 @pytest.mark.distributed
-def test_a_float8_adapter_trains_near_float32_and_exports_plain_weights(tmp_path, nano_path, data_root, lora_run):
-    settings = {**LORA, "training__local_batch_size": 2, "float8__recipe": "tensorwise"}
+@pytest.mark.parametrize("float8", [TENSORWISE, NATIVE], ids=["tensorwise", "native"])
+def test_a_float8_adapter_trains_near_float32_and_exports_plain_weights(
+    tmp_path, nano_path, data_root, lora_run, float8
+):
+    settings = {**LORA, "training__local_batch_size": 2, **float8}
     job = write_job(tmp_path, nano_path, data_root, **settings)
     assert_near(torch.tensor(curve(train(job, 2))), torch.tensor(curve(read_run(lora_run))))
     actual, wanted = (load_file(path.parent / "run/export/lora-step-2.safetensors") for path in (job, lora_run))

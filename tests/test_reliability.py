@@ -17,16 +17,18 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ltx_titan.common.failure import report_error
 from ltx_titan.common.files import claimed
+from ltx_titan.common.ranks import StalledError
 from ltx_titan.config import AlertsSection, OptimizerSection, load_job
 from ltx_titan.data import read_sample, write_sample
 from ltx_titan.launch import check_nodes
 from ltx_titan.metrics import StepGuard
 from ltx_titan.metrics.alerts import Alerts
 from ltx_titan.optim import build_optimizers
-from ltx_titan.parallel.join import check_address, check_environment
+from ltx_titan.parallel.join import check_address, check_environment, join, report_lost
 from ltx_titan.train import main
 from tests.jobs import NO_CHECKPOINTS, curve, train, write_dataset, write_job
 
@@ -181,6 +183,21 @@ def test_a_rank_that_never_comes_is_named(tmp_path, nano_path, data_root):
     alone.join(240)
     assert alone.exitcode == 1
     assert "rank 1 of 2 did not join within 5 s" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_a_rank_whose_launcher_reports_its_end_is_not_awaited(monkeypatch):
+    # As the launcher of the first node does.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**address, "RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    report_lost("127.0.0.1", store.port, "rank 2 ended with exit code -9")
+    with pytest.raises(StalledError, match=r"rank 1, 2, 3 of 4 did not join, and will not: rank 2 ended .* -9\."):
+        join(timeout_s=600.0)
+    # A first node that has ended as well is no further error.
+    port = store.port
+    del store
+    report_lost("127.0.0.1", port, "rank 2 ended with exit code -9")
 
 
 def write_overflowing_dataset(root: Path, nano_path: Path, clips: tuple[int, ...]) -> Path:

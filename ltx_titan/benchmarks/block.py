@@ -1,11 +1,12 @@
 """Times a transformer block in training: (4 layers - 1 layer) / 3 of forward and backward, bfloat16, no recomputation.
 
-    ltx-titan bench block [--providers triton torch diffusers] [--tokens 4032 16128] [--timesteps 1 2] [--out FILE]
+    ltx-titan bench block [--providers triton native tensorwise diffusers] [--tokens 4032 16128] [--out FILE]
 
 Reports ms, TFLOP/s and MFU per layer (formula: ltx_titan/model/flops.py), peak memory and its growth per layer
 (activations and gradients; the weights of all layers stay allocated), the time of the kernels by kind, and the fraction
 of the step in which the device waits for the host. `triton` and `torch` are our blocks, compiled, with fused kernels
-and with plain operations; `diffusers` is LTX2VideoTransformer3DModel, compiled per block, in the same run.
+and with plain operations; `native` and `tensorwise` are `triton` with that recipe of float8; `diffusers` is
+LTX2VideoTransformer3DModel, compiled per block, in the same run.
 
 Every combination is built and compiled in its own process, all in parallel; then they are timed one by one.
 
@@ -32,8 +33,10 @@ from ltx_titan.benchmarks.measure import environment, write_rows
 from ltx_titan.benchmarks.turns import in_turns
 from ltx_titan.common.options import Flag, Maybe
 from ltx_titan.common.titan import peak_flops
+from ltx_titan.config import Float8Recipe
 from ltx_titan.model import TransformerConfig
 from ltx_titan.model.flops import layer_flops
+from ltx_titan.model.kernel_ops import KernelBackend
 from ltx_titan.weights.shapes import released_config
 
 DESCRIPTION = __doc__
@@ -42,7 +45,14 @@ LAYERS = 4
 _WARMUP, _STEPS = 4, 16
 _GIB = 2**30
 
-Provider = Literal["triton", "torch", "diffusers"]
+Provider = Literal["triton", "torch", "native", "tensorwise", "diffusers"]
+
+_OURS: dict[str, tuple[KernelBackend, Float8Recipe]] = {
+    "triton": ("triton", "none"),
+    "torch": ("torch", "none"),
+    "native": ("triton", "native"),
+    "tensorwise": ("triton", "tensorwise"),
+}
 
 # First match wins: Inductor names its kernels after all operations that it fused, including attention.
 _KINDS = {
@@ -136,7 +146,8 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     if case.provider == "diffusers":
         model = diffusers_model(case.transformer, LAYERS, case.tokens, device)
     else:
-        model = our_model(case.provider, case.transformer, LAYERS, case.tokens, case.timesteps, device)
+        backend, recipe = _OURS[case.provider]
+        model = our_model(backend, case.transformer, LAYERS, case.tokens, case.timesteps, device, recipe)
     if device.type == "cuda":
         # Compiling one layer compiles them all; the others stay in host memory, since all cases share one device.
         model.blocks[1:].cpu()

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ltx_titan.config import Float8Recipe
 from ltx_titan.model import LTXTransformer, Modality, TransformerConfig
 from ltx_titan.model.config import StreamConfig
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import KernelBackend, select_operators
 from ltx_titan.model.rope import distinct_coordinates, midpoints
+from ltx_titan.parallel.float8 import apply_float8
 from ltx_titan.parallel.parallelize import apply_compile
 
 AUDIO_TOKENS = 126
@@ -43,13 +45,21 @@ class BlockModel:
 
 
 def our_model(
-    backend: KernelBackend, transformer: dict, layers: int, tokens: int, timesteps: int, device: torch.device
+    backend: KernelBackend,
+    transformer: dict,
+    layers: int,
+    tokens: int,
+    timesteps: int,
+    device: torch.device,
+    recipe: Float8Recipe = "none",
 ) -> BlockModel:
-    """LTXTransformer, its blocks compiled, with the operators of `backend`."""
+    """LTXTransformer, its blocks compiled, with the operators of `backend` and a recipe of float8."""
     operators = select_operators(backend, device)
     with torch.device(device), _default_dtype(torch.bfloat16):
         model = LTXTransformer.from_config({**transformer, "num_layers": layers}, operators=operators)
     init_random_(model, seed=0)
+    if recipe != "none":
+        apply_float8(model, recipe, emulate=device.type == "cpu")
     if device.type == "cuda":
         apply_compile(model.transformer_blocks)
     blocks = model.transformer_blocks

@@ -10,6 +10,7 @@ from ltx_titan.checkpoint.folders import (
     latest_complete,
     read_trainer_state,
     remove_leftovers,
+    saved_steps,
     set_aside,
     step_folder,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "remove_leftovers",
     "save_everything",
     "save_state",
+    "saved_steps",
     "set_aside",
     "state_tensors",
     "step_folder",

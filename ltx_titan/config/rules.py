@@ -130,6 +130,17 @@ def _preservation_rules(job: JobConfig) -> Iterator[Problem]:
 
 
 def _float8_rules(job: JobConfig) -> Iterator[Problem]:
+    if job.float8.recipe == "native" and job.training.dtype != "bfloat16":
+        yield Problem(
+            "float8.recipe",
+            "native",
+            f'training.dtype = "bfloat16", which its float8 matmuls write; found "{job.training.dtype}"',
+            'set training.dtype = "bfloat16", or float8.recipe = "none"',
+        )
+    if job.float8.skip_blocks and job.float8.recipe == "none":
+        yield Problem(
+            "float8.skip_blocks", job.float8.skip_blocks, "a float8.recipe", "set float8.recipe, or remove it"
+        )
     if job.float8.all_gather and job.float8.recipe != "tensorwise":
         yield Problem(
             "float8.all_gather",

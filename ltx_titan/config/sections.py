@@ -279,11 +279,17 @@ class CompileSection(Section):
     `auto` does so if the job allows it and logs the reason otherwise; `on` refuses such a job."""
 
 
+Float8Recipe = Literal["none", "native", "tensorwise", "rowwise"]
+
+
 class Float8Section(Section):
     """`[float8]`: float8 matmuls in attention and FFN."""
 
-    recipe: Literal["none", "tensorwise", "rowwise"] = "none"
-    """Scaling granularity: `tensorwise` is the fastest; `rowwise` is more accurate."""
+    recipe: Float8Recipe = "none"
+    """`native`: this package's layers, which quantize by rows, in fewer passes; not measured yet. torchao's:
+    `tensorwise` scales whole tensors, `rowwise` rows."""
+    skip_blocks: Annotated[int, Field(ge=0)] = 0
+    """So many of the first and of the last blocks stay in bfloat16."""
     all_gather: bool = False
     """tensorwise: FSDP2 all-gathers weights in float8, half the traffic of bfloat16, for a small cost per step."""
 

@@ -23,6 +23,13 @@ FLOAT8_UNITS = 190.0
 BASE_FLOAT8_UNITS = 35.0
 """The same for a frozen base in float8: every input and every gradient of an output is read in bfloat16 and written in
 float8 once. Counted over a block's layers that read video or text tokens."""
+NATIVE_UNITS = 62.0
+"""The same for `float8.recipe = "native"`: as for a frozen base, and inputs and gradients transposed. Counted, not
+measured."""
+NATIVE_WEIGHT_BYTES = 3.0
+"""Bytes read and written per weight to quantize it, in the forward and again in the backward pass."""
+NATIVE_EXACT = 1.2
+"""Ratio of times of float8 matmuls with exact accumulation, its gradients of weights, and without (float8.jsonl)."""
 CONTENTION = 0.85
 """Seconds that computation takes longer per second of FSDP2's collectives beside it: NCCL's kernels occupy
 multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows
@@ -178,13 +185,17 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
     linear_forward = flops.linear / (3 if work.trained == "full" else 2)
     rate = gpu.matmul if setup.float8 == "none" and not setup.base_in_float8 else gpu.matmul_float8
     linear = (linear_forward * share / rate, (flops.linear - linear_forward) * share / rate)
+    if setup.float8 == "native" and work.trained == "full":
+        linear = (linear[0], linear[1] + (NATIVE_EXACT - 1) * linear[0])
     attention = (
         flops.attention / 3 * share / gpu.attention_forward,
         flops.attention * 2 / 3 * share / gpu.attention_backward,
     )
     units = MEMORY_BOUND_UNITS[setup.compile]
-    if setup.float8 != "none":
+    if setup.float8 not in ("none", "native"):
         units += FLOAT8_UNITS
+    if setup.float8 == "native":
+        units += NATIVE_UNITS
     if setup.base_in_float8:
         units += BASE_FLOAT8_UNITS
     if work.trained == "lora":
@@ -195,6 +206,9 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
     # multiplied in float8, it is transposed in the backward pass: one byte read and one written.
     quantized = work.quantized / setup.degrees.tp / gpu.copy
     prepared = (0.0, 2 * quantized) if setup.base_in_float8 else ((1 + work.itemsize) * quantized,) * 2
+    if setup.float8 == "native":
+        gathered = work.block.gathered(setup.degrees.tp) / gpu.copy
+        prepared = (NATIVE_WEIGHT_BYTES * gathered,) * 2
     memory = (moved * FORWARD_SHARE + prepared[0], moved * (1 - FORWARD_SHARE) + prepared[1])
     return (linear[0], attention[0], memory[0]), (linear[1], attention[1], memory[1])
 
@@ -225,7 +239,7 @@ def _host(setup: Setup) -> float:
     # Selective recomputation is part of the compiled backward graph, so it adds no call.
     again = shares.get("full", 0.0) if setup.compile else 1 - shares.get("none", 0.0)
     call = HOST_CALL_S if setup.compile else EAGER_HOST_S
-    return (2 + again) * (call + (HOST_FLOAT8_S if setup.float8 != "none" else 0.0)) + HOST_FSDP_S
+    return (2 + again) * (call + (HOST_FLOAT8_S if setup.float8 not in ("none", "native") else 0.0)) + HOST_FSDP_S
 
 
 def _fsdp_copies(work: Workload, setup: Setup) -> float:

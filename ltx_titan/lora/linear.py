@@ -79,12 +79,18 @@ class LoRALinear(nn.Module):
 
     def adapted_weights(self, dtype: torch.dtype) -> AdaptedWeights | None:
         """Weights for `model.adapted_linear` with inputs of `dtype`; None if this layer computes otherwise."""
-        # Sharded, float8 and quantized bases are other classes, with matmuls of their own.
-        is_plain = type(self.base) is nn.Linear and self.base.weight.dtype == dtype
-        if not (self.is_on and is_plain and self._has_formula):
+        if not (self.is_on and self._has_formula):
+            return None
+        base, scale = self.base, None
+        # Sharded and float8 layers, and other quantized bases, are other classes, with matmuls of their own.
+        if type(base) is nn.Linear and base.weight.dtype == dtype:
+            weight = base.weight
+        elif isinstance(base, QuantizedLinear) and base.computes_in_float8(dtype):
+            weight, scale = base.qdata, base.scale
+        else:
             return None
         lora_a, lora_b = self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype)
-        return AdaptedWeights(self.weight, self.bias, lora_a, lora_b, self.scaling)
+        return AdaptedWeights(weight, self.bias, lora_a, lora_b, self.scaling, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -94,9 +100,6 @@ class LoRALinear(nn.Module):
         if weights is not None:
             (y,), _ = apply_adapted(x, [weights])
             return y
-        if self._has_formula and isinstance(self.base, QuantizedLinear) and self.base.multiplies_in_float8(x):
-            lora_a, lora_b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-            return self.base.forward_adapted(x, lora_a, lora_b, self.scaling)
         h = x
         if self.dropout > 0 and self.training:
             # The odd multiplier (2^32 / golden ratio) spreads consecutive steps over all 32 bits of the key.

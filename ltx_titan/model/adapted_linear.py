@@ -21,14 +21,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ltx_titan.model.float8_adapted import float8_adapted_linears
+from ltx_titan.model.float8_linear import FEWEST_TOKENS, fused_quantize
+from ltx_titan.model.low_rank import gradients_of_adapters, scaled
+
 
 class AdaptedWeights(NamedTuple):
     """Weights of a layer, in the dtype of its input.
 
     Attributes:
-        weight, bias: of the frozen layer, [out, in] and [out].
+        weight, bias: of the frozen layer, [out, in] and [out]. A float8 weight is stored as bfloat16 numbers
+            [out, in / 2].
         lora_a, lora_b: of the adapter, [rank, in] and [out, rank].
         scaling: factor on the adapter.
+        scale: of the rows of a float8 weight [out, 1]; None for a plain one.
     """
 
     weight: Tensor
@@ -36,12 +42,13 @@ class AdaptedWeights(NamedTuple):
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
+    scale: Tensor | None = None
 
 
 def project(
     x: Tensor, layers: Sequence[nn.Module], narrow: nn.Module | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Applies layers that share an input; those with adapters on a plain base run as one operation.
+    """Applies layers that share an input; those with adapters on a plain or a float8 base run as one operation.
 
     Args:
         x: [..., in].
@@ -52,6 +59,10 @@ def project(
         The outputs of `layers` [..., out], and of `narrow`.
     """
     chosen = [_adapted_weights(layer, x.dtype) for layer in layers]
+    # float8 and plain bases are different operations: those like the first run together.
+    first = next((weights for weights in chosen if weights is not None), None)
+    if first is not None:
+        chosen = [w if w is not None and (w.scale is None) == (first.scale is None) else None for w in chosen]
     adapted = [weights for weights in chosen if weights is not None]
     frozen = bias = None
     # Sharded and float8 layers are other classes.
@@ -88,14 +99,18 @@ def apply_adapted(
     biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
     if all(layer.bias is None for layer in layers):
         biases = []
-    outputs = adapted_linears(
-        x.flatten(0, -2),
-        [layer.weight for layer in layers],
-        biases,
-        factors[0] if len(factors) == 1 else torch.cat(factors),
-        [layer.lora_b for layer in layers],
-        [layer.scaling for layer in layers],
-    )
+    tokens, weights = x.flatten(0, -2), [layer.weight for layer in layers]
+    lora_a = factors[0] if len(factors) == 1 else torch.cat(factors)
+    lora_b, scalings = [layer.lora_b for layer in layers], [layer.scaling for layer in layers]
+    scales = [layer.scale for layer in layers if layer.scale is not None]
+    if scales:
+        # The input of a single layer comes from a gate or an activation, which a compiler fuses with the quantization;
+        # that of several from a norm's kernel.
+        fuses = len(layers) == 1 and narrow is None and len(tokens) >= FEWEST_TOKENS
+        quantized = list(fused_quantize(tokens.detach())) if fuses else []
+        outputs = float8_adapted_linears(tokens, quantized, weights, scales, biases, lora_a, lora_b, scalings)
+    else:
+        outputs = adapted_linears(tokens, weights, biases, lora_a, lora_b, scalings)
     ys = [y.unflatten(0, x.shape[:-1]) for y in outputs[: len(layers)]]
     return ys, None if narrow is None else outputs[len(layers)].unflatten(0, x.shape[:-1])
 
@@ -119,7 +134,7 @@ def adapted_linears(
     z = torch.mm(x, lora_a.t())
     ys, start = [], 0
     for i, (weight, b, scaling) in enumerate(zip(weights, lora_b, scalings, strict=True)):
-        part = _scaled(z[:, start : start + b.shape[1]], scaling)
+        part = scaled(z[:, start : start + b.shape[1]], scaling)
         y = torch.addmm(biases[i], part, b.t()) if biases else torch.mm(part, b.t())
         ys.append(y.addmm_(x, weight.t()))
         start += b.shape[1]
@@ -151,16 +166,7 @@ def _adapted_linears_backward(
     needs_dx: bool,
 ) -> list[Tensor]:
     """Returns the gradients of `lora_a` and of each of `lora_b`, and of `x` if needed; `dn` is that of n."""
-    dz, dbs, start = torch.empty_like(z), [], 0
-    for dy, b, scaling in zip(dys, lora_b, scalings, strict=True):
-        columns = slice(start, start + b.shape[1])
-        torch.mm(dy, b, out=dz[:, columns])
-        if scaling != 1.0:
-            dz[:, columns] *= scaling
-        dbs.append(torch.mm(dy.t(), _scaled(z[:, columns], scaling)))
-        start += b.shape[1]
-    if dn is not None:
-        dz[:, start:] = dn
+    dz, dbs = gradients_of_adapters(dys, dn, lora_b, z, scalings)
     gradients = [torch.mm(dz.t(), x), *dbs]
     if needs_dx:
         dx = torch.mm(dz, lora_a)
@@ -184,10 +190,6 @@ def _(
 ) -> list[Tensor]:
     gradients = [lora_a.new_empty(lora_a.shape), *(b.new_empty(b.shape) for b in lora_b)]
     return [*gradients, x.new_empty(x.shape)] if needs_dx else gradients
-
-
-def _scaled(z: Tensor, scaling: float) -> Tensor:
-    return z if scaling == 1.0 else z * scaling
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 # They register their operations.
 import ltx_titan.model.adapted_linear
-import ltx_titan.model.float8_linear  # noqa: F401
+import ltx_titan.model.float8_trained  # noqa: F401
 from ltx_titan.parallel.offload import ActivationOffload
 
 Level = Literal["full", "selective", "matmuls", "all_matmuls", "none"]
@@ -40,12 +40,17 @@ _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 _SAVED = {getattr(_aten, name).default for name in _ATTENTION} | {_c10d.reduce_scatter_tensor.default}
-# Its first factor is followed by the weights [out, in] of frozen layers.
-_ADAPTED = torch.ops.ltx_titan.adapted_linears.default
-# Its second factor is stored as pairs of bytes, so the inner size is read from the first.
-_FLOAT8 = torch.ops.ltx_titan.float8_linear.default
-# Matmul -> index of its first factor among the arguments.
-_MATMULS = {_aten.mm.default: 0, _aten._scaled_mm.default: 0, _aten.addmm.default: 1, _ADAPTED: 0, _FLOAT8: 1}
+# Our own layers -> index of their weights [out, in], or of a list of them; frozen float8 ones are stored as pairs of
+# bytes, so that the inner size is read from the first argument, the input.
+_LAYERS = {
+    torch.ops.ltx_titan.adapted_linears.default: 1,
+    torch.ops.ltx_titan.float8_adapted_linears.default: 2,
+    torch.ops.ltx_titan.float8_linear.default: 2,
+    torch.ops.ltx_titan.few_tokens_linear.default: 1,
+    torch.ops.ltx_titan.float8_trained_linear.default: 2,
+}
+# Matmul -> index of its second factor [in, out].
+_MATMULS = {_aten.mm.default: 1, _aten._scaled_mm.default: 1, _aten.addmm.default: 2}
 # A feed-forward's first matmul widens 4 times; an adapter's second one 128 times, which is cheaper to repeat than to
 # save.
 _MOST_WIDENING = 4
@@ -130,17 +135,16 @@ def _policy(
     """
     if operation in _SAVED:
         return CheckpointPolicy.MUST_SAVE
-    if save_matmuls and operation in _MATMULS:
+    if save_matmuls and (operation in _MATMULS or operation in _LAYERS):
         # [M, K] @ [K, N] takes 2 K FLOPs per output, so the matmuls that narrow (K > N) are the expensive ones to
         # repeat.
-        right = args[_MATMULS[operation] + 1]
-        if operation is _ADAPTED:
-            # All outputs are saved, or none.
-            inner, outer = right[0].shape[1], max(weight.shape[0] for weight in right)
-        elif operation is _FLOAT8:
-            inner, outer = args[0].shape[1], right.shape[0]
+        if operation in _LAYERS:
+            weights = args[_LAYERS[operation]]
+            # Of several outputs all are saved, or none.
+            outer = max(len(weight) for weight in (weights if isinstance(weights, list | tuple) else [weights]))
+            inner = args[0].shape[1]
         else:
-            inner, outer = right.shape
+            inner, outer = args[_MATMULS[operation]].shape
         is_saved = {
             "selective": inner > outer,
             "matmuls": inner >= outer,

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # Name servers of a cluster learn of a new node with a delay.
 _RESOLVE_S = 30.0
 _PATIENCE_S = 60.0
+_REPORT_S = 10.0
+# Key of the store under which the launcher of a node leaves a message if its ranks end too early.
+_LOST = "ltx_titan/lost"
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
@@ -61,7 +64,8 @@ def join(timeout_s: float) -> dist.Store:
     """Meets the other ranks at MASTER_ADDR:MASTER_PORT, as torchrun's environment describes, and returns their store.
 
     Raises:
-        StalledError: a rank did not come within the time limit; on rank 0, which names it.
+        StalledError: a rank did not come within the time limit, or its launcher has reported that it ended; on rank 0,
+            which names it.
         ValueError: two processes have this rank's number.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -81,16 +85,38 @@ def join(timeout_s: float) -> dist.Store:
     if store.add(f"joined/{rank}", 1) > 1:
         raise ValueError(f"RANK = {rank}: expected every rank once, found a second process with this number; see RANK.")
     if rank == 0:
-        _wait_for_all(store, size, timeout_s)
+        _wait_for_all(store, tcp, size, timeout_s)
     return store
 
 
-def _wait_for_all(store: dist.Store, size: int, timeout_s: float) -> None:
+def report_lost(address: str, port: int, message: str) -> None:
+    """Leaves a message for rank 0, in case it waits for ranks that will not join; called by their launcher.
+
+    Args:
+        address: of the first node, whose launcher hosts the store.
+        port: of the store.
+        message: which rank ended, and how.
+    """
+    try:
+        store = dist.TCPStore(
+            address, port, is_master=False, timeout=timedelta(seconds=_REPORT_S), wait_for_workers=False
+        )
+        store.set(_LOST, message)
+    except RuntimeError as error:  # the first node has ended, too
+        logger.debug("%s:%d was not informed: %s", address, port, error)
+
+
+def _wait_for_all(store: dist.Store, shared: dist.Store, size: int, timeout_s: float) -> None:
     started, said = time.monotonic(), _PATIENCE_S
     missing = list(range(size))
     while missing := [rank for rank in missing if not store.check([f"joined/{rank}"])]:
         waited = time.monotonic() - started
         names = ", ".join(map(str, missing))
+        if shared.check([_LOST]):
+            raise StalledError(
+                f"rank {names} of {size} did not join, and will not: {shared.get(_LOST).decode()}. See the log of its "
+                f"node."
+            )
         if waited > timeout_s:
             raise StalledError(
                 f"rank {names} of {size} did not join within {timeout_s:.0f} s (job.timeout_s). See the log of its "

@@ -88,6 +88,7 @@ def check_sharding(
     *,
     float8: str = "none",
     float8_all_gather: bool = False,
+    float8_skip_blocks: int = 0,
     cuts_moments: Callable[[Sequence[int], Sequence[int]], bool] | None = None,
 ) -> None:
     """Checks that every parameter of a transformer divides over the mesh.
@@ -99,6 +100,7 @@ def check_sharding(
         degrees: sizes of the mesh axes.
         float8: recipe, or "none".
         float8_all_gather: FSDP2 gathers float8 weights.
+        float8_skip_blocks: first and last blocks that stay in bfloat16.
         cuts_moments: whether a shard (second) of a trained parameter of a shape (first) cuts a block of its moments;
             None if the optimizer has no blocks.
 
@@ -124,17 +126,18 @@ def check_sharding(
             f"moments in {len(blocks)} weights, for example {blocks[0]}; lower it, or set optimizer.name to 'adamw'."
         )
     if float8 != "none":
-        problems += _float8_row_problems(model, degrees, float8_all_gather)
+        problems += _float8_row_problems(model, degrees, float8_all_gather, float8_skip_blocks)
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def _float8_row_problems(model: LTXTransformer, degrees: Degrees, all_gather: bool) -> list[str]:
-    layers = convertible_layers(model, degrees.tp)
+def _float8_row_problems(model: LTXTransformer, degrees: Degrees, all_gather: bool, skip_blocks: int) -> list[str]:
+    layers = convertible_layers(model, degrees.tp, skip_blocks)
     if not layers:
         return [
-            "float8.recipe: no layer can be converted: its base is quantized (lora.base_dtype), or its widths do not "
-            f"divide by {FLOAT8_MULTIPLE} x tp; set float8.recipe to 'none'."
+            "float8.recipe: no layer can be converted: its base is quantized (lora.base_dtype), its widths do not "
+            f"divide by {FLOAT8_MULTIPLE} x tp, or float8.skip_blocks = {skip_blocks} leaves none of "
+            f"{len(model.transformer_blocks)} blocks; set float8.recipe to 'none'."
         ]
     if not all_gather:
         return []

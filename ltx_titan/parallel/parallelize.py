@@ -11,6 +11,7 @@ import logging
 import signal
 import threading
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,14 +22,15 @@ from torch import Tensor, nn
 
 from ltx_titan.config import ActivationCheckpointSection, Float8Section, ParallelismSection
 from ltx_titan.model import LTXTransformer
+from ltx_titan.model.float8_linear import matmul_refusal
 from ltx_titan.parallel.activation_checkpoint import Level, apply_full_checkpointing, apply_selective_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
-from ltx_titan.parallel.float8 import apply_float8
+from ltx_titan.parallel.float8 import apply_float8, token_multiple
 from ltx_titan.parallel.fsdp import apply_fsdp, use_static_slots
 from ltx_titan.parallel.mesh import Mesh
 from ltx_titan.parallel.stop import STOP_SIGNALS
 from ltx_titan.parallel.stream import WeightStream
-from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
+from ltx_titan.parallel.tokens import shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 
 logger = logging.getLogger(__name__)
@@ -78,12 +80,22 @@ def parallelize(
                 f"{'.'.join(map(str, _FLOAT8_CAPABILITY))} (Ada, Hopper, Blackwell), found "
                 f"{torch.cuda.get_device_name()}; set float8.recipe to 'none'."
             )
-        layers = apply_float8(model, float8.recipe, emulate=emulate, tp=degrees.tp, fsdp_all_gather=float8.all_gather)
+        if float8.recipe == "native" and not emulate and (reason := _native_refusal()) is not None:
+            raise ValueError(f"float8.recipe = 'native': {reason}; set float8.recipe to 'tensorwise' or 'none'.")
+        layers = apply_float8(
+            model,
+            float8.recipe,
+            emulate=emulate,
+            tp=degrees.tp,
+            fsdp_all_gather=float8.all_gather,
+            skip_blocks=float8.skip_blocks,
+        )
         gathered = ", gathered as float8" if float8.all_gather else ""
         logger.info("float8: %s on %d layers%s", float8.recipe, len(layers), gathered)
 
-    if degrees.tp * degrees.cp > 1 or float8.recipe != "none":
-        layout = shard_tokens(model, mesh, multiple=1 if float8.recipe == "none" else FLOAT8_MULTIPLE)
+    multiple = token_multiple(float8.recipe)
+    if degrees.tp * degrees.cp * multiple > 1:
+        layout = shard_tokens(model, mesh, multiple=multiple)
         if degrees.tp > 1:
             apply_tensor_parallel(model, mesh, layout)
             logger.info("tensor parallel: heads, hidden units and, between them, tokens over %d ranks", degrees.tp)
@@ -172,6 +184,13 @@ def start_compile_workers() -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _native_refusal() -> str | None:
+    """The reason why this GPU cannot run `float8.recipe = "native"`, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    return matmul_refusal(torch.device("cuda", torch.cuda.current_device()))
 
 
 def allow_graphs(count: int) -> None:

@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltx_titan.config import BaseDtype, Float8Matmuls
-from ltx_titan.model.float8_linear import FLOAT8_MULTIPLE, Float8Linear, matmul_refusal
+from ltx_titan.model.float8_linear import (
+    FEWEST_TOKENS,
+    FLOAT8_MULTIPLE,
+    Float8Linear,
+    few_tokens_linear,
+    matmul_refusal,
+)
 
 QUANTIZED: tuple[BaseDtype, ...] = ("int8", "int4", "float8", "nvfp4")
 _SCALE_DTYPE = torch.bfloat16
@@ -39,8 +45,6 @@ _INT4_GROUP = 128
 _INT4_SMALLEST_GROUP = 16
 _NVFP4_GROUP = 16
 _FLOAT8_CAPABILITY = (8, 9)
-# Audio of ten seconds. Below it both ways wait for the weight, and cuBLAS refuses some shapes.
-FEWEST_TOKENS = 256
 _FOUR_BITS = ("int4", "nvfp4")
 # Without compilation each operation of a dequantization writes all its numbers: 10 to 18 bytes a weight are alive at a
 # time, 1.2 GB for the largest layer in "nvfp4". So it is done in parts, of 4 million weights and up to 72 MiB.
@@ -111,21 +115,20 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of `x`."""
-        if self.multiplies_in_float8(x):
-            return self.forward_adapted(x, None, None, 1.0)
+        if self.computes_in_float8(x.dtype):
+            tokens = x.flatten(0, -2)
+            if len(tokens) >= FEWEST_TOKENS:
+                y = Float8Linear.apply(tokens, self.qdata, self.scale, self.bias)
+            else:
+                y = few_tokens_linear(tokens, self.qdata, self.scale, self.bias)
+            return y.unflatten(0, x.shape[:-1])
         # An autograd function, because autograd of dequantize-then-matmul would save the dequantized weight for the
         # backward pass.
         return _FrozenMatmul.apply(x, self.qdata, self.scale, self.bias, self.form)
 
-    def multiplies_in_float8(self, x: Tensor) -> bool:
-        """Whether the layer multiplies this input [..., in] in float8: not in float32, and not a few tokens."""
-        is_bfloat16 = x.dtype == torch.bfloat16 and self.qdata.dtype == _BYTES_DTYPE
-        return self.in_float8 and is_bfloat16 and x.shape[:-1].numel() >= FEWEST_TOKENS
-
-    def forward_adapted(self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
-        """The layer in float8, plus an adapter [rank, in] and [out, rank] in the dtype of `x`; None for none."""
-        y = Float8Linear.apply(x.flatten(0, -2), self.qdata, self.scale, self.bias, lora_a, lora_b, scaling)
-        return y.unflatten(0, x.shape[:-1])
+    def computes_in_float8(self, dtype: torch.dtype) -> bool:
+        """Whether the operations of `model/float8_linear.py` are used for inputs of `dtype`: not for float32."""
+        return self.in_float8 and dtype == torch.bfloat16 and self.qdata.dtype == _BYTES_DTYPE
 
 
 class _FrozenMatmul(torch.autograd.Function):

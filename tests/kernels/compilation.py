@@ -19,9 +19,18 @@ from torch.library import wrap_triton
 from triton.backends.compiler import GPUTarget
 
 from ltx_titan.benchmarks.kernel_cases import CASES, WIDTHS, make_case
-from ltx_titan_kernels import adafactor, gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate
+from ltx_titan_kernels import (
+    adafactor,
+    few_tokens,
+    float8,
+    float8_weights,
+    gated_residual_norm,
+    launches,
+    qk_norm_rope,
+    rms_norm_modulate,
+)
 
-_MODULES = (gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate)
+_MODULES = (few_tokens, float8, float8_weights, gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate)
 _H100 = GPUTarget("cuda", 90, 32)
 _MULTIPROCESSORS = 132
 
@@ -56,6 +65,27 @@ def compile_case(name: str, dtype: torch.dtype, tokens: int) -> list[Any]:
         compiled.clear()  # making a case runs the forward as well
         case.launch_forward()
         case.launch_backward()
+    return compiled
+
+
+def compile_float8(tokens: int, few: int, width: int) -> list[Any]:
+    """Compiled kernels of float8 layers: joined quantization, transpositions, and both products of few tokens.
+
+    Args:
+        tokens, few: numbers of video and of audio tokens.
+        width: of three layers of one input.
+    """
+    compiled: list[Any] = []
+    weight = torch.zeros(width, width, dtype=torch.float8_e4m3fn)
+    x, scale = torch.zeros(tokens, width, dtype=torch.bfloat16), torch.ones(width, 1, dtype=torch.bfloat16)
+    with on_an_h100(lambda kernel, grid, arguments: compiled.append(kernel.warmup(grid=grid, **arguments))):
+        adapters = torch.zeros(tokens, 128, dtype=torch.bfloat16), torch.ones(128)
+        float8.quantize_joined([x, x, x, adapters[0]], [scale.flatten()] * 3 + [adapters[1]])
+        float8.transpose_bytes([weight])
+        for matrix in (weight, weight.to(torch.bfloat16)):
+            float8_weights.quantize_transposed(matrix, scale.flatten())
+        few_tokens.multiply_few_tokens(x[:few], weight, scale, bias=scale.flatten())
+        few_tokens.multiply_few_tokens(x[:few], weight, scale, out=torch.zeros_like(x[:few]), transposed=True)
     return compiled
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from ltx_titan.benchmarks.kernel_cases import CASES
-from tests.kernels.compilation import compile_adafactor, compile_case, trace_case
+from tests.kernels.compilation import compile_adafactor, compile_case, compile_float8, trace_case
 
 pytestmark = pytest.mark.runs_on("cpu", "gpu")
 
@@ -59,6 +59,16 @@ def test_a_compiler_copies_no_tokens(name, is_frozen):
                 is_input = arguments[written].op == "placeholder"
                 assert not is_input or arguments[written].meta["val"].numel() <= tokens, written
     assert launched == (2 if is_frozen else 3)  # forward, backward, and the sum of partials
+
+
+def test_float8_kernels_compile_at_the_width_of_a_block_and_stay_in_registers(tmp_path):
+    compiled = compile_float8(tokens=64, few=51, width=4096)
+    assert len(compiled) == 6
+    for kernel in compiled:
+        assert kernel.metadata.shared <= SHARED_MEMORY
+        assert spilled_bytes(kernel, tmp_path) == 0, kernel.metadata.name
+    # Weights of one byte become factors of the tensor cores' bfloat16 matmul.
+    assert all("wgmma" in kernel.asm["ptx"] for kernel in compiled[-2:])
 
 
 def test_adafactors_kernels_keep_their_tiles_in_registers_and_load_16_bytes_at_a_time(tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ltx_titan_kernels import formulas
-from ltx_titan_kernels.float8 import quantize_tokens, transpose_bytes
+from ltx_titan_kernels.float8 import quantize_joined, quantize_tokens, transpose_bytes
 from tests.kernels.comparison import DEVICE
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
@@ -57,11 +57,33 @@ def test_a_number_that_is_not_finite_is_kept():
     assert found.float().isnan().any(dim=1).tolist() == [False, True]
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(4, 8), (20, 132), (260, 128)])
+@pytest.mark.parametrize("widths", [(48,), (16, 48), (64, 16, 32), (256, 128, 64, 16)])
+def test_channels_in_several_tensors_are_quantized_as_one(widths):
+    q = on_the_grid(6, sum(widths))
+    scale = 2.0 ** torch.arange(-3, 3, device=DEVICE)[:, None]
+    factor = (2.0 ** (torch.arange(sum(widths), device=DEVICE) % 5)).bfloat16()
+    x = (q.float() * scale / factor.float()).bfloat16()
+    xs = list(x.split(widths, dim=1))
+    xs[0] = xs[0].contiguous()  # one with its own stride, the others with that of the whole
+    found, found_scale = quantize_joined(xs, factor.split(widths))
+    assert torch.equal(found.float(), q.float())
+    assert torch.equal(found_scale, scale)
+
+
+def test_the_largest_number_of_a_token_may_be_in_any_of_the_tensors():
+    xs = [torch.ones(4, 16, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
+    for token, x in enumerate(xs):
+        x[token, 3] = -448
+    found, scale = quantize_joined(xs, [torch.ones(16, device=DEVICE) for _ in xs])
+    assert torch.equal(found.float(), torch.cat(xs, dim=1).float())
+    assert torch.equal(scale, torch.ones(4, 1, device=DEVICE))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [((4,), 8), ((20,), 132), ((260,), 128), ((128, 16, 132), 64)])
 def test_transposed_bytes(rows, columns):
-    data = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = torch.randint(0, 256, (sum(rows), columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = data.to(DEVICE)
-    found, ones = transpose_bytes(data)
+    found, ones = transpose_bytes(data.split(rows))
     assert torch.equal(found, data.T)
     assert torch.equal(ones, torch.ones(1, columns, device=DEVICE))
 

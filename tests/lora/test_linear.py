@@ -46,7 +46,7 @@ def test_layers_of_one_input_in_one_operation_have_the_gradients_of_the_formula(
     ]  # fmt: skip
     x, narrow = draw(2, 5, 16).requires_grad_(needs_dx), draw(3, 16) if has_narrow else None
     trained = [tensor for layer in layers for tensor in (layer.lora_a, layer.lora_b)] + [x] * needs_dx
-    expected = [nn.functional.linear(x, w, bias) + s * (x @ a.T) @ b.T for w, bias, a, b, s in layers]
+    expected = [nn.functional.linear(x, w, bias) + s * (x @ a.T) @ b.T for w, bias, a, b, s, _ in layers]
     ys, n = apply_adapted(x, layers, narrow)
     if has_narrow:
         ys.append(n)

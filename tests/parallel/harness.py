@@ -26,11 +26,11 @@ from ltx_titan.optim.build import ShardedAdamW
 from ltx_titan.parallel import static_slots
 from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
-from ltx_titan.parallel.float8 import apply_float8, precompute_float8_scales
+from ltx_titan.parallel.float8 import apply_float8, precompute_float8_scales, token_multiple
 from ltx_titan.parallel.fsdp import apply_fsdp, use_static_slots
 from ltx_titan.parallel.grad_norm import clip_grad_norm_
 from ltx_titan.parallel.mesh import Mesh, build_mesh
-from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
+from ltx_titan.parallel.tokens import shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 from tests.golden_cases import load_case
 from tests.processes import run_ranks
@@ -226,7 +226,7 @@ def build(case: Case, mesh: Mesh) -> LTXTransformer:
     if case.float8:
         apply_float8(model, case.float8, emulate=True, tp=tp, fsdp_all_gather=case.float8_all_gather)
     if tp * case.degrees.cp > 1 or case.float8:
-        layout = shard_tokens(model, mesh, multiple=FLOAT8_MULTIPLE if case.float8 else 1)
+        layout = shard_tokens(model, mesh, multiple=token_multiple(case.float8 or "none"))
         if tp > 1:
             apply_tensor_parallel(model, mesh, layout)
         apply_context_parallel(model, layout)
