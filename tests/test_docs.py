@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from ltx_titan.benchmarks.load import LoadOptions
+from ltx_titan.benchmarks.scaling import ScalingOptions
 from ltx_titan.benchmarks.train import TrainBenchOptions
 from ltx_titan.cli import main
 from ltx_titan.commands.catalog import load_command
@@ -137,7 +138,9 @@ def measures(command: Command, monkeypatch) -> None:
     number = command.words.index("-m")
     module, arguments = import_module(command.words[number + 1]), command.words[number + 2 :]
     options = parse_options(
-        {"train": TrainBenchOptions, "load": LoadOptions}[module.__name__.rpartition(".")[2]],
+        {"train": TrainBenchOptions, "load": LoadOptions, "scaling": ScalingOptions}[
+            module.__name__.rpartition(".")[2]
+        ],
         arguments,
         prog="",
         description="",
@@ -184,10 +187,12 @@ CHECKED: dict[str, tuple[str, Callable[[Command, pytest.MonkeyPatch], None]]] = 
     "torchrun --nproc-per-node 8 -m ltx_titan.train": ("the same", plans),
     "./run_train.sh job.toml": ("the same", plans),
     "./run_train.sh": ("minutes; tests/test_launch.py runs the launcher", names_files),
+    "torchrun --nproc-per-node 8 -m ltx_titan.benchmarks": ("needs eight GPUs", measures),
     "torchrun --nproc-per-node 4 -m ltx_titan.benchmarks": ("needs four GPUs", measures),
     "torchrun --nproc-per-node 1 -m ltx_titan.benchmarks": ("needs a GPU", measures),
     "torchrun --nproc-per-node 2 -m ltx_titan.benchmarks": ("needs two GPUs", measures),
     "ltx-titan bench step": ("needs a GPU", parses),
+    "ltx-titan bench scaling": ("a minute; tests/benchmarks/test_scaling.py runs it", parses),
     "ltx-titan bench block --tokens 4032 16128 --providers triton native tensorwise": ("needs a GPU", parses),
     "ltx-titan bench small-gpu": ("needs a GPU", parses),
     "pytest -m gpu": ("needs a GPU", names_files),

@@ -123,12 +123,35 @@ def _row(lines: list[dict], ranks: int) -> dict[str, object]:
     }
 
 
-def _free(device: torch.device) -> None:
+def attempt(job: Path, overrides: Sequence[str], device: torch.device) -> dict[str, object]:
+    """Measures one case and frees its memory; the row of a failed one is its error. Every rank calls it.
+
+    Args:
+        job: job file.
+        overrides: its overrides, `--section.key=value`.
+        device: device of this rank.
+    """
+    started = time.monotonic()
+    try:
+        row = measure(job, overrides, device)
+    # A case that runs out of memory must not lose the results of the others.
+    except Exception as error:
+        row = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        traceback.print_exc()
     # Cases differ in shapes and settings; without this they would run into the recompilation limit.
     torch.compiler.reset()
     free_device_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    return {**row, "seconds": time.monotonic() - started}
+
+
+def is_late(begun: float, budget: float) -> bool:
+    """Whether more than `budget` seconds have passed since `time.monotonic()` was `begun`. Every rank calls it."""
+    # Rank 0 decides for all: clocks differ, and ranks that disagree would wait for each other forever.
+    late = [time.monotonic() - begun > budget]
+    dist.broadcast_object_list(late, src=0)
+    return late[0]
 
 
 def main() -> int:
@@ -142,24 +165,14 @@ def main() -> int:
     rows, failures, begun = [], 0, time.monotonic()
     for case in options.case or ("job",):
         name, _, overrides = case.partition(":")
-        # Rank 0 decides for all: clocks differ, and ranks that disagree would wait for each other forever.
-        late = [time.monotonic() - begun > options.budget]
-        dist.broadcast_object_list(late, src=0)
-        if late[0]:
+        if is_late(begun, options.budget):
             rows.append({**common, "case": name, "skipped": "budget used up"})
             continue
-        started = time.monotonic()
-        try:
-            row = measure(options.job, [*shlex.split(options.all), *shlex.split(overrides)], device)
-        # A case that runs out of memory must not lose the results of the others.
-        except Exception as error:
-            failures += 1
-            row = {"error": f"{type(error).__name__}: {error}"[:2000]}
-            traceback.print_exc()
-        rows.append({**common, "case": name, **row, "seconds": time.monotonic() - started})
-        _free(device)
+        row = attempt(options.job, [*shlex.split(options.all), *shlex.split(overrides)], device)
+        failures += "error" in row
+        rows.append({**common, "case": name, **row})
         if is_main:
-            _print_row(rows[-1])
+            print_row(rows[-1])
             write_rows(options.out, rows)
     if is_main:
         write_rows(options.out, rows)
@@ -167,7 +180,8 @@ def main() -> int:
     return failures
 
 
-def _print_row(row: dict) -> None:
+def print_row(row: dict) -> None:
+    """Prints what a case took, or its error."""
     if "error" in row:
         print(f"CASE {row['case']}: FAILED {row['error'][:300]}", flush=True)
         return

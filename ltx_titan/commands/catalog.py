@@ -47,6 +47,7 @@ COMMANDS = {
         "ltx_titan.benchmarks.small_gpu",
         "check and time LoRA with streamed weights under memory caps",
     ),
+    "bench scaling": ("ltx_titan.benchmarks.scaling_report", "make table and plot of steps on 1 to 8 GPUs"),
     "bench encode": ("ltx_titan.benchmarks.encode", "time the encoder of the video VAE"),
     "bench nano": ("ltx_titan.benchmarks.nano.command", "train and score the miniature pack"),
     "completion": ("ltx_titan.commands.completion", "print a completion script for bash, zsh or tcsh"),

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 GIB = 2**30
 
+HOP_S, NETWORK_HOP_S = 3.4e-6, 14e-6
+"""Latency of one hop of a ring within a node and between nodes. Not measured: the constants with which NCCL itself
+predicts its rings over NVLink and a network (protocol "Simple", src/graph/tuning.cc)."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -226,3 +230,18 @@ def bus_bandwidth(gpu: Gpu, stride: int, size: int) -> float:
         return gpu.nvlink
     members_in_node = max(gpu.gpus_per_node // stride, 1)
     return min(gpu.nvlink, members_in_node * gpu.network)
+
+
+def ring_latency(gpu: Gpu, stride: int, size: int) -> float:
+    """Seconds that the hops of a ring over `size` ranks take besides the transfer: each part passes all other ranks.
+
+    It does not depend on the number of bytes, so that it limits how many ranks can share small weights.
+
+    Args:
+        gpu: kind of GPU and node.
+        stride: distance between neighbors of the group in rank order.
+        size: of the group.
+    """
+    members_in_node = max(gpu.gpus_per_node // stride, 1)
+    between = -(-size // members_in_node) - 1
+    return (size - 1 - between) * HOP_S + between * NETWORK_HOP_S

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ltx_titan.common.files import write_text
-from ltx_titan.common.hardware import GIB, GPUS, Gpu
+from ltx_titan.common.hardware import GIB, GPUS, HOP_S, NETWORK_HOP_S, Gpu
 from ltx_titan.common.options import Flag, Maybe, Overrides, Positional, parse_size, placeholder
 from ltx_titan.config import Degrees, PreservationSection, build_job, read_tables
 from ltx_titan.estimate.placeholders import Tables, add_placeholders
@@ -175,6 +175,9 @@ def assumptions(gpu: Gpu, setup: Setup) -> list[str]:
         f"{gpu.attention_backward / 1e12:.0f} in attention forward / backward, copy {gpu.copy / 1e12:.1f} TB/s",
         f"not measured: {gpu.assumed}",
         f"{gpu.gpus_per_node} GPUs per node, filled in rank order; tp innermost, then FSDP2, then replicas",
+        "not measured: several nodes. A ring over whole nodes uses all their network cards, one a GPU, and takes "
+        f"{1e6 * HOP_S:.1f} us a hop within a node and {1e6 * NETWORK_HOP_S:.0f} us between nodes (NCCL's own "
+        "constants); no stragglers, no other traffic",
         f"needed = {SLACK} x peak + {RESERVE / GIB:.1f} GiB for CUDA, NCCL and cuBLAS, and with CUDA graphs or a "
         "budget the gradients, which cannot use what activations free; validation is not counted",
         "time is for a sample of mean cost, memory for the largest one; no data, checkpoint or logging stalls",

@@ -9,7 +9,7 @@ context parallelism are not overlapped.
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from ltx_titan.common.hardware import Gpu, bus_bandwidth
+from ltx_titan.common.hardware import Gpu, bus_bandwidth, ring_latency
 from ltx_titan.memory.workload import Setup, Workload
 from ltx_titan.model.flops import Passes, layer_flops, outside_flops, training_flops
 from ltx_titan.parallel.activation_checkpoint import Level
@@ -257,12 +257,14 @@ def _fsdp_traffic(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, float,
     itemsize = 1 if setup.float8_all_gather else work.itemsize
     bandwidth = bus_bandwidth(gpu, degrees.tp, ranks)
     others = (ranks - 1) / ranks  # each rank has its own part already
-    gather = others * itemsize * gathered / bandwidth
-    reduce = others * 4 * trained / bandwidth  # float32
+    latency = ring_latency(gpu, degrees.tp, ranks)
+    gather = others * itemsize * gathered / bandwidth + latency
+    reduce = others * 4 * trained / bandwidth + latency  # float32
     copies = degrees.dp_replicate
     between = bus_bandwidth(gpu, degrees.tp * ranks, copies)
     # A ring all-reduce sends every byte twice, once to reduce and once to gather.
-    return gather, reduce, 2 * (copies - 1) / copies * 4 * trained / ranks / between
+    replicate = 2 * (copies - 1) / copies * 4 * trained / ranks / between
+    return gather, reduce, replicate + 2 * ring_latency(gpu, degrees.tp * ranks, copies)
 
 
 def _communication(work: Workload, setup: Setup, gpu: Gpu) -> float:
