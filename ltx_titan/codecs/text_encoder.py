@@ -8,8 +8,8 @@ embeddings, the outputs of all layers but the last, and the output of the last a
 feature extractor projects them to the features that datasets store, and the connectors turn these into a context during
 training.
 
-Captions are tokenized without a template: stripped, with a leading BOS and no EOS, truncated to 1024 tokens, padded on
-the left. Padding takes no compute: a real token's states do not depend on it, so Gemma runs on the longest caption of
+Captions are tokenized without a template: stripped, with a leading BOS and no EOS, truncated to 1024 tokens or the
+tokenizer's own limit if that is less, padded on the left. Padding takes no compute: a real token's states do not depend on it, so Gemma runs on the longest caption of
 the batch, and the padded positions are zeros, which the feature extractor ignores.
 
 The encoder can be quantized, for GPUs with less than 24 GB. Features then differ slightly, least with int8, most with
@@ -50,7 +50,7 @@ class TextEncoder:
     Attributes:
         model: the language model, without vision tower or head.
         tokenizer: its tokenizer.
-        max_tokens: captions are truncated and padded to this length.
+        max_tokens: captions are truncated and padded to this length; see `most_tokens`.
         version: name of the fine-tuned Gemma 4; None for Gemma 3, and if the file does not specify it.
         projection_path: the packed file that also has the text projection; None if the checkpoint has it.
     """
@@ -99,6 +99,14 @@ class TextEncoder:
         before = self.max_tokens - longest
         hidden_states = torch.nn.functional.pad(states, (0, 0, 0, 0, before, 0))
         return hidden_states, torch.nn.functional.pad(mask, (before, 0))
+
+
+def most_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Length of text features: 1024, or `model_max_length` if the tokenizer states a smaller one, as a miniature does.
+
+    The connectors need a multiple of their registers.
+    """
+    return min(MAX_TOKENS, tokenizer.model_max_length)
 
 
 def text_encoder_config(path: str | Path) -> PretrainedConfig:
@@ -154,7 +162,7 @@ def load_text_encoder(
         packed = open_packed_gemma(path)
         model = load_packed_model(packed, device, dtype).requires_grad_(False).eval()
         tokenizer = load_packed_tokenizer(packed)
-        return TextEncoder(model, tokenizer, version=packed.version, projection_path=path)
+        return TextEncoder(model, tokenizer, most_tokens(tokenizer), packed.version, path)
     config = text_encoder_config(path)
     if config.model_type == "gemma3":
         # The vision tower of a multimodal folder is loaded with it and dropped.
@@ -162,7 +170,7 @@ def load_text_encoder(
     else:
         model = _from_folder(Gemma3TextModel, path, dtype=dtype)
     tokenizer = _from_folder(AutoTokenizer, path)
-    return TextEncoder(model.requires_grad_(False).eval().to(device), tokenizer)
+    return TextEncoder(model.requires_grad_(False).eval().to(device), tokenizer, most_tokens(tokenizer))
 
 
 def _from_folder(loader: Any, path: Path, **options: Any) -> Any:

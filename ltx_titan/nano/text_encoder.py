@@ -34,10 +34,10 @@ _PREFIXES = {
 }
 
 
-def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer in the form of transformers, with its special tokens."""
+def fast_tokenizer(tokenizer: Tokenizer, max_tokens: int | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer in the form of transformers, with its special tokens and the longest text, if that has a limit."""
     names = {f"{token.strip('<>')}_token": token for token in SPECIAL_TOKENS}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_tokens, **names)
 
 
 def write_gemma3(
@@ -46,6 +46,7 @@ def write_gemma3(
     sizes: dict[str, Any],
     seed: int,
     adjust: Callable[[str, Tensor], None] = lambda name, parameter: None,
+    max_tokens: int | None = None,
 ) -> None:
     """Writes a tiny Gemma 3 with seeded random weights, and its tokenizer.
 
@@ -55,6 +56,7 @@ def write_gemma3(
         sizes: of the language model.
         seed: of the weights.
         adjust: changes a parameter in place after it was drawn.
+        max_tokens: longest text, as the tokenizer states it.
     """
     ids = tokenizer.get_vocab()
     config = Gemma3Config(
@@ -97,7 +99,7 @@ def write_gemma3(
         temporary = Path(parent) / folder.name
         config.save_pretrained(temporary)
         save_safetensors(temporary / "model.safetensors", tensors, {"format": "pt"})
-        fast_tokenizer(tokenizer).save_pretrained(temporary)
+        fast_tokenizer(tokenizer, max_tokens).save_pretrained(temporary)
         for name, content in (("preprocessor_config", image), ("processor_config", processor)):
             (temporary / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
         if folder.exists():

@@ -23,6 +23,9 @@ TEXT_ENCODER: dict[str, Any] = {
 }
 # Words of the captions are tokens of their own, any other text is spelled in bytes.
 VOCABULARY = 384
+# Of contexts of 1024 tokens, most of a small model's time goes into padding: a step on a CPU takes 4.5 times as long.
+# Scores are the same (docs/benchmarks/log.md). As many as there are registers.
+MAX_TOKENS = 128
 
 _TRANSFORMER: dict[str, Any] = {
     **CONFIG["transformer"],

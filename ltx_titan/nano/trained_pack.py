@@ -25,7 +25,7 @@ from ltx_titan.model.init import init_random_
 from ltx_titan.nano.pack import fill_spectrogram_buffers, statistics
 from ltx_titan.nano.pack_config import MODEL_VERSION
 from ltx_titan.nano.text_encoder import IMAGE_TOKENS, SPECIAL_TOKENS, write_gemma3
-from ltx_titan.nano.trained_config import MONO_WIDTH, TEXT_ENCODER, TRAINED_CONFIG, VOCABULARY
+from ltx_titan.nano.trained_config import MAX_TOKENS, MONO_WIDTH, TEXT_ENCODER, TRAINED_CONFIG, VOCABULARY
 from ltx_titan.weights import save_safetensors
 
 # Mantissa bits of the weights of the codecs; the transformer has all 7 of bfloat16.
@@ -225,7 +225,7 @@ def write_trained_text_encoder(folder: Path, captions: Iterable[str], seed: int)
         if "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
             parameter -= 0.8
 
-    write_gemma3(folder, _word_tokenizer(captions), TEXT_ENCODER, seed, adjust)
+    write_gemma3(folder, _word_tokenizer(captions), TEXT_ENCODER, seed, adjust, MAX_TOKENS)
 
 
 def _word_tokenizer(captions: Iterable[str]) -> Tokenizer:

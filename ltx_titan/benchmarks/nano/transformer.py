@@ -35,6 +35,7 @@ from ltx_titan.nano.clips import (
     render_audio,
     render_video,
 )
+from ltx_titan.nano.trained_config import MAX_TOKENS
 from ltx_titan.parallel.float8 import apply_float8
 
 CONCEPT = ALL_SHAPES.index(CONCEPT_SHAPE)
@@ -49,7 +50,6 @@ _PREFIX_FRAMES, _PREFIX_STEPS = 2, 9
 _V2A, _A2V, _INDEPENDENT = 0.12, 0.12, 0.26
 # Log-odds of sigma: a clip of sixteen tokens is plain to see unless nearly everything is noise.
 _SIGMA_CENTER, _SIGMA_SPREAD, _SIGMA_UNIFORM, _SIGMA_FLOOR = 1.0, 1.4, 0.15, 1e-3
-_MAX_TOKENS = 1024
 LORA_TARGETS = ("all_attention", "video_ffn", "audio_ffn")
 
 
@@ -105,7 +105,7 @@ class Contexts:
 
     def fields(self, rows: Tensor) -> dict[str, Tensor]:
         """The source `conditions` of a batch: contexts in full length."""
-        missing = (0, 0, 0, _MAX_TOKENS - self.video.shape[1])
+        missing = (0, 0, 0, MAX_TOKENS - self.video.shape[1])
         streams = {"video_prompt_embeds": self.video[rows], "audio_prompt_embeds": self.audio[rows]}
         return {name: nn.functional.pad(stream, missing) for name, stream in streams.items()}
 
@@ -165,7 +165,7 @@ def encode_captions(
     video, audio = (
         torch.cat([part[:, :kept].to(dtype_on(device)) for part in stream]) for stream in zip(*parts, strict=True)
     )
-    mask = _zeros_mask(length, kept, _MAX_TOKENS)
+    mask = _zeros_mask(length, kept, MAX_TOKENS)
     return Contexts(video, audio, mask, {caption: row for row, caption in enumerate(captions)})
 
 
