@@ -9,8 +9,9 @@ feature extractor projects them to the features that datasets store, and the con
 training.
 
 Captions are tokenized without a template: stripped, with a leading BOS and no EOS, truncated to 1024 tokens or the
-tokenizer's own limit if that is less, padded on the left. Padding takes no compute: a real token's states do not depend on it, so Gemma runs on the longest caption of
-the batch, and the padded positions are zeros, which the feature extractor ignores.
+tokenizer's own limit if that is less, padded on the left. Padding takes no compute: a real token's states do not depend
+on it, so Gemma runs on the longest caption of the batch, and the padded positions are zeros, which the feature
+extractor ignores.
 
 The encoder can be quantized, for GPUs with less than 24 GB. Features then differ slightly, least with int8, most with
 int4: encode a whole dataset with one precision.

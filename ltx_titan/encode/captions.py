@@ -89,7 +89,7 @@ def encode_caption(caption: str, models: TextModels) -> Fields:
 
 
 def text_bytes(transformer: dict[str, Any]) -> int:
-    """Approximate size on disk of an encoded caption: 1,024 tokens of both streams in 16 bits.
+    """Size on disk of an encoded caption at most: 1,024 tokens of both streams in 16 bits.
 
     Args:
         transformer: the object `transformer` of the checkpoint's metadata.

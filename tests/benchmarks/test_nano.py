@@ -1,6 +1,7 @@
 import torch
 
 from ltx_titan.benchmarks.nano.transformer import Latents, StepLoss, encode_captions, known_captions, training_clips
+from ltx_titan.nano.trained_config import MAX_TOKENS
 from ltx_titan.nano.trained_pack import (
     build_mono_vocoder,
     build_text_modules,
@@ -23,10 +24,10 @@ def test_short_contexts_are_the_full_ones_to_the_transformer(tmp_path, generator
     *inputs, _, _, _ = step.inputs(0)
     rows = latents.captions
     full = contexts.fields(rows)
-    assert full["video_prompt_embeds"].shape[1] == 1024
+    assert full["video_prompt_embeds"].shape[1] == MAX_TOKENS
     with torch.no_grad():
         short = step.loss(*inputs, contexts.video[rows], contexts.audio[rows], contexts.mask[rows])["loss"]
-        long = step.loss(*inputs, full["video_prompt_embeds"], full["audio_prompt_embeds"], torch.zeros(2, 1024))
+        long = step.loss(*inputs, full["video_prompt_embeds"], full["audio_prompt_embeds"], torch.zeros(2, MAX_TOKENS))
         other = step.loss(*inputs, *(x.flip(0)[rows.flip(0)] for x in (contexts.video, contexts.audio, contexts.mask)))
     torch.testing.assert_close(short, long["loss"], rtol=2e-6, atol=0)
     # Words matter from the first step on.

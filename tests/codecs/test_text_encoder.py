@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ def test_long_captions_are_cut_at_the_end(encoder):
     ids = encoder.tokenize("a" * 5000)
     assert len(ids) == 1024
     assert ids[0] == encoder.tokenizer.bos_token_id
+
+
+def test_a_tokenizer_that_states_a_smaller_limit_is_obeyed(nano, tmp_path):
+    folder = shutil.copytree(nano.parent / "text_encoder", tmp_path / "text_encoder")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 256}))
+    encoder = load_text_encoder(folder, dtype=torch.float32)
+    states, mask = encoder.encode(["short", "a" * 5000])
+    assert states.shape[1] == 256
+    assert mask.sum(1).tolist() == [6, 256]
 
 
 def test_states_are_left_padded_and_stacked_layer_last(encoder):
