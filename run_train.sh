@@ -33,7 +33,7 @@ if [[ -z $JOB || $JOB -ef $ROOT/train_configs/nano_concept.toml ]]; then
     JOB=train_configs/nano_concept.toml DATA=outputs/concept-data SIZE=64x64x25
     PACK=$DATA/nano/ltx-2.3-nano-trained.safetensors
     "$PYTHON" -m ltx_titan.cli make-nano "$DATA/nano" --trained
-    "$PYTHON" -m ltx_titan.cli make-clips "$DATA/clips" --count 32 --concept --known 8
+    "$PYTHON" -m ltx_titan.cli make-clips "$DATA/clips" --count 96 --concept --known 96
 elif [[ $JOB -ef $ROOT/train_configs/debug.toml ]]; then
     cd "$ROOT"
     JOB=train_configs/debug.toml DATA=outputs/debug-data SIZE=256x160x25
