@@ -9,7 +9,6 @@ A file that is quantized itself (fp8, NVFP4) is dequantized first, unless the la
 bits are kept.
 """
 
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from ltx_titan.common.tensors import local
 from ltx_titan.config import BaseDtype
-from ltx_titan.model.init import init_random_
+from ltx_titan.model.init import draw_parameter, init_random_
 from ltx_titan.weights import (
     TRANSFORMER,
     QuantizedLinear,
@@ -78,13 +77,13 @@ def init_base_(model: nn.Module, seed: int, device: torch.device | None = None) 
         device: that values are drawn and quantized on; None: where they are stored.
     """
     init_random_(model, seed, device)
-    for name, layer in quantized_layers(model).items():
-        # Drawn at full size and quantized, as a checkpoint's weights are, one layer at a time.
-        drawn_on = device or local(layer.qdata).device
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device=drawn_on)
-        # Not `hash`, which Python salts per process: ranks would draw different weights.
-        init_random_(linear, seed + zlib.crc32(name.encode()))
-        _fill(layer, _quantizer(linear.weight.detach(), layer.form), device)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLinear):
+            continue
+        # Drawn at full size, one layer at a time: the bfloat16 weights that the layer would have without quantization.
+        shape = layer.out_features, layer.in_features
+        weight = draw_parameter(f"{name}.weight", shape, seed, device or local(layer.qdata).device)
+        _fill(layer, _quantizer(weight.bfloat16(), layer.form), device)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:

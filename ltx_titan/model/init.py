@@ -31,17 +31,30 @@ def init_random_(module: nn.Module, seed: int, device: torch.device | None = Non
     """
     for name, parameter in module.named_parameters():
         shard = local(parameter)
-        # Keyed by the name without wrappers: compiled, checkpointed and LoRA-wrapped modules get the weights of the
-        # plain one.
-        drawn_on = device or shard.device
-        generator = torch.Generator(drawn_on).manual_seed(seed_of(f"{seed}/{without_wrappers(name)}"))
-        full = _draw(name, parameter.shape, drawn_on, generator)
+        full = draw_parameter(name, parameter.shape, seed, device or shard.device)
         if isinstance(parameter, DTensor):
             # Every rank drew the same tensor, so there is nothing to broadcast.
             full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
         # `copy_` casts: drawn in float32 for any dtype of the parameter, so a bfloat16 model is the rounded float32
         # one.
         shard.copy_(full)
+
+
+def draw_parameter(name: str, shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    """The initial values of a parameter in float32.
+
+    Args:
+        name: in the model. Wrappers in it do not count: compiled and checkpointed modules get the weights of the plain
+            one.
+        shape: its full shape.
+        seed: of all generators.
+        device: that numbers are drawn on.
+    """
+    generator = torch.Generator(device).manual_seed(seed_of(f"{seed}/{without_wrappers(name)}"))
+    mean, std = initial_spread(name, shape)
+    if std == 0:
+        return torch.full(shape, mean, device=device)
+    return torch.randn(shape, generator=generator, device=device) * std
 
 
 def initial_spread(name: str, shape: Sequence[int]) -> tuple[float, float]:
@@ -57,10 +70,3 @@ def initial_spread(name: str, shape: Sequence[int]) -> tuple[float, float]:
         return 0.0, 0.0
     std = 1.0 if name.endswith("learnable_registers") else 1 / sqrt(shape[-1])
     return 0.0, std * _OUTPUT_HEAD_SCALE if "proj_out." in name else std
-
-
-def _draw(name: str, shape: torch.Size, device: torch.device, generator: torch.Generator) -> Tensor:
-    mean, std = initial_spread(name, shape)
-    if std == 0:
-        return torch.full(shape, mean, device=device)
-    return torch.randn(shape, generator=generator, device=device) * std

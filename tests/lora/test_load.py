@@ -156,6 +156,18 @@ def test_a_random_base_is_seeded(form):
 
 
 @pytest.mark.parametrize("form", QUANTIZED)
+def test_a_quantized_random_base_has_the_weights_of_the_plain_one(form):
+    plain, quantized = empty(base_dtype="bfloat16"), empty(base_dtype=form)
+    for model in (plain, quantized):
+        init_base_(model, 1)
+    weights = [model.transformer_blocks[0].attn1.to_q.base.weight.float() for model in (plain, quantized)]
+    assert (weights[1] - weights[0]).norm() < 0.15 * weights[0].norm()
+    # What is not quantized is equal to the bit.
+    tables = [model.transformer_blocks[0].scale_shift_table for model in (plain, quantized)]
+    assert torch.equal(*tables)
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
 def test_weights_are_counted_before_quantization(form):
     model = transformer("meta")
     expected = sum(parameter.numel() for parameter in model.parameters())
