@@ -185,7 +185,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path, nano_path, data_root):
     assert "rank 1 of 2 did not join within 5 s" in (tmp_path / "rank-0.log").read_text()
 
 
-def test_a_rank_whose_launcher_reports_its_end_is_not_awaited(monkeypatch):
+def test_a_rank_whose_launcher_reports_its_end_is_not_awaited(monkeypatch, capfd):
     # As the launcher of the first node does.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -194,10 +194,12 @@ def test_a_rank_whose_launcher_reports_its_end_is_not_awaited(monkeypatch):
     report_lost("127.0.0.1", store.port, "rank 2 ended with exit code -9")
     with pytest.raises(StalledError, match=r"rank 1, 2, 3 of 4 did not join, and will not: rank 2 ended .* -9\."):
         join(timeout_s=600.0)
-    # A first node that has ended as well is no further error.
+    # A first node that has ended as well is no further error, and nothing is printed.
     port = store.port
     del store
+    capfd.readouterr()
     report_lost("127.0.0.1", port, "rank 2 ended with exit code -9")
+    assert "".join(capfd.readouterr()) == ""
 
 
 def write_overflowing_dataset(root: Path, nano_path: Path, clips: tuple[int, ...]) -> Path:

@@ -98,11 +98,13 @@ def report_lost(address: str, port: int, message: str) -> None:
         message: which rank ended, and how.
     """
     try:
+        # Where the first node has ended as well, a TCPStore would try for ten seconds and print a page of C++ frames.
+        socket.create_connection((address, port), timeout=_REPORT_S).close()
         store = dist.TCPStore(
             address, port, is_master=False, timeout=timedelta(seconds=_REPORT_S), wait_for_workers=False
         )
         store.set(_LOST, message)
-    except RuntimeError as error:  # the first node has ended, too
+    except (OSError, RuntimeError) as error:  # the first node has ended, too
         logger.debug("%s:%d was not informed: %s", address, port, error)
 
 
