@@ -64,13 +64,23 @@ class Optimizers:
 
     @property
     def can_skip(self) -> bool:
-        """Whether `step` takes the decision to skip it as a tensor: only torch's fused update does."""
+        """Whether `step` takes tensors that scale or skip it: only torch's fused update does."""
         return not self._in_backward and all(type(part) is ShardedAdamW for part in self.parts)
 
-    def step(self, skip: Tensor | None = None) -> None:
+    @property
+    def can_scale(self) -> bool:
+        """Whether `step` should apply the clip factor, which saves a pass over the gradients.
+
+        Only on a GPU: a run on a CPU has the bits that it had before.
+        """
+        devices = (group["params"][0].device for part in self.parts for group in part.param_groups)
+        return self.can_skip and all(device.type == "cuda" for device in devices)
+
+    def step(self, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
         """Updates the weights; with `in_backward` only those that have not been updated yet.
 
         Args:
+            factor: on all gradients, a scalar on their device. Only if `can_skip`.
             skip: 1.0 leaves weights and state as they are, 0.0 updates them: the host need not know. Only if
                 `can_skip`.
         """
@@ -81,10 +91,11 @@ class Optimizers:
                 if any(parameter.grad is not None for group in part.param_groups for parameter in group["params"]):
                     _step_and_free(part)
             return
-        assert skip is None or self.can_skip
+        assert (factor is None and skip is None) or self.can_skip
+        # Made for gradient scalers, whose gradients are divided. The fused kernel reads both on the device.
+        scale = None if factor is None else factor.reciprocal()
         for part in self.parts:
-            # Made for gradient scalers; the fused kernel reads it on the device.
-            part.found_inf = skip  # type: ignore[attr-defined]
+            part.grad_scale, part.found_inf = scale, skip  # type: ignore[attr-defined]
             part.step()
         if self._offloaded and torch.cuda.is_available():
             # A checkpoint may read the state next, which is still being copied to the host.
