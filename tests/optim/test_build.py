@@ -68,13 +68,13 @@ def test_a_clip_factor_in_the_update_is_that_of_scaled_gradients():
         assert bool(factor < 1) == (step > 0)
         scaling.step(factor)
         scale_grads_(two.parameters(), factor)
-        assert float(grad_norms(two.named_parameters())[0]) <= 5.0
+        assert float(grad_norms(two.named_parameters())[0]) <= 5.0 * (1 + 1e-6)
         plain.step()
         for optimizers in (scaling, plain):
             optimizers.zero_grad()
-        # A gradient is divided by a rounded reciprocal in one and multiplied in the other.
+        # A gradient is divided by a rounded reciprocal in one and multiplied in the other; steps are 3e-3.
         for a, b in zip(one.parameters(), two.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_only_optimizers_that_take_a_factor_are_given_one():

@@ -22,7 +22,7 @@ from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.config import Degrees
 from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
-from ltx_titan.optim.build import ShardedAdamW
+from ltx_titan.optim.adamw import ShardedAdamW
 from ltx_titan.parallel import static_slots
 from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
@@ -128,7 +128,7 @@ def batch_of(scenario: str, rows: slice) -> dict[str, dict[str, Tensor]]:
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of all runs."""
-    return ShardedAdamW(model.parameters(), lr=LR, fused=True)
+    return ShardedAdamW(model.parameters(), lr=LR)
 
 
 def train(
