@@ -94,8 +94,8 @@ def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.d
     return BlockModel(step, lambda: list(model.parameters()), blocks)
 
 
-def build_diffusers(transformer: dict, layers: int, device: torch.device) -> nn.Module:
-    """Diffusers' transformer in bfloat16, with random weights.
+def build_diffusers(transformer: dict, layers: int, device: torch.device) -> Any:
+    """Diffusers' LTX2VideoTransformer3DModel in bfloat16, with random weights.
 
     Raises:
         ImportError: diffusers is not installed.

@@ -13,9 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-from torch import nn
 
 from ltx_titan.benchmarks.block_models import build_diffusers, compile_blocks, dense_loss, diffusers_inputs
 from ltx_titan.benchmarks.measure import environment, write_rows
@@ -50,7 +50,7 @@ class PeerOptions:
     """Overrides of the job."""
 
 
-def peer_model(plan: Plan, device: torch.device) -> nn.Module:
+def peer_model(plan: Plan, device: torch.device) -> Any:
     """Diffusers' transformer of a job, frozen, with adapters in float32.
 
     Raises:
@@ -62,7 +62,7 @@ def peer_model(plan: Plan, device: torch.device) -> nn.Module:
     model = build_diffusers(plan.source.config["transformer"], plan.architecture.num_layers, device)
     model.requires_grad_(False)
     endings = [ending for target in lora.targets for ending in PRESETS.get(target, (target,))]
-    model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=endings))
+    model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=endings))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -73,7 +73,7 @@ def peer_model(plan: Plan, device: torch.device) -> nn.Module:
     return model
 
 
-def time_steps(plan: Plan, steps: int, device: torch.device) -> dict[str, object]:
+def time_steps(plan: Plan, steps: int, device: torch.device) -> dict[str, Any]:
     """Trains the peer; returns the fields of a row."""
     tokens = stream_tokens(plan.dataset.shape_key(0), plan.modalities)
     model = peer_model(plan, device)
