@@ -69,7 +69,7 @@ def test_a_run_without_its_export_or_with_a_damaged_one_is_not_finished(tmp_path
 
 
 def test_an_update_that_overflows_is_neither_saved_nor_exported(tmp_path, nano_path, data_root, caplog, monkeypatch):
-    def overflow(optimizers, skip=None):
+    def overflow(optimizers, *_):
         with torch.no_grad():
             next(iter(optimizers.parts[0].param_groups[0]["params"])).fill_(float("nan"))
 

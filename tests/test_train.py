@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from ltx_titan.config import load_job
 from ltx_titan.data import read_sample, write_sample
 from ltx_titan.model import LTXTransformer
+from ltx_titan.optim import Optimizers
 from ltx_titan.plan import plan_job
 from ltx_titan.train import Trainer, main
 from ltx_titan.weights import load_parameters, read_metadata
@@ -289,6 +290,18 @@ def test_steps_that_learn_nothing_are_counted_and_jobs_that_cannot_learn_are_ref
     silenced(root, 1)
     with pytest.raises(ValueError, match=r"no sample can train anything, .*clip_0.*the audio is absent in 2 of 2"):
         plan_job(load_job(job), 1)
+
+
+@pytest.mark.parametrize("skipped", [0, 5])
+def test_gradients_that_the_update_clips_train_to_the_same_losses(tmp_path, nano_path, data_root, monkeypatch, skipped):
+    settings = {"training__max_grad_norm": 0.01, "training__max_skipped_steps": skipped, **NO_CHECKPOINTS}
+    expected = curve(train(write_job(tmp_path / "scaled", nano_path, data_root, **settings)))
+    # As on a GPU.
+    monkeypatch.setattr(Optimizers, "can_scale", Optimizers.can_skip)
+    monkeypatch.setattr("ltx_titan.train.step.scale_grads_", None)
+    found = curve(train(write_job(tmp_path / "update", nano_path, data_root, **settings)))
+    assert min(norm for *_, norm in found) > 0.01
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 def test_updates_in_the_backward_pass_are_the_same_without_a_norm(tmp_path, nano_path, data_root):

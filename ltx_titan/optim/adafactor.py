@@ -16,11 +16,8 @@ Weights that are whole on a GPU are updated together, by the kernels of `ltx_tit
 rate are on the device, so that an update can be part of a CUDA graph.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +26,7 @@ from torch.distributed.tensor import Placement, Replicate
 from torch.optim import Optimizer
 
 from ltx_titan.common.tensors import local, seed_of
-from ltx_titan.optim.sharding import like, sum_shards
+from ltx_titan.optim.sharding import like, runs_triton, sum_shards
 from ltx_titan_kernels.formulas import ADAFACTOR_DECAY, SMALLEST_RMS, SMALLEST_VARIANCE
 
 if TYPE_CHECKING:
@@ -170,16 +167,7 @@ class Adafactor(Optimizer):
 def _has_kernels(parameter: Tensor) -> bool:
     """Whether this rank holds all of a parameter, on a device that may have kernels."""
     shard = local(parameter)
-    return shard.shape == parameter.shape and _runs_triton(shard.device)
-
-
-@cache
-def _runs_triton(device: torch.device) -> bool:
-    if find_spec("triton") is None:
-        return False
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return shard.shape == parameter.shape and runs_triton(shard.device)
 
 
 def _rounded(values: Tensor, seed: int, step: Tensor) -> Tensor:

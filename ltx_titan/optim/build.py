@@ -1,21 +1,20 @@
 """Builds the optimizers of `[optimizer]` and presents them to the training loop as one.
 
-AdamW is torch's fused one on local shards. Muon needs AdamW for what is not a matrix; updates in the backward pass and
+AdamW is one pass over local shards. Muon needs AdamW for what is not a matrix; updates in the backward pass and
 offloaded state need one optimizer per block.
 """
 
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
-from ltx_titan.common.tensors import local
 from ltx_titan.config import OptimizerSection
 from ltx_titan.optim.adafactor import Adafactor
+from ltx_titan.optim.adamw import ShardedAdamW
 from ltx_titan.optim.groups import parameter_groups
 from ltx_titan.optim.muon import Muon
 from ltx_titan.optim.offload import keep_state_on_host
@@ -64,13 +63,23 @@ class Optimizers:
 
     @property
     def can_skip(self) -> bool:
-        """Whether `step` takes the decision to skip it as a tensor: only torch's fused update does."""
+        """Whether `step` takes tensors that scale or skip it: only AdamW's own update does."""
         return not self._in_backward and all(type(part) is ShardedAdamW for part in self.parts)
 
-    def step(self, skip: Tensor | None = None) -> None:
+    @property
+    def can_scale(self) -> bool:
+        """Whether `step` should apply the clip factor, which saves a pass over the gradients.
+
+        Only on a GPU: a run on a CPU has the bits that it had before.
+        """
+        devices = (group["params"][0].device for part in self.parts for group in part.param_groups)
+        return self.can_skip and all(device.type == "cuda" for device in devices)
+
+    def step(self, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
         """Updates the weights; with `in_backward` only those that have not been updated yet.
 
         Args:
+            factor: on all gradients, a scalar on their device. Only if `can_skip`.
             skip: 1.0 leaves weights and state as they are, 0.0 updates them: the host need not know. Only if
                 `can_skip`.
         """
@@ -81,10 +90,12 @@ class Optimizers:
                 if any(parameter.grad is not None for group in part.param_groups for parameter in group["params"]):
                     _step_and_free(part)
             return
-        assert skip is None or self.can_skip
+        assert (factor is None and skip is None) or self.can_skip
+        scale = None if factor is None else factor.reciprocal()
         for part in self.parts:
-            # Made for gradient scalers; the fused kernel reads it on the device.
-            part.found_inf = skip  # type: ignore[attr-defined]
+            if isinstance(part, ShardedAdamW):
+                # Read on the device.
+                part.grad_scale, part.found_inf = scale, skip
             part.step()
         if self._offloaded and torch.cuda.is_available():
             # A checkpoint may read the state next, which is still being copied to the host.
@@ -268,23 +279,7 @@ def _adamw(named: Named, settings: OptimizerSection, seed: int) -> Optimizer:
             stochastic_rounding=settings.stochastic_rounding,
             seed=seed,
         )
-    # fused: one pass over weight, gradient and both moments; torch's default makes one per operation.
-    return ShardedAdamW(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
-
-
-class ShardedAdamW(AdamW):
-    """torch's AdamW with sharded state, whose update sees plain local tensors.
-
-    The update is elementwise, so local shards are enough, and the fused kernel computes the same numbers. torch's own
-    passes lists of DTensors to it, whose dispatch keeps the host busy, most of all in the first step.
-    """
-
-    def _init_group(self, group: dict[str, Any], *collected: list[Tensor]) -> bool:
-        """Collects parameters, gradients and state as torch's does, then replaces them by their local shards."""
-        has_complex = super()._init_group(group, *collected)
-        for tensors in collected:
-            tensors[:] = map(local, tensors)
-        return has_complex
+    return ShardedAdamW(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
 
 def _step_and_free(optimizer: Optimizer) -> None:

@@ -1,5 +1,8 @@
 """Gradient norms and clipping over sharded parameters.
 
+A norm and the factor that clips it are computed here. Who applies the factor is for the caller to decide: AdamW's
+update on a GPU takes it, which saves a pass over the gradients; other updates find them scaled.
+
 Works on local shards: foreach operations on lists of thousands of DTensors spend more time on dispatch than on
 arithmetic.
 """
@@ -17,26 +20,25 @@ from torch.distributed.tensor import DTensor
 _Sharding = tuple[DeviceMesh, tuple[int, ...]] | None
 
 
+GradNorms = tuple[Tensor, dict[str, Tensor]]
+"""The norm of all gradients and that of each group: scalars on their device, the same on every rank."""
+
+
 @torch.no_grad()
-def clip_grad_norm_(
+def grad_norms(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
-    max_norm: float,
     group_of: Callable[[str], str] = lambda name: "all",
     further_group_of: Callable[[str], str | None] = lambda name: None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scales all gradients so that their global L2 norm is at most `max_norm`; with 0 they stay as they are.
+) -> GradNorms:
+    """Global L2 norms of gradients.
 
     Parameters may be sharded differently (some over tp, some not), and a square must be counted once: sums of squares
     are reduced for each sharding separately, all groups in one tensor. Nothing waits for the device.
 
     Args:
         named_parameters: those without a gradient are ignored.
-        max_norm: largest norm afterwards.
         group_of: name of the group that a parameter's norm is also reported for.
         further_group_of: name of another one; None without.
-
-    Returns:
-        The norm before clipping and that of each group: scalars on the gradients' device, the same on every rank.
     """
     # By both groups of a parameter together, so that each gradient is read once.
     gradients_of: dict[_Sharding, dict[tuple[str, str | None], list[Tensor]]] = defaultdict(lambda: defaultdict(list))
@@ -56,16 +58,38 @@ def clip_grad_norm_(
             squares[names].append(value)
     disjoint = {names: torch.stack(values).sum() for names, values in squares.items()}
     total = torch.stack(list(disjoint.values())).sum().sqrt()
-    if max_norm > 0:
-        # A tensor, clamped instead of compared: a Python `if` on the norm would wait for the device.
-        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([g for groups in gradients_of.values() for grads in groups.values() for g in grads], factor)
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for names, value in disjoint.items():
         for group in names:
             if group is not None:
                 parts[group].append(value)
     return total, {group: torch.stack(values).sum().sqrt() for group, values in parts.items()}
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Factor on gradients of this norm after which it is at most `max_norm`; at most 1."""
+    # A tensor, clamped instead of compared: a Python `if` on the norm would wait for the device.
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def scale_grads_(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiplies all gradients by `factor`, in place."""
+    gradients = [_shard_of(parameter.grad)[1] for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(gradients, factor)
+
+
+def clip_grad_norm_(named_parameters: Iterable[tuple[str, nn.Parameter]], max_norm: float) -> Tensor:
+    """Scales all gradients so that their global L2 norm is at most `max_norm`; with 0 they stay as they are.
+
+    Returns:
+        The norm before clipping.
+    """
+    named = list(named_parameters)
+    norm, _ = grad_norms(named)
+    if max_norm > 0:
+        scale_grads_((parameter for _, parameter in named), clip_factor(norm, max_norm))
+    return norm
 
 
 def _shard_of(gradient: Tensor) -> tuple[_Sharding, Tensor]:

@@ -17,15 +17,13 @@ from ltx_titan.model import TextConnectors
 from ltx_titan.optim import EMA, group_of, lr_factor
 from ltx_titan.optim.build import Optimizers
 from ltx_titan.parallel.float8 import precompute_float8_scales
-from ltx_titan.parallel.grad_norm import clip_grad_norm_
+from ltx_titan.parallel.grad_norm import GradNorms, clip_factor, grad_norms, scale_grads_
 from ltx_titan.parallel.graphs import GraphedMicroStep, make_recorder
 from ltx_titan.parallel.stream import weight_stream
 from ltx_titan.plan import Plan
 from ltx_titan.train.preservation import Preservation, TrainedPass, without_captions
 from ltx_titan.train.skipped import SkippedSteps
 from ltx_titan.weights import stream_of
-
-GradNorms = tuple[Tensor, dict[str, Tensor]]
 
 # More micro-batches than any step has, so that (step, micro-batch) maps to a unique number.
 _MICRO_STEPS = 1 << 20
@@ -100,7 +98,6 @@ class TrainStep:
             The gradient norms before clipping; None if the step was skipped, and with `optimizer.in_backward`, which
             frees each gradient at once.
         """
-        max_norm = self._job.training.max_grad_norm
         mark = sums.begin_step()
         # Before the backward pass, in which `optimizer.in_backward` already updates.
         self._optimizers.set_lr(self.learning_rate(batches.step))
@@ -108,33 +105,39 @@ class TrainStep:
             # Dropout masks depend on the micro-batch alone, so a resumed run draws the same ones.
             self._dropout.set(batches.step * _MICRO_STEPS + number)
             self._forward_backward(micro_batch, sums)
-        grad_norms = None
-        if not self._job.optimizer.in_backward:
-            with record_function("ltx_titan::clip"):
-                grad_norms = clip_grad_norm_(
-                    self._model.named_parameters(),
-                    max_norm,
-                    lambda name: stream_of(without_wrappers(name)),
-                    self._group_names.get,
-                )
-        if self._skipped is None or grad_norms is None:
-            self._update(batches.step)
-            return grad_norms
-        figures = self._skipped.figures(sums, mark, grad_norms[0])
+        norms, factor = (None, None) if self._job.optimizer.in_backward else self._clip()
+        if self._skipped is None or norms is None:
+            self._update(batches.step, factor)
+            return norms
+        figures = self._skipped.figures(sums, mark, norms[0])
         if self._optimizers.can_skip and self._ema is None:
             # The update reads the decision on the device, which then has work while the host reads it as well.
-            self._update(batches.step, skip=self._skipped.guard.is_broken(figures))
-            return None if self._skipped.skips(batches, sums, mark, figures) else grad_norms
+            self._update(batches.step, factor, self._skipped.guard.is_broken(figures))
+            return None if self._skipped.skips(batches, sums, mark, figures) else norms
         # Other updates and the moving average are skipped by the host.
         if self._skipped.skips(batches, sums, mark, figures):
             self._optimizers.zero_grad()
             return None
-        self._update(batches.step)
-        return grad_norms
+        self._update(batches.step, factor)
+        return norms
 
-    def _update(self, step: int, skip: Tensor | None = None) -> None:
-        """Updates the weights and frees the gradients; `skip` as in `Optimizers.step`."""
-        self._optimizers.step(skip)
+    @record_function("ltx_titan::clip")
+    def _clip(self) -> tuple[GradNorms, Tensor | None]:
+        """Gradient norms before clipping, and the factor that the update has to apply; None if it is applied or 1."""
+        named = list(self._model.named_parameters())
+        norms = grad_norms(named, lambda name: stream_of(without_wrappers(name)), self._group_names.get)
+        max_norm = self._job.training.max_grad_norm
+        if max_norm == 0:
+            return norms, None
+        factor = clip_factor(norms[0], max_norm)
+        if self._optimizers.can_scale:
+            return norms, factor
+        scale_grads_((parameter for _, parameter in named), factor)
+        return norms, None
+
+    def _update(self, step: int, factor: Tensor | None, skip: Tensor | None = None) -> None:
+        """Updates the weights and frees the gradients; `factor` and `skip` as in `Optimizers.step`."""
+        self._optimizers.step(factor, skip)
         self._optimizers.zero_grad()
         if self._job.float8.all_gather:
             # The updated weights' scales in one all-reduce, instead of one per layer in the next forward pass.

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from ltx_titan.benchmarks.kernel_cases import CASES, WIDTHS, make_case
 from ltx_titan_kernels import (
     adafactor,
+    adamw,
     few_tokens,
     float8,
     float8_weights,
@@ -91,6 +92,25 @@ def compile_float8(tokens: int, few: int, width: int) -> list[Any]:
 
 def compile_adafactor(names: Sequence[str]) -> dict[str, Any]:
     """Compiled kernels of Adafactor by name, for bfloat16 weights; only those of `names`."""
+    weight, zero = torch.zeros(64, 128, dtype=torch.bfloat16), torch.zeros(())
+    update = adafactor.Update(weight, weight, torch.zeros(64, 1), torch.zeros(1, 128), zero, zero, 0.0, 0)
+    with compiled_from(adafactor, names) as compiled:
+        adafactor.Updater(stochastic_rounding=True)([update])
+    return compiled
+
+
+def compile_adamw(dtype: torch.dtype, gradients: torch.dtype) -> Any:
+    """Compiled kernel of AdamW for aligned weights and their moments, scaled and skipped on the device."""
+    one = torch.ones(())
+    lists = [[torch.zeros(64, 128, dtype=kind)] for kind in (dtype, gradients, dtype, dtype)]
+    with compiled_from(adamw, ["_update_kernel"]) as compiled:
+        adamw.Updater()(*lists, [one], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=one, skip=one)
+    return compiled["_update_kernel"]
+
+
+@contextmanager
+def compiled_from(module: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Within it, kernels of a module that are launched by name are compiled instead, if they are in `names`."""
     compiled: dict[str, Any] = {}
 
     def recorder(name: str, kernel: Any) -> Any:
@@ -104,13 +124,10 @@ def compile_adafactor(names: Sequence[str]) -> dict[str, Any]:
 
         return OnGrid()
 
-    weight, zero = torch.zeros(64, 128, dtype=torch.bfloat16), torch.zeros(())
-    update = adafactor.Update(weight, weight, torch.zeros(64, 1), torch.zeros(1, 128), zero, zero, 0.0, 0)
     with on_an_h100(lambda *_: None), ExitStack() as patches:
-        for name in [name for name in vars(adafactor) if name.endswith("_kernel")]:
-            patches.enter_context(patch.object(adafactor, name, recorder(name, getattr(adafactor, name))))
-        adafactor.Updater(stochastic_rounding=True)([update])
-    return compiled
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            patches.enter_context(patch.object(module, name, recorder(name, getattr(module, name))))
+        yield compiled
 
 
 def trace_case(name: str, tokens: int, width: int, *, is_frozen: bool = False) -> list[torch.fx.Graph]:

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from ltx_titan.benchmarks.kernel_cases import CASES
-from tests.kernels.compilation import compile_adafactor, compile_case, compile_float8, trace_case
+from tests.kernels.compilation import compile_adafactor, compile_adamw, compile_case, compile_float8, trace_case
 
 pytestmark = pytest.mark.runs_on("cpu", "gpu")
 
@@ -78,3 +78,18 @@ def test_adafactors_kernels_keep_their_tiles_in_registers_and_load_16_bytes_at_a
     for kernel in compiled.values():
         assert "ld.global.v4.b32" in kernel.asm["ptx"], kernel.metadata.name
         assert spilled_bytes(kernel, tmp_path) == 0
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_adamws_kernel_stays_in_registers_and_moves_16_bytes_at_a_time(tmp_path, dtypes):
+    kernel = compile_adamw(*dtypes)
+    ptx = kernel.asm["ptx"]
+    wide = [len(re.findall(rf"\b{operation}\.global\.v4\.b32", ptx)) for operation in ("ld", "st")]
+    # Four tensors are read and three are written.
+    assert wide[0] >= 4
+    assert wide[1] >= 3
+    # What is left are the table, step counts and factors.
+    assert wide[0] % 4 == 0
+    assert wide[1] % 3 == 0
+    assert not re.search(r"st\.global\.(?!v4)", ptx)
+    assert spilled_bytes(kernel, tmp_path) == 0

@@ -56,7 +56,7 @@ def trained():
         inputs = strategy.prepare(*read_step(number))
         loss = strategy.loss(*model(inputs.video, inputs.audio), inputs)
         loss.total.backward()
-        norm, _ = clip_grad_norm_(model.named_parameters(), ENTRY["optimizer"]["max_grad_norm"])
+        norm = clip_grad_norm_(model.named_parameters(), ENTRY["optimizer"]["max_grad_norm"])
         found[f"step{number}.loss_per_sample"] = loss.per_sample.detach()
         found[f"step{number}.loss"] = loss.total.detach().reshape(1)
         found[f"step{number}.grad_norm"] = norm.reshape(1)

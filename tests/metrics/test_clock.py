@@ -59,7 +59,7 @@ def train_on_simulated_device(job) -> None:
         update, reduce = Optimizers.step, Mesh.sum_over_samples
         patch.setattr(time, "perf_counter", lambda: device.now)
         patch.setattr(clock, "wait_for_device", device.wait)
-        patch.setattr(Optimizers, "step", lambda self, skip=None: (device.enqueue(), update(self, skip)))
+        patch.setattr(Optimizers, "step", lambda self, *how: (device.enqueue(), update(self, *how)))
         patch.setattr(Mesh, "sum_over_samples", lambda self, values: (device.wait(), reduce(self, values))[1])
         train_rank(job)
 

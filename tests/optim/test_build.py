@@ -6,6 +6,7 @@ from ltx_titan.config import OptimizerSection
 from ltx_titan.optim import build_optimizers
 from ltx_titan.optim.build import is_matrix
 from ltx_titan.optim.muon import Muon
+from ltx_titan.parallel.grad_norm import clip_factor, grad_norms, scale_grads_
 from tests.optim.toy import loss_of, toy
 
 # Adafactor's step is relative to the size of a weight, here about 0.05.
@@ -55,6 +56,32 @@ def test_state_takes_the_memory_that_the_settings_say(name, bytes_per_weight):
     _, optimizers = train(model, steps=1, name=name, lr=1.0 if name == "prodigy" else 3e-3)
     state = sum(t.nbytes for part in optimizers.parts for values in part.state.values() for t in values.values())
     assert state <= bytes_per_weight * sum(p.numel() for p in model.parameters()) + 1000
+
+
+def test_a_clip_factor_in_the_update_is_that_of_scaled_gradients():
+    one, two = toy(), toy()
+    scaling, plain = (build_optimizers(model.named_parameters(), OptimizerSection(lr=3e-3)) for model in (one, two))
+    for step in range(4):
+        for model in (one, two):
+            (10**step * loss_of(model)).backward()
+        factor = clip_factor(grad_norms(one.named_parameters())[0], 5.0)
+        assert bool(factor < 1) == (step > 0)
+        scaling.step(factor)
+        scale_grads_(two.parameters(), factor)
+        assert float(grad_norms(two.named_parameters())[0]) <= 5.0 * (1 + 1e-6)
+        plain.step()
+        for optimizers in (scaling, plain):
+            optimizers.zero_grad()
+        # A gradient is divided by a rounded reciprocal in one and multiplied in the other; steps are 3e-3.
+        for a, b in zip(one.parameters(), two.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_only_optimizers_that_take_a_factor_are_given_one():
+    for fields in ({"name": "muon"}, {"name": "adamw8bit"}, {"in_backward": True}):
+        optimizers = build_optimizers(toy().named_parameters(), OptimizerSection(**fields))
+        assert not optimizers.can_skip
+        assert not optimizers.can_scale
 
 
 def test_muon_takes_the_matrices_of_the_blocks():

@@ -22,13 +22,13 @@ from ltx_titan.conditioning import FlexibleStrategy
 from ltx_titan.config import Degrees
 from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
-from ltx_titan.optim.build import ShardedAdamW
+from ltx_titan.optim.adamw import ShardedAdamW
 from ltx_titan.parallel import static_slots
 from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
 from ltx_titan.parallel.cp import apply_context_parallel
 from ltx_titan.parallel.float8 import apply_float8, precompute_float8_scales, token_multiple
 from ltx_titan.parallel.fsdp import apply_fsdp, use_static_slots
-from ltx_titan.parallel.grad_norm import clip_grad_norm_
+from ltx_titan.parallel.grad_norm import grad_norms
 from ltx_titan.parallel.mesh import Mesh, build_mesh
 from ltx_titan.parallel.tokens import shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
@@ -128,7 +128,7 @@ def batch_of(scenario: str, rows: slice) -> dict[str, dict[str, Tensor]]:
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of all runs."""
-    return ShardedAdamW(model.parameters(), lr=LR, fused=True)
+    return ShardedAdamW(model.parameters(), lr=LR)
 
 
 def train(
@@ -159,7 +159,7 @@ def train(
             losses[-1] += loss.item()
         if step == steps[0]:
             gradients = {name: whole(p.grad) for name, p in named(model) if p.grad is not None}
-        norms.append(clip_grad_norm_(model.named_parameters(), 0)[0])
+        norms.append(grad_norms(model.named_parameters())[0])
         optimizer.step()
         optimizer.zero_grad()
         after_step()
