@@ -7,6 +7,7 @@ rank's shards and nothing more. Weights are streamed into them from the official
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from ltx_titan.model import LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
 from ltx_titan.optim import freeze_groups
+from ltx_titan.parallel import peer_memory
 from ltx_titan.parallel.activation_checkpoint import Level
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import Mesh
@@ -122,7 +124,7 @@ def shape_transformer(
     """
     job = plan.job
     if levels is None or stream_blocks is None:
-        fitted_blocks, fitted_levels = _fit_to_device(plan, device)
+        fitted_blocks, fitted_levels = _fit_to_device(plan, mesh, device)
         levels = fitted_levels if levels is None else levels
         stream_blocks = fitted_blocks if stream_blocks is None else stream_blocks
     # Adapters before the parallel plan, which shards, converts and wraps their layers, too.
@@ -162,7 +164,7 @@ def _compiled_shapes(plan: Plan, model: LTXTransformer) -> int:
     return plan.num_shapes * len(kinds) * (2 if plan.job.preservation.parts else 1)
 
 
-def _fit_to_device(plan: Plan, device: torch.device) -> tuple[int, tuple[Level, ...]]:
+def _fit_to_device(plan: Plan, mesh: Mesh, device: torch.device) -> tuple[int, tuple[Level, ...]]:
     """Blocks on the device at a time (0 for all), and their levels with `activation_checkpoint.mode = "budget"`."""
     checkpointing, stream_blocks = plan.job.activation_checkpoint, plan.job.parallelism.stream_blocks
     if checkpointing.mode != "budget" and stream_blocks != "auto":
@@ -176,6 +178,9 @@ def _fit_to_device(plan: Plan, device: torch.device) -> tuple[int, tuple[Level, 
         # One decision for all ranks: recomputation repeats collectives of tensor and context parallelism.
         dist.all_reduce(memory, op=dist.ReduceOp.MIN)
     work, setup = make_workload(plan), make_setup(plan.job, plan.degrees)
+    if setup.copy_engines and peer_memory.obstacle(mesh.fsdp.get_group(mesh.fsdp.ndim - 1), device) is not None:
+        is_wanted = plan.job.parallelism.fsdp_exchange_gradients == "on"
+        setup = replace(setup, copy_engines=False, exchanges_gradients=is_wanted)
     setup = with_stream_blocks(work, setup, stream_blocks, checkpointing.memory_gib, memory.item())
     setup = with_levels(work, setup, checkpointing.memory_gib, memory.item())
     return setup.stream_blocks, setup.levels

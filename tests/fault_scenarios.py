@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--start", choices=("fork", "exec"), default="exec")
     parser.add_argument("--exec", nargs="*", default=[], metavar="SCENARIO", help="started with exec nevertheless")
     parser.add_argument("--limit", type=float, default=300, help="seconds that nothing may take")
+    parser.add_argument("--copy-engines", action="store_true", help="bfloat16, weights gathered by copy engines")
     parser.add_argument("--log", type=Path)
     options = parser.parse_args(argv)
     fault_runs.LIMIT_S = options.limit
@@ -154,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fault-scenarios-") as folder:
         campaign = Campaign(Path(folder), options.start, options.steps, options.log)
         campaign.settings |= {"job__timeout_s": TIMEOUT_S, "job__deterministic": True}
+        if options.copy_engines:
+            campaign.settings |= {"parallelism__fsdp_copy_engines": "on", "training__dtype": "bfloat16"}
         gpus = subprocess.run(["sh", "-c", "nvidia-smi -L"], capture_output=True, text=True, check=False).stdout
         campaign.write({"torch": torch.__version__, "nccl": _nccl(), "gpus": gpus.splitlines()})
         expected = Path(folder) / "expected.pickle"

@@ -8,6 +8,7 @@ ours receives the distinct timesteps and no mask, which is equivalent.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ AUDIO_TOKENS = 126
 TEXT_TOKENS = 1024
 _SIGMA = 0.7
 
-# Latent frames, height and width: 89 and 185 frames of 768 x 448, and of 1536 x 896.
-_GRIDS = {4_032: (12, 14, 24), 8_064: (24, 14, 24), 16_128: (12, 28, 48), 32_256: (24, 28, 48)}
+# Latent frames, height and width: 89 and 185 frames of 768 x 448, and of 1536 x 896; 49 of 1280 x 704.
+_GRIDS = {4_032: (12, 14, 24), 6_160: (7, 22, 40), 8_064: (24, 14, 24), 16_128: (12, 28, 48), 32_256: (24, 28, 48)}
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,32 @@ def our_model(
         # A slice of the same blocks: one and four layers share weights and compiled code.
         model.transformer_blocks = blocks[:count]
         outputs = model(video, audio)
-        _loss(outputs).backward()
+        dense_loss(outputs).backward()
 
     return BlockModel(step, lambda: list(model.parameters()), blocks)
 
 
 def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.device) -> BlockModel:
     """Diffusers' LTX2VideoTransformer3DModel, its blocks compiled the same way.
+
+    Raises:
+        ImportError: diffusers is not installed.
+    """
+    model = build_diffusers(transformer, layers, device)
+    if device.type == "cuda":
+        compile_blocks(model.transformer_blocks)
+    blocks = model.transformer_blocks
+    inputs = diffusers_inputs(transformer, tokens, AUDIO_TOKENS, device)
+
+    def step(count: int) -> None:
+        model.transformer_blocks = blocks[:count]
+        dense_loss(model(**inputs)).backward()
+
+    return BlockModel(step, lambda: list(model.parameters()), blocks)
+
+
+def build_diffusers(transformer: dict, layers: int, device: torch.device) -> Any:
+    """Diffusers' LTX2VideoTransformer3DModel in bfloat16, with random weights.
 
     Raises:
         ImportError: diffusers is not installed.
@@ -101,40 +121,39 @@ def diffusers_model(transformer: dict, layers: int, tokens: int, device: torch.d
         )
     model.to(torch.bfloat16)
     init_random_(model, seed=0)
-    for block in model.transformer_blocks:
-        if device.type == "cuda":
-            # Per block and static, as ours: the measured difference is then in the blocks and not in how they are
-            # compiled.
-            block.compile(fullgraph=True, dynamic=False)
-    blocks = model.transformer_blocks
-    video, audio = _modalities(transformer, tokens, 1, device)
+    return model
+
+
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Compiles each block, static, as ours: the measured difference is then in the blocks."""
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False)
+
+
+def diffusers_inputs(transformer: dict, tokens: int, audio_tokens: int, device: torch.device) -> dict[str, Any]:
+    """Arguments of diffusers' transformer for one clip of S video and A audio tokens."""
+    video, audio = _modalities(transformer, tokens, 1, device, audio_tokens)
     # diffusers takes timesteps that are already scaled.
     sigma = torch.full((1,), _SIGMA * 1000, device=device)
     mask = torch.ones(1, TEXT_TOKENS, device=device)
     frames, height, width = _grid(tokens)
-    inputs = {
+    return {
         "hidden_states": video.latent,
         "audio_hidden_states": audio.latent,
         "encoder_hidden_states": video.context,
         "audio_encoder_hidden_states": audio.context,
         "timestep": sigma[:, None].expand(1, tokens),
-        "audio_timestep": sigma[:, None].expand(1, AUDIO_TOKENS),
+        "audio_timestep": sigma[:, None].expand(1, audio_tokens),
         "sigma": sigma,
         "encoder_attention_mask": mask,
         "audio_encoder_attention_mask": mask,
         "num_frames": frames,
         "height": height,
         "width": width,
-        "audio_num_frames": AUDIO_TOKENS,
+        "audio_num_frames": audio_tokens,
         "use_cross_timestep": True,
         "return_dict": False,
     }
-
-    def step(count: int) -> None:
-        model.transformer_blocks = blocks[:count]
-        _loss(model(**inputs)).backward()
-
-    return BlockModel(step, lambda: list(model.parameters()), blocks)
 
 
 @contextmanager
@@ -148,8 +167,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _loss(outputs: tuple[Tensor, Tensor]) -> Tensor:
-    # Any loss with a dense gradient will do.
+def dense_loss(outputs: tuple[Tensor, Tensor]) -> Tensor:
+    """Any loss whose gradient is dense will do to time a step."""
     video, audio = (output.float().square().mean() for output in outputs)
     return video + audio
 
@@ -158,7 +177,9 @@ def _grid(tokens: int) -> tuple[int, int, int]:
     return _GRIDS.get(tokens, (tokens, 1, 1))
 
 
-def _modalities(transformer: dict, tokens: int, timesteps: int, device: torch.device) -> tuple[Modality, Modality]:
+def _modalities(
+    transformer: dict, tokens: int, timesteps: int, device: torch.device, audio_tokens: int = AUDIO_TOKENS
+) -> tuple[Modality, Modality]:
     """One sample of both streams; with two timesteps the first latent frame is clean."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -170,7 +191,7 @@ def _modalities(transformer: dict, tokens: int, timesteps: int, device: torch.de
     cell = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
     start = cell * torch.tensor([8 / 24, 32.0, 32.0], device=device)[:, None]
     end = (cell + 1) * torch.tensor([8 / 24, 32.0, 32.0], device=device)[:, None]
-    second = torch.arange(AUDIO_TOKENS + 1, device=device, dtype=torch.float32) / 25
+    second = torch.arange(audio_tokens + 1, device=device, dtype=torch.float32) / 25
     sigma = torch.full((1,), _SIGMA, device=device)
 
     def modality(count: int, positions: Tensor, stream: StreamConfig, clean_mask: Tensor | None) -> Modality:
@@ -190,5 +211,5 @@ def _modalities(transformer: dict, tokens: int, timesteps: int, device: torch.de
     audio_positions = torch.stack([second[:-1], second[1:]], dim=-1)[None, None]
     return (
         modality(tokens, torch.stack([start, end], dim=-1)[None], config.video, clean_mask),
-        modality(AUDIO_TOKENS, audio_positions, config.audio, None),
+        modality(audio_tokens, audio_positions, config.audio, None),
     )

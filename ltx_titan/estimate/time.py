@@ -259,7 +259,8 @@ def _fsdp_traffic(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, float,
     others = (ranks - 1) / ranks  # each rank has its own part already
     latency = ring_latency(gpu, degrees.tp, ranks)
     gather = others * itemsize * gathered / bandwidth + latency
-    reduce = others * 4 * trained / bandwidth + latency  # float32
+    reduced_itemsize = work.itemsize if setup.exchanges_gradients else 4  # float32
+    reduce = others * reduced_itemsize * trained / bandwidth + latency
     copies = degrees.dp_replicate
     between = bus_bandwidth(gpu, degrees.tp * ranks, copies)
     # A ring all-reduce sends every byte twice, once to reduce and once to gather.

@@ -164,7 +164,8 @@ def estimate_memory(work: Workload, setup: Setup) -> Memory:
         # FSDP2 allocates gradient shards on a stream of its own, and the allocator keeps the memory of streams apart.
         # Short of memory it gives free blocks back to the device, which takes time and is impossible in a CUDA graph's
         # pool. Accumulated gradients are there from the start.
-        apart=all_shards if setup.graphs or setup.recompute == "budget" else 0.0,
+        # Exchanged gradients are allocated where activations are freed.
+        apart=all_shards if (setup.graphs or setup.recompute == "budget") and not setup.exchanges_gradients else 0.0,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Shard
 
-from ltx_titan.common.hardware import GPUS
+from ltx_titan.common.hardware import GPUS, Gpu
 from ltx_titan.common.tensors import COMPUTE_DTYPES, on_meta
 from ltx_titan.config import (
     ActivationCheckpointMode,
@@ -200,6 +200,8 @@ class Setup:
         cpu_offload: weights, gradients and optimizer state are in host memory.
         stream_blocks: blocks whose frozen weights are on the device at a time; 0 for all of them.
         static_slots: blocks are gathered into two fixed buffers (parallel/static_slots.py).
+        copy_engines: from the memory of the other GPUs of a host, without NCCL (parallel/peer_memory.py).
+        exchanges_gradients: they are sent in the compute dtype (parallel/gradient_exchange.py).
     """
 
     degrees: Degrees
@@ -217,6 +219,8 @@ class Setup:
     cpu_offload: bool = False
     stream_blocks: int = 0
     static_slots: bool = False
+    copy_engines: bool = False
+    exchanges_gradients: bool = False
 
     @property
     def gpus(self) -> int:
@@ -340,9 +344,17 @@ def make_workload(plan: Plan, preservation: PreservationSection | None = None) -
     )
 
 
+# GPUs whose link is slower are taken to be on PCIe, where drivers seldom let them read each other's memory.
+_NVLINK = 100e9
+
+
 def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
     """Describes how a job runs on a mesh of a kind of GPU."""
-    backend = job.kernels.backend
+    backend, parallelism = job.kernels.backend, job.parallelism
+    # As parallel/static_slots.py decides for weights that are the same in every block.
+    static_slots = parallelism.fsdp_static_slots != "off" and not (parallelism.cpu_offload or job.float8.all_gather)
+    copy_engines = static_slots and parallelism.fsdp_copy_engines != "off" and has_peer_memory(GPUS[gpu], degrees)
+    wanted = parallelism.fsdp_exchange_gradients
     return Setup(
         degrees=degrees,
         recompute=job.activation_checkpoint.mode,
@@ -358,10 +370,19 @@ def make_setup(job: JobConfig, degrees: Degrees, gpu: str = "h100") -> Setup:
         cpu_offload=job.parallelism.cpu_offload,
         # "auto" depends on a GPU's memory: see budget.py.
         stream_blocks=0 if job.parallelism.stream_blocks == "auto" else job.parallelism.stream_blocks,
-        # As parallel/static_slots.py decides for weights that are the same in every block.
-        static_slots=job.parallelism.fsdp_static_slots != "off"
-        and not (job.parallelism.cpu_offload or job.float8.all_gather),
+        static_slots=static_slots,
+        copy_engines=copy_engines,
+        exchanges_gradients=static_slots and (wanted == "on" or (wanted == "auto" and copy_engines)),
     )
+
+
+def has_peer_memory(gpu: Gpu, degrees: Degrees) -> bool:
+    """Whether the ranks that shard the weights can read each other's memory, for a GPU that this machine may not have.
+
+    On the machine itself `parallel.peer_memory.obstacle` tells.
+    """
+    ranks = degrees.dp_shard * degrees.cp
+    return ranks > 1 and ranks * degrees.tp <= gpu.gpus_per_node and gpu.nvlink >= _NVLINK
 
 
 def multiplies_base_in_float8(job: JobConfig, gpu: str) -> bool:

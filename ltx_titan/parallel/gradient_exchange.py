@@ -35,15 +35,21 @@ class GradientExchange(ReduceScatter):
         self._by_copy_engines = by_copy_engines
         self._memory: PeerTensor | None = None
         self._has_input = False
+        self._compute: torch.Stream | None = None
 
     def share(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Allocates the memory that peers read; called before the first pass, whose activations may fill the rest."""
         if self._by_copy_engines and self._memory is None:
             self._memory = allocate(self._numel, self.dtype, group, device)
 
-    def begin(self) -> None:
-        """Prepares the reduction of a block on the current stream."""
+    def begin(self, compute: torch.Stream) -> None:
+        """Prepares the reduction of a block on the current stream, which waits for `compute` already.
+
+        Sums are allocated on `compute`: the allocator keeps the memory of streams apart, and there the backward pass
+        frees its activations. They are used on it after FSDP2 has ordered it after the reductions.
+        """
         self._has_input = False
+        self._compute = compute
         if self._memory is not None:
             # The peers have read the block before.
             self._memory.barrier()
@@ -51,7 +57,8 @@ class GradientExchange(ReduceScatter):
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP2 asks for the input first, then for the output; both as `dtype`, in which it would reduce."""
         if self._has_input:
-            return torch.empty(*size, dtype=dtype, device=device)
+            with torch.get_device_module(device).stream(self._compute):
+                return torch.empty(*size, dtype=dtype, device=device)
         self._has_input = True
         if self._memory is None:
             return torch.empty(*size, dtype=self.dtype, device=device)

@@ -369,7 +369,7 @@ class _SlottedParamGroup(FSDPParamGroup):
                 return
             # For this reduction only: accumulated gradients are float32, and would be rounded.
             plain, self._reduce_scatter_comm = self._reduce_scatter_comm, exchange
-            exchange.begin()
+            exchange.begin(compute)
             super().post_backward(*unused)
             self._reduce_scatter_comm = plain
 

@@ -227,6 +227,26 @@ def test_memory_and_bandwidth_follow_the_setup():
     assert slow < fast <= GPUS["h100"].nvlink
 
 
+def test_gradients_may_use_what_activations_free_where_ranks_exchange_them():
+    def setup(gpus: int, gpu: str, **parallelism: object) -> Setup:
+        plan = plan_of(gpus, model={"num_layers": 48}, parallelism=parallelism)
+        return make_setup(plan.job, plan.degrees, gpu)
+
+    node = {"fsdp_copy_engines": "auto"}
+    assert setup(8, "h200", **node).exchanges_gradients
+    assert not setup(8, "h200", fsdp_copy_engines="off").exchanges_gradients
+    assert setup(8, "h200", fsdp_copy_engines="off", fsdp_exchange_gradients="on").exchanges_gradients
+    for gpus, gpu in ((1, "h200"), (16, "h200"), (8, "4090")):
+        assert not setup(gpus, gpu, **node).exchanges_gradients
+    work = make_workload(plan_of(8, model={"num_layers": 48}))
+    graphed = Setup(Degrees(dp_shard=8), compile=True, graphs=True, static_slots=True)
+    exchanging = replace(graphed, exchanges_gradients=True)
+    apart = estimate(work, graphed, GPUS["h200"]).memory.apart
+    assert apart > 8e9
+    assert estimate(work, exchanging, GPUS["h200"]).memory.apart == 0
+    assert estimate(work, exchanging, GPUS["h200"]).time.total < estimate(work, graphed, GPUS["h200"]).time.total
+
+
 def test_native_float8_is_expected_to_be_faster_than_torchaos_with_graphs():
     work = make_workload(plan_of(8, model={"num_layers": 48}))
     times = {

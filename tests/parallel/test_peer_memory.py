@@ -25,7 +25,7 @@ def exchange(by_copy_engines):
     for step, size in enumerate((4, 2, 4)):
         # 1 and 2^-9 need more digits than bfloat16 has.
         values = torch.arange(ranks * size).float() + (1 if dist.get_rank() else 2**-9) + step
-        reduction.begin()
+        reduction.begin(torch.cpu.current_stream())
         gradients = reduction.allocate((ranks * size,), dtype=torch.float32, device=CPU)
         gradients.copy_(values)
         output = reduction.allocate((size,), dtype=torch.float32, device=CPU)
