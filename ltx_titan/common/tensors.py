@@ -1,10 +1,13 @@
-"""Shared tensor helpers: dtype names, local shards, seeds, wrapper levels in parameter names."""
+"""Shared tensor helpers: dtype names, local shards, seeds, devices of kernels, wrapper levels in parameter names."""
 
 import gc
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from hashlib import blake2b
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -65,6 +68,16 @@ def without_wrappers(name: str) -> str:
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor, sharing its storage; a plain tensor is returned as is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton compiles for a device; with TRITON_INTERPRET=1 it also runs on a CPU, for tests."""
+    if find_spec("triton") is None:
+        return False
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def seed_of(text: str, num_bytes: int = 8) -> int:

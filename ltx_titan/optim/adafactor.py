@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.distributed.tensor import Placement, Replicate
 from torch.optim import Optimizer
 
-from ltx_titan.common.tensors import local, seed_of
-from ltx_titan.optim.sharding import like, runs_triton, sum_shards
+from ltx_titan.common.tensors import local, runs_triton, seed_of
+from ltx_titan.optim.sharding import like, sum_shards
 from ltx_titan_kernels.formulas import ADAFACTOR_DECAY, SMALLEST_RMS, SMALLEST_VARIANCE
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import AdamW
 
-from ltx_titan.common.tensors import local
-from ltx_titan.optim.sharding import runs_triton
+from ltx_titan.common.tensors import local, runs_triton
 
 if TYPE_CHECKING:
     from ltx_titan_kernels.adamw import Updater

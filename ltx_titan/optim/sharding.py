@@ -1,10 +1,7 @@
 """Helpers for update rules that work on the local shards of DTensor parameters."""
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from importlib.util import find_spec
 from math import prod
 
 import torch
@@ -105,16 +102,6 @@ def sum_over_shards(sums: dict[Tensor, Tensor]) -> Tensor:
             dist.all_reduce(total, group=mesh.get_group(axis))
         totals.append(total)
     return torch.stack(totals).sum(0)
-
-
-@cache
-def runs_triton(device: torch.device) -> bool:
-    """Whether update rules may use kernels on a device."""
-    if find_spec("triton") is None:
-        return False
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def chunks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
+from ltx_titan.common.tensors import runs_triton
 from ltx_titan.parallel.peer_memory import PeerTensor, allocate
 
 
@@ -80,13 +81,24 @@ class GradientExchange(ReduceScatter):
         assert self._memory is not None or not self._by_copy_engines, "`share` comes first"
         assert op == dist.ReduceOp.SUM and not async_op, (op, async_op)
         ranks, rank = group.size(), group.rank()
-        parts = torch.empty(ranks, output_tensor.numel(), dtype=input_tensor.dtype, device=input_tensor.device)
+        gradients = input_tensor.view(ranks, -1)
+        # A kernel adds this rank's part where it is; torch.sum needs it beside the others.
+        adds_in_place = self._memory is not None and runs_triton(input_tensor.device)
+        count = ranks - 1 if adds_in_place else ranks
+        parts = torch.empty(count, output_tensor.numel(), dtype=input_tensor.dtype, device=input_tensor.device)
         if self._memory is None:
-            dist.all_to_all_single(parts, input_tensor.view(ranks, -1), group=group)
+            dist.all_to_all_single(parts, gradients, group=group)
         else:
             self._memory.barrier()
             for peer in self._memory.peers:
                 theirs = self._memory.by_rank[peer][: input_tensor.numel()]
-                parts[peer].copy_(theirs.view(ranks, -1)[rank])
-            parts[rank].copy_(input_tensor.view(ranks, -1)[rank])
+                parts[peer - (adds_in_place and peer > rank)].copy_(theirs.view(ranks, -1)[rank])
+        if adds_in_place:
+            # Imported here: Triton is not everywhere.
+            from ltx_titan_kernels.sum_parts import sum_parts
+
+            sum_parts(gradients[rank], parts, rank, output_tensor)
+            return
+        if self._memory is not None:
+            parts[rank].copy_(gradients[rank])
         torch.sum(parts, 0, dtype=output_tensor.dtype, out=output_tensor)

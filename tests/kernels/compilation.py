@@ -29,6 +29,7 @@ from ltx_titan_kernels import (
     launches,
     qk_norm_rope,
     rms_norm_modulate,
+    sum_parts,
 )
 
 _MODULES = (few_tokens, float8, float8_weights, gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate)
@@ -106,6 +107,14 @@ def compile_adamw(dtype: torch.dtype, gradients: torch.dtype) -> Any:
     with compiled_from(adamw, ["_update_kernel"]) as compiled:
         adamw.Updater()(*lists, [one], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=one, skip=one)
     return compiled["_update_kernel"]
+
+
+def compile_sum_parts(ranks: int, numel: int) -> Any:
+    """Compiled kernel that adds bfloat16 gradients of a number of ranks."""
+    parts = torch.zeros(ranks, numel, dtype=torch.bfloat16)
+    with compiled_from(sum_parts, ["_sum_parts_kernel"]) as compiled:
+        sum_parts.sum_parts(parts[0], parts[1:], 0, torch.zeros(numel))
+    return compiled["_sum_parts_kernel"]
 
 
 @contextmanager

@@ -8,7 +8,14 @@ import torch
 import triton
 
 from ltx_titan.benchmarks.kernel_cases import CASES
-from tests.kernels.compilation import compile_adafactor, compile_adamw, compile_case, compile_float8, trace_case
+from tests.kernels.compilation import (
+    compile_adafactor,
+    compile_adamw,
+    compile_case,
+    compile_float8,
+    compile_sum_parts,
+    trace_case,
+)
 
 pytestmark = pytest.mark.runs_on("cpu", "gpu")
 
@@ -93,3 +100,12 @@ def test_adamws_kernel_stays_in_registers_and_moves_16_bytes_at_a_time(tmp_path,
     assert wide[1] % 3 == 0
     assert not re.search(r"st\.global\.(?!v4)", ptx)
     assert spilled_bytes(kernel, tmp_path) == 0
+
+
+def test_gradients_are_added_16_bytes_at_a_time(tmp_path):
+    kernel = compile_sum_parts(ranks=2, numel=8192)
+    assert len(re.findall(r"ld\.global\.v4\.b32", kernel.asm["ptx"])) == 4  # two of each part
+    assert len(re.findall(r"st\.global\.v4\.b32", kernel.asm["ptx"])) == 4
+    assert spilled_bytes(kernel, tmp_path) == 0
+    # Triton compiles a size of 1 as a constant.
+    assert compile_sum_parts(ranks=3, numel=1).asm["ptx"]
