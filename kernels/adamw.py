@@ -16,7 +16,8 @@ powers of the betas.
 Step counts and the decision to skip are read from the device, so the host need not know them.
 
 Bytes: 28 for each float32 weight (gradient, weight and both moments are read, all but the gradient are written), 14 for
-each bfloat16 one. Predicted, not measured: 4.0 TB/s on an H200 (docs/benchmarks/log.md, twelfth round).
+each bfloat16 one. 2.32 billion float32 weights in 1,032 tensors: 16.1 ms, 4.0 TB/s, where torch takes 19.1 and
+stores scaled gradients in 4.2 more; H200, torch 2.11.0 (docs/benchmarks/adamw.jsonl).
 """
 
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ class Updater:
         warps: of a program.
     """
 
-    def __init__(self, *, chunk: int = 1 << 15, block: int = 2048, warps: int = 8) -> None:
+    def __init__(self, *, chunk: int = 1 << 12, block: int = 2048, warps: int = 8) -> None:
         self._shape = chunk, block, warps
         self._tables: dict[tuple[int, ...], _Table | None] = {}
 

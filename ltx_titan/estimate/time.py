@@ -65,9 +65,9 @@ RECOMPUTED_LINEAR = {"selective": 10.5 / 16, "matmuls": 4.5 / 16, "all_matmuls":
 """Share of a block's matmuls that a level of activation checkpointing recomputes. A video token is multiplied with 16
 width x width matrices: 4 are the feed-forward's second matmul, which `selective` saves with three cross-modal ones of
 1/2; `matmuls` leaves the feed-forward's first (4) and the output of one cross-modal attention (1/2)."""
-CLIP_BYTES = 12.0
-"""Bytes per trained weight of clipping: the norm reads every gradient, and scaling reads and writes it. Updates in the
-backward pass do without."""
+NORM_BYTES, SCALE_BYTES = 4.0, 8.0
+"""Bytes per trained weight of clipping: the norm reads every gradient, and scaling reads and writes it. AdamW's update
+scales what it reads, and updates in the backward pass do without both."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,8 @@ def _outside(work: Workload, setup: Setup, gpu: Gpu, micro_batches: int) -> floa
     seconds *= work.passes + work.base_passes / 3
     updated = sum(_trained_shards(work, setup))
     bytes_per_weight = UPDATE_BYTES[work.optimizer] + (12.0 if work.ema else 0.0)
-    bytes_per_weight += 0.0 if work.in_backward else CLIP_BYTES
+    bytes_per_weight += 0.0 if work.in_backward else NORM_BYTES
+    bytes_per_weight += 0.0 if work.in_backward or work.optimizer == "adamw" else SCALE_BYTES
     return seconds + updated * bytes_per_weight / gpu.copy
 
 

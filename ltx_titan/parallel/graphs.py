@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ltx_titan.common.hardware import GIB
 from ltx_titan.common.tensors import local
 from ltx_titan.config import Degrees, JobConfig
 
@@ -202,15 +203,16 @@ class GraphedMicroStep:
                 "While recording a training step as a CUDA graph. Set compile.graphs to 'off' to run it eagerly."
             )
             raise
-        if torch.cuda.is_available():
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
+        peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
         gradients = [(parameter, parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         how = "added to" if accumulated else "written"
         logger.info(
-            "CUDA graphs: recorded a training step, %d gradients %s, in %.1f s",
+            "CUDA graphs: recorded a training step, %d gradients %s, in %.1f s, with up to %.1f GiB of tensors",
             len(gradients),
             how,
             time.perf_counter() - started,
+            peak_bytes / GIB,
         )
         return _Recording(replay, outputs, gradients)
 
