@@ -11,7 +11,8 @@ LTX2VideoTransformer3DModel, compiled per block, in the same run.
 Every combination is built and compiled in its own process, all in parallel; then they are timed one by one.
 
 Medians of 16 steps after 4; the spread is (max - min) / median of the four-layer step. `host_ms` is the time in which
-the host enqueues the forward and backward of a layer: if it exceeds the sum of the kernels, the device waits.
+the host enqueues the forward and backward of a layer: if it exceeds the sum of the kernels, the device waits. `graph ms`
+is a layer of the same step replayed as a CUDA graph, as training runs it, on any host; not for diffusers.
 """
 
 import json
@@ -106,7 +107,7 @@ def run(options: BlockOptions) -> int:
     rows: list[dict[str, Any]] = []
     failures = 0
     print(
-        f"{'provider':10} tokens steps |  ms/layer  TFLOP/s   MFU | growth  peak GiB | kernels ms "
+        f"{'provider':10} tokens steps |  ms/layer  TFLOP/s   MFU | graph ms   MFU | growth  peak GiB | kernels ms "
         "| host ms | device idle | spread | compile s"
     )
     for case, result in zip(cases, in_turns([partial(measure, case, device) for case in cases], device), strict=True):
@@ -181,6 +182,13 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     }
     if device.type == "cuda":
         row["compile_s"] = compile_s
+        if case.provider != "diffusers":
+            # As training runs our blocks; diffusers' forward pass copies from the host.
+            many_graph, one_graph = (_time_replays(model, count) for count in (LAYERS, 1))
+            graph_ms = (median(many_graph) - median(one_graph)) / (LAYERS - 1)
+            row["graph_layer_ms"] = graph_ms
+            row["graph_mfu"] = tflop / graph_ms * 1e3 / case.peak_tflops if case.peak_tflops else None
+            row["graph_spread"] = (max(many_graph) - min(many_graph)) / median(many_graph)
     if device.type == "cuda" and case.is_profiled:
         (many, many_launches), (one, one_launches) = _profile(model, LAYERS), _profile(model, 1)
         many.subtract(one)
@@ -217,6 +225,32 @@ def _time_steps(model: BlockModel, count: int, device: torch.device) -> tuple[li
     return times, peak, host
 
 
+def _time_replays(model: BlockModel, count: int) -> list[float]:
+    """Milliseconds of each replay of a step as a CUDA graph, which no host delays."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm up on the stream of the capture
+        model.step(count)
+    for parameter in model.parameters():
+        parameter.grad = None
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        model.step(count)
+    times = []
+    for number in range(_WARMUP + _STEPS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if number >= _WARMUP:
+            times.append(start.elapsed_time(end))
+    for parameter in model.parameters():
+        parameter.grad = None
+    graph.reset()
+    return times
+
+
 def _profile(model: BlockModel, count: int) -> tuple[Counter[str], int]:
     """Milliseconds of every kernel in one step, and the number of kernel launches."""
     for parameter in model.parameters():
@@ -247,6 +281,9 @@ def _print_row(row: dict) -> None:
     cells = (
         f"{row['provider']:10} {row['tokens']:>6} {row['timesteps']:>5}",
         f"{row['layer_ms']:>9.2f} {row['tflops']:>8.0f} {mfu:>6}",
+        f"{row['graph_layer_ms']:>8.2f} {row['graph_mfu'] or 0:>6.1%}"
+        if "graph_layer_ms" in row
+        else "              -",
         f"{row['growth_gib']:>6.2f} {row['peak_gib']:>9.1f}",
         split,
         f"{row['host_ms']:.2f} | {row.get('host_gap', 0):.1%} | {row['spread']:.1%} | {row.get('compile_s', 0):.0f}",
