@@ -11,8 +11,8 @@ LTX2VideoTransformer3DModel, compiled per block, in the same run.
 Every combination is built and compiled in its own process, all in parallel; then they are timed one by one.
 
 Medians of 16 steps after 4; the spread is (max - min) / median of the four-layer step. `host_ms` is the time in which
-the host enqueues the forward and backward of a layer: if it exceeds the sum of the kernels, the device waits. `graph ms`
-is a layer of the same step replayed as a CUDA graph, as training runs it, on any host; not for diffusers.
+the host enqueues the forward and backward of a layer: if it exceeds the sum of the kernels, the device waits. In
+`graph ms` the same step is replayed as a CUDA graph, as training runs it, on any host; not for diffusers.
 """
 
 import json
