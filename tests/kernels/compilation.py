@@ -86,8 +86,11 @@ def compile_float8(tokens: int, few: int, width: int) -> list[Any]:
         float8.transpose_bytes([weight])
         for matrix in (weight, weight.to(torch.bfloat16)):
             float8_weights.quantize_transposed(matrix, scale.flatten())
-        few_tokens.multiply_few_tokens(x[:few], weight, scale, bias=scale.flatten())
-        few_tokens.multiply_few_tokens(x[:few], weight, scale, out=torch.zeros_like(x[:few]), transposed=True)
+        # Wide weights and narrower ones, of which programs take other tiles.
+        for x_few, w in ((x[:few], weight), (x[:few, : width // 2], weight[: width // 2, : width // 2].contiguous())):
+            few_tokens.multiply_few_tokens(x_few, w, scale[: len(w)], bias=scale[: len(w)].flatten())
+            out = torch.zeros_like(x_few)
+            few_tokens.multiply_few_tokens(x_few, w, scale[: len(w)], out=out, transposed=True)
     return compiled
 
 
