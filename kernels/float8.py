@@ -34,6 +34,8 @@ from ltx_titan_kernels.launches import (
 
 QUANTIZE = Launch(warps=8, programs=16, stages=1)
 """Launch at width 4096."""
+QUANTIZE_JOINED = Launch(warps=8, programs=8, stages=1)
+"""The same of several tensors: 16 warps and 2 programs for queries, keys and values, as registers allow."""
 
 # A program transposes a tile of 128 x 128 bytes as 32-bit words: four rows of 32 x 32 words.
 _TILE = 32
@@ -111,21 +113,32 @@ def _quantize_joined_kernel(
     tokens, tokens_per_program, stride0, stride1, stride2, stride3,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     D3: tl.constexpr, BLOCK0: tl.constexpr, BLOCK1: tl.constexpr, BLOCK2: tl.constexpr, BLOCK3: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Quantizes tokens whose channels are in up to four tensors; those with D = 0 are absent."""
     first, last = tile_of_program(tokens, tokens_per_program)
-    for token in tl.range(first.to(tl.int64), last.to(tl.int64)):
+    for token in tl.range(first.to(tl.int64), last.to(tl.int64), num_stages=STAGES):
+        # All loads before the first maximum: it synchronizes threads, which no load may be moved across.
         x0 = _load_part(x0_ptr, factor0_ptr, token, stride0, D0, BLOCK0)
-        amax = tl.maximum(tl.max(tl.abs(x0), 0), SMALLEST)
-        if D1 > 0:
-            x1 = _load_part(x1_ptr, factor1_ptr, token, stride1, D1, BLOCK1)
+        x1 = _load_part(x1_ptr, factor1_ptr, token, stride1, D1, BLOCK1)
+        x2 = _load_part(x2_ptr, factor2_ptr, token, stride2, D2, BLOCK2)
+        x3 = _load_part(x3_ptr, factor3_ptr, token, stride3, D3, BLOCK3)
+        largest = tl.abs(x0)
+        amax = tl.full([], SMALLEST, tl.float32)
+        # One maximum over threads for parts of one width.
+        if BLOCK1 == BLOCK0:
+            largest = tl.maximum(largest, tl.abs(x1))
+        else:
             amax = tl.maximum(amax, tl.max(tl.abs(x1), 0))
-        if D2 > 0:
-            x2 = _load_part(x2_ptr, factor2_ptr, token, stride2, D2, BLOCK2)
+        if BLOCK2 == BLOCK0:
+            largest = tl.maximum(largest, tl.abs(x2))
+        else:
             amax = tl.maximum(amax, tl.max(tl.abs(x2), 0))
-        if D3 > 0:
-            x3 = _load_part(x3_ptr, factor3_ptr, token, stride3, D3, BLOCK3)
+        if BLOCK3 == BLOCK0:
+            largest = tl.maximum(largest, tl.abs(x3))
+        else:
             amax = tl.maximum(amax, tl.max(tl.abs(x3), 0))
+        amax = tl.maximum(amax, tl.max(largest, 0))
         row_ptr = out_ptr + token * (D0 + D1 + D2 + D3)
         up = LARGEST / amax
         _store_part(x0 * up, row_ptr, LARGEST, D0, BLOCK0)
@@ -138,12 +151,15 @@ def _quantize_joined_kernel(
         tl.store(scale_ptr + token, amax / LARGEST)
 
 
-def quantize_joined(xs: Sequence[Tensor], factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def quantize_joined(
+    xs: Sequence[Tensor], factors: Sequence[Tensor], launch: Launch | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantizes tokens whose channels are in several tensors, as if these were joined.
 
     Args:
         xs: [T, K_i], one to four, together up to MAX_WIDTH channels.
         factors: [K_i], multiplied first.
+        launch: overrides the default, for sweeps.
 
     Returns:
         e4m3 [T, K_1 + K_2 + ...] and scales [T, 1] float32.
@@ -152,7 +168,7 @@ def quantize_joined(xs: Sequence[Tensor], factors: Sequence[Tensor]) -> tuple[Te
     widths = [x.shape[1] for x in xs]
     assert 1 <= len(xs) == len(factors) <= _PARTS
     assert sum(widths) <= MAX_WIDTH
-    launch = QUANTIZE.scaled_to(sum(widths))
+    launch = launch or QUANTIZE_JOINED.scaled_to(sum(widths))
     out = torch.empty((tokens, sum(widths)), dtype=torch.float8_e4m3fn, device=xs[0].device)
     scale = torch.empty((tokens, 1), dtype=torch.float32, device=xs[0].device)
     tiles = tile_tokens(xs[0][None], launch.programs)
@@ -171,6 +187,7 @@ def quantize_joined(xs: Sequence[Tensor], factors: Sequence[Tensor]) -> tuple[Te
         tokens_per_program=tiles.tokens,
         LARGEST=FLOAT8_MAX,
         SMALLEST=SMALLEST_AMAX,
+        STAGES=launch.stages,
         num_warps=launch.warps,
     )
     return out, scale

@@ -147,11 +147,11 @@ def quantize_tokens(x: Tensor, factor: Tensor | None = None, *, powers_of_two: b
         x = x * factor.float()
     amax = x.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX)
     if powers_of_two:
-        # Adding almost 1 to the mantissa carries into the exponent, unless the mantissa is 0.
-        bits = (amax / FLOAT8_MAX).view(torch.int32) + 0x7FFFFF
+        # 448 is 1.75 x 2^8: a larger mantissa carries into the exponent.
+        bits = ((amax.view(torch.int32) + 0x1FFFFF) & 0x7F800000) - 0x04000000
         # What is not finite stays so, and reaches the result.
-        scale = torch.where(amax.isfinite(), (bits & -0x800000).view(torch.float32), amax)
-        return (x / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
+        scale = torch.where(amax.isfinite(), bits.view(torch.float32), amax)
+        return (x * (1 / scale)).to(torch.float8_e4m3fn), scale
     # Rounding can push the largest value past the format's range, where a cast on a CPU gives NaN.
     q = (x * (FLOAT8_MAX / amax)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
     return q, amax / FLOAT8_MAX

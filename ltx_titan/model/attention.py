@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ltx_titan.model.adapted_linear import project
+from ltx_titan.model.float8_trained import feed_forward
 from ltx_titan.model.ops import TORCH, HeadShare, Operators
 from ltx_titan.model.rope import PackedRotation, Rotation
 
@@ -156,4 +157,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, width] -> [B, S, width]."""
-        return self.net[2](self.net[0](x))
+        # Trained float8 layers quantize with the activation.
+        first = self.net[0]
+        assert isinstance(first, _Gelu)
+        y = feed_forward(x, first.proj, self.net[2])
+        return self.net[2](first(x)) if y is None else y

@@ -1,17 +1,19 @@
-"""A trained linear layer whose three matmuls are in float8.
+"""Trained linear layers whose three matmuls are in float8.
 
-    y  = s_x (x8 W8^T) s_w + b                    W8 s_w = W, rows quantized to e4m3 with one scale each
-    dx = s_g (g8 W8)                              g8 s_g = g s_w, one scale per token
-    dW = (S / s_w) ((g8 s_g s_x / S)^T x8)        S = max s_g s_x over the tokens;   db = sum g
+    y  = s_x (x8 W8^T) s_w + b                W8 s_w = W, rows quantized to e4m3 with one scale each
+    dx = s_g (g8 Wt8) c                       g8 s_g = g, one scale per token;  Wt8 c = W^T,  c = max s_w
+    dW = S (g8 s_g s_x / S)^T x8              S = max s_g s_x over the tokens;  db = sum g
 
-Every quantization is along rows, in the pass that writes its operand, where a compiler fuses it. The gradient of the
-weight sums over tokens, so their scales cannot be taken out of the sum. They are powers of two instead, and one factor
-takes both: g8 s_g s_x / S is exact, but for numbers that are 2^-15 of the largest, and costs no pass, because Hopper
-needs g8 transposed anyway. No tensor is read for its largest value first, and none is quantized twice.
+Tokens and gradients are quantized along rows, in one pass that also adds up the gradient of the bias, and in a
+feed-forward applies GELU or its gradient. The gradient of the weight sums over tokens, so their scales cannot be taken
+out of the sum. They are powers of two instead, and one factor takes both: g8 s_g s_x / S is exact, but for numbers that
+are 2^-15 of the largest, and costs no pass, because Hopper needs g8 transposed anyway. No tensor is read for its
+largest value first, and none is quantized twice.
 
-The weight is quantized on use, in both passes: 6 bytes of traffic per bfloat16 weight and step, and no memory. Nothing
-but the weight is a parameter, so FSDP2, checkpoints and exports see a plain linear layer. For the backward pass the
-quantized input is saved, half of its bfloat16.
+The weight is quantized on use, in both passes: 6 bytes of traffic per bfloat16 weight and step, and no memory. The
+gradient of the input sums over the weight's rows, so that it has one scale there. Nothing but the weight is a
+parameter, so FSDP2, checkpoints and exports see plain linear layers. For the backward pass the quantized input is
+saved, half of its bfloat16.
 
 On a CPU, which has no float8 matmuls, the operations multiply the same numbers in float32.
 """
@@ -26,6 +28,45 @@ from ltx_titan.model.float8_linear import FLOAT8_MULTIPLE, multiply, quantize
 from ltx_titan_kernels.formulas import FLOAT8_MAX, quantize_tokens
 
 _E4M3 = torch.float8_e4m3fn
+
+
+@torch.library.custom_op("ltx_titan::float8_rows", mutates_args=())
+def float8_rows(
+    x: Tensor, gradient: Tensor | None, is_gelu: bool, has_sum: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes x, gelu(x) or the gradient of gelu, with scales that are powers of two; not differentiable.
+
+    Args:
+        x: [tokens, width].
+        gradient: of gelu(x), to quantize that of x; None for none.
+        is_gelu: whether to apply GELU, with the approximation by tanh.
+        has_sum: whether to add up what is quantized over the tokens.
+        dtype: of the sums.
+
+    Returns:
+        e4m3 [tokens, width], scales [tokens, 1] float32, and sums [width], or an empty tensor.
+    """
+    if x.is_cuda:
+        # Here, not above: Triton is not installed everywhere.
+        from ltx_titan_kernels.float8_rows import quantize_rows
+
+        q, scale, sums = quantize_rows(x, gradient, is_gelu=is_gelu, has_sum=has_sum)
+        return q, scale, sums.to(dtype)
+    wide = x.float()
+    if gradient is not None:
+        wide = torch.ops.aten.gelu_backward(gradient.float(), wide, approximate="tanh")
+    elif is_gelu:
+        wide = F.gelu(wide, approximate="tanh")
+    sums = wide.sum(0) if has_sum else wide.new_empty(0)
+    return *quantize_tokens(wide, powers_of_two=True), sums.to(dtype)
+
+
+@float8_rows.register_fake
+def _(
+    x: Tensor, gradient: Tensor | None, is_gelu: bool, has_sum: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=_E4M3), scale, x.new_empty(x.shape[1] * has_sum, dtype=dtype)
 
 
 @torch.library.custom_op("ltx_titan::float8_trained_linear", mutates_args=())
@@ -56,26 +97,24 @@ def _(x: Tensor, x_scale: Tensor, weight: Tensor, bias: Tensor | None, dtype: to
 def float8_trained_linear_backward(
     g: Tensor, g_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Multiplies quantized gradients by the transposed weight, quantized here, without its scales.
+    """Multiplies quantized gradients by the transposed weight, quantized here.
 
     Args:
-        g, g_scale: gradients times the weight's scales, e4m3 [tokens, out] and float32 [tokens, 1].
+        g, g_scale: gradients, e4m3 [tokens, out] and float32 [tokens, 1].
         weight: [out, in].
-        scale: of its rows [out], from the forward pass.
+        scale: of the whole weight, one float32 value.
         dtype: of the result.
 
     Returns:
         [tokens, in].
     """
     if g.is_cuda:
-        # Here, not above: Triton is not installed everywhere.
         from ltx_titan_kernels.float8_weights import quantize_transposed
 
-        transposed, ones = quantize_transposed(weight, scale)
-    else:
-        q = (weight.float() / scale[:, None]).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(_E4M3)
-        transposed, ones = q.t(), g_scale.new_ones(1, weight.shape[1])
-    return multiply(g, g_scale, transposed, ones, None, dtype)
+        transposed, scales = quantize_transposed(weight, scale, scale)
+        return multiply(g, g_scale, transposed, scales, None, dtype)
+    q = (weight.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(_E4M3)
+    return multiply(g, g_scale, q.t(), scale.expand(1, weight.shape[1]), None, dtype)
 
 
 @float8_trained_linear_backward.register_fake
@@ -84,25 +123,22 @@ def _(g: Tensor, g_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dt
 
 
 @torch.library.custom_op("ltx_titan::float8_weight_gradient", mutates_args=())
-def float8_weight_gradient(
-    g: Tensor, g_scale: Tensor, x: Tensor, x_scale: Tensor, scale: Tensor, dtype: torch.dtype
-) -> Tensor:
+def float8_weight_gradient(g: Tensor, x: Tensor, scales: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiplies quantized gradients and tokens, both with scales that are powers of two.
 
     Args:
-        g, g_scale: gradients times the weight's scales, e4m3 [tokens, out] and float32 [tokens, 1].
-        x, x_scale: tokens, e4m3 [tokens, in] and float32 [tokens, 1].
-        scale: of the weight's rows [out].
+        g: gradients, e4m3 [tokens, out].
+        x: tokens, e4m3 [tokens, in].
+        scales: products of their scales, float32 [tokens].
+        largest: of them, one float32 value.
         dtype: of the result.
 
     Returns:
         [out, in].
     """
-    scales = (g_scale * x_scale).flatten()
-    largest = scales.max()
     if not g.is_cuda:
         g = (g.float() * (scales / largest)[:, None]).to(_E4M3)
-        return ((g.float().t() @ x.float()) * (largest / scale)[:, None]).to(dtype)
+        return ((g.float().t() @ x.float()) * largest).to(dtype)
     from ltx_titan_kernels.float8 import transpose_bytes
     from ltx_titan_kernels.float8_weights import quantize_transposed
 
@@ -110,41 +146,93 @@ def float8_weight_gradient(
     if missing := -len(g) % FLOAT8_MULTIPLE:
         g, x = (F.pad(t.view(torch.uint8), (0, 0, 0, missing)).view(_E4M3) for t in (g, x))
         scales = F.pad(scales, (0, missing), value=1.0)
-    transposed, _ = quantize_transposed(g, largest / scales)
-    inputs, _ = transpose_bytes([x])
-    ones = scale.new_ones(len(inputs), 1)
-    return multiply(transposed, (largest / scale)[:, None], inputs, ones.t(), None, dtype, is_exact=True)
+    transposed, factors = quantize_transposed(g, largest / scales, largest)
+    inputs, ones = transpose_bytes([x])
+    return multiply(transposed, factors.t(), inputs, ones, None, dtype, is_exact=True)
 
 
 @float8_weight_gradient.register_fake
-def _(g: Tensor, g_scale: Tensor, x: Tensor, x_scale: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _(g: Tensor, x: Tensor, scales: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
     return g.new_empty(g.shape[1], x.shape[1], dtype=dtype)
 
 
+def _weight_gradient(g: Tensor, g_scale: Tensor, x: Tensor, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    # Where a compiler sees them: they are small.
+    scales = (g_scale * x_scale).flatten().clamp(min=torch.finfo(torch.float32).tiny)
+    return float8_weight_gradient(g, x, scales, scales.amax(0, keepdim=True), dtype)
+
+
 class _TrainedFloat8(torch.autograd.Function):
-    """`apply(x, weight, bias, is_trained)`; a function, so that a compiler fuses quantization with what it reads."""
+    """`apply(x, weight, bias, is_trained)`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_trained: bool) -> Tensor:
         """The layer's output [tokens, out]."""
-        x8, x_scale = quantize_tokens(x, powers_of_two=True)
+        x8, x_scale, _ = float8_rows(x, None, False, False, x.dtype)
         y, scale = float8_trained_linear(x8, x_scale, weight, bias, x.dtype)
-        ctx.save_for_backward(weight, scale, *([x8, x_scale] if is_trained else []))
+        ctx.save_for_backward(weight, scale.amax(0, keepdim=True), *([x8, x_scale] if is_trained else []))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of `x`, `weight` and `bias`."""
         weight, scale, *inputs = ctx.saved_tensors
-        g8, g_scale = quantize_tokens(grad, scale, powers_of_two=True)
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = float8_trained_linear_backward(g8, g_scale, weight, scale, grad.dtype)
-        if ctx.needs_input_grad[1]:
-            dw = float8_weight_gradient(g8, g_scale, *inputs, scale, grad.dtype)
-        if ctx.needs_input_grad[2]:
-            db = grad.sum(0)
-        return dx, dw, db, None
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
+        g8, g_scale, db = float8_rows(grad, None, False, needs_db, grad.dtype)
+        dx = float8_trained_linear_backward(g8, g_scale, weight, scale, grad.dtype) if needs_dx else None
+        dw = _weight_gradient(g8, g_scale, inputs[0], inputs[1], grad.dtype) if needs_dw else None
+        return dx, dw, db if needs_db else None, None
+
+
+class _TrainedFeedForward(torch.autograd.Function):
+    """`apply(x, weight1, bias1, weight2, bias2, are_trained)`: two layers with tanh GELU between them.
+
+    Its input is quantized with GELU, and its gradient with that of GELU: neither is written in bfloat16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        are_trained: bool,
+    ) -> Tensor:
+        """The second layer's output [tokens, out]."""
+        x8, x_scale, _ = float8_rows(x, None, False, False, x.dtype)
+        z, scale1 = float8_trained_linear(x8, x_scale, weight1, bias1, x.dtype)
+        a8, a_scale, _ = float8_rows(z, None, True, False, x.dtype)
+        y, scale2 = float8_trained_linear(a8, a_scale, weight2, bias2, x.dtype)
+        scales = scale1.amax(0, keepdim=True), scale2.amax(0, keepdim=True)
+        ctx.save_for_backward(z, weight1, weight2, *scales, *([x8, x_scale, a8, a_scale] if are_trained else []))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the input, and of weight and bias of both layers."""
+        z, weight1, weight2, scale1, scale2, *inputs = ctx.saved_tensors
+        needs_dx, needs_dw1, needs_db1, needs_dw2, needs_db2, _ = ctx.needs_input_grad
+        dtype = grad.dtype
+        g8, g_scale, db2 = float8_rows(grad, None, False, needs_db2, dtype)
+        dw2 = _weight_gradient(g8, g_scale, inputs[2], inputs[3], dtype) if needs_dw2 else None
+        da = float8_trained_linear_backward(g8, g_scale, weight2, scale2, dtype)
+        g8, g_scale, db1 = float8_rows(z, da, True, needs_db1, dtype)
+        dw1 = _weight_gradient(g8, g_scale, inputs[0], inputs[1], dtype) if needs_dw1 else None
+        dx = float8_trained_linear_backward(g8, g_scale, weight1, scale1, dtype) if needs_dx else None
+        return dx, dw1, db1 if needs_db1 else None, dw2, db2 if needs_db2 else None, None
+
+
+def feed_forward(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor | None:
+    """`second(gelu(first(x)))` as one operation [..., out], if both are trained float8 layers."""
+    if not isinstance(first, Float8TrainedLinear) or not isinstance(second, Float8TrainedLinear):
+        return None
+    # Each is read once: reading them may be a copy (tensor parallelism).
+    weight1, weight2 = first.weight, second.weight
+    are_trained = weight1.requires_grad or weight2.requires_grad
+    y = _TrainedFeedForward.apply(x.flatten(0, -2), weight1, first.bias, weight2, second.bias, are_trained)
+    return y.unflatten(0, x.shape[:-1])
 
 
 class Float8TrainedLinear(nn.Linear):

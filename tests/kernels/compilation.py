@@ -24,6 +24,7 @@ from ltx_titan_kernels import (
     adamw,
     few_tokens,
     float8,
+    float8_rows,
     float8_weights,
     gated_residual_norm,
     launches,
@@ -32,7 +33,16 @@ from ltx_titan_kernels import (
     sum_parts,
 )
 
-_MODULES = (few_tokens, float8, float8_weights, gated_residual_norm, launches, qk_norm_rope, rms_norm_modulate)
+_MODULES = (
+    few_tokens,
+    float8,
+    float8_rows,
+    float8_weights,
+    gated_residual_norm,
+    launches,
+    qk_norm_rope,
+    rms_norm_modulate,
+)
 _H100 = GPUTarget("cuda", 90, 32)
 _MULTIPROCESSORS = 132
 
@@ -71,7 +81,7 @@ def compile_case(name: str, dtype: torch.dtype, tokens: int) -> list[Any]:
 
 
 def compile_float8(tokens: int, few: int, width: int) -> list[Any]:
-    """Compiled kernels of float8 layers: joined quantization, transpositions, and both products of few tokens.
+    """Compiled kernels of float8 layers: quantization, transpositions, and both products of few tokens.
 
     Args:
         tokens, few: numbers of video and of audio tokens.
@@ -85,9 +95,17 @@ def compile_float8(tokens: int, few: int, width: int) -> list[Any]:
         float8.quantize_joined([x, x, x, adapters[0]], [scale.flatten()] * 3 + [adapters[1]])
         float8.transpose_bytes([weight])
         for matrix in (weight, weight.to(torch.bfloat16)):
-            float8_weights.quantize_transposed(matrix, scale.flatten())
-        few_tokens.multiply_few_tokens(x[:few], weight, scale, bias=scale.flatten())
-        few_tokens.multiply_few_tokens(x[:few], weight, scale, out=torch.zeros_like(x[:few]), transposed=True)
+            float8_weights.quantize_transposed(matrix, scale.flatten().float(), torch.ones(1))
+        # Wide weights and narrower ones, of which programs take other tiles.
+        for x_few, w in ((x[:few], weight), (x[:few, : width // 2], weight[: width // 2, : width // 2].contiguous())):
+            few_tokens.multiply_few_tokens(x_few, w, scale[: len(w)], bias=scale[: len(w)].flatten())
+            out = torch.zeros_like(x_few)
+            few_tokens.multiply_few_tokens(x_few, w, scale[: len(w)], out=out, transposed=True)
+        wide = torch.zeros(tokens, 4 * width, dtype=torch.bfloat16)
+        float8_rows.quantize_rows(x)
+        float8_rows.quantize_rows(x, has_sum=True)
+        float8_rows.quantize_rows(wide, is_gelu=True)
+        float8_rows.quantize_rows(wide, wide.clone(), is_gelu=True, has_sum=True)
     return compiled
 
 

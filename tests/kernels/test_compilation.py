@@ -70,12 +70,14 @@ def test_a_compiler_copies_no_tokens(name, is_frozen):
 
 def test_float8_kernels_compile_at_the_width_of_a_block_and_stay_in_registers(tmp_path):
     compiled = compile_float8(tokens=64, few=51, width=4096)
-    assert len(compiled) == 6
+    assert len(compiled) == 16
     for kernel in compiled:
         assert kernel.metadata.shared <= SHARED_MEMORY
         assert spilled_bytes(kernel, tmp_path) == 0, kernel.metadata.name
     # Weights of one byte become factors of the tensor cores' bfloat16 matmul.
-    assert all("wgmma" in kernel.asm["ptx"] for kernel in compiled[-2:])
+    products = [kernel for kernel in compiled if kernel.metadata.name == "_few_tokens_kernel"]
+    assert len(products) == 4
+    assert all("wgmma" in kernel.asm["ptx"] for kernel in products)
 
 
 def test_adafactors_kernels_keep_their_tiles_in_registers_and_load_16_bytes_at_a_time(tmp_path):

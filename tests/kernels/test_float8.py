@@ -1,8 +1,15 @@
+"""Quantization and transposition of float8 operands, against their formulas.
+
+`pytest -m gpu -s tests/kernels/test_float8.py -k table` prints the bandwidth of joined quantization.
+"""
+
 import pytest
 import torch
 
+from ltx_titan.benchmarks.measure import copy_bandwidth, time_ms
 from ltx_titan_kernels import formulas
-from ltx_titan_kernels.float8 import quantize_joined, quantize_tokens, transpose_bytes
+from ltx_titan_kernels.float8 import launch_quantize, quantize_joined, quantize_tokens, transpose_bytes
+from ltx_titan_kernels.launches import Launch
 from tests.kernels.comparison import DEVICE
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
@@ -77,6 +84,33 @@ def test_the_largest_number_of_a_token_may_be_in_any_of_the_tensors():
     found, scale = quantize_joined(xs, [torch.ones(16, device=DEVICE) for _ in xs])
     assert torch.equal(found.float(), torch.cat(xs, dim=1).float())
     assert torch.equal(scale, torch.ones(4, 1, device=DEVICE))
+
+
+@pytest.mark.runs_on("gpu")
+def test_table_of_joined_quantization(capsys):
+    launches = [
+        Launch(*each) for each in [(16, 3, 1), (16, 4, 1), (16, 2, 2), (8, 2, 1), (8, 3, 2), (4, 4, 1), (4, 8, 1)]
+    ]
+    columns = ["default", *(f"{launch.warps}w {launch.programs}p {launch.stages}s" for launch in launches)]
+    with capsys.disabled():
+        print(f"\ncopy {copy_bandwidth(DEVICE) / 1e12:.2f} TB/s; 6,160 tokens, us (TB/s)")
+        print(f"{'channels':20} {'one tensor':>14} " + " ".join(f"{c:>14}" for c in columns))
+    for widths in [(4096, 4096, 4096, 128), (4096, 4096, 4096), (4096, 128), (2048, 2048, 128), (4096, 64, 64)]:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        joined = torch.randn(6160, sum(widths), generator=generator, device=DEVICE, dtype=torch.bfloat16)
+        factor = torch.rand(sum(widths), generator=generator, device=DEVICE) + 0.5
+        xs, factors = [x.contiguous() for x in joined.split(widths, dim=1)], factor.split(widths)
+        expected = launch_quantize(joined, factor)
+        found = [quantize_joined(xs, factors, launch) for launch in [None, *launches]]
+        assert all(torch.equal(q.float(), expected[0].float()) and torch.equal(s, expected[1]) for q, s in found)
+        # Two sets of operands, each larger than the cache.
+        pairs = [(xs, joined), ([x.clone() for x in xs], joined.clone())]
+        ways = [[lambda j=j, factor=factor: launch_quantize(j, factor) for _, j in pairs]]
+        ways += [[lambda p=p, f=factors, k=k: quantize_joined(p, f, k) for p, _ in pairs] for k in [None, *launches]]
+        times = [time_ms(way, DEVICE) * 1e3 for way in ways]
+        cells = " ".join(f"{us:7.1f} ({3 * joined.numel() / us / 1e6:4.2f})" for us in times)
+        with capsys.disabled():
+            print(f"{'+'.join(map(str, widths)):20} {cells}", flush=True)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [((4,), 8), ((20,), 132), ((260,), 128), ((128, 16, 132), 64)])

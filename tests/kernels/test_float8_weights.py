@@ -17,18 +17,27 @@ def test_a_weight_is_quantized_by_rows_and_transposed(rows, columns, dtype):
     # A view of more columns, as tensor parallelism may leave one.
     wide = torch.zeros(rows, columns + 16, dtype=dtype, device=DEVICE)
     wide[:, :columns] = q.float() * scale[:, None]
-    found, ones = quantize_transposed(wide[:, :columns], scale)
+    found, factors = quantize_transposed(wide[:, :columns], scale, torch.tensor([3.0], device=DEVICE))
     assert found.is_contiguous()
     assert torch.equal(found.float(), q.float().T)
-    assert torch.equal(ones, torch.ones(1, columns, device=DEVICE))
+    assert torch.equal(factors, torch.full((1, columns), 3.0, device=DEVICE))
 
 
 def test_rows_in_float8_get_another_scale():
     generator = torch.Generator().manual_seed(0)
     q = (torch.randn(32, 48, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn).to(DEVICE)
     factor = 2.0 ** (torch.arange(32, device=DEVICE) % 4)
-    found, _ = quantize_transposed(q, factor)
+    found, _ = quantize_transposed(q, factor, factor[:1])
     assert torch.equal(found.float(), (q.float() / factor[:, None]).T)
+
+
+def test_a_weight_may_have_one_scale():
+    generator = torch.Generator().manual_seed(0)
+    q = (torch.randn(32, 48, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn).to(DEVICE)
+    scale = torch.tensor([0.25], device=DEVICE)
+    found, factors = quantize_transposed((q.float() * scale).bfloat16(), scale, scale)
+    assert torch.equal(found.float(), q.float().T)
+    assert torch.equal(factors, scale.expand(1, 48))
 
 
 # The interpreter's cast makes a number of it.
@@ -36,5 +45,6 @@ def test_rows_in_float8_get_another_scale():
 def test_a_number_that_is_not_finite_is_kept():
     weight = torch.ones(16, 32, device=DEVICE, dtype=torch.bfloat16)
     weight[3, 5] = float("nan")
-    found, _ = quantize_transposed(weight, torch.ones(16, device=DEVICE))
+    ones = torch.ones(16, device=DEVICE)
+    found, _ = quantize_transposed(weight, ones, ones[:1])
     assert found.float().isnan().nonzero().tolist() == [[5, 3]]
