@@ -41,8 +41,6 @@ class TrainOptions:
 
 def run(options: TrainOptions) -> int:
     """Trains on all ranks of this node; returns the exit code of the worker that failed first, or 0."""
-    # Larger segments: long jobs with several shapes otherwise run out of memory to fragmentation.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # Here, because torch takes seconds to import and `--help` does without it.
     from ltx_titan import launch
 

@@ -67,6 +67,9 @@ def init_distributed(timeout_s: float = 1800.0, stacks: Path | None = None) -> t
         StalledError: a rank did not come in time; on rank 0.
     """
     if torch.cuda.is_available():
+        # Segments that grow, so that what was freed in small parts can be used for large tensors: gradients after
+        # activations, and other shapes. Read when the first tensor is allocated, whoever started this process.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         # Buffers of collectives inside CUDA graphs would be registered with NCCL, which fails with the allocator's

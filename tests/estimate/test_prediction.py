@@ -186,8 +186,13 @@ def test_estimate_agrees_with_a_measured_run(job, row):
     memory_gib = plan.job.activation_checkpoint.memory_gib
     found = estimate(work, with_levels(work, make_setup(plan.job, plan.degrees), memory_gib, gpu.memory), gpu)
     assert found.memory.peak / GIB == pytest.approx(row["peak_mem_gib"], rel=PEAK_ERROR)
-    # Without graphs the host decides, whose speed differs between machines and is not predicted.
-    if plan.job.compile.graphs == "on" and plan.architecture.num_layers >= TIMED_LAYERS:
+    # Without graphs the host decides, whose speed differs between machines and is not predicted; nor does the command
+    # promise this error for updates in the backward pass.
+    if (
+        plan.job.compile.graphs != "off"
+        and not plan.job.optimizer.in_backward
+        and plan.architecture.num_layers >= TIMED_LAYERS
+    ):
         assert found.time.total == pytest.approx(row["step_time_s"], rel=TIME_ERROR)
 
 
