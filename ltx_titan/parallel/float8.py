@@ -17,7 +17,7 @@ from typing import Literal
 from torch import nn
 
 from ltx_titan.model import LTXTransformer
-from ltx_titan.model.float8_trained import Float8TrainedLinear
+from ltx_titan.model.float8_trained import FEWEST_TRAINED_TOKENS, Float8TrainedLinear
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
 
 Recipe = Literal["native", "tensorwise", "rowwise"]
@@ -71,7 +71,9 @@ def apply_float8(
         for name in converted:
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            model.set_submodule(name, Float8TrainedLinear.from_linear(layer))
+            # Emulation shows what rounding does, also with few tokens.
+            fewest = 0 if emulate else FEWEST_TRAINED_TOKENS
+            model.set_submodule(name, Float8TrainedLinear.from_linear(layer, fewest))
         return converted
     # Imported here: torchao takes seconds to import, and most jobs do not use it.
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -217,6 +217,17 @@ def test_compiled_and_eager_agree_and_the_input_is_saved_quantized():
     assert set(large) <= {(torch.float8_e4m3fn, 2 * TOKENS * IN), (torch.bfloat16, layer.weight.numel())}
 
 
+@pytest.mark.parametrize(("fewest", "is_rounded"), [(2 * TOKENS, True), (2 * TOKENS + 1, False)])
+def test_fewer_tokens_than_repay_their_casts_are_not_rounded(fewest, is_rounded):
+    layer = Float8TrainedLinear.from_linear(make("plain"), fewest)
+    found, exact = gradients(layer), gradients(make("plain"))
+    assert all((error(a, b) > 1e-3) == is_rounded for a, b in zip(found[:3], exact[:3], strict=True))
+    module, plain = feed_forward("native"), feed_forward("plain")
+    module.net[0].proj.fewest_tokens = module.net[2].fewest_tokens = fewest
+    found, exact = gradients_of(module), gradients_of(plain)
+    assert all((error(a, b) > 1e-3) == is_rounded for a, b in zip(found[:3], exact[:3], strict=True))
+
+
 class Calls(TorchDispatchMode):
     """Counts calls of an operation."""
 
