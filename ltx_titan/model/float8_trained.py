@@ -152,21 +152,21 @@ def _(g: Tensor, g_scale: Tensor, weights: list[Tensor], scale: Tensor, dtype: t
 
 
 @torch.library.custom_op("ltx_titan::float8_weight_gradient", mutates_args=())
-def float8_weight_gradient(g: Tensor, x: Tensor, scales: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+def float8_weight_gradient(g: Tensor, x: Tensor, divisors: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiplies quantized gradients and tokens, both with scales that are powers of two.
 
     Args:
         g: gradients, e4m3 [tokens, out].
         x: tokens, e4m3 [tokens, in].
-        scales: products of their scales, float32 [tokens].
-        largest: of them, one float32 value.
+        divisors: of each token of g, the largest product of scales over its own, float32 [tokens].
+        largest: product of the scales of a token of g and x, one float32 value.
         dtype: of the result.
 
     Returns:
         [out, in].
     """
     if not g.is_cuda:
-        g = (g.float() * (scales / largest)[:, None]).to(_E4M3)
+        g = (g.float() / divisors[:, None]).to(_E4M3)
         return ((g.float().t() @ x.float()) * largest).to(dtype)
     from ltx_titan_kernels.float8 import transpose_bytes
     from ltx_titan_kernels.float8_weights import quantize_transposed
@@ -174,21 +174,22 @@ def float8_weight_gradient(g: Tensor, x: Tensor, scales: Tensor, largest: Tensor
     # The number of tokens is summed over. Zeros add nothing.
     if missing := -len(g) % FLOAT8_MULTIPLE:
         g, x = (F.pad(t.view(torch.uint8), (0, 0, 0, missing)).view(_E4M3) for t in (g, x))
-        scales = F.pad(scales, (0, missing), value=1.0)
-    transposed, factors = quantize_transposed([g], largest / scales, largest)
+        divisors = F.pad(divisors, (0, missing), value=1.0)
+    transposed, factors = quantize_transposed([g], divisors, largest)
     inputs, ones = transpose_bytes([x])
     return multiply(transposed, factors.t(), inputs, ones, None, dtype, is_exact=True)
 
 
 @float8_weight_gradient.register_fake
-def _(g: Tensor, x: Tensor, scales: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+def _(g: Tensor, x: Tensor, divisors: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
     return g.new_empty(g.shape[1], x.shape[1], dtype=dtype)
 
 
 def _weight_gradient(g: Tensor, g_scale: Tensor, x: Tensor, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
     # Where a compiler sees them: they are small.
     scales = (g_scale * x_scale).flatten().clamp(min=torch.finfo(torch.float32).tiny)
-    return float8_weight_gradient(g, x, scales, scales.amax(0, keepdim=True), dtype)
+    largest = scales.amax(0, keepdim=True)
+    return float8_weight_gradient(g, x, largest / scales, largest, dtype)
 
 
 class _TrainedFloat8(torch.autograd.Function):

@@ -2,8 +2,8 @@
 
 Converted: attention and feed-forward layers of the blocks that read video or text tokens, 14 per block. Not converted:
 layers that read audio (a clip has about a hundred audio tokens; quantization costs more than the matmul), gate logits
-(one column per head), modulation, embedding and output layers. Fewer than 1,280 tokens, as most texts have, the native
-recipe multiplies in bfloat16.
+(one column per head), modulation, embedding and output layers. The native recipe multiplies fewer than 1,280 tokens, as
+most texts have, in bfloat16.
 
 A float8 matmul requires multiples of 16 in every dim. torchao also sums over tokens in float8, in the gradient of a
 weight: `shard_tokens` pads sequences to `token_multiple`. Weights keep their dtype (float32 or bfloat16) and are
