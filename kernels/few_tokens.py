@@ -51,16 +51,20 @@ def choose_tiling(tokens: int, outputs: int, summed: int) -> Tiling:
 
     Traffic through the cache is `2 tokens summed outputs / tile` bytes of tokens and `8 tokens outputs splits` of parts
     written and read. For a given number of programs their sum is least for a tile of about
-    sqrt(outputs summed / (4 programs)): 63 for 2,048 x 2,048 weights, 126 for 2,048 x 8,192.
+    sqrt(outputs summed / (4 programs)): 63 for 2,048 x 2,048 weights, 126 for 2,048 x 8,192. Of more than 64 tokens
+    parts cost more: wide tiles for wide outputs only, and fewer splits. Measured at 51 and 126 tokens
+    (docs/benchmarks/log.md, twelfth round).
     """
-    is_wide, has_many = outputs * summed >= 2**23, tokens > 64
+    has_many = tokens > 64
+    is_wide = outputs >= 4096 if has_many else outputs * summed >= 2**23
     tile, block_tokens = (128 if is_wide else 64), (128 if has_many else 64)
     # Long rows are read faster, but two programs must fit into the memory of a multiprocessor.
     step = 64 if is_wide or has_many else 128
     programs = triton.cdiv(outputs, tile) * triton.cdiv(tokens, block_tokens)
     # At least two iterations, so that the second one's loads run beside the first one's matmul.
-    splits = max(1, min(round(_PROGRAMS / programs), summed // (2 * step), 16))
-    return Tiling(tile, step, splits, block_tokens, warps=8 if is_wide and has_many else 4)
+    fewest = 8 if is_wide and has_many else 2
+    splits = max(1, min(round(_PROGRAMS / programs), summed // (fewest * step), 16))
+    return Tiling(tile, step, splits, block_tokens)
 
 
 @triton.jit

@@ -34,8 +34,6 @@ from ltx_titan_kernels.launches import (
 
 QUANTIZE = Launch(warps=8, programs=16, stages=1)
 """Launch at width 4096."""
-QUANTIZE_JOINED = Launch(warps=8, programs=8, stages=1)
-"""The same of several tensors: 16 warps and 2 programs for queries, keys and values, as registers allow."""
 
 # A program transposes a tile of 128 x 128 bytes as 32-bit words: four rows of 32 x 32 words.
 _TILE = 32
@@ -168,7 +166,8 @@ def quantize_joined(
     widths = [x.shape[1] for x in xs]
     assert 1 <= len(xs) == len(factors) <= _PARTS
     assert sum(widths) <= MAX_WIDTH
-    launch = launch or QUANTIZE_JOINED.scaled_to(sum(widths))
+    # Few warps and several tokens in flight, measured at widths of 4,096 to 12,416.
+    launch = launch or Launch(warps=4, programs=4 if sum(widths) > 8192 else 8, stages=1)
     out = torch.empty((tokens, sum(widths)), dtype=torch.float8_e4m3fn, device=xs[0].device)
     scale = torch.empty((tokens, 1), dtype=torch.float32, device=xs[0].device)
     tiles = tile_tokens(xs[0][None], launch.programs)

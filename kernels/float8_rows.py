@@ -11,6 +11,8 @@ Sums: each program adds its tokens in registers and stores a partial; the partia
 Bytes: 3 T K, or 5 T K for dz.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +33,17 @@ ROWS = Launch(warps=8, programs=8, stages=2)
 """Launch at width 4096. The compiler loads the next token while one is computed."""
 ROWS_WITH_SUMS = Launch(warps=8, programs=4, stages=2)
 """The same with sums, which take registers."""
+
+
+@triton.jit
+def _power_of_two(amax):
+    """The scale of a row with this largest number, and its inverse."""
+    # 448 is 1.75 x 2^8: a larger mantissa carries into the exponent. No division, and all of it is exact.
+    bits = ((amax.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - 0x04000000
+    up = (0x7F000000 - bits).to(tl.float32, bitcast=True)
+    # What is not finite stays so: NaN is kept, and infinity times 0 is NaN.
+    is_finite = amax < float("inf")
+    return tl.where(is_finite, bits.to(tl.float32, bitcast=True), float("inf")), tl.where(is_finite, up, 0.0)
 
 
 @triton.jit
@@ -60,15 +73,9 @@ def _quantize_rows_kernel(
                 x *= sigmoid
         if SUMS:
             sums += x
-        amax = tl.maximum(tl.max(tl.abs(x), 0), SMALLEST)
-        # 448 is 1.75 x 2^8: a larger mantissa carries into the exponent. No division, and all of it is exact.
-        bits = ((amax.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - 0x04000000
-        up = (0x7F000000 - bits).to(tl.float32, bitcast=True)
-        # What is not finite stays so: NaN is kept, and infinity times 0 is NaN.
-        is_finite = amax < float("inf")
-        q = x * tl.where(is_finite, up, 0.0)
-        tl.store(out_ptr + token * D + cols, q.to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(scale_ptr + token, tl.where(is_finite, bits.to(tl.float32, bitcast=True), float("inf")))
+        scale, up = _power_of_two(tl.maximum(tl.max(tl.abs(x), 0), SMALLEST))
+        tl.store(out_ptr + token * D + cols, (x * up).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(scale_ptr + token, scale)
     if SUMS:
         tl.store(partial_ptr + tl.program_id(0) * D + cols, sums, mask=inside)
 
@@ -118,6 +125,92 @@ def quantize_rows(
         BLOCK=triton.next_power_of_2(width),
         GELU=is_gelu,
         HAS_GRADIENT=gradient is not x,
+        SUMS=has_sum,
+        STAGES=launch.stages,
+        num_warps=launch.warps,
+    )
+    return out, scale, partial.sum(0) if has_sum else scale.new_empty(0)
+
+
+@triton.jit
+def _quantize_parts_kernel(
+    x0_ptr, x1_ptr, x2_ptr, out_ptr, scale_ptr, partial_ptr, tokens, tokens_per_program, stride0, stride1, stride2,
+    SMALLEST: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Quantizes rows that are in two or three tensors of D columns, as if these were joined."""
+    cols = tl.arange(0, BLOCK)
+    inside = cols < D
+    first, last = tile_of_program(tokens, tokens_per_program)
+    sums0 = tl.zeros([BLOCK], tl.float32)
+    sums1 = tl.zeros([BLOCK], tl.float32)
+    sums2 = tl.zeros([BLOCK], tl.float32)
+    for token in tl.range(first.to(tl.int64), last.to(tl.int64), num_stages=STAGES):
+        # All loads before the maximum: it synchronizes threads, which no load may be moved across.
+        x0 = load_token(x0_ptr + token * stride0, cols, inside)
+        x1 = load_token(x1_ptr + token * stride1, cols, inside)
+        largest = tl.maximum(tl.abs(x0), tl.abs(x1))
+        if PARTS == 3:
+            x2 = load_token(x2_ptr + token * stride2, cols, inside)
+            largest = tl.maximum(largest, tl.abs(x2))
+        scale, up = _power_of_two(tl.maximum(tl.max(largest, 0), SMALLEST))
+        row_ptr = out_ptr + token * (PARTS * D) + cols
+        tl.store(row_ptr, (x0 * up).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(row_ptr + D, (x1 * up).to(out_ptr.dtype.element_ty), mask=inside)
+        if PARTS == 3:
+            tl.store(row_ptr + 2 * D, (x2 * up).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(scale_ptr + token, scale)
+        if SUMS:
+            sums0 += x0
+            sums1 += x1
+            if PARTS == 3:
+                sums2 += x2
+    if SUMS:
+        slot_ptr = partial_ptr + tl.program_id(0) * (PARTS * D) + cols
+        tl.store(slot_ptr, sums0, mask=inside)
+        tl.store(slot_ptr + D, sums1, mask=inside)
+        if PARTS == 3:
+            tl.store(slot_ptr + 2 * D, sums2, mask=inside)
+
+
+def quantize_parts(
+    xs: Sequence[Tensor], *, has_sum: bool = False, launch: Launch | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes rows whose columns are in two or three tensors of one width, as if these were joined.
+
+    Args:
+        xs: [T, K] each, together up to MAX_WIDTH columns.
+        has_sum, launch: as for `quantize_rows`.
+
+    Returns:
+        e4m3 [T, n K], scales [T, 1] float32, and sums [n K] float32, or an empty tensor.
+    """
+    tokens, width = xs[0].shape
+    parts, xs = len(xs), [with_unit_stride(x) for x in xs]
+    assert parts in (2, 3)
+    assert all(x.shape == (tokens, width) for x in xs)
+    assert parts * width <= MAX_WIDTH
+    launch = launch or (ROWS_WITH_SUMS if has_sum else ROWS).scaled_to(parts * width)
+    out = torch.empty((tokens, parts * width), dtype=torch.float8_e4m3fn, device=xs[0].device)
+    scale = torch.empty((tokens, 1), dtype=torch.float32, device=xs[0].device)
+    tiles = tile_tokens(xs[0][None], launch.programs)
+    partial = torch.empty((tiles.programs if has_sum else 0, parts * width), dtype=torch.float32, device=xs[0].device)
+    wrap_if_traced(_quantize_parts_kernel, xs[0])[(tiles.programs,)](
+        x0_ptr=xs[0],
+        x1_ptr=xs[1],
+        x2_ptr=xs[-1],
+        out_ptr=out,
+        scale_ptr=scale,
+        partial_ptr=partial if has_sum else scale,
+        tokens=tokens,
+        tokens_per_program=tiles.tokens,
+        stride0=xs[0].stride(0),
+        stride1=xs[1].stride(0),
+        stride2=xs[-1].stride(0),
+        SMALLEST=SMALLEST_AMAX,
+        D=width,
+        BLOCK=triton.next_power_of_2(width),
+        PARTS=parts,
         SUMS=has_sum,
         STAGES=launch.stages,
         num_warps=launch.warps,

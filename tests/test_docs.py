@@ -20,6 +20,7 @@ import torch
 
 from ltx_titan.benchmarks.adamw import AdamWBenchOptions
 from ltx_titan.benchmarks.load import LoadOptions
+from ltx_titan.benchmarks.precision import PrecisionOptions
 from ltx_titan.benchmarks.scaling import ScalingOptions
 from ltx_titan.benchmarks.train import TrainBenchOptions
 from ltx_titan.cli import main
@@ -138,7 +139,13 @@ def measures(command: Command, monkeypatch) -> None:
     """Options and cases of a benchmark program."""
     number = command.words.index("-m")
     module, arguments = import_module(command.words[number + 1]), command.words[number + 2 :]
-    known = {"train": TrainBenchOptions, "load": LoadOptions, "scaling": ScalingOptions, "adamw": AdamWBenchOptions}
+    known = {
+        "train": TrainBenchOptions,
+        "load": LoadOptions,
+        "scaling": ScalingOptions,
+        "adamw": AdamWBenchOptions,
+        "precision": PrecisionOptions,
+    }
     options = parse_options(known[module.__name__.rpartition(".")[2]], arguments, prog="", description="")
     for case in getattr(options, "case", ()):
         load_job(options.job, shlex.split(f"{options.all} {case.partition(':')[2]}"))
@@ -187,6 +194,7 @@ CHECKED: dict[str, tuple[str, Callable[[Command, pytest.MonkeyPatch], None]]] = 
     "torchrun --nproc-per-node 1 -m ltx_titan.benchmarks": ("needs a GPU", measures),
     "torchrun --nproc-per-node 2 -m ltx_titan.benchmarks": ("needs two GPUs", measures),
     "python -m ltx_titan.benchmarks.adamw": ("needs a GPU", measures),
+    "python -m ltx_titan.benchmarks.precision": ("needs a GPU", measures),
     "ltx-titan bench step": ("needs a GPU", parses),
     "ltx-titan bench scaling": ("a minute; tests/benchmarks/test_scaling.py runs it", parses),
     "ltx-titan bench block --tokens 4032 16128 --providers triton native tensorwise": ("needs a GPU", parses),

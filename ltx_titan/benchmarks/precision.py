@@ -1,6 +1,6 @@
 """Error of a bfloat16 forward and backward against float32, for a few layers of a released shape on the same device.
 
-    python -m ltx_titan.benchmarks.precision [--shape ltx-2.3-22b] [--layers 4] [--out FILE.json]
+    python -m ltx_titan.benchmarks.precision [--shape ltx-2.3-22b] [--layers 4] [--float8 native] [--out FILE.json]
 
 Random seeded weights, one clip with a clean first frame. Errors are relative L2 norms. bfloat16 keeps 8 bits: one
 rounding is 2 ** -9 = 0.2 % of a value, and the error of a residual stream grows with the square root of the number of
@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ltx_titan.conditioning import FlexibleStrategy, ModelInputs
 from ltx_titan.diffusion import ShiftedLogitNormal, draw_step
 from ltx_titan.model import LTXTransformer
 from ltx_titan.model.init import init_random_
+from ltx_titan.parallel.float8 import apply_float8
 from ltx_titan.weights import released_config
 
 OUTPUT_BOUND = 0.05
@@ -43,6 +44,9 @@ class PrecisionOptions:
 
     latent: Annotated[tuple[int, int, int], placeholder("F H W")] = (12, 14, 24)
     """Latent frames, height and width."""
+
+    float8: tuple[Literal["native", "tensorwise", "rowwise"], ...] = ()
+    """Recipes of float8 to compare as well, eager; without bounds."""
 
     out: Maybe[Path] = None
     """File for the result (.json)."""
@@ -98,6 +102,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)).item()
 
 
+def gradient_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative errors of gradients, but of those that are only rounding (of a bias that a norm cancels)."""
+    largest = max(g.norm().item() for g in exact.values())
+    return {
+        name: relative_error(found[name], gradient)
+        for name, gradient in exact.items()
+        if gradient.norm().item() > 1e-4 * largest
+    }
+
+
 def main() -> None:
     """Runs both precisions and prints the comparison; exits with 1 outside the bounds."""
     options = parse_options(PrecisionOptions, sys.argv[1:], prog="ltx_titan.benchmarks.precision", description=__doc__)
@@ -117,19 +131,29 @@ def main() -> None:
     rough = run(model.to(torch.bfloat16), strategy, inputs)
 
     outputs = {s: relative_error(rough["outputs"][i], exact["outputs"][i]) for i, s in enumerate(("video", "audio"))}
-    # Gradients that consist of rounding errors only (of a bias that a norm cancels) have no meaningful relative error.
-    largest = max(g.norm().item() for g in exact["gradients"].values())
-    errors = {
-        name: relative_error(rough["gradients"][name], gradient)
-        for name, gradient in exact["gradients"].items()
-        if gradient.norm().item() > 1e-4 * largest
-    }
+    errors = gradient_errors(rough["gradients"], exact["gradients"])
     worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
+    parameters = sum(p.numel() for p in model.parameters())
+    float8 = {}
+    for recipe in options.float8:
+        with torch.device(device):
+            model = LTXTransformer.from_config(transformer)
+        init_random_(model, seed=0)
+        model.to(torch.bfloat16)
+        apply_float8(model, recipe, emulate=device.type == "cpu")
+        found = run(model, strategy, inputs)
+        all_errors = sorted(gradient_errors(found["gradients"], exact["gradients"]).items(), key=lambda item: -item[1])
+        float8[recipe] = {
+            "loss": found["loss"],
+            "output_error": [relative_error(o, e) for o, e in zip(found["outputs"], exact["outputs"], strict=True)],
+            "gradient_error_median": all_errors[len(all_errors) // 2][1],
+            "gradient_error_worst": all_errors[:5],
+        }
     row = {
         **environment(device),
         "shape": options.shape,
         "layers": options.layers,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "video_tokens": inputs.video.latent.shape[1],
         "audio_tokens": inputs.audio.latent.shape[1],
         "loss_fp32": exact["loss"],
@@ -138,6 +162,7 @@ def main() -> None:
         "gradient_error_median": sorted(errors.values())[len(errors) // 2],
         "gradient_error_worst": worst,
         "gradients_compared": len(errors),
+        "float8": float8,
         "seconds_fp32": exact["seconds"],
         "seconds_bf16": rough["seconds"],
         "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,

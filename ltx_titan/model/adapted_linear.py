@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ltx_titan.model.float8_adapted import float8_adapted_linears
 from ltx_titan.model.float8_linear import FEWEST_TOKENS, fused_quantize
+from ltx_titan.model.float8_trained import Float8TrainedLinear, apply_trained
 from ltx_titan.model.low_rank import gradients_of_adapters, scaled
 
 
@@ -48,7 +49,7 @@ class AdaptedWeights(NamedTuple):
 def project(
     x: Tensor, layers: Sequence[nn.Module], narrow: nn.Module | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Applies layers that share an input; those with adapters on a plain or a float8 base run as one operation.
+    """Applies layers that share an input; trained float8 ones, or those with adapters on one kind of base, together.
 
     Args:
         x: [..., in].
@@ -58,6 +59,9 @@ def project(
     Returns:
         The outputs of `layers` [..., out], and of `narrow`.
     """
+    trained = [layer for layer in layers if isinstance(layer, Float8TrainedLinear)]
+    if len(trained) == len(layers) > 1 and len({len(layer.weight) for layer in trained}) == 1:
+        return apply_trained(x, trained), None if narrow is None else narrow(x)
     chosen = [_adapted_weights(layer, x.dtype) for layer in layers]
     # float8 and plain bases are different operations: those like the first run together.
     first = next((weights for weights in chosen if weights is not None), None)

@@ -2,7 +2,8 @@
 
 Converted: attention and feed-forward layers of the blocks that read video or text tokens, 14 per block. Not converted:
 layers that read audio (a clip has about a hundred audio tokens; quantization costs more than the matmul), gate logits
-(one column per head), modulation, embedding and output layers.
+(one column per head), modulation, embedding and output layers. The native recipe multiplies fewer than 1,280 tokens, as
+most texts have, in bfloat16.
 
 A float8 matmul requires multiples of 16 in every dim. torchao also sums over tokens in float8, in the gradient of a
 weight: `shard_tokens` pads sequences to `token_multiple`. Weights keep their dtype (float32 or bfloat16) and are
@@ -17,7 +18,7 @@ from typing import Literal
 from torch import nn
 
 from ltx_titan.model import LTXTransformer
-from ltx_titan.model.float8_trained import Float8TrainedLinear
+from ltx_titan.model.float8_trained import FEWEST_TRAINED_TOKENS, Float8TrainedLinear
 from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
 
 Recipe = Literal["native", "tensorwise", "rowwise"]
@@ -71,7 +72,9 @@ def apply_float8(
         for name in converted:
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            model.set_submodule(name, Float8TrainedLinear.from_linear(layer))
+            # Emulation shows what rounding does, also with few tokens.
+            fewest = 0 if emulate else FEWEST_TRAINED_TOKENS
+            model.set_submodule(name, Float8TrainedLinear.from_linear(layer, fewest))
         return converted
     # Imported here: torchao takes seconds to import, and most jobs do not use it.
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -95,7 +95,7 @@ def compile_float8(tokens: int, few: int, width: int) -> list[Any]:
         float8.quantize_joined([x, x, x, adapters[0]], [scale.flatten()] * 3 + [adapters[1]])
         float8.transpose_bytes([weight])
         for matrix in (weight, weight.to(torch.bfloat16)):
-            float8_weights.quantize_transposed(matrix, scale.flatten().float(), torch.ones(1))
+            float8_weights.quantize_transposed([matrix], scale.flatten().float(), torch.ones(1))
         # Wide weights and narrower ones, of which programs take other tiles.
         for x_few, w in ((x[:few], weight), (x[:few, : width // 2], weight[: width // 2, : width // 2].contiguous())):
             few_tokens.multiply_few_tokens(x_few, w, scale[: len(w)], bias=scale[: len(w)].flatten())
@@ -104,6 +104,7 @@ def compile_float8(tokens: int, few: int, width: int) -> list[Any]:
         wide = torch.zeros(tokens, 4 * width, dtype=torch.bfloat16)
         float8_rows.quantize_rows(x)
         float8_rows.quantize_rows(x, has_sum=True)
+        float8_rows.quantize_parts([x, x, x], has_sum=True)
         float8_rows.quantize_rows(wide, is_gelu=True)
         float8_rows.quantize_rows(wide, wide.clone(), is_gelu=True, has_sum=True)
     return compiled

@@ -88,9 +88,8 @@ def test_the_largest_number_of_a_token_may_be_in_any_of_the_tensors():
 
 @pytest.mark.runs_on("gpu")
 def test_table_of_joined_quantization(capsys):
-    launches = [
-        Launch(*each) for each in [(16, 3, 1), (16, 4, 1), (16, 2, 2), (8, 2, 1), (8, 3, 2), (4, 4, 1), (4, 8, 1)]
-    ]
+    shapes = [(16, 2, 1), (8, 2, 1), (8, 8, 1), (4, 4, 1), (4, 8, 1), (4, 16, 1)]
+    launches = [Launch(*shape) for shape in shapes]
     columns = ["default", *(f"{launch.warps}w {launch.programs}p {launch.stages}s" for launch in launches)]
     with capsys.disabled():
         print(f"\ncopy {copy_bandwidth(DEVICE) / 1e12:.2f} TB/s; 6,160 tokens, us (TB/s)")
@@ -111,6 +110,13 @@ def test_table_of_joined_quantization(capsys):
         cells = " ".join(f"{us:7.1f} ({3 * joined.numel() / us / 1e6:4.2f})" for us in times)
         with capsys.disabled():
             print(f"{'+'.join(map(str, widths)):20} {cells}", flush=True)
+    for width in (4096, 16384):
+        pair = [torch.randn(6160, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+        ways = [[lambda x=x, k=launch: launch_quantize(x, None, k) for x in pair] for launch in [None, *launches]]
+        times = [time_ms(way, DEVICE) * 1e3 for way in ways]
+        cells = " ".join(f"{us:7.1f} ({3 * pair[0].numel() / us / 1e6:4.2f})" for us in times)
+        with capsys.disabled():
+            print(f"{f'{width}, no factor':35} {cells}", flush=True)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [((4,), 8), ((20,), 132), ((260,), 128), ((128, 16, 132), 64)])

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ltx_titan.benchmarks.measure import copy_bandwidth, time_ms
-from ltx_titan_kernels.float8_rows import quantize_rows
+from ltx_titan_kernels.float8_rows import quantize_parts, quantize_rows
 from ltx_titan_kernels.float8_weights import quantize_transposed
 from ltx_titan_kernels.formulas import quantize_tokens
 from ltx_titan_kernels.launches import Launch
@@ -21,6 +21,10 @@ def draw(tokens, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
     size = torch.logspace(-3, 1, tokens)[:, None]
     return (torch.randn(tokens, width, generator=generator) * size).to(DEVICE, torch.bfloat16)
+
+
+def normal(tokens, width):
+    return torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16)
 
 
 def expected(x, gradient, is_gelu):
@@ -61,6 +65,18 @@ def test_scales_are_those_of_the_formula():
     assert torch.equal(q.float(), wanted.float())
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("has_sum", [False, True])
+def test_rows_in_several_tensors_equal_joined_ones(count, has_sum):
+    joined = draw(9, count * 48)
+    joined[3, -1] = 100
+    parts = [joined[:, :48].contiguous(), *joined[:, 48:].split(48, dim=1)]  # one with a stride of its own
+    found, wanted = quantize_parts(parts, has_sum=has_sum), quantize_rows(joined, has_sum=has_sum)
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.float(), two.float(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(found[0].float(), wanted[0].float())
+
+
 def test_rows_may_be_some_columns_of_a_tensor():
     wide = draw(9, 128)
     for one, two in zip(
@@ -90,14 +106,17 @@ def test_table_of_times(tokens, capsys):
     launches = [None, *(Launch(*shape) for shape in shapes)]
     columns = ["default", *(f"{each.warps}w {each.programs}p {each.stages}s" for each in launches[1:])]
     with capsys.disabled():
-        print(f"{'':28} {'compiled':>14} " + " ".join(f"{column:>14}" for column in columns))
+        print(
+            f"{'':28} {'compiled' if tokens == 4032 else 'eager':>14} "
+            + " ".join(f"{column:>14}" for column in columns)
+        )
     for width, has_gradient, is_gelu, has_sum in [
         (4096, False, False, False),
         (4096, False, False, True),
         (16384, False, True, False),
         (16384, True, True, True),
     ]:
-        pairs = [(draw(tokens, width, seed), draw(tokens, width, seed + 1)) for seed in range(2)]
+        pairs = [(normal(tokens, width), normal(tokens, width)) for _ in range(2)]
 
         def formula(x, gradient, g=has_gradient, a=is_gelu, s=has_sum):
             wide = expected(x, gradient if g else None, a)
@@ -109,7 +128,8 @@ def test_table_of_times(tokens, capsys):
         wanted, found = formula(*pairs[0]), launched(*pairs[0], None)
         # Where rounding of the last bit of GELU moves a number over the middle between two of e4m3, or a scale.
         assert ((found[0].float() * found[1]) == (wanted[0].float() * wanted[1])).float().mean() > 0.995
-        compiled = torch.compile(formula, dynamic=False)
+        # Compilation takes longer than the measurement: once for each kind.
+        compiled = torch.compile(formula, dynamic=False) if tokens == 4032 else formula
         ways = [compiled, *(lambda x, g, k=launch: launched(x, g, k) for launch in launches)]
         times = [time_ms([lambda p=pair, way=way: way(*p) for pair in pairs], DEVICE) * 1e3 for way in ways]
         size = (5 if has_gradient else 3) * tokens * width
@@ -117,10 +137,18 @@ def test_table_of_times(tokens, capsys):
         name = f"{width} {kind}{' + sum' if has_sum else ''}"
         with capsys.disabled():
             print(f"{name:28} " + " ".join(f"{us:7.1f} ({size / us / 1e6:4.2f})" for us in times), flush=True)
+    for count, width in [(3, 4096), (2, 4096), (2, 2048)]:
+        sets = [[normal(tokens, width) for _ in range(count)] for _ in range(2)]
+        ways = [lambda parts, k=launch: quantize_parts(parts, has_sum=True, launch=k) for launch in launches]
+        times = [time_ms([lambda p=parts, way=way: way(p) for parts in sets], DEVICE) * 1e3 for way in ways]
+        size = 3 * tokens * count * width
+        with capsys.disabled():
+            name = f"{count} of {width} + sum"
+            print(f"{name:28} {'':14} " + " ".join(f"{us:7.1f} ({size / us / 1e6:4.2f})" for us in times), flush=True)
     for rows, columns_, dtype in [(16384, 4096, torch.bfloat16), (tokens, 16384, torch.float8_e4m3fn)]:
-        matrices = [draw(rows, columns_, seed).to(dtype) for seed in range(2)]
+        matrices = [normal(rows, columns_).to(dtype) for _ in range(2)]
         one = torch.ones(1, device=DEVICE)
-        us = time_ms([lambda m=m, one=one: quantize_transposed(m, one, one) for m in matrices], DEVICE) * 1e3
+        us = time_ms([lambda m=m, one=one: quantize_transposed([m], one, one) for m in matrices], DEVICE) * 1e3
         size = rows * columns_ * (matrices[0].element_size() + 1)
         with capsys.disabled():
             print(f"transposed {rows} x {columns_} {dtype}: {us:.1f} us ({size / us / 1e6:.2f} TB/s)", flush=True)

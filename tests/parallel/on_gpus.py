@@ -63,6 +63,7 @@ CASES = [
     Case("tp2 compiled", TP, compiled=True),
     Case("cp2 compiled", CP, compiled=True),
     Case("fsdp2 compiled float8", FSDP, compiled=True, float8="tensorwise"),
+    Case("fsdp2 compiled native float8", FSDP, compiled=True, float8="native"),
     Case("tp2 eager", TP),
     Case("cp2 eager", CP),
     Case("fsdp2 eager", FSDP),
