@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from tests.jobs import NO_CHECKPOINTS, curve, read_run, train, write_job
 
 CP2, TP2 = {"parallelism__cp": 2}, {"parallelism__tp": 2}
+# Each rank has the whole frozen base.
+REPLICAS = {"parallelism__dp_replicate": 2, "training__local_batch_size": 2}
 # Two steps of one forward each: gloo's collectives are what such a job waits for. Micro-batches are in test_train.py.
 SHORT = {"training__steps": 2, "training__local_batch_size": 4}
 LORA = {**SHORT, "model__mode": "lora", "lora__rank": 4, "lora__alpha": 4.0}
@@ -56,9 +58,9 @@ def test_a_job_resumes_under_other_degrees(tmp_path, nano_path, data_root, singl
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("mesh", [TP2, CP2], ids=["tp2", "cp2"])
+@pytest.mark.parametrize("mesh", [TP2, CP2, REPLICAS], ids=["tp2", "cp2", "replicas"])
 def test_lora_does_not_depend_on_the_mesh(tmp_path, nano_path, data_root, lora_run, mesh):
-    job = write_job(tmp_path, nano_path, data_root, **LORA, **mesh)
+    job = write_job(tmp_path, nano_path, data_root, **{**LORA, **mesh})
     assert_same_adapter(job, lora_run, train(job, 2), read_run(lora_run))
 
 
@@ -66,8 +68,17 @@ def test_lora_does_not_depend_on_the_mesh(tmp_path, nano_path, data_root, lora_r
 def test_lora_on_a_quantized_base_does_not_depend_on_the_mesh(tmp_path, nano_path, data_root):
     settings = {**LORA, "lora__base_dtype": "int8"}
     one = write_job(tmp_path / "one", nano_path, data_root, **settings)
-    two = write_job(tmp_path / "two", nano_path, data_root, **settings, **TP2)
-    assert_same_adapter(two, one, train(two, 2), train(one))
+    expected = train(one)
+    for name, mesh in (("tp", TP2), ("replicas", REPLICAS)):
+        two = write_job(tmp_path / name, nano_path, data_root, **{**settings, **mesh})
+        assert_same_adapter(two, one, train(two, 2), expected)
+
+
+@pytest.mark.distributed
+def test_replicas_of_a_frozen_base_resume_as_shards_of_it(tmp_path, nano_path, data_root, lora_run):
+    job = write_job(tmp_path, nano_path, data_root, **{**LORA, **REPLICAS})
+    train(job, 2, "--training.stop_at=1")
+    assert_same_adapter(job, lora_run, train(job, 2, "--parallelism.dp_replicate=1"), read_run(lora_run))
 
 
 def assert_same_adapter(job: Path, expected_job: Path, lines: list[dict], expected: list[dict]) -> None:

@@ -246,8 +246,8 @@ class ParallelismSection(Section):
     fsdp_copy_engines: Literal["auto", "on", "off"] = "off"
     """With static slots: copy weights from the memory of the other GPUs of a host by copy engines, which take no
     multiprocessors from the computation, instead of NCCL's all-gathers; losses are the same. `auto` does so if the GPUs
-    can, and logs the reason otherwise; `on` refuses a job whose GPUs cannot. Experimental: 3 to 5 % faster on two GPUs,
-    not yet run on more, nor with ranks that fail."""
+    can, and logs the reason otherwise; `on` refuses a job whose GPUs cannot. Experimental: 3 to 9 % faster on two GPUs,
+    not yet run on more, nor with a rank that stops."""
     fsdp_exchange_gradients: Literal["auto", "on", "off"] = "auto"
     """With static slots: send gradients in `training.dtype` and add them in float32, which is half the traffic of a
     float32 reduce-scatter; only the order of sums over three or more ranks differs. `auto` does it with copy

@@ -234,8 +234,8 @@ class Setup:
 
     @property
     def gathers_frozen(self) -> bool:
-        """Whether FSDP2 gathers frozen weights; on one rank it does not manage them (parallel/fsdp.py)."""
-        return self.fsdp * self.degrees.dp_replicate > 1 or self.cpu_offload
+        """Whether FSDP2 gathers frozen weights; it does not manage those of a whole replica (parallel/fsdp.py)."""
+        return self.fsdp > 1 or self.cpu_offload
 
     def level_shares(self) -> dict[Level, float]:
         """Fraction of the blocks at each level of activation checkpointing."""

@@ -4,8 +4,8 @@ Every parameter is then a DTensor, and one rule decides precision: parameters ar
 (float32 for full fine-tuning), gathered in the compute dtype, and their gradients are reduced in float32. One rank has
 nothing to add: gradients of weights that are stored in the compute dtype stay in it.
 
-On a single rank, frozen weights that are stored in the compute dtype stay plain parameters: FSDP2 would copy each of
-them twice a step. Streamed weights (stream.py) stay plain parameters on any number of ranks, each of which has its own.
+Where one rank holds a whole replica, frozen weights that are stored in the compute dtype stay plain parameters: FSDP2
+would copy each of them twice a step. Streamed weights (stream.py) stay plain parameters on any number of ranks, each of which has its own.
 
 Gradients are summed, not averaged: a rank's loss is already its share of the global mean.
 """
@@ -52,7 +52,7 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
     ignored = set(streamed)
-    if mesh.size() == 1 and not cpu_offload:
+    if mesh.size(mesh.ndim - 1) == 1 and not cpu_offload:
         ignored |= {p for p in model.parameters() if not p.requires_grad and p.dtype == compute_dtype}
     last = len(blocks) - 1
     for number, block in enumerate(blocks):
