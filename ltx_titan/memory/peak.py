@@ -44,8 +44,8 @@ class SavedUnits:
 
 
 # Counted with saved-tensor hooks on blocks of these proportions; tests/estimate/test_prediction.py repeats it. For
-# compiled blocks the min-cut partitioner of AOTAutograd decides what is saved. Compiled LoRA: 48 blocks on an H200, whose
-# packed adapters save less than the 20.7 that were counted before. (is compiled, trained) -> units.
+# compiled blocks the min-cut partitioner of AOTAutograd decides what is saved. Compiled LoRA is fitted to 48 blocks on
+# an H200: packed adapters save less than the 20.7 that were counted before. (is compiled, trained) -> units.
 SAVED = {
     (False, "full"): SavedUnits(49.1, 18.6, 25.1, 12.0, 4.0, 9.0),
     (True, "full"): SavedUnits(18.1, 6.0, 8.2, 13.0, 5.0, 2.0),

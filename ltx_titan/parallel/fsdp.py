@@ -5,7 +5,8 @@ Every parameter is then a DTensor, and one rule decides precision: parameters ar
 nothing to add: gradients of weights that are stored in the compute dtype stay in it.
 
 Where one rank holds a whole replica, frozen weights that are stored in the compute dtype stay plain parameters: FSDP2
-would copy each of them twice a step. Streamed weights (stream.py) stay plain parameters on any number of ranks, each of which has its own.
+would copy each of them twice a step. Streamed weights (stream.py) stay plain parameters on any number of ranks, each of
+which has its own.
 
 Gradients are summed, not averaged: a rank's loss is already its share of the global mean.
 """
