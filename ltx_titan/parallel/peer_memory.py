@@ -16,6 +16,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -34,7 +35,8 @@ class PeerTensor:
     Attributes:
         by_rank: each rank's tensor, this rank's own included.
         rank: this rank.
-        barrier: waits, on the current stream, until every rank of the group has come this far.
+        barrier: waits, on the current stream, until every rank of the group has come this far; the device fails after
+            the group's time-out (`job.timeout_s`).
     """
 
     by_rank: list[Tensor]
@@ -131,7 +133,11 @@ def _on_gpus(numel: int, dtype: torch.dtype, group: dist.ProcessGroup, device: t
     own = _SymmetricMemory.empty_strided_p2p((numel,), (1,), dtype, device)
     handle = symmetric_memory.rendezvous(own, group)
     by_rank = [own if rank == handle.rank else handle.get_buffer(rank, (numel,), dtype) for rank in range(group.size())]
-    return PeerTensor(by_rank, handle.rank, handle.barrier)
+    # NCCL's watchdog ends a job whose collectives wait for too long, and does not know of this barrier. Its kernel gives
+    # up after the same time, with an error of the device; who is missing has been logged by then (watch.py).
+    limit = group._get_backend(device).options._timeout
+    barrier = partial(handle.barrier, channel=0, timeout_ms=round(limit.total_seconds() * 1000))
+    return PeerTensor(by_rank, handle.rank, barrier)
 
 
 def _in_files(numel: int, dtype: torch.dtype, group: dist.ProcessGroup) -> PeerTensor:
