@@ -133,8 +133,8 @@ def _on_gpus(numel: int, dtype: torch.dtype, group: dist.ProcessGroup, device: t
     own = _SymmetricMemory.empty_strided_p2p((numel,), (1,), dtype, device)
     handle = symmetric_memory.rendezvous(own, group)
     by_rank = [own if rank == handle.rank else handle.get_buffer(rank, (numel,), dtype) for rank in range(group.size())]
-    # NCCL's watchdog ends a job whose collectives wait for too long, and does not know of this barrier. Its kernel gives
-    # up after the same time, with an error of the device; who is missing has been logged by then (watch.py).
+    # NCCL's watchdog ends a job whose collectives wait for too long, and does not know of this barrier. Its kernel
+    # gives up after the same time, with an error of the device; who is missing has been logged by then (watch.py).
     limit = group._get_backend(device).options._timeout
     barrier = partial(handle.barrier, channel=0, timeout_ms=round(limit.total_seconds() * 1000))
     return PeerTensor(by_rank, handle.rank, barrier)
