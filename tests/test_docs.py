@@ -20,6 +20,7 @@ import torch
 
 from ltx_titan.benchmarks.adamw import AdamWBenchOptions
 from ltx_titan.benchmarks.load import LoadOptions
+from ltx_titan.benchmarks.peer_lora import PeerOptions
 from ltx_titan.benchmarks.precision import PrecisionOptions
 from ltx_titan.benchmarks.scaling import ScalingOptions
 from ltx_titan.benchmarks.train import TrainBenchOptions
@@ -145,6 +146,7 @@ def measures(command: Command, monkeypatch) -> None:
         "scaling": ScalingOptions,
         "adamw": AdamWBenchOptions,
         "precision": PrecisionOptions,
+        "peer_lora": PeerOptions,
     }
     options = parse_options(known[module.__name__.rpartition(".")[2]], arguments, prog="", description="")
     for case in getattr(options, "case", ()):
@@ -194,6 +196,7 @@ CHECKED: dict[str, tuple[str, Callable[[Command, pytest.MonkeyPatch], None]]] = 
     "torchrun --nproc-per-node 1 -m ltx_titan.benchmarks": ("needs a GPU", measures),
     "torchrun --nproc-per-node 2 -m ltx_titan.benchmarks": ("needs two GPUs", measures),
     "python -m ltx_titan.benchmarks.adamw": ("needs a GPU", measures),
+    "python -m ltx_titan.benchmarks.peer_lora": ("needs a GPU", measures),
     "python -m ltx_titan.benchmarks.precision": ("needs a GPU", measures),
     "ltx-titan bench step": ("needs a GPU", parses),
     "ltx-titan bench scaling": ("a minute; tests/benchmarks/test_scaling.py runs it", parses),
