@@ -139,8 +139,8 @@ def compare_unbroken(campaign: Campaign) -> dict[str, Any]:
     return outcomes["exact"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the scenarios; returns 1 if a promise was not kept."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="SCENARIO", help=f"default: all of {', '.join(SCENARIOS)}")
     parser.add_argument("--steps", type=int, default=40)
@@ -149,7 +149,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=300, help="seconds that nothing may take")
     parser.add_argument("--copy-engines", action="store_true", help="bfloat16, weights gathered by copy engines")
     parser.add_argument("--log", type=Path)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the scenarios; returns 1 if a promise was not kept."""
+    options = make_parser().parse_args(argv)
     fault_runs.LIMIT_S = options.limit
     become_subreaper()
     with tempfile.TemporaryDirectory(prefix="fault-scenarios-") as folder:

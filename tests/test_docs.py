@@ -30,6 +30,7 @@ from ltx_titan.common.options import parse_options
 from ltx_titan.config import load_job
 from ltx_titan.media import write_video
 from ltx_titan.plan import plan_job
+from tests import fault_scenarios
 from tests.jobs import train_rank
 from tests.processes import run_here
 
@@ -169,6 +170,12 @@ def names_files(command: Command, monkeypatch) -> None:
         assert path.startswith(".venv/") or path == "job.toml" or (ROOT / path).exists(), f"{command.text}: {path}"
 
 
+def names_scenarios(command: Command, monkeypatch) -> None:
+    """Options and scenarios of tests/fault_scenarios.py."""
+    options = fault_scenarios.make_parser().parse_args(command.words[3:])
+    assert set(options.names) <= fault_scenarios.SCENARIOS.keys()
+
+
 def nothing(command: Command, monkeypatch) -> None:
     """A command that is not ours, and that no part of the project can check."""
 
@@ -198,6 +205,7 @@ CHECKED: dict[str, tuple[str, Callable[[Command, pytest.MonkeyPatch], None]]] = 
     "python -m ltx_titan.benchmarks.adamw": ("needs a GPU", measures),
     "python -m ltx_titan.benchmarks.peer_lora": ("needs a GPU", measures),
     "python -m ltx_titan.benchmarks.precision": ("needs a GPU", measures),
+    "python -m tests.fault_scenarios": ("needs two GPUs", names_scenarios),
     "ltx-titan bench step": ("needs a GPU", parses),
     "ltx-titan bench scaling": ("a minute; tests/benchmarks/test_scaling.py runs it", parses),
     "ltx-titan bench block --tokens 4032 16128 --providers triton native tensorwise": ("needs a GPU", parses),
