@@ -92,7 +92,7 @@ class NanoTrainingOptions:
 
     methods: tuple[str, ...] = ("lora",)
     """Ways to learn the concept, each with an optional seed (`lora:1`): lora, lora_float8, lora_adamw8bit, full,
-    full_float8, full_adamw8bit."""
+    full_float8, full_native, full_adamw8bit."""
 
     scored: int = 288
     """Clips of each score."""

@@ -36,7 +36,7 @@ from ltx_titan.nano.clips import (
     render_video,
 )
 from ltx_titan.nano.trained_config import MAX_TOKENS
-from ltx_titan.parallel.float8 import apply_float8
+from ltx_titan.parallel.float8 import Recipe, apply_float8
 
 CONCEPT = ALL_SHAPES.index(CONCEPT_SHAPE)
 _TEMPLATES = (0, 1)
@@ -50,6 +50,8 @@ _PREFIX_FRAMES, _PREFIX_STEPS = 2, 9
 _V2A, _A2V, _INDEPENDENT = 0.12, 0.12, 0.26
 # Log-odds of sigma: a clip of sixteen tokens is plain to see unless nearly everything is noise.
 _SIGMA_CENTER, _SIGMA_SPREAD, _SIGMA_UNIFORM, _SIGMA_FLOOR = 1.0, 1.4, 0.15, 1e-3
+# Recipes of full fine-tuning, by the last part of a method.
+_RECIPES: dict[str, Recipe] = {"float8": "tensorwise", "native": "native"}
 LORA_TARGETS = ("all_attention", "video_ffn", "audio_ffn")
 
 
@@ -414,8 +416,8 @@ def train_concept(
         model: on its device, in the dtype of the contexts.
         latents: of the clips.
         contexts: of their captions.
-        method: "lora" or "full", with "_float8" for float8 weights of the base (LoRA) or matmuls (full), or with
-            "_adamw8bit" for moments in 8 bits.
+        method: "lora" or "full", with "_float8" for float8 weights of the base (LoRA) or torchao's tensorwise matmuls
+            (full), "full_native" for matmuls of the native recipe, or with "_adamw8bit" for moments in 8 bits.
         seed: of adapters and draws.
         steps: optimizer steps.
         batch: clips of each.
@@ -432,8 +434,8 @@ def train_concept(
     else:
         model.requires_grad_(True)
         lr = lr / 16
-        if variant == "float8":
-            apply_float8(model, "tensorwise", emulate=latents.video.device.type == "cpu")
+        if variant in _RECIPES:
+            apply_float8(model, _RECIPES[variant], emulate=latents.video.device.type == "cpu")
     model.train()
     step = StepLoss(model, latents, contexts, batch, seed)
     return train(
