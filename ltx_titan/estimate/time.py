@@ -23,18 +23,19 @@ FLOAT8_UNITS = 190.0
 BASE_FLOAT8_UNITS = 35.0
 """The same for a frozen base in float8: every input and every gradient of an output is read in bfloat16 and written in
 float8 once. Counted over a block's layers that read video or text tokens."""
-NATIVE_UNITS = 30.0
-"""The same for `float8.recipe = "native"`, counted: 67 to quantize and transpose, of which 37 replace GELU, sums of
+NATIVE_UNITS = 26.0
+"""The same for `float8.recipe = "native"`, fitted to the rows below; counted are 30: 67 to quantize and transpose, of which 37 replace GELU, sums of
 biases' gradients and of gradients of one input in bfloat16. With 62, for the form before, two H200s were predicted to
 take 0.370 and 1.650 s at 4,032 and 16,128 tokens and 24 layers, and took 0.371 and 1.574."""
 NATIVE_WEIGHT_BYTES = 3.0
 """Bytes read and written per weight to quantize it, in the forward and again in the backward pass."""
 NATIVE_EXACT = 1.2
 """Ratio of times of float8 matmuls with exact accumulation, its gradients of weights, and without (float8.jsonl)."""
-CONTENTION = 0.85
+CONTENTION = 0.9
 """Seconds that computation takes longer per second of FSDP2's collectives beside it: NCCL's kernels occupy
 multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows
-of docs/benchmarks took 0.25 to 0.30 s longer than predicted without it, whatever the number of tokens."""
+of docs/benchmarks took 0.25 to 0.30 s longer than predicted without it, whatever the number of tokens; and to 24 layers
+on two, over NCCL and by copy engines."""
 FORWARD_SHARE = 0.36
 """Share of the forward pass in the memory-bound traffic."""
 HOST_CALL_S = 6e-3
