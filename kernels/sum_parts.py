@@ -4,7 +4,8 @@ Each rank receives the others' bfloat16 parts of its own shard and adds its own,
 written it. PyTorch adds rows of one tensor, for which the own part has to be copied beside the others.
 
 Bytes: 2 for each rank's part and 4 of the sum: 8 for each gradient of two ranks, 12 with the copy of the own part.
-A block of two ranks: 0.38 ms, 4.1 TB/s, where copy and sum take 1.05; H200 (docs/benchmarks/collectives.jsonl).
+A block of two ranks: 0.38 ms, 4.1 TB/s, where copy and sum take 1.05; H200
+(docs/benchmarks/collectives.jsonl).
 """
 
 import torch
