@@ -24,9 +24,10 @@ BASE_FLOAT8_UNITS = 35.0
 """The same for a frozen base in float8: every input and every gradient of an output is read in bfloat16 and written in
 float8 once. Counted over a block's layers that read video or text tokens."""
 NATIVE_UNITS = 26.0
-"""The same for `float8.recipe = "native"`, fitted to the rows below; counted are 30: 67 to quantize and transpose, of which 37 replace GELU, sums of
-biases' gradients and of gradients of one input in bfloat16. With 62, for the form before, two H200s were predicted to
-take 0.370 and 1.650 s at 4,032 and 16,128 tokens and 24 layers, and took 0.371 and 1.574."""
+"""The same for `float8.recipe = "native"`, fitted to the rows below; counted are 30: 67 to quantize and transpose, of
+which 37 replace GELU, sums of biases' gradients and of gradients of one input in bfloat16. With 62, for the form
+before, two H200s were predicted to take 0.370 and 1.650 s at 4,032 and 16,128 tokens and 24 layers, and took 0.371
+and 1.574."""
 NATIVE_WEIGHT_BYTES = 3.0
 """Bytes read and written per weight to quantize it, in the forward and again in the backward pass."""
 NATIVE_EXACT = 1.2
