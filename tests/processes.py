@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Far longer than any test needs on a busy machine, and far shorter than gloo's own limit of half an hour.
+_LIMIT_S = 600
+
 # One server imports the modules that ranks need and forks them: milliseconds instead of seconds per rank.
 multiprocessing.set_forkserver_preload(
     [
@@ -29,7 +32,10 @@ multiprocessing.set_forkserver_preload(
 
 
 def run_ranks(work: Callable[..., object], world_size: int, *args: object) -> list:
-    """Runs `work(*args)` on `world_size` ranks and returns what each returned; fails if it fails on any of them."""
+    """Runs `work(*args)` on `world_size` ranks and returns what each returned; fails if it fails on any of them.
+
+    Ranks that do not end in ten minutes print their stacks and fail.
+    """
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _process, (world_size, Path(folder), work, args), nprocs=world_size, start_method="forkserver"
@@ -57,6 +63,7 @@ def _empty_plot(metrics_jsonl: Path, png: Path, *, title: str) -> None:
 def _process(*args: Any) -> None:
     # A rank that native code aborts says where: glibc found a corrupted heap twice, for a reason that is not known.
     faulthandler.enable()
+    faulthandler.dump_traceback_later(_LIMIT_S, exit=True)
     _rank(*args)
 
 
