@@ -101,8 +101,10 @@ def default_store() -> dist.Store:
 def set_timeouts(timeout_s: float) -> None:
     """Sets the time-out of every process group; those that libraries make would otherwise keep torch's 10 or 30 min."""
     groups = dist.distributed_c10d._world.pg_map
+    # Public since torch 2.14, which deprecates the private name.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in list(groups):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+        set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def build_mesh(device_type: str, degrees: Degrees) -> Mesh:

@@ -14,7 +14,7 @@ Values and gradients are those of FSDP2, bit by bit.
 In the backward pass, the gradients are copied to the input of their reduce-scatter on that collective's stream, beside
 the compute of the next block, which keeps them in memory until then. gradient_exchange.py may replace the collective.
 
-This is the module that relies on private parts of FSDP2 (torch 2.11 to 2.13; `RELIED_ON` lists them). Where they are
+This is the module that relies on private parts of FSDP2 (torch 2.11 to 2.14; `RELIED_ON` lists them). Where they are
 missing, or a model's weights do not fit, plain FSDP2 runs, and the log says why.
 """
 
@@ -261,9 +261,10 @@ def _all_gather_together(outputs: list[Tensor], inputs: list[Tensor], group: dis
         # On NCCL's own stream, which waits for the current one, as torch's coalesced collectives always run.
         group.allgather_into_tensor_coalesced(outputs, inputs).wait()
         return
-    # Gloo has no groups, and fake tensors (estimate --dry-run) no such operation.
+    # Gloo has no groups, and fake tensors (estimate --dry-run) no such operation. torch 2.14 deprecates the older name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     for output, shard in zip(outputs, inputs, strict=True):
-        dist.all_gather_into_tensor(output, shard, group=group)
+        gather(output, shard, group=group)
 
 
 @dataclass
