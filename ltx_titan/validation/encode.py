@@ -256,7 +256,9 @@ def _with_audio(
                     f"lasts {audio.duration_s:.2f} s, the sample {shape.duration_s:.2f} s; use a longer one",
                 )
             latents = _encode_audio(codec, audio, shape.duration_s)
-            return condition_where(start, latents, read_audio_mask(mask_path, start.target.grid.frames))
+            return condition_where(
+                start, latents, read_audio_mask(mask_path, start.target.grid.frames, codec.steps_per_second)
+            )
         case AudioToVideo():
             latents = _encode_audio(codec, audio, longest_s)
             # The file's own length, as in the reference trainer: a frozen stream need not last as long as the video.
