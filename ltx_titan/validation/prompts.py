@@ -105,7 +105,7 @@ def _load_or_encode(
     if missing:
         if models.text_encoder is None:
             raise ValueError(
-                f"validation.text_encoder_path is unset, but prompt {missing[0]!r} is not cached in {folder}; set it to "
+                f"validation.text_encoder_path is unset, but prompt {missing[0]!r} is not in {folder}; set it to "
                 "the folder of the checkpoint's text encoder."
             )
         logger.info("encoding %d prompts", len(missing))

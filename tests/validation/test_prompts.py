@@ -54,7 +54,7 @@ def test_a_damaged_cache_is_made_again(nano, tmp_path, caplog):
     first = encode(nano, tmp_path, encoder)
     [path] = (tmp_path / "cache").iterdir()
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"prompt 'a hill' is not cached in .*cache; set it to the folder"):
+    with pytest.raises(ValueError, match=r"prompt 'a hill' is not in .*cache; set it to the folder"):
         encode(nano, tmp_path, None)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(encode(nano, tmp_path, encoder), first)
