@@ -157,6 +157,23 @@ def prepared_triggers(data: DataSection) -> list[str]:
     return sorted(found)
 
 
+def check_trigger_word(trigger: str | None, data: DataSection) -> None:
+    """Compares `job.trigger`, which readers of a LoRA file show, with the words that the captions were encoded with.
+
+    Captions that were prepared without a trigger word may have it in their text.
+
+    Raises:
+        ValueError: it contains none of them.
+    """
+    found = prepared_triggers(data) if data.source == "precomputed" else [data.media.lora_trigger or ""]
+    words = [word for word in found if word.strip()]
+    if trigger is not None and words and not any(word in trigger for word in words):
+        raise ValueError(
+            f"job.trigger = {trigger!r}: expected the trigger word that the captions have, found "
+            f"{', '.join(map(repr, words))}; correct it, or remove it: unset means that of the data."
+        )
+
+
 def _own_samples(
     part: DataPart, dataset: _Dataset, keys: Sequence[ShapeKey]
 ) -> tuple[list[ShapeKey], Callable[[int], str]]:

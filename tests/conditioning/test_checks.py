@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_trainable, reference_scale
+from ltx_titan.conditioning.sources import check_trigger_word
+from ltx_titan.config import DataSection, MediaSection
 
 CROP = {"type": "spatial_crop", "spatial_region": [0, 0, 64, 64]}
 REFERENCE = {"type": "reference", "latents_dir": "reference_latents"}
@@ -148,3 +150,20 @@ def test_two_references_share_their_scale():
 
 def test_without_video_references_there_is_no_scale():
     assert reference_scale(strategy([prefix(1)], audio=[{**REFERENCE, "latents_dir": "reference_audio"}]), []) is None
+
+
+def test_the_trigger_word_of_a_job_is_that_of_its_captions(tmp_path):
+    (tmp_path / "conditions").mkdir()
+    record = tmp_path / "conditions/fingerprints.jsonl"
+    data = DataSection(root=str(tmp_path))
+    check_trigger_word("SKSDOG", data)  # nothing is recorded
+    record.write_text('{"id":"0","values":{"lora_trigger":null}}\n')
+    check_trigger_word("SKSDOG", data)  # the captions may have it in their text
+    record.write_text('{"id":"0","values":{"lora_trigger":"SKSDOG"}}\n')
+    check_trigger_word("SKSDOG, barking", data)
+    check_trigger_word(None, data)
+    with pytest.raises(ValueError, match=r"job\.trigger = 'SKSCAT': expected the trigger word .* found 'SKSDOG'"):
+        check_trigger_word("SKSCAT", data)
+    media = DataSection(source="media", media=MediaSection(lora_trigger="SKSDOG"))
+    with pytest.raises(ValueError, match=r"job\.trigger = 'SKSCAT'"):
+        check_trigger_word("SKSCAT", media)
