@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-from ltx_titan.conditioning.checks import check_conditions, check_trainable, reference_scale
+from ltx_titan.conditioning.checks import check_conditions, check_streams, check_trainable, reference_scale
 from ltx_titan.conditioning.strategy import FlexibleStrategy
 from ltx_titan.config.sections import DataSection, SourceSection
 from ltx_titan.data import (
@@ -19,6 +20,9 @@ from ltx_titan.data import (
 )
 from ltx_titan.data.bad_samples import SkippingDataset, tolerated
 from ltx_titan.data.fingerprints import recorded_options
+
+# Samples that several checks look at are read once.
+_PEEKED = 64
 
 
 class _Dataset(Protocol):
@@ -108,7 +112,11 @@ def check_part(part: DataPart, dataset: _Dataset, keys: Sequence[ShapeKey], weig
     """
     own, name_of = _own_samples(part, dataset, keys)
     warnings = check_conditions(part.strategy, own, name_of)
-    check_trainable(part.strategy, own, lambda index: dataset.peek(part.indices[index]), weights, name_of)
+    peek = lru_cache(maxsize=_PEEKED)(lambda index: dataset.peek(part.indices[index]))
+    check_trainable(part.strategy, own, peek, weights, name_of)
+    # Of a source whose modality states that it lacks a stream, that is no news.
+    absent = dataset.source_of(part.indices[0]).absent if isinstance(dataset, MixedDataset) and part.indices else ()
+    warnings += check_streams(part.strategy, own, peek, weights, absent)
     if part.caption_dropout > 0 and not any(stores_text_features(key) for key in set(own)):
         where = f"data.sources ({part.name}): caption_dropout" if part.name else "data.caption_dropout"
         raise ValueError(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_trainable, reference_scale
+from ltx_titan.conditioning.checks import check_streams
 from ltx_titan.conditioning.sources import check_trigger_word
 from ltx_titan.config import DataSection, MediaSection
 
@@ -119,6 +120,32 @@ def test_masks_that_cover_every_clip_are_refused(white, probability, is_refused)
     samples = [{"masks": {"mask": (torch.arange(24) < white).float()}}]
     with pytest.raises(ValueError, match="no sample can train anything") if is_refused else nullcontext():
         trainable(job, sample(masks=(24,)), samples=samples)
+
+
+def test_a_stream_that_no_sample_trains_or_has_is_named():
+    weights = {"video": 1.0, "audio": 1.0}
+    both, silent = strategy(audio=[]), flagged(False, False)
+    text = "[audio] is generated, and no sample trains it: the audio is absent in 2 of 2 samples"
+    assert check_streams(both, silent[0], silent[1].__getitem__, weights) == [text]
+    assert check_streams(both, silent[0], silent[1].__getitem__, weights, absent=("audio",)) == []
+    assert check_streams(both, silent[0], silent[1].__getitem__, {"video": 1.0, "audio": 0.0}) == []
+    keys, samples = flagged(False, True)
+    assert check_streams(both, keys, samples.__getitem__, weights) == []
+    frozen = FlexibleStrategy.from_config(
+        {
+            "video": {"is_generated": True, "latents_dir": "latents"},
+            "audio": {"is_generated": False, "latents_dir": "audio_latents"},
+        }
+    )
+    [warning] = check_streams(frozen, silent[0], silent[1].__getitem__, weights)
+    assert warning.startswith("[audio] conditions the other stream, and no sample has it")
+    assert check_streams(frozen, keys, samples.__getitem__, weights) == []
+    # Some of the samples decide.
+    keys, samples = flagged(*[False] * 1000)
+    read = []
+    [warning] = check_streams(frozen, keys, lambda index: read.append(index) or samples[index], weights)
+    assert "none of 256 samples has it" in warning
+    assert len(read) == 256
 
 
 def test_a_mask_of_another_size_is_named_before_training():
