@@ -6,6 +6,7 @@ something, such as `--audio.is_generated=false`, must not be refused. Parameters
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from ltx_titan.config.base import Section, StreamName
 from ltx_titan.config.errors import Problem
@@ -67,6 +68,24 @@ def _idle_keys(job: JobConfig) -> Iterator[str]:
                  "held_out_root": validation.held_out_root}  # fmt: skip
         if keys := [key for key, value in given.items() if value]:
             yield f"validation.{', '.join(keys)} has no effect while training: set validation.interval"
+    elif validation.interval > job.training.steps:
+        yield (
+            f"validation.interval = {validation.interval} is above training.steps = {job.training.steps}: nothing is "
+            "validated after the first step; lower it"
+        )
+    if validation.held_out_root is not None:
+        trained = [job.data.root, *(source.root for source in job.data.sources)]
+        if _root(validation.held_out_root) in [_root(root) for root in trained if root is not None]:
+            yield (
+                f"validation.held_out_root = {validation.held_out_root!r} is trained on: its loss does not show what "
+                "the model makes of other clips; prepare some that are not trained on"
+            )
+
+
+def _root(path: str) -> Path:
+    """Folder of prepared data, whichever of its two names it is given."""
+    resolved = Path(path).expanduser().resolve()
+    return resolved.parent if resolved.name == ".precomputed" else resolved
 
 
 def _not_default(section: Section) -> list[str]:

@@ -138,6 +138,10 @@ def test_condition_on_a_frozen_block_warns_once_each_unless_it_is_a_reference(tm
     assert len(caught) == 1
     with pytest.warns(UserWarning, match=r"audio\.loss_mask_dir has no effect: \[audio\] has is_generated = false"):
         build(audio=FROZEN_AUDIO | {"loss_mask_dir": "masks"}, data={"root": str(tmp_path)})
+    (tmp_path / ".precomputed").mkdir()
+    held_out = {"held_out_root": str(tmp_path / ".precomputed"), "interval": 1}
+    with pytest.warns(UserWarning, match=r"validation\.held_out_root = .* is trained on"):
+        build(validation=held_out, data={"root": str(tmp_path)})
 
 
 @pytest.mark.parametrize(
@@ -167,6 +171,10 @@ def test_keys_without_effect_are_refused_where_the_job_is_not_what_it_seems(sect
             r"data\.media\.lora_trigger has no",
         ),
         ({"optimizer": {"stochastic_rounding": True}}, r"optimizer\.stochastic_rounding has no effect .* float32"),
+        (
+            {"validation": {"samples": [{"prompt": "a"}], "interval": 50}, "training": {"steps": 10}},
+            r"validation\.interval = 50 is above training\.steps = 10",
+        ),
         ({"validation": {"samples": [{"prompt": "a"}]}}, r"validation\.samples has no effect .* validation\.interval"),
     ],
 )
