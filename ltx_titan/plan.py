@@ -13,7 +13,13 @@ import torch
 
 from ltx_titan.common.tensors import on_meta
 from ltx_titan.conditioning import FlexibleStrategy, check_text
-from ltx_titan.conditioning.sources import DataPart, check_part, common_reference_scale, open_prepared
+from ltx_titan.conditioning.sources import (
+    DataPart,
+    check_part,
+    check_trigger_word,
+    common_reference_scale,
+    open_prepared,
+)
 from ltx_titan.config import Degrees, JobConfig, check_world
 from ltx_titan.config.streams import Reference
 from ltx_titan.data import (
@@ -201,6 +207,7 @@ def plan_job(job: JobConfig, world_size: int) -> Plan:
         # Raises if a range of [sigma] leaves nothing to draw.
         sigma_sampler(job.sigma, "audio" if stream == "audio" else "video")
     dataset, parts = _open_dataset(job, strategy, architecture, factors)
+    check_trigger_word(job.job.trigger, job.data)
     # Shapes only: no latents are read before training.
     keys = [dataset.shape_key(index) for index in range(len(dataset))]
     weights = {"video": job.loss.video_weight, "audio": job.loss.audio_weight}

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -66,6 +67,34 @@ def test_a_run_without_its_export_or_with_a_damaged_one_is_not_finished(tmp_path
     assert main([str(job), "--checkpoint.export_dtype=bfloat16"]) == 0
     assert 'nothing is left to do with them: checkpoint.export_dtype: "float32" -> "bfloat16"' in caplog.text
     assert export.read_bytes() == expected
+
+
+def test_damaged_renamed_and_copied_checkpoints_never_start_a_run_over(tmp_path, nano_path, data_root, caplog):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=2, model__mode="lora", checkpoint__interval=1)
+    train(job, 1, "--training.stop_at=1")
+    folder = tmp_path / "run/checkpoint"
+    # A copy under the name of a later step would be the newest one for ever.
+    shutil.copytree(folder / "step-1", folder / "step-9")
+    train(job)
+    assert "step-9 cannot be used: trainer.json is of step 1; the folder was renamed or copied" in caplog.text
+    assert (folder / "step-2").is_dir()
+    for path in folder.glob("step-*/*.distcp"):
+        path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert main([str(job)]) == 1
+    assert "found step-1, step-2, step-9, none of which can be used (see above). Restore" in caplog.text
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    folder.rename(tmp_path / "away")
+    folder.touch()
+    assert main([str(job)]) == 1
+    assert f"expected a folder that can be written to, found: {folder} is a file" in caplog.text
+
+
+def test_adapters_are_not_resumed_at_another_scale(tmp_path, nano_path, data_root):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=2, model__mode="lora", checkpoint__interval=1)
+    train(job, 1, "--training.stop_at=1")
+    with pytest.raises(ValueError, match=r"step-1: its adapters were trained .* lora\.alpha: 32\.0 -> 8\.0.*adapter_"):
+        train(job, 1, "--lora.alpha=8.0")
 
 
 def test_an_update_that_overflows_is_neither_saved_nor_exported(tmp_path, nano_path, data_root, caplog, monkeypatch):

@@ -94,6 +94,9 @@ def find_damage(path: Path) -> str | None:
         trainer = read_trainer_state(path)
         if type(trainer.get("step")) is not int or trainer["step"] < 0:
             return f"{TRAINER_FILE} does not hold a trainer state"
+        # Order and retention go by names: a copy under the name of a later step would be resumed from again and again.
+        if (number := path.name.removeprefix(_PREFIX)).isdecimal() and int(number) != trainer["step"]:
+            return f"{TRAINER_FILE} is of step {trainer['step']}; the folder was renamed or copied, name it accordingly"
     except (OSError, ValueError, RecursionError) as error:
         return f"{TRAINER_FILE} is missing or unreadable ({error})"
     try:

@@ -137,6 +137,7 @@ def sample_clips(options: SampleOptions) -> list[SampledFile]:
         modalities=modalities,
         device=options.device,
         cache_folder=options.output_dir / ".contexts",
+        connectors_path=job.get("model", {}).get("connectors_path"),
     )
     model = _load_model(options, model_path, modalities, strengths)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -7,7 +7,7 @@ All references must have the same scale relative to their targets, because an ad
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -33,6 +33,8 @@ from ltx_titan.data import Sample, ShapeKey
 
 # Samples that are read at a time.
 _BLOCK = 16
+# Samples that are looked at for a warning.
+_LOOKED_AT = 256
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,69 @@ def check_trainable(
     Raises:
         ValueError: no generated stream of any sample is present, weighted and left unconditioned; with the reasons.
     """
+    reasons = _reasons_untrained(strategy, keys, peek, weights)
+    if reasons is not None:
+        raise ValueError(
+            f"no sample can train anything, for example {name_of(0)}: {reasons}. Generate a stream that clips have, "
+            "condition on less of them or with a probability below 1, or prepare other clips."
+        )
+
+
+def check_streams(
+    strategy: FlexibleStrategy,
+    keys: Sequence[ShapeKey],
+    peek: Callable[[int], Sample],
+    weights: Mapping[str, float],
+    absent: Collection[str] = (),
+) -> list[str]:
+    """Finds streams of a job that no sample trains, or has, although another one can be trained.
+
+    Looks at some of the samples, so that a dataset without audio is not read before the first step.
+
+    Args:
+        strategy: of the job.
+        keys: shapes of each sample of the dataset.
+        peek: as in `check_trainable`.
+        weights: factor of each stream's loss.
+        absent: streams that the samples lack on purpose.
+
+    Returns:
+        A warning for each.
+    """
+    chosen = [index * len(keys) // _LOOKED_AT for index in range(_LOOKED_AT)] if len(keys) > _LOOKED_AT else None
+    own = keys if chosen is None else [keys[index] for index in chosen]
+    which = "no sample" if chosen is None else f"none of {_LOOKED_AT} samples"
+
+    def look(index: int) -> Sample:
+        return peek(index if chosen is None else chosen[index])
+
+    warnings = []
+    for name, block in strategy.blocks.items():
+        if name in absent:
+            continue
+        if block.is_generated and weights[name] > 0:
+            alone = {other: weights[name] if other == name else 0.0 for other in strategy.blocks}
+            if reasons := _reasons_untrained(strategy, own, look, alone):
+                warnings.append(f"[{name}] is generated, and {which} trains it: {reasons}")
+        elif not block.is_generated and _is_absent(name, own, look):
+            warnings.append(
+                f"[{name}] conditions the other stream, and {which} has it ({name} latents with present = false), so "
+                "the job trains without it; prepare clips that have it, or remove the section"
+            )
+    return warnings
+
+
+def _is_absent(name: str, keys: Sequence[ShapeKey], peek: Callable[[int], Sample]) -> bool:
+    """Whether all samples have a placeholder in place of a stream; the first one that has it ends the search."""
+    if not keys or any(not any(part[:2] == (f"{name}_latents", "present") for part in key) for key in set(keys)):
+        return False
+    return all(not peek(index)[f"{name}_latents"]["present"] for index in range(len(keys)))
+
+
+def _reasons_untrained(
+    strategy: FlexibleStrategy, keys: Sequence[ShapeKey], peek: Callable[[int], Sample], weights: Mapping[str, float]
+) -> str | None:
+    """Reasons why no sample has a token to learn from, with their numbers of samples; None if one has."""
     generated = {name: block for name, block in strategy.blocks.items() if block.is_generated and weights[name] > 0}
     shapes = _distinct(keys)
     reasons: Counter[str] = Counter()
@@ -112,7 +177,7 @@ def check_trainable(
             if not _always_conditioned(block, shape.grid(f"{name}_latents"), strategy.scale_factors)
         ]
         if not all(_needs_reading(name, generated[name], shape) for name in open_streams):
-            return
+            return None
         if open_streams:
             unsure.add(key)
         else:
@@ -128,13 +193,9 @@ def check_trainable(
                     for name, block in generated.items()
                 ]
                 if None in found:
-                    return
+                    return None
                 reasons.update(reason for reason in found if reason is not None)
-    counted = "; ".join(f"{reason} in {count} of {len(keys)} samples" for reason, count in reasons.items())
-    raise ValueError(
-        f"no sample can train anything, for example {name_of(0)}: {counted}. Generate a stream that the clips have, "
-        "condition on less of them or with a probability below 1, or prepare other clips."
-    )
+    return "; ".join(f"{reason} in {count} of {len(keys)} samples" for reason, count in reasons.items())
 
 
 def reference_scale(

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-from ltx_titan.conditioning.checks import check_conditions, check_trainable, reference_scale
+from ltx_titan.conditioning.checks import check_conditions, check_streams, check_trainable, reference_scale
 from ltx_titan.conditioning.strategy import FlexibleStrategy
 from ltx_titan.config.sections import DataSection, SourceSection
 from ltx_titan.data import (
@@ -19,6 +20,9 @@ from ltx_titan.data import (
 )
 from ltx_titan.data.bad_samples import SkippingDataset, tolerated
 from ltx_titan.data.fingerprints import recorded_options
+
+# Samples that several checks look at are read once.
+_PEEKED = 64
 
 
 class _Dataset(Protocol):
@@ -108,7 +112,11 @@ def check_part(part: DataPart, dataset: _Dataset, keys: Sequence[ShapeKey], weig
     """
     own, name_of = _own_samples(part, dataset, keys)
     warnings = check_conditions(part.strategy, own, name_of)
-    check_trainable(part.strategy, own, lambda index: dataset.peek(part.indices[index]), weights, name_of)
+    peek = lru_cache(maxsize=_PEEKED)(lambda index: dataset.peek(part.indices[index]))
+    check_trainable(part.strategy, own, peek, weights, name_of)
+    # Of a source whose modality states that it lacks a stream, that is no news.
+    absent = dataset.source_of(part.indices[0]).absent if isinstance(dataset, MixedDataset) and part.indices else ()
+    warnings += check_streams(part.strategy, own, peek, weights, absent)
     if part.caption_dropout > 0 and not any(stores_text_features(key) for key in set(own)):
         where = f"data.sources ({part.name}): caption_dropout" if part.name else "data.caption_dropout"
         raise ValueError(
@@ -155,6 +163,23 @@ def prepared_triggers(data: DataSection) -> list[str]:
             # With several, or some captions without one, it is not known which of them to use.
             found |= {word for word in words if word is not None} if len(words) == 1 else set()
     return sorted(found)
+
+
+def check_trigger_word(trigger: str | None, data: DataSection) -> None:
+    """Compares `job.trigger`, which readers of a LoRA file show, with the words that the captions were encoded with.
+
+    Captions that were prepared without a trigger word may have it in their text.
+
+    Raises:
+        ValueError: it contains none of them.
+    """
+    found = prepared_triggers(data) if data.source == "precomputed" else [data.media.lora_trigger or ""]
+    words = [word for word in found if word.strip()]
+    if trigger is not None and words and not any(word in trigger for word in words):
+        raise ValueError(
+            f"job.trigger = {trigger!r}: expected the trigger word that the captions have, found "
+            f"{', '.join(map(repr, words))}; correct it, or remove it: unset means that of the data."
+        )
 
 
 def _own_samples(

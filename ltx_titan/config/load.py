@@ -13,9 +13,10 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from ltx_titan.config.effect import warn_without_effect
 from ltx_titan.config.errors import EXPECTED_TYPES, MISSING, ConfigError, Problem, as_toml, nearest
 from ltx_titan.config.job import JobConfig
-from ltx_titan.config.rules import PARAMETER_OWNERS, rule_problems, warn_without_effect
+from ltx_titan.config.rules import PARAMETER_OWNERS, rule_problems
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -97,6 +98,8 @@ def dump_job(job: JobConfig) -> str:
     for section, owners in PARAMETER_OWNERS.items():
         name = data[section]["name"]
         data[section] = {key: value for key, value in data[section].items() if name in owners.get(key, {name})}
+    if job.model.mode == "full":
+        del data["lora"]
     return tomli_w.dumps(data)
 
 

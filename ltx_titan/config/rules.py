@@ -2,22 +2,24 @@
 
 A section checks its own fields; a rule here checks fields against each other. Rules yield problems instead of raising,
 so that all of them are reported at once. `world.py` holds the rules that need the number of ranks, `data_rules.py` and
-`validation_rules.py` those of these sections.
+`validation_rules.py` those of these sections, `effect.py` what is set without having an effect.
 """
 
 import importlib.util
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ltx_titan.config.base import StreamName
 from ltx_titan.config.data_rules import data_rules
+from ltx_titan.config.effect import effect_rules
 from ltx_titan.config.errors import MISSING, Problem, must_be_file
 from ltx_titan.config.job import RELEASED_SHAPES, JobConfig
 from ltx_titan.config.streams import AudioSection, VideoSection
 from ltx_titan.config.validation_rules import keep_best_rules, validation_rules
 from ltx_titan.config.world import batch_problems
 
+# Muon updates by AdamW what is no matrix.
+_WITH_MOMENTS = frozenset({"adamw", "adamw8bit", "adamw4bit", "adamw_schedulefree", "prodigy", "muon"})
 PARAMETER_OWNERS: dict[str, dict[str, frozenset[str]]] = {
     "sigma": {
         "shift": frozenset({"shifted_logit_normal"}),
@@ -28,7 +30,12 @@ PARAMETER_OWNERS: dict[str, dict[str, frozenset[str]]] = {
         "max_value": frozenset({"uniform"}),
     },
     "loss": {"huber_delta": frozenset({"huber"})},
-    "optimizer": {"d_coef": frozenset({"prodigy"})},
+    "optimizer": {
+        "d_coef": frozenset({"prodigy"}),
+        "momentum": frozenset({"muon"}),
+        "betas": _WITH_MOMENTS,
+        "eps": _WITH_MOMENTS,
+    },
     "scheduler": {
         "start_factor": frozenset({"linear"}),
         "end_factor": frozenset({"linear"}),
@@ -49,20 +56,6 @@ _LOWEST_WEIGHTED = 0.05
 def rule_problems(job: JobConfig) -> list[Problem]:
     """All contradictions between the fields of `job`; empty for a valid job."""
     return [problem for rule in _RULES for problem in rule(job)]
-
-
-def warn_without_effect(job: JobConfig) -> None:
-    """Warns of conditions without effect: on a stream that is not generated only references have one."""
-    for name, stream in (("video", job.video), ("audio", job.audio)):
-        if stream is None:
-            continue
-        for index, (condition, is_applied) in enumerate(zip(stream.conditions, stream.applied, strict=True)):
-            if not is_applied:
-                warnings.warn(
-                    f"{name}.conditions[{index}] ({condition.type}) has no effect: [{name}] has is_generated = false, "
-                    "so all of its tokens are clean already; remove the condition",
-                    stacklevel=3,
-                )
 
 
 def _loss_rules(job: JobConfig) -> Iterator[Problem]:
@@ -461,6 +454,7 @@ _RULES: tuple[Callable[[JobConfig], Iterator[Problem]], ...] = (
     _stream_rules,
     data_rules,
     _parameter_rules,
+    effect_rules,
     _step_rules,
     _batch_rules,
     _clipping_rules,

@@ -353,7 +353,8 @@ class ValidationSection(Section):
         if not isinstance(table, dict) or not isinstance(path := table.get("prompts_file"), str):
             return table
         try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+            # Not splitlines(): it also splits at U+0085, U+2028 and U+2029, which prompts may hold.
+            lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(

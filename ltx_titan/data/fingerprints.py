@@ -26,6 +26,9 @@ _NAME = "fingerprints"
 _WHOLE_BYTES = 64 * 2**20
 _BLOCKS, _BLOCK_BYTES = 64, 2**20
 
+MODEL_SUFFIX = "_digest"
+"""End of the names of options that are digests of models."""
+
 State = Literal["done", "pending", "orphan", "absent"]
 """`pending`: it is being made, or its source changed and it was not made again. `orphan`: no row asks for it.
 `absent`: its row has no file in this folder, by decision."""

@@ -8,7 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ltx_titan.data.cache import READER_THREADS
-from ltx_titan.data.fingerprints import FileVersion, FingerprintFile, is_changed, text_digest, version_of
+from ltx_titan.data.fingerprints import (
+    MODEL_SUFFIX,
+    FileVersion,
+    FingerprintFile,
+    is_changed,
+    text_digest,
+    version_of,
+)
 from ltx_titan.tables.samples import SampleRow, read_sample_table, split_window_key, table_folder
 
 _EXAMPLES = 3
@@ -56,6 +63,10 @@ def stale_samples(root: Path, folders: Iterable[str]) -> dict[str, list[str]]:
                 found.setdefault(f"samples whose row was removed from {Path(table).name} since", {})[key] = None
             elif entry.text is not None and (row.caption is None or text_digest(row.caption) != entry.text):
                 found.setdefault(f"samples whose caption in {Path(table).name} changed since", {})[key] = None
+    for folder, file in files.items():
+        for name, keys in _of_other_models(file).items():
+            model = name.removesuffix(MODEL_SUFFIX).replace("_", " ")
+            found.setdefault(f"samples of {folder} made with another {model} than most", {}).update(dict.fromkeys(keys))
     for key in _changed(sources):
         found.setdefault("samples whose files changed since", {})[key] = None
     return {note: sorted(keys) for note, keys in found.items()}
@@ -64,6 +75,27 @@ def stale_samples(root: Path, folders: Iterable[str]) -> dict[str, list[str]]:
 def describe(note: str, keys: list[str]) -> str:
     """One line with the first names."""
     return f"{note} ({', '.join(keys[:_EXAMPLES])}{', ...' if len(keys) > _EXAMPLES else ''})"
+
+
+def _of_other_models(file: FingerprintFile) -> dict[str, list[str]]:
+    """Samples made with another model than most of their folder: name of the option -> their paths."""
+    by_options: dict[str, list[str]] = {}
+    for key, entry in file.entries.items():
+        if entry.state == "done":
+            by_options.setdefault(entry.options, []).append(key)
+    names = {name for options in by_options for name in file.values.get(options, {}) if name.endswith(MODEL_SUFFIX)}
+    found = {}
+    for name in sorted(names):
+        by_model: dict[str, list[str]] = {}
+        for options, keys in by_options.items():
+            # Samples of earlier versions of this program recorded no digest.
+            if (model := file.values.get(options, {}).get(name)) is not None:
+                by_model.setdefault(model, []).extend(keys)
+        most = max(by_model, key=lambda model: len(by_model[model]), default=None)
+        others = [key for model, keys in by_model.items() if model != most for key in keys]
+        if others:
+            found[name] = others
+    return found
 
 
 def _changed(sources: Mapping[Path, list[tuple[str, FileVersion]]]) -> list[str]:

@@ -40,6 +40,9 @@ Reshape = Literal["center", "random"]
 ANIMATED_SUFFIXES = frozenset({".gif", ".apng"})
 # A still image lasts one second on the time axis of the positions, as in published datasets.
 IMAGE_FPS = Fraction(1)
+# Frame rates and aspect ratios that differ by less are the same, rounded.
+_SAME_RATE = 1e-3
+_SAME_SHAPE = 0.02
 
 
 @dataclass(frozen=True)
@@ -220,15 +223,58 @@ def decode_clip(path: Path, rules: ClipRules, key: Path, with_audio: bool, start
     return DecodedClip(clip, pixels, audio)
 
 
-def read_clip_mask(path: Path, clip: Clip, rules: ClipRules, key: Path, start: int = 0) -> Tensor:
+def read_clip_mask(path: Path, media: Path, clip: Clip, rules: ClipRules, key: Path, start: int = 0) -> Tensor:
     """Reads the mask of a clip's latent cells [F', H', W'], True where conditioned; cropped like the clip.
 
-    `start` is the first frame of the clip in its file, and in that of the mask.
+    A video is read at the rate of the clip, so that it shows the same moments. One that has as many frames as the
+    clip's file was drawn frame by frame, whatever rate its header states.
+
+    Args:
+        path: the mask.
+        media: file of the clip; may be gone.
+        clip: shape of the clip.
+        rules: rules by which clips are brought to a shape.
+        key: the sample's key, which a random crop depends on.
+        start: first frame of the clip in its file, and in that of the mask.
 
     Raises:
         MediaError: the file cannot be read, or is shorter than the clip.
     """
-    bucket = clip.bucket
+    bucket, fps = clip.bucket, rules.fps
+    if mask_has_other_rate(path, media, clip):
+        is_frame_by_frame = media.is_file() and probe_video(path).frames == probe_video(media).frames
+        if is_frame_by_frame and fps is not None:
+            raise MediaError(
+                path,
+                f"has as many frames as its clip, at {float(probe_video(path).fps):.5g} fps instead of "
+                f"{float(probe_video(media).fps):.5g}, and --fps reads both by their times; write it at that rate",
+            )
+        fps = None if is_frame_by_frame else clip.fps
     return read_video_mask(
-        path, bucket.frames, bucket.width, bucket.height, rules.scale_factors, rules.fps, rules.anchor(key), start
+        path, bucket.frames, bucket.width, bucket.height, rules.scale_factors, fps, rules.anchor(key), start
     )
+
+
+def mask_has_other_rate(path: Path, media: Path, clip: Clip) -> bool:
+    """Whether a mask is a video of another frame rate than its clip's file, or than the clip if the file is gone.
+
+    Raises:
+        MediaError: the mask cannot be read.
+    """
+    if is_image(path) or is_image(media):
+        return False
+    own = probe_video(media).fps if media.is_file() else clip.fps
+    # Rates of stored clips are floats.
+    return abs(probe_video(path).fps / own - 1) > _SAME_RATE
+
+
+def has_other_shape(path: Path, media: Path) -> bool:
+    """Whether a reference or mask has another aspect ratio than its clip's file, so that other parts are cropped.
+
+    Raises:
+        MediaError: a file cannot be read.
+    """
+    if not media.is_file():
+        return False
+    own, other = read_header(media), read_header(path)
+    return abs(other.width / other.height * own.height / own.width - 1) > _SAME_SHAPE

@@ -53,9 +53,9 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def image_has_alpha(path: str | Path) -> bool:
-    """Whether an image that can be read has transparency, which `read_image` composites over white."""
+    """Whether an image that can be read has transparent pixels, which `read_image` composites over white."""
     with Image.open(path) as image:
-        return image.has_transparency_data
+        return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 def fit_frames(frames: Tensor, width: int, height: int, anchor: tuple[float, float] = CENTER) -> Tensor:

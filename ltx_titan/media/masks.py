@@ -2,7 +2,7 @@
 
 A video mask is scaled and cropped like its clip, so that it stays aligned with it. A latent cell takes the mean over
 its pixels and the maximum over its frames, and is conditioned above one half. The first latent frame covers one pixel
-frame, every later one the codec's temporal factor.
+frame, every later one the codec's temporal factor. An audio file as a mask has the time axis of its audio.
 """
 
 import pickle
@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltx_titan.media.audio import read_audio
+from ltx_titan.media.audio import read_audio, to_duration
 from ltx_titan.media.container import MediaError
-from ltx_titan.media.image import CENTER, fit_frames, is_image, read_image
+from ltx_titan.media.image import CENTER, fit_frames, image_has_alpha, is_image, read_image
 from ltx_titan.media.video import iter_fitted
+
+# Containers round durations, so the end of an audio mask may be missing up to this.
+_MISSING_S = 0.1
 
 
 def read_video_mask(
@@ -38,16 +41,24 @@ def read_video_mask(
         width: of the clip, pixels.
         height: of the clip, pixels.
         scale_factors: pixels per latent along (time, height, width).
-        fps: rate at which the clip is read, None for its own.
+        fps: rate at which the mask is read, None for its own.
         anchor: position of the clip's crop.
         start: first frame of the clip.
 
     Raises:
-        MediaError: the file cannot be read or is shorter than the clip.
+        MediaError: the file cannot be read, is a transparent image, or is shorter than the clip.
     """
     if is_image(path):
+        image = read_image(path)
+        if image_has_alpha(path):
+            # Over white, as clips are shown, a transparent part would be conditioned whatever its color.
+            raise MediaError(
+                path,
+                "has transparent pixels, expected white where the clip is conditioned and black elsewhere; save it as "
+                "gray, with its transparent parts black or white",
+            )
         # A view: one image serves all frames without copies.
-        mask = _gray(fit_frames(read_image(path), width, height, anchor)).expand(frames, -1, -1)
+        mask = _gray(fit_frames(image, width, height, anchor)).expand(frames, -1, -1)
     else:
         decoded = [_gray(frame) for frame in islice(iter_fitted(path, width, height, fps, anchor, start), frames)]
         if len(decoded) < frames:
@@ -65,24 +76,33 @@ def read_video_mask(
     return torch.stack([group.amax(0) for group in groups]) > 0.5
 
 
-def read_audio_mask(path: str | Path, steps: int) -> Tensor:
+def read_audio_mask(path: str | Path, steps: int, steps_per_second: float) -> Tensor:
     """Reads a mask of latent steps [T] from a `.pt` file (a tensor, or a dict with `mask`) or an audio file.
 
-    In an audio file the loud steps are conditioned.
+    A tensor spans the whole sample, whatever its length. An audio file has the time of the sample's audio: a step is
+    conditioned if its peak exceeds one half of full scale, and what is longer than the sample is cut.
+
+    Args:
+        path: the mask.
+        steps: latent steps of the audio that it belongs to.
+        steps_per_second: of the audio codec.
 
     Raises:
-        MediaError: the file cannot be read.
+        MediaError: the file cannot be read, or is shorter than its audio.
     """
     if Path(path).suffix == ".pt":
-        stored = _load_tensor(path)
-        values = stored.float().flatten()
-    else:
-        audio = read_audio(path)
-        if audio is None:
-            raise MediaError(path, "has no audio track")
-        values = audio.waveform.abs().mean(0)
-    # Nearest rather than linear: a mask must stay a mask.
-    return F.interpolate(values[None, None], steps, mode="nearest")[0, 0] > 0.5
+        values = _load_tensor(path).float().flatten()
+        # Nearest rather than linear: a mask must stay a mask.
+        return F.interpolate(values[None, None], steps, mode="nearest")[0, 0] > 0.5
+    audio = read_audio(path)
+    if audio is None:
+        raise MediaError(path, "has no audio track")
+    duration_s = steps / steps_per_second
+    if audio.duration_s < duration_s - _MISSING_S:
+        raise MediaError(path, f"lasts {audio.duration_s:.2f} s, its audio {duration_s:.2f} s; use a longer mask")
+    # The peak of a step and not one of its samples, which of a tone may be near 0.
+    loudness = to_duration(audio, duration_s).waveform.abs().amax(0)
+    return F.adaptive_max_pool1d(loudness[None], steps)[0] > 0.5
 
 
 def _load_tensor(path: str | Path) -> Tensor:

@@ -152,7 +152,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ValueError(
-                f"{path}, line {number}: expected a JSON object with 'step', found {line[:80]!r}."
+                f"{path}, line {number}: expected a JSON object with 'step', found {line[:80]!r}; remove the line."
             ) from error
         records.append(record)
     return records

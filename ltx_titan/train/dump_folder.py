@@ -5,13 +5,16 @@ import logging
 import os
 from pathlib import Path
 
-from ltx_titan.checkpoint import latest_complete, read_trainer_state
+from ltx_titan.checkpoint import latest_complete, read_trainer_state, saved_steps
 from ltx_titan.common.files import LOCK_FILE, describe_os_error
 from ltx_titan.config import job_changes
 from ltx_titan.plan import Plan
 from ltx_titan.weights import check_contents, read_metadata
 
 logger = logging.getLogger(__name__)
+
+# Folders that a run makes in its dump folder after its first steps, and may not be files by then.
+_FOLDERS = ("checkpoint", "export", "samples", "skipped", "stacks", "tensorboard", "profile", "validation-cache")
 
 
 def check_dump_folder(folder: Path) -> None:
@@ -25,6 +28,9 @@ def check_dump_folder(folder: Path) -> None:
         # Rank 0 makes its lock file a moment later anyway; here every rank learns of a read-only disk by itself.
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        for name in _FOLDERS:
+            if (folder / name).exists() and not (folder / name).is_dir():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder / name))
     except OSError as error:
         found, path = describe_os_error(error, folder), Path(error.filename or folder)
         if isinstance(error, FileExistsError):
@@ -54,9 +60,16 @@ def is_finished(plan: Plan) -> bool:
             )
         return False
     path = latest_complete(plan.folder / "checkpoint")
-    # Only the JSON part: reading the state would take as long as resuming.
     if path is None:
+        if saved := saved_steps(plan.folder / "checkpoint"):
+            # Starting over would replace them, and the metrics of what they were trained for.
+            raise ValueError(
+                f"{plan.folder / 'checkpoint'}: expected a checkpoint to resume from, found "
+                f"{', '.join(f'step-{step}' for step in saved)}, none of which can be used (see above). Restore the "
+                "missing files, or move these folders away to start from the beginning."
+            )
         return False
+    # Only the JSON part: reading the state would take as long as resuming.
     trainer = read_trainer_state(path)
     step, export = trainer["step"], plan.export_path(trainer["step"])
     if step < plan.last_step:

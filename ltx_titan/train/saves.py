@@ -40,6 +40,9 @@ from ltx_titan.train.room import check_room
 
 logger = logging.getLogger("ltx_titan")
 
+# Keys that the factor on adapters follows from, which no tensor holds. Other ranks do not fit the checkpoint.
+_SCALES = ("alpha", "rslora", "ranks")
+
 
 class Saves:
     """Reads and writes the training state of a run; every rank creates one and calls its methods together.
@@ -110,6 +113,7 @@ class Saves:
         return 0, 0
 
     def _resume_from(self, path: Path, saved: dict[str, Any]) -> tuple[int, int]:
+        _check_scales(path, saved["job"], self._plan.job)
         for change in job_changes(saved["job"], self._plan.job):
             logger.warning("job settings changed since the checkpoint: %s", change)
         batches = self._plan.batches
@@ -249,3 +253,22 @@ class Saves:
 def _keep_best(job: JobConfig) -> KeepBest | None:
     best = job.checkpoint.keep_best
     return None if best.metric is None else KeepBest(best.metric, best.mode == "max", best.count)
+
+
+def _check_scales(path: Path, before: Mapping[str, Any], job: JobConfig) -> None:
+    """Checks that the adapters of a checkpoint keep the factor that they were trained with.
+
+    Raises:
+        ValueError: a key of it differs.
+    """
+    if job.model.mode != "lora":
+        return
+    # Checkpoints of earlier versions lack newer keys.
+    old, new = before.get("lora", {}), plain_job(job)["lora"]
+    changed = [f"lora.{key}: {old[key]} -> {new[key]}" for key in _SCALES if key in old and old[key] != new[key]]
+    if changed:
+        raise ValueError(
+            f"{path}: its adapters were trained with another scale, and would compute another update: "
+            f"{'; '.join(changed)}. Set it back, or start another run from this one's export (model.adapter_path), "
+            "which keeps the update."
+        )

@@ -4,6 +4,7 @@ Runs once, before training, and only for the samples of this rank's group; the e
 from their start, scaled to cover the sample's size and center-cropped, as training data is.
 """
 
+import logging
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -44,6 +45,7 @@ from ltx_titan.media import (
     fit_frames,
     is_image,
     iter_frames,
+    probe_video,
     read_audio,
     read_audio_mask,
     read_image,
@@ -62,6 +64,11 @@ from ltx_titan.validation.start import (
     with_audio_reference,
     with_video_reference,
 )
+
+logger = logging.getLogger(__name__)
+
+# Frame rates that differ by less are the same, rounded.
+_SAME_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,7 @@ def _with_video(
     """Adds one condition, and returns its pixels [3, F, H, W] as well."""
     codec = encoders.video
     assert codec is not None, f"{condition.type} needs a video encoder"
+    _warn_of_rate(condition, shape)
     time, down, right = encoders.scale_factors
     match condition:
         case SampleFirstFrame(image_or_video=path) | SampleKeyframe(image_or_video=path):
@@ -256,7 +264,9 @@ def _with_audio(
                     f"lasts {audio.duration_s:.2f} s, the sample {shape.duration_s:.2f} s; use a longer one",
                 )
             latents = _encode_audio(codec, audio, shape.duration_s)
-            return condition_where(start, latents, read_audio_mask(mask_path, start.target.grid.frames))
+            return condition_where(
+                start, latents, read_audio_mask(mask_path, start.target.grid.frames, codec.steps_per_second)
+            )
         case AudioToVideo():
             latents = _encode_audio(codec, audio, longest_s)
             # The file's own length, as in the reference trainer: a frozen stream need not last as long as the video.
@@ -330,6 +340,22 @@ def _read_whole(path: str, shape: ClipShape) -> Tensor:
     pixels = _read_frames(path, shape.frames, shape.width, shape.height)
     _must_have(path, pixels, shape.frames)
     return pixels
+
+
+def _warn_of_rate(condition: SampleCondition, shape: ClipShape) -> None:
+    """Warns of a video whose frames are shown at another rate than its own, so that its motion changes its speed."""
+    path = getattr(condition, "image_or_video", None) or getattr(condition, "video", None)
+    if path is None or is_image(path) or isinstance(condition, SampleFirstFrame):
+        return
+    if abs(float(fps := probe_video(path).fps) / shape.fps - 1) > _SAME_RATE:
+        logger.warning(
+            "validation: %s has %.5g frames per second, of which the sample shows %.5g: its motion is %.3g times as "
+            "fast; convert it, or set validation.frame_rate",
+            path,
+            float(fps),
+            shape.fps,
+            shape.fps / float(fps),
+        )
 
 
 def _must_have(path: str, pixels: Tensor, count: int) -> None:

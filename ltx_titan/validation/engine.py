@@ -278,6 +278,7 @@ def prepare_validation(
     cache_folder: str | Path,
     groups: SampleGroups | None = None,
     contexts: Mapping[str, PromptContext] | None = None,
+    connectors_path: str | Path | None = None,
 ) -> Validation:
     """Checks the section, encodes prompts and media, and frees the encoders; a collective call.
 
@@ -291,6 +292,7 @@ def prepare_validation(
         cache_folder: folder of cached prompt contexts.
         groups: distribution of the samples over data-parallel groups; None for a single process.
         contexts: contexts of prompts that are already encoded.
+        connectors_path: file of the text connectors; None: the checkpoint.
 
     Raises:
         ValueError: the section does not fit the model, or a file cannot be used.
@@ -311,7 +313,7 @@ def prepare_validation(
     shapes = tuple(ClipShape(*section.dims_of(sample), section.frame_rate) for sample in section.samples)
     # Prompts before codecs, so that the text encoder has the device to itself. All groups take part: rank 0 encodes for
     # all.
-    known = _contexts(section, contexts, checkpoint_path, cache_folder, device)
+    known = _contexts(section, contexts, checkpoint_path, connectors_path, cache_folder, device)
     # Conditions are encoded only by the group that samples them: they can be large, and groups may be many.
     own = {index: section.samples[index] for index in range(groups.rank, len(section.samples), groups.size)}
     wants_video, wants_audio = needed_encoders(tuple(own.values()))
@@ -373,6 +375,7 @@ def _contexts(
     section: ValidationSection,
     known: Mapping[str, PromptContext] | None,
     checkpoint_path: str | Path,
+    connectors_path: str | Path | None,
     cache_folder: str | Path,
     device: torch.device | str,
 ) -> dict[str, PromptContext]:
@@ -387,6 +390,7 @@ def _contexts(
             text_encoder_path=section.text_encoder_path,
             cache_folder=cache_folder,
             device=device,
+            connectors_path=connectors_path,
         )
     return known
 

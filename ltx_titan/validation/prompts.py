@@ -5,7 +5,9 @@ Rank 0 encodes and broadcasts the contexts. They are cached in a folder, so that
 
 import hashlib
 import logging
+import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,16 +40,18 @@ def prompt_contexts(
     cache_folder: str | Path,
     device: str | torch.device,
     dtype: torch.dtype = torch.bfloat16,
+    connectors_path: str | Path | None = None,
 ) -> dict[str, PromptContext]:
     """Contexts of prompts on every rank; a collective call if a process group exists.
 
     Args:
         prompts: any texts; duplicates are encoded once.
-        checkpoint_path: file with the text projection and the connectors.
-        text_encoder_path: folder of the text encoder; may be None if all prompts are cached.
+        checkpoint_path: file with the text projection, and with the connectors unless they have a file of their own.
+        text_encoder_path: folder of the text encoder; may be None if all prompts are cached, by whichever encoder.
         cache_folder: folder of cached contexts.
         device: device on which rank 0 encodes.
         dtype: dtype of the encoder, the connectors and the contexts.
+        connectors_path: file of the connectors; None: the checkpoint.
 
     Raises:
         ValueError: a prompt is not cached and `text_encoder_path` is None.
@@ -55,7 +59,8 @@ def prompt_contexts(
     # One entry, because `broadcast_object_list` fills a list in place.
     contexts: list[dict[str, PromptContext] | None] = [None]
     if is_main_rank():
-        contexts = [_load_or_encode(prompts, checkpoint_path, text_encoder_path, Path(cache_folder), device, dtype)]
+        files = _Files(Path(checkpoint_path), Path(connectors_path or checkpoint_path), _optional(text_encoder_path))
+        contexts = [_load_or_encode(prompts, files, Path(cache_folder), device, dtype)]
     if is_distributed():
         dist.broadcast_object_list(contexts, src=0)
     assert contexts[0] is not None
@@ -70,34 +75,64 @@ def default_negative_prompt() -> str:
     return DEFAULT_NEGATIVE_PROMPT
 
 
+@dataclass(frozen=True)
+class _Files:
+    """Files that contexts are made with."""
+
+    checkpoint: Path
+    connectors: Path
+    text_encoder: Path | None
+
+    def cached(self, prompt: str, folder: Path) -> Path:
+        """The file of a prompt's context: named after the prompt and all that it is made with.
+
+        Without a text encoder, the newest that any of them has made.
+        """
+        models = [_version(path) for path in dict.fromkeys((self.checkpoint, self.connectors))]
+        name = _digest("\0".join([prompt, *models]))
+        if self.text_encoder is not None:
+            return folder / f"{name}-{_digest(_version(self.text_encoder))}.pt"
+        made = sorted(folder.glob(f"{name}-*.pt"), key=lambda path: path.stat().st_mtime_ns)
+        return made[-1] if made else folder / f"{name}.pt"
+
+
 def _load_or_encode(
-    prompts: Sequence[str],
-    checkpoint_path: str | Path,
-    text_encoder_path: str | Path | None,
-    folder: Path,
-    device: str | torch.device,
-    dtype: torch.dtype,
+    prompts: Sequence[str], models: _Files, folder: Path, device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, PromptContext]:
-    files = {prompt: folder / f"{_digest(prompt, checkpoint_path)}.pt" for prompt in dict.fromkeys(prompts)}
-    missing = [prompt for prompt, path in files.items() if not path.is_file()]
+    files = {prompt: models.cached(prompt, folder) for prompt in dict.fromkeys(prompts)}
+    found = {prompt: _read(path) for prompt, path in files.items()}
+    missing = [prompt for prompt, context in found.items() if context is None]
     if missing:
-        if text_encoder_path is None:
+        if models.text_encoder is None:
             raise ValueError(
-                f"validation.text_encoder_path is unset, but prompt {missing[0]!r} is not cached; set it to the folder "
-                "of the checkpoint's text encoder."
+                f"validation.text_encoder_path is unset, but prompt {missing[0]!r} is not in {folder}; set it to "
+                "the folder of the checkpoint's text encoder."
             )
         logger.info("encoding %d prompts", len(missing))
-        for prompt, context in _encode(missing, checkpoint_path, text_encoder_path, device, dtype).items():
+        for prompt, context in _encode(missing, models, models.text_encoder, device, dtype).items():
             _write(files[prompt], context)
-    # From the files, also right after encoding: a resumed job then sees the same bits.
-    return {prompt: tuple(torch.load(path, map_location="cpu", weights_only=True)) for prompt, path in files.items()}
+            # From the file, also right after encoding: a resumed job then sees the same bits.
+            found[prompt] = _read(files[prompt])
+    return {prompt: context for prompt, context in found.items() if context is not None}
+
+
+def _read(path: Path) -> PromptContext | None:
+    """Reads a cached context; None if it is missing or damaged, and then it is made again."""
+    if not path.is_file():
+        return None
+    try:
+        video, audio = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        logger.warning("%s: damaged, its prompt is encoded again (%s)", path, str(error).split("\n")[0])
+        return None
+    return video, audio
 
 
 @torch.no_grad()
 def _encode(
     prompts: Sequence[str],
-    checkpoint_path: str | Path,
-    text_encoder_path: str | Path,
+    models: _Files,
+    text_encoder_path: Path,
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> dict[str, PromptContext]:
@@ -112,7 +147,7 @@ def _encode(
         text_encoder = encode_by_layers(text_encoder, device)
     else:
         text_encoder.model.to(device)
-    extractor = load_feature_extractor(checkpoint_path, text_encoder, device, dtype)
+    extractor = load_feature_extractor(models.checkpoint, text_encoder, device, dtype)
     features = {}
     for prompt in prompts:
         # One at a time: the hidden states of all layers take 400 MB per prompt.
@@ -125,10 +160,10 @@ def _encode(
         }
     del text_encoder, extractor
     free_device_memory()
-    connectors = load_text_connectors(checkpoint_path, device, dtype)
+    connectors = load_text_connectors(models.connectors, device, dtype, models.checkpoint)
     # Contexts are stored without a mask, so padding would be attended to.
     if not connectors.fills_padding:
-        raise ValueError(f"{checkpoint_path}: its connectors keep padding tokens, which sampling does not support.")
+        raise ValueError(f"{models.connectors}: its connectors keep padding tokens, which sampling does not support.")
     contexts = {}
     for prompt, fields in features.items():
         context = to_contexts(fields, connectors, dtype)
@@ -138,11 +173,20 @@ def _encode(
     return contexts
 
 
-def _digest(prompt: str, checkpoint_path: str | Path) -> str:
-    """Cache key of a prompt and a checkpoint, which its size and modification time identify: hashing 40 GB is slow."""
-    status = Path(checkpoint_path).stat()
-    key = f"{prompt}\0{Path(checkpoint_path).resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+def _version(path: Path) -> str:
+    """Identifies a model by path, sizes and modification times of its files: hashing 40 GB is slow."""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return "\0".join([str(path.resolve()), *stamps])
+
+
+def _digest(text: str) -> str:
+    # Prompts of files in other encodings may hold half of a surrogate pair.
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _optional(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def _write(path: Path, context: PromptContext) -> None:

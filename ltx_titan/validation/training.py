@@ -81,6 +81,8 @@ class TrainingValidation:
                 device=device,
                 cache_folder=plan.folder / _CACHE,
                 groups=self.groups,
+                # Those that the job trains with.
+                connectors_path=plan.job.model.connectors_path,
             )
         self.from_dataset = self._chosen_samples()
         if self.held_out is not None and plan.job.compile.enable:

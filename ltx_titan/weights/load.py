@@ -136,13 +136,16 @@ def find_connectors(source: ModelSource, connectors_path: str | None) -> Path:
     return Path(path)
 
 
-def load_text_connectors(path: str | Path, device: str | torch.device, dtype: torch.dtype) -> TextConnectors:
+def load_text_connectors(
+    path: str | Path, device: str | torch.device, dtype: torch.dtype, config_path: str | Path | None = None
+) -> TextConnectors:
     """Loads both text connectors, frozen, on one device: for preprocessing and prompts. Training shards them instead.
 
     Args:
-        path: the single-file checkpoint.
+        path: the file with their weights.
         device: destination.
         dtype: of their weights.
+        config_path: checkpoint with their config; None: `path`.
 
     Raises:
         ValueError: the file has no connectors, or they do not match its metadata.
@@ -150,7 +153,7 @@ def load_text_connectors(path: str | Path, device: str | torch.device, dtype: to
     metadata = read_metadata(path)
     # Sizes first, weights later: nothing is allocated twice.
     with on_meta():
-        connectors = TextConnectors.from_config(metadata.config)
+        connectors = TextConnectors.from_config(read_metadata(config_path or path).config)
     load_module(connectors, metadata, CONNECTORS, device=device, dtype=dtype)
     return connectors.requires_grad_(False).eval()
 

@@ -86,7 +86,13 @@ def read_lora_layers(path: str | Path, modules: Iterable[str]) -> dict[str, LoRA
         if part is None or (part != _ALPHA and len(info.shape) != 2):
             foreign.append(key)
         else:
-            pairs.setdefault(_official(module, flat_names), {})[part] = key
+            name = _official(module, flat_names)
+            other = pairs.setdefault(name, {}).setdefault(part, key)
+            if other != key:
+                # Names of two tools in one file, of which only one could be loaded.
+                raise ValueError(
+                    f"{path}: expected one {part.removeprefix('.')} of {name}, found {other} and {key}; remove one."
+                )
     unpaired = [key for keys in pairs.values() if DOWN not in keys or UP not in keys for key in keys.values()]
     if foreign or unpaired or not pairs:
         raise ValueError(f"{path}: {_refusal(foreign, unpaired)}")
@@ -97,7 +103,11 @@ def read_lora_layers(path: str | Path, modules: Iterable[str]) -> dict[str, LoRA
         (rank, width), (height, other_rank) = (metadata.tensors[keys[part]].shape for part in (DOWN, UP))
         if rank != other_rank:
             raise ValueError(f"{path}: {name}: lora_A has rank {rank} and lora_B {other_rank}; the file is damaged.")
-        layers[name] = LoRALayer(keys[DOWN], keys[UP], rank, (height, width), alphas.scale(name, rank))
+        try:
+            scale = alphas.scale(name, rank)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        layers[name] = LoRALayer(keys[DOWN], keys[UP], rank, (height, width), scale)
     return layers
 
 
@@ -117,7 +127,13 @@ class _Alphas:
     def read(cls, metadata: CheckpointMetadata, keys: Mapping[str, str]) -> "_Alphas":
         """Reads `.alpha` tensors by layer, and the config in the header or, for PEFT, in the file beside it."""
         with safe_open(metadata.path, framework="pt") as file:
-            of_layers = {name: float(file.get_tensor(key)) for name, key in keys.items()}
+            stored = {name: file.get_tensor(key) for name, key in keys.items()}
+        for name, alpha in stored.items():
+            if alpha.numel() != 1:
+                raise ValueError(
+                    f"{metadata.path}: {keys[name]}: expected one number, found {list(alpha.shape)}; it is damaged."
+                )
+        of_layers = {name: alpha.item() for name, alpha in stored.items()}
         if _DIFFUSERS_CONFIG in metadata.raw:
             config = _parse(metadata.path, metadata.raw[_DIFFUSERS_CONFIG])
             # Keys carry the component: "transformer.lora_alpha".
@@ -133,9 +149,13 @@ class _Alphas:
         return cls(of_layers, _parse(beside, beside.read_text(encoding="utf-8")))
 
     def scale(self, name: str, rank: int) -> float:
-        """Factor on B A of one layer."""
+        """Factor on B A of one layer.
+
+        Raises:
+            ValueError: alpha is no number, not finite or 0, with which the layer would have no effect.
+        """
         if name in self.of_layers:
-            return self.of_layers[name] / rank
+            return _checked(self.of_layers[name], name) / rank
         alpha = self.config.get("lora_alpha")
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
             # As PEFT matches patterns: whole components at the end of the name.
@@ -143,7 +163,16 @@ class _Alphas:
                 alpha = value
         if alpha is None:
             return 1.0
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return _checked(alpha, name) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _checked(alpha: Any, name: str) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
+        raise ValueError(
+            f"{name}: alpha = {alpha!r}: expected a finite number other than 0, which is divided by the rank; write "
+            "the file again with its tool."
+        )
+    return float(alpha)
 
 
 def flat_prefix(key: str) -> str | None:

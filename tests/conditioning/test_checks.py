@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from ltx_titan.conditioning import FlexibleStrategy, check_conditions, check_trainable, reference_scale
+from ltx_titan.conditioning.checks import check_streams
+from ltx_titan.conditioning.sources import check_trigger_word
+from ltx_titan.config import DataSection, MediaSection
 
 CROP = {"type": "spatial_crop", "spatial_region": [0, 0, 64, 64]}
 REFERENCE = {"type": "reference", "latents_dir": "reference_latents"}
@@ -119,6 +122,32 @@ def test_masks_that_cover_every_clip_are_refused(white, probability, is_refused)
         trainable(job, sample(masks=(24,)), samples=samples)
 
 
+def test_a_stream_that_no_sample_trains_or_has_is_named():
+    weights = {"video": 1.0, "audio": 1.0}
+    both, silent = strategy(audio=[]), flagged(False, False)
+    text = "[audio] is generated, and no sample trains it: the audio is absent in 2 of 2 samples"
+    assert check_streams(both, silent[0], silent[1].__getitem__, weights) == [text]
+    assert check_streams(both, silent[0], silent[1].__getitem__, weights, absent=("audio",)) == []
+    assert check_streams(both, silent[0], silent[1].__getitem__, {"video": 1.0, "audio": 0.0}) == []
+    keys, samples = flagged(False, True)
+    assert check_streams(both, keys, samples.__getitem__, weights) == []
+    frozen = FlexibleStrategy.from_config(
+        {
+            "video": {"is_generated": True, "latents_dir": "latents"},
+            "audio": {"is_generated": False, "latents_dir": "audio_latents"},
+        }
+    )
+    [warning] = check_streams(frozen, silent[0], silent[1].__getitem__, weights)
+    assert warning.startswith("[audio] conditions the other stream, and no sample has it")
+    assert check_streams(frozen, keys, samples.__getitem__, weights) == []
+    # Some of the samples decide.
+    keys, samples = flagged(*[False] * 1000)
+    read = []
+    [warning] = check_streams(frozen, keys, lambda index: read.append(index) or samples[index], weights)
+    assert "none of 256 samples has it" in warning
+    assert len(read) == 256
+
+
 def test_a_mask_of_another_size_is_named_before_training():
     video = strategy([{"type": "mask", "mask_dir": "video_masks"}])
     assert check_conditions(video, [sample(video_masks=(4, 2, 3)), sample(video_masks=(24,))]) == []
@@ -148,3 +177,20 @@ def test_two_references_share_their_scale():
 
 def test_without_video_references_there_is_no_scale():
     assert reference_scale(strategy([prefix(1)], audio=[{**REFERENCE, "latents_dir": "reference_audio"}]), []) is None
+
+
+def test_the_trigger_word_of_a_job_is_that_of_its_captions(tmp_path):
+    (tmp_path / "conditions").mkdir()
+    record = tmp_path / "conditions/fingerprints.jsonl"
+    data = DataSection(root=str(tmp_path))
+    check_trigger_word("SKSDOG", data)  # nothing is recorded
+    record.write_text('{"id":"0","values":{"lora_trigger":null}}\n')
+    check_trigger_word("SKSDOG", data)  # the captions may have it in their text
+    record.write_text('{"id":"0","values":{"lora_trigger":"SKSDOG"}}\n')
+    check_trigger_word("SKSDOG, barking", data)
+    check_trigger_word(None, data)
+    with pytest.raises(ValueError, match=r"job\.trigger = 'SKSCAT': expected the trigger word .* found 'SKSDOG'"):
+        check_trigger_word("SKSCAT", data)
+    media = DataSection(source="media", media=MediaSection(lora_trigger="SKSDOG"))
+    with pytest.raises(ValueError, match=r"job\.trigger = 'SKSCAT'"):
+        check_trigger_word("SKSCAT", media)

@@ -1,8 +1,11 @@
+import tomllib
+import warnings
+
 import pytest
 import tomli_w
 
 from ltx_titan.cli import main
-from ltx_titan.config import ConfigError, build_job, check_world
+from ltx_titan.config import ConfigError, build_job, check_world, dump_job
 from ltx_titan.estimate.placeholders import add_placeholders
 from ltx_titan.plan import plan_job
 
@@ -133,6 +136,57 @@ def test_condition_on_a_frozen_block_warns_once_each_unless_it_is_a_reference(tm
     with pytest.warns(UserWarning, match=r"video\.conditions\[1\] \(first_frame\) has no effect") as caught:
         build(video=frozen, audio=generated, data={"root": str(tmp_path)})
     assert len(caught) == 1
+    with pytest.warns(UserWarning, match=r"audio\.loss_mask_dir has no effect: \[audio\] has is_generated = false"):
+        build(audio=FROZEN_AUDIO | {"loss_mask_dir": "masks"}, data={"root": str(tmp_path)})
+    (tmp_path / ".precomputed").mkdir()
+    held_out = {"held_out_root": str(tmp_path / ".precomputed"), "interval": 1}
+    with pytest.warns(UserWarning, match=r"validation\.held_out_root = .* is trained on"):
+        build(validation=held_out, data={"root": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"lora": {"rank": 32}}, ['model.mode = "full"', '"lora", because the job has a section [lora] (rank)']),
+        ({"video": BASE["video"] | {"unmasked_weight": 0.3}}, ["video.unmasked_weight = 0.3", "video.loss_mask_dir"]),
+        ({"optimizer": {"momentum": 0.9}}, ["optimizer.momentum = 0.9", "muon"]),
+        ({"optimizer": {"name": "adafactor", "betas": [0.9, 0.99]}}, ["optimizer.betas", "prodigy"]),
+    ],
+)
+def test_keys_without_effect_are_refused_where_the_job_is_not_what_it_seems(sections, words):
+    message = error_of(**sections)
+    assert not [word for word in words if word not in message], message
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        (
+            {"audio": FROZEN_AUDIO, "loss": {"audio_weight": 2.0}},
+            r"loss\.audio_weight has no effect: \[audio\]",
+        ),
+        ({"sigma": {"audio_max": 0.5}}, r"sigma\.audio_max has no effect: the job has no \[audio\]"),
+        (
+            {"data": {"source": "synthetic", "media": {"lora_trigger": "DOG"}}},
+            r"data\.media\.lora_trigger has no",
+        ),
+        ({"optimizer": {"stochastic_rounding": True}}, r"optimizer\.stochastic_rounding has no effect .* float32"),
+        (
+            {"validation": {"samples": [{"prompt": "a"}], "interval": 50}, "training": {"steps": 10}},
+            r"validation\.interval = 50 is above training\.steps = 10",
+        ),
+        ({"validation": {"samples": [{"prompt": "a"}]}}, r"validation\.samples has no effect .* validation\.interval"),
+    ],
+)
+def test_other_keys_without_effect_are_warned_of_once(sections, text):
+    with pytest.warns(UserWarning, match=text) as caught:
+        job = build(**sections)
+    assert len(caught) == 1
+    # Defaults that are spelled out are not named.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_job(tomllib.loads(dump_job(build())), "again.toml")
+    assert job.model.mode == "full"
 
 
 def test_world_takes_the_rest_as_shards():

@@ -179,9 +179,10 @@ def test_a_distilled_checkpoint_is_sampled_as_one_unless_the_job_says_otherwise(
 
 def test_prompts_of_a_file_follow_the_samples_and_are_kept_in_the_resolved_section(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("# subjects\na rabbit\n\n  a hill, at night  \n", encoding="utf-8")
+    # The line separator is no end of a line.
+    path.write_text("# subjects\na rabbit\r\n\n  a hill,\u2028at night  \n", encoding="utf-8")
     made = section(prompts_file=str(path))
-    assert [sample.prompt for sample in made.samples] == ["a river", "a rabbit", "a hill, at night"]
+    assert [sample.prompt for sample in made.samples] == ["a river", "a rabbit", "a hill,\u2028at night"]
     path.unlink()
     again = ValidationSection.model_validate(tomllib.loads(tomli_w.dumps(made.model_dump(exclude_none=True))))
     assert again == made

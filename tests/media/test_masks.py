@@ -51,14 +51,36 @@ def test_too_short_a_video_mask_is_named(tmp_path):
 
 def test_audio_mask_from_a_tensor_or_from_loudness(tmp_path):
     torch.save({"mask": torch.tensor([1, 1, 0, 0])}, tmp_path / "m.pt")
-    assert read_audio_mask(tmp_path / "m.pt", 8).tolist() == [True] * 4 + [False] * 4
+    assert read_audio_mask(tmp_path / "m.pt", 8, 25).tolist() == [True] * 4 + [False] * 4
     waveform = torch.zeros(1, 800)
     waveform[:, 400:] = 0.9
     write_wav(tmp_path / "m.wav", Audio(waveform, 16000))
-    assert read_audio_mask(tmp_path / "m.wav", 4).tolist() == [False, False, True, True]
+    assert read_audio_mask(tmp_path / "m.wav", 4, 80).tolist() == [False, False, True, True]
 
 
 def test_file_without_a_mask_is_named(tmp_path):
     torch.save({"other": torch.zeros(2)}, tmp_path / "m.pt")
     with pytest.raises(MediaError, match="holds no mask"):
-        read_audio_mask(tmp_path / "m.pt", 4)
+        read_audio_mask(tmp_path / "m.pt", 4, 25)
+
+
+def test_transparent_image_is_refused_as_a_mask_and_an_opaque_alpha_channel_is_not(tmp_path):
+    pixels = np.zeros((64, 128, 4), dtype=np.uint8)
+    pixels[:, 64:] = 255
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    with pytest.raises(MediaError, match=r"m\.png: has transparent pixels, expected white where .*; save it as gray"):
+        read_video_mask(tmp_path / "m.png", 1, 128, 64, FACTORS)
+    pixels[..., 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    mask = read_video_mask(tmp_path / "m.png", 1, 128, 64, FACTORS)
+    assert torch.equal(mask, torch.tensor([False, False, True, True]).expand(1, 2, 4))
+
+
+def test_audio_mask_has_the_time_of_its_audio(tmp_path):
+    # Four seconds, of which the first is loud; its audio has been cut to two.
+    waveform = torch.zeros(1, 64000)
+    waveform[:, :16000] = 0.9 * torch.sin(2 * torch.pi * 440 * torch.arange(16000) / 16000)
+    write_wav(tmp_path / "m.wav", Audio(waveform, 16000))
+    assert read_audio_mask(tmp_path / "m.wav", 50, 25).tolist() == [True] * 25 + [False] * 25
+    with pytest.raises(MediaError, match=r"m\.wav: lasts 4\.00 s, its audio 8\.00 s; use a longer mask"):
+        read_audio_mask(tmp_path / "m.wav", 200, 25)

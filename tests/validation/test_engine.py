@@ -296,3 +296,13 @@ def test_media_that_is_too_short_is_named_before_training(pack, run, tmp_path):
     section = section_of(pack, [{"prompt": "a rabbit", "conditions": [crop]}], video_dims=[64, 64, 137])
     with pytest.raises(MediaError, match=r"has 132 frames, 137 are needed"):
         prepare(pack, section, run.folder)
+
+
+def test_videos_of_another_rate_than_their_sample_are_named(pack, run, caplog):
+    condition = {"type": "video_to_audio", "video": str(CLIP)}
+    section = section_of(pack, [{"prompt": "a rabbit", "conditions": [condition]}])
+    prepare(pack, section.model_copy(update={"frame_rate": 25.0}), run.folder)
+    assert "times as fast" not in caplog.text
+    prepare(pack, section.model_copy(update={"frame_rate": 12.5}), run.folder)
+    text = f"{CLIP.name} has 25 frames per second, of which the sample shows 12.5: its motion is 0.5 times as fast"
+    assert text in caplog.text

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from ltx_titan.lora import adapter_weights, adapters, init_lora_
 from ltx_titan.weights import export_lora, fuse_lora, load_lora
+from ltx_titan.weights.lora_formats import read_lora_layers
 from tests.lora.adapted import adapted, settings, transformer
 
 TARGETS = ["attn1.to_q", "attn1.to_out.0", "patchify_proj"]
@@ -127,3 +128,31 @@ def test_a_layer_that_the_model_lacks_keeps_its_name_in_the_message(written, tmp
     save_file(found, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"1 layers that have no adapter in the model: lora_unet_time_in"):
         load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.tensor(float("nan")), torch.ones(2)])
+def test_alpha_that_is_no_factor_is_refused(tmp_path, alpha):
+    layer = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(4, 8), f"{layer}.lora_B.weight": torch.ones(8, 4)}
+    save_file(tensors | {f"{layer}.alpha": alpha}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"lora\.safetensors: .*to_q.*alpha.*expected (a finite|one) number"):
+        read_lora_layers(tmp_path / "lora.safetensors", ())
+
+
+def test_alpha_of_another_type_is_refused(tmp_path):
+    layer = "base_model.model.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(4, 8), f"{layer}.lora_B.weight": torch.ones(8, 4)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": "8"}))
+    with pytest.raises(ValueError, match=r"lora\.safetensors: .*alpha = '8': expected a finite number"):
+        read_lora_layers(tmp_path / "lora.safetensors", ())
+
+
+def test_one_layer_under_the_names_of_two_tools_is_refused(tmp_path):
+    tensors = {}
+    for prefix in ("diffusion_model.", "transformer."):
+        layer = f"{prefix}transformer_blocks.0.attn1.to_q"
+        tensors |= {f"{layer}.lora_A.weight": torch.ones(4, 8), f"{layer}.lora_B.weight": torch.ones(8, 4)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"expected one lora_A\.weight of transformer_blocks\.0\.attn1\.to_q, found"):
+        read_lora_layers(tmp_path / "lora.safetensors", ())

@@ -240,7 +240,7 @@ def _prompts(found: Table, c: Conversion) -> None:
         return
     samples: list[Table] = []
     first: Table = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         if not line.strip() or line.startswith("#"):
             continue
         text, *options = re.split(r"\s--(?=[a-z]+\s)", line.strip())

@@ -14,10 +14,19 @@ from ltx_titan.codecs import AudioCodec, TextPrecision, VideoCodec
 from ltx_titan.commands.process.loop import Output, PlannedOutput, Stage
 from ltx_titan.commands.process.store import Store
 from ltx_titan.common.ranks import own_device
-from ltx_titan.data.layout import Fields
+from ltx_titan.data.layout import AUDIO_STEPS_PER_SECOND, Fields
 from ltx_titan.encode.buckets import Bucket
 from ltx_titan.encode.captions import TextModels, encode_caption, tokens_cut, with_trigger, without_prefix
-from ltx_titan.encode.clips import Clip, ClipRules, DecodedClip, decode_clip, plan_clip, read_clip_mask
+from ltx_titan.encode.clips import (
+    Clip,
+    ClipRules,
+    DecodedClip,
+    decode_clip,
+    has_other_shape,
+    mask_has_other_rate,
+    plan_clip,
+    read_clip_mask,
+)
 from ltx_titan.encode.encoders import EncoderFiles, load_audio_encoder, load_text_models, load_video_encoder
 from ltx_titan.encode.latents import (
     audio_bytes,
@@ -32,6 +41,8 @@ from ltx_titan.encode.references import DecodedReference, ReferenceScale, decode
 from ltx_titan.media import Audio, MediaError, after_time, probe_audio, read_audio, read_audio_mask
 from ltx_titan.media.container import check_file
 from ltx_titan.tables.samples import SampleRow
+
+_OTHER_SHAPE = "of another aspect ratio than their video, scaled and cropped on their own (make them of its shape)"
 
 
 @dataclass(frozen=True)
@@ -275,8 +286,11 @@ class ReferenceVideoStage(Stage[DecodedReference, VideoCodec]):
 
     def encode(self, row: SampleRow, item: DecodedReference, encoder: VideoCodec) -> Output:
         fields = encode_video(item.pixels, float(item.clip.fps), encoder)
-        note = "references of another frame rate than their video (--fps would make them equal)"
-        return Output({"reference_latents": fields}, (note,) if item.has_other_rate else ())
+        notes = {
+            "references of another frame rate than their video (--fps would make them equal)": item.has_other_rate,
+            f"references {_OTHER_SHAPE}": has_other_shape(row.extras["reference_video"], row.media),
+        }
+        return Output({"reference_latents": fields}, tuple(note for note, applies in notes.items() if applies))
 
 
 @dataclass(frozen=True)
@@ -308,11 +322,17 @@ class VideoMaskStage(Stage[Tensor, None]):
         """Masks need no encoder."""
 
     def read(self, row: SampleRow) -> Tensor:
-        return read_clip_mask(row.extras["video_mask"], self.targets.clip(row), self.rules, row.key, row.start)
+        path, target = row.extras["video_mask"], self.targets.clip(row)
+        return read_clip_mask(path, row.media, target, self.rules, row.key, row.start)
 
     def encode(self, row: SampleRow, item: Tensor, encoder: None) -> Output:
+        path, notes = row.extras["video_mask"], _coverage_notes(item)
+        if mask_has_other_rate(path, row.media, self.targets.clip(row)):
+            notes += ("masks of another frame rate than their video (by their times, or frame by frame if as many)",)
+        if has_other_shape(path, row.media):
+            notes += (f"masks {_OTHER_SHAPE}",)
         # float32, as the reference trainer stores masks.
-        return Output({"video_masks": {"mask": item.to(torch.float32)}})
+        return Output({"video_masks": {"mask": item.to(torch.float32)}}, notes)
 
 
 @dataclass(frozen=True)
@@ -348,10 +368,16 @@ class AudioMaskStage(Stage[Tensor, None]):
         steps = self.targets.audio_steps(row)
         if steps is None:
             raise ValueError("its sample has no audio in audio_latents/, which the mask would belong to")
-        return read_audio_mask(row.extras["audio_mask"], steps)
+        return read_audio_mask(row.extras["audio_mask"], steps, AUDIO_STEPS_PER_SECOND)
 
     def encode(self, row: SampleRow, item: Tensor, encoder: None) -> Output:
-        return Output({"audio_masks": {"mask": item.to(torch.float32)}})
+        return Output({"audio_masks": {"mask": item.to(torch.float32)}}, _coverage_notes(item))
+
+
+def _coverage_notes(mask: Tensor) -> tuple[str, ...]:
+    if not mask.any():
+        return ("masks that are dark or silent in all of their clip",)
+    return ("masks that are white or loud in all of their clip",) if mask.all() else ()
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ltx_titan.common.files import remove_empty_folders, write_text
 from ltx_titan.common.ranks import Ranks
-from ltx_titan.data.fingerprints import FileVersion, Fingerprint, FingerprintFile
+from ltx_titan.data.fingerprints import MODEL_SUFFIX, FileVersion, Fingerprint, FingerprintFile
 from ltx_titan.data.layout import Fields, Value, load_fields, read_sample, write_sample
 from ltx_titan.data.shards import (
     list_shards,
@@ -291,6 +291,33 @@ class Store:
                     f"{len(samples)} samples, the first is {keys[0]}); choose another --output-dir, or "
                     f"--overwrite-changed to make these again, or --overwrite to make all again"
                 )
+
+            self._check_models(folder, {sample.key.as_posix() for sample in samples})
+
+    def _check_models(self, folder: str, own: Set[str]) -> None:
+        """Compares the models of the run with those that samples of other tables in the folder were made with.
+
+        Other options may differ between tables; a model is trained on latents and features of one encoder.
+
+        Args:
+            folder: source folder.
+            own: samples of this table.
+
+        Raises:
+            ValueError: a model differs; with both digests, number of samples and the first of them.
+        """
+        file, found = self.fingerprints[folder], dict[str, list[str]]()
+        for key, entry in file.entries.items():
+            if entry.state == "done" and entry.table != self.table_id(folder) and key not in own:
+                found.setdefault(entry.options, []).append(key)
+        for options, keys in found.items():
+            for name, (before, now) in self.differing_options(folder, options).items():
+                if name.endswith(MODEL_SUFFIX):
+                    raise ValueError(
+                        f"{self.root / folder}: has {len(keys)} samples of another table (the first is {min(keys)}) "
+                        f"that were prepared with {name} = {before!r}, now it is {now!r}: one folder cannot hold those "
+                        f"of two models; choose another --output-dir, or --overwrite-changed with each of the tables"
+                    )
 
     def _clean(self) -> None:
         """Removes the unfinished files of killed runs."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ltx_titan.commands.process import changes as changes_module
 from ltx_titan.commands.process import store as store_module
@@ -274,3 +275,24 @@ def test_shards(once, nano, tmp_path):
     with pytest.raises(ValueError, match="the sample 'b\\.pt'"):
         read_shard_sample(shards[0], "b.pt")
     assert names(folder) == ["a.pt", "c.pt"]
+
+
+def test_models_of_two_tables_in_one_root_must_agree(prepared, nano, tmp_path, caplog):
+    other = Path(shutil.copytree(nano.parent / "text_encoder", tmp_path / "text_encoder"))
+    weights = next(other.glob("*.safetensors"))
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    path = prepared / "other.jsonl"
+    table(prepared, {"d": {"caption": "new"}}).rename(path)
+    table(prepared)
+    shutil.copy(prepared / "c.mp4", prepared / "d.mp4")
+    options = {"text_encoder_path": other}
+    with pytest.raises(ValueError, match=r"conditions: has 3 samples of another table .*a\.pt.* text_encoder_digest"):
+        run(nano, path, BUCKETS, **options)
+    run(nano, path, BUCKETS, overwrite_changed=True, **options)
+    with caplog.at_level(logging.WARNING):
+        assert names(prepared) == ["a.pt", "b.pt", "c.pt", "d.pt"]
+    assert "1 samples of conditions made with another text encoder than most (d.pt)" in caplog.text
+    caplog.clear()
+    run(nano, prepared / "dataset.jsonl", BUCKETS, overwrite_changed=True, **options)
+    assert names(prepared) == ["a.pt", "b.pt", "c.pt", "d.pt"]
+    assert "text encoder" not in caplog.text

@@ -271,3 +271,39 @@ def test_quantized_text_encoder_in_a_run(nano, tmp_path):
 )
 def test_one_introductory_phrase_is_removed(caption, expected):
     assert without_prefix(caption) == expected
+
+
+def test_video_masks_show_the_moments_of_their_clip(nano, tmp_path):
+    """A mask of another rate is read by its times, unless it has a frame for every frame of the clip."""
+    write_clip(tmp_path / "a.mp4", frames=25, fps=Fraction(25))
+    for name, fps, frames in (("slow", 5, 5), ("drawn", 30, 25), ("square", 25, 25)):
+        # White from the middle of the clip on.
+        mask = torch.zeros(frames, 64, 64 if name == "square" else 96, 3, dtype=torch.uint8)
+        mask[round(frames * 0.6) :] = 255
+        write_video(tmp_path / f"{name}.mp4", mask, fps)
+    found = {}
+    for name in ("slow", "drawn", "square"):
+        path = write_rows(tmp_path, [{"video": "a.mp4", "caption": "x", "video_mask": f"{name}.mp4"}])
+        options = {"captions": False, "output_dir": tmp_path / name, "skip_audio": True}
+        _, printed = run(nano, path, buckets="96x64x25", **options)
+        mask = torch.load(tmp_path / name / "video_masks" / "a.pt", weights_only=True)["mask"]
+        found[name] = mask.flatten(1).mean(1).tolist()
+        assert ("masks of another frame rate than their video" in printed) == (name != "square")
+        assert ("masks of another aspect ratio than their video" in printed) == (name == "square")
+    # Frames 15 and later are white: those of latent frames 2 (9 to 16) and 3.
+    assert found == {key: [0.0, 0.0, 1.0, 1.0] for key in found}
+    path = write_rows(tmp_path, [{"video": "a.mp4", "caption": "x", "video_mask": "drawn.mp4"}])
+    report, printed = run(nano, path, buckets="96x64x17", captions=False, fps="20", output_dir=tmp_path / "at_20")
+    assert report.counts["video masks"] == {"failed": 1}
+    assert "drawn.mp4: has as many frames as its clip, at 30 fps instead of 25" in printed
+
+
+def test_masks_that_cover_nothing_or_everything_are_counted(nano, tmp_path):
+    write_clip(tmp_path / "a.mp4", frames=17)
+    for color, note in (
+        (0, "masks that are dark or silent in all of their clip"),
+        (255, "masks that are white or loud"),
+    ):
+        Image.new("L", (96, 64), color).save(tmp_path / "mask.png")
+        path = write_rows(tmp_path, [{"video": "a.mp4", "caption": "x", "video_mask": "mask.png"}])
+        assert note in run(nano, path, captions=False)[1]
