@@ -17,7 +17,7 @@ from rich.console import Console
 from ltx_titan.commands.files import write_image
 from ltx_titan.commands.report import Report
 from ltx_titan.commands.scenes import Detection, arrange, find_scenes, parse_time
-from ltx_titan.common.files import locked, write_text
+from ltx_titan.common.files import json_text, locked, write_text
 from ltx_titan.common.options import Flag, Group, Maybe, Positional, alias, placeholder
 from ltx_titan.common.ranks import own_share
 from ltx_titan.media import MediaError, iter_frames, probe_video, video_writer
@@ -192,7 +192,7 @@ def _scenes(
     if not options.dry_run:
         content = {**source, "options": options.fingerprint(), "fps": str(info.fps), "frames": frames, "scenes": parts}
         # Before cutting, so that an interrupted run does not detect again.
-        write_text(record, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        write_text(record, json_text(content, indent=1) + "\n")
     return _named(target, parts), info.fps
 
 

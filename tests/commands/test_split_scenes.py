@@ -114,6 +114,17 @@ def test_a_second_run_cuts_missing_clips_to_the_same_bytes(cut, console):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+def test_a_film_whose_name_is_not_utf_8_is_cut(films, tmp_path, console):
+    folder = tmp_path / "films"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9")
+    (folder / f"{name}.mp4").symlink_to(films / "fílm ☃.mp4")
+    for outcome in ("done", "skipped"):
+        report = split_scenes(SplitOptions(folder, tmp_path / "clips"), console)
+        assert report.counts["split"] == {outcome: 3}, report.failures
+    assert [row["video"] for row in rows_of(tmp_path / "clips")] == [f"{name}-scene-00{n}.mp4" for n in (1, 2, 3)]
+
+
 def test_other_options_do_not_mix_with_existing_clips(cut, films, console):
     out, _, _ = cut
     film = films / "fílm ☃.mp4"
