@@ -167,13 +167,13 @@ def _scenes(
     if record.is_file():
         stored = json.loads(record.read_text(encoding="utf-8"))
         # Size and time as well as the path: a replaced video has other scenes.
-        is_same = all(stored[key] == value for key, value in {**source, "options": options.fingerprint()}.items())
+        is_same_file = all(stored[key] == value for key, value in source.items())
+        is_same = is_same_file and stored["options"] == options.fingerprint()
         if is_same and not options.overwrite:
             return _named(target, stored["scenes"]), Fraction(stored["fps"])
         if not options.overwrite:
-            raise MediaError(
-                video, f"was split with other options before (see {record}); use another folder, or --overwrite"
-            )
+            what = "was split with other options before" if is_same_file else "is not the file that was split before"
+            raise MediaError(video, f"{what} (see {record}); use another folder, or --overwrite")
         if not options.dry_run:
             record.unlink()
             for scene in _named(target, stored["scenes"]):

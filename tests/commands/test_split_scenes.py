@@ -133,6 +133,17 @@ def test_other_options_do_not_mix_with_existing_clips(cut, films, console):
     assert len(list(out.glob("fílm*.mp4"))) == 3
 
 
+def test_a_film_that_was_replaced_is_not_blamed_on_the_options(films, tmp_path, console):
+    film = tmp_path / "film.mp4"
+    film.write_bytes((films / "fílm ☃.mp4").read_bytes())
+    options = SplitOptions(film, tmp_path / "clips")
+    split_scenes(options, console)
+    film.write_bytes((films / "sub" / "silent.mp4").read_bytes())
+    (failure,) = split_scenes(options, console).failures
+    assert "is not the file that was split before" in failure[2]
+    assert len(rows_of(tmp_path / "clips")) == 3
+
+
 def test_long_scenes_are_cut_short_ones_skipped_and_overwritten(films, tmp_path, console):
     film = films / "fílm ☃.mp4"
     split_scenes(SplitOptions(film, tmp_path), console)
