@@ -91,6 +91,21 @@ def test_tensorboard_tags_are_grouped_and_extras_keep_theirs(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss/video_sigma_0.00-0.25"] == 2.0
 
 
+def test_a_full_disk_at_the_end_leaves_nothing_open(tmp_path):
+    writer = run(tmp_path, [1])
+    board = writer.tensorboard
+    writer._file.close()
+    writer._file = open("/dev/full", "a")
+    with pytest.raises(OSError, match="No space left"):
+        writer.log(StepMetrics(2, loss=2.0, lr=1e-4))
+    # What could not be written is tried again.
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert board.all_writers is None, "still open"
+    assert writer.tensorboard is None
+    writer.close()
+
+
 def test_ranks_that_are_not_writers_write_nothing(tmp_path, capsys):
     writer = MetricsLogger(tmp_path / "job", total_steps=9, is_writer=False)
     writer.log(StepMetrics(1, loss=1.0))
