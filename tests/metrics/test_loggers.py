@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -95,12 +96,13 @@ def test_a_full_disk_at_the_end_leaves_nothing_open(tmp_path):
     writer = run(tmp_path, [1])
     board = writer.tensorboard
     writer._file.close()
-    writer._file = open("/dev/full", "a")
-    with pytest.raises(OSError, match="No space left"):
-        writer.log(StepMetrics(2, loss=2.0, lr=1e-4))
-    # What could not be written is tried again.
-    with pytest.raises(OSError, match="No space left"):
-        writer.close()
+    with Path("/dev/full").open("a") as full:
+        writer._file = full
+        with pytest.raises(OSError, match="No space left"):
+            writer.log(StepMetrics(2, loss=2.0, lr=1e-4))
+        # What could not be written is tried again.
+        with pytest.raises(OSError, match="No space left"):
+            writer.close()
     assert board.all_writers is None, "still open"
     assert writer.tensorboard is None
     writer.close()
