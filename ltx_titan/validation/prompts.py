@@ -18,6 +18,7 @@ from ltx_titan.common.hardware import GIB
 from ltx_titan.common.ranks import is_distributed, is_main_rank
 from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.conditioning import to_contexts
+from ltx_titan.data.fingerprints import model_digest
 from ltx_titan.validation.room import memory_left
 from ltx_titan.weights import load_text_connectors
 
@@ -41,10 +42,12 @@ def prompt_contexts(
 ) -> dict[str, PromptContext]:
     """Contexts of prompts on every rank; a collective call if a process group exists.
 
+    Cached contexts of another text encoder are made again, as far as both are known.
+
     Args:
         prompts: any texts; duplicates are encoded once.
         checkpoint_path: file with the text projection and the connectors.
-        text_encoder_path: folder of the text encoder; may be None if all prompts are cached.
+        text_encoder_path: folder of the text encoder; may be None, or gone, if all prompts are cached.
         cache_folder: folder of cached contexts.
         device: device on which rank 0 encodes.
         dtype: dtype of the encoder, the connectors and the contexts.
@@ -78,8 +81,12 @@ def _load_or_encode(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> dict[str, PromptContext]:
+    encoder = None
+    if text_encoder_path is not None and Path(text_encoder_path).exists():
+        encoder = model_digest(Path(text_encoder_path))
     files = {prompt: folder / f"{_digest(prompt, checkpoint_path)}.pt" for prompt in dict.fromkeys(prompts)}
-    missing = [prompt for prompt, path in files.items() if not path.is_file()]
+    contexts = {prompt: _read(path, encoder) for prompt, path in files.items()}
+    missing = [prompt for prompt, context in contexts.items() if context is None]
     if missing:
         if text_encoder_path is None:
             raise ValueError(
@@ -88,9 +95,10 @@ def _load_or_encode(
             )
         logger.info("encoding %d prompts", len(missing))
         for prompt, context in _encode(missing, checkpoint_path, text_encoder_path, device, dtype).items():
-            _write(files[prompt], context)
-    # From the files, also right after encoding: a resumed job then sees the same bits.
-    return {prompt: tuple(torch.load(path, map_location="cpu", weights_only=True)) for prompt, path in files.items()}
+            _write(files[prompt], context, encoder)
+            # From the file, also right after encoding: a resumed job then sees the same bits.
+            contexts[prompt] = _read(files[prompt], encoder)
+    return {prompt: context for prompt, context in contexts.items() if context is not None}
 
 
 @torch.no_grad()
@@ -139,13 +147,31 @@ def _encode(
 
 
 def _digest(prompt: str, checkpoint_path: str | Path) -> str:
-    """Cache key of a prompt and a checkpoint, which its size and modification time identify: hashing 40 GB is slow."""
+    """Cache key of a prompt and a checkpoint, which its size and modification time identify: hashing 40 GB is slow.
+
+    The text encoder is not part of it: a resumed job may no longer have one. The entry names it instead.
+    """
     status = Path(checkpoint_path).stat()
     key = f"{prompt}\0{Path(checkpoint_path).resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 
-def _write(path: Path, context: PromptContext) -> None:
+def _read(path: Path, encoder: str | None) -> PromptContext | None:
+    """A cached context; None if there is none, its file is damaged, or another text encoder made it."""
+    try:
+        # Entries of earlier versions do not name their encoder.
+        video, audio, *made_by = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # damaged bytes can raise nearly anything, also in the zip and pickle modules
+        logger.warning("%s: cannot be read (%s); its prompt is encoded again", path, str(error).partition("\n")[0])
+        return None
+    if encoder is not None and made_by and made_by[0] != encoder:
+        return None
+    return video, audio
+
+
+def _write(path: Path, context: PromptContext, encoder: str | None) -> None:
     # Through a file object: given a path, torch.save stores its name, and the bytes would depend on the process.
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        torch.save(list(context), file)
+        torch.save([*context, encoder or ""], file)
