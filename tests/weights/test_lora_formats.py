@@ -121,6 +121,35 @@ def test_a_peft_file_without_its_config_is_refused(written, tmp_path):
         load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": "8"}, r"lora_alpha: expected a finite number, found '8'"),
+        ({"lora_alpha": True}, r"lora_alpha: expected a finite number, found True"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha: expected a finite number, found nan"),
+        ({"lora_alpha": 10**400}, r"lora_alpha: expected a finite number, found 1000"),
+        ({"alpha_pattern": [8]}, r"alpha_pattern: expected an object, found \[8\]"),
+        ({"alpha_pattern": {"(": 8}}, r"alpha_pattern: expected regular expressions, found '\('"),
+        ({"alpha_pattern": {"to_q": None}, "lora_alpha": []}, r"lora_alpha: expected a finite number, found \[\]"),
+    ],
+)
+def test_a_peft_config_without_a_usable_alpha_is_refused(written, tmp_path, config, message):
+    found, _ = peft(written[1], tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(found, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {message}"):
+        load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("alpha", [[8.0, 8.0], [], [float("nan")], [float("inf")]])
+def test_an_alpha_that_is_no_number_is_refused(written, tmp_path, alpha):
+    found, _ = kohya(written[1], tmp_path)
+    key = next(key for key in found if key.endswith(".alpha"))
+    save_file({**found, key: torch.tensor(alpha)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=rf"other\.safetensors: {key}: expected (one number|a finite number), found"):
+        load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
+
+
 def test_a_layer_that_the_model_lacks_keeps_its_name_in_the_message(written, tmp_path):
     found, _ = kohya(written[1], tmp_path)
     found = {key.replace("patchify_proj", "time_in"): tensor for key, tensor in found.items()}
