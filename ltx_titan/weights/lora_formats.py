@@ -97,7 +97,7 @@ def read_lora_layers(path: str | Path, modules: Iterable[str]) -> dict[str, LoRA
     layers = {}
     for name, keys in pairs.items():
         (rank, width), (height, other_rank) = (metadata.tensors[keys[part]].shape for part in (DOWN, UP))
-        if rank != other_rank:
+        if rank != other_rank or rank == 0:
             raise ValueError(f"{path}: {name}: lora_A has rank {rank} and lora_B {other_rank}; the file is damaged.")
         layers[name] = LoRALayer(keys[DOWN], keys[UP], rank, (height, width), alphas.scale(name, rank))
     return layers
@@ -214,7 +214,7 @@ def _official(module: str, flat_names: Mapping[str, str]) -> str:
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the adapter's config is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: the adapter's config is {type(config).__name__}, expected an object.")

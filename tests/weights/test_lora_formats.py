@@ -150,6 +150,14 @@ def test_an_alpha_that_is_no_number_is_refused(written, tmp_path, alpha):
         load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
 
 
+def test_a_rank_of_zero_is_refused(written, tmp_path):
+    found, _ = kohya(written[1], tmp_path)
+    found = {key: t[:0] if ".lora_down" in key else t[:, :0] if ".lora_up" in key else t for key, t in found.items()}
+    save_file({key: tensor.contiguous() for key, tensor in found.items()}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="lora_A has rank 0 and lora_B 0"):
+        load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
+
+
 def test_a_layer_that_the_model_lacks_keeps_its_name_in_the_message(written, tmp_path):
     found, _ = kohya(written[1], tmp_path)
     found = {key.replace("patchify_proj", "time_in"): tensor for key, tensor in found.items()}
