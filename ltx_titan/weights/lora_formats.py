@@ -130,9 +130,7 @@ class _Alphas:
                     f"{metadata.path}: {key}: expected one number, found shape {list(shape)}; the file is damaged."
                 )
         with safe_open(metadata.path, framework="pt") as file:
-            of_layers = {
-                name: _finite(metadata.path, key, file.get_tensor(key).item()) for name, key in keys.items()
-            }
+            of_layers = {name: _finite(metadata.path, key, file.get_tensor(key).item()) for name, key in keys.items()}
         if _DIFFUSERS_CONFIG in metadata.raw:
             config = _parse(metadata.path, metadata.raw[_DIFFUSERS_CONFIG])
             # Keys carry the component: "transformer.lora_alpha".
