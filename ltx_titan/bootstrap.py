@@ -110,7 +110,8 @@ def main(extras: list[str]) -> None:
     """Prints the path of a Python that meets the requirements of `extras`."""
     running = Path(sys.executable)
     if sys.version_info < OLDEST_PYTHON:
-        sys.exit(f"bootstrap: ltx_titan needs Python 3.11 or newer; {running} is {sys.version.split()[0]}.")
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        sys.exit(f"bootstrap: ltx_titan needs Python {oldest} or newer; {running} is {sys.version.split()[0]}.")
     requirements = read_requirements(extras)
     if not unmet_requirements(running, requirements):
         print(running)

@@ -73,27 +73,18 @@ def torchrun_arguments(job: Path, overrides: Sequence[str], environment: Mapping
     return [*arguments, "-m", "ltx_titan.train", str(job), *overrides]
 
 
-def check_nodes(environment: Mapping[str, str]) -> None:
-    """Refuses what torchrun would wait for without a word.
+def check_nodes(arguments: Sequence[str]) -> None:
+    """Refuses an address of the first node that torchrun would wait for without a word.
 
     Args:
-        environment: as in `torchrun_arguments`.
+        arguments: from `torchrun_arguments`.
 
     Raises:
-        ValueError: NODE_RANK is not one of the nodes, or MASTER_ADDR does not resolve within 30 s.
+        ValueError: MASTER_ADDR does not resolve within 30 s.
     """
-    values = {name: value for name, value in environment.items() if value}
-    nodes = values.get("NNODES", "1")
-    if nodes == "1":
-        return
-    own = values.get("NODE_RANK", "0")
-    # A range of nodes, MIN:MAX, is torchrun's own business.
-    if nodes.isdecimal() and not (own.isdecimal() and int(own) < int(nodes)):
-        raise ValueError(f"NODE_RANK = {own}: expected 0 to {int(nodes) - 1}, as NNODES = {nodes}; number from 0.")
-    port = values.get("MASTER_PORT", "29500")
-    if not port.isdecimal():
-        raise ValueError(f"MASTER_PORT = {port!r}: expected a whole number; set it to a free port of node 0.")
-    check_address(values.get("MASTER_ADDR", ""), int(port))
+    values = dict(pairwise(arguments))
+    if values["--nnodes"] != "1":
+        check_address(values["--master-addr"], int(values["--master-port"]))
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -224,7 +215,12 @@ def _own_error(failure: ProcessFailure) -> str | None:
 def _children() -> list[int]:
     """Process ids of the ranks: torchrun has no other children."""
     files = Path("/proc/self/task").glob("*/children")
-    return [int(child) for file in files for child in file.read_text().split()]
+    found: list[int] = []
+    for file in files:
+        # Called in signal handlers: a thread may end while the list is made.
+        with suppress(OSError):
+            found += map(int, file.read_text().split())
+    return found
 
 
 def _send(process: int, number: int) -> None:

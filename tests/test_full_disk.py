@@ -8,8 +8,9 @@ import subprocess
 
 import pytest
 
-from ltx_titan.checkpoint import complete_folders, latest_complete
+from ltx_titan.checkpoint import BackgroundSaver, complete_folders, latest_complete
 from ltx_titan.checkpoint.digests import _Crc32Stream
+from ltx_titan.metrics import MetricsLogger
 from tests.jobs import write_job
 
 
@@ -55,6 +56,23 @@ def test_a_save_that_cannot_be_written_leaves_the_older_one_and_resumes(job, tmp
     assert outcome.code == 0
     assert "step-1: step 1 of 3" in outcome.text
     assert latest_complete(folder) == folder / "step-3"
+
+
+def test_a_disk_that_is_full_for_the_log_does_not_end_the_save_in_progress(job, tmp_path, runner, monkeypatch):
+    closed = []
+    close_saver, close_log = BackgroundSaver.close, MetricsLogger.close
+
+    def fail(self):
+        close_log(self)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    monkeypatch.setattr(MetricsLogger, "close", fail)
+    monkeypatch.setattr(BackgroundSaver, "close", lambda self: closed.append(close_saver(self)))
+    outcome = runner.train(job, "--checkpoint.background=true", "--training.steps=1", "--scheduler.warmup_steps=0")
+    assert outcome.code == 1
+    assert "metrics.jsonl: No space left on device" in outcome.text
+    assert closed == [None]
+    assert latest_complete(tmp_path / "run/checkpoint").name == "step-1"
 
 
 def test_a_disk_without_room_is_refused_before_the_first_step(job, tmp_path, runner, monkeypatch):

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from ltx_titan import launch
 from ltx_titan.checkpoint import latest_complete
 from ltx_titan.cli import main
 from ltx_titan.launch import torchrun_arguments
@@ -87,6 +88,14 @@ def test_environment_variables_become_arguments_of_torchrun():
     assert "--master-addr localhost --master-port 1234" in alone
     with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
         torchrun_arguments(Path("job.toml"), [], {"NNODES": "2"})
+
+
+def test_a_thread_that_ends_while_a_signal_is_passed_on_ends_nothing_else(monkeypatch):
+    ended = [Path("/proc/self/task/0/children")]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([*ended, Path("/proc/thread-self/children")]))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert child.pid in launch._children()
+        child.communicate(b"\n")
 
 
 @pytest.mark.parametrize(

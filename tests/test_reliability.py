@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -25,7 +26,7 @@ from ltx_titan.common.files import claimed
 from ltx_titan.common.ranks import StalledError
 from ltx_titan.config import AlertsSection, OptimizerSection, load_job
 from ltx_titan.data import read_sample, write_sample
-from ltx_titan.launch import check_nodes
+from ltx_titan.launch import check_nodes, torchrun_arguments
 from ltx_titan.metrics import StepGuard
 from ltx_titan.metrics.alerts import Alerts
 from ltx_titan.optim import build_optimizers
@@ -198,11 +199,14 @@ def test_wrong_numbers_of_ranks_are_refused_at_once(environment, message):
         check_environment(environment)
 
 
-def test_an_address_that_does_not_resolve_and_a_wrong_node_are_named():
+def test_an_address_that_does_not_resolve_and_a_wrong_node_are_named(monkeypatch):
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "no-such-host.invalid"}
+    monkeypatch.setattr("ltx_titan.launch.check_address", partial(check_address, limit_s=0))
     with pytest.raises(ValueError, match=r"MASTER_ADDR = 'no-such-host\.invalid'"):
-        check_address("no-such-host.invalid", 29500, limit_s=0)
-    with pytest.raises(ValueError, match="NODE_RANK = 2: expected 0 to 1"):
-        check_nodes({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "127.0.0.1"})
+        check_nodes(torchrun_arguments(Path("job.toml"), [], nodes))
+    with pytest.raises(ValueError, match="NODE_RANK is '2' in the environment: expected a whole number from 0 to 1"):
+        torchrun_arguments(Path("job.toml"), [], {**nodes, "NODE_RANK": "2"})
+    check_nodes(torchrun_arguments(Path("job.toml"), [], {"NNODES": "1", "MASTER_ADDR": "no-such-host.invalid"}))
 
 
 @pytest.mark.distributed

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
+from ltx_titan.bootstrap import OLDEST_PYTHON, ROOT, read_requirements
 from ltx_titan.common.options import Flag, Maybe, Overrides, Positional, placeholder
 from ltx_titan.common.secrets import redacted
 from ltx_titan.config import JobConfig, load_job
@@ -38,7 +39,6 @@ Level = Literal["ok", "warning", "broken"]
 _PROBE_BYTES = 64 * 2**20
 _SLOW_BYTES_PER_S = 100e6
 _MIN_SHM_BYTES = 2**30
-_MIN_PYTHON = (3, 11)
 # Samples whose tensors are read.
 _SAMPLES = 3
 
@@ -107,8 +107,9 @@ def findings(options: DoctorOptions) -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    if sys.version_info < _MIN_PYTHON:
-        yield Finding("broken", "python", sys.version.split()[0], "install Python 3.11 or newer")
+    if sys.version_info < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        yield Finding("broken", "python", sys.version.split()[0], f"install Python {oldest} or newer")
     else:
         yield Finding("ok", "python", f"{sys.version.split()[0]}, {sys.executable}")
     for text, extra in _requirements():
@@ -138,8 +139,6 @@ def _versions() -> Iterator[Finding]:
 
 def _requirements() -> list[tuple[str, str]]:
     """Requirements of the installed project, or of a checkout, with the extra that each belongs to."""
-    from ltx_titan.bootstrap import ROOT, read_requirements
-
     if (ROOT / "pyproject.toml").is_file():
         needed = read_requirements([])
         return [(text, "") for text in needed] + [(text, "preprocess") for text in read_requirements(["preprocess"])
@@ -163,7 +162,9 @@ def _gpus() -> Iterator[Finding]:
         if not driver:
             yield Finding("warning", "gpu", "none found", "training works on a CPU, for the debug job only")
         elif torch.version.cuda is None and torch.version.hip is None:
-            remedy = f"install a CUDA build: LTX_TITAN_TORCH=torch=={torch.__version__.split('+')[0]} ./run_train.sh"
+            # Forced: the build without CUDA meets the same requirement.
+            release = torch.__version__.split("+")[0]
+            remedy = f"install a CUDA build: {sys.executable} -m pip install --force-reinstall torch=={release}"
             yield Finding(
                 "broken", "gpu", f"torch {torch.__version__} is a build without CUDA, and there are GPUs", remedy
             )

@@ -88,11 +88,17 @@ def push_finished(job: JobConfig) -> None:
     """Uploads a run that has just ended, if the job asks for it; whatever fails is reported and changes nothing."""
     if job.hub.repo is None:
         return
+    # Here, because it imports torch, and most jobs upload nothing.
+    from ltx_titan.plan import export_name
+
     folder = Path(job.job.dump_folder)
-    if not (folder / "export").is_dir():
-        return  # stopped early: there is nothing to share yet
+    weights = folder / "export" / export_name(job, job.training.stop_at or job.training.steps)
+    if not weights.is_file():
+        # Stopped by a signal: what checkpoint.export_interval has written so far is not the result.
+        print(f"[ltx_titan] nothing is uploaded to {job.hub.repo}: {weights} does not exist", file=sys.stderr)
+        return
     try:
-        print(f"[ltx_titan] uploaded to {push(collect(job, folder))}", file=sys.stderr)
+        print(f"[ltx_titan] uploaded to {push(collect(job, folder, weights))}", file=sys.stderr)
     except Exception as error:  # the run is complete on disk, and nothing that a server does may make it fail
         reason = redacted(" ".join(str(error).split())) or type(error).__name__
         print(

@@ -17,7 +17,7 @@ from rich.console import Console
 from ltx_titan.commands.files import write_image
 from ltx_titan.commands.report import Report
 from ltx_titan.commands.scenes import Detection, arrange, find_scenes, parse_time
-from ltx_titan.common.files import locked, write_text
+from ltx_titan.common.files import json_text, locked, write_text
 from ltx_titan.common.options import Flag, Group, Maybe, Positional, alias, placeholder
 from ltx_titan.common.ranks import own_share
 from ltx_titan.media import MediaError, iter_frames, probe_video, video_writer
@@ -167,13 +167,13 @@ def _scenes(
     if record.is_file():
         stored = json.loads(record.read_text(encoding="utf-8"))
         # Size and time as well as the path: a replaced video has other scenes.
-        is_same = all(stored[key] == value for key, value in {**source, "options": options.fingerprint()}.items())
+        is_same_file = all(stored[key] == value for key, value in source.items())
+        is_same = is_same_file and stored["options"] == options.fingerprint()
         if is_same and not options.overwrite:
             return _named(target, stored["scenes"]), Fraction(stored["fps"])
         if not options.overwrite:
-            raise MediaError(
-                video, f"was split with other options before (see {record}); use another folder, or --overwrite"
-            )
+            what = "was split with other options before" if is_same_file else "is not the file that was split before"
+            raise MediaError(video, f"{what} (see {record}); use another folder, or --overwrite")
         if not options.dry_run:
             record.unlink()
             for scene in _named(target, stored["scenes"]):
@@ -192,7 +192,7 @@ def _scenes(
     if not options.dry_run:
         content = {**source, "options": options.fingerprint(), "fps": str(info.fps), "frames": frames, "scenes": parts}
         # Before cutting, so that an interrupted run does not detect again.
-        write_text(record, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        write_text(record, json_text(content, indent=1) + "\n")
     return _named(target, parts), info.fps
 
 

@@ -45,7 +45,7 @@ def run(options: TrainOptions) -> int:
     from ltx_titan import launch
 
     arguments = launch.torchrun_arguments(options.job, options.overrides, os.environ)
-    launch.check_nodes(os.environ)
+    launch.check_nodes(arguments)
     # Every rank checks the job as well; here an error costs no start of ranks and is reported once.
     job = load_job(options.job, options.overrides)
     status = launch.launch(arguments)

@@ -25,12 +25,10 @@ from ltx_titan.conditioning.tokens import (
     video_coordinates,
 )
 from ltx_titan.config.streams import AudioSection, Mask, Reference, VideoSection
+from ltx_titan.data.layout import DEFAULT_FPS
 from ltx_titan.model import TextConnectors
 
 Batch = Mapping[str, Mapping[str, Tensor]]
-
-# Frame rate of latent files without `fps`, as in the reference trainer.
-DEFAULT_FPS = 24.0
 
 
 class StreamBatch(NamedTuple):

@@ -6,7 +6,6 @@ same choice. A disk that cannot be read is not a damaged sample: another rank ma
 job.
 """
 
-import json
 import logging
 import os
 import threading
@@ -15,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from ltx_titan.common.files import json_text
 from ltx_titan.data.dataset import Sample, ShapeKey
 from ltx_titan.data.layout import UnreadableError
 
@@ -133,7 +133,7 @@ class SkippingDataset:
     def _write(self, index: int, other: int) -> None:
         entry = {"sample": self.name(index), "replaced_by": self.name(other), "reason": self._damaged[index]}
         logger.warning("skipped %(sample)s, trained on %(replaced_by)s instead: %(reason)s", entry)
-        line = json.dumps({"rank": os.environ.get("RANK", "0"), **entry}, ensure_ascii=False) + "\n"
+        line = json_text({"rank": os.environ.get("RANK", "0"), **entry}) + "\n"
         # Appended in one write, so that lines of several ranks do not mix.
         with self._lock, self._log.open("a", encoding="utf-8") as file:
             file.write(line)

@@ -14,6 +14,7 @@ appends to a file of its own, which `compact` merges.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -193,10 +194,17 @@ def recorded_options(folder: Path, name: str) -> set[Any]:
         folder: source folder.
         name: key in the recorded options, such as `lora_trigger`; its values must be hashable.
     """
-    # Lines of samples, of which there may be half a million, are not parsed.
-    lines = [line for path in _paths(folder) for line in path.open(encoding="utf-8") if line.startswith('{"id":')]
-    values = [json.loads(line)["values"] for line in lines if f'"{name}":' in line]
-    return {value[name] for value in values if name in value}
+    found = set()
+    for path in _paths(folder):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                # Lines of samples, of which there may be half a million, are not parsed.
+                if not line.startswith('{"id":') or f'"{name}":' not in line:
+                    continue
+                # As in `_read`: a killed process may have left an incomplete line.
+                with suppress(ValueError, TypeError, KeyError):
+                    found.add(json.loads(line)["values"][name])
+    return found
 
 
 def version_of(path: Path, name: str) -> FileVersion | None:

@@ -36,7 +36,7 @@ AUDIO_CHANNELS = 8
 AUDIO_BINS = 16
 AUDIO_STEPS_PER_SECOND = 25
 DEFAULT_FPS = 24.0
-"""Frame rate of older files, which do not store one."""
+"""Frame rate of older files, which do not store one, as in the reference trainer."""
 # Beyond these, positions in time lose their meaning; as for the frame rates of a job.
 _LOWEST_FPS, _HIGHEST_FPS = 0.01, 10_000.0
 

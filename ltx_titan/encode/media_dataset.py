@@ -220,7 +220,8 @@ class MediaDataset:
         else:
             path = row.audio or row.media if key == "audio_latents" else row.media
             # Path, size and time instead of a hash of the content, which would read every video in full.
-            inputs = (str(path.resolve()), _stamp(path), str(clip.bucket), str(clip.fps), usable.has_audio)
+            version = _with_media_error(path, lambda: _stamp(path))
+            inputs = (str(path.resolve()), version, str(clip.bucket), str(clip.fps), usable.has_audio)
         return hashlib.sha256(repr((_READERS, key, inputs, self._model_stamps[key])).encode()).hexdigest()
 
     def _find_rows(self, table: SampleTable) -> list[_UsableRow]:

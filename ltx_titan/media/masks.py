@@ -5,7 +5,6 @@ its pixels and the maximum over its frames, and is conditioned above one half. T
 frame, every later one the codec's temporal factor. An audio file as a mask has the time axis of its audio.
 """
 
-import pickle
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -111,11 +110,12 @@ def _load_tensor(path: str | Path) -> Tensor:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise MediaError(path, "no such file") from error
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise MediaError(path, f"not a readable PyTorch file ({str(error).splitlines()[0] or 'empty'})") from error
+    except Exception as error:  # damaged bytes can raise nearly anything, also in the zip and pickle modules
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise MediaError(path, f"not a readable PyTorch file ({reason})") from error
     stored = stored.get("mask") if isinstance(stored, dict) else stored
-    if not isinstance(stored, Tensor) or stored.numel() == 0:
-        raise MediaError(path, "holds no mask; expected a tensor, or a dict with the key 'mask'")
+    if not isinstance(stored, Tensor) or stored.numel() == 0 or stored.layout != torch.strided or stored.is_quantized:
+        raise MediaError(path, "holds no mask; expected a dense tensor, or a dict with the key 'mask'")
     return stored
 
 

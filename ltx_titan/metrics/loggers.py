@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -122,16 +122,16 @@ class MetricsLogger:
             self.wandb.log({**scalars, "step": step})
 
     def close(self) -> None:
-        """Flushes and closes everything."""
-        if self._file is not None:
-            self._file.close()
-        if self._console is not None:
-            self._console.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            end_wandb(self.wandb)
+        """Flushes and closes everything, also if one of them fails, as files on a full disk do."""
+        file, console, tensorboard, wandb = self._file, self._console, self.tensorboard, self.wandb
         self._file = self._console = self.tensorboard = self.wandb = None
+        # From the last one to the first; an error is raised when all have been called.
+        with ExitStack() as stack:
+            if wandb is not None:
+                stack.callback(end_wandb, wandb)
+            for part in (tensorboard, console, file):
+                if part is not None:
+                    stack.callback(part.close)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

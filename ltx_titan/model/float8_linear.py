@@ -23,7 +23,7 @@ from ltx_titan_kernels.formulas import quantize_tokens
 
 _E4M3 = torch.float8_e4m3fn
 FLOAT8_MULTIPLE = 16
-"""Widths of a float8 matmul are multiples of it."""
+"""Dims of a float8 matmul are multiples of it; in the backward pass one of them is the number of tokens."""
 FEWEST_TOKENS = 256
 """Audio of ten seconds. Below it both ways wait for the weight, and cuBLAS refuses some shapes."""
 

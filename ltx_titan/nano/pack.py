@@ -31,6 +31,7 @@ from ltx_titan.nano.archive import TEXT_ENCODER_NAME, unpack_trained_nano
 from ltx_titan.nano.pack_config import CONFIG, MODEL_VERSION, TEXT_ENCODER
 from ltx_titan.nano.text_encoder import IMAGE_TOKENS, SPECIAL_TOKENS, fast_tokenizer, write_gemma3
 from ltx_titan.weights import save_safetensors
+from ltx_titan.weights.names import TRANSFORMER_PREFIX
 
 DESCRIPTION = """\
 Write a miniature LTX-2.3 pack: transformer, connectors, text projection, video and audio VAE and vocoder in one
@@ -47,7 +48,6 @@ examples:
       --model-path nano/ltx-2.3-nano.safetensors --text-encoder-path nano/text_encoder
 """
 
-TRANSFORMER_PREFIX = "model.diffusion_model."
 CHECKPOINT_NAME = "ltx-2.3-nano.safetensors"
 
 Module = TypeVar("Module", bound=nn.Module)

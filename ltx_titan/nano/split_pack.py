@@ -18,16 +18,11 @@ from transformers import AutoConfig, AutoModel
 
 from ltx_titan.model import FeatureExtractor, LTXTransformer, TextConnectors
 from ltx_titan.model.init import init_random_
-from ltx_titan.nano.pack import (
-    TRANSFORMER_PREFIX,
-    audio_vae_tensors,
-    module_tensors,
-    video_vae_tensors,
-    vocoder_tensors,
-)
+from ltx_titan.nano.pack import audio_vae_tensors, module_tensors, video_vae_tensors, vocoder_tensors
 from ltx_titan.nano.pack_config import CONFIG
 from ltx_titan.nano.text_encoder import SPECIAL_TOKENS
 from ltx_titan.weights import released_config, save_safetensors
+from ltx_titan.weights.names import TRANSFORMER_PREFIX
 
 GEMMA_VERSION = "gemma4-12b-ltx-v1"
 TEXT_CONFIG: dict[str, Any] = {

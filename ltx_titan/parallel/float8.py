@@ -18,8 +18,8 @@ from typing import Literal
 from torch import nn
 
 from ltx_titan.model import LTXTransformer
+from ltx_titan.model.float8_linear import FLOAT8_MULTIPLE
 from ltx_titan.model.float8_trained import FEWEST_TRAINED_TOKENS, Float8TrainedLinear
-from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
 
 Recipe = Literal["native", "tensorwise", "rowwise"]
 

@@ -9,9 +9,9 @@ from math import gcd
 
 from ltx_titan.config import ActivationCheckpointMode, Degrees
 from ltx_titan.model import LTXTransformer, TransformerConfig
+from ltx_titan.model.float8_linear import FLOAT8_MULTIPLE
 from ltx_titan.model.transformer import Modalities
 from ltx_titan.parallel.float8 import convertible_layers
-from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE
 from ltx_titan.parallel.tp import shard_shape
 
 

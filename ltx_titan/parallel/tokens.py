@@ -25,9 +25,6 @@ from ltx_titan.model.rope import distinct_coordinates, midpoints
 from ltx_titan.parallel.collectives import Axis, gather_output, share_gradient
 from ltx_titan.parallel.mesh import Mesh
 
-# float8 matmuls require dims that are multiples of this; in the backward pass one of the dims is the number of tokens.
-FLOAT8_MULTIPLE = 16
-
 
 @dataclass
 class TokenLayout:

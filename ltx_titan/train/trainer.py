@@ -9,7 +9,7 @@ device, shards it, loads this rank's slices and resumes. `Trainer.train` loops; 
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -216,10 +216,12 @@ class Trainer:
                         return
                     self.watch.enter(self.step + 1, "loading")
         finally:
-            # Before the process group: its communicators wait for graphs that contain them.
-            self.train_step.micro_step.drop()
-            log.close()
-            self.saves.close()
+            # Each of them whatever the others raise: a thread that still saves would lose its process group.
+            with ExitStack() as stack:
+                stack.callback(self.saves.close)
+                stack.callback(log.close)
+                # Before the process group: its communicators wait for graphs that contain them.
+                stack.callback(self.train_step.micro_step.drop)
         with self._in_phase("exporting"):
             export = self.saves.export(self.step)
         self.heartbeat.set_phase("finished")

@@ -23,7 +23,6 @@ from ltx_titan.conditioning import (
     latent_grid,
     video_grid,
 )
-from ltx_titan.conditioning.batch import DEFAULT_FPS
 from ltx_titan.conditioning.conditioned import reference_factors, span_bounds
 from ltx_titan.config.streams import Reference, Span, SpatialCrop
 from ltx_titan.config.validation import (
@@ -39,6 +38,7 @@ from ltx_titan.config.validation import (
     ValidationSample,
     VideoToAudio,
 )
+from ltx_titan.data.layout import DEFAULT_FPS
 from ltx_titan.media import (
     Audio,
     MediaError,

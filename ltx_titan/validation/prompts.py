@@ -5,7 +5,6 @@ Rank 0 encodes and broadcasts the contexts. They are cached in a folder, so that
 
 import hashlib
 import logging
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ def prompt_contexts(
     Args:
         prompts: any texts; duplicates are encoded once.
         checkpoint_path: file with the text projection, and with the connectors unless they have a file of their own.
-        text_encoder_path: folder of the text encoder; may be None if all prompts are cached, by whichever encoder.
+        text_encoder_path: folder of the text encoder; may be None, or gone, if all prompts are cached, by any encoder.
         cache_folder: folder of cached contexts.
         device: device on which rank 0 encodes.
         dtype: dtype of the encoder, the connectors and the contexts.
@@ -86,11 +85,11 @@ class _Files:
     def cached(self, prompt: str, folder: Path) -> Path:
         """The file of a prompt's context: named after the prompt and all that it is made with.
 
-        Without a text encoder, the newest that any of them has made.
+        Without a text encoder, or if it is gone, the newest that any of them has made: a resumed job may have none.
         """
         models = [_version(path) for path in dict.fromkeys((self.checkpoint, self.connectors))]
         name = _digest("\0".join([prompt, *models]))
-        if self.text_encoder is not None:
+        if self.text_encoder is not None and self.text_encoder.exists():
             return folder / f"{name}-{_digest(_version(self.text_encoder))}.pt"
         made = sorted(folder.glob(f"{name}-*.pt"), key=lambda path: path.stat().st_mtime_ns)
         return made[-1] if made else folder / f"{name}.pt"
@@ -122,7 +121,7 @@ def _read(path: Path) -> PromptContext | None:
         return None
     try:
         video, audio = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes can raise nearly anything, also in the zip and pickle modules
         logger.warning("%s: damaged, its prompt is encoded again (%s)", path, str(error).split("\n")[0])
         return None
     return video, audio

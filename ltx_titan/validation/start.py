@@ -27,10 +27,8 @@ from ltx_titan.conditioning import (
     video_coordinates,
 )
 from ltx_titan.config.streams import FixedLatentTime, Span
+from ltx_titan.data.layout import AUDIO_BINS, AUDIO_CHANNELS, VIDEO_CHANNELS
 from ltx_titan.diffusion import Guidance, SampledStream, initial_latent
-
-# An audio latent has 8 channels of 16 mel bins, one token per step.
-AUDIO_CHANNELS, AUDIO_BINS = 8, 16
 
 
 def video_start(
@@ -38,7 +36,7 @@ def video_start(
     fps: float,
     scale_factors: tuple[int, int, int],
     *,
-    channels: int = 128,
+    channels: int = VIDEO_CHANNELS,
     marks_first_frame: bool = False,
 ) -> StreamTokens:
     """Creates a video that is generated entirely.

@@ -35,6 +35,8 @@ _PREFIXES = (PEFT_PREFIX, TRANSFORMER_PREFIX, OFFICIAL_PREFIX, "transformer.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 # diffusers writes the adapter's PEFT config here, its keys prefixed with the component.
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"
+# No factor on weights is larger; integers of JSON have no limit.
+_LARGEST_ALPHA = 1e30
 # Parts of adapters that are no plain LoRA, for the message.
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
@@ -101,13 +103,9 @@ def read_lora_layers(path: str | Path, modules: Iterable[str]) -> dict[str, LoRA
     layers = {}
     for name, keys in pairs.items():
         (rank, width), (height, other_rank) = (metadata.tensors[keys[part]].shape for part in (DOWN, UP))
-        if rank != other_rank:
+        if rank != other_rank or rank == 0:
             raise ValueError(f"{path}: {name}: lora_A has rank {rank} and lora_B {other_rank}; the file is damaged.")
-        try:
-            scale = alphas.scale(name, rank)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        layers[name] = LoRALayer(keys[DOWN], keys[UP], rank, (height, width), scale)
+        layers[name] = LoRALayer(keys[DOWN], keys[UP], rank, (height, width), alphas.scale(name, rank))
     return layers
 
 
@@ -116,63 +114,83 @@ class _Alphas:
     """Alphas of a file: those of single layers, and PEFT's config of all.
 
     Attributes:
+        path: of the config, or of the file without one.
         of_layers: by official layer name.
         config: PEFT's `LoraConfig` as a dictionary; empty if the file has none.
     """
 
+    path: Path
     of_layers: Mapping[str, float]
     config: Mapping[str, Any]
 
     @classmethod
     def read(cls, metadata: CheckpointMetadata, keys: Mapping[str, str]) -> "_Alphas":
-        """Reads `.alpha` tensors by layer, and the config in the header or, for PEFT, in the file beside it."""
-        with safe_open(metadata.path, framework="pt") as file:
-            stored = {name: file.get_tensor(key) for name, key in keys.items()}
-        for name, alpha in stored.items():
-            if alpha.numel() != 1:
+        """Reads `.alpha` tensors by layer, and the config in the header or, for PEFT, in the file beside it.
+
+        Raises:
+            ValueError: an alpha is no number, or the config cannot be read.
+        """
+        for key in keys.values():
+            if math.prod(shape := metadata.tensors[key].shape) != 1:
                 raise ValueError(
-                    f"{metadata.path}: {keys[name]}: expected one number, found {list(alpha.shape)}; it is damaged."
+                    f"{metadata.path}: {key}: expected one number, found shape {list(shape)}; the file is damaged."
                 )
-        of_layers = {name: alpha.item() for name, alpha in stored.items()}
+        with safe_open(metadata.path, framework="pt") as file:
+            of_layers = {name: _finite(metadata.path, key, file.get_tensor(key).item()) for name, key in keys.items()}
         if _DIFFUSERS_CONFIG in metadata.raw:
             config = _parse(metadata.path, metadata.raw[_DIFFUSERS_CONFIG])
             # Keys carry the component: "transformer.lora_alpha".
-            return cls(of_layers, {key.rpartition(".")[2]: value for key, value in config.items()})
+            return cls(metadata.path, of_layers, {key.rpartition(".")[2]: value for key, value in config.items()})
         if not any(key.startswith(PEFT_PREFIX) for key in metadata.tensors) or of_layers:
-            return cls(of_layers, {})
+            return cls(metadata.path, of_layers, {})
         beside = metadata.path.parent / "adapter_config.json"
         if not beside.is_file():
             raise ValueError(
                 f"{metadata.path}: a PEFT file, whose alpha is in {beside.name} beside it; expected that file, found "
                 f'none. Copy it, or write one: {{"lora_alpha": ALPHA}}.'
             )
-        return cls(of_layers, _parse(beside, beside.read_text(encoding="utf-8")))
+        return cls(beside, of_layers, _parse(beside, beside.read_text(encoding="utf-8")))
 
     def scale(self, name: str, rank: int) -> float:
         """Factor on B A of one layer.
 
         Raises:
-            ValueError: alpha is no number, not finite or 0, with which the layer would have no effect.
+            ValueError: the config's alpha is no number, or a pattern of it is no regular expression.
         """
         if name in self.of_layers:
-            return _checked(self.of_layers[name], name) / rank
-        alpha = self.config.get("lora_alpha")
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            # As PEFT matches patterns: whole components at the end of the name.
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                alpha = value
+            return self.of_layers[name] / rank
+        key, alpha = "lora_alpha", self.config.get("lora_alpha")
+        patterns = self.config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{self.path}: alpha_pattern: expected an object, found {patterns!r:.80}; correct it.")
+        for pattern, value in patterns.items():
+            try:
+                # As PEFT matches patterns: whole components at the end of the name.
+                is_match = re.match(rf"(.*\.)?({pattern})$", name)
+            except re.error as error:
+                raise ValueError(
+                    f"{self.path}: alpha_pattern: expected regular expressions, found {pattern!r:.80} ({error}); "
+                    f"correct it."
+                ) from error
+            if is_match:
+                key, alpha = f"alpha_pattern.{pattern}", value
         if alpha is None:
             return 1.0
-        return _checked(alpha, name) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        alpha = _finite(self.path, key, alpha)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-def _checked(alpha: Any, name: str) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
-        raise ValueError(
-            f"{name}: alpha = {alpha!r}: expected a finite number other than 0, which is divided by the rank; write "
-            "the file again with its tool."
-        )
-    return float(alpha)
+def _finite(path: Path, key: str, value: Any) -> float:
+    """The value as a number.
+
+    Raises:
+        ValueError: it is none, too large for a factor, or 0, with which a layer would have no effect; the message has
+            file and key.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and -_LARGEST_ALPHA < value < _LARGEST_ALPHA and value != 0):
+        raise ValueError(f"{path}: {key}: expected a finite number other than 0, found {value!r:.80}; correct it.")
+    return float(value)
 
 
 def flat_prefix(key: str) -> str | None:
@@ -201,7 +219,7 @@ def _official(module: str, flat_names: Mapping[str, str]) -> str:
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the adapter's config is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: the adapter's config is {type(config).__name__}, expected an object.")

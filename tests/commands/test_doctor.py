@@ -46,7 +46,9 @@ def test_a_build_without_cuda_on_a_machine_with_gpus(tmp_path, capsys, monkeypat
     assert main(["doctor", "--disk", str(tmp_path)]) == 1
     text = "\n".join(lines(capsys))
     assert "build without CUDA" in text
-    assert "-> install a CUDA build" in text
+    # Without --force-reinstall pip takes the installed build for the one that is asked for.
+    assert "-> install a CUDA build: " in text
+    assert "pip install --force-reinstall torch==" in text
 
 
 @pytest.mark.parametrize("damage", ["checkpoint", "data", "validation", "job"])

@@ -99,7 +99,7 @@ def finished(tmp_path, nano_path, data_root):
     samples = [{"prompt": "A dog <b>barks"}, {"prompt": "Rain"}]
     job = load_job(write_job(
         tmp_path, nano_path, data_root, model__mode="lora", hub__repo="me/film", job__license="apache-2.0",
-        job__trigger="SKSDOG", **small_validation(nano_path, samples=samples)))  # fmt: skip
+        job__trigger="SKSDOG", training__steps=4, **small_validation(nano_path, samples=samples)))  # fmt: skip
     folder = tmp_path / "run"
     (folder / "export").mkdir(parents=True)
     save_safetensors(folder / "export" / "lora-step-4.safetensors", {"a": torch.ones(2)}, {})
@@ -156,8 +156,11 @@ def test_a_failed_upload_is_one_line_without_the_token(fault, hub, finished, mon
     # At the end of a run it is a message: the run is complete.
     push_finished(job)
     error = capsys.readouterr().err
-    assert "the run is complete" in error
-    assert f"ltx-titan push {folder}" in error
+    if fault == "no weights":
+        assert "nothing is uploaded to me/film" in error
+    else:
+        assert "the run is complete" in error
+        assert f"ltx-titan push {folder}" in error
     assert TOKEN not in error
     assert not hub.files
 
@@ -169,6 +172,13 @@ def test_the_end_of_a_run_uploads_if_the_job_asks_for_it(hub, finished, capsys):
     push_finished(job)
     assert "lora-step-4.safetensors" in hub.files
     assert "uploaded to" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_uploads_no_export_of_an_earlier_step(hub, finished, capsys):
+    _, job = finished
+    push_finished(job.model_copy(update={"training": job.training.model_copy(update={"steps": 8})}))
+    assert not hub.created
+    assert "export/lora-step-8.safetensors does not exist" in capsys.readouterr().err
 
 
 def test_a_dry_run_uploads_nothing_and_needs_no_token(finished, monkeypatch, capsys):

@@ -114,12 +114,34 @@ def test_a_second_run_cuts_missing_clips_to_the_same_bytes(cut, console):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+def test_a_film_whose_name_is_not_utf_8_is_cut(films, tmp_path, console):
+    folder = tmp_path / "films"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9")
+    (folder / f"{name}.mp4").symlink_to(films / "fílm ☃.mp4")
+    for outcome in ("done", "skipped"):
+        report = split_scenes(SplitOptions(folder, tmp_path / "clips"), console)
+        assert report.counts["split"] == {outcome: 3}, report.failures
+    assert [row["video"] for row in rows_of(tmp_path / "clips")] == [f"{name}-scene-00{n}.mp4" for n in (1, 2, 3)]
+
+
 def test_other_options_do_not_mix_with_existing_clips(cut, films, console):
     out, _, _ = cut
     film = films / "fílm ☃.mp4"
     report = split_scenes(SplitOptions(film, out, max_length="20"), console)
     assert "was split with other options" in report.failures[0][2]
     assert len(list(out.glob("fílm*.mp4"))) == 3
+
+
+def test_a_film_that_was_replaced_is_not_blamed_on_the_options(films, tmp_path, console):
+    film = tmp_path / "film.mp4"
+    film.write_bytes((films / "fílm ☃.mp4").read_bytes())
+    options = SplitOptions(film, tmp_path / "clips")
+    split_scenes(options, console)
+    film.write_bytes((films / "sub" / "silent.mp4").read_bytes())
+    (failure,) = split_scenes(options, console).failures
+    assert "is not the file that was split before" in failure[2]
+    assert len(rows_of(tmp_path / "clips")) == 3
 
 
 def test_long_scenes_are_cut_short_ones_skipped_and_overwritten(films, tmp_path, console):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 
@@ -49,6 +50,18 @@ def test_a_damaged_sample_is_replaced_by_the_next_one_of_its_shape(root, tmp_pat
     lines = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
     assert [(line["sample"], line["replaced_by"]) for line in lines] == [("c.pt", "e.pt")] * 2
     assert "checksum" in lines[0]["reason"]
+
+
+def test_a_sample_whose_name_is_not_utf_8_is_replaced_and_logged(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    root = write_dataset(tmp_path / "data", [name, "other"])
+    dataset(root)  # its shapes are known from before
+    damage(root, name)
+    found = SkippingDataset(dataset(root, skip_damaged=True), tmp_path)
+    index = next(i for i in range(2) if found.name(i) == f"{name}.pt")
+    assert found.load(index)["video_latents"]["latents"].equal(found.load(1 - index)["video_latents"]["latents"])
+    (line,) = (tmp_path / LOG_NAME).read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["sample"] == f"{name}.pt"
 
 
 def test_a_file_cut_after_the_first_run_keeps_the_order(root, tmp_path):

@@ -124,6 +124,19 @@ def test_truncated_clip_is_replaced_by_one_of_its_shape(nano, tmp_path, caplog):
         alone.load(0)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_clip_that_is_deleted_during_a_run_is_replaced(nano, tmp_path, caplog, cache):
+    for name in ("gone.mp4", "good.mp4"):
+        write_clip(tmp_path / name, frames=17)
+    table = write_table(tmp_path, ["gone.mp4", "good.mp4"])
+    fields = {"cache_dir": str(tmp_path / "cache")} if cache else {}
+    media = MediaDataset(section(nano, table, **fields), SOURCES, nano)
+    (tmp_path / "gone.mp4").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert same(media.load(0), media.load(1))
+    assert "gone.pt: skipped, another clip of its shape replaces it" in caplog.text
+
+
 def test_encoded_samples_are_cached(nano, mixed, tmp_path):
     table, prepared = mixed
     cached = section(nano, table, cache_dir=str(tmp_path / "cache"), lora_trigger="SKS")

@@ -83,7 +83,9 @@ def test_clipped_gradients_equal_the_reference(trained):
 
 @pytest.mark.parametrize("step", ["step1", "step2"])
 def test_weights_equal_the_reference_after_each_step(trained, step):
-    for name, expected in CASE.under(f"output.{step}.weight.").items():
+    weights = CASE.under(f"output.{step}.weight.")
+    assert len(weights) == len(ENTRY["tracked"])
+    for name, expected in weights.items():
         off = (trained[f"{step}.weight.{name}"] - expected).abs() > TOLERANCE["weight"]["atol"]
         assert off.float().mean() <= 0.005, name
     norms = torch.stack([trained[f"{step}.weight.{name}"].norm() for name in ENTRY["weight_norm_names"]])

@@ -1,3 +1,5 @@
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
@@ -84,3 +86,24 @@ def test_audio_mask_has_the_time_of_its_audio(tmp_path):
     assert read_audio_mask(tmp_path / "m.wav", 50, 25).tolist() == [True] * 25 + [False] * 25
     with pytest.raises(MediaError, match=r"m\.wav: lasts 4\.00 s, its audio 8\.00 s; use a longer mask"):
         read_audio_mask(tmp_path / "m.wav", 200, 25)
+
+
+        read_audio_mask(tmp_path / "m.pt", 4, 25)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "older than torch 1.6"])
+def test_a_damaged_audio_mask_is_a_media_error_or_another_mask(tmp_path, is_zip):
+    path = tmp_path / "m.pt"
+    torch.save({"mask": torch.ones(4)}, path, _use_new_zipfile_serialization=is_zip)
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + b"\x85" + whole[position + 1 :])
+        with suppress(MediaError):
+            assert read_audio_mask(path, 4, 25).shape == (4,)
+
+
+def test_a_sparse_audio_mask_is_named(tmp_path):
+    torch.save(torch.eye(3).to_sparse(), tmp_path / "m.pt")
+    with pytest.raises(MediaError, match="holds no mask; expected a dense tensor"):
+        read_audio_mask(tmp_path / "m.pt", 4, 25)

@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -89,6 +90,22 @@ def test_tensorboard_tags_are_grouped_and_extras_keep_theirs(tmp_path):
     assert scalars(tmp_path, "mem/peak_gib") == [(1, 3.0)]
     assert scalars(tmp_path, "loss/video_sigma_0.00-0.25") == [(1, 2.0)]
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss/video_sigma_0.00-0.25"] == 2.0
+
+
+def test_a_full_disk_at_the_end_leaves_nothing_open(tmp_path):
+    writer = run(tmp_path, [1])
+    board = writer.tensorboard
+    writer._file.close()
+    with Path("/dev/full").open("a") as full:
+        writer._file = full
+        with pytest.raises(OSError, match="No space left"):
+            writer.log(StepMetrics(2, loss=2.0, lr=1e-4))
+        # What could not be written is tried again.
+        with pytest.raises(OSError, match="No space left"):
+            writer.close()
+    assert board.all_writers is None, "still open"
+    assert writer.tensorboard is None
+    writer.close()
 
 
 def test_ranks_that_are_not_writers_write_nothing(tmp_path, capsys):

@@ -26,6 +26,7 @@ from ltx_titan.benchmarks.precision import make_inputs, relative_error
 from ltx_titan.conditioning import FlexibleStrategy, ModelInputs
 from ltx_titan.config import Degrees
 from ltx_titan.model import LTXTransformer
+from ltx_titan.model.float8_linear import FLOAT8_MULTIPLE
 from ltx_titan.model.init import init_random_
 from ltx_titan.model.kernel_ops import select_operators
 from ltx_titan.parallel.activation_checkpoint import apply_full_checkpointing, apply_selective_checkpointing
@@ -34,7 +35,7 @@ from ltx_titan.parallel.float8 import apply_float8
 from ltx_titan.parallel.fsdp import apply_fsdp
 from ltx_titan.parallel.mesh import build_mesh, init_distributed
 from ltx_titan.parallel.parallelize import apply_compile
-from ltx_titan.parallel.tokens import FLOAT8_MULTIPLE, shard_tokens
+from ltx_titan.parallel.tokens import shard_tokens
 from ltx_titan.parallel.tp import apply_tensor_parallel
 from ltx_titan.weights import released_config
 from tests.parallel.harness import named, whole

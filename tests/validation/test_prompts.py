@@ -36,6 +36,7 @@ def test_another_text_encoder_at_the_same_path_is_noticed(nano, tmp_path):
     assert not torch.equal(second, first)
     # Without an encoder, the newest: a resumed job does not need one.
     assert torch.equal(encode(nano, tmp_path, None), second)
+    assert torch.equal(encode(nano, tmp_path, tmp_path / "gone"), second)
 
 
 def test_prompts_pass_the_connectors_of_the_job(nano, tmp_path):

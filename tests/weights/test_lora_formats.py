@@ -122,30 +122,49 @@ def test_a_peft_file_without_its_config_is_refused(written, tmp_path):
         load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": "8"}, r"lora_alpha: expected a finite number .*, found '8'"),
+        ({"lora_alpha": True}, r"lora_alpha: expected a finite number .*, found True"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha: expected a finite number .*, found nan"),
+        ({"lora_alpha": 10**400}, r"lora_alpha: expected a finite number .*, found 1000"),
+        ({"alpha_pattern": [8]}, r"alpha_pattern: expected an object, found \[8\]"),
+        ({"alpha_pattern": {"(": 8}}, r"alpha_pattern: expected regular expressions, found '\('"),
+        ({"alpha_pattern": {"to_q": None}, "lora_alpha": []}, r"lora_alpha: expected a finite number .*, found \[\]"),
+    ],
+)
+def test_a_peft_config_without_a_usable_alpha_is_refused(written, tmp_path, config, message):
+    found, _ = peft(written[1], tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(found, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {message}"):
+        load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("alpha", [[8.0, 8.0], [], [float("nan")], [float("inf")], [0.0]])
+def test_an_alpha_that_is_no_number_is_refused(written, tmp_path, alpha):
+    found, _ = kohya(written[1], tmp_path)
+    key = next(key for key in found if key.endswith(".alpha"))
+    save_file({**found, key: torch.tensor(alpha)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=rf"other\.safetensors: {key}: expected (one|a finite) number.*, found"):
+        load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
+
+
+def test_a_rank_of_zero_is_refused(written, tmp_path):
+    found, _ = kohya(written[1], tmp_path)
+    found = {key: t[:0] if ".lora_down" in key else t[:, :0] if ".lora_up" in key else t for key, t in found.items()}
+    save_file({key: tensor.contiguous() for key, tensor in found.items()}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="lora_A has rank 0 and lora_B 0"):
+        load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
+
+
 def test_a_layer_that_the_model_lacks_keeps_its_name_in_the_message(written, tmp_path):
     found, _ = kohya(written[1], tmp_path)
     found = {key.replace("patchify_proj", "time_in"): tensor for key, tensor in found.items()}
     save_file(found, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"1 layers that have no adapter in the model: lora_unet_time_in"):
         load_lora(adapter_weights(written[0]), tmp_path / "other.safetensors")
-
-
-@pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.tensor(float("nan")), torch.ones(2)])
-def test_alpha_that_is_no_factor_is_refused(tmp_path, alpha):
-    layer = "diffusion_model.transformer_blocks.0.attn1.to_q"
-    tensors = {f"{layer}.lora_A.weight": torch.ones(4, 8), f"{layer}.lora_B.weight": torch.ones(8, 4)}
-    save_file(tensors | {f"{layer}.alpha": alpha}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"lora\.safetensors: .*to_q.*alpha.*expected (a finite|one) number"):
-        read_lora_layers(tmp_path / "lora.safetensors", ())
-
-
-def test_alpha_of_another_type_is_refused(tmp_path):
-    layer = "base_model.model.transformer_blocks.0.attn1.to_q"
-    tensors = {f"{layer}.lora_A.weight": torch.ones(4, 8), f"{layer}.lora_B.weight": torch.ones(8, 4)}
-    save_file(tensors, tmp_path / "lora.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": "8"}))
-    with pytest.raises(ValueError, match=r"lora\.safetensors: .*alpha = '8': expected a finite number"):
-        read_lora_layers(tmp_path / "lora.safetensors", ())
 
 
 def test_one_layer_under_the_names_of_two_tools_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ltx_titan.common.files import locked, write_text
+from ltx_titan.common.files import json_text, locked, write_text
 from ltx_titan.media import is_image
 from ltx_titan.tables.folders import AUDIO_SUFFIXES, VIDEO_SUFFIXES, captions_beside, find_media
 from ltx_titan.tables.samples import Row, is_table, media_of_row, moved_row, read_table, relative_name, write_table
@@ -55,7 +55,7 @@ class CaptionTable:
 
     def add(self, path: Path, caption: str) -> None:
         """Appends a caption to the journal on disk."""
-        line = json.dumps({"media": self._key(path), "caption": caption}, ensure_ascii=False)
+        line = json_text({"media": self._key(path), "caption": caption})
         # Locked, or another process could merge and delete the journal between `open` and `write`.
         with locked(self.path), self._journal.open("a", encoding="utf-8") as journal:
             # The leading line break ends a line that a killed run may have left incomplete.

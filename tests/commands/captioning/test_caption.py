@@ -1,6 +1,7 @@
 import base64
 import csv
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,7 +11,9 @@ from PIL import Image
 
 from ltx_titan.cli import main
 from ltx_titan.commands.captioning.caption import CaptionOptions, caption_files
+from ltx_titan.commands.captioning.table import CaptionTable
 from ltx_titan.media import Audio, write_wav
+from ltx_titan.tables.folders import VIDEO_SUFFIXES
 from tests.media.clips import tone, write_clip
 
 
@@ -160,6 +163,20 @@ def test_captions_of_a_killed_run_are_kept(clips, console):
     assert len(server.bodies) == 3
     assert [row["caption"] for row in rows_of(output)][:2] == ["a tone", "4 frames and 1 audio"]
     assert not journal.exists()
+
+
+def test_a_clip_whose_name_is_not_utf_8_is_captioned(clips, tmp_path, console):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    (tmp_path / name).symlink_to(clips / "a.mp4")
+    with Server() as server:
+        report = caption_files(CaptionOptions(tmp_path, server=server.url), console)
+        # After a kill: the caption is in the journal alone.
+        journal = CaptionTable(tmp_path, None, VIDEO_SUFFIXES, recursive=False)
+        journal.add(tmp_path / name, "again")
+        again = CaptionTable(tmp_path, None, VIDEO_SUFFIXES, recursive=False)
+        again.save()
+    assert report.counts["caption"] == {"done": 1}, report.failures
+    assert rows_of(tmp_path / "dataset.jsonl") == [{"video": name, "caption": "again"}]
 
 
 def test_a_server_that_stops_ends_the_run_and_loses_nothing(clips, console):
