@@ -126,7 +126,7 @@ def main() -> int:
     plan = plan_job(load_job(options.job, options.overrides), 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     case = {**environment(device), "case": "diffusers with PEFT adapters, compiled, every block recomputed"}
-    row = {**case, "error": STARTED}
+    row: dict[str, Any] = {**case, "error": STARTED}
     write_rows(options.out, [row])
     # After every step: blocks compile twice, since the first one's input has no gradient, and time may end before.
     for number, found in enumerate(time_steps(plan, options.steps, device), 1):

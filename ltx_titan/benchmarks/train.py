@@ -97,7 +97,7 @@ def measure(
             print(f"estimated: {in_words(predicted)}", flush=True)
         started = time.perf_counter()
         trainer = Trainer(plan)
-        # The trainer would save and go on to the next case, beside whatever runs after this program.
+        # The trainer would save, and the next case would begin, beside whatever runs after this program.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         built_s = time.perf_counter() - started
