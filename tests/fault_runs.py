@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,7 @@ class Run:
 
     def end(self) -> None:
         """Kills whatever is left."""
-        for process in descendants():
-            os.kill(process, signal.SIGKILL)
+        end_descendants()
 
 
 def _free_port() -> int:
@@ -191,6 +191,24 @@ def descendants() -> list[int]:
         if _lives(process):
             found.append(process)
     return found
+
+
+def end_descendants(patience_s: float = 60.0) -> None:
+    """Kills every process below this one, stopped ones too, and waits for their end.
+
+    Args:
+        patience_s: for processes that the driver of a GPU still holds; those are named and left.
+    """
+    deadline = time.monotonic() + patience_s
+    # Again and again: a launcher may have been about to start a rank.
+    while left := descendants():
+        for process in left:
+            with suppress(ProcessLookupError):  # its own parent has collected it
+                os.kill(process, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            print(f"{left} do not end", file=sys.stderr, flush=True)
+            return
+        time.sleep(0.01)
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:

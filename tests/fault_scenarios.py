@@ -7,10 +7,17 @@ takes longer than `job.timeout_s`. Each scenario has a process and a dump folder
 time. A scenario hurts a run, checks what is left, starts the same command again and compares the end with an unbroken
 run, bit for bit. The log also says whether two unbroken runs are equal with `job.deterministic`, which all scenarios
 use, and without.
+
+SIGTERM, SIGINT and the end of `--budget` end the program and all its processes, stopped ones too; a scenario that has
+not ended by then writes the end of its log. `stop-rank-1` takes, from the signal on, `--timeout`, up to 20 s in which
+the time-out is explained and NCCL writes its record, and the 30 s after which torchrun kills a rank that does not
+answer SIGTERM; starting before and again after that takes about half a minute each.
 """
 
 import argparse
+import ctypes
 import json
+import math
 import multiprocessing
 import pickle
 import re
@@ -20,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +36,10 @@ import torch
 from ltx_titan.common.files import atomic_write
 from tests import fault_runs
 from tests.fault_injection import Campaign, Kill, become_subreaper, check_after, inject, leftovers, outcome
-from tests.fault_runs import Run, Violation, wait_for
+from tests.fault_runs import Run, Violation, descendants, end_descendants, wait_for
 
-TIMEOUT_S = 60
+_PR_SET_PDEATHSIG = 1
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
 # The copy of a save takes a few milliseconds: it may not be seen in the first save, nor in the second.
 PATIENCE = 20
 
@@ -59,6 +68,17 @@ SCENARIOS = {
 }
 
 
+class Ended(BaseException):
+    """The program has received a signal that ends it."""
+
+
+def _end(number: int, _: object) -> None:
+    # One is enough: the processes below are ended while this one unwinds.
+    for other in _END_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise Ended(f"ended by {signal.Signals(number).name}")
+
+
 def play(campaign: Campaign, name: str, start: str, expected: Path) -> None:
     """Body of a scenario's process; exits with 1 and says why if a promise was not kept.
 
@@ -69,6 +89,7 @@ def play(campaign: Campaign, name: str, start: str, expected: Path) -> None:
         expected: file in which the outcome of the unbroken run appears.
     """
     become_subreaper()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     scenario = SCENARIOS[name]
     job = campaign.write_job(name, "2")
     kill = Kill(scenario.phase, 9, 0.0, scenario.target, scenario.signal)
@@ -77,6 +98,7 @@ def play(campaign: Campaign, name: str, start: str, expected: Path) -> None:
     try:
         hit = inject(run, kill, 0, campaign.steps, PATIENCE)
         injected = time.monotonic()
+        campaign.write({"scenario": name, "signaled": hit, "after_s": round(injected - started, 1)})
         run.wait_until_gone()
         took = time.monotonic() - injected
         newest = check_after(run, kill, hit, 0)
@@ -98,8 +120,9 @@ def play(campaign: Campaign, name: str, start: str, expected: Path) -> None:
             raise Violation(f"{unequal} differ from those of the unbroken run")
         if left := leftovers(job.parent):
             raise Violation(f"left {left}")
-    except Violation as error:
-        campaign.write({"scenario": name, "broken": str(error), "log": run.text()[-6000:]})
+    except (Violation, Ended) as error:
+        seconds = round(time.monotonic() - started, 1)
+        campaign.write({"scenario": name, "broken": str(error), "seconds": seconds, "log": run.text()[-6000:]})
         sys.exit(1)
     finally:
         run.end()
@@ -147,6 +170,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--start", choices=("fork", "exec"), default="exec")
     parser.add_argument("--exec", nargs="*", default=[], metavar="SCENARIO", help="started with exec nevertheless")
     parser.add_argument("--limit", type=float, default=300, help="seconds that nothing may take")
+    parser.add_argument("--budget", type=float, default=900, help="seconds after which everything is ended")
+    parser.add_argument("--timeout", type=float, default=60, help="job.timeout_s")
     parser.add_argument("--copy-engines", action="store_true", help="bfloat16, weights gathered by copy engines")
     parser.add_argument("--log", type=Path)
     return parser
@@ -157,35 +182,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     fault_runs.LIMIT_S = options.limit
     become_subreaper()
-    with tempfile.TemporaryDirectory(prefix="fault-scenarios-") as folder:
-        campaign = Campaign(Path(folder), options.start, options.steps, options.log)
-        campaign.settings |= {"job__timeout_s": TIMEOUT_S, "job__deterministic": True}
-        if options.copy_engines:
-            campaign.settings |= {"parallelism__fsdp_copy_engines": "on", "training__dtype": "bfloat16"}
-        gpus = subprocess.run(["sh", "-c", "nvidia-smi -L"], capture_output=True, text=True, check=False).stdout
-        campaign.write({"torch": torch.__version__, "nccl": _nccl(), "gpus": gpus.splitlines()})
-        expected = Path(folder) / "expected.pickle"
-        processes = [
-            multiprocessing.get_context("fork").Process(
-                target=play, args=(campaign, name, "exec" if name in options.exec else options.start, expected)
-            )
-            for name in options.names or SCENARIOS
-        ]
-        for process in processes:
-            process.start()
-        try:
-            unbroken = compare_unbroken(campaign)
-            with atomic_write(expected) as path:
-                path.write_bytes(pickle.dumps(unbroken))
-        except Violation as error:
-            print(f"BROKEN: {error}", file=sys.stderr)
-            for process in processes:  # they could only wait for it
-                process.terminate()
-        for process in processes:
-            process.join()
+    for number in _END_SIGNALS:
+        signal.signal(number, _end)
+    signal.alarm(math.ceil(options.budget))
+    processes: list[ForkProcess] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="fault-scenarios-") as folder:
+            try:
+                _run(options, Path(folder), processes)
+            finally:
+                _end_all(processes)
+    except Ended as error:
+        print(f"BROKEN: {error}", file=sys.stderr)
     kept = sum(process.exitcode == 0 for process in processes)
     print(json.dumps({"scenarios": len(processes), "kept": kept}))
-    return 0 if kept == len(processes) else 1
+    return 0 if processes and kept == len(processes) else 1
+
+
+def _run(options: argparse.Namespace, folder: Path, processes: list[ForkProcess]) -> None:
+    """Plays all scenarios beside the unbroken runs; their processes are added to `processes`."""
+    campaign = Campaign(folder, options.start, options.steps, options.log)
+    campaign.settings |= {"job__timeout_s": options.timeout, "job__deterministic": True}
+    if options.copy_engines:
+        campaign.settings |= {"parallelism__fsdp_copy_engines": "on", "training__dtype": "bfloat16"}
+    gpus = subprocess.run(["sh", "-c", "nvidia-smi -L"], capture_output=True, text=True, check=False).stdout
+    campaign.write({"torch": torch.__version__, "nccl": _nccl(), "gpus": gpus.splitlines()})
+    expected = folder / "expected.pickle"
+    for name in options.names or SCENARIOS:
+        start = "exec" if name in options.exec else options.start
+        process = multiprocessing.get_context("fork").Process(target=play, args=(campaign, name, start, expected))
+        process.start()
+        processes.append(process)
+    try:
+        unbroken = compare_unbroken(campaign)
+        with atomic_write(expected) as path:
+            path.write_bytes(pickle.dumps(unbroken))
+    except Violation as error:
+        print(f"BROKEN: {error}", file=sys.stderr)
+        for process in processes:  # they could only wait for it
+            process.terminate()
+    for process in processes:
+        process.join()
+
+
+def _end_all(processes: list[ForkProcess]) -> None:
+    """Ends whatever lives; scenarios have a few seconds to write why they ended."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + 5
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    if left := descendants():
+        print(f"ending {len(left)} processes", file=sys.stderr, flush=True)
+    end_descendants()
 
 
 def _nccl() -> str | None:

@@ -23,6 +23,7 @@ from ltx_titan.benchmarks.load import LoadOptions
 from ltx_titan.benchmarks.peer_lora import PeerOptions
 from ltx_titan.benchmarks.precision import PrecisionOptions
 from ltx_titan.benchmarks.scaling import ScalingOptions
+from ltx_titan.benchmarks.step import StepBenchOptions
 from ltx_titan.benchmarks.train import TrainBenchOptions
 from ltx_titan.cli import main
 from ltx_titan.commands.catalog import load_command
@@ -154,6 +155,13 @@ def measures(command: Command, monkeypatch) -> None:
         load_job(options.job, shlex.split(f"{options.all} {case.partition(':')[2]}"))
 
 
+def profiles(command: Command, monkeypatch) -> None:
+    """Options and job of `bench step` under torchrun."""
+    arguments = command.words[command.words.index("step") + 1 :]
+    options = parse_options(StepBenchOptions, arguments, prog="", description="")
+    load_job(options.job, options.overrides)
+
+
 def names_extras(command: Command, monkeypatch) -> None:
     """The package's extras that pip is to install."""
     extras = re.fullmatch(r"pip install -e \.\[([\w,]+)\]", command.text)
@@ -207,6 +215,7 @@ CHECKED: dict[str, tuple[str, Callable[[Command, pytest.MonkeyPatch], None]]] = 
     "python -m ltx_titan.benchmarks.precision": ("needs a GPU", measures),
     "python -m tests.fault_scenarios": ("needs two GPUs", names_scenarios),
     "ltx-titan bench step": ("needs a GPU", parses),
+    "torchrun --nproc-per-node 2 -m ltx_titan.cli bench step": ("needs two GPUs", profiles),
     "ltx-titan bench scaling": ("a minute; tests/benchmarks/test_scaling.py runs it", parses),
     "ltx-titan bench block --tokens 4032 16128 --providers triton native tensorwise": ("needs a GPU", parses),
     "ltx-titan bench small-gpu": ("needs a GPU", parses),

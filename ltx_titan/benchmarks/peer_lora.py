@@ -5,11 +5,13 @@
 The job gives shape, layers, rank, targets, tokens and learning rate; one clip a step on one GPU, random weights. The
 peer is what its users would write: blocks compiled one by one, all of them recomputed in the backward pass (their
 activations do not fit 80 GB), float32 adapters under bfloat16 autocast, torch's fused AdamW, clipped gradients. Times
-are between the ends of steps on the device. FLOPs are those of the job, so that MFU compares.
+are those of the host, which waits for the device after every step. FLOPs are those of the job, so that MFU compares.
+The row is written after every step.
 """
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,6 +21,7 @@ import torch
 
 from ltx_titan.benchmarks.block_models import build_diffusers, compile_blocks, dense_loss, diffusers_inputs
 from ltx_titan.benchmarks.measure import environment, write_rows
+from ltx_titan.benchmarks.train import STARTED
 from ltx_titan.common.hardware import GIB
 from ltx_titan.common.logs import quiet_libraries
 from ltx_titan.common.options import Maybe, Overrides, Positional, parse_options
@@ -73,14 +76,19 @@ def peer_model(plan: Plan, device: torch.device) -> Any:
     return model
 
 
-def time_steps(plan: Plan, steps: int, device: torch.device) -> dict[str, Any]:
-    """Trains the peer; returns the fields of a row."""
+def time_steps(plan: Plan, steps: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Trains the peer; yields the fields of a row after every step, of which the last ones are the result."""
     tokens = stream_tokens(plan.dataset.shape_key(0), plan.modalities)
+    # Before the minutes of compilation, so that nothing can fail after them.
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    flops = plan.sample_flops(0)
+    began = time.perf_counter()
     model = peer_model(plan, device)
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=plan.job.optimizer.lr, fused=True)
     inputs = diffusers_inputs(plan.source.config["transformer"], tokens.video_tokens, tokens.audio_tokens, device)
-    times = []
+    built_s = time.perf_counter() - began
+    times: list[float] = []
     for _ in range(steps):
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
@@ -93,21 +101,22 @@ def time_steps(plan: Plan, steps: int, device: torch.device) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-    timed = times[_WARMUP:] or times[-1:]
-    tflops = plan.sample_flops(0) / median(timed) / 1e12
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return {
-        "step_time_s": median(timed),
-        "spread": (max(timed) - min(timed)) / median(timed),
-        "steps_timed": len(timed),
-        "first_step_s": times[0],
-        "tflops_per_gpu": tflops,
-        "mfu": None if peak is None else tflops * 1e12 / peak,
-        "peak_mem_gib": torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None,
-        "tokens_per_sample": plan.sample_tokens(0),
-        "trained": sum(parameter.numel() for parameter in adapters),
-        "clock": "device",
-    }
+        timed = times[_WARMUP:] or times[-1:]
+        tflops = flops / median(timed) / 1e12
+        yield {
+            "step_time_s": median(timed),
+            "spread": (max(timed) - min(timed)) / median(timed),
+            "steps_timed": len(times[_WARMUP:]),
+            "first_step_s": times[0],
+            "build_s": built_s,
+            "step_times_s": list(times),
+            "tflops_per_gpu": tflops,
+            "mfu": None if peak is None else tflops * 1e12 / peak,
+            "peak_mem_gib": torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None,
+            "tokens_per_sample": plan.sample_tokens(0),
+            "trained": sum(parameter.numel() for parameter in adapters),
+            "clock": "host, synchronized",
+        }
 
 
 def main() -> int:
@@ -116,12 +125,14 @@ def main() -> int:
     quiet_libraries()
     plan = plan_job(load_job(options.job, options.overrides), 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    row = {
-        **environment(device),
-        "case": "diffusers with PEFT adapters, compiled, every block recomputed",
-        **time_steps(plan, options.steps, device),
-    }
+    case = {**environment(device), "case": "diffusers with PEFT adapters, compiled, every block recomputed"}
+    row: dict[str, Any] = {**case, "error": STARTED}
     write_rows(options.out, [row])
+    # After every step: blocks compile twice, since the first one's input has no gradient, and time may end before.
+    for number, found in enumerate(time_steps(plan, options.steps, device), 1):
+        row = {**case, **found}
+        write_rows(options.out, [row])
+        print(f"step {number} of {options.steps}: {found['step_times_s'][-1]:.3f} s", flush=True)
     mfu = "" if row["mfu"] is None else f", MFU {row['mfu']:.1%}, {row['peak_mem_gib']:.1f} GiB"
     print(f"CASE {row['case']}: {row['step_time_s']:.3f} s +-{row['spread'] / 2:.0%}{mfu}")
     return 0

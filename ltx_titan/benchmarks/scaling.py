@@ -12,24 +12,20 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from ltx_titan.benchmarks.measure import environment, write_rows
+from ltx_titan.benchmarks.predicted import describe, find_gpu
 from ltx_titan.benchmarks.scaling_cases import all_cases, predict
-from ltx_titan.benchmarks.train import attempt, is_late, print_row
-from ltx_titan.common.hardware import GIB, GPUS, Gpu
+from ltx_titan.benchmarks.train import STARTED, TIMEOUT_S, attempt, is_late, print_row
+from ltx_titan.common.hardware import GIB, Gpu
 from ltx_titan.common.logs import quiet_libraries, set_up_logging
 from ltx_titan.common.options import Maybe, Overrides, Positional, parse_options
-from ltx_titan.estimate.prediction import Estimate
 from ltx_titan.parallel.mesh import init_distributed
-
-# A rank that fails alone leaves the others in a collective; compiling 48 layers takes a third of this.
-_TIMEOUT_S = 600.0
-_STARTED = "started, and did not end"
+from ltx_titan.parallel.stop import end_with_launcher
 
 
 @dataclass(frozen=True)
@@ -63,38 +59,10 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def find_gpu(name: str | None, device: str) -> Gpu:
-    """A kind of GPU by its name, or by that of a device.
-
-    Raises:
-        ValueError: it is not in the table of GPUs.
-    """
-    if name is not None and name not in GPUS:
-        raise ValueError(f"--gpu: expected one of {', '.join(sorted(GPUS))}; found {name}.")
-    # The longest name, since an H200's contains "h20".
-    known = sorted((kind for kind in GPUS if kind.partition("-")[0] in device.lower()), key=len)
-    if name is None and not known:
-        raise ValueError(f"--gpu: {device} is not in the table of GPUs; pass one of {', '.join(sorted(GPUS))}.")
-    return GPUS[name or known[-1]]
-
-
-def describe(found: Estimate) -> dict[str, float]:
-    """What the estimate predicts, with the names of measured fields."""
-    return {
-        "step_time_s": found.step_time_s,
-        "tokens_per_s_per_gpu": found.tokens_per_s,
-        "mfu": found.mfu,
-        "peak_mem_gib": found.memory.peak / GIB,
-        "needed_gib": found.memory.needed / GIB,
-    }
-
-
 def _column(options: ScalingOptions, gpu: Gpu, ranks: int) -> list[dict]:
     """The rows of a column before they are measured."""
     found = []
-    for case in all_cases(options.job, gpu, options.layers, options.overrides):
-        if not any(fnmatch(case.name, pattern) for pattern in options.cases):
-            continue
+    for case in all_cases(options.job, gpu, options.layers, options.overrides, options.cases):
         for one in predict(options.job, case, (ranks,), gpu, options.overrides).values():
             row = {
                 "case": case.name,
@@ -151,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse_options(ScalingOptions, argv, prog="ltx_titan.benchmarks.scaling", description=__doc__)
     quiet_libraries()
-    device = init_distributed(_TIMEOUT_S)
+    end_with_launcher()
+    device = init_distributed(TIMEOUT_S)
     set_up_logging()
     file = _File(options.out) if dist.get_rank() == 0 else None
     # Rank 0 decides for all, because it is the one that reads the file and writes it.
@@ -164,8 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
         if file is not None:
             # Stays if the case ends the process, so that the next run tries the others first.
-            file.put({**row, "error": _STARTED})
-        found = {**row, **attempt(options.job, row["settings"], device)}
+            file.put({**row, "error": STARTED})
+        found = {**row, **attempt(options.job, row["settings"], device), "estimate": row["estimate"]}
         left -= 1
         failures += "error" in found
         if file is not None:

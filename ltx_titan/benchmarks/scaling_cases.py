@@ -12,6 +12,7 @@ step faster.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from math import ceil
 from pathlib import Path
 from typing import Literal
@@ -105,7 +106,13 @@ class Case:
         return found
 
 
-def all_cases(job: Path, gpu: Gpu, layers: int | None = None, overrides: Sequence[str] = ()) -> list[Case]:
+def all_cases(
+    job: Path,
+    gpu: Gpu,
+    layers: int | None = None,
+    overrides: Sequence[str] = (),
+    names: Sequence[str] = ("*",),
+) -> list[Case]:
     """The cases of a kind of GPU, the same for every number of them, in the order of what matters most.
 
     Args:
@@ -113,6 +120,7 @@ def all_cases(job: Path, gpu: Gpu, layers: int | None = None, overrides: Sequenc
         gpu: kind of GPU, whose memory decides about depth and recomputation.
         layers: depth of full fine-tuning. Default: as described above.
         overrides: of every case.
+        names: patterns of the wanted ones; `*` stands for anything. The GPUs wait while budgets of others are found.
 
     Raises:
         ValueError: the job cannot be planned, or an override sets the depth.
@@ -128,6 +136,9 @@ def all_cases(job: Path, gpu: Gpu, layers: int | None = None, overrides: Sequenc
             return layers
         return _fitting_depth(job, Case("strong", mode, "bf16", tokens, depth), gpu, overrides)
 
+    def is_wanted(case: Case) -> bool:
+        return any(fnmatch(case.name, pattern) for pattern in names)
+
     found = []
     common = {mode: fitting(mode, "16k") for mode in _MODES}
     for precision in ("bf16", "float8"):
@@ -135,13 +146,16 @@ def all_cases(job: Path, gpu: Gpu, layers: int | None = None, overrides: Sequenc
             for tokens in ("4k", "16k", "8k"):
                 # A set: both may be the same.
                 cases = [Case("weak", mode, precision, tokens, n, is_whole=n == depth) for n in sorted({blocks, depth})]
-                found += [replace(case, budget=_budget(job, case, gpu, overrides)) for case in cases]
+                # A case with replicas has the budget of the one without.
+                wanted = [case for case in cases if is_wanted(case) or is_wanted(replace(case, family="hsdp"))]
+                found += [replace(case, budget=_budget(job, case, gpu, overrides)) for case in wanted]
         if precision == "bf16":
             for mode in _MODES:
-                blocks = fitting(mode, "32k")
-                found.append(Case("strong", mode, precision, "32k", blocks, is_whole=blocks == depth))
+                if any(is_wanted(Case("strong", mode, precision, "32k", n)) for n in range(1, depth + 1)):
+                    blocks = fitting(mode, "32k")
+                    found.append(Case("strong", mode, precision, "32k", blocks, is_whole=blocks == depth))
             found += [replace(case, family="hsdp") for case in found if case.family == "weak" and case.tokens == "4k"]
-    return found
+    return [case for case in found if is_wanted(case)]
 
 
 def predict(

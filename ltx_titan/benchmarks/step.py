@@ -11,6 +11,7 @@ Set `--training.global_batch_size` to the number of data-parallel ranks, so that
 `--compile.graphs=off` and `auto`, activation checkpointing modes, or numbers of layers.
 """
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ import torch.distributed as dist
 
 from ltx_titan.benchmarks.measure import environment, write_rows
 from ltx_titan.benchmarks.step_trace import CLASSES, read_trace, split_step
-from ltx_titan.benchmarks.train import measure
+from ltx_titan.benchmarks.train import TIMEOUT_S, measure
 from ltx_titan.common.logs import set_up_logging
 from ltx_titan.common.options import Maybe, Overrides, Positional
 from ltx_titan.parallel.mesh import init_distributed
+from ltx_titan.parallel.stop import end_with_launcher
 
 DESCRIPTION = __doc__
 
@@ -47,15 +49,17 @@ class StepBenchOptions:
 
 def run(options: StepBenchOptions) -> int:
     """Runs, profiles and prints; every rank calls it."""
-    device = init_distributed()
+    end_with_launcher()
+    device = init_distributed(TIMEOUT_S)
     set_up_logging()
     row = {**environment(device), "ranks": dist.get_world_size()}
     row |= profile_job(options.job, options.overrides, options.steps, device)
     if dist.get_rank() == 0:
+        # The file first: a console may be gone.
         write_rows(options.out, [row])
-        print(table(row), flush=True)
+        print(table(row) if "split" in row else row, flush=True)
     dist.destroy_process_group()
-    return 0
+    return 1 if "error" in row else 0
 
 
 def profile_job(job: Path, overrides: Sequence[str], steps: int, device: torch.device) -> dict[str, object]:
@@ -66,8 +70,13 @@ def profile_job(job: Path, overrides: Sequence[str], steps: int, device: torch.d
 
 def split_of(folder: Path) -> dict[str, object]:
     """Splits the trace in a job's folder by class."""
-    (path,) = (folder / "profile").glob("*-rank-0.json.gz")
-    found = split_step(read_trace(path))
+    try:
+        (path,) = (folder / "profile").glob("*-rank-0.json.gz")
+        found = split_step(read_trace(path))
+    # Not for want of a trace is the time of the steps to be lost.
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"[:2000]}
     return {
         "split": {kind: vars(share) for kind, share in found.shares.items()},
         "recomputed_ms": found.recomputed_ms,

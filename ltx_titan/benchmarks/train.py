@@ -7,14 +7,18 @@
 A case is a name and overrides of the job; `--all` are overrides of every case. Each is a run of the real Trainer in a
 temporary folder, without checkpoints or exports unless the case enables them. A row contains the median over the steps
 after the first few (which compile), their spread, the peak memory over all ranks, the loss curve, and the time that
-training was blocked by saves. A failed case is reported, and the next one runs.
+training was blocked by saves, and beside them what the estimate predicts, which is printed before the case runs. A
+failed case is reported, and the next one runs. Rows are written before and after every case: one that was ended with
+the program, or has ended it, is in the file, too.
 """
 
 import shlex
+import signal
 import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +28,23 @@ import torch
 import torch.distributed as dist
 
 from ltx_titan.benchmarks.measure import environment, write_rows
+from ltx_titan.benchmarks.predicted import describe, gpu_of, in_words, predict_plan
 from ltx_titan.common.logs import quiet_libraries, set_up_logging
 from ltx_titan.common.options import Maybe, Positional, Repeated, parse_options
 from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.config import load_job
 from ltx_titan.metrics import read_metrics
 from ltx_titan.parallel.mesh import init_distributed
+from ltx_titan.parallel.stop import end_with_launcher
 from ltx_titan.plan import plan_job
 from ltx_titan.train import Trainer
 
 # Compiling, the allocator's first rounds, and recording CUDA graphs (in the third step).
 _WARMUP = 4
+TIMEOUT_S = 240.0
+"""A rank that fails alone leaves the others in a collective; compiling 48 layers takes a third of this."""
+STARTED = "started, and did not end"
+"""Error of a case until it has ended."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +88,18 @@ def measure(
         folder = [own]
         dist.broadcast_object_list(folder, src=0)
         where = f"--job.dump_folder={folder[0]}/run"
-        plan = plan_job(load_job(job, ["--checkpoint.enable=false", *overrides, where]), dist.get_world_size())
+        defaults = ["--checkpoint.enable=false", f"--job.timeout_s={TIMEOUT_S}"]
+        plan = plan_job(load_job(job, [*defaults, *overrides, where]), dist.get_world_size())
+        # On every rank: one that fails must not fail alone.
+        gpu = gpu_of(device)
+        predicted = None if gpu is None else predict_plan(plan, gpu)
+        if predicted is not None and dist.get_rank() == 0:
+            print(f"estimated: {in_words(predicted)}", flush=True)
         started = time.perf_counter()
         trainer = Trainer(plan)
+        # The trainer would save, and the next case would begin, beside whatever runs after this program.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         built_s = time.perf_counter() - started
         weights = sum(p.numel() for p in trainer.model.parameters())
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -94,6 +113,8 @@ def measure(
             row |= {"tokens_per_sample": tokens, "global_batch_size": plan.job.training.global_batch_size}
             row |= {"weights": weights, "trained": trained, "build_s": built_s, "degrees": vars(plan.degrees)}
             row |= {"static_slots": plan.job.parallelism.fsdp_static_slots}
+            if predicted is not None:
+                row |= {"estimate": describe(predicted), "levels": dict(Counter(predicted.setup.levels))}
             row |= {} if inspect is None else inspect(plan.folder)
     return row
 
@@ -158,7 +179,8 @@ def main() -> int:
     """Measures all cases; returns the number of failed ones."""
     options = parse_options(TrainBenchOptions, sys.argv[1:], prog="ltx_titan.benchmarks.train", description=__doc__)
     quiet_libraries()
-    device = init_distributed()
+    end_with_launcher()
+    device = init_distributed(TIMEOUT_S)
     is_main = dist.get_rank() == 0
     set_up_logging()
     common = {**environment(device), "ranks": dist.get_world_size()}
@@ -168,6 +190,9 @@ def main() -> int:
         if is_late(begun, options.budget):
             rows.append({**common, "case": name, "skipped": "budget used up"})
             continue
+        if is_main:
+            print(f"CASE {name}: {overrides.strip()}", flush=True)
+            write_rows(options.out, [*rows, {**common, "case": name, "error": STARTED}])
         row = attempt(options.job, [*shlex.split(options.all), *shlex.split(overrides)], device)
         failures += "error" in row
         rows.append({**common, "case": name, **row})

@@ -6,9 +6,11 @@ isolated: a crash in one process does not affect the others. Benchmarks that are
 each other: none measures while another prepares or measures.
 """
 
+import ctypes
 import fcntl
 import gc
 import multiprocessing
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+
+_PR_SET_PDEATHSIG = 1
 
 
 def in_turns(works: Sequence[Callable[[Callable[[], None]], Any]], device: torch.device) -> Iterator[Any]:
@@ -96,6 +100,8 @@ def _run(work: Callable, pipe: Connection) -> None:
         pipe.send(None)
         pipe.recv()
 
+    # The parent may be killed, and nobody would end this process, which computes.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # A shared lock: many may prepare in parallel, and measuring waits for all of them.
     with _locked(fcntl.LOCK_SH) as preparing:
         pipe.send(_attempt(work, take_turn))

@@ -10,6 +10,7 @@ import torch
 
 from ltx_titan.benchmarks import scaling, train
 from ltx_titan.benchmarks.measure import write_rows
+from ltx_titan.benchmarks.predicted import describe
 from ltx_titan.benchmarks.scaling_cases import Case, all_cases, predict
 from ltx_titan.benchmarks.scaling_report import collect, table
 from ltx_titan.cli import main
@@ -59,7 +60,7 @@ def rows_of(job: Path, cases: list[Case], columns: tuple[int, ...], slower: floa
                     "case": case.name,
                     "gpu": "h100",
                     "settings": case.settings(gpus, 8),
-                    "estimate": scaling.describe(found),
+                    "estimate": describe(found),
                     "step_time_s": found.step_time_s * factor,
                     "tokens_per_s_per_gpu": found.tokens_per_s / factor,
                     "mfu": found.mfu / factor,
@@ -99,6 +100,13 @@ def test_a_column_survives_a_failure_and_continues_where_it_ended(job, tmp_path)
     (again,) = rows.values()
     assert again["global_batch_size"] == 2
     assert "error" not in again
+
+
+def test_cases_that_are_named_are_those_of_the_whole_column(job, cases):
+    for pattern, count in (("*LoRA bf16 4k*", 2), ("strong*", 2), ("hsdp full*", 1)):
+        found = all_cases(job, H100, names=[pattern])
+        assert len(found) == count
+        assert found == [case for case in cases if case in found]
 
 
 def test_a_gpu_has_the_same_work_in_every_column(job, cases):
