@@ -49,6 +49,8 @@ def _idle_stream_keys(job: JobConfig) -> Iterator[str]:
 
 
 def _idle_keys(job: JobConfig) -> Iterator[str]:
+    if _has_idle_lora(job):
+        yield '[lora] has no effect with model.mode = "full", which trains every weight; remove it'
     for source in ("media", "synthetic"):
         if job.data.source != source and (keys := _not_default(getattr(job.data, source))):
             yield (
@@ -97,20 +99,21 @@ def _not_default(section: Section) -> list[str]:
 
 
 def _lora_section_rules(job: JobConfig) -> Iterator[Problem]:
+    # The default mode is "full". One that says so itself, such as `--model.mode=full`, is taken at its word.
+    if _has_idle_lora(job) and "mode" not in job.model.model_fields_set:
+        yield Problem(
+            "model.mode",
+            job.model.mode,
+            f'"lora", because the job has a section [lora] ({", ".join(sorted(job.lora.model_fields_set))})',
+            'set model.mode = "lora", or remove [lora]: "full" trains every weight',
+        )
+
+
+def _has_idle_lora(job: JobConfig) -> bool:
+    """Whether a job that trains every weight sets keys of [lora]; a resolved job spells out all, at their defaults."""
     given = job.lora.model_fields_set
-    # A resolved job of an earlier version spells out all keys, with their defaults.
-    if (
-        job.model.mode == "lora"
-        or not given
-        or (given == set(type(job.lora).model_fields) and not _not_default(job.lora))
-    ):
-        return
-    yield Problem(
-        "model.mode",
-        job.model.mode,
-        f'"lora", because the job has a section [lora] ({", ".join(sorted(given))})',
-        'set model.mode = "lora", or remove [lora]: "full" trains every weight',
-    )
+    is_spelled_out = given == set(type(job.lora).model_fields) and not _not_default(job.lora)
+    return job.model.mode == "full" and bool(given) and not is_spelled_out
 
 
 def _loss_mask_rules(job: JobConfig) -> Iterator[Problem]:

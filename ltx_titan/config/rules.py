@@ -231,8 +231,11 @@ def _parameter_rules(job: JobConfig) -> Iterator[Problem]:
     for section_name, owners in PARAMETER_OWNERS.items():
         section = getattr(job, section_name)
         for parameter, names in owners.items():
-            # Only what the job sets: every parameter has a value, and most do not belong to the chosen name.
-            if parameter in section.model_fields_set and section.name not in names:
+            # Only what the job sets: every parameter has a value, and most do not belong to the chosen name. Jobs that
+            # earlier versions have resolved spell out those of all optimizers, at their defaults.
+            default = type(section).model_fields[parameter].get_default(call_default_factory=True)
+            is_resolved = section_name == "optimizer" and getattr(section, parameter) == default
+            if parameter in section.model_fields_set and section.name not in names and not is_resolved:
                 yield Problem(
                     f"{section_name}.{parameter}",
                     getattr(section, parameter),

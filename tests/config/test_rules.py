@@ -170,6 +170,8 @@ def test_keys_without_effect_are_refused_where_the_job_is_not_what_it_seems(sect
             {"data": {"source": "synthetic", "media": {"lora_trigger": "DOG"}}},
             r"data\.media\.lora_trigger has no",
         ),
+        # Said by the job itself, as `--model.mode=full` after a job that trains adapters does.
+        ({"lora": {"rank": 64}, "model": BASE["model"] | {"mode": "full"}}, r"\[lora\] has no effect with model\.mode"),
         ({"optimizer": {"stochastic_rounding": True}}, r"optimizer\.stochastic_rounding has no effect .* float32"),
         (
             {"validation": {"samples": [{"prompt": "a"}], "interval": 50}, "training": {"steps": 10}},
