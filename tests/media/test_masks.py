@@ -87,8 +87,6 @@ def test_audio_mask_has_the_time_of_its_audio(tmp_path):
     with pytest.raises(MediaError, match=r"m\.wav: lasts 4\.00 s, its audio 8\.00 s; use a longer mask"):
         read_audio_mask(tmp_path / "m.wav", 200, 25)
 
-        read_audio_mask(tmp_path / "m.pt", 4, 25)
-
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "older than torch 1.6"])
