@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ltx_titan.parallel.gloo import use_one_gloo_thread
+
 # Far longer than any test needs on a busy machine, and far shorter than gloo's own limit of half an hour.
 _LIMIT_S = 600
 
@@ -61,7 +63,7 @@ def _empty_plot(metrics_jsonl: Path, png: Path, *, title: str) -> None:
 
 
 def _process(*args: Any) -> None:
-    # A rank that native code aborts says where: glibc found a corrupted heap twice, for a reason that is not known.
+    # A rank that native code aborts says where.
     faulthandler.enable()
     faulthandler.dump_traceback_later(_LIMIT_S, exit=True)
     _rank(*args)
@@ -69,6 +71,7 @@ def _process(*args: Any) -> None:
 
 def _rank(rank: int, world_size: int, folder: Path, work: Callable[..., object], args: tuple) -> None:
     torch.set_num_threads(1)
+    use_one_gloo_thread()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
         # Drawing the loss curve takes as long as a step. It has tests of its own, and jobs of the launcher draw it.

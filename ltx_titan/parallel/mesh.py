@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ltx_titan.common.ranks import rank_and_size
 from ltx_titan.config import Degrees
+from ltx_titan.parallel.gloo import use_one_gloo_thread
 from ltx_titan.parallel.join import join, record_collectives
 
 
@@ -80,6 +81,7 @@ def init_distributed(timeout_s: float = 1800.0, stacks: Path | None = None) -> t
     else:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
+        use_one_gloo_thread()
         timeout = timedelta(seconds=timeout_s)
         if stacks is not None and device.type == "cuda":
             record_collectives(stacks)
