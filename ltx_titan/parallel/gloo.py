@@ -1,4 +1,4 @@
-"""Gloo groups with one worker thread, because two corrupt memory (torch 2.13 and 2.14, perhaps others).
+"""Gloo groups with one worker thread, because two corrupt memory (torch 2.11 to 2.14).
 
 After each operation a worker of `ProcessGroupGloo::runLoop` assigns the operation's name to a string of the group,
 without a lock. With names of 16 and more characters, of which that of `_c10d_functional.all_gather_into_tensor` is one,
