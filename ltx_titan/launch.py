@@ -196,7 +196,7 @@ def _report(failures: Sequence[tuple[int, ProcessFailure]], stop: signal.Signals
     shown = {_own_error(failure) for _, failure in failures if failure.local_rank == 0}
     for number, other in failures:
         message = _own_error(other)
-        if message not in shown:
+        if message is not None and message not in shown:
             shown.add(message)
             _say(f"rank {number}: {message}")
     _say(

@@ -14,6 +14,10 @@ from ltx_titan.config.job import JobConfig
 from ltx_titan.config.streams import AudioSection, VideoSection
 
 
+# Keys of [lora] that nobody sets without wanting adapters.
+_ADAPTER = frozenset({"rank", "alpha", "targets"})
+
+
 def effect_rules(job: JobConfig) -> Iterator[Problem]:
     """Keys without effect that are refused."""
     yield from _lora_section_rules(job)
@@ -99,8 +103,8 @@ def _not_default(section: Section) -> list[str]:
 
 
 def _lora_section_rules(job: JobConfig) -> Iterator[Problem]:
-    # The default mode is "full". One that says so itself, such as `--model.mode=full`, is taken at its word.
-    if _has_idle_lora(job) and "mode" not in job.model.model_fields_set:
+    # The default mode is "full". A job that says so itself, such as by `--model.mode=full`, is taken at its word.
+    if _has_idle_lora(job) and "mode" not in job.model.model_fields_set and _ADAPTER & job.lora.model_fields_set:
         yield Problem(
             "model.mode",
             job.model.mode,
