@@ -13,7 +13,6 @@ from ltx_titan.config.errors import Problem
 from ltx_titan.config.job import JobConfig
 from ltx_titan.config.streams import AudioSection, VideoSection
 
-
 # Keys of [lora] that nobody sets without wanting adapters.
 _ADAPTER = frozenset({"rank", "alpha", "targets"})
 
