@@ -103,7 +103,7 @@ def test_bad_videos_are_named(cut):
 
 
 def content(path):
-    """Frames and audio of a clip. Not its bytes: with AVX-512, x264 writes other bits for the same frames now and then."""
+    """Frames and audio of a clip. Not its bytes: with AVX-512, x264 writes other bits now and then."""
     return torch.from_numpy(np.stack(list(iter_frames(path)))).float(), read_audio(path)
 
 
