@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ltx_titan.parallel.gloo import use_one_gloo_thread
+from ltx_titan.common.gloo import use_one_gloo_thread
 
 # Far longer than any test needs on a busy machine, and far shorter than gloo's own limit of half an hour.
 _LIMIT_S = 600

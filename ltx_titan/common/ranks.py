@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ltx_titan.common.gloo import use_one_gloo_thread
+
 Item = TypeVar("Item")
 
 # Ranks of a command work independently, so one may finish hours before the slowest.
@@ -170,6 +172,7 @@ def join_ranks() -> Iterator[Ranks]:
     # A group that a caller made stays; it is the caller's to destroy.
     is_ours = rank_and_size()[1] > 1 and not dist.is_initialized()
     if is_ours:
+        use_one_gloo_thread()
         dist.init_process_group("gloo", timeout=_COMMAND_TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()

@@ -26,6 +26,7 @@ from ltx_titan.media import (
     fit_frames,
     frames_at_rate,
     is_image,
+    is_same_rate,
     probe_video,
     read_audio,
     read_clip,
@@ -40,8 +41,7 @@ Reshape = Literal["center", "random"]
 ANIMATED_SUFFIXES = frozenset({".gif", ".apng"})
 # A still image lasts one second on the time axis of the positions, as in published datasets.
 IMAGE_FPS = Fraction(1)
-# Frame rates and aspect ratios that differ by less are the same, rounded.
-_SAME_RATE = 1e-3
+# Aspect ratios that differ by less are the same, rounded.
 _SAME_SHAPE = 0.02
 
 
@@ -264,8 +264,7 @@ def mask_has_other_rate(path: Path, media: Path, clip: Clip) -> bool:
     if is_image(path) or is_image(media):
         return False
     own = probe_video(media).fps if media.is_file() else clip.fps
-    # Rates of stored clips are floats.
-    return abs(probe_video(path).fps / own - 1) > _SAME_RATE
+    return not is_same_rate(probe_video(path).fps, own)
 
 
 def has_other_shape(path: Path, media: Path) -> bool:

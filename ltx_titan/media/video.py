@@ -93,6 +93,11 @@ def probe_video(path: str | Path) -> VideoInfo:
     return _probe(str(path), status and (status.st_size, status.st_mtime_ns))
 
 
+def is_same_rate(one: float | Fraction, other: float | Fraction) -> bool:
+    """Whether two frame rates (1/s) are equal up to the rounding of stored ones: 0.1 %."""
+    return abs(float(one) / float(other) - 1) < 1e-3
+
+
 def iter_frames(path: str | Path, fps: Fraction | None = None) -> Iterator[np.ndarray]:
     """Decodes a video frame by frame: uint8 arrays [H, W, 3] as displayed, at a constant rate.
 

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ltx_titan.common.gloo import use_one_gloo_thread
 from ltx_titan.common.ranks import rank_and_size
 from ltx_titan.config import Degrees
-from ltx_titan.parallel.gloo import use_one_gloo_thread
 from ltx_titan.parallel.join import join, record_collectives
 
 

@@ -44,6 +44,7 @@ from ltx_titan.media import (
     MediaError,
     fit_frames,
     is_image,
+    is_same_rate,
     iter_frames,
     probe_video,
     read_audio,
@@ -66,9 +67,6 @@ from ltx_titan.validation.start import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Frame rates that differ by less are the same, rounded.
-_SAME_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -347,7 +345,7 @@ def _warn_of_rate(condition: SampleCondition, shape: ClipShape) -> None:
     path = getattr(condition, "image_or_video", None) or getattr(condition, "video", None)
     if path is None or is_image(path) or isinstance(condition, SampleFirstFrame):
         return
-    if abs(float(fps := probe_video(path).fps) / shape.fps - 1) > _SAME_RATE:
+    if not is_same_rate(fps := probe_video(path).fps, shape.fps):
         logger.warning(
             "validation: %s has %.5g frames per second, of which the sample shows %.5g: its motion is %.3g times as "
             "fast; convert it, or set validation.frame_rate",

@@ -58,7 +58,8 @@ def prompt_contexts(
     # One entry, because `broadcast_object_list` fills a list in place.
     contexts: list[dict[str, PromptContext] | None] = [None]
     if is_main_rank():
-        files = _Files(Path(checkpoint_path), Path(connectors_path or checkpoint_path), _optional(text_encoder_path))
+        text_encoder = None if text_encoder_path is None else Path(text_encoder_path)
+        files = _Files(Path(checkpoint_path), Path(connectors_path or checkpoint_path), text_encoder)
         contexts = [_load_or_encode(prompts, files, Path(cache_folder), device, dtype)]
     if is_distributed():
         dist.broadcast_object_list(contexts, src=0)
@@ -182,10 +183,6 @@ def _version(path: Path) -> str:
 def _digest(text: str) -> str:
     # Prompts of files in other encodings may hold half of a surrogate pair.
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _optional(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
 
 
 def _write(path: Path, context: PromptContext) -> None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ltx_titan.parallel.gloo import use_one_gloo_thread
+from ltx_titan.common.gloo import use_one_gloo_thread
 
 # With two threads this ended with SIGSEGV or SIGABRT before 64,000 operations in each of three runs.
 _OPERATIONS_IN_FLIGHT = """
