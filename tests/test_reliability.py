@@ -83,12 +83,25 @@ def test_damaged_renamed_and_copied_checkpoints_never_start_a_run_over(tmp_path,
         path.unlink()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert main([str(job)]) == 1
-    assert "found step-1, step-2, step-9, none of which can be used (see above). Restore" in caplog.text
+    assert "found step-1, step-2, step-9, none of which can be used. Restore" in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in before}
     folder.rename(tmp_path / "away")
     folder.touch()
     assert main([str(job)]) == 1
     assert f"expected a folder that can be written to, found: {folder} is a file" in caplog.text
+
+
+def test_a_damaged_shard_of_the_only_checkpoint_starts_no_run_over(tmp_path, nano_path, data_root, caplog):
+    job = write_job(tmp_path, nano_path, data_root, training__steps=2, model__mode="lora", checkpoint__interval=1)
+    train(job, 1, "--training.stop_at=1")
+    (shard,) = (tmp_path / "run/checkpoint/step-1").glob("*.distcp")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    for message in ("There is no older one; move it away", "found step-1.damaged, none of which can be used"):
+        # The second time as a restart by a scheduler would be.
+        assert main([str(job)]) == 1
+        assert message in caplog.text
 
 
 def test_adapters_are_not_resumed_at_another_scale(tmp_path, nano_path, data_root):

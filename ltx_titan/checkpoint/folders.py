@@ -63,6 +63,13 @@ def saved_steps(folder: str | Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def folders_with_states(folder: str | Path) -> list[str]:
+    """Names of all step folders, also of damaged ones that were set aside, in the order of their steps."""
+    found = [entry.name for entry in Path(folder).glob(f"{_PREFIX}*") if entry.is_dir()]
+    steps = {name: name.removeprefix(_PREFIX).removesuffix(_DAMAGED) for name in found}
+    return sorted((name for name in found if steps[name].isdecimal()), key=lambda name: (int(steps[name]), name))
+
+
 def complete_folders(folder: str | Path) -> Iterator[Path]:
     """Yields the step folders that can be resumed from, newest first; damaged ones are skipped with a warning."""
     # By number rather than by file time, which copying changes.

@@ -5,7 +5,7 @@ import logging
 import os
 from pathlib import Path
 
-from ltx_titan.checkpoint import latest_complete, read_trainer_state, saved_steps
+from ltx_titan.checkpoint import folders_with_states, latest_complete, read_trainer_state
 from ltx_titan.common.files import LOCK_FILE, describe_os_error
 from ltx_titan.config import job_changes
 from ltx_titan.plan import Plan
@@ -50,7 +50,7 @@ def is_finished(plan: Plan) -> bool:
     no step and exports.
 
     Raises:
-        ValueError: `checkpoint.resume = false` and the folder is not empty.
+        ValueError: `checkpoint.resume = false` and the folder is not empty; or no checkpoint in it can be used.
     """
     if not plan.job.checkpoint.resume:
         if plan.folder.is_dir() and any(entry.name != LOCK_FILE for entry in plan.folder.iterdir()):
@@ -61,12 +61,12 @@ def is_finished(plan: Plan) -> bool:
         return False
     path = latest_complete(plan.folder / "checkpoint")
     if path is None:
-        if saved := saved_steps(plan.folder / "checkpoint"):
+        if saved := folders_with_states(plan.folder / "checkpoint"):
             # Starting over would replace them, and the metrics of what they were trained for.
             raise ValueError(
                 f"{plan.folder / 'checkpoint'}: expected a checkpoint to resume from, found "
-                f"{', '.join(f'step-{step}' for step in saved)}, none of which can be used (see above). Restore the "
-                "missing files, or move these folders away to start from the beginning."
+                f"{', '.join(saved)}, none of which can be used. Restore their files (and their names), or move these "
+                "folders away to start from the beginning."
             )
         return False
     # Only the JSON part: reading the state would take as long as resuming.

@@ -109,7 +109,7 @@ class Saves:
             return self._resume_from(path, saved)
         if damaged is not None:
             # What was read of it has overwritten the initial weights.
-            raise ValueError(f"{damaged} There is no older one; rerun the command to start from the beginning.")
+            raise ValueError(f"{damaged} There is no older one; move it away to start from the beginning.")
         return 0, 0
 
     def _resume_from(self, path: Path, saved: dict[str, Any]) -> tuple[int, int]:
