@@ -45,9 +45,11 @@ def test_rows_and_their_sum(tokens, width, has_gradient, is_gelu, has_sum):
     amax = wanted.abs().amax(1, keepdim=True)
     assert (amax <= 448.01 * scale).all()
     assert (amax >= 223.99 * scale).all()
-    # Half a step of e4m3. The interpreter rounds up to the next power of two wrongly.
+    # Half a step of e4m3, and the rounding of what cancels where GELU's gradient is near 0. The interpreter rounds up to
+    # the next power of two wrongly.
     error = (q.float() * scale - wanted).abs()
-    is_close = error <= (2**-4 + 1e-5) * wanted.abs() + scale * 2**-10
+    rounding = 2e-6 * gradient.float().abs() if has_gradient else 0.0
+    is_close = error <= (2**-4 + 1e-5) * wanted.abs() + scale * 2**-10 + rounding
     assert is_close.float().mean() >= (1 if DEVICE.type == "cuda" else 0.75)
     assert sums.shape == ((width,) if has_sum else (0,))
     if has_sum:
