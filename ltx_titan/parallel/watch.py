@@ -7,17 +7,21 @@ is, and rank 0's compares:
 - a rank whose thread has stopped publishing does not answer: stopped, swapped out, or its node is gone;
 - a rank at an earlier position than the others is the one that they wait for.
 
-A phase may take hours on all ranks together, and only a collective knows that it waits for too long. So nothing here
-ends a run: the process group's time-out (`job.timeout_s`) does, and the thread writes every rank's Python stack to
-`stacks/` before.
+A phase may take hours on all ranks together, and only a collective knows that it waits for too long: the process
+group's time-out (`job.timeout_s`) ends the run, and the thread writes every rank's Python stack to `stacks/` before.
+But NCCL, which ends the process from a thread of its own, waits a minute first, and is not known to succeed whatever
+the device does. So this rank ends itself where rank 0 (on rank 0, any rank) has been silent for longer than the
+time-out.
 """
 
 import faulthandler
 import json
 import logging
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +35,11 @@ logger = logging.getLogger(__name__)
 # In the order of a step.
 _PHASES = ("loading", "training", "validating", "saving", "exporting")
 _PATIENCE_S = 60.0
+_GRACE_S = 30.0
+"""For a collective's own time-out, after which an error is raised, or NCCL's flight recorder written."""
 _TIMED_OUT = ("timed out", "timeout")
+# In place of the count of a rank that has ended.
+_LEFT = -1
 
 
 class _Position(NamedTuple):
@@ -52,14 +60,22 @@ class Watch:
         folder: for the stacks; made when needed.
         timeout_s: time-out of the collectives.
         on_stall: called on rank 0, in the thread, with the step and the ranks that the others wait for.
+        on_lost: called in the thread before it ends the process, with what is to be reported.
     """
 
     def __init__(
-        self, store: dist.Store, folder: Path, timeout_s: float, on_stall: Callable[[int, str], None] | None = None
+        self,
+        store: dist.Store,
+        folder: Path,
+        timeout_s: float,
+        *,
+        on_stall: Callable[[int, str], None] | None = None,
+        on_lost: Callable[[StalledError], None] | None = None,
     ) -> None:
         self.folder = folder
         self._timeout_s = timeout_s
-        self._on_stall = on_stall
+        self._limit_s = timeout_s + min(_GRACE_S, timeout_s)
+        self._on_stall, self._on_lost = on_stall, on_lost
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         # Several positions and a decision must fit into a short time-out.
         self._poll_s = min(5.0, timeout_s / 20)
@@ -99,6 +115,7 @@ class Watch:
             self._end.set()
             if self._thread.is_alive():
                 self._thread.join(timeout=self._poll_s + 1)
+                self._leave()
 
     def _explain(self, error: RuntimeError) -> RuntimeError:
         """The error that names the missing ranks, if it was a time-out; other errors as they are."""
@@ -125,14 +142,15 @@ class Watch:
             try:
                 self._beat()
             except Exception as error:  # the job ends, or its store is gone: the collectives will say so
-                logger.debug("the watch ends: %s", error)
-                return
+                logger.debug("watch: %s", error)
 
     def _beat(self) -> None:
         position, waited = self._publish(), time.monotonic() - self._since
         if waited > 0.8 * self._timeout_s or self._store.check(["watch/write"]):
             self._write_stacks()
         if self._rank > 0:
+            self._look([0])
+            self._end_if_lost(waited)
             return
         missing = self._missing()
         if waited > self._patience_s and waited > 2 * self._said and missing is not None:
@@ -151,6 +169,35 @@ class Watch:
                 self._timeout_s,
                 self.folder,
             )
+        self._end_if_lost(waited)
+
+    def _end_if_lost(self, waited: float) -> None:
+        """Ends this process if a rank that it looks at has been silent for too long, and it has waited as long."""
+        lost = self._silent(self._limit_s)
+        if waited < self._limit_s or not lost or self._end.is_set():
+            return
+        error = StalledError(
+            f"{self._position}: {_ranks(lost)} has not answered for {self._limit_s:.0f} s, longer than job.timeout_s "
+            f"({self._timeout_s:.0f} s), and no time-out of a collective has ended this rank. The Python stacks of the "
+            f"ranks that answer are in {self.folder}."
+        )
+        try:
+            if self._on_lost is None:
+                logger.error("%s", error)
+            else:
+                self._on_lost(error)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Not an exception: the main thread waits in a library, perhaps for a device that waits for the lost rank.
+            os._exit(1)
+
+    def _leave(self) -> None:
+        """Notes that this rank publishes nothing more because it has ended."""
+        try:
+            self._store.set(f"watch/{self._rank}", json.dumps([_LEFT, *self._position]))
+        except Exception as error:  # the store is gone, and with it whoever could ask
+            logger.debug("watch: %s", error)
 
     def _publish(self) -> _Position:
         """Writes this rank's position, with a count that shows that it is alive, to the store; returns the position."""
@@ -159,21 +206,32 @@ class Watch:
         self._store.set(f"watch/{self._rank}", json.dumps([self._beats, *position]))
         return position
 
-    def _missing(self) -> str | None:
-        """The ranks that the others wait for, and why; None if all are in the same place."""
-        now, positions, silent = time.monotonic(), {}, []
-        for rank in range(self._size):
+    def _look(self, ranks: Iterable[int]) -> dict[int, _Position]:
+        """Positions of ranks, as far as they are known; notes which have published since the last look."""
+        now, positions = time.monotonic(), {}
+        for rank in ranks:
             beats = 0  # of a rank that has not even joined
             if self._store.check([f"watch/{rank}"]):
                 beats, step, phase = json.loads(self._store.get(f"watch/{rank}"))
                 positions[rank] = _Position(step, phase)
             last, since = self._seen.get(rank, (-1, now))
-            if beats != last:
-                since = now
-            self._seen[rank] = (beats, since)
-            if rank != self._rank and now - since > 3 * self._poll_s:
-                silent.append(rank)
-        if silent:
+            self._seen[rank] = (beats, since if beats == last else now)
+        return positions
+
+    def _silent(self, seconds: float) -> list[int]:
+        """Other ranks that have published nothing for so long, and have not left."""
+        now = time.monotonic()
+        return [
+            rank
+            # A copy: the main thread may look as well, to explain its error.
+            for rank, (beats, since) in sorted(list(self._seen.items()))
+            if rank != self._rank and beats != _LEFT and now - since > seconds
+        ]
+
+    def _missing(self) -> str | None:
+        """The ranks that the others wait for, and why; None if all are in the same place."""
+        positions = self._look(range(self._size))
+        if silent := self._silent(3 * self._poll_s):
             seen = positions.get(silent[0], "never")
             return f"{_ranks(silent)}, which does not answer (last seen: {seen})"
         first = min(positions.values(), default=None)

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from ltx_titan.build import load_connectors, load_transformer
 from ltx_titan.checkpoint import latest_complete
 from ltx_titan.common.determinism import set_determinism
+from ltx_titan.common.failure import report_error
 from ltx_titan.common.files import write_text
+from ltx_titan.common.ranks import StalledError
 from ltx_titan.common.secrets import redacted, redacted_values
 from ltx_titan.config import dump_job, plain_job
 from ltx_titan.data import StepLoader
@@ -59,6 +61,7 @@ class Trainer:
             plan.folder / "stacks",
             job.job.timeout_s,
             on_stall=lambda step, text: self.alerts.send("stalled", text, step),
+            on_lost=self._report_lost,
         )
         self.mesh = build_mesh(self.device.type, plan.degrees)
         # Before the transformer, because encoding prompts and media needs the device's memory.
@@ -111,6 +114,15 @@ class Trainer:
             raise
         finally:
             self.alerts.close()
+
+    def _report_lost(self, error: StalledError) -> None:
+        """Reports that another rank is gone, in the watch's thread, which then ends this process."""
+        report_error(error, self.plan.folder)
+        heartbeat: Heartbeat | None = getattr(self, "heartbeat", None)  # not while the model is loaded
+        if heartbeat is not None:
+            heartbeat.set_phase("failed")
+        self.alerts.send("failed", str(error), 0 if heartbeat is None else self.step)
+        self.alerts.close()
 
     def _train(self) -> None:
         job, plan = self.job, self.plan

@@ -45,8 +45,8 @@ def test_rows_and_their_sum(tokens, width, has_gradient, is_gelu, has_sum):
     amax = wanted.abs().amax(1, keepdim=True)
     assert (amax <= 448.01 * scale).all()
     assert (amax >= 223.99 * scale).all()
-    # Half a step of e4m3, and the rounding of what cancels where GELU's gradient is near 0. The interpreter rounds up to
-    # the next power of two wrongly.
+    # Half a step of e4m3, and the rounding of what cancels where GELU's gradient is near 0. The interpreter rounds up
+    # to the next power of two wrongly.
     error = (q.float() * scale - wanted).abs()
     rounding = 2e-6 * gradient.float().abs() if has_gradient else 0.0
     is_close = error <= (2**-4 + 1e-5) * wanted.abs() + scale * 2**-10 + rounding

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltx_titan.parallel import static_slots
 from ltx_titan.parallel.fsdp import apply_fsdp, use_static_slots
@@ -66,6 +68,40 @@ def test_passes_may_come_in_any_order():
     run_here(work)
     assert found[0] == found[1]
     assert len(set(found[0])) == 3
+
+
+class BytesWritten(TorchDispatchMode):
+    """Counts the bytes that FSDP2's reduction of gradients writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        output = kwargs["out"] if kwargs and "out" in kwargs else result
+        is_copy = func is torch.ops.aten.copy_.default and args[0].data_ptr() != args[1].data_ptr()
+        if is_copy or func in (torch.ops.fsdp.chunk_cat.default, torch.ops.aten.div.Tensor):
+            # Weights are gathered in bfloat16.
+            self.total += output.nbytes if output.dtype == torch.float32 else 0
+        return result
+
+
+@pytest.mark.parametrize("wanted", ["on", "off"])
+def test_one_rank_writes_its_gradients_once_and_sums_micro_batches(wanted):
+    def work():
+        plain = Model()
+        model, _ = sharded(wanted)
+        for steps in (1, 2):
+            parameters = {name: p.detach().bfloat16().requires_grad_() for name, p in plain.named_parameters()}
+            loss_of(lambda x, p=parameters: functional_call(plain, p, x)).backward()
+            with BytesWritten() as written:
+                loss_of(model).backward()
+            assert written.total == 4 * sum(p.numel() for p in plain.parameters())
+            for name, p in model.named_parameters():
+                assert torch.equal(p.grad.to_local(), steps * parameters[name].grad.float()), name
+
+    run_here(work)
 
 
 def test_blocks_without_slots_say_why(monkeypatch, caplog):
