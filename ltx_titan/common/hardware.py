@@ -98,7 +98,7 @@ GPUS = {
             name="h100",
             memory=79.1 * GIB,
             peak=989e12,
-            matmul=715e12,  # 640-780 over the block's shapes; 717-746 in whole layers
+            matmul=720e12,  # 640-780 over the block's shapes; 717-746 in whole layers
             matmul_float8=1300e12,  # 1,200-1,440 over the shapes; 1,242-1,382 in whole layers
             attention_forward=600e12,  # cuDNN, 4,032 to 16,128 tokens: 585-646
             attention_backward=400e12,  # forward and backward together 469-504; in whole layers 402-488
@@ -120,7 +120,7 @@ GPUS = {
             nvlink=330e9,
             network=42e9,
             host_link=50e9,
-            assumed="matmul and attention rates of the H100; copy 4.3 TB/s (the H100's 90 % of the data sheet's 4.8); "
+            assumed="attention rates of the H100; copy 4.3 TB/s (the H100's 90 % of the data sheet's 4.8); "
             "NVLink 330 GB/s bus bandwidth (of 450), network 42 GB/s a GPU (of 50)",
         ),
         Gpu(

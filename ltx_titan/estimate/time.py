@@ -37,6 +37,11 @@ CONTENTION = 0.9
 multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows
 of docs/benchmarks took 0.25 to 0.30 s longer than predicted without it, whatever the number of tokens; and to 24 layers
 on two, over NCCL and by copy engines."""
+LAUNCHES = {"stream": 150, "cross": 66}
+"""Kernels of a compiled block, forward and backward: 366 with two streams (`ltx-titan bench block`)."""
+LAUNCH_S = 4e-6
+"""Shortest time from one kernel to the next in a CUDA graph: about 3 us of work and 1 us between them. It decides where
+there are few tokens, as in audio alone: of a block with video, 126 tokens of audio take 0.7 to 1 ms."""
 FORWARD_SHARE = 0.36
 """Share of the forward pass in the memory-bound traffic."""
 HOST_CALL_S = 6e-3
@@ -122,7 +127,7 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
     busy_backward = sum(backward) + sum(again) + copies * 2 / 3 + communication * 2 / 3
     # FSDP2 overlaps its collectives with the computation of the same pass; only the excess takes time.
     exposed = max(0.0, gather - busy_forward) + max(0.0, gather + reduce + replicate - busy_backward)
-    contention = CONTENTION * (2 * gather + reduce + replicate)
+    contention = CONTENTION * (2 * gather + reduce + replicate) + _one_rank_copies(work, setup) / gpu.copy
     busy = busy_forward + busy_backward + exposed + contention
     # A CUDA graph is one launch; otherwise the device waits wherever the host is slower.
     host = 0.0 if setup.graphs else max(0.0, _host(setup) - busy)
@@ -213,7 +218,13 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
         gathered = work.block.gathered(setup.degrees.tp) / gpu.copy
         prepared = (NATIVE_WEIGHT_BYTES * gathered,) * 2
     memory = (moved * FORWARD_SHARE + prepared[0], moved * (1 - FORWARD_SHARE) + prepared[1])
-    return (linear[0], attention[0], memory[0]), (linear[1], attention[1], memory[1])
+    both = work.video_tokens > 0 and work.audio_tokens > 0
+    least = LAUNCH_S * (2 * LAUNCHES["stream"] + LAUNCHES["cross"] if both else LAUNCHES["stream"])
+    passes = []
+    for number, least_s in enumerate((least / 3, least * 2 / 3)):
+        missing = max(0.0, least_s - linear[number] - attention[number] - memory[number])
+        passes.append((linear[number], attention[number], memory[number] + missing))
+    return passes[0], passes[1]
 
 
 def _recomputed(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, ...]:
@@ -250,6 +261,18 @@ def _fsdp_copies(work: Workload, setup: Setup) -> float:
     gathered = work.block.gathered(setup.degrees.tp, trained_only=not setup.gathers_frozen)
     trained = work.block.gathered(setup.degrees.tp, trained_only=True)
     return 2 * 2 * work.itemsize * gathered + (work.itemsize + 4) * trained
+
+
+def _one_rank_copies(work: Workload, setup: Setup) -> float:
+    """Bytes of one block that FSDP2 moves on one rank beside the computation, which waits for memory meanwhile.
+
+    Trained weights are cast or copied into the slots in both passes, and gradients to the dtype of their sums.
+    """
+    if setup.fsdp > 1 or not setup.static_slots:
+        return 0.0
+    count, stored = work.block.sharded(setup.degrees, trained_only=True)
+    reduced = work.itemsize if setup.gpus == 1 and stored == work.itemsize * count else 4
+    return 2 * (stored + work.itemsize * count) + (work.itemsize + reduced) * count
 
 
 def _fsdp_traffic(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, float, float]:
