@@ -53,8 +53,8 @@ SAVED = {
     (True, "lora"): SavedUnits(18.0, 6.3, 10.2, 10.0, 4.0, 4.1),
 }
 NATIVE_SAVED = 3.8
-"""Additional units of `float8.recipe = "native"` at level `none`: 2.75 and 5.6 GiB of 24 blocks on two H200s at 4,032 and
-8,064 tokens. With recomputation there are none."""
+"""Additional units of `float8.recipe = "native"` at level `none`: 2.75 and 5.6 GiB of 24 blocks on two H200s at 4,032
+and 8,064 tokens. With recomputation there are none."""
 KERNELS_TIMESTEP = 0.6
 """Units for a second timestep with the fused kernels: a block grew by 1.16 instead of 1.14 GiB (bench block, H100)."""
 SELECTIVE = {1: SavedUnits(4.0, 2.0, 1.0, 0.0, 0.0, 0.0), 2: SavedUnits(6.0, 1.5, 2.0, 0.0, 0.0, 0.0)}
