@@ -5,8 +5,9 @@
 Reports ms, TFLOP/s and MFU per layer (formula: ltx_titan/model/flops.py), peak memory and its growth per layer
 (activations and gradients; the weights of all layers stay allocated), the time of the kernels by kind, and the fraction
 of the step in which the device waits for the host. `triton` and `torch` are our blocks, compiled, with fused kernels
-and with plain operations; `native` and `tensorwise` are `triton` with that recipe of float8; `diffusers` is
-LTX2VideoTransformer3DModel, compiled per block, in the same run.
+and with plain operations; `native` and `tensorwise` are `triton` with that recipe of float8; `beside` and
+`native-beside` run audio on a stream of its own; `diffusers` is LTX2VideoTransformer3DModel, compiled per block, in the
+same run.
 
 Every combination is built and compiled in its own process, all in parallel; then they are timed one by one.
 
@@ -46,13 +47,16 @@ LAYERS = 4
 _WARMUP, _STEPS = 4, 16
 _GIB = 2**30
 
-Provider = Literal["triton", "torch", "native", "tensorwise", "diffusers"]
+Provider = Literal["triton", "torch", "native", "tensorwise", "beside", "native-beside", "diffusers"]
 
-_OURS: dict[str, tuple[KernelBackend, Float8Recipe]] = {
-    "triton": ("triton", "none"),
-    "torch": ("torch", "none"),
-    "native": ("triton", "native"),
-    "tensorwise": ("triton", "tensorwise"),
+# Operators, float8, and whether audio runs beside video.
+_OURS: dict[str, tuple[KernelBackend, Float8Recipe, bool]] = {
+    "triton": ("triton", "none", False),
+    "torch": ("torch", "none", False),
+    "native": ("triton", "native", False),
+    "tensorwise": ("triton", "tensorwise", False),
+    "beside": ("triton", "none", True),
+    "native-beside": ("triton", "native", True),
 }
 
 # First match wins: Inductor names its kernels after all operations that it fused, including attention.
@@ -147,8 +151,10 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     if case.provider == "diffusers":
         model = diffusers_model(case.transformer, LAYERS, case.tokens, device)
     else:
-        backend, recipe = _OURS[case.provider]
-        model = our_model(backend, case.transformer, LAYERS, case.tokens, case.timesteps, device, recipe)
+        backend, recipe, beside = _OURS[case.provider]
+        model = our_model(
+            backend, case.transformer, LAYERS, case.tokens, case.timesteps, device, recipe, audio_beside=beside
+        )
     if device.type == "cuda":
         # Compiling one layer compiles them all; the others stay in host memory, since all cases share one device.
         model.blocks[1:].cpu()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltx_titan.benchmarks.beside import run_audio_beside
 from ltx_titan.config import Float8Recipe
 from ltx_titan.model import LTXTransformer, Modality, TransformerConfig
 from ltx_titan.model.config import StreamConfig
@@ -53,16 +54,22 @@ def our_model(
     timesteps: int,
     device: torch.device,
     recipe: Float8Recipe = "none",
+    *,
+    audio_beside: bool = False,
 ) -> BlockModel:
-    """LTXTransformer, its blocks compiled, with the operators of `backend` and a recipe of float8."""
+    """LTXTransformer, its blocks compiled, with the operators of `backend` and a recipe of float8.
+
+    `audio_beside` runs the audio of a block on a stream of its own (beside.py).
+    """
     operators = select_operators(backend, device)
     with torch.device(device), _default_dtype(torch.bfloat16):
         model = LTXTransformer.from_config({**transformer, "num_layers": layers}, operators=operators)
     init_random_(model, seed=0)
     if recipe != "none":
         apply_float8(model, recipe, emulate=device.type == "cpu")
+    parts = run_audio_beside(model.transformer_blocks, device) if audio_beside else model.transformer_blocks
     if device.type == "cuda":
-        apply_compile(model.transformer_blocks)
+        apply_compile(parts)
     blocks = model.transformer_blocks
     video, audio = _modalities(transformer, tokens, timesteps, device)
 
