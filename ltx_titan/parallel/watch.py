@@ -37,6 +37,7 @@ _PHASES = ("loading", "training", "validating", "saving", "exporting")
 _PATIENCE_S = 60.0
 _GRACE_S = 30.0
 """For a collective's own time-out, after which an error is raised, or NCCL's flight recorder written."""
+_ASLEEP_S = 10.0
 _TIMED_OUT = ("timed out", "timeout")
 # In place of the count of a rank that has ended.
 _LEFT = -1
@@ -84,8 +85,9 @@ class Watch:
         self._since = time.monotonic()
         self._beats = 0
         self._said = 0.0
-        # Beats of each rank as last seen, and since when they have not changed.
+        # Beats of each rank as last seen, and since when they have not changed; and the time of the last look.
         self._seen: dict[int, tuple[int, float]] = {}
+        self._looked = time.monotonic()
         self._has_written = False
         self._end = threading.Event()
         # A connection of its own: on a shared one the thread would wait behind the main thread's requests.
@@ -111,11 +113,16 @@ class Watch:
             if explained is error:
                 raise
             raise explained from error
+        else:
+            self._stop()
+            self._leave()
         finally:
-            self._end.set()
-            if self._thread.is_alive():
-                self._thread.join(timeout=self._poll_s + 1)
-                self._leave()
+            self._stop()
+
+    def _stop(self) -> None:
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=self._poll_s + 1)
 
     def _explain(self, error: RuntimeError) -> RuntimeError:
         """The error that names the missing ranks, if it was a time-out; other errors as they are."""
@@ -194,6 +201,8 @@ class Watch:
 
     def _leave(self) -> None:
         """Notes that this rank publishes nothing more because it has ended."""
+        if self._size == 1:
+            return
         try:
             self._store.set(f"watch/{self._rank}", json.dumps([_LEFT, *self._position]))
         except Exception as error:  # the store is gone, and with it whoever could ask
@@ -209,6 +218,10 @@ class Watch:
     def _look(self, ranks: Iterable[int]) -> dict[int, _Position]:
         """Positions of ranks, as far as they are known; notes which have published since the last look."""
         now, positions = time.monotonic(), {}
+        if now - self._looked > max(_ASLEEP_S, 3 * self._poll_s):
+            # This process was asleep, perhaps with its whole machine: what it knows of others is as old.
+            self._seen.clear()
+        self._looked = now
         for rank in ranks:
             beats = 0  # of a rank that has not even joined
             if self._store.check([f"watch/{rank}"]):
