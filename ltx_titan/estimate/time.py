@@ -37,8 +37,8 @@ CONTENTION = 0.9
 multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows
 of docs/benchmarks took 0.25 to 0.30 s longer than predicted without it, whatever the number of tokens; and to 24 layers
 on two, over NCCL and by copy engines."""
-LAUNCHES = {"stream": 150, "cross": 66}
-"""Kernels of a compiled block, forward and backward: 366 with two streams (`ltx-titan bench block`)."""
+LAUNCHES = {1: 150, 2: 366}
+"""Kernels of a compiled block by its streams, forward and backward; with two counted by `ltx-titan bench block`."""
 LAUNCH_S = 4e-6
 """Shortest time from one kernel to the next in a CUDA graph: about 3 us of work and 1 us between them. It decides where
 there are few tokens, as in audio alone: of a block with video, 126 tokens of audio take 0.7 to 1 ms."""
@@ -218,8 +218,7 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
         gathered = work.block.gathered(setup.degrees.tp) / gpu.copy
         prepared = (NATIVE_WEIGHT_BYTES * gathered,) * 2
     memory = (moved * FORWARD_SHARE + prepared[0], moved * (1 - FORWARD_SHARE) + prepared[1])
-    both = work.video_tokens > 0 and work.audio_tokens > 0
-    least = LAUNCH_S * (2 * LAUNCHES["stream"] + LAUNCHES["cross"] if both else LAUNCHES["stream"])
+    least = LAUNCH_S * LAUNCHES[(work.video_tokens > 0) + (work.audio_tokens > 0)]
     passes = []
     for number, least_s in enumerate((least / 3, least * 2 / 3)):
         missing = max(0.0, least_s - linear[number] - attention[number] - memory[number])
