@@ -219,7 +219,7 @@ CHECKED: dict[str, tuple[str, Callable[[Command, pytest.MonkeyPatch], None]]] = 
     "ltx-titan bench scaling": ("a minute; tests/benchmarks/test_scaling.py runs it", parses),
     "ltx-titan bench block --tokens 4032 16128 --providers triton native tensorwise": ("needs a GPU", parses),
     "ltx-titan bench block --tokens 16128 --providers triton native tensorwise": ("needs a GPU", parses),
-    "ltx-titan bench block --tokens 4032 --providers triton beside native native-beside": ("needs a GPU", parses),
+    "ltx-titan bench block --tokens 4032 --providers triton parts beside native native-beside": ("needs a GPU", parses),
     "ltx-titan bench small-gpu": ("needs a GPU", parses),
     "pytest -m gpu": ("needs a GPU", names_files),
     "ltx-titan bench nano": ("minutes on a GPU", parses),

@@ -2,7 +2,7 @@
 
 Of 126 audio tokens a kernel takes a few microseconds on a few multiprocessors, and a compiled block runs them one after
 the other among the video's. Here a block is compiled in five parts, and a CUDA graph may run those of audio at the same
-time:
+time. `parts` is the same block in five parts on one stream, to tell the price from the gain.
 
     main stream    attend video | cross-modal attention | feed forward video
     side stream    attend audio |                       | feed forward audio
@@ -104,8 +104,9 @@ class BesideBlock(nn.Module):
         self._join()
         return video, audio
 
-    # The allocator reuses memory in the order of the stream that it was allocated on. What one stream made and the
-    # other read is freed after the two have joined, and allocated again after the next fork.
+    # The allocator reuses memory in the order of the stream that it was allocated on. In the forward pass, what one
+    # stream made and the other read is freed after the two have joined, and allocated again after the next fork; in the
+    # backward pass autograd orders the streams, and tells the allocator which gradients cross.
     def _fork(self) -> None:
         if self.side is not None:
             self.side.wait_stream(torch.cuda.current_stream())
@@ -118,10 +119,10 @@ class BesideBlock(nn.Module):
         return nullcontext() if self.side is None else torch.cuda.stream(self.side)
 
 
-def run_audio_beside(blocks: nn.ModuleList, device: torch.device) -> list[nn.Module]:
-    """Replaces blocks by ones whose audio runs beside their video; returns the parts, to be compiled."""
+def split_blocks(blocks: nn.ModuleList, device: torch.device, *, audio_beside: bool) -> list[nn.Module]:
+    """Replaces blocks by ones in parts, whose audio may run beside their video; returns the parts, to be compiled."""
     # High priority: a short kernel that waits for a free multiprocessor goes before the long ones' next blocks.
-    side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+    side = torch.cuda.Stream(device, priority=-1) if audio_beside and device.type == "cuda" else None
     parts: list[nn.Module] = []
     for number, block in enumerate(blocks):
         assert isinstance(block, AVTransformerBlock) and block.text_modulation, "a block of LTX-2.3 or later"

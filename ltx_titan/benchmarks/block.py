@@ -6,8 +6,8 @@ Reports ms, TFLOP/s and MFU per layer (formula: ltx_titan/model/flops.py), peak 
 (activations and gradients; the weights of all layers stay allocated), the time of the kernels by kind, and the fraction
 of the step in which the device waits for the host. `triton` and `torch` are our blocks, compiled, with fused kernels
 and with plain operations; `native` and `tensorwise` are `triton` with that recipe of float8; `beside` and
-`native-beside` run audio on a stream of its own; `diffusers` is LTX2VideoTransformer3DModel, compiled per block, in the
-same run.
+`native-beside` run audio on a stream of its own, and `parts` is their control (beside.py): kernels at the same time add
+up to more than the layer; `diffusers` is LTX2VideoTransformer3DModel, compiled per block, in the same run.
 
 Every combination is built and compiled in its own process, all in parallel; then they are timed one by one.
 
@@ -47,16 +47,17 @@ LAYERS = 4
 _WARMUP, _STEPS = 4, 16
 _GIB = 2**30
 
-Provider = Literal["triton", "torch", "native", "tensorwise", "beside", "native-beside", "diffusers"]
+Provider = Literal["triton", "torch", "native", "tensorwise", "parts", "beside", "native-beside", "diffusers"]
 
-# Operators, float8, and whether audio runs beside video.
-_OURS: dict[str, tuple[KernelBackend, Float8Recipe, bool]] = {
-    "triton": ("triton", "none", False),
-    "torch": ("torch", "none", False),
-    "native": ("triton", "native", False),
-    "tensorwise": ("triton", "tensorwise", False),
-    "beside": ("triton", "none", True),
-    "native-beside": ("triton", "native", True),
+# Operators, float8, and the parts of a block.
+_OURS: dict[str, tuple[KernelBackend, Float8Recipe, Literal["one", "five", "beside"]]] = {
+    "triton": ("triton", "none", "one"),
+    "torch": ("torch", "none", "one"),
+    "native": ("triton", "native", "one"),
+    "tensorwise": ("triton", "tensorwise", "one"),
+    "parts": ("triton", "none", "five"),
+    "beside": ("triton", "none", "beside"),
+    "native-beside": ("triton", "native", "beside"),
 }
 
 # First match wins: Inductor names its kernels after all operations that it fused, including attention.
@@ -151,10 +152,8 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     if case.provider == "diffusers":
         model = diffusers_model(case.transformer, LAYERS, case.tokens, device)
     else:
-        backend, recipe, beside = _OURS[case.provider]
-        model = our_model(
-            backend, case.transformer, LAYERS, case.tokens, case.timesteps, device, recipe, audio_beside=beside
-        )
+        backend, recipe, parts = _OURS[case.provider]
+        model = our_model(backend, case.transformer, LAYERS, case.tokens, case.timesteps, device, recipe, parts=parts)
     if device.type == "cuda":
         # Compiling one layer compiles them all; the others stay in host memory, since all cases share one device.
         model.blocks[1:].cpu()

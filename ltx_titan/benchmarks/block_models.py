@@ -5,15 +5,15 @@ tokens, 1,024 text tokens. diffusers receives the inputs of a trainer, a timeste
 ours receives the distinct timesteps and no mask, which is equivalent.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ltx_titan.benchmarks.beside import run_audio_beside
+from ltx_titan.benchmarks.beside import split_blocks
 from ltx_titan.config import Float8Recipe
 from ltx_titan.model import LTXTransformer, Modality, TransformerConfig
 from ltx_titan.model.config import StreamConfig
@@ -55,11 +55,12 @@ def our_model(
     device: torch.device,
     recipe: Float8Recipe = "none",
     *,
-    audio_beside: bool = False,
+    parts: Literal["one", "five", "beside"] = "one",
 ) -> BlockModel:
     """LTXTransformer, its blocks compiled, with the operators of `backend` and a recipe of float8.
 
-    `audio_beside` runs the audio of a block on a stream of its own (beside.py).
+    Args:
+        parts: of a compiled block; "beside" runs the two of audio on a stream of their own (beside.py).
     """
     operators = select_operators(backend, device)
     with torch.device(device), _default_dtype(torch.bfloat16):
@@ -67,9 +68,11 @@ def our_model(
     init_random_(model, seed=0)
     if recipe != "none":
         apply_float8(model, recipe, emulate=device.type == "cpu")
-    parts = run_audio_beside(model.transformer_blocks, device) if audio_beside else model.transformer_blocks
+    compiled: Iterable[nn.Module] = model.transformer_blocks
+    if parts != "one":
+        compiled = split_blocks(model.transformer_blocks, device, audio_beside=parts == "beside")
     if device.type == "cuda":
-        apply_compile(parts)
+        apply_compile(compiled)
     blocks = model.transformer_blocks
     video, audio = _modalities(transformer, tokens, timesteps, device)
 

@@ -24,10 +24,8 @@ BASE_FLOAT8_UNITS = 35.0
 """The same for a frozen base in float8: every input and every gradient of an output is read in bfloat16 and written in
 float8 once. Counted over a block's layers that read video or text tokens."""
 NATIVE_UNITS = 26.0
-"""The same for `float8.recipe = "native"`, fitted to the rows below; counted are 30: 67 to quantize and transpose, of
-which 37 replace GELU, sums of biases' gradients and of gradients of one input in bfloat16. With 62, for the form
-before, two H200s were predicted to take 0.370 and 1.650 s at 4,032 and 16,128 tokens and 24 layers, and took 0.371
-and 1.574."""
+"""The same for `float8.recipe = "native"`, fitted to the rows of two H200s; counted are 30: 67 to quantize and
+transpose, of which 37 replace GELU, sums of biases' gradients and of gradients of one input in bfloat16."""
 NATIVE_WEIGHT_BYTES = 3.0
 """Bytes read and written per weight to quantize it, in the forward and again in the backward pass."""
 NATIVE_EXACT = 1.2
@@ -35,8 +33,7 @@ NATIVE_EXACT = 1.2
 CONTENTION = 0.9
 """Seconds that computation takes longer per second of FSDP2's collectives beside it: NCCL's kernels occupy
 multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows
-of docs/benchmarks took 0.25 to 0.30 s longer than predicted without it, whatever the number of tokens; and to 24 layers
-on two, over NCCL and by copy engines."""
+took 0.25 to 0.30 s longer without it, whatever the number of tokens; and to 24 layers on two."""
 LAUNCHES = {1: 150, 2: 366}
 """Kernels of a compiled block by its streams, forward and backward; with two counted by `ltx-titan bench block`."""
 LAUNCH_S = 4e-6
@@ -219,11 +216,13 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
         prepared = (NATIVE_WEIGHT_BYTES * gathered,) * 2
     memory = (moved * FORWARD_SHARE + prepared[0], moved * (1 - FORWARD_SHARE) + prepared[1])
     least = LAUNCH_S * LAUNCHES[(work.video_tokens > 0) + (work.audio_tokens > 0)]
-    passes = []
-    for number, least_s in enumerate((least / 3, least * 2 / 3)):
-        missing = max(0.0, least_s - linear[number] - attention[number] - memory[number])
-        passes.append((linear[number], attention[number], memory[number] + missing))
-    return passes[0], passes[1]
+    forward, backward = zip(linear, attention, memory, strict=True)
+    return _at_least(least / 3, forward), _at_least(least * 2 / 3, backward)
+
+
+def _at_least(seconds: float, parts: tuple[float, ...]) -> tuple[float, ...]:
+    *others, memory = parts
+    return *others, memory + max(0.0, seconds - sum(parts))
 
 
 def _recomputed(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, ...]:
@@ -270,8 +269,10 @@ def _one_rank_copies(work: Workload, setup: Setup) -> float:
     if setup.fsdp > 1 or not setup.static_slots:
         return 0.0
     count, stored = work.block.sharded(setup.degrees, trained_only=True)
-    reduced = work.itemsize if setup.gpus == 1 and stored == work.itemsize * count else 4
-    return 2 * (stored + work.itemsize * count) + (work.itemsize + reduced) * count
+    has_replicas = setup.degrees.dp_replicate > 1
+    reduced = 4 if has_replicas or stored != work.itemsize * count else work.itemsize
+    copied = 4 * reduced if has_replicas else 0  # FSDP2 divides gradients, and copies them, before replicas add theirs
+    return 2 * (stored + work.itemsize * count) + (work.itemsize + reduced + copied) * count
 
 
 def _fsdp_traffic(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
 Every parameter is then a DTensor, and one rule decides precision: parameters are stored in the dtype they were built in
 (float32 for full fine-tuning), gathered in the compute dtype, and their gradients are reduced in float32. One rank has
-nothing to add: gradients of weights that are stored in the compute dtype stay in it, and no sum is copied.
+nothing to add: gradients of weights that are stored in the compute dtype stay in it.
 
 Where one rank holds a whole replica, frozen weights that are stored in the compute dtype stay plain parameters: FSDP2
 would copy each of them twice a step. Streamed weights (stream.py) stay plain parameters on any number of ranks, each of
@@ -12,11 +12,11 @@ Gradients are summed, not averaged: a rank's loss is already its share of the gl
 """
 
 import logging
-from collections.abc import Sequence, Set
-from typing import Any, Literal
+from collections.abc import Set
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -79,33 +79,10 @@ def apply_fsdp(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if mesh.size() == 1:
-                module.set_custom_reduce_scatter(_InPlaceSum())  # type: ignore[arg-type]  # its base class is private
-                continue
+                continue  # without a factor nothing is divided, and not by 1 in a pass of its own
             module.set_gradient_divide_factor(1.0)
             # A divide factor makes FSDP2 reduce with PREMUL_SUM, which gloo does not support.
             module.set_force_sum_reduction_for_comms(True)
-
-
-class _InPlaceSum:
-    """FSDP2's interface of a reduce-scatter (`ReduceScatter`, which is private), over one rank: the input is the sum.
-
-    FSDP2 reduces nothing on one rank, but divides the gradients by a factor and copies them from the input's memory to
-    the output's: 16 bytes a float32 gradient.
-    """
-
-    def __init__(self) -> None:
-        self._input: Tensor | None = None
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """FSDP2 asks for the input first, then for the output."""
-        if self._input is not None:
-            output, self._input = self._input, None
-            return output
-        self._input = torch.empty(*size, dtype=dtype, device=device)
-        return self._input
-
-    def __call__(self, *unused: Any, **also_unused: Any) -> None:
-        raise AssertionError("one rank has nothing to reduce")
 
 
 def use_static_slots(

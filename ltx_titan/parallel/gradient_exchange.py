@@ -43,6 +43,10 @@ class GradientExchange(ReduceScatter):
         if self._by_copy_engines and self._memory is None:
             self._memory = allocate(self._numel, self.dtype, group, device)
 
+    def takes(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether gradients are of the dtype that is exchanged; accumulated ones are float32, and would be rounded."""
+        return all(gradient.dtype == self.dtype for gradient in gradients)
+
     def begin(self, compute: torch.Stream) -> None:
         """Prepares the reduction of a block on the current stream, which waits for `compute` already.
 
@@ -102,3 +106,40 @@ class GradientExchange(ReduceScatter):
         if self._memory is not None:
             parts[rank].copy_(gradients[rank])
         torch.sum(parts, 0, dtype=output_tensor.dtype, out=output_tensor)
+
+
+class InPlaceSum(ReduceScatter):
+    """FSDP2's interface of a reduce-scatter over one rank, where the input is the sum.
+
+    FSDP2 would copy the gradients from the input's memory to the output's: 8 bytes a float32 gradient. For slots only
+    (static_slots.py), which allocate the input on the stream that reduces: FSDP2 frees it while that stream may still
+    read the output.
+    """
+
+    def __init__(self) -> None:
+        self._input: Tensor | None = None
+
+    def share(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """One rank shares nothing."""
+
+    def takes(self, gradients: Sequence[Tensor]) -> bool:
+        """Gradients of any dtype."""
+        return True
+
+    def begin(self, compute: torch.Stream) -> None:
+        """Prepares the reduction of a block."""
+        self._input = None
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """FSDP2 asks for the input first, then for the output."""
+        if self._input is None:
+            self._input = torch.empty(*size, dtype=dtype, device=device)
+            return self._input
+        output, self._input = self._input, None
+        return output
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Not called: FSDP2 reduces nothing over one rank."""
+        raise AssertionError("one rank has nothing to reduce")

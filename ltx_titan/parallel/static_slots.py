@@ -32,7 +32,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.profiler import record_function
 
-from ltx_titan.parallel.gradient_exchange import GradientExchange
+from ltx_titan.parallel.gradient_exchange import GradientExchange, InPlaceSum
 from ltx_titan.parallel.peer_memory import PeerTensor, allocate
 
 # One computes, the other is being gathered.
@@ -67,7 +67,7 @@ def add_static_slots(
         exchange_gradients: reduce them by gradient_exchange.py, with copy engines if weights are gathered by them.
     """
     slots = [_Slot(copy_engines) for _ in range(min(_SLOTS, len(blocks)))]
-    exchange = _exchange(blocks, copy_engines) if exchange_gradients else None
+    exchange = _reduction(blocks, copy_engines, exchange_gradients)
     reducing = _Reducing(exchange)
     for number, block in enumerate(blocks):
         group = _param_group(block)
@@ -123,18 +123,23 @@ def sharding(blocks: nn.ModuleList) -> tuple[dist.ProcessGroup, torch.device]:
     return group._all_gather_process_group, group.device
 
 
-def _exchange(blocks: nn.ModuleList, copy_engines: bool) -> GradientExchange | None:
-    """The reduction of blocks' gradients, all of one dtype; None if there are none or one rank has them all."""
-    ranks, most, dtypes = 1, 0, set()
+def _reduction(
+    blocks: nn.ModuleList, copy_engines: bool, exchange_gradients: bool
+) -> GradientExchange | InPlaceSum | None:
+    """The reduction of blocks' gradients; None for FSDP2's own."""
+    ranks, replicas, most, dtypes = 1, False, 0, set()
     for block in blocks:
         group = _param_group(block)
         assert group is not None
         ranks = group._reduce_scatter_process_group.size()
+        replicas = group.mesh_info.mesh.ndim > 1
         # Blocks may differ in what is frozen.
         trained = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
         most = max(most, sum(p.padded_sharded_param_size.numel() for p in trained))
         dtypes |= {group.mp_policy.param_dtype or p.sharded_param.dtype for p in trained}
-    if ranks == 1 or len(dtypes) != 1:
+    if ranks == 1 and not replicas:
+        return InPlaceSum()
+    if ranks == 1 or len(dtypes) != 1 or not exchange_gradients:
         return None
     return GradientExchange(ranks * most, dtypes.pop(), by_copy_engines=copy_engines)
 
@@ -274,7 +279,7 @@ class _Reducing:
     `exchange` is None to reduce by FSDP2's own reduce-scatter.
     """
 
-    exchange: GradientExchange | None = None
+    exchange: GradientExchange | InPlaceSum | None = None
     group: "_SlottedParamGroup | None" = None
     gradients: list[Tensor] = field(default_factory=list)
 
@@ -365,10 +370,10 @@ class _SlottedParamGroup(FSDPParamGroup):
         reducing.wait_stream(compute)
         with self.device_handle.stream(reducing):
             exchange = self.reducing.exchange
-            if exchange is None or any(gradient.dtype != exchange.dtype for gradient in gradients):
+            if exchange is None or not exchange.takes(gradients):
                 super().post_backward(*unused)
                 return
-            # For this reduction only: accumulated gradients are float32, and would be rounded.
+            # For this reduction only: those above run on other streams, or on accumulated gradients.
             plain, self._reduce_scatter_comm = self._reduce_scatter_comm, exchange
             exchange.begin(compute)
             super().post_backward(*unused)

@@ -10,15 +10,16 @@ is, and rank 0's compares:
 A phase may take hours on all ranks together, and only a collective knows that it waits for too long: the process
 group's time-out (`job.timeout_s`) ends the run, and the thread writes every rank's Python stack to `stacks/` before.
 But NCCL, which ends the process from a thread of its own, waits a minute first, and is not known to succeed whatever
-the device does. So this rank ends itself where rank 0 (on rank 0, any rank) has been silent for longer than the
-time-out.
+the device does. So rank 0, and then every rank, ends itself where another rank has been silent for longer than the
+time-out while rank 0 was in one place, and so do the others where rank 0 is. That needs a store that answers, and is
+not done while files are exported, which waits for nobody.
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,8 @@ _PHASES = ("loading", "training", "validating", "saving", "exporting")
 _PATIENCE_S = 60.0
 _GRACE_S = 30.0
 """For a collective's own time-out, after which an error is raised, or NCCL's flight recorder written."""
+_WRITING_S = 15.0
+"""For files of a process that ends: their file system may be what hangs."""
 _ASLEEP_S = 10.0
 _TIMED_OUT = ("timed out", "timeout")
 # In place of the count of a rank that has ended.
@@ -85,10 +88,10 @@ class Watch:
         self._since = time.monotonic()
         self._beats = 0
         self._said = 0.0
-        # Beats of each rank as last seen, and since when they have not changed; and the time of the last look.
+        # Beats of each rank as last seen, and since when they have not changed.
         self._seen: dict[int, tuple[int, float]] = {}
-        self._looked = time.monotonic()
         self._has_written = False
+        self._is_training = False
         self._end = threading.Event()
         # A connection of its own: on a shared one the thread would wait behind the main thread's requests.
         self._store = store.clone()  # type: ignore[attr-defined] # the stubs lack it
@@ -106,6 +109,7 @@ class Watch:
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Raises a `StalledError` in place of the time-out of a collective; ends the watch."""
+        self._is_training = True
         try:
             yield
         except RuntimeError as error:
@@ -145,18 +149,28 @@ class Watch:
         )
 
     def _run(self) -> None:
+        started = time.monotonic()
         while not self._end.wait(self._poll_s):
+            if time.monotonic() - started > self._poll_s + _ASLEEP_S:
+                # This process was asleep, perhaps with its whole machine: what it knows of others is as old.
+                self._seen.clear()
             try:
                 self._beat()
             except Exception as error:  # the job ends, or its store is gone: the collectives will say so
                 logger.debug("watch: %s", error)
+                # A connection that broke stays broken.
+                with contextlib.suppress(Exception):
+                    self._store = self._store.clone()
+            started = time.monotonic()
 
     def _beat(self) -> None:
         position, waited = self._publish(), time.monotonic() - self._since
         if waited > 0.8 * self._timeout_s or self._store.check(["watch/write"]):
-            self._write_stacks()
+            _in_time(self._write_stacks)
         if self._rank > 0:
             self._look([0])
+            if self._store.check(["watch/end"]):
+                self._end_process(self._store.get("watch/end").decode())
             self._end_if_lost(waited)
             return
         missing = self._missing()
@@ -179,23 +193,31 @@ class Watch:
         self._end_if_lost(waited)
 
     def _end_if_lost(self, waited: float) -> None:
-        """Ends this process if a rank that it looks at has been silent for too long, and it has waited as long."""
-        lost = self._silent(self._limit_s)
-        if waited < self._limit_s or not lost or self._end.is_set():
+        """Ends this process if another rank that it looks at has been silent for too long, and it has waited as long.
+
+        Without a rank the others end no more steps after the time-out. One that was silent for longer when this rank
+        came here has only lost the store.
+        """
+        earliest = time.monotonic() - waited - self._timeout_s
+        lost = [rank for rank in self._silent(self._limit_s) if self._seen[rank][1] > earliest]
+        if waited < self._limit_s or not lost or self._position.phase == _PHASES.index("exporting"):
             return
-        error = StalledError(
+        text = (
             f"{self._position}: {_ranks(lost)} has not answered for {self._limit_s:.0f} s, longer than job.timeout_s "
-            f"({self._timeout_s:.0f} s), and no time-out of a collective has ended this rank. The Python stacks of the "
-            f"ranks that answer are in {self.folder}."
+            f"({self._timeout_s:.0f} s). The Python stacks of the ranks that answer are in {self.folder}."
         )
+        if self._rank == 0:
+            with contextlib.suppress(Exception):
+                self._store.set("watch/end", text)
+        self._end_process(text)
+
+    def _end_process(self, text: str) -> None:
+        if self._end.is_set() or not self._is_training:
+            return
+        error = StalledError(text)
         try:
-            if self._on_lost is None:
-                logger.error("%s", error)
-            else:
-                self._on_lost(error)
+            _in_time(lambda: logger.error("%s", error) if self._on_lost is None else self._on_lost(error))
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             # Not an exception: the main thread waits in a library, perhaps for a device that waits for the lost rank.
             os._exit(1)
 
@@ -218,10 +240,6 @@ class Watch:
     def _look(self, ranks: Iterable[int]) -> dict[int, _Position]:
         """Positions of ranks, as far as they are known; notes which have published since the last look."""
         now, positions = time.monotonic(), {}
-        if now - self._looked > max(_ASLEEP_S, 3 * self._poll_s):
-            # This process was asleep, perhaps with its whole machine: what it knows of others is as old.
-            self._seen.clear()
-        self._looked = now
         for rank in ranks:
             beats = 0  # of a rank that has not even joined
             if self._store.check([f"watch/{rank}"]):
@@ -265,6 +283,13 @@ class Watch:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             logger.warning("%s: %s", self.folder, error.strerror or error)
+
+
+def _in_time(work: Callable[[], object]) -> None:
+    """Runs what may never return."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(_WRITING_S)
 
 
 def _ranks(ranks: list[int]) -> str:

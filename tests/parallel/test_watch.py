@@ -33,31 +33,48 @@ def test_a_rank_that_was_never_seen_is_named(tmp_path, first_of_two):
     assert texts[0] == (1, "waiting for rank 1, which does not answer (last seen: never)")
 
 
-def wait_for_rank_1(folder, beats):
-    """Waits longer than the time-out, as in a collective that never ends; `beats` are the other rank's last ones."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+def wait_for_others(folder, rank, entries, phase="training"):
+    """Waits longer than the time-out, as in a collective; `entries` are what others left in the store."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
     store = dist.HashStore()
-    store.set("watch/1", json.dumps([beats, 3, 1]))
+    for key, value in entries.items():
+        store.set(key, value)
 
     def report(error):
         (folder / "error.txt").write_text(str(error))
 
     watch = Watch(store, folder, timeout_s=1.0, on_lost=report)
     with watch.explained():
-        watch.enter(3, "training")
+        watch.enter(3, phase)
         time.sleep(6)
 
 
-@pytest.mark.parametrize(("beats", "code"), [(17, 1), (-1, 0)], ids=["stopped", "ended"])
-def test_a_rank_ends_if_another_is_silent_for_longer_than_the_time_out(tmp_path, beats, code):
-    process = multiprocessing.get_context("spawn").Process(target=wait_for_rank_1, args=(tmp_path, beats))
+def exit_code_of(*args):
+    process = multiprocessing.get_context("spawn").Process(target=wait_for_others, args=args)
     process.start()
     process.join()
-    assert process.exitcode == code
-    if code:
-        text = (tmp_path / "error.txt").read_text()
-        assert text.startswith("training, step 3: rank 1 has not answered for 2 s, longer than job.timeout_s (1 s)")
-        assert "wait_for_rank_1" in (tmp_path / "rank-0.txt").read_text()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_ends_if_another_is_silent_for_longer_than_the_time_out(tmp_path, rank):
+    assert exit_code_of(tmp_path, rank, {f"watch/{1 - rank}": json.dumps([17, 3, 1])}) == 1
+    text = (tmp_path / "error.txt").read_text()
+    assert text.startswith(
+        f"training, step 3: rank {1 - rank} has not answered for 2 s, longer than job.timeout_s (1 s)"
+    )
+    assert "wait_for_others" in (tmp_path / f"rank-{rank}.txt").read_text()
+
+
+def test_a_rank_ends_with_rank_0(tmp_path):
+    alive = {"watch/0": json.dumps([17, 3, 1]), "watch/end": "rank 2 has not answered"}
+    assert exit_code_of(tmp_path, 1, alive) == 1
+    assert (tmp_path / "error.txt").read_text() == "rank 2 has not answered"
+
+
+@pytest.mark.parametrize(("beats", "phase"), [(-1, "training"), (17, "exporting")], ids=["ended", "exporting"])
+def test_a_rank_waits_for_nobody_that_has_ended_or_while_it_exports(tmp_path, beats, phase):
+    assert exit_code_of(tmp_path, 0, {"watch/1": json.dumps([beats, 3, 1])}, phase) == 0
 
 
 def test_a_rank_that_ends_says_so(tmp_path, first_of_two):
