@@ -16,8 +16,8 @@ from ltx_titan.parallel.activation_checkpoint import Level
 
 MEMORY_BOUND_UNITS = {True: 235.0, False: 1130.0}
 """Memory traffic of a block's memory-bound operations, forward and backward, in values read or written per token and
-column. Compiled: the layer of another compiled implementation, without matmuls and attention, took 2.6 ms at 4,032 and
-10.3 ms at 16,128 tokens of 4,096 columns at 3.0 TB/s. Not compiled: counted over the operations of our block."""
+column. Compiled: another compiled layer, without matmuls and attention, took 2.6 ms at 4,032 and 10.3 ms at 16,128
+tokens of 4,096 columns at 3.0 TB/s. Not compiled: counted over the operations of our block."""
 FLOAT8_UNITS = 190.0
 """Traffic of quantization to float8: 2.8 ms per layer at 4,032 and 7.8 ms at 16,128 tokens (tensorwise)."""
 BASE_FLOAT8_UNITS = 35.0
@@ -221,8 +221,7 @@ def _compute(work: Workload, setup: Setup, gpu: Gpu) -> tuple[tuple[float, ...],
 
 
 def _at_least(seconds: float, parts: tuple[float, ...]) -> tuple[float, ...]:
-    *others, memory = parts
-    return *others, memory + max(0.0, seconds - sum(parts))
+    return *parts[:-1], parts[-1] + max(0.0, seconds - sum(parts))
 
 
 def _recomputed(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, ...]:
