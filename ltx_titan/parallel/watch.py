@@ -12,7 +12,7 @@ group's time-out (`job.timeout_s`) ends the run, and the thread writes every ran
 But NCCL, which ends the process from a thread of its own, waits a minute first, and is not known to succeed whatever
 the device does. So rank 0, and then every rank, ends itself where another rank has been silent for longer than the
 time-out while rank 0 was in one place, and so do the others where rank 0 is. That needs a store that answers, and is
-not done while files are exported, which waits for nobody.
+not done before training, nor while files are exported, which waits for nobody.
 """
 
 import contextlib
@@ -165,7 +165,7 @@ class Watch:
 
     def _beat(self) -> None:
         position, waited = self._publish(), time.monotonic() - self._since
-        if waited > 0.8 * self._timeout_s or self._store.check(["watch/write"]):
+        if not self._has_written and (waited > 0.8 * self._timeout_s or self._store.check(["watch/write"])):
             _in_time(self._write_stacks)
         if self._rank > 0:
             self._look([0])
@@ -198,9 +198,11 @@ class Watch:
         Without a rank the others end no more steps after the time-out. One that was silent for longer when this rank
         came here has only lost the store.
         """
+        if not self._may_end() or waited < self._limit_s or self._position.phase == _PHASES.index("exporting"):
+            return
         earliest = time.monotonic() - waited - self._timeout_s
         lost = [rank for rank in self._silent(self._limit_s) if self._seen[rank][1] > earliest]
-        if waited < self._limit_s or not lost or self._position.phase == _PHASES.index("exporting"):
+        if not lost:
             return
         text = (
             f"{self._position}: {_ranks(lost)} has not answered for {self._limit_s:.0f} s, longer than job.timeout_s "
@@ -211,8 +213,11 @@ class Watch:
                 self._store.set("watch/end", text)
         self._end_process(text)
 
+    def _may_end(self) -> bool:
+        return self._is_training and not self._end.is_set()
+
     def _end_process(self, text: str) -> None:
-        if self._end.is_set() or not self._is_training:
+        if not self._may_end():
             return
         error = StalledError(text)
         try:

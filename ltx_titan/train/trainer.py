@@ -118,10 +118,8 @@ class Trainer:
     def _report_lost(self, error: StalledError) -> None:
         """Reports that another rank is gone, in the watch's thread, which then ends this process."""
         report_error(error, self.plan.folder)
-        heartbeat: Heartbeat | None = getattr(self, "heartbeat", None)  # not while the model is loaded
-        if heartbeat is not None:
-            heartbeat.set_phase("failed")
-        self.alerts.send("failed", str(error), 0 if heartbeat is None else self.step)
+        self.heartbeat.set_phase("failed")
+        self.alerts.send("failed", str(error), self.step)
         self.alerts.close()
 
     def _train(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import sys
 import threading
 import time
 
@@ -33,7 +34,7 @@ def test_a_rank_that_was_never_seen_is_named(tmp_path, first_of_two):
     assert texts[0] == (1, "waiting for rank 1, which does not answer (last seen: never)")
 
 
-def wait_for_others(folder, rank, entries, phase="training"):
+def wait_for_others(folder, rank, entries, seconds, phase):
     """Waits longer than the time-out, as in a collective; `entries` are what others left in the store."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
     store = dist.HashStore()
@@ -46,11 +47,16 @@ def wait_for_others(folder, rank, entries, phase="training"):
     watch = Watch(store, folder, timeout_s=1.0, on_lost=report)
     with watch.explained():
         watch.enter(3, phase)
-        time.sleep(6)
+        time.sleep(seconds)
 
 
-def exit_code_of(*args):
-    process = multiprocessing.get_context("spawn").Process(target=wait_for_others, args=args)
+def exit_code_of(folder, rank, entries, *, seconds=120, phase="training"):
+    """Of a process that ends itself, or after `seconds`."""
+    return run(wait_for_others, folder, rank, entries, seconds, phase)
+
+
+def run(target, *args):
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
     process.start()
     process.join()
     return process.exitcode
@@ -74,7 +80,7 @@ def test_a_rank_ends_with_rank_0(tmp_path):
 
 @pytest.mark.parametrize(("beats", "phase"), [(-1, "training"), (17, "exporting")], ids=["ended", "exporting"])
 def test_a_rank_waits_for_nobody_that_has_ended_or_while_it_exports(tmp_path, beats, phase):
-    assert exit_code_of(tmp_path, 0, {"watch/1": json.dumps([beats, 3, 1])}, phase) == 0
+    assert exit_code_of(tmp_path, 0, {"watch/1": json.dumps([beats, 3, 1])}, seconds=6, phase=phase) == 0
 
 
 def test_a_rank_that_ends_says_so(tmp_path, first_of_two):
@@ -83,3 +89,17 @@ def test_a_rank_that_ends_says_so(tmp_path, first_of_two):
     with watch.explained():
         watch.enter(2, "exporting")
     assert json.loads(store.get("watch/0")) == [-1, 2, 4]
+
+
+def load_for_long(folder):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    store = dist.HashStore()
+    store.set("watch/1", json.dumps([17, 0, 0]))
+    Watch(store, folder, timeout_s=1.0)
+    time.sleep(6)
+    # Others would read it, and end, when they train.
+    sys.exit(store.check(["watch/end"]))
+
+
+def test_no_rank_is_ended_before_training(tmp_path):
+    assert run(load_for_long, tmp_path) == 0
