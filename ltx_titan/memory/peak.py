@@ -320,7 +320,7 @@ def _buffers(work: Workload, setup: Setup) -> _Buffers:
     shards = [weights.sharded(setup.degrees, trained_only=True) for weights in (work.block, work.outside)]
     is_compute_dtype = all(shard == size * count for count, shard in shards)
     # As in `apply_fsdp`.
-    reduce_size = size if setup.gpus == 1 and is_compute_dtype else 4.0
+    reduce_size = size if setup.fsdp * setup.degrees.dp_replicate == 1 and is_compute_dtype else 4.0
     reduced, reduced_outside = (
         (0.0 if shard == reduce_size * count else reduce_size * count) + (shard if work.in_backward else 0.0)
         for count, shard in shards
