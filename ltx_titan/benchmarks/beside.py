@@ -1,8 +1,8 @@
 """A block whose audio runs on a stream of its own, beside the video: a trial for `bench block --providers beside`.
 
-Of 126 audio tokens a kernel takes a few microseconds on a few multiprocessors, and a compiled block runs them one after
-the other among the video's. Here a block is compiled in five parts, and a CUDA graph may run those of audio at the same
-time. `parts` is the same block in five parts on one stream, to tell the price from the gain.
+A kernel over 126 audio tokens takes a few microseconds and occupies a few multiprocessors, and a compiled block runs
+these kernels and the video's one after the other. Here a block is compiled in five parts, and a CUDA graph may run
+those of audio at the same time. The provider `parts` runs the five parts on one stream, as a control.
 
     main stream    attend video | cross-modal attention | feed forward video
     side stream    attend audio |                       | feed forward audio
@@ -70,7 +70,7 @@ class _FeedForwardAudio(_Part):
 
 
 class BesideBlock(nn.Module):
-    """A block with both streams enabled and modulated text; its audio runs on `side`, None for a CPU."""
+    """A block with both streams enabled and modulated text; its audio runs on `side`, or among the video if None."""
 
     def __init__(self, block: AVTransformerBlock, side: torch.cuda.Stream | None) -> None:
         super().__init__()

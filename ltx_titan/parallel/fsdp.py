@@ -79,7 +79,7 @@ def apply_fsdp(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if mesh.size() == 1:
-                continue  # without a factor nothing is divided, and not by 1 in a pass of its own
+                continue  # FSDP2 would divide every gradient by the factor, 1, in a pass of its own
             module.set_gradient_divide_factor(1.0)
             # A divide factor makes FSDP2 reduce with PREMUL_SUM, which gloo does not support.
             module.set_force_sum_reduction_for_comms(True)

@@ -127,17 +127,17 @@ def _reduction(
     blocks: nn.ModuleList, copy_engines: bool, exchange_gradients: bool
 ) -> GradientExchange | InPlaceSum | None:
     """The reduction of blocks' gradients; None for FSDP2's own."""
-    ranks, replicas, most, dtypes = 1, False, 0, set()
+    ranks, has_replicas, most, dtypes = 1, False, 0, set()
     for block in blocks:
         group = _param_group(block)
         assert group is not None
         ranks = group._reduce_scatter_process_group.size()
-        replicas = group.mesh_info.mesh.ndim > 1
+        has_replicas = group.mesh_info.mesh.ndim > 1
         # Blocks may differ in what is frozen.
         trained = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
         most = max(most, sum(p.padded_sharded_param_size.numel() for p in trained))
         dtypes |= {group.mp_policy.param_dtype or p.sharded_param.dtype for p in trained}
-    if ranks == 1 and not replicas:
+    if ranks == 1 and not has_replicas:
         return InPlaceSum()
     if ranks == 1 or len(dtypes) != 1 or not exchange_gradients:
         return None
@@ -373,7 +373,7 @@ class _SlottedParamGroup(FSDPParamGroup):
             if exchange is None or not exchange.takes(gradients):
                 super().post_backward(*unused)
                 return
-            # For this reduction only: those above run on other streams, or on accumulated gradients.
+            # For this reduction only: accumulated gradients, above, are reduced by FSDP2's own, on another stream.
             plain, self._reduce_scatter_comm = self._reduce_scatter_comm, exchange
             exchange.begin(compute)
             super().post_backward(*unused)
