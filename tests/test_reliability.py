@@ -191,6 +191,51 @@ def test_a_rank_that_hangs_is_named_and_the_stacks_of_the_others_are_kept(tmp_pa
     assert heartbeat(job)["phase"] == "failed"
 
 
+# A rank that fails once it has joined the others; what the interpreter does at the end takes for ever, as CUDA's part
+# of it does where the device waits for a lost rank.
+FAILING_RANK = """
+import sys, threading, time
+import torch.distributed as dist
+from ltx_titan.train import entry
+
+class Failing:
+    def __init__(self, plan):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    def train(self):
+        raise ERROR
+
+threading.Thread(target=time.sleep, args=(1000,)).start()
+entry.Trainer, entry.CLOSING_S = Failing, 1.0
+dist.destroy_process_group = lambda: print("leaves", file=sys.stderr, flush=True) or time.sleep(LEAVES_S)
+entry.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "leaves_s", "expected"),
+    [
+        ("entry.StalledError('rank 1 is gone')", 1000, "rank 1 is gone"),
+        ("RuntimeError('Connection closed by peer')", 1000, "lost the connection to another rank"),
+        ("FloatingPointError('the loss is NaN')", 1000, "Timeout (0:00:01)!"),
+        ("FloatingPointError('the loss is NaN')", 0, "the loss is NaN"),
+        ("KeyError('a bug')", 0, "Traceback"),
+    ],
+)
+def test_a_rank_that_fails_ends_whatever_its_groups_and_its_device_wait_for(
+    tmp_path, nano_path, data_root, error, leaves_s, expected
+):
+    job = write_job(tmp_path, nano_path, data_root)
+    program = FAILING_RANK.replace("ERROR", error).replace("LEAVES_S", str(leaves_s))
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(job)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    text = found.stdout + found.stderr
+    assert (found.returncode, expected in text) == (1, True), text
+    # Nothing is to be finished with a rank that is gone.
+    assert ("leaves" in text) == ("rank" not in expected), text
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [

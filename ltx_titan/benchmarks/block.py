@@ -5,9 +5,8 @@
 Reports ms, TFLOP/s and MFU per layer (formula: ltx_titan/model/flops.py), peak memory and its growth per layer
 (activations and gradients; the weights of all layers stay allocated), the time of the kernels by kind, and the fraction
 of the step in which the device waits for the host. `triton` and `torch` are our blocks, compiled, with fused kernels
-and with plain operations; `native` and `tensorwise` are `triton` with that recipe of float8; `beside` and
-`native-beside` run audio on a stream of its own, and `parts` is their control (beside.py): kernels at the same time add
-up to more than the layer; `diffusers` is LTX2VideoTransformer3DModel, compiled per block, in the same run.
+and with plain operations; `native` and `tensorwise` are `triton` with that recipe of float8; `diffusers` is
+LTX2VideoTransformer3DModel, compiled per block, in the same run.
 
 Every combination is built and compiled in its own process, all in parallel; then they are timed one by one.
 
@@ -47,17 +46,13 @@ LAYERS = 4
 _WARMUP, _STEPS = 4, 16
 _GIB = 2**30
 
-Provider = Literal["triton", "torch", "native", "tensorwise", "parts", "beside", "native-beside", "diffusers"]
+Provider = Literal["triton", "torch", "native", "tensorwise", "diffusers"]
 
-# Operators, float8, and the parts of a block.
-_OURS: dict[str, tuple[KernelBackend, Float8Recipe, Literal["one", "five", "beside"]]] = {
-    "triton": ("triton", "none", "one"),
-    "torch": ("torch", "none", "one"),
-    "native": ("triton", "native", "one"),
-    "tensorwise": ("triton", "tensorwise", "one"),
-    "parts": ("triton", "none", "five"),
-    "beside": ("triton", "none", "beside"),
-    "native-beside": ("triton", "native", "beside"),
+_OURS: dict[str, tuple[KernelBackend, Float8Recipe]] = {
+    "triton": ("triton", "none"),
+    "torch": ("torch", "none"),
+    "native": ("triton", "native"),
+    "tensorwise": ("triton", "tensorwise"),
 }
 
 # First match wins: Inductor names its kernels after all operations that it fused, including attention.
@@ -152,8 +147,8 @@ def measure(case: Case, device: torch.device, take_turn: Callable[[], None]) -> 
     if case.provider == "diffusers":
         model = diffusers_model(case.transformer, LAYERS, case.tokens, device)
     else:
-        backend, recipe, parts = _OURS[case.provider]
-        model = our_model(backend, case.transformer, LAYERS, case.tokens, case.timesteps, device, recipe, parts=parts)
+        backend, recipe = _OURS[case.provider]
+        model = our_model(backend, case.transformer, LAYERS, case.tokens, case.timesteps, device, recipe)
     if device.type == "cuda":
         # Compiling one layer compiles them all; the others stay in host memory, since all cases share one device.
         model.blocks[1:].cpu()

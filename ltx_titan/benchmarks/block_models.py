@@ -5,15 +5,14 @@ tokens, 1,024 text tokens. diffusers receives the inputs of a trainer, a timeste
 ours receives the distinct timesteps and no mask, which is equivalent.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltx_titan.benchmarks.beside import split_blocks
 from ltx_titan.config import Float8Recipe
 from ltx_titan.model import LTXTransformer, Modality, TransformerConfig
 from ltx_titan.model.config import StreamConfig
@@ -54,25 +53,16 @@ def our_model(
     timesteps: int,
     device: torch.device,
     recipe: Float8Recipe = "none",
-    *,
-    parts: Literal["one", "five", "beside"] = "one",
 ) -> BlockModel:
-    """LTXTransformer, its blocks compiled, with the operators of `backend` and a recipe of float8.
-
-    Args:
-        parts: of a compiled block; "beside" runs the two of audio on a stream of their own (beside.py).
-    """
+    """LTXTransformer, its blocks compiled, with the operators of `backend` and a recipe of float8."""
     operators = select_operators(backend, device)
     with torch.device(device), _default_dtype(torch.bfloat16):
         model = LTXTransformer.from_config({**transformer, "num_layers": layers}, operators=operators)
     init_random_(model, seed=0)
     if recipe != "none":
         apply_float8(model, recipe, emulate=device.type == "cpu")
-    compiled: Iterable[nn.Module] = model.transformer_blocks
-    if parts != "one":
-        compiled = split_blocks(model.transformer_blocks, device, audio_beside=parts == "beside")
     if device.type == "cuda":
-        apply_compile(compiled)
+        apply_compile(model.transformer_blocks)
     blocks = model.transformer_blocks
     video, audio = _modalities(transformer, tokens, timesteps, device)
 

@@ -182,10 +182,9 @@ def assumptions(gpu: Gpu, setup: Setup) -> list[str]:
         "budget the gradients, which cannot use what activations free; validation is not counted",
         "time is for a sample of mean cost, memory for the largest one; no data, checkpoint or logging stalls",
         f"against the measured runs that rates were fitted to (docs/benchmarks): peak within {PEAK_ERROR:.0%}; step "
-        f"time within {TIME_ERROR:.0%} for {TIMED_LAYERS} layers or more with CUDA graphs (full fine-tuning of 12 "
-        "layers on two GPUs: 10% and 8% slower than predicted; on one GPU, whose runs moved more bytes than is counted "
-        "now: 6% slower and as predicted with updates in the backward pass, 17% slower with AdamW); without graphs the "
-        "host decides, whose speed is not predicted",
+        f"time within {TIME_ERROR:.0%} for {TIMED_LAYERS} layers or more with CUDA graphs (slower than "
+        "predicted: full fine-tuning of 12 layers on two GPUs by 10% and 8%, of 18 on one by 8% at 4k tokens, LoRA at "
+        "4k tokens on one H200 by 6%); without graphs the host decides, whose speed is not predicted",
     ]
     if setup.stream_blocks:
         lines.append(f"{gpu.host_link / 1e9:.0f} GB/s from pinned host memory; not measured on this kind of GPU")

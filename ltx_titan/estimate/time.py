@@ -33,7 +33,11 @@ NATIVE_EXACT = 1.2
 CONTENTION = 0.9
 """Seconds that computation takes longer per second of FSDP2's collectives beside it: NCCL's kernels occupy
 multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows
-took 0.25 to 0.30 s longer without it, whatever the number of tokens; and to 24 layers on two."""
+took 0.25 to 0.30 s longer without it, whatever the number of tokens."""
+COPY_CONTENTION = 5.7
+"""The same where copy engines move weights and gradients between GPUs, per second that one GPU's memory takes to copy
+as many bytes: 3.1 ms a block on two and on four H200s, however large the part of the other GPUs. Fitted to 24 and 48
+layers at 4,032, 8,064 and 16,128 tokens."""
 LAUNCHES = {1: 150, 2: 366}
 """Kernels of a compiled block by its streams, forward and backward; with two counted by `ltx-titan bench block`."""
 LAUNCH_S = 4e-6
@@ -124,7 +128,8 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
     busy_backward = sum(backward) + sum(again) + copies * 2 / 3 + communication * 2 / 3
     # FSDP2 overlaps its collectives with the computation of the same pass; only the excess takes time.
     exposed = max(0.0, gather - busy_forward) + max(0.0, gather + reduce + replicate - busy_backward)
-    contention = CONTENTION * (2 * gather + reduce + replicate) + _one_rank_copies(work, setup) / gpu.copy
+    gathering, reducing = _contention(work, setup, gpu)
+    contention = 2 * gathering + reducing + _one_rank_copies(work, setup) / gpu.copy
     busy = busy_forward + busy_backward + exposed + contention
     # A CUDA graph is one launch; otherwise the device waits wherever the host is slower.
     host = 0.0 if setup.graphs else max(0.0, _host(setup) - busy)
@@ -150,7 +155,7 @@ def estimate_time(work: Workload, setup: Setup, gpu: Gpu) -> StepTime:
         outside=_outside(work, setup, gpu, micro_batches),
         host=all_blocks(host, host / 3),
         exposed=all_blocks(exposed, max(0.0, gather - busy_forward)),
-        contention=all_blocks(contention, CONTENTION * gather),
+        contention=all_blocks(contention, gathering),
         streaming=micro_batches * (work.passes + work.base_passes / 2) * streaming,
     )
 
@@ -272,6 +277,18 @@ def _one_rank_copies(work: Workload, setup: Setup) -> float:
     reduced = 4 if has_replicas or stored != work.itemsize * count else work.itemsize
     copied = 4 * reduced if has_replicas else 0  # FSDP2 divides gradients, and copies them, before replicas add theirs
     return 2 * (stored + work.itemsize * count) + (work.itemsize + reduced + copied) * count
+
+
+def _contention(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, float]:
+    """Seconds by which an all-gather of one block, and all that happens to its gradients, slow down the computation."""
+    gather, reduce, replicate = _fsdp_traffic(work, setup, gpu)
+    if not setup.copy_engines:
+        return CONTENTION * gather, CONTENTION * (reduce + replicate)
+    gathered, trained = (
+        work.itemsize * work.block.gathered(setup.degrees.tp, trained_only=only) / gpu.copy for only in (False, True)
+    )
+    reducing = COPY_CONTENTION * trained if setup.exchanges_gradients else CONTENTION * reduce
+    return COPY_CONTENTION * gathered, reducing + CONTENTION * replicate
 
 
 def _fsdp_traffic(work: Workload, setup: Setup, gpu: Gpu) -> tuple[float, float, float]:

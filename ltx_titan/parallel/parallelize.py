@@ -10,7 +10,7 @@ DTensors without storage: `to_empty`, then load.
 import logging
 import signal
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -145,7 +145,7 @@ def parallelize(
     )
 
 
-def apply_compile(blocks: Iterable[nn.Module]) -> None:
+def apply_compile(blocks: nn.ModuleList) -> None:
     """Compiles every block in place, on its first call and for each new set of shapes; names in the state dict stay.
 
     All layers share one small graph. Static shapes run faster than dynamic ones.

@@ -1,19 +1,22 @@
 """Trains a job: `torchrun ... -m ltx_titan.train job.toml [--section.key=value ...]`."""
 
+import faulthandler
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from ltx_titan.checkpoint import remove_leftovers
-from ltx_titan.common.failure import report_error
+from ltx_titan.common.failure import is_lost_peer, report_error
 from ltx_titan.common.files import claimed, remove_temporaries
 from ltx_titan.common.logs import quiet_libraries, set_up_logging
-from ltx_titan.common.ranks import rank_and_size
+from ltx_titan.common.ranks import StalledError, rank_and_size
 from ltx_titan.config import load_job
 from ltx_titan.parallel.join import check_environment
 from ltx_titan.plan import plan_job
@@ -23,9 +26,34 @@ from ltx_titan.validation.training import check_validation_files
 
 logger = logging.getLogger("ltx_titan")
 
+CLOSING_S = 30.0
+"""For a rank that has failed to leave its process groups."""
+
+
+def run() -> NoReturn:
+    """Body of a rank's process: runs `main` and ends the process with its exit code.
+
+    A rank that has failed ends without what the interpreter and the libraries do at the end: its device may wait for a
+    rank that is gone, and CUDA's own cleaning up would wait for the device.
+    """
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code != 0:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(0)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a job from the command line; returns the exit code (docs/reliability.md)."""
+    """Runs a job from the command line; returns the exit code (docs/reliability.md).
+
+    Leaves the process groups, but for those in which it has lost a rank.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
     set_up_logging()
@@ -33,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0 if arguments else 2
     folder = Path()
+    has_lost_rank = False
     try:
         check_environment(os.environ)
         # Checked before a process group exists: every rank finds the same error by itself, and none waits for another.
@@ -49,12 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _claimed_by_rank_0(folder):
             Trainer(plan).train()
     except Exception as error:
-        if not report_error(error, folder):
+        has_lost_rank = isinstance(error, StalledError) or is_lost_peer(error)
+        is_reported = report_error(error, folder)
+        if dist.is_initialized() and not has_lost_rank:
+            # NCCL finishes what it has started, and other ranks may not. Ends the process, after its stacks.
+            faulthandler.dump_traceback_later(CLOSING_S, exit=True)
+        if not is_reported:
             raise
         return 1
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not has_lost_rank:
             dist.destroy_process_group()
+            faulthandler.cancel_dump_traceback_later()
     return 0
 
 

@@ -1,9 +1,7 @@
 import json
 
 import pytest
-import torch
 
-from ltx_titan.benchmarks.block_models import our_model
 from ltx_titan.cli import main
 from tests.shapes import TINY_23
 
@@ -27,13 +25,3 @@ def test_a_failing_provider_is_reported_and_the_others_are_measured(shape, tmp_p
     # Times of steps this small are noise, so only their presence is checked.
     assert all(row["step_ms"] > 0 and "error" not in row for row in rows if row["provider"] == "torch")
     assert "FAILED" in capsys.readouterr().out
-
-
-def test_audio_beside_video_computes_the_same():
-    found = []
-    for parts in ("one", "five", "beside"):
-        model = our_model("torch", TINY_23, 2, 24, 2, torch.device("cpu"), parts=parts)
-        model.step(2)
-        found.append(sorted((tuple(p.shape), p.grad.float().norm().item()) for p in model.parameters()))
-    assert found[0] == found[1] == found[2]
-    assert all(norm > 0 for _, norm in found[0])
