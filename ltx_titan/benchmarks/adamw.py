@@ -1,21 +1,24 @@
-"""Times clipping and AdamW's update of one rank's shards on a GPU: torch's fused update, and the kernel.
+"""Times clipping and AdamW's update of one rank's shards on a GPU: that of a library, and the kernel.
 
     python -m ltx_titan.benchmarks.adamw docs/benchmarks/ltx23_full_step.toml --out rows.jsonl
 
-Weights, gradients and moments are float32, those of --blocks blocks sharded over --ranks ranks. Times are those of the
-device, with launches queued in advance; host_ms is what launching takes. The row also says how far weights and moments
-of one block are from torch's after 20 steps, and in how many elements: none on the torch version whose operations the
-kernel has. The exit status is 1 if weights differ by more than float32 explains.
+Weights and gradients are float32, those of --blocks blocks sharded over --ranks ranks; so are moments, which torch's
+fused update has as well, or they have 8 bits, as in torchao's compiled one. Times are those of the device, with
+launches queued in advance; host_ms is what launching takes. The row also says how far weights and state of one block
+are from the library's after 20 steps, and in how many elements: none with float32 moments on the torch version whose
+operations the kernel has. The exit status is 1 if weights differ by more than rounding explains.
 """
 
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import torch
@@ -26,15 +29,21 @@ from ltx_titan.common.options import Flag, Maybe, Positional, parse_options
 from ltx_titan.common.tensors import free_device_memory
 from ltx_titan.config import OptimizerSection, load_job
 from ltx_titan.memory.workload import make_workload
-from ltx_titan.optim import adamw, build_optimizers
+from ltx_titan.optim import adamw, build_optimizers, lowbit
 from ltx_titan.optim.adamw import ShardedAdamW
+from ltx_titan.optim.lowbit import LowBitAdamW
 from ltx_titan.parallel.grad_norm import clip_factor, grad_norms, scale_grads_
 from ltx_titan.plan import plan_job
 
 _COMPARED_STEPS = 20
 _TIMED_STEPS = 10
-# Of the largest weight: in each step both may round to float32 once, in different directions.
-TOLERANCE = 2 * _COMPARED_STEPS * 2**-24
+Name = Literal["adamw", "adamw8bit"]
+TOLERANCE: dict[Name, float] = {"adamw": 2 * _COMPARED_STEPS * 2**-24, "adamw8bit": 1e-4}
+"""Of the largest weight. In each step both may round to float32 once, in different directions; a moment that does may
+have the next code, of which steps of 1e-4 of weights up to 0.1 feel a few percent."""
+_LR = 1e-4
+# Bytes that an update moves for each weight.
+_MOVED: dict[Name, float] = {"adamw": 28, "adamw8bit": 16.25}
 # Longer than the host takes to launch anything that is timed.
 _QUEUED_CYCLES = 100_000_000
 _SHAPES = [
@@ -54,6 +63,9 @@ class AdamWBenchOptions:
     job: Positional[Path]
     """Job file, whose model has the blocks."""
 
+    name: Name = "adamw"
+    """`optimizer.name`."""
+
     ranks: int = 2
     """Ranks that the weights are sharded over."""
 
@@ -70,7 +82,7 @@ class AdamWBenchOptions:
 class Shards:
     """Shards of blocks with gradients, those of a block in one tensor as FSDP2 leaves them, and their optimizer."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], blocks: int, device: torch.device) -> None:
+    def __init__(self, shapes: list[tuple[int, ...]], blocks: int, device: torch.device, name: Name = "adamw") -> None:
         generator = torch.Generator(device).manual_seed(0)
         sizes = [prod(shape) for shape in shapes]
         self.named: list[tuple[str, nn.Parameter]] = []
@@ -84,7 +96,8 @@ class Shards:
                 parameter = nn.Parameter(values[number].view(shape).clone())
                 parameter.grad = gradients[number].view(shape)
                 self.named.append((f"{block}.{number}", parameter))
-        self.optimizers = build_optimizers(self.named, OptimizerSection(lr=1e-4))
+        self.name = name
+        self.optimizers = build_optimizers(self.named, OptimizerSection(name=name, lr=_LR))
         (self.adamw,) = self.optimizers.parts
 
     def norm(self) -> Tensor:
@@ -95,23 +108,25 @@ class Shards:
         """Multiplies all gradients, in place."""
         scale_grads_((parameter for _, parameter in self.named), factor)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Weights and moments."""
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights and state, by what they are."""
         for _, parameter in self.named:
-            state = self.adamw.state[parameter]
-            yield from (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+            yield "weights", parameter.detach()
+            for name, value in self.adamw.state[parameter].items():
+                if name != "step":
+                    yield name, value.float()
 
 
 @contextmanager
 def torchs_update() -> Iterator[None]:
-    """Within it, the optimizer's update is torch's."""
-    with patch.object(adamw, "runs_triton", lambda _: False):
+    """Within it, the optimizer's update is torch's, or torchao's."""
+    with patch.object(adamw, "runs_triton", lambda _: False), patch.object(lowbit, "runs_triton", lambda _: False):
         yield
 
 
-def compare(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, float]:
-    """Differences of the kernel's update from torch's, of the shards of one block."""
-    ours, theirs = Shards(shapes, 1, device), Shards(shapes, 1, device)
+def compare(shapes: list[tuple[int, ...]], device: torch.device, name: Name = "adamw") -> dict[str, float]:
+    """Differences of the kernel's update from the library's, of the shards of one block."""
+    ours, theirs = Shards(shapes, 1, device, name), Shards(shapes, 1, device, name)
     for step in range(_COMPARED_STEPS):
         for shards in (ours, theirs):
             # Torch's update stores the scaled gradients.
@@ -123,17 +138,15 @@ def compare(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, fl
         ours.optimizers.step(factor)
         with torchs_update():
             theirs.optimizers.step(factor)
-    differ, worst = [0, 0, 0], [0.0, 0.0, 0.0]
-    largest = [0.0, 0.0, 0.0]
-    for number, (a, b) in enumerate(zip(ours.tensors(), theirs.tensors(), strict=True)):
-        kind = number % 3
+    differ, worst, largest = (defaultdict[str, float](float) for _ in range(3))
+    for (kind, a), (_, b) in zip(ours.tensors(), theirs.tensors(), strict=True):
         if a.numel():
             differ[kind] += int((a != b).sum())
             worst[kind] = max(worst[kind], float((a - b).abs().max()))
             largest[kind] = max(largest[kind], float(b.abs().max()))
     found: dict[str, float] = {"compared": sum(parameter.numel() for _, parameter in ours.named)}
-    for kind, name in enumerate(("weights", "exp_avg", "exp_avg_sq")):
-        found |= {f"differ_{name}": differ[kind], f"relative_{name}": worst[kind] / largest[kind]}
+    for kind in worst:
+        found |= {f"differ_{kind}": differ[kind], f"relative_{kind}": worst[kind] / largest[kind]}
     return found
 
 
@@ -143,6 +156,7 @@ def time_passes(shards: Shards) -> dict[str, dict[str, float]]:
     # Not 1, which the passes might otherwise be free to skip.
     factor = torch.full((), 0.999, device=shards.named[0][1].device)
     skip = torch.zeros((), device=factor.device)
+    moved = _MOVED[shards.name]
 
     def clip(update: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
@@ -163,17 +177,17 @@ def time_passes(shards: Shards) -> dict[str, dict[str, float]]:
         "scale": _times(lambda: shards.scale(factor), 8 * count),
     }
     with torchs_update():
-        found["torch"] = _times(lambda: shards.optimizers.step(skip=skip), 28 * count)
-        found["torch, factor"] = _times(update, 32 * count)
-        found["norm, scale, torch"] = _times(clip(scale_and_update), 40 * count)
-        found["norm, torch with factor"] = _times(clip(update), 36 * count)
-    found["kernel"] = _times(lambda: shards.optimizers.step(skip=skip), 28 * count)
-    found["kernel, factor"] = _times(update, 28 * count)
-    found["norm, kernel with factor"] = _times(clip(update), 32 * count)
+        found["torch"] = _times(lambda: shards.optimizers.step(skip=skip), moved * count)
+        found["torch, factor"] = _times(update, (moved + 4) * count)
+        found["norm, scale, torch"] = _times(clip(scale_and_update), (moved + 12) * count)
+        found["norm, torch with factor"] = _times(clip(update), (moved + 8) * count)
+    found["kernel"] = _times(lambda: shards.optimizers.step(skip=skip), moved * count)
+    found["kernel, factor"] = _times(update, moved * count)
+    found["norm, kernel with factor"] = _times(clip(update), (moved + 4) * count)
     return found
 
 
-def _times(step: Callable[[], object], moved: int) -> dict[str, float]:
+def _times(step: Callable[[], object], moved: float) -> dict[str, float]:
     """Median milliseconds of a step on the device and of its launches on the host, and gigabytes per second."""
     step()
     device, host = [], []
@@ -205,34 +219,46 @@ def shard_shapes(job: Path, ranks: int) -> list[tuple[int, ...]]:
     return [(-(-rows // ranks), *rest) for rows, *rest in shapes]
 
 
+def launch_as(shards: Shards, shape: dict[str, int]) -> None:
+    """Makes the kernel of most weights take another launch."""
+    from ltx_titan_kernels import adamw, adamw8bit
+
+    if isinstance(shards.adamw, LowBitAdamW):
+        assert shards.adamw._updaters is not None, "after a step"
+        by_codes, by_values = shards.adamw._updaters
+        assert by_codes is not None
+        shards.adamw._updaters = adamw8bit.Updater(*by_codes.levels, **shape), by_values
+    else:
+        assert isinstance(shards.adamw, ShardedAdamW)
+        shards.adamw._updater = adamw.Updater(**shape)
+
+
 def main() -> int:
     """Measures and compares; returns 1 if weights differ by more than the tolerance."""
     options = parse_options(AdamWBenchOptions, sys.argv[1:], prog="ltx_titan.benchmarks.adamw", description=__doc__)
     device = torch.device("cuda")
     shapes = shard_shapes(options.job, options.ranks)
-    row: dict[str, object] = {"ranks": options.ranks, "blocks": options.blocks}
-    differences = compare(shapes, device)
+    row: dict[str, object] = {"name": options.name, "ranks": options.ranks, "blocks": options.blocks}
+    differences = compare(shapes, device, options.name)
     row |= differences
     print(differences, flush=True)
     free_device_memory()
     row["copy_gb_per_s"] = round(copy_bandwidth(device) / 1e9)
-    shards = Shards(shapes, options.blocks, device)
+    shards = Shards(shapes, options.blocks, device, options.name)
     row |= {"weights": sum(parameter.numel() for _, parameter in shards.named), "tensors": len(shards.named)}
     passes = time_passes(shards)
     if options.sweep:
-        from ltx_titan_kernels.adamw import Updater
-
         factor = torch.full((), 0.999, device=device)
-        assert isinstance(shards.adamw, ShardedAdamW)
+        moved = _MOVED[options.name] * sum(parameter.numel() for _, parameter in shards.named)
         for shape in _SHAPES:
-            shards.adamw._updater = Updater(**shape)
+            launch_as(shards, shape)
             name = ", ".join(f"{key} {value}" for key, value in shape.items())
-            passes[name] = _times(lambda: shards.optimizers.step(factor), 28 * sum(p.numel() for _, p in shards.named))
+            passes[name] = _times(lambda: shards.optimizers.step(factor), moved)
     print_table(passes)
     row["passes"] = passes
     print(f"ROW {row}", flush=True)
     write_rows(options.out, [{**environment(device), **row}])
-    return 1 if differences["relative_weights"] > TOLERANCE else 0
+    return 1 if differences["relative_weights"] > TOLERANCE[options.name] else 0
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ EAGER_HOST_S = 11e-3
 """Host time of one pass of a block that is not compiled: a few hundred launches. Assumed."""
 UPDATE_BYTES = {
     "adamw": 28.0,
-    "adamw8bit": 18.0,
+    "adamw8bit": 16.25,
     "adamw4bit": 16.0,
     "adamw_schedulefree": 104.0,
     "prodigy": 164.0,
@@ -76,7 +76,7 @@ width x width matrices: 4 are the feed-forward's second matmul, which `selective
 1/2; `matmuls` leaves the feed-forward's first (4) and the output of one cross-modal attention (1/2)."""
 NORM_BYTES, SCALE_BYTES = 4.0, 8.0
 """Bytes per trained weight of clipping: the norm reads every gradient, and scaling reads and writes it. AdamW's update
-scales what it reads, and updates in the backward pass do without both."""
+scales what it reads, with moments of 32 and of 8 bits, and updates in the backward pass do without both."""
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ def _outside(work: Workload, setup: Setup, gpu: Gpu, micro_batches: int) -> floa
     updated = sum(_trained_shards(work, setup))
     bytes_per_weight = UPDATE_BYTES[work.optimizer] + (12.0 if work.ema else 0.0)
     bytes_per_weight += 0.0 if work.in_backward else NORM_BYTES
-    bytes_per_weight += 0.0 if work.in_backward or work.optimizer == "adamw" else SCALE_BYTES
+    bytes_per_weight += 0.0 if work.in_backward or work.optimizer in ("adamw", "adamw8bit") else SCALE_BYTES
     return seconds + updated * bytes_per_weight / gpu.copy
 
 

@@ -15,21 +15,27 @@ if TYPE_CHECKING:
     from ltx_titan_kernels.adamw import Updater
 
 
-class ShardedAdamW(AdamW):
-    """torch's AdamW with sharded state, whose update sees plain local tensors; `fused` and without `amsgrad`.
-
-    The update is elementwise, so local shards are enough, and the fused kernel computes the same numbers. torch's own
-    passes lists of DTensors to it, whose dispatch keeps the host busy, most of all in the first step.
+class Skippable:
+    """An optimizer whose update reads on the device how to scale gradients, and whether to leave all as it is.
 
     Attributes:
         grad_scale: divides the gradients, a scalar on their device; None for 1. torch's update stores the quotients.
         found_inf: 1.0 leaves weights and state as they are, 0.0 updates them; None updates.
     """
 
+    # torch's names, made for gradient scalers.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class ShardedAdamW(Skippable, AdamW):
+    """torch's AdamW with sharded state, whose update sees plain local tensors; `fused` and without `amsgrad`.
+
+    The update is elementwise, so local shards are enough, and the fused kernel computes the same numbers. torch's own
+    passes lists of DTensors to it, whose dispatch keeps the host busy, most of all in the first step.
+    """
+
     def __init__(self, *args: Any, **settings: Any) -> None:
-        # torch's names, made for gradient scalers.
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
         self._updater: Updater | None = None
         super().__init__(*args, **settings, fused=True)
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ltx_titan.config import OptimizerSection
 from ltx_titan.optim.adafactor import Adafactor
-from ltx_titan.optim.adamw import ShardedAdamW
+from ltx_titan.optim.adamw import ShardedAdamW, Skippable
 from ltx_titan.optim.groups import parameter_groups
 from ltx_titan.optim.muon import Muon
 from ltx_titan.optim.offload import keep_state_on_host
@@ -63,8 +63,8 @@ class Optimizers:
 
     @property
     def can_skip(self) -> bool:
-        """Whether `step` takes tensors that scale or skip it: only AdamW's own update does."""
-        return not self._in_backward and all(type(part) is ShardedAdamW for part in self.parts)
+        """Whether `step` takes tensors that scale or skip it: only AdamW's updates do, with moments of any width."""
+        return not self._in_backward and all(isinstance(part, Skippable) for part in self.parts)
 
     @property
     def can_scale(self) -> bool:
@@ -93,7 +93,7 @@ class Optimizers:
         assert (factor is None and skip is None) or self.can_skip
         scale = None if factor is None else factor.reciprocal()
         for part in self.parts:
-            if isinstance(part, ShardedAdamW):
+            if isinstance(part, Skippable):
                 # Read on the device.
                 part.grad_scale, part.found_inf = scale, skip
             part.step()

@@ -8,12 +8,15 @@ state fits one sharding only. Here the decision depends on the parameter alone, 
 
 Both are sharded like the parameter, so a run resumes exactly on any number of ranks. Biases, tables and matrices whose
 rows are not a multiple of 128 have float32 moments: they are small. With `bits = 32` all do.
+
+On GPUs the kernels of `ltx_titan_kernels.adamw8bit` and `adamw` update all weights in a few launches. They have no
+4-bit codes and do not round at random; such weights have torchao's update, compiled, one after the other.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,11 +25,15 @@ from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from ltx_titan.common.tensors import local, seed_of
+from ltx_titan.common.tensors import local, runs_triton, seed_of
+from ltx_titan.optim.adamw import Skippable
 from ltx_titan.optim.sharding import BLOCK, has_blocks, like
 
+if TYPE_CHECKING:
+    from ltx_titan_kernels import adamw, adamw8bit
 
-class LowBitAdamW(Optimizer):
+
+class LowBitAdamW(Skippable, Optimizer):
     """AdamW with quantized moments.
 
     Args:
@@ -55,21 +62,59 @@ class LowBitAdamW(Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
         self._maps: dict[tuple[torch.device, bool], Tensor] = {}
+        self._updaters: tuple[adamw8bit.Updater | None, adamw.Updater] | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # returns no loss
         """Updates every parameter that has a gradient."""
         assert closure is None, "closures are not supported"
-        todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not todo:
+        rest: list[tuple[Tensor, dict[str, Any]]] = []
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self._init_state(parameter)
+            rest += [(parameter, group) for parameter in self._update_by_kernels(parameters, group)]
+        if not rest or (self.found_inf is not None and bool(self.found_inf)):
             return
-        for parameter, _ in todo:
-            if not self.state[parameter]:
-                self._init_state(parameter)
-        with self._seeded_rounding(todo[0][0]):
-            for parameter, group in todo:
+        with self._seeded_rounding(rest[0][0]):
+            for parameter, group in rest:
                 self._update(parameter, group)
+
+    def _update_by_kernels(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Updates weights of a group in a few launches; returns those that the kernels do not take."""
+        if not parameters or not self._has_kernels(parameters[0]):
+            return parameters
+        if self._updaters is None:
+            # Imported here: Triton is not everywhere.
+            from ltx_titan_kernels import adamw, adamw8bit
+
+            device = local(parameters[0]).device
+            levels = [self._levels(device, signed) for signed in (True, False)] if self.bits == 8 else None
+            self._updaters = None if levels is None else adamw8bit.Updater(*levels), adamw.Updater()
+        by_codes, by_values = self._updaters
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        settings |= {"scale": self.grad_scale, "skip": self.found_inf}
+        rest = []
+        coded = [parameter for parameter in parameters if self._is_quantized(parameter)]
+        names = [f"{moment}.{part}" for moment in ("exp_avg", "exp_avg_sq") for part in ("codes", "scale")]
+        if coded and (by_codes is None or not by_codes(*self._tensors(coded, names), **settings)):
+            rest += coded
+        others = [parameter for parameter in parameters if not self._is_quantized(parameter)]
+        if others and not by_values(*self._tensors(others, ["exp_avg", "exp_avg_sq"]), **settings):
+            rest += others
+        return rest
+
+    def _has_kernels(self, parameter: Tensor) -> bool:
+        return not self.stochastic_rounding and runs_triton(local(parameter).device)
+
+    def _tensors(self, parameters: list[Tensor], state: list[str]) -> list[list[Tensor]]:
+        """Local weights, their gradients, their state by name, and their steps."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        values = [[local(self.state[parameter][name]) for parameter in parameters] for name in state]
+        steps = [self.state[parameter]["step"] for parameter in parameters]
+        return [[local(p).detach() for p in parameters], [local(g) for g in gradients], *values, steps]
 
     @contextmanager
     def _seeded_rounding(self, parameter: Tensor) -> Iterator[None]:
@@ -86,7 +131,8 @@ class LowBitAdamW(Optimizer):
 
     def _init_state(self, parameter: Tensor) -> None:
         state = self.state[parameter]
-        state["step"] = torch.tensor(0.0)
+        # On the device for the kernels, which count there; otherwise where the host can read it.
+        state["step"] = torch.zeros((), device=local(parameter).device if self._has_kernels(parameter) else "cpu")
         for name in ("exp_avg", "exp_avg_sq"):
             shard = local(parameter)
             if not self._is_quantized(parameter):
@@ -134,7 +180,9 @@ class LowBitAdamW(Optimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        weight = local(parameter).detach()
+        weight, gradient = local(parameter).detach(), local(parameter.grad)
+        if self.grad_scale is not None:
+            gradient = gradient / self.grad_scale
         state = self.state[parameter]
         state["step"] += 1
         # FSDP2 chunks dim 0, which leaves the last ranks without rows of a short parameter.
@@ -146,7 +194,7 @@ class LowBitAdamW(Optimizer):
         with torch._dynamo.utils.disable_cache_limit():
             function(
                 weight,
-                local(parameter.grad),
+                gradient,
                 state["step"],
                 self._moment(parameter, "exp_avg", True),
                 self._moment(parameter, "exp_avg_sq", False),

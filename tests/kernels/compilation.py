@@ -22,6 +22,7 @@ from ltx_titan.benchmarks.kernel_cases import CASES, WIDTHS, make_case
 from ltx_titan_kernels import (
     adafactor,
     adamw,
+    adamw8bit,
     few_tokens,
     float8,
     float8_rows,
@@ -31,6 +32,7 @@ from ltx_titan_kernels import (
     qk_norm_rope,
     rms_norm_modulate,
     sum_parts,
+    weight_table,
 )
 
 _MODULES = (
@@ -128,6 +130,16 @@ def compile_adamw(dtype: torch.dtype, gradients: torch.dtype) -> Any:
     return compiled["_update_kernel"]
 
 
+def compile_adamw8bit(dtype: torch.dtype) -> Any:
+    """Compiled kernel of AdamW with moments of 8 bits for aligned weights, scaled and skipped on the device."""
+    one, codes, scales = torch.ones(()), torch.zeros(64, 128, dtype=torch.uint8), torch.zeros(64, 1)
+    lists = [[torch.zeros(64, 128, dtype=dtype)], [torch.zeros(64, 128)], *[[codes], [scales]] * 2, [one]]
+    with compiled_from(adamw8bit, ["_update_kernel"]) as compiled:
+        update = adamw8bit.Updater(torch.zeros(256), torch.zeros(256))
+        update(*lists, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=one, skip=one)
+    return compiled["_update_kernel"]
+
+
 def compile_sum_parts(ranks: int, numel: int) -> Any:
     """Compiled kernel that adds bfloat16 gradients of a number of ranks."""
     parts = torch.zeros(ranks, numel, dtype=torch.bfloat16)
@@ -138,7 +150,10 @@ def compile_sum_parts(ranks: int, numel: int) -> Any:
 
 @contextmanager
 def compiled_from(module: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Within it, kernels of a module that are launched by name are compiled instead, if they are in `names`."""
+    """Within it, kernels of a module that are launched by name are compiled instead, if they are in `names`.
+
+    Those of the table that they may read are not run either.
+    """
     compiled: dict[str, Any] = {}
 
     def recorder(name: str, kernel: Any) -> Any:
@@ -153,8 +168,9 @@ def compiled_from(module: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]
         return OnGrid()
 
     with on_an_h100(lambda *_: None), ExitStack() as patches:
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            patches.enter_context(patch.object(module, name, recorder(name, getattr(module, name))))
+        for owner in (module, weight_table):
+            for name in [name for name in vars(owner) if name.endswith("_kernel")]:
+                patches.enter_context(patch.object(owner, name, recorder(name, getattr(owner, name))))
         yield compiled
 
 

@@ -11,6 +11,7 @@ from ltx_titan.benchmarks.kernel_cases import CASES
 from tests.kernels.compilation import (
     compile_adafactor,
     compile_adamw,
+    compile_adamw8bit,
     compile_case,
     compile_float8,
     compile_sum_parts,
@@ -101,6 +102,17 @@ def test_adamws_kernel_stays_in_registers_and_moves_16_bytes_at_a_time(tmp_path,
     assert wide[0] % 4 == 0
     assert wide[1] % 3 == 0
     assert not re.search(r"st\.global\.(?!v4)", ptx)
+    assert spilled_bytes(kernel, tmp_path) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamws_kernel_of_8_bits_stays_in_registers_and_moves_its_weights_16_bytes_at_a_time(tmp_path, dtype):
+    kernel = compile_adamw8bit(dtype)
+    ptx = kernel.asm["ptx"]
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 3  # a weight, and a gradient of as much memory or twice that
+    assert re.search(r"st\.global\.v4\.b32", ptx)
+    # Codes are moved by the word, never by the byte.
+    assert not re.search(r"(ld|st)\.global\.b8", ptx)
     assert spilled_bytes(kernel, tmp_path) == 0
 
 
