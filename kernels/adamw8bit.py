@@ -164,6 +164,8 @@ def _load_moment(codes_ptrs, scale_ptrs, levels_ptr, inside, is_block):
 @triton.jit
 def _store_moment(moment, codes_ptrs, scale_ptrs, levels_ptr, inside, is_block, SIGNED: tl.constexpr):
     scale = tl.maximum(tl.max(tl.abs(moment), 1), _SMALLEST_SCALE)
+    # A maximum ignores NaN, which must not get lost.
+    scale = tl.where(tl.max((moment != moment).to(tl.int32), 1) > 0, float("nan"), scale)
     codes = _encode(tl.div_rn(moment, tl.broadcast_to(scale[:, None], moment.shape)), levels_ptr, SIGNED)
     tl.store(codes_ptrs, codes, mask=inside)
     tl.store(scale_ptrs, scale, mask=is_block)

@@ -40,7 +40,7 @@ class Tables:
     def __init__(self, chunk: int, are_supported: Callable[..., bool]) -> None:
         self._chunk = chunk
         self._are_supported = are_supported
-        self._tables: dict[tuple[int, ...], WeightTable | None] = {}
+        self._tables: dict[tuple[int | torch.dtype, ...], WeightTable | None] = {}
 
     def __call__(self, steps: Sequence[Tensor], *lists: Sequence[Tensor]) -> "WeightTable | None":
         """The table of these tensors, weights first; None if the kernel does not take them.
@@ -49,7 +49,8 @@ class Tables:
             steps: updates before this one, float32 scalars.
             lists: weights, gradients and state, one tensor of each for every weight.
         """
-        addresses = tuple(map(Tensor.data_ptr, chain(steps, *lists)))
+        # What else lies at an address may change with a gradient's dtype.
+        addresses = (*map(Tensor.data_ptr, chain(steps, *lists)), *(tensors[0].dtype for tensors in lists))
         if addresses not in self._tables:
             if len(self._tables) == _KEPT_TABLES:
                 del self._tables[next(iter(self._tables))]

@@ -103,7 +103,10 @@ def measure(
         built_s = time.perf_counter() - started
         weights = sum(p.numel() for p in trainer.model.parameters())
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
         dist.barrier()
         row = {}
         if dist.get_rank() == 0:

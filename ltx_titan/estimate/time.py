@@ -35,7 +35,7 @@ CONTENTION = 0.9
 multiprocessors, caches and memory. Fitted to 48 layers on four H200s at 4,032, 8,064 and 16,128 tokens: all five rows
 took 0.25 to 0.30 s longer without it, whatever the number of tokens."""
 COPY_CONTENTION = 5.7
-"""The same where copy engines move weights and gradients between GPUs, per second that one GPU's memory takes to copy
+"""The same where copy engines move weights and gradients between GPUs, per second that one GPU's memory takes to read
 as many bytes: 3.1 ms a block on two and on four H200s, however large the part of the other GPUs. Fitted to 24 and 48
 layers at 4,032, 8,064 and 16,128 tokens."""
 LAUNCHES = {1: 150, 2: 366}
@@ -61,7 +61,7 @@ EAGER_HOST_S = 11e-3
 """Host time of one pass of a block that is not compiled: a few hundred launches. Assumed."""
 UPDATE_BYTES = {
     "adamw": 28.0,
-    "adamw8bit": 16.25,
+    "adamw8bit": 16.125,
     "adamw4bit": 16.0,
     "adamw_schedulefree": 104.0,
     "prodigy": 164.0,

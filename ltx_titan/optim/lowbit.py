@@ -131,8 +131,8 @@ class LowBitAdamW(Skippable, Optimizer):
 
     def _init_state(self, parameter: Tensor) -> None:
         state = self.state[parameter]
-        # On the device for the kernels, which count there; otherwise where the host can read it.
-        state["step"] = torch.zeros((), device=local(parameter).device if self._has_kernels(parameter) else "cpu")
+        # On the device, where kernels count, unless the host reads it.
+        state["step"] = torch.zeros((), device="cpu" if self.stochastic_rounding else local(parameter).device)
         for name in ("exp_avg", "exp_avg_sq"):
             shard = local(parameter)
             if not self._is_quantized(parameter):

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +27,7 @@ from ltx_titan.validation.training import check_validation_files
 logger = logging.getLogger("ltx_titan")
 
 CLOSING_S = 30.0
-"""For a rank that has failed to leave its process groups."""
+"""For a rank that has failed to free its graphs and leave its process groups."""
 
 
 def run() -> NoReturn:
@@ -41,12 +41,15 @@ def run() -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    if code != 0:
+    if code == 0:
+        sys.exit(0)
+    try:
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # closed, or nobody reads it
+                stream.flush()
+    finally:
         os._exit(code)
-    sys.exit(0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0 if arguments else 2
     folder = Path()
+    trainer: Trainer | None = None
     has_lost_rank = False
     try:
         check_environment(os.environ)
@@ -76,19 +80,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_finished(plan):
             return 0
         with _claimed_by_rank_0(folder):
-            Trainer(plan).train()
+            trainer = Trainer(plan)
+            trainer.train()
     except Exception as error:
         has_lost_rank = isinstance(error, StalledError) or is_lost_peer(error)
-        is_reported = report_error(error, folder)
+        if not report_error(error, folder):
+            traceback.print_exc()
         if dist.is_initialized() and not has_lost_rank:
-            # NCCL finishes what it has started, and other ranks may not. Ends the process, after its stacks.
+            # The device and NCCL finish what they have started, and other ranks may not. Ends the process, after its
+            # stacks.
             faulthandler.dump_traceback_later(CLOSING_S, exit=True)
-        if not is_reported:
-            raise
         return 1
     finally:
-        if dist.is_initialized() and not has_lost_rank:
-            dist.destroy_process_group()
+        try:
+            if dist.is_initialized() and not has_lost_rank:
+                if trainer is not None:
+                    trainer.close()
+                dist.destroy_process_group()
+        finally:
             faulthandler.cancel_dump_traceback_later()
     return 0
 

@@ -115,6 +115,10 @@ class Trainer:
         finally:
             self.alerts.close()
 
+    def close(self) -> None:
+        """Frees the CUDA graphs, for which the communicators of a process group wait. Waits for the device."""
+        self.train_step.micro_step.drop()
+
     def _report_lost(self, error: StalledError) -> None:
         """Reports that another rank is gone, in the watch's thread, which then ends this process."""
         report_error(error, self.plan.folder)
@@ -141,33 +145,33 @@ class Trainer:
                 "exporting": job.checkpoint.export_interval if plan.exports else None,
             },
         )
-        garbage = GarbageCollector(job.training.gc_interval)
-        loader = StepLoader(
-            plan.dataset,
-            plan.batches,
-            dp_rank=self.mesh.dp_rank,
-            dp_size=plan.degrees.dp,
-            local_batch_size=job.training.local_batch_size,
-            start_step=self.step + 1,
-            stop_step=plan.last_step + 1,
-            first_batch=self.next_batch,
-            draw=self.train_step.draw,
-            num_workers=job.data.num_workers,
-            prefetch=job.data.prefetch,
-        )
-        profiling = profile_steps(
-            plan.folder,
-            first_step=job.profiling.trace_start,
-            steps=job.profiling.trace_steps,
-            memory=job.profiling.memory_snapshot,
-            rank=dist.get_rank(),
-        )
-        clock = StepClock(self.device)
-        prompts = [] if self.validation is None else self.validation.prompts
-        page = RunReport(job, plan.last_step, prompts, is_writer=self.is_main)
-        self.heartbeat.step(self.step)
-        self.watch.enter(self.step + 1, "loading")
         try:
+            garbage = GarbageCollector(job.training.gc_interval)
+            loader = StepLoader(
+                plan.dataset,
+                plan.batches,
+                dp_rank=self.mesh.dp_rank,
+                dp_size=plan.degrees.dp,
+                local_batch_size=job.training.local_batch_size,
+                start_step=self.step + 1,
+                stop_step=plan.last_step + 1,
+                first_batch=self.next_batch,
+                draw=self.train_step.draw,
+                num_workers=job.data.num_workers,
+                prefetch=job.data.prefetch,
+            )
+            profiling = profile_steps(
+                plan.folder,
+                first_step=job.profiling.trace_start,
+                steps=job.profiling.trace_steps,
+                memory=job.profiling.memory_snapshot,
+                rank=dist.get_rank(),
+            )
+            clock = StepClock(self.device)
+            prompts = [] if self.validation is None else self.validation.prompts
+            page = RunReport(job, plan.last_step, prompts, is_writer=self.is_main)
+            self.heartbeat.step(self.step)
+            self.watch.enter(self.step + 1, "loading")
             with loader, profiling as before_step:
                 sources = [part.name for part in plan.parts if part.name]
                 sums = Sums(self.device, job.preservation.parts, sources)
@@ -226,12 +230,11 @@ class Trainer:
                         return
                     self.watch.enter(self.step + 1, "loading")
         finally:
-            # Each of them whatever the others raise: a thread that still saves would lose its process group.
+            # Both, whatever the other raises: a thread that still saves would lose its process group.
             with ExitStack() as stack:
-                stack.callback(self.saves.close)
                 stack.callback(log.close)
-                # Before the process group: its communicators wait for graphs that contain them.
-                stack.callback(self.train_step.micro_step.drop)
+                stack.callback(self.saves.close)
+        self.close()  # the export may need the graphs' memory
         with self._in_phase("exporting"):
             export = self.saves.export(self.step)
         self.heartbeat.set_phase("finished")

@@ -8,7 +8,7 @@ import torch
 from torchao.optim.quant_utils import quantize_8bit_with_qmap
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from ltx_titan.benchmarks.adamw import Shards, launch_as, shard_shapes
+from ltx_titan.benchmarks.adamw import Shards, assert_kernels, launch_as, shard_shapes
 from ltx_titan.optim import lowbit
 from ltx_titan.optim.lowbit import LowBitAdamW
 from ltx_titan_kernels import adamw, adamw8bit
@@ -103,7 +103,26 @@ def test_it_is_torchaos_update(monkeypatch):
 
 
 def test_a_job_may_change_between_kernel_and_torchao_in_any_step(monkeypatch):
-    assert_same(*take_turns(monkeypatch, range(1, STEPS, 2)), 2e-5)
+    coded = record_calls(monkeypatch, adamw8bit)
+    found = take_turns(monkeypatch, range(1, STEPS, 2))
+    assert coded == [True] * STEPS  # of two groups, in half of the steps
+    assert_same(*found, 2e-5)
+
+
+def test_a_gradient_that_is_not_a_number_spoils_its_block_as_in_torchao(monkeypatch):
+    sets, optimizers = take_turns(monkeypatch, range(STEPS), count=1)
+    for parameters, optimizer, is_ours in zip(sets, optimizers, (False, True), strict=True):
+        if not is_ours:
+            monkeypatch.setattr(lowbit, "runs_triton", lambda _: False)
+        optimizer.grad_scale = None
+        for step in (1, 2):
+            set_gradients(parameters, step)
+            if step == 1:
+                parameters[0].grad[3, 5] = math.nan
+            optimizer.step()
+        monkeypatch.undo()
+        assert torch.isnan(parameters[0]).sum() == 128
+        assert torch.isnan(parameters[0][3]).all()
 
 
 @pytest.mark.runs_on("gpu")  # the interpreter truncates to bfloat16
@@ -167,8 +186,8 @@ def test_it_takes_the_time_of_its_bytes_and_prints_it():
     """Shows several launches (`pytest -s`); a table, since time depends on what else the device does."""
     shapes = shard_shapes(JOB, ranks=4)
     shards = Shards(shapes, 4, DEVICE, "adamw8bit")
-    shards.optimizers.step()
-    moved = 16.25 * sum(parameter.numel() for _, parameter in shards.named)
+    assert_kernels(shards)
+    moved = 16.125 * sum(parameter.numel() for _, parameter in shards.named)
     print()
     for chunk, block, warps in LAUNCHES:
         launch_as(shards, {"chunk": chunk, "block": block, "warps": warps})
