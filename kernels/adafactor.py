@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ltx_titan_kernels.formulas import ADAFACTOR_DECAY, SMALLEST_RMS, SMALLEST_VARIANCE
+from ltx_titan_kernels.stochastic import round_at_random
 
 # Elements of a tile, held in the registers of one program.
 _TILE_ROWS = tl.constexpr(64)
@@ -344,16 +345,6 @@ def _sizes_kernel(table_ptr, scratch_ptr, smallest_rms):
 
 
 @triton.jit
-def _mix(x):
-    """A 32-bit integer hash (lowbias32): each bit of the input changes half of the bits of the result."""
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
 def _apply_kernel(
     table_ptr, tiles_ptr, gradients_ptr, weights_ptr, decay_ptr, scratch_ptr, smallest,
     ROUNDS: tl.constexpr, MEAN_PARTS: tl.constexpr,
@@ -367,9 +358,6 @@ def _apply_kernel(
     weight = tl.load(weight_ptrs, mask=inside, other=0.0).to(tl.float32)
     weight = weight * (1.0 - lr * tl.load(decay_ptr + number)) - update * tl.load(scratch_ptr + number)
     if ROUNDS:
-        # bfloat16 is the upper half of float32: a random number below one unit of it, then the lower half is cut off.
-        step = tl.load(tl.load(entry + _STEP).to(tl.pointer_type(tl.float32))).to(tl.uint32)
-        key = _mix(step ^ tl.load(entry + _SEED).to(tl.uint32))
-        bits = weight.to(tl.uint32, bitcast=True) + (_mix(offsets.to(tl.uint32) ^ key) >> 16)
-        weight = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        step = tl.load(tl.load(entry + _STEP).to(tl.pointer_type(tl.float32)))
+        weight = round_at_random(weight, offsets, step, tl.load(entry + _SEED))
     tl.store(weight_ptrs, weight.to(weights_ptr.dtype.element_ty), mask=inside)

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltx_titan_kernels.weight_table import Tables, address_of, chunk_of
+from ltx_titan_kernels.stochastic import round_at_random
+from ltx_titan_kernels.weight_table import SEED, Tables, address_of, chunk_of
 
 _DTYPES = (torch.bfloat16, torch.float32)
 # Offsets are 32-bit numbers, up to a chunk beyond the end.
@@ -63,6 +64,7 @@ class Updater:
         weight_decay: float,
         scale: Tensor | None = None,
         skip: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> bool:
         """Updates weights, moments and steps in place, on the current stream.
 
@@ -74,20 +76,24 @@ class Updater:
             lr, betas, eps, weight_decay: as in torch's AdamW.
             scale: divides the gradients, a float32 scalar on the device; None for 1.
             skip: 1.0 changes nothing, 0.0 updates; a float32 scalar on the device; None to update.
+            seeds: round bfloat16 weights up or down at random (stochastic.py); below 2^31, always the same for a
+                weight. None to round to nearest.
 
         Returns:
             Whether the kernels take these tensors; if not, nothing has changed.
         """
-        table = self._tables(steps, weights, gradients, exp_avgs, exp_avg_sqs)
+        table = self._tables(steps, seeds, weights, gradients, exp_avgs, exp_avg_sqs)
         if table is None:
             return False
         like = weights[0], gradients[0], exp_avgs[0]
         chunk, block, warps = self._shape
-        corrections = table.count_step(betas, skip)
+        counts = table.count_step(betas, skip)
+        rounds = seeds is not None and weights[0].dtype == torch.bfloat16
         for is_aligned, owners in table.owners.items():
             _update_kernel[(len(owners),)](
-                table.rows, owners, *corrections, scale, skip, *like, lr, *betas, eps, weight_decay,
-                FIELDS=table.rows.shape[1], CHUNK=chunk, BLOCK=block, ALIGNED=is_aligned, num_warps=warps,
+                table.rows, owners, *counts, scale, skip, *like, lr, *betas, eps, weight_decay,
+                FIELDS=table.rows.shape[1], CHUNK=chunk, BLOCK=block, ALIGNED=is_aligned, ROUNDS=rounds,
+                num_warps=warps,
             )  # fmt: skip
         # Autograd cannot see that they have changed.
         torch.autograd.graph.increment_version(weights)
@@ -103,9 +109,9 @@ def _are_supported(*lists: Sequence[Tensor]) -> bool:
 
 @triton.jit
 def _update_kernel(
-    table_ptr, owners_ptr, first_ptr, second_ptr, scale_ptr, skip_ptr, weights_ptr, gradients_ptr, moments_ptr,
-    lr, beta1, beta2, eps, weight_decay,
-    FIELDS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    table_ptr, owners_ptr, steps_ptr, first_ptr, second_ptr, scale_ptr, skip_ptr, weights_ptr, gradients_ptr,
+    moments_ptr, lr, beta1, beta2, eps, weight_decay,
+    FIELDS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     # 16 bytes, in bfloat16.
     number, entry, begin, numel = chunk_of(table_ptr, owners_ptr, skip_ptr, FIELDS, CHUNK, 8 if ALIGNED else 1)
@@ -134,6 +140,8 @@ def _update_kernel(
         exp_avg_sq = tl.fma(beta2, exp_avg_sq, tl.fma(-beta2, square, square))
         denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), correction2_sqrt) + eps
         weight -= tl.div_rn(step_size * exp_avg, denominator)
+        if ROUNDS:
+            weight = round_at_random(weight, offsets, tl.load(steps_ptr + number), tl.load(entry + SEED))
         tl.store(weight_ptrs, weight.to(weights_ptr.dtype.element_ty), mask=inside)
         tl.store(exp_avg_ptrs, exp_avg.to(moments_ptr.dtype.element_ty), mask=inside)
         tl.store(exp_avg_sq_ptrs, exp_avg_sq.to(moments_ptr.dtype.element_ty), mask=inside)

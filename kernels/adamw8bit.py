@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltx_titan_kernels.weight_table import Tables, address_of, chunk_of
+from ltx_titan_kernels.stochastic import round_at_random
+from ltx_titan_kernels.weight_table import SEED, Tables, address_of, chunk_of
 
 SCALED = 128
 """Neighbors that share a scale."""
@@ -52,7 +53,7 @@ class Updater:
     """
 
     def __init__(
-        self, signed: Tensor, unsigned: Tensor, *, chunk: int = 1 << 12, block: int = 2048, warps: int = 8
+        self, signed: Tensor, unsigned: Tensor, *, chunk: int = 1 << 12, block: int = 1024, warps: int = 8
     ) -> None:
         assert signed.shape == unsigned.shape == (256,), (signed.shape, unsigned.shape)
         self.levels = signed, unsigned
@@ -75,6 +76,7 @@ class Updater:
         weight_decay: float,
         scale: Tensor | None = None,
         skip: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> bool:
         """Updates weights, moments and steps in place, on the current stream.
 
@@ -88,22 +90,26 @@ class Updater:
             lr, betas, eps, weight_decay: as in torch's AdamW.
             scale: divides the gradients, a float32 scalar on the device; None for 1.
             skip: 1.0 changes nothing, 0.0 updates; a float32 scalar on the device; None to update.
+            seeds: round bfloat16 weights up or down at random (stochastic.py); below 2^31, always the same for a
+                weight. None to round to nearest.
 
         Returns:
             Whether the kernels take these tensors; if not, nothing has changed.
         """
-        table = self._tables(steps, weights, gradients, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales)
+        table = self._tables(steps, seeds, weights, gradients, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales)
         if table is None:
             return False
         chunk, block, warps = self._shape
-        corrections = table.count_step(betas, skip)
+        counts = table.count_step(betas, skip)
+        rounds = seeds is not None and weights[0].dtype == torch.bfloat16
         # In float64: 1 - 0.999 in float32 is 1.3e-5 of it away.
         shares = 1 - betas[0], 1 - betas[1]
         for is_aligned, owners in table.owners.items():
             _update_kernel[(len(owners),)](
-                table.rows, owners, *corrections, scale, skip, weights[0], gradients[0], *self.levels,
+                table.rows, owners, *counts, scale, skip, weights[0], gradients[0], *self.levels,
                 lr, lr * weight_decay, *shares, eps,
-                FIELDS=table.rows.shape[1], CHUNK=chunk, BLOCK=block, ALIGNED=is_aligned, num_warps=warps,
+                FIELDS=table.rows.shape[1], CHUNK=chunk, BLOCK=block, ALIGNED=is_aligned, ROUNDS=rounds,
+                num_warps=warps,
             )  # fmt: skip
         # Autograd cannot see that they have changed.
         torch.autograd.graph.increment_version(weights)
@@ -163,9 +169,10 @@ def _load_moment(codes_ptrs, scale_ptrs, levels_ptr, inside, is_block):
 
 @triton.jit
 def _store_moment(moment, codes_ptrs, scale_ptrs, levels_ptr, inside, is_block, SIGNED: tl.constexpr):
-    scale = tl.maximum(tl.max(tl.abs(moment), 1), _SMALLEST_SCALE)
-    # A maximum ignores NaN, which must not get lost.
-    scale = tl.where(tl.max((moment != moment).to(tl.int32), 1) > 0, float("nan"), scale)
+    # Magnitudes as integers are in the same order, with NaN, which a maximum of numbers would ignore, as the largest.
+    magnitudes = moment.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    scale = tl.max(magnitudes, 1).to(tl.float32, bitcast=True)
+    scale = tl.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
     codes = _encode(tl.div_rn(moment, tl.broadcast_to(scale[:, None], moment.shape)), levels_ptr, SIGNED)
     tl.store(codes_ptrs, codes, mask=inside)
     tl.store(scale_ptrs, scale, mask=is_block)
@@ -173,9 +180,9 @@ def _store_moment(moment, codes_ptrs, scale_ptrs, levels_ptr, inside, is_block, 
 
 @triton.jit
 def _update_kernel(
-    table_ptr, owners_ptr, first_ptr, second_ptr, scale_ptr, skip_ptr, weights_ptr, gradients_ptr,
+    table_ptr, owners_ptr, steps_ptr, first_ptr, second_ptr, scale_ptr, skip_ptr, weights_ptr, gradients_ptr,
     signed_ptr, unsigned_ptr, lr, decay, share1, share2, eps,
-    FIELDS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    FIELDS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     number, entry, begin, numel = chunk_of(table_ptr, owners_ptr, skip_ptr, FIELDS, CHUNK, _SCALED)
     correction1 = tl.load(first_ptr + number)
@@ -207,4 +214,6 @@ def _update_kernel(
         weight -= decay * weight
         denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), correction2_sqrt) + eps
         weight -= tl.div_rn(lr * tl.div_rn(exp_avg, correction1), denominator)
+        if ROUNDS:
+            weight = round_at_random(weight, offsets, tl.load(steps_ptr + number), tl.load(entry + SEED))
         tl.store(weight_ptrs, weight.to(weights_ptr.dtype.element_ty), mask=inside)

@@ -1,6 +1,6 @@
 """Updates of many weights by one launch: a table on the device of where they are, and of the chunks they consist of.
 
-A row has a weight's step, its size and its first chunk, and the addresses of the tensors that its update reads and
+A row has a weight's step, size, first chunk and seed, and the addresses of the tensors that its update reads and
 writes. A program updates a chunk of one weight, which it finds by its number. Weights that cannot be read 16 bytes at a
 time have a launch of their own.
 
@@ -26,7 +26,8 @@ _ALIGNED_ELEMENTS = 8
 _STEP = tl.constexpr(0)
 _NUMEL = tl.constexpr(1)
 _FIRST_CHUNK = tl.constexpr(2)
-TENSORS = tl.constexpr(3)
+SEED = tl.constexpr(3)
+TENSORS = tl.constexpr(4)
 
 
 class Tables:
@@ -42,11 +43,14 @@ class Tables:
         self._are_supported = are_supported
         self._tables: dict[tuple[int | torch.dtype, ...], WeightTable | None] = {}
 
-    def __call__(self, steps: Sequence[Tensor], *lists: Sequence[Tensor]) -> "WeightTable | None":
+    def __call__(
+        self, steps: Sequence[Tensor], seeds: Sequence[int] | None, *lists: Sequence[Tensor]
+    ) -> "WeightTable | None":
         """The table of these tensors, weights first; None if the kernel does not take them.
 
         Args:
             steps: updates before this one, float32 scalars.
+            seeds: of rounding at random, below 2^31, always the same for a weight; None without.
             lists: weights, gradients and state, one tensor of each for every weight.
         """
         # What else lies at an address may change with a gradient's dtype.
@@ -59,7 +63,7 @@ class Tables:
                 and all(t.device == steps[0].device and t.is_contiguous() for t in chain(steps, *lists))
                 and self._are_supported(*lists)
             )
-            self._tables[addresses] = WeightTable(self._chunk, steps, *lists) if is_taken else None
+            self._tables[addresses] = WeightTable(self._chunk, steps, seeds, *lists) if is_taken else None
         return self._tables[addresses]
 
 
@@ -71,16 +75,18 @@ class WeightTable:
         owners: the weight of each chunk, of aligned weights (True) and of the others (False).
     """
 
-    def __init__(self, chunk: int, steps: Sequence[Tensor], *lists: Sequence[Tensor]) -> None:
+    def __init__(
+        self, chunk: int, steps: Sequence[Tensor], seeds: Sequence[int] | None, *lists: Sequence[Tensor]
+    ) -> None:
         rows: list[list[int]] = []
         chunks = torch.tensor([triton.cdiv(weight.numel(), chunk) for weight in lists[0]])
         aligned = []
         next_chunk = {True: 0, False: 0}
-        for count, step, *tensors in zip(chunks.tolist(), steps, *lists, strict=True):
+        for count, step, seed, *tensors in zip(chunks.tolist(), steps, seeds or [0] * len(steps), *lists, strict=True):
             addresses = [t.data_ptr() for t in tensors]
             numel = tensors[0].numel()
             is_aligned = numel % _ALIGNED_ELEMENTS == 0 and all(address % 16 == 0 for address in addresses)
-            rows.append([step.data_ptr(), numel, next_chunk[is_aligned], *addresses])
+            rows.append([step.data_ptr(), numel, next_chunk[is_aligned], seed, *addresses])
             aligned.append(is_aligned)
             next_chunk[is_aligned] += count
         device = steps[0].device
@@ -92,14 +98,14 @@ class WeightTable:
                 owners = numbers.repeat_interleave(torch.where(is_in == is_aligned, chunks, 0))
                 self.owners[is_aligned] = _on_device(owners, device)
 
-    def count_step(self, betas: tuple[float, float], skip: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Counts this update unless it is skipped; returns 1 - b1^t and sqrt(1 - b2^t) of each weight."""
+    def count_step(self, betas: tuple[float, float], skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts this update unless it is skipped; returns t, 1 - b1^t and sqrt(1 - b2^t) of each weight."""
         count = len(self.rows)
         counts = torch.empty(count, dtype=torch.float32, device=self.rows.device)
         _count_kernel[(triton.cdiv(count, _COUNTED),)](
             self.rows, counts, skip, count, FIELDS=self.rows.shape[1], BLOCK=_COUNTED, num_warps=4
         )
-        return 1 - torch.pow(betas[0], counts), (1 - torch.pow(betas[1], counts)).sqrt_()
+        return counts, 1 - torch.pow(betas[0], counts), (1 - torch.pow(betas[1], counts)).sqrt_()
 
 
 def _on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -196,6 +196,7 @@ def build_optimizers(
     if not named:
         raise ValueError("optimizer: no weight requires a gradient; check model.mode and lora.targets.")
     parts: list[Optimizer] = []
+    # One optimizer per block would otherwise round all of them with the same numbers.
     for number, group in enumerate(_groups(named, settings)):
         if settings.name == "muon":
             matrices = [item for item in group if is_matrix(*item)]
@@ -203,14 +204,13 @@ def build_optimizers(
             if matrices:
                 parts.append(Muon(parameter_groups(matrices, settings), lr=settings.lr, momentum=settings.momentum))
             if others:
-                parts.append(_adamw(others, settings, seed))
+                parts.append(_adamw(others, settings, seed + number))
         elif settings.name == "adafactor":
             parts.append(
                 Adafactor(
                     parameter_groups(group, settings),
                     lr=settings.lr,
                     stochastic_rounding=settings.stochastic_rounding,
-                    # One optimizer per block would otherwise round all of them with the same numbers.
                     seed=seed + number,
                 )
             )
@@ -231,7 +231,7 @@ def build_optimizers(
                 )
             )
         else:
-            parts.append(_adamw(group, settings, seed))
+            parts.append(_adamw(group, settings, seed + number))
     if settings.offload_state:
         for part in parts:
             keep_state_on_host(part)

@@ -10,7 +10,7 @@ Both are sharded like the parameter, so a run resumes exactly on any number of r
 rows are not a multiple of 128 have float32 moments: they are small. With `bits = 32` all do.
 
 On GPUs the kernels of `ltx_titan_kernels.adamw8bit` and `adamw` update all weights in a few launches. They have no
-4-bit codes and do not round at random; such weights have torchao's update, compiled, one after the other.
+codes of 4 bits; weights with such moments have torchao's update, compiled, one after the other.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -41,8 +41,8 @@ class LowBitAdamW(Skippable, Optimizer):
         bits: 8, 4 or 32.
         lr, betas, eps, weight_decay: as in AdamW.
         stochastic_rounding: round bfloat16 parameters up or down at random, with the exact value as the mean.
-        seed: of the rounding. Random numbers depend on (seed, step) and are the same on all ranks, so that replicas of
-            a weight stay equal.
+        seed: of the rounding. Random numbers depend on (seed, step), the weight, and the element's place in the shard:
+            they are the same on all ranks, so that replicas of a weight stay equal.
     """
 
     def __init__(
@@ -64,6 +64,9 @@ class LowBitAdamW(Skippable, Optimizer):
         self._maps: dict[tuple[torch.device, bool], Tensor] = {}
         self._updaters: tuple[adamw8bit.Updater | None, adamw.Updater] | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        # Of the kernels: every weight has random numbers of its own.
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._seeds = {p: seed_of(f"{seed}/{number}", num_bytes=4) >> 1 for number, p in enumerate(parameters)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # returns no loss
@@ -96,18 +99,22 @@ class LowBitAdamW(Skippable, Optimizer):
         by_codes, by_values = self._updaters
         settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         settings |= {"scale": self.grad_scale, "skip": self.found_inf}
-        rest = []
         coded = [parameter for parameter in parameters if self._is_quantized(parameter)]
-        names = [f"{moment}.{part}" for moment in ("exp_avg", "exp_avg_sq") for part in ("codes", "scale")]
-        if coded and (by_codes is None or not by_codes(*self._tensors(coded, names), **settings)):
-            rest += coded
         others = [parameter for parameter in parameters if not self._is_quantized(parameter)]
-        if others and not by_values(*self._tensors(others, ["exp_avg", "exp_avg_sq"]), **settings):
-            rest += others
+        moments = ["exp_avg", "exp_avg_sq"]
+        rest = []
+        for update, members, names in (
+            (by_codes, coded, [f"{moment}.{part}" for moment in moments for part in ("codes", "scale")]),
+            (by_values, others, moments),
+        ):
+            seeds = [self._seeds[member] for member in members] if self.stochastic_rounding else None
+            if members and (update is None or not update(*self._tensors(members, names), **settings, seeds=seeds)):
+                rest += members
         return rest
 
     def _has_kernels(self, parameter: Tensor) -> bool:
-        return not self.stochastic_rounding and runs_triton(local(parameter).device)
+        # Torchao's rounding needs the step on the host, where kernels cannot count it.
+        return (self.bits != 4 or not self.stochastic_rounding) and runs_triton(local(parameter).device)
 
     def _tensors(self, parameters: list[Tensor], state: list[str]) -> list[list[Tensor]]:
         """Local weights, their gradients, their state by name, and their steps."""
@@ -132,7 +139,8 @@ class LowBitAdamW(Skippable, Optimizer):
     def _init_state(self, parameter: Tensor) -> None:
         state = self.state[parameter]
         # On the device, where kernels count, unless the host reads it.
-        state["step"] = torch.zeros((), device="cpu" if self.stochastic_rounding else local(parameter).device)
+        is_read = self.stochastic_rounding and not self._has_kernels(parameter)
+        state["step"] = torch.zeros((), device="cpu" if is_read else local(parameter).device)
         for name in ("exp_avg", "exp_avg_sq"):
             shard = local(parameter)
             if not self._is_quantized(parameter):

@@ -26,6 +26,7 @@ from ltx_titan.validation.training import check_validation_files
 
 logger = logging.getLogger("ltx_titan")
 
+_STDERR = 2  # the descriptor: there may be no such object, or one without a file
 CLOSING_S = 30.0
 """For a rank that has failed to free its graphs and leave its process groups."""
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dist.is_initialized() and not has_lost_rank:
             # The device and NCCL finish what they have started, and other ranks may not. Ends the process, after its
             # stacks.
-            faulthandler.dump_traceback_later(CLOSING_S, exit=True)
+            faulthandler.dump_traceback_later(CLOSING_S, exit=True, file=_STDERR)
         return 1
     finally:
         try:

@@ -131,12 +131,12 @@ def compile_adamw(dtype: torch.dtype, gradients: torch.dtype) -> Any:
 
 
 def compile_adamw8bit(dtype: torch.dtype) -> Any:
-    """Compiled kernel of AdamW with moments of 8 bits for aligned weights, scaled and skipped on the device."""
+    """Compiled kernel of AdamW with moments of 8 bits for aligned weights, scaled, skipped and rounded at random."""
     one, codes, scales = torch.ones(()), torch.zeros(64, 128, dtype=torch.uint8), torch.zeros(64, 1)
     lists = [[torch.zeros(64, 128, dtype=dtype)], [torch.zeros(64, 128)], *[[codes], [scales]] * 2, [one]]
     with compiled_from(adamw8bit, ["_update_kernel"]) as compiled:
         update = adamw8bit.Updater(torch.zeros(256), torch.zeros(256))
-        update(*lists, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=one, skip=one)
+        update(*lists, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=one, skip=one, seeds=[7])
     return compiled["_update_kernel"]
 
 
