@@ -160,7 +160,7 @@ def _gpus() -> Iterator[Finding]:
     driver = _nvidia_smi("name,driver_version,memory.total,memory.used")
     if not torch.cuda.is_available():
         if not driver:
-            yield Finding("warning", "gpu", "none found", "training works on a CPU, for the debug job only")
+            yield Finding("warning", "gpu", "none found", "training works on a CPU, for models as small as the demo's")
         elif torch.version.cuda is None and torch.version.hip is None:
             # Forced: the build without CUDA meets the same requirement.
             release = torch.__version__.split("+")[0]

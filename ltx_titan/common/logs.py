@@ -5,8 +5,12 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from ltx_titan.common.secrets import RedactingFilter
+
+_PACKAGE = Path(__file__).parents[1]
+_format_warning = warnings.formatwarning
 
 
 def set_up_logging() -> None:
@@ -32,7 +36,11 @@ def escape_names() -> None:
 
 
 def quiet_libraries() -> None:
-    """Sets the switches of the libraries unless the user has set them. Call before importing the libraries."""
+    """Sets the switches of the libraries unless the user has set them. Call before importing the libraries.
+
+    Warnings of this package are about the user's settings, and printed without the line that raises them.
+    """
+    warnings.formatwarning = _in_words
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -46,3 +54,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # A checkpoint is read in one process on purpose by `ltx-titan export`.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _in_words(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
+        return f"warning: {message}\n"
+    return _format_warning(message, category, filename, lineno, line)

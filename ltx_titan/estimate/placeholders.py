@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ltx_titan.conditioning import FlexibleStrategy
-from ltx_titan.data import write_sample
+from ltx_titan.data import read_sample, write_sample
 from ltx_titan.data.layout import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_STEPS_PER_SECOND, VIDEO_CHANNELS, Fields, Value
 from ltx_titan.model import TransformerConfig
 from ltx_titan.weights import read_metadata, released_config, scale_factors
@@ -43,6 +43,8 @@ def add_placeholders(tables: Tables, folder: Path, *, shape: str | None = None, 
         ValueError: neither `shape` nor the file's name identifies the model, or the codecs cannot encode such a clip.
     """
     notes = _checkpoint(tables, shape)
+    model = tables["model"]
+    has_connectors = model.get("init", "checkpoint") == "checkpoint" or bool(model.get("connectors_path"))
     if tables.pop("validation", None) is not None:
         # Its files need not be on this machine.
         notes.append("validation: not counted")
@@ -55,6 +57,16 @@ def add_placeholders(tables: Tables, folder: Path, *, shape: str | None = None, 
     elif data.get("source") == "media":
         return notes
     sources = data.get("sources") or []
+    roots = [source["root"] for source in sources] or ([data["root"]] if data.get("root") else [])
+    if clip is None and not has_connectors and any(map(_holds_features, roots)):
+        data.pop("sources", None)
+        _sample(tables, folder, DEFAULT_CLIP)
+        width, height, frames = DEFAULT_CLIP
+        notes.append(
+            f"data: the connectors that {' and '.join(roots)} needs are in the checkpoint; assuming clips of "
+            f"{width}x{height}x{frames}, set --clip to the size of yours"
+        )
+        return notes
     if sources and (clip is not None or not all(Path(source["root"]).expanduser().is_dir() for source in sources)):
         notes.append("data.sources: not all found (or overridden by --clip); assuming one dataset without them")
         del data["sources"]
@@ -69,6 +81,12 @@ def add_placeholders(tables: Tables, folder: Path, *, shape: str | None = None, 
     if clip is not None or not root or not Path(root).expanduser().is_dir():
         notes.append(_sample(tables, folder, clip or DEFAULT_CLIP))
     return notes
+
+
+def _holds_features(root: str) -> bool:
+    """Whether prepared data holds text features, which need text connectors; False for finished contexts."""
+    first = next(iter(sorted((Path(root).expanduser() / "conditions").rglob("*.pt"))), None)
+    return first is not None and not any(name.endswith("_context") for name in read_sample(first, "text"))
 
 
 def _has_media(tables: Tables) -> bool:

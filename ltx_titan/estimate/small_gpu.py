@@ -55,9 +55,12 @@ def recipe_for(gpu: Gpu) -> str | None:
 
 
 def describe_proposals(plan: Plan, gpu: Gpu) -> list[str]:
-    """Formats what `propose` finds, and the recipe, as lines of text; none if it is not a LoRA job on one GPU."""
+    """Formats what `propose` finds, and the recipe, as lines of text; for other jobs what else to try."""
     if not _can_stream(plan):
-        return []
+        return [
+            f"\nwhat takes less memory, in the order of what it costs: docs/parallelism.md, When it does not fit; "
+            f"--search compares the meshes of more {gpu.name}s"
+        ]
     proposals, recipe = propose(plan, gpu), recipe_for(gpu)
     text = [] if recipe is None else [f"\nrecipe for LoRA on {gpu.name}: train_configs/{recipe}.toml"]
     if not proposals:

@@ -46,11 +46,12 @@ def _encoder(job: JobConfig) -> str:
 
 
 def _sample(job: JobConfig, option: str, export: Path) -> Recipe:
-    code = (
-        f"ltx-titan sample --model-path {_base(job)} --text-encoder-path {_encoder(job)} \\\n"
-        f'    {option} {shlex.quote(str(export))} --prompt "..."'
-    )
-    return Recipe("ltx-titan", "The sampler of the validation clips above, with the same settings by default.", code)
+    own = f"--job {shlex.quote(str(Path(job.job.dump_folder) / 'job.toml'))}"
+    # What the job does not name.
+    missing = "" if job.model.checkpoint_path else f" --model-path {_base(job)}"
+    missing += "" if job.validation.text_encoder_path else f" --text-encoder-path {_encoder(job)}"
+    code = f'ltx-titan sample {own}{missing} \\\n    {option} {shlex.quote(str(export))} --prompt "..."'
+    return Recipe("ltx-titan", "The sampler of the validation clips above, with their settings.", code)
 
 
 def _lora_usage(job: JobConfig, export: Path) -> list[Recipe]:

@@ -156,6 +156,8 @@ def read_metadata(path: str | Path) -> CheckpointMetadata:
         ValueError: the file is missing, is not a safetensors file, or is cut short.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; expected a file (.safetensors), such as those in a run's export folder.")
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a checkpoint (.safetensors), correct the path.")
     status = path.stat()

@@ -277,6 +277,16 @@ def test_a_job_with_missing_files_is_estimated_and_its_placeholders_are_listed(t
     assert row["step_time_s"] > 0
 
 
+def test_a_job_whose_data_is_prepared_is_estimated_without_its_checkpoint(tmp_path, data_root, capsys):
+    job = tmp_path / "job.toml"
+    text = (CONFIGS / "ltx23_lora_t2v.toml").read_text()
+    job.write_text(text.replace('root = "clips"', f'root = "{data_root}"'))
+    assert main(["estimate", str(job), "--gpus", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "4,032 video" in text
+    assert f"the connectors that {data_root} needs are in the checkpoint; assuming clips of 768x448x89" in text
+
+
 MEDIA = """
 [model]
 checkpoint_path = "/nowhere/ltx-2.3-22b-dev.safetensors"
@@ -321,6 +331,11 @@ def test_the_table_of_gpus_has_what_people_use_and_says_what_was_measured():
         # A matmul cannot exceed the data sheet, and memory is below what the card is sold with.
         assert gpu.matmul < gpu.peak <= gpu.matmul_float8 / 0.5
         assert 8 * GIB < gpu.memory < 192e9
+
+
+def test_a_job_that_does_not_fit_says_what_to_try(capsys):
+    assert main(["estimate", str(CONFIGS / "ltx23_full_av_8gpu.toml"), "--gpus", "1", "--gpu", "h100"]) == 1
+    assert "docs/parallelism.md, When it does not fit" in capsys.readouterr().out
 
 
 def test_a_job_that_does_not_fit_exits_with_1_and_a_search_finds_one_that_does(capsys):

@@ -3,6 +3,7 @@
 Clips are compared by their contact sheets: eight frames of each, without loss.
 """
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ltx_titan
 from ltx_titan.checkpoint import read_trainer_state
+from ltx_titan.cli import main as main_of_cli
 from ltx_titan.commands.sample import SampleOptions, sample_clips
 from ltx_titan.common.options import parse_options
+from ltx_titan.config import load_job
 from ltx_titan.media import probe_video, read_audio
 from ltx_titan.train import main
+from ltx_titan.validation.usage import usage
 from tests.jobs import NO_CHECKPOINTS, read_run, small_validation, train, write_job
 from tests.validation.quality_models import write_clap, write_clip
 from tests.validation.test_report import Page
@@ -109,6 +113,18 @@ def test_clips_have_the_sizes_and_rates_that_were_asked_for_before_training_and_
         assert Image.open(folder / "sample-03.png").size == (64, 96)
     untrained, trained = sheet(samples / "step-0"), sheet(samples / "step-2")
     assert not same_pictures(untrained, trained)
+
+
+def test_the_command_of_the_report_samples_with_the_settings_of_the_validation(single, tmp_path):
+    folder = single.parent / "run"
+    (export,) = (folder / "export").glob("*.safetensors")
+    command, *words = shlex.split(usage(load_job(folder / "job.toml", []), export)[0].code.replace("\\\n", " "))
+    assert command == "ltx-titan"
+    assert words[0] == "sample"
+    words += ["--output-dir", str(tmp_path / "clips"), "--device", "cpu"]
+    assert main_of_cli(words) == 0
+    clip = probe_video(tmp_path / "clips/sample-01.mp4")
+    assert (clip.width, clip.height, clip.frames, clip.fps) == (64, 64, 9, 24)
 
 
 def test_clips_and_held_out_curve_are_in_tensorboard_from_the_untrained_model_on(single):
