@@ -85,7 +85,7 @@ def add_placeholders(tables: Tables, folder: Path, *, shape: str | None = None, 
 
 def _holds_features(root: str) -> bool:
     """Whether prepared data holds text features, which need text connectors; False for finished contexts."""
-    first = next(iter(sorted((Path(root).expanduser() / "conditions").rglob("*.pt"))), None)
+    first = next((Path(root).expanduser() / "conditions").rglob("*.pt"), None)
     return first is not None and not any(name.endswith("_context") for name in read_sample(first, "text"))
 
 
